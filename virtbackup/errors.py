@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""libvirt's error codes and texts, raised without a libvirt call having failed (virerror.c).
+
+``Error`` is a ``libvirt.libvirtError``, so ``except libvirt.libvirtError`` and
+``get_error_code()`` work on it as on any error of libvirt-python.
+"""
+
+import libvirt
+
+# Code -> libvirt's text with a detail, and without one (virerror.c, virErrorMsg).
+_TEXTS = {
+    libvirt.VIR_ERR_INTERNAL_ERROR: ("internal error: %s", "internal error"),
+    libvirt.VIR_ERR_NO_SUPPORT: (
+        "this function is not supported by the connection driver: %s",
+        "this function is not supported by the connection driver",
+    ),
+    libvirt.VIR_ERR_NO_CONNECT: (
+        "no connection driver available for %s",
+        "no connection driver available",
+    ),
+    libvirt.VIR_ERR_INVALID_CONN: (
+        "invalid connection pointer in %s",
+        "invalid connection pointer in",
+    ),
+    libvirt.VIR_ERR_INVALID_ARG: ("invalid argument: %s", "invalid argument"),
+    libvirt.VIR_ERR_OPERATION_FAILED: ("operation failed: %s", "operation failed"),
+    libvirt.VIR_ERR_XML_ERROR: ("XML error: %s", "XML description is invalid"),
+    libvirt.VIR_ERR_OPERATION_DENIED: ("operation forbidden: %s", "operation forbidden"),
+    libvirt.VIR_ERR_SYSTEM_ERROR: ("%s", "system call error"),
+    libvirt.VIR_ERR_RPC: ("%s", "RPC error"),
+    libvirt.VIR_ERR_NO_DOMAIN: ("Domain not found: %s", "Domain not found"),
+    libvirt.VIR_ERR_OPERATION_INVALID: (
+        "Requested operation is not valid: %s",
+        "Requested operation is not valid",
+    ),
+    libvirt.VIR_ERR_CONFIG_UNSUPPORTED: (
+        "unsupported configuration: %s",
+        "unsupported configuration",
+    ),
+    libvirt.VIR_ERR_OPERATION_TIMEOUT: (
+        "Timed out during operation: %s",
+        "Timed out during operation",
+    ),
+    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: ("argument unsupported: %s", "argument unsupported"),
+    libvirt.VIR_ERR_OPERATION_ABORTED: ("operation aborted: %s", "operation aborted"),
+    libvirt.VIR_ERR_OPERATION_UNSUPPORTED: (
+        "Operation not supported: %s",
+        "Operation not supported",
+    ),
+    libvirt.VIR_ERR_RESOURCE_BUSY: ("resource busy: %s", "resource busy"),
+    libvirt.VIR_ERR_ACCESS_DENIED: ("access denied: %s", "access denied"),
+    libvirt.VIR_ERR_XML_INVALID_SCHEMA: (
+        "XML document failed to validate against schema: %s",
+        "XML document failed to validate against schema",
+    ),
+    libvirt.VIR_ERR_NO_DOMAIN_BACKUP: (
+        "Domain backup job id not found: %s",
+        "Domain backup job id not found",
+    ),
+}
+
+
+class Error(libvirt.libvirtError):  # type: ignore[misc]
+    """A libvirtError of our own making; ``err`` is libvirt's nine-tuple."""
+
+    def __init__(
+        self,
+        code: int,
+        message: str,
+        *,
+        domain: int = libvirt.VIR_FROM_QEMU,
+        strings: tuple[str | None, str | None, str | None] = (None, None, None),
+        ints: tuple[int, int] = (-1, -1),
+    ) -> None:
+        # libvirtError's own __init__ would ask the C library for its last error.
+        Exception.__init__(self, message)
+        self.err = (code, domain, message, libvirt.VIR_ERR_ERROR, *strings, *ints)
+
+
+def error(code: int, detail: str | None = None, *, domain: int = libvirt.VIR_FROM_QEMU) -> Error:
+    """An Error with libvirt's text for CODE around DETAIL (virReportError)."""
+    with_detail, without = _TEXTS[code]
+    if detail is None:
+        return Error(code, without, domain=domain, strings=(without, None, None))
+    text = with_detail % detail
+    return Error(code, text, domain=domain, strings=(with_detail, detail, None))
+
+
+def invalid_arg(function: str, argument: str, text: str) -> Error:
+    """An argument of a public call is wrong; TEXT is the whole message (virReportInvalidArg)."""
+    return Error(
+        libvirt.VIR_ERR_INVALID_ARG,
+        text,
+        domain=libvirt.VIR_FROM_DOMAIN,
+        strings=(function, argument, None),
+        ints=(0, 0),
+    )
+
+
+def null_arg(function: str, argument: str) -> Error:
+    """An argument that must be given is None (virReportInvalidNonNullArg)."""
+    return invalid_arg(function, argument, f"{argument} in {function} must not be NULL")
+
+
+def unsupported_flags(function: str, flags: int) -> Error:
+    """FLAGS are the bits the call does not know (virCheckFlags)."""
+    return invalid_arg(function, "flags", f"unsupported flags (0x{flags:x}) in function {function}")
+
+
+def system_error(failure: OSError, text: str) -> Error:
+    """TEXT and the system's reason (virReportSystemError)."""
+    reason = failure.strerror or str(failure)
+    return Error(
+        libvirt.VIR_ERR_SYSTEM_ERROR,
+        f"{text}: {reason}",
+        strings=("%s", f"{text}: {reason}", None),
+        ints=(failure.errno or 0, -1),
+    )
