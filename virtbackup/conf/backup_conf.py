@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ``<domainbackup>`` document as proposed in 2016 (the patch's backup_conf.c).
+
+``BackupDef.parse`` and ``BackupDef.format`` are inverses. ``align_disks`` then makes every default
+explicit against a domain; after it nothing needs to ask again what was meant.
+"""
+
+import dataclasses
+import typing
+
+import libvirt
+from lxml import etree
+
+from virtbackup import errors
+from virtbackup.conf import domain_conf, storage_conf, xml
+
+SCHEMA = "domainbackup.xsd"
+
+MAX_SUN_PATH = 107
+"""Bytes of a unix socket's path, the closing NUL not counted (unix(7))."""
+
+MAX_EXPORT_NAME = 4096
+"""Bytes of an NBD export's name (the NBD protocol's limit for strings)."""
+
+MAX_BITMAP_NAME = 1023
+"""Bytes of a dirty bitmap's name (BDRV_BITMAP_MAX_NAME_SIZE), and so of a branch's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IpAddress:
+    """The NBD server listens on a TCP port; HOST is a name or an address, IPv6 without brackets."""
+
+    host: str
+    port: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnixAddress:
+    """The NBD server listens on a unix socket at an absolute PATH."""
+
+    path: str
+
+
+Address = IpAddress | UnixAddress
+
+DiskType = typing.Literal["full", "incremental", "auto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackupDiskDef:
+    """One ``<disk>``. None is what the document left out; after align_disks only
+    ``source`` and ``granularity`` may be None."""
+
+    name: str
+    present: bool | None = None
+    type: DiskType | None = None
+    source: storage_conf.Source | None = None
+    granularity: int | None = None
+    """Bytes, a power of two from 512 to 2 GiB."""
+    exportname: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BackupDef:
+    """A whole document."""
+
+    address: Address
+    disks: tuple[BackupDiskDef, ...] = ()
+    branch: str | None = None
+
+    @classmethod
+    def parse(cls, document: str) -> "BackupDef":
+        """Read a document.
+
+        Errors: VIR_ERR_XML_ERROR, VIR_ERR_XML_INVALID_SCHEMA, VIR_ERR_CONFIG_UNSUPPORTED or
+        VIR_ERR_INTERNAL_ERROR (where the patch used it), with line and element; the texts are the
+        patch's where it had one.
+        """
+        root = xml.parse(document, "domainbackup")
+        if not xml.is_valid(root, SCHEMA):
+            _refuse_with_the_patchs_text(root)
+            raise xml.explain(root, SCHEMA)
+        branch = root.find("branch")
+        return cls(
+            address=_parse_address(_child(root, "address")),
+            disks=tuple(_parse_disk(disk) for disk in root.iterfind("disks/disk")),
+            branch=None if branch is None else _parse_branch(branch),
+        )
+
+    def format(self) -> str:
+        """The document; what is None or empty is left out."""
+        root = etree.Element("domainbackup")
+        _format_address(self.address, root)
+        if self.branch is not None:
+            etree.SubElement(root, "branch", name=self.branch)
+        if self.disks:
+            disks = etree.SubElement(root, "disks")
+            for disk in self.disks:
+                _format_disk(disk, disks)
+        return xml.indented(root)
+
+    def align_disks(self, domain: domain_conf.DomainDef) -> "BackupDef":
+        """The same backup with every disk of DOMAIN listed, in the domain's order.
+
+        A disk that is not listed is present when it is writable and has a medium. Errors, by name:
+        VIR_ERR_CONFIG_UNSUPPORTED for a listed disk that the domain does not have, that is listed
+        twice, is read-only or has no medium, for two exports of one name, and when no disk remains.
+        """
+        listed = self._listed(domain)
+        disks = tuple(_align(listed.get(disk.target), disk) for disk in domain.disks)
+        present = [disk for disk in disks if disk.present]
+        if not present:
+            raise _unsupported("no disks selected for backup")
+        exports: dict[str | None, str] = {}
+        for disk in present:
+            if (other := exports.setdefault(disk.exportname, disk.name)) != disk.name:
+                raise _unsupported(
+                    f"disks '{other}' and '{disk.name}' have the same export name"
+                    f" '{disk.exportname}'"
+                )
+        return dataclasses.replace(self, disks=disks)
+
+    def _listed(self, domain: domain_conf.DomainDef) -> dict[str, BackupDiskDef]:
+        targets = {disk.target for disk in domain.disks}
+        listed: dict[str, BackupDiskDef] = {}
+        for disk in self.disks:
+            if disk.name not in targets:
+                raise _unsupported(f"no disk named '{disk.name}'")
+            if disk.name in listed:
+                raise _unsupported(f"disk '{disk.name}' specified twice")
+            listed[disk.name] = disk
+        return listed
+
+
+def _align(disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef) -> BackupDiskDef:
+    usable = domain_disk.has_medium and not domain_disk.readonly
+    if disk is None:
+        disk = BackupDiskDef(domain_disk.target, present=usable)
+    present = disk.present is not False
+    if present and not domain_disk.has_medium:
+        raise _unsupported(f"disk '{disk.name}' has no media")
+    if present and domain_disk.readonly:
+        raise _unsupported(f"disk '{disk.name}' is read-only")
+    if not present:
+        return BackupDiskDef(disk.name, present=False)
+    return dataclasses.replace(
+        disk, present=True, type=disk.type or "full", exportname=disk.exportname or disk.name
+    )
+
+
+def _unsupported(detail: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, detail, domain=libvirt.VIR_FROM_DOMAIN)
+
+
+# --- reading ---
+
+
+def _child(element: etree._Element, name: str) -> etree._Element:
+    child = element.find(name)
+    assert child is not None, name
+    return child
+
+
+def _parse_address(element: etree._Element) -> Address:
+    host, port, path = (element.get(name) for name in ("host", "port", "path"))
+    if element.get("type") == "ip":
+        if host is None or port is None:
+            raise xml.xml_error("both host and port must be specified for ip address type", element)
+        if path is not None:
+            raise xml.xml_error("'path' does not belong to ip address type", element)
+        return IpAddress(host.removeprefix("[").removesuffix("]"), int(port))
+    if path is None:
+        raise xml.xml_error("path must be specified for unix address type", element)
+    if host is not None or port is not None:
+        raise xml.xml_error("'host' and 'port' do not belong to unix address type", element)
+    if len(path.encode()) > MAX_SUN_PATH:
+        raise xml.xml_error(f"path is longer than {MAX_SUN_PATH} bytes", element)
+    return UnixAddress(path)
+
+
+def _parse_branch(element: etree._Element) -> str:
+    name = str(element.get("name"))
+    if len(name.encode()) > MAX_BITMAP_NAME:
+        raise xml.xml_error(f"branch name is longer than {MAX_BITMAP_NAME} bytes", element)
+    return name
+
+
+def _parse_disk(element: etree._Element) -> BackupDiskDef:
+    name = str(element.get("name"))
+    present = element.get("present")
+    source = element.find("source")
+    bitmap = element.find("bitmap")
+    exportname = element.get("exportname")
+    if exportname is not None and len(exportname.encode()) > MAX_EXPORT_NAME:
+        raise xml.xml_error(
+            f"export name of disk '{name}' is longer than {MAX_EXPORT_NAME} bytes", element
+        )
+    return BackupDiskDef(
+        name=name,
+        present=None if present is None else present == "yes",
+        type=typing.cast("DiskType | None", element.get("type")),
+        source=None if source is None else storage_conf.Source.parse(source),
+        granularity=None if bitmap is None else _parse_granularity(bitmap, name),
+        exportname=exportname,
+    )
+
+
+def _parse_granularity(element: etree._Element, disk: str) -> int:
+    text = str(element.get("granularity"))
+    size = storage_conf.parse_size(text)
+    if not 512 <= size <= 1 << 31 or size & (size - 1):
+        raise xml.report(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            f"bitmap granularity '{text}' of disk '{disk}' must be a power of two"
+            " from 512 bytes to 2GiB",
+            element,
+        )
+    return size
+
+
+def _refuse_with_the_patchs_text(root: etree._Element) -> None:
+    """Raise the 2016 parser's own error for ROOT, checks in its order; return where it had none."""
+    address = root.find("address")
+    if address is None:
+        raise xml.report(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            "export address must be specifed: expected an <address> element",
+            root,
+        )
+    _refuse_address(address)
+    for disk in root.iterfind("disks/*"):
+        _refuse_disk(disk)
+
+
+def _refuse_address(address: etree._Element) -> None:
+    kind, port = address.get("type"), address.get("port")
+    if kind is None:
+        raise xml.xml_error(
+            "backup address type must be specified: expected type='ip' or type='unix'", address
+        )
+    if kind not in ("ip", "unix"):
+        raise xml.report(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            f"unknown backup address type '{kind}': expected 'ip' or 'unix'",
+            address,
+        )
+    if kind == "ip" and port is not None and not _is_port(port):
+        raise xml.report(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            f"cannot parse port {port}: expected a number from 1 to 65535",
+            address,
+        )
+    _parse_address(address)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535
+
+
+def _refuse_disk(disk: etree._Element) -> None:
+    name, present, kind = (disk.get(key) for key in ("name", "present", "type"))
+    if kind in ("block", "dir", "network", "volume", "nvme"):
+        raise xml.report(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            "'file' is the only supported backup source type",
+            disk,
+        )
+    if not name:
+        raise xml.report(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            "missing name from disk backup element: expected a name attribute",
+            disk,
+        )
+    if present not in (None, "yes", "no"):
+        raise xml.xml_error(
+            f"Invalid disk '{name}' present attribute value: expected 'yes' or 'no'", disk
+        )
+
+
+# --- writing ---
+
+
+def _format_address(address: Address, parent: etree._Element) -> None:
+    if isinstance(address, IpAddress):
+        etree.SubElement(parent, "address", type="ip", host=address.host, port=str(address.port))
+    else:
+        etree.SubElement(parent, "address", type="unix", path=address.path)
+
+
+def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:
+    element = etree.SubElement(parent, "disk", name=disk.name)
+    if disk.present is not None:
+        element.set("present", "yes" if disk.present else "no")
+    if disk.type is not None:
+        element.set("type", disk.type)
+    if disk.exportname is not None:
+        element.set("exportname", disk.exportname)
+    if disk.source is not None:
+        disk.source.format(element)
+    if disk.granularity is not None:
+        size = storage_conf.format_size(disk.granularity)
+        etree.SubElement(element, "bitmap", granularity=size)
+
+
+# --- the running backup, as backupGetInfo tells it ---
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskInfo:
+    """One disk of a running backup."""
+
+    name: str
+    export: str
+    state: typing.Literal["running", "failed"]
+    reason: str | None
+    """Why it failed, in QEMU's words where it said any."""
+    capacity: int
+    """The guest-visible size, bytes."""
+    scratch_used: int | None
+    """Bytes that the scratch image takes on its file system; None where nobody can tell."""
+    dirty: int | None = None
+    """Bytes changed since the branch's last point; None without a branch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackupInfo:
+    """What is known of a running backup at this instant."""
+
+    state: typing.Literal["running", "failed"]
+    started: float
+    """Seconds since the epoch."""
+    address: Address
+    disks: tuple[DiskInfo, ...]

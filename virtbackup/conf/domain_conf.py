@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The part of a domain's XML that a backup needs: who it is, and its disks (domain_conf.c)."""
+
+import dataclasses
+
+from lxml import etree
+
+from virtbackup.conf import xml
+
+# The attribute of <source> that names the medium, by the disk's type.
+_SOURCE_ATTRIBUTE = {
+    "file": "file",
+    "block": "dev",
+    "dir": "dir",
+    "network": "name",
+    "volume": "volume",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskDef:
+    """One ``<disk>`` of a domain."""
+
+    target: str
+    device: str = "disk"
+    """disk, cdrom, floppy or lun."""
+    type: str = "file"
+    source: str | None = None
+    """A path or name by which people know the medium; None: an empty drive."""
+    format: str | None = None
+    readonly: bool = False
+    capacity: int | None = None
+    """Guest-visible size, bytes; None where the document does not say."""
+
+    @property
+    def has_medium(self) -> bool:
+        return self.source is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainDef:
+    """A domain: NAME and UUID; ID is None when it is not running."""
+
+    name: str
+    uuid: str
+    id: int | None = None
+    disks: tuple[DiskDef, ...] = ()
+
+    @classmethod
+    def parse(cls, document: str) -> "DomainDef":
+        """Read a ``<domain>``; what a backup does not need is passed over."""
+        root = xml.parse(document, "domain")
+        number = root.get("id")
+        return cls(
+            name=root.findtext("name", ""),
+            uuid=root.findtext("uuid", ""),
+            id=None if number is None else int(number),
+            disks=tuple(_parse_disk(disk) for disk in root.iterfind("devices/disk")),
+        )
+
+    def format(self) -> str:
+        """A ``<domain>`` that ``parse`` reads back."""
+        root = etree.Element("domain", type="qemu")
+        if self.id is not None:
+            root.set("id", str(self.id))
+        etree.SubElement(root, "name").text = self.name
+        etree.SubElement(root, "uuid").text = self.uuid
+        devices = etree.SubElement(root, "devices")
+        for disk in self.disks:
+            _format_disk(disk, devices)
+        return xml.indented(root)
+
+
+def _parse_disk(element: etree._Element) -> DiskDef:
+    kind = element.get("type", "file")
+    source, driver, target, capacity = (
+        element.find(name) for name in ("source", "driver", "target", "capacity")
+    )
+    if target is None or not target.get("dev"):
+        raise xml.xml_error("missing target dev of a disk", element)
+    return DiskDef(
+        target=target.get("dev", ""),
+        device=element.get("device", "disk"),
+        type=kind,
+        source=None if source is None else source.get(_SOURCE_ATTRIBUTE.get(kind, "file")),
+        format=None if driver is None else driver.get("type"),
+        readonly=element.find("readonly") is not None,
+        capacity=None if capacity is None else int(capacity.text or 0),
+    )
+
+
+def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
+    element = etree.SubElement(parent, "disk", type=disk.type, device=disk.device)
+    if disk.format is not None:
+        etree.SubElement(element, "driver", name="qemu", type=disk.format)
+    if disk.source is not None:
+        source = etree.SubElement(element, "source")
+        source.set(_SOURCE_ATTRIBUTE.get(disk.type, "file"), disk.source)
+    etree.SubElement(element, "target", dev=disk.target)
+    if disk.readonly:
+        etree.SubElement(element, "readonly")
+    if disk.capacity is not None:
+        etree.SubElement(element, "capacity", unit="bytes").text = str(disk.capacity)

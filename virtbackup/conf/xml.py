@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reading XML from anybody: bounded, no entities, no network, checked by a schema (virxml.c)."""
+
+import functools
+import importlib.resources
+
+import libvirt
+from lxml import etree
+
+from virtbackup import errors
+
+MAX_DOCUMENT = 1 << 20
+"""Bytes; a larger document is refused unread."""
+
+
+def xml_error(detail: str, element: etree._Element | None = None) -> errors.Error:
+    """VIR_ERR_XML_ERROR, naming the line of ELEMENT where there is one."""
+    return report(libvirt.VIR_ERR_XML_ERROR, detail, element)
+
+
+def report(code: int, detail: str, element: etree._Element | None = None) -> errors.Error:
+    """An error of any code about ELEMENT: ``DETAIL (line N, element <name>)``."""
+    if element is not None:
+        detail = f"{detail} (line {element.sourceline}, element <{element.tag}>)"
+    return errors.error(code, detail, domain=libvirt.VIR_FROM_DOMAIN)
+
+
+def parse(document: str, root: str) -> etree._Element:
+    """The root element of DOCUMENT, which must be ROOT.
+
+    Errors: VIR_ERR_XML_ERROR for a document that is too large, not well-formed, declares a
+    document type (so no entity of any kind is ever read), or has another root.
+    """
+    try:
+        data = document.encode()
+    except UnicodeEncodeError as failure:
+        raise xml_error(f"not text that UTF-8 can carry: {failure.reason}") from failure
+    if len(data) > MAX_DOCUMENT:
+        raise xml_error(f"document of {len(data)} bytes is larger than {MAX_DOCUMENT}")
+    if (start := document.find("<!DOCTYPE")) >= 0:
+        line = document.count("\n", 0, start) + 1
+        raise xml_error(f"document type declarations and entities are refused (line {line})")
+    parser = etree.XMLParser(
+        encoding="utf-8",
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        remove_comments=True,
+        remove_pis=True,
+    )
+    try:
+        element = etree.fromstring(data, parser)
+    except etree.XMLSyntaxError as failure:
+        raise xml_error(f"{failure.msg}") from failure
+    if element.tag != root:
+        raise xml_error(f"unexpected root element <{element.tag}>, expecting <{root}>", element)
+    return element
+
+
+def is_valid(element: etree._Element, schema: str) -> bool:
+    """Whether ELEMENT has the shape that the shipped SCHEMA (a file name) demands."""
+    return bool(_compiled(schema).validate(element))
+
+
+def explain(element: etree._Element, schema: str) -> errors.Error:
+    """Why ELEMENT is not valid, as VIR_ERR_XML_INVALID_SCHEMA with line, path and reason."""
+    import xmlschema
+
+    for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(element):
+        line = found.sourceline or element.sourceline
+        reason = " ".join((found.reason or found.message).split())
+        return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, f"line {line}: {found.path}: {reason}")
+    raise AssertionError(f"the two schema engines disagree about {schema}")
+
+
+def indented(element: etree._Element) -> str:
+    """ELEMENT as libvirt prints documents: two spaces a level, a newline at the end."""
+    return etree.tostring(element, pretty_print=True, encoding="unicode")
+
+
+@functools.cache
+def _compiled(schema: str) -> etree.XMLSchema:
+    return etree.XMLSchema(etree.fromstring(_text(schema).encode()))
+
+
+def _text(schema: str) -> str:
+    return (importlib.resources.files("virtbackup") / "schemas" / schema).read_text("utf-8")
