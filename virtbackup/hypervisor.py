@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The driver interface (driver-hypervisor.h) and the registry of drivers by URI scheme.
+
+A driver is any object with the methods of ``Driver``; those of ``BackupDriver`` are optional one
+by one, as the hooks of the C driver table are. A package offers a driver by an entry point of the
+group ``virtbackup.drivers``, named as the URI scheme, that points to an ``Opener``.
+"""
+
+import dataclasses
+import importlib.metadata
+import urllib.parse
+from collections.abc import Callable, Sequence
+from typing import Protocol, TextIO
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.conf import backup_conf
+
+ENTRY_POINTS = "virtbackup.drivers"
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainRef:
+    """Which domain is meant; the uuid decides (virDomainPtr)."""
+
+    name: str
+    uuid: str
+    id: int | None
+    """None when the domain is not running."""
+
+
+class Driver(Protocol):
+    """What every driver has. All sizes are bytes; every failure is an ``errors.Error``."""
+
+    def close(self) -> None:
+        """Let go of the hypervisor; ends the backups that were started to end with it."""
+
+    def get_type(self) -> str:
+        """The kind of hypervisor, as virConnectGetType tells it: ``QEMU``."""
+
+    def get_version(self) -> int:
+        """The hypervisor's version: major * 1000000 + minor * 1000 + micro."""
+
+    def is_alive(self) -> bool:
+        """Whether the connection to the hypervisor still stands."""
+
+    def set_trace(self, trace: TextIO | None) -> None:
+        """Write every line of the hypervisor's monitor to TRACE from now on."""
+
+    def list_domains(self) -> Sequence[DomainRef]:
+        """All domains, running or not."""
+
+    def domain_get_state(self, domain: DomainRef) -> tuple[int, int]:
+        """(VIR_DOMAIN_* state, reason)."""
+
+    def domain_get_xml_desc(self, domain: DomainRef, flags: int) -> str:
+        """A ``<domain>`` document with at least name, uuid and disks."""
+
+
+class BackupDriver(Driver, Protocol):
+    """The hooks that the backup API adds."""
+
+    def domain_backup_start(self, domain: DomainRef, xml: str, flags: int) -> None: ...
+
+    def domain_backup_stop(self, domain: DomainRef, flags: int) -> None: ...
+
+    def domain_backup_get_xml_desc(self, domain: DomainRef, flags: int) -> str: ...
+
+    def domain_backup_get_info(self, domain: DomainRef, flags: int) -> backup_conf.BackupInfo: ...
+
+    def domain_backup_cleanup(self, domain: DomainRef, flags: int) -> Sequence[str]: ...
+
+
+Opener = Callable[[str, bool], Driver]
+"""(uri, readonly) -> an open driver."""
+
+_registered: dict[str, Opener] = {}
+
+
+def register(scheme: str, opener: Opener) -> None:
+    """Serve URIs of SCHEME by OPENER in this process, before any entry point."""
+    _registered[scheme] = opener
+
+
+def unregister(scheme: str) -> None:
+    """Take back ``register``."""
+    _registered.pop(scheme, None)
+
+
+def open_driver(uri: str, readonly: bool) -> Driver:
+    """The driver for URI, opened.
+
+    Errors: VIR_ERR_NO_CONNECT when no driver serves the scheme; what the driver's opener raises.
+    """
+    return _opener(uri)(uri, readonly)
+
+
+def _opener(uri: str) -> Opener:
+    scheme = urllib.parse.urlsplit(uri).scheme
+    if not scheme:
+        raise errors.error(libvirt.VIR_ERR_NO_CONNECT, uri, domain=libvirt.VIR_FROM_NONE)
+    if scheme in _registered:
+        return _registered[scheme]
+    for entry_point in _entry_points(scheme):
+        opener: Opener = entry_point.load()
+        return opener
+    raise errors.error(libvirt.VIR_ERR_NO_CONNECT, uri, domain=libvirt.VIR_FROM_NONE)
+
+
+def _entry_points(scheme: str) -> list[importlib.metadata.EntryPoint]:
+    """The drivers for SCHEME, our own package's first: it is found without reading every other."""
+    try:
+        own = importlib.metadata.distribution("virtbackup").entry_points
+    except importlib.metadata.PackageNotFoundError:
+        own = importlib.metadata.EntryPoints()
+    found = own.select(group=ENTRY_POINTS, name=scheme)
+    return list(found or importlib.metadata.entry_points(group=ENTRY_POINTS, name=scheme))
