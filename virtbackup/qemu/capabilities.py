@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a QEMU can do, and what it is known to get wrong (qemu_capabilities.c). Pure.
+
+What it can do is asked of it; only defects go by version, each with its evidence.
+"""
+
+import dataclasses
+from collections.abc import Set
+
+import libvirt
+
+from virtbackup import errors
+
+REQUIRED = ("block-export-add", "blockdev-del", "job-dismiss", "transaction")
+"""Commands a pull backup cannot do without here."""
+
+Version = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    """Something QEMUs from ``first`` up to, not including, ``fixed`` get wrong."""
+
+    first: Version
+    fixed: Version
+    evidence: str
+
+    def affects(self, version: Version) -> bool:
+        return self.first <= version < self.fixed
+
+
+NBD_IOTHREAD_ABORT = Defect(
+    (7, 2, 14),
+    (8, 0, 0),
+    "QEMU aborts when an NBD client disconnects from an export whose node runs in an iothread"
+    " (nbd_blockdev_client_closed: Assertion `qemu_in_main_thread() && nbd_server' failed)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """Of one running QEMU."""
+
+    version: Version
+    package: str
+    commands: frozenset[str]
+
+    @property
+    def fdsets(self) -> bool:
+        """Files can be handed over as descriptors and taken back."""
+        return {"add-fd", "remove-fd", "query-fdsets"} <= self.commands
+
+    @property
+    def devices(self) -> bool:
+        """There is a guest with devices; qemu-storage-daemon has only nodes."""
+        return "query-status" in self.commands
+
+    @property
+    def block_graph(self) -> bool:
+        """The block graph can be asked for."""
+        return "x-debug-query-block-graph" in self.commands
+
+    def check_backup(self) -> None:
+        """Raise VIR_ERR_OPERATION_UNSUPPORTED when this QEMU has no way to a pull backup."""
+        if missing := missing_commands(self.commands):
+            version = ".".join(map(str, self.version))
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"QEMU {version} has no {' and no '.join(missing)}",
+            )
+
+
+def missing_commands(commands: Set[str]) -> list[str]:
+    """Which of the REQUIRED are not among COMMANDS."""
+    return [name for name in REQUIRED if name not in commands]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One QEMU behind a monitor: who it is, what it can do, which disks it has (qemu_domain.c)."""
+
+import dataclasses
+import os
+import pathlib
+import uuid
+from collections.abc import Iterable
+
+import libvirt
+
+from virtbackup import hypervisor
+from virtbackup.conf import domain_conf
+from virtbackup.qemu import backup, block, capabilities, monitor, monitor_json, status
+
+ID = 1
+"""The id of the one domain behind a monitor."""
+
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+
+# QEMU's RunState -> libvirt's state and reason; what is not here and not running is paused.
+_STATES = {
+    "running": (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_UNKNOWN),
+    "shutdown": (libvirt.VIR_DOMAIN_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTDOWN_USER),
+    "io-error": (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR),
+    "prelaunch": (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP),
+    "guest-panicked": (libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_CRASHED_PANICKED),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Which QEMU answers, and what it can do."""
+
+    ref: hypervisor.DomainRef
+    capabilities: capabilities.Capabilities
+    process: status.Process | None
+    """None where the process cannot be seen from here."""
+
+
+def identify(qemu: monitor.Monitor) -> Identity:
+    """Ask QEMU who it is. A guest without a uuid gets one made from the monitor's path."""
+    greeting = qemu.greeting
+    commands = monitor_json.parse_commands(qemu.execute(monitor_json.query_commands()))
+    caps = capabilities.Capabilities(greeting.version, greeting.package, commands)
+    name, given = None, _NO_UUID
+    if caps.devices:
+        name = monitor_json.parse_name(qemu.execute(monitor_json.query_name()))
+        given = monitor_json.parse_uuid(qemu.execute(monitor_json.query_uuid()))
+    if given == _NO_UUID:
+        given = str(uuid.uuid5(uuid.NAMESPACE_URL, f"qmp://{os.path.realpath(qemu.path)}"))
+    ref = hypervisor.DomainRef(name or pathlib.Path(qemu.path).name, given, ID)
+    return Identity(ref, caps, process_of(qemu))
+
+
+def process_of(qemu: monitor.Monitor) -> status.Process | None:
+    """The process behind a monitor."""
+    pid = qemu.peer_pid()
+    start = None if pid is None else monitor.process_start(pid)
+    return None if pid is None or start is None else (pid, start)
+
+
+def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, int]:
+    """libvirt's (state, reason)."""
+    if not caps.devices:
+        return _STATES["running"]
+    now = monitor_json.parse_status(qemu.execute(monitor_json.query_status()))
+    if now.running:
+        return _STATES["running"]
+    return _STATES.get(now.status, (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER))
+
+
+def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockState:
+    """Everything a plan needs to know of QEMU's block layer."""
+    queries = [
+        monitor_json.query_jobs(),
+        monitor_json.query_block_exports(),
+        monitor_json.query_block() if caps.devices else monitor_json.query_named_block_nodes(),
+    ]
+    if caps.block_graph:
+        queries.append(monitor_json.query_block_graph())
+    if caps.devices:
+        queries.append(monitor_json.query_status())
+    replies = iter(qemu.execute_all(queries))
+    jobs = monitor_json.parse_jobs(next(replies))
+    exports = monitor_json.parse_exports(next(replies))
+    drives = next(replies)
+    graph = block.parse_graph(next(replies)) if caps.block_graph else None
+    runs = monitor_json.parse_status(next(replies)).running if caps.devices else False
+    disks = (
+        block.parse_block(drives)
+        if caps.devices
+        else block.disks_of_nodes(block.parse_named_nodes(drives), graph)
+    )
+    iothreads = {}
+    if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
+        iothreads = _iothreads(qemu, caps, disks)
+    return backup.BlockState(disks, jobs, exports, graph, runs, iothreads)
+
+
+def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain_conf.DomainDef:
+    """The domain as its XML tells it."""
+    return domain_conf.DomainDef(
+        ref.name, ref.uuid, ref.id, tuple(disk.definition() for disk in found)
+    )
+
+
+def _iothreads(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, found: Iterable[block.Disk]
+) -> dict[str, str]:
+    """Disk -> its iothread. Of a node without a device QEMU does not say where it runs: where an
+    iothread exists at all, such a node is taken to be in it."""
+    if "qom-list" not in caps.commands:
+        return {}
+    reply = qemu.execute(monitor_json.qom_list("/objects"))
+    iothreads = monitor_json.parse_iothread_objects(reply)
+    if not iothreads:
+        return {}
+    if not caps.devices:
+        return {disk.target: iothreads[0] for disk in found}
+    return {
+        disk.target: iothread
+        for disk in found
+        if disk.qom_path and (iothread := _iothread_of(qemu, disk.qom_path))
+    }
+
+
+def _iothread_of(qemu: monitor.Monitor, path: str) -> str | None:
+    """The iothread of a device, or of the controller whose bus it sits on."""
+    bus = _property(qemu, path, "parent_bus")
+    for device in (path, *_prefixes(bus)):
+        if iothread := _property(qemu, device, "iothread"):
+            return iothread.rsplit("/", 1)[-1]
+    return None
+
+
+def _property(qemu: monitor.Monitor, path: str, name: str) -> str:
+    """A property of a QOM object, empty where the object has none of that name."""
+    try:
+        return str(qemu.execute(monitor_json.qom_get(path, name)))
+    except monitor_json.CommandFailed:
+        return ""
+
+
+def _prefixes(path: str) -> list[str]:
+    """The objects above a QOM path, the nearest first: devices, not QEMU's own containers."""
+    parts = path.split("/")
+    return ["/".join(parts[:end]) for end in range(len(parts), 3, -1)]

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The QMP client: a unix socket, a reader thread, blocking calls (qemu_monitor.c)."""
+
+import array
+import collections
+import datetime
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.qemu import monitor_json, qmp
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds until a monitor must have greeted; it does not while it serves another client."""
+REPLY_TIMEOUT = 60.0
+"""Seconds until a command must be answered."""
+MAX_EVENTS = 10_000
+"""Events kept for whoever waits; the oldest go first."""
+
+
+class MonitorLost(errors.Error):
+    """The monitor is gone or no longer speaks QMP: whether a command took effect is unknown."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            f"internal error: {detail}",
+            strings=("internal error: %s", detail, None),
+        )
+
+
+class Monitor:
+    """A connection to one QEMU. Every method may be called from any thread."""
+
+    def __init__(self, path: str, trace: TextIO | None = None) -> None:
+        """Connect to the socket at PATH and negotiate.
+
+        Errors: VIR_ERR_SYSTEM_ERROR when nobody listens, VIR_ERR_OPERATION_TIMEOUT when the
+        monitor does not greet because another client holds it, MonitorLost.
+        """
+        self.path = path
+        self._trace = trace
+        self._changed = threading.Condition()
+        self._replies: dict[int, qmp.Success | qmp.Failure] = {}
+        self._waiting: set[int] = set()
+        self._events: collections.deque[qmp.Event] = collections.deque(maxlen=MAX_EVENTS)
+        self._greeting: qmp.Greeting | None = None
+        self._lost: str | None = None
+        self._last_id = 0
+        self._socket = self._connect()
+        self._reader = threading.Thread(target=self._read, name=f"qmp {path}", daemon=True)
+        self._reader.start()
+        try:
+            self.greeting = self._wait_greeting()
+            self.execute(monitor_json.qmp_capabilities())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; QEMU then greets the next client."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            logger.debug("monitor=%s already disconnected", self.path)
+        self._reader.join()
+        self._socket.close()
+
+    def peer_pid(self) -> int | None:
+        """The process that listens, or None where it cannot be seen from here (SO_PEERCRED)."""
+        pid = self._credentials()[0]
+        return pid or None
+
+    def peer_uid(self) -> int:
+        """The user who listens."""
+        return self._credentials()[1]
+
+    def _credentials(self) -> tuple[int, int, int]:
+        size = struct.calcsize("3i")
+        pid, uid, gid = struct.unpack(
+            "3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        )
+        return pid, uid, gid
+
+    def execute(self, command: monitor_json.Command) -> Any:
+        """Send COMMAND, wait, and give QEMU's ``return``; see execute_all."""
+        return self.execute_all([command])[0]
+
+    def execute_all(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """Send all COMMANDS, then wait for all replies; QEMU carries them out in this order, each
+        whether or not those before it failed. At most one of them may pass descriptors: QEMU keeps
+        only the last it was sent.
+
+        Errors: the first CommandFailed, with QEMU's words; MonitorLost; VIR_ERR_OPERATION_TIMEOUT
+        (the connection is then given up, for nobody knows what the command will still do).
+        """
+        sent = [(self._begin(command), command) for command in commands]
+        replies = [(command, self._wait_reply(id, command)) for id, command in sent]
+        for command, reply in replies:
+            if isinstance(reply, qmp.Failure):
+                raise monitor_json.command_failed(command, reply)
+        return [reply.value for _, reply in replies if isinstance(reply, qmp.Success)]
+
+    def _begin(self, command: monitor_json.Command) -> int:
+        """Send COMMAND; its id."""
+        with self._changed:
+            if self._lost is not None:
+                raise MonitorLost(self._lost)
+            self._last_id += 1
+            id = self._last_id
+            self._waiting.add(id)
+        self._send(command, id)
+        return id
+
+    def _wait_reply(self, id: int, command: monitor_json.Command) -> qmp.Success | qmp.Failure:
+        with self._changed:
+            answered = self._changed.wait_for(
+                lambda: id in self._replies or self._lost is not None, REPLY_TIMEOUT
+            )
+            self._waiting.discard(id)
+            reply = self._replies.pop(id, None)
+            if reply is not None:
+                return reply
+            if answered:
+                raise MonitorLost(str(self._lost))
+            self._lost = f"no reply to '{command.execute}' within {REPLY_TIMEOUT:g} seconds"
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, self._lost)
+
+    def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
+        """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._lost is not None or any(map(matches, self._events)), timeout
+            )
+            for event in self._events:
+                if matches(event):
+                    self._events.remove(event)
+                    return event
+        return None
+
+    # --- the wire ---
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(CONNECT_TIMEOUT)
+        try:
+            connection.connect(self.path)
+        except TimeoutError as failure:
+            connection.close()
+            raise self._busy() from failure
+        except OSError as failure:
+            connection.close()
+            raise errors.system_error(
+                failure, f"failed to connect to monitor socket '{self.path}'"
+            ) from failure
+        connection.settimeout(None)
+        return connection
+
+    def _busy(self) -> errors.Error:
+        return errors.error(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT,
+            f"monitor socket '{self.path}' did not answer within {CONNECT_TIMEOUT:g} seconds:"
+            " another client may be using it",
+        )
+
+    def _wait_greeting(self) -> qmp.Greeting:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._greeting is not None or self._lost is not None, CONNECT_TIMEOUT
+            )
+            if self._lost is not None:
+                raise MonitorLost(self._lost)
+            if self._greeting is None:
+                raise self._busy()
+            return self._greeting
+
+    def _send(self, command: monitor_json.Command, id: int) -> None:
+        line = qmp.encode(command.execute, command.arguments, id)
+        self._record("->", line)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", command.fds))]
+        try:
+            sent = self._socket.sendmsg([line], rights if command.fds else [])
+            self._socket.sendall(line[sent:])
+        except OSError as failure:
+            raise MonitorLost(
+                f"unable to write to monitor '{self.path}': {failure.strerror}"
+            ) from failure
+
+    def _read(self) -> None:
+        """The reader thread: everything that comes, until the end."""
+        parser = qmp.Parser()
+        try:
+            while data := self._socket.recv(1 << 16):
+                parser.receive_data(data)
+                while (line := parser.next_line()) is not None:
+                    self._record("<-", line)
+                    self._take(qmp.decode(line))
+            reason = f"end of file from monitor '{self.path}'"
+        except qmp.ProtocolError as failure:
+            reason = f"monitor '{self.path}' does not speak QMP: {failure}"
+        except OSError as failure:
+            reason = f"unable to read from monitor '{self.path}': {failure.strerror}"
+        with self._changed:
+            self._lost = self._lost or reason
+            self._changed.notify_all()
+
+    def _take(self, message: qmp.Message) -> None:
+        with self._changed:
+            match message:
+                case qmp.Greeting():
+                    self._greeting = message
+                case qmp.Event():
+                    self._events.append(message)
+                case qmp.Success(id) | qmp.Failure(int(id)) if id in self._waiting:
+                    self._replies[id] = message
+                case qmp.Success() | qmp.Failure():
+                    logger.warning("monitor=%s reply to nothing: %s", self.path, message)
+            self._changed.notify_all()
+
+    def _record(self, direction: str, line: bytes) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("monitor=%s %s %s", self.path, direction, line.decode(errors="replace"))
+        if self._trace is not None:
+            now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
+            text = line.decode(errors="replace").strip()
+            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
+            self._trace.flush()
+
+
+def process_start(pid: int) -> int | None:
+    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  (bytes, not a path at rest)
+            text = stat.read()
+    except OSError:
+        return None
+    # The command's name may hold anything; what follows its last bracket is orderly.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def this_process() -> tuple[int, int]:
+    """(pid, start) of ourselves: names a process for good, as pids are used again."""
+    pid = os.getpid()
+    return pid, process_start(pid) or 0

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QMP commands as data and their replies as types (qemu_monitor_json.c).
+
+One function a command; None leaves an argument out. One parser a reply; a reply that has not the
+shape QAPI promises is a ``qmp.ProtocolError``.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import naming, qmp
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A QMP command; ``fds`` names the descriptors to be passed along with it."""
+
+    execute: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fds: tuple[int, ...] = ()
+
+
+class CommandFailed(errors.Error):
+    """QEMU refused a command: which, with QEMU's class and words, in libvirt's text."""
+
+    def __init__(self, command: Command, error_class: str, desc: str) -> None:
+        text = f"unable to execute QEMU command '{command.execute}': {desc}"
+        super().__init__(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            f"internal error: {text}",
+            strings=("internal error: %s", text, None),
+        )
+        self.command = command
+        self.error_class = error_class
+        self.desc = desc
+
+
+class JobNotFound(CommandFailed):
+    """The job is not there (any more): not a failure of the monitor (the patch's second part)."""
+
+
+def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
+    """The exception for QEMU's refusal of COMMAND."""
+    kind: type[CommandFailed] = CommandFailed
+    match command.execute, failure.error_class, failure.desc:
+        case "block-job-cancel", "DeviceNotActive", _:
+            kind = JobNotFound
+        case "job-cancel" | "job-dismiss", _, "Job not found":
+            kind = JobNotFound
+    return kind(command, failure.error_class, failure.desc)
+
+
+def _command(execute: str, **arguments: Any) -> Command:
+    """Underscores stand for the dashes of QAPI names; None is left out."""
+    return Command(
+        execute,
+        {name.replace("_", "-"): value for name, value in arguments.items() if value is not None},
+    )
+
+
+# --- handshake and identity ---
+
+
+def qmp_capabilities() -> Command:
+    return _command("qmp_capabilities")
+
+
+def query_commands() -> Command:
+    return _command("query-commands")
+
+
+def query_name() -> Command:
+    return _command("query-name")
+
+
+def query_uuid() -> Command:
+    return _command("query-uuid")
+
+
+def query_status() -> Command:
+    return _command("query-status")
+
+
+def parse_commands(reply: Any) -> frozenset[str]:
+    """The names in a ``query-commands`` reply."""
+    return frozenset(_str(item, "name") for item in _list(reply))
+
+
+def parse_name(reply: Any) -> str | None:
+    """The ``-name``, or None where none was given."""
+    match reply:
+        case {"name": str(name)}:
+            return name
+        case {}:
+            return None
+    raise _unexpected("query-name", reply)
+
+
+def parse_uuid(reply: Any) -> str:
+    """The uuid, which is all zeroes where none was given."""
+    return _str(reply, "UUID").lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """``query-status``: whether vCPUs run, and QEMU's RunState."""
+
+    running: bool
+    status: str
+
+
+def parse_status(reply: Any) -> RunState:
+    match reply:
+        case {"running": bool(running), "status": str(status)}:
+            return RunState(running, status)
+    raise _unexpected("query-status", reply)
+
+
+# --- block devices, nodes, the graph: parsed in block ---
+
+
+def query_block() -> Command:
+    return _command("query-block")
+
+
+def query_named_block_nodes() -> Command:
+    return _command("query-named-block-nodes")
+
+
+def query_block_graph() -> Command:
+    return _command("x-debug-query-block-graph")
+
+
+def qom_get(path: str, property: str) -> Command:
+    return _command("qom-get", path=path, property=property)
+
+
+def qom_list(path: str) -> Command:
+    return _command("qom-list", path=path)
+
+
+def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
+    """The ids of the iothreads in a ``qom-list`` of ``/objects``."""
+    return tuple(
+        _str(item, "name") for item in _list(reply) if _str(item, "type") == "child<iothread>"
+    )
+
+
+# --- file descriptors ---
+
+
+def add_fd(fd: int, opaque: str) -> Command:
+    """Hand FD over into a new fd set."""
+    return dataclasses.replace(_command("add-fd", opaque=opaque), fds=(fd,))
+
+
+def parse_add_fd(reply: Any) -> int:
+    """The number of the set."""
+    return _int(reply, "fdset-id")
+
+
+def remove_fd(fdset_id: int) -> Command:
+    return _command("remove-fd", fdset_id=fdset_id)
+
+
+def query_fdsets() -> Command:
+    return _command("query-fdsets")
+
+
+def parse_fdsets(reply: Any) -> dict[int, tuple[str, ...]]:
+    """fd set -> the notes (``opaque``) on its descriptors."""
+    return {
+        _int(fdset, "fdset-id"): tuple(
+            str(fd["opaque"]) for fd in _list(fdset.get("fds")) if "opaque" in fd
+        )
+        for fdset in _list(reply)
+    }
+
+
+# --- nodes ---
+
+
+def blockdev_add_overlay(
+    node: naming.NodeName, file: naming.NodeName, filename: str, backing: naming.NodeName
+) -> Command:
+    """Open the qcow2 image in FILENAME as NODE, its file as FILE, over the node BACKING."""
+    protocol = {"driver": "file", "node-name": file, "filename": filename}
+    return _command("blockdev-add", driver="qcow2", node_name=node, file=protocol, backing=backing)
+
+
+def blockdev_del(node: naming.NodeName) -> Command:
+    return _command("blockdev-del", node_name=node)
+
+
+# --- jobs ---
+
+
+def blockdev_backup(
+    job: naming.JobId, device: naming.NodeName, target: naming.NodeName
+) -> dict[str, Any]:
+    """The transaction action: from now on, old data of DEVICE goes to TARGET before it is lost."""
+    data = {
+        "job-id": job,
+        "device": device,
+        "target": target,
+        "sync": "none",
+        "auto-dismiss": False,
+    }
+    return {"type": "blockdev-backup", "data": data}
+
+
+def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:
+    return _command("transaction", actions=list(actions))
+
+
+def query_jobs() -> Command:
+    return _command("query-jobs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One entry of ``query-jobs``: QAPI's JobInfo."""
+
+    id: naming.JobId
+    type: str
+    status: str
+    error: str | None
+
+
+def parse_jobs(reply: Any) -> dict[naming.JobId, Job]:
+    jobs = {}
+    for item in _list(reply):
+        id = naming.JobId(_str(item, "id"))
+        jobs[id] = Job(id, _str(item, "type"), _str(item, "status"), item.get("error"))
+    return jobs
+
+
+def block_job_cancel(job: naming.JobId) -> Command:
+    """Fails as JobNotFound when the job is gone."""
+    return _command("block-job-cancel", device=job)
+
+
+def job_dismiss(job: naming.JobId) -> Command:
+    return _command("job-dismiss", id=job)
+
+
+# --- NBD ---
+
+
+def nbd_server_start(address: backup_conf.Address) -> Command:
+    """Any number of clients: QEMU's own limit differs from version to version."""
+    match address:
+        case backup_conf.IpAddress(host, port):
+            addr = {"type": "inet", "data": {"host": host, "port": str(port)}}
+        case backup_conf.UnixAddress(path):
+            addr = {"type": "unix", "data": {"path": path}}
+    return _command("nbd-server-start", addr=addr, max_connections=0)
+
+
+def nbd_server_stop() -> Command:
+    return _command("nbd-server-stop")
+
+
+def block_export_add_nbd(id: naming.ExportId, node: naming.NodeName, name: str) -> Command:
+    return _command(
+        "block-export-add", type="nbd", id=id, node_name=node, name=name, writable=False
+    )
+
+
+def block_export_del(id: naming.ExportId, mode: Literal["safe", "hard"]) -> Command:
+    return _command("block-export-del", id=id, mode=mode)
+
+
+def query_block_exports() -> Command:
+    return _command("query-block-exports")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """One entry of ``query-block-exports``: QAPI's BlockExportInfo."""
+
+    id: naming.ExportId
+    type: str
+    node: naming.NodeName
+    shutting_down: bool
+
+
+def parse_exports(reply: Any) -> dict[naming.ExportId, Export]:
+    exports = {}
+    for item in _list(reply):
+        id = naming.ExportId(_str(item, "id"))
+        node = naming.NodeName(_str(item, "node-name"))
+        exports[id] = Export(id, _str(item, "type"), node, bool(item.get("shutting-down")))
+    return exports
+
+
+# --- shapes ---
+
+
+def _unexpected(what: str, reply: Any) -> qmp.ProtocolError:
+    return qmp.ProtocolError(f"unexpected reply to {what}: {str(reply)[:200]}")
+
+
+def _list(reply: Any) -> list[dict[str, Any]]:
+    if isinstance(reply, list) and all(isinstance(item, dict) for item in reply):
+        return reply
+    raise _unexpected("a query", reply)
+
+
+def _str(item: Any, key: str) -> str:
+    value = item.get(key) if isinstance(item, dict) else None
+    if isinstance(value, str):
+        return value
+    raise _unexpected(f"a query ('{key}')", item)
+
+
+def _int(item: Any, key: str) -> int:
+    value = item.get(key) if isinstance(item, dict) else None
+    if type(value) is int:
+        return value
+    raise _unexpected(f"a query ('{key}')", item)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What we call things in QEMU: unique for a backup, and recognisable as ours after a crash.
+
+Everything is named ``virtbackup-ID-N[-PART]``: ID is the backup's, eight hex digits; N the disk's
+number. QEMU wants identifiers that begin with a letter and node names of at most 31 bytes.
+"""
+
+import re
+from typing import NewType
+
+NodeName = NewType("NodeName", str)
+JobId = NewType("JobId", str)
+ExportId = NewType("ExportId", str)
+BackupId = NewType("BackupId", str)
+
+PREFIX = "virtbackup-"
+_OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)?")
+
+
+def scratch_file_node(backup: BackupId, number: int) -> NodeName:
+    """The scratch image's protocol node."""
+    return NodeName(f"{PREFIX}{backup}-{number}-file")
+
+
+def scratch_node(backup: BackupId, number: int) -> NodeName:
+    """The scratch image itself: the overlay that is exported."""
+    return NodeName(f"{PREFIX}{backup}-{number}-scr")
+
+
+def is_file(node: NodeName) -> bool:
+    """Whether one of our nodes is an image's file, which QEMU deletes with the image."""
+    return node.endswith("-file")
+
+
+def backup_job(backup: BackupId, number: int) -> JobId:
+    """The job that copies old data before the guest's writes."""
+    return JobId(f"{PREFIX}{backup}-{number}")
+
+
+def export(backup: BackupId, number: int) -> ExportId:
+    """The NBD export, by its id; its name is the user's."""
+    return ExportId(f"{PREFIX}{backup}-{number}")
+
+
+def fdset_opaque(backup: BackupId, number: int) -> str:
+    """The note on the fd set that hands the scratch image over."""
+    return f"{PREFIX}{backup}-{number}"
+
+
+def backup_of(name: str) -> BackupId | None:
+    """Whose backup's thing NAME is, or None when it is none of ours."""
+    match = _OURS.fullmatch(name)
+    return BackupId(match[1]) if match else None

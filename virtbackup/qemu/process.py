@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Running a plan, step by step, without deciding anything (the patch's qemuDomainBackupStart).
+
+The caller undoes a run that fails, by a sweep; a step here only does.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import socket
+import stat
+from collections.abc import Callable, Iterator
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import backup, monitor, monitor_json, scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a plan; BY_FD says how scratch images are handed over."""
+
+    qemu: monitor.Monitor
+    plan: backup.BackupPlan
+    by_fd: bool
+
+    def server(self) -> None:
+        """Start the NBD server: first of all, as it is the step another user of QEMU refuses."""
+        try:
+            self.qemu.execute(monitor_json.nbd_server_start(self.plan.address))
+        except monitor_json.CommandFailed as failure:
+            if failure.desc == "NBD server already running":
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    "the domain's NBD server is already in use by another job or client",
+                ) from failure
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED,
+                f"cannot listen on {describe(self.plan.address)}: {failure.desc}",
+            ) from failure
+
+    def scratch_images(self) -> None:
+        """Make every disk's scratch image and open it over the live disk."""
+        for disk in self.plan.disks:
+            with _naming(disk.target), self._scratch_file(disk) as filename:
+                self.qemu.execute(disk.overlay_command(filename))
+
+    def freeze(self) -> None:
+        """The instant: one transaction for all disks."""
+        try:
+            self.qemu.execute(self.plan.transaction())
+        except monitor_json.CommandFailed as failure:
+            for disk in self.plan.disks:
+                if f"'{disk.node}'" in failure.desc or f"'{disk.job}'" in failure.desc:
+                    raise _of_disk(disk.target, failure) from failure
+            raise
+
+    def exports(self) -> None:
+        """Show every frozen disk under its export name."""
+        self._each(backup.DiskPlan.export_command)
+
+    def _each(self, command_for: Callable[[backup.DiskPlan], monitor_json.Command]) -> None:
+        """One command for every disk, sent together; a refusal says of which disk it was."""
+        commands = [command_for(disk) for disk in self.plan.disks]
+        try:
+            self.qemu.execute_all(commands)
+        except monitor_json.CommandFailed as failure:
+            for disk, command in zip(self.plan.disks, commands, strict=True):
+                if failure.command is command:
+                    raise _of_disk(disk.target, failure) from failure
+            raise
+
+    @contextlib.contextmanager
+    def _scratch_file(self, disk: backup.DiskPlan) -> Iterator[str]:
+        """The name by which QEMU can open the new scratch file for as long as this lasts.
+
+        A file of ours loses its name here, whatever happens; one of the user's keeps it.
+        """
+        path = scratch.name(disk.source, disk.opaque)
+        fd = None
+        if disk.source.dir is not None and self.by_fd:
+            fd = scratch.create_nameless(disk.source.dir, disk.target)
+        if fd is None:
+            fd = scratch.create(path, disk.target, self.qemu.peer_uid())
+        try:
+            scratch.format(fd, disk.size, disk.target)
+            if self.by_fd:
+                with self._fdset(fd, disk.opaque) as filename:
+                    yield filename
+            else:
+                yield path
+        finally:
+            os.close(fd)
+            if disk.source.dir is not None:
+                scratch.remove(path)
+
+    @contextlib.contextmanager
+    def _fdset(self, fd: int, opaque: str) -> Iterator[str]:
+        """FD in a fd set. The set is given up as soon as QEMU has opened its own descriptor from
+        it: with the last of those it vanishes, even when the guest is paused by then."""
+        fdset = monitor_json.parse_add_fd(self.qemu.execute(monitor_json.add_fd(fd, opaque)))
+        yield f"/dev/fdset/{fdset}"
+        self.qemu.execute(monitor_json.remove_fd(fdset))
+
+
+def describe(address: backup_conf.Address) -> str:
+    """An address as people write it."""
+    match address:
+        case backup_conf.IpAddress(host, port):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        case backup_conf.UnixAddress(path):
+            return f"'{path}'"
+
+
+def check_address(address: backup_conf.Address) -> None:
+    """Refuse a unix path where QEMU would replace what is not a socket nobody listens on.
+
+    Errors: VIR_ERR_INVALID_ARG.
+    """
+    if not isinstance(address, backup_conf.UnixAddress):
+        return
+    try:
+        mode = pathlib.Path(address.path).lstat().st_mode
+    except OSError:
+        return  # QEMU says what is wrong with a path that it cannot bind
+    if not stat.S_ISSOCK(mode):
+        raise errors.error(
+            libvirt.VIR_ERR_INVALID_ARG, f"'{address.path}' exists and is not a socket"
+        )
+    if answers(address):
+        raise errors.error(
+            libvirt.VIR_ERR_INVALID_ARG, f"another server listens on '{address.path}'"
+        )
+
+
+def answers(address: backup_conf.Address) -> bool:
+    """Whether anybody listens on ADDRESS."""
+    try:
+        match address:
+            case backup_conf.IpAddress(host, port):
+                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+                socket.create_connection((host, port), timeout=2).close()
+            case backup_conf.UnixAddress(path):
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.settimeout(2)
+                    probe.connect(path)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _naming(target: str) -> Iterator[None]:
+    """Say of which disk a refused command was."""
+    try:
+        yield
+    except monitor_json.CommandFailed as failure:
+        raise _of_disk(target, failure) from failure
+
+
+def _of_disk(target: str, failure: monitor_json.CommandFailed) -> errors.Error:
+    return errors.error(
+        libvirt.VIR_ERR_INTERNAL_ERROR,
+        f"disk '{target}': unable to execute QEMU command '{failure.command.execute}':"
+        f" {failure.desc}",
+    )

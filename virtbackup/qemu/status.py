@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is known of a domain's backup, on disk: any later process can stop it or clean up.
+
+One JSON file and one lock a domain, in a directory of this user's. The file is written before
+the first command that changes QEMU and removed after the last. What runs, QEMU says.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.qemu import naming
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
+_LOCK_POLL = 0.01
+
+Phase = Literal["starting", "running", "stopping"]
+
+Process = tuple[int, int]
+"""(pid, start in clock ticks since boot): a process for good, as pids are used again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskStatus:
+    """One disk, and the names of what was made for it."""
+
+    target: str
+    size: int
+    export: naming.ExportId
+    exportname: str
+    job: naming.JobId
+    scratch_file: naming.NodeName
+    path: str | None
+    """A file of ours that has a name for now; None once it has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """One domain's backup. The file is this type as JSON."""
+
+    id: naming.BackupId
+    phase: Phase
+    name: str
+    uuid: str
+    definition: str
+    """The live ``<domainbackup>``."""
+    started: float
+    """Seconds since the epoch."""
+    server: bool
+    """The NBD server is ours; while starting: only whatever listens on our address is."""
+    qemu: Process | None
+    owner: Process | None
+    """The process whose end is the backup's end; None: it goes on without one."""
+    disks: tuple[DiskStatus, ...]
+
+
+def parse(text: str) -> Status:
+    """Read a file. Errors: ValueError for what ``format`` did not write."""
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        if fields.pop("version") != VERSION:
+            raise ValueError("another version")
+        disks = tuple(DiskStatus(**disk) for disk in fields.pop("disks"))
+        qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
+        return Status(
+            disks=disks,
+            qemu=None if qemu is None else (int(qemu[0]), int(qemu[1])),
+            owner=None if owner is None else (int(owner[0]), int(owner[1])),
+            **fields,
+        )
+    except (KeyError, TypeError, AttributeError, IndexError) as failure:
+        raise ValueError(f"not a status: {failure!r}") from failure
+
+
+def format(status: Status) -> str:
+    """The file's text."""
+    return json.dumps({"version": VERSION, **dataclasses.asdict(status)}, indent=1) + "\n"
+
+
+def directory() -> pathlib.Path:
+    """Where status files live: $VIRTBACKUP_STATE_DIR, root's /run/virtbackup, or the user's."""
+    if own := os.environ.get("VIRTBACKUP_STATE_DIR"):
+        return pathlib.Path(own)
+    if os.geteuid() == 0:
+        return pathlib.Path("/run/virtbackup")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = pathlib.Path(runtime) if runtime else pathlib.Path.home() / ".cache"
+    return base / "virtbackup"
+
+
+class StatusFile:
+    """The file and the lock of one domain, KEY being the way to its monitor."""
+
+    def __init__(self, key: str) -> None:
+        stem = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
+        self.path = directory() / f"{stem}.json"
+        self._lock_path = self.path.with_suffix(".lock")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the domain's lock. Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as failure:
+            raise errors.system_error(
+                failure, f"cannot open state lock '{self._lock_path}'"
+            ) from failure
+        try:
+            _acquire(fd, self._lock_path)
+            yield
+        finally:
+            os.close(fd)
+
+    def load(self) -> Status | None:
+        """The status, or None where there is none (an unreadable one is logged and counts so)."""
+        try:
+            return parse(self.path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as failure:
+            logger.warning("status=%s unreadable: %s", self.path, failure)
+            return None
+
+    def save(self, status: Status) -> None:
+        """Replace the file; whoever reads sees the old one or the new one."""
+        partial = self.path.with_suffix(".partial")
+        try:
+            partial.write_text(format(status))
+            partial.replace(self.path)
+        except OSError as failure:
+            raise errors.system_error(failure, f"cannot write status '{self.path}'") from failure
+
+    def remove(self) -> None:
+        """Forget the backup."""
+        self.path.unlink(missing_ok=True)
+
+
+def _acquire(fd: int, path: pathlib.Path) -> None:
+    end = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as failure:
+            if time.monotonic() > end:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                    f"cannot acquire state lock '{path}': another process works on this domain",
+                ) from failure
+        time.sleep(_LOCK_POLL)

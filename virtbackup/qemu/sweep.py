@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Taking out of QEMU what a backup put there, found by name.
+
+One way for all ends of a backup: a start that fails, a stop, and what a crash left. What is
+removed is what QEMU shows under our names, not what somebody remembers to have made: so a step
+whose reply was lost is undone too, and a second sweep finds nothing. Failures are logged and the
+sweep goes on; nothing here raises but MonitorLost and timeouts.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from virtbackup.qemu import block, capabilities, monitor, monitor_json, naming, qmp
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 20.0
+"""Seconds to wait for exports and jobs to end; a reading client is cut off, a job is cancelled."""
+_LOOK_AGAIN = 0.05
+"""Seconds after which to ask again even though no event came."""
+
+_CONCLUDED = "concluded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweeper:
+    """Removes what carries the name of one backup, or of any of ours (BACKUP None)."""
+
+    qemu: monitor.Monitor
+    caps: capabilities.Capabilities
+    backup: naming.BackupId | None
+
+    def everything(self, stop_server: Callable[[], bool]) -> list[str]:
+        """All of it, in the only order that works; a line for each thing removed.
+
+        STOP_SERVER is asked, after our exports are gone, whether the NBD server is ours.
+        """
+        return [
+            *self.exports(),
+            *(self.server() if stop_server() else ()),
+            *self.jobs(),
+            *self.nodes(),
+            *self.fdsets(),
+        ]
+
+    def exports(self) -> list[str]:
+        """End our exports; their clients are disconnected. Returns when they are gone."""
+        removed = []
+        for attempt in self._attempts():
+            exports = self._own_exports()
+            if not exports:
+                break
+            if not attempt:
+                removed = [
+                    f"export '{export.id}'"
+                    for export in exports
+                    if self._execute(monitor_json.block_export_del(export.id, "hard"))
+                ]
+            self._wait("BLOCK_EXPORT_DELETED")
+        return removed
+
+    def server(self) -> list[str]:
+        """Stop the NBD server."""
+        return ["NBD server"] if self._execute(monitor_json.nbd_server_stop()) else []
+
+    def jobs(self) -> list[str]:
+        """Cancel our jobs and dismiss them. Returns when they are gone."""
+        cancelled: set[naming.JobId] = set()
+        removed = []
+        for _ in self._attempts():
+            jobs = self._own_jobs()
+            if not jobs:
+                break
+            for job in jobs:
+                if job.status == _CONCLUDED:
+                    self._execute(monitor_json.job_dismiss(job.id))
+                    removed.append(f"job '{job.id}'")
+                elif job.id not in cancelled:
+                    cancelled.add(job.id)
+                    self._execute(monitor_json.block_job_cancel(job.id))
+            if any(job.status != _CONCLUDED for job in jobs):
+                self._wait("JOB_STATUS_CHANGE")
+        return removed
+
+    def nodes(self) -> list[str]:
+        """Delete our scratch images; the node of an image's file goes with it."""
+        return [
+            f"node '{node}'"
+            for node in self._own_nodes()
+            if self._execute(monitor_json.blockdev_del(node))
+        ]
+
+    def fdsets(self) -> list[str]:
+        """Take back the descriptors we handed over."""
+        return [
+            f"fdset {fdset}"
+            for fdset in self._own_fdsets()
+            if self._execute(monitor_json.remove_fd(fdset))
+        ]
+
+    # --- what is ours ---
+
+    def _is_ours(self, name: str) -> bool:
+        backup = naming.backup_of(name)
+        return backup is not None and self.backup in (None, backup)
+
+    def _own_exports(self) -> list[monitor_json.Export]:
+        reply = self.qemu.execute(monitor_json.query_block_exports())
+        exports = monitor_json.parse_exports(reply)
+        return [export for id, export in exports.items() if self._is_ours(id)]
+
+    def _own_jobs(self) -> list[monitor_json.Job]:
+        jobs = monitor_json.parse_jobs(self.qemu.execute(monitor_json.query_jobs()))
+        return [job for id, job in jobs.items() if self._is_ours(id)]
+
+    def _own_nodes(self) -> list[naming.NodeName]:
+        reply = self.qemu.execute(monitor_json.query_named_block_nodes())
+        nodes = block.parse_named_nodes(reply)
+        return [node for node in nodes if self._is_ours(node) and not naming.is_file(node)]
+
+    def _own_fdsets(self) -> list[int]:
+        if not self.caps.fdsets:
+            return []
+        fdsets = monitor_json.parse_fdsets(self.qemu.execute(monitor_json.query_fdsets()))
+        return [fdset for fdset, notes in fdsets.items() if any(map(self._is_ours, notes))]
+
+    # --- doing it ---
+
+    def _execute(self, command: monitor_json.Command) -> bool:
+        """Whether QEMU did it. That it was gone already is no news; else the reason is logged."""
+        try:
+            self.qemu.execute(command)
+        except monitor_json.JobNotFound:
+            return False
+        except monitor_json.CommandFailed as failure:
+            logger.warning("cleanup command=%s failed: %s", command.execute, failure.desc)
+            return False
+        return True
+
+    def _attempts(self) -> Iterator[int]:
+        """0, 1, 2, ... until TIMEOUT."""
+        end = time.monotonic() + TIMEOUT
+        attempt = 0
+        while time.monotonic() < end:
+            yield attempt
+            attempt += 1
+        logger.warning("cleanup gave up after %g seconds", TIMEOUT)
+
+    def _wait(self, event: str) -> None:
+        def matches(seen: qmp.Event) -> bool:
+            return seen.name == event
+
+        self.qemu.wait_event(matches, _LOOK_AGAIN)
