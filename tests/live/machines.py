@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Real QEMU processes for the live tests: started, spoken to and ended by the test that asked.
+
+A machine has two monitors: the one the code under test uses (``qmp``) and a private one
+(``probe``) through which the test looks at QEMU and makes the guest write, because a QMP
+monitor serves one client at a time.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+STATE_QUERIES = (
+    "query-block",
+    "query-named-block-nodes",
+    "query-jobs",
+    "query-block-jobs",
+    "query-block-exports",
+    "query-fdsets",
+    "x-debug-query-block-graph",
+)
+VOLATILE = {"actual-size", "writeback"}
+
+
+class Probe:
+    """A second, independent QMP client: plain, synchronous, knows nothing of the package."""
+
+    def __init__(self, path: pathlib.Path, deadline: float = 20.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(deadline)
+        self._socket.connect(str(path))
+        self._file = self._socket.makefile("rb")
+        self.events: list[dict[str, Any]] = []
+        json.loads(self._file.readline())
+        self("qmp_capabilities")
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        reply = self.reply(command, **arguments)
+        if "error" in reply:
+            raise AssertionError(f"{command}: {reply['error']['desc']}")
+        return reply["return"]
+
+    def reply(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """The whole reply, an error included; events met on the way are kept."""
+        names = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._socket.sendall(json.dumps({"execute": command, "arguments": names}).encode())
+        while True:
+            message: dict[str, Any] = json.loads(self._file.readline())
+            if "event" not in message:
+                return message
+            self.events.append(message)
+
+    def wait_event(self, name: str) -> dict[str, Any]:
+        """The next event of that name (those already met count); socket deadline applies."""
+        while True:
+            for index, event in enumerate(self.events):
+                if event["event"] == name:
+                    return self.events.pop(index)
+            message = json.loads(self._file.readline())
+            if "event" in message:
+                self.events.append(message)
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+class Machine:
+    """One QEMU or qemu-storage-daemon process in a directory of its own."""
+
+    def __init__(self, directory: pathlib.Path, argv: Sequence[str]) -> None:
+        self.directory = directory
+        self.qmp = directory / "qmp.sock"
+        self._probe_path = directory / "probe.sock"
+        self.log = directory / "qemu.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                ["stdbuf", "-oL", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._wait_for(self._probe_path)
+        self._wait_for(self.qmp)
+        self.probe = Probe(self._probe_path)
+
+    @property
+    def uri(self) -> str:
+        return f"qmp://{self.qmp}"
+
+    def _wait_for(self, path: pathlib.Path, deadline: float = 20.0) -> None:
+        end = time.monotonic() + deadline
+        while not path.is_socket():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"QEMU did not come up: {self.log.read_text()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.005)
+
+    def state(self) -> dict[str, Any]:
+        """What QEMU says of its block layer, comparable before and after a backup."""
+        state: dict[str, Any] = {}
+        for command in STATE_QUERIES:
+            reply = self.probe.reply(command)
+            state[command] = _comparable(reply.get("return", reply.get("error")))
+        return state
+
+    def io(self, device: str, command: str) -> None:
+        """Make the guest's DEVICE do a qemu-io COMMAND, e.g. ``write -P 0xab 0 64k``.
+
+        DEVICE is a scsi or ide disk's id, or a virtio-blk disk's id (its backend is meant).
+        Raises AssertionError when qemu-io reports a failure.
+        """
+        start = self.log.stat().st_size
+        if device in self._virtio():
+            device = f"/machine/peripheral/{device}/virtio-backend"
+        text = self.probe("human-monitor-command", command_line=f'qemu-io -d {device} "{command}"')
+        with self.log.open("rb") as log:
+            log.seek(start)
+            said = text + log.read().decode(errors="replace")
+        if "failed" in said or "Error" in said or "Permission" in said:
+            raise AssertionError(f"qemu-io {device} {command}: {said}")
+
+    def _virtio(self) -> set[str]:
+        found = set()
+        for disk in self.probe("query-block"):
+            if match := re.fullmatch(
+                r"/machine/peripheral/(.*)/virtio-backend", disk.get("qdev", "")
+            ):
+                found.add(match[1])
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.probe.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def __enter__(self) -> "Machine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _comparable(value: Any) -> Any:
+    """Drop what the guest changes by itself: space used, its drivers' write cache, graph ids."""
+    if isinstance(value, dict):
+        if set(value) == {"edges", "nodes"}:
+            return _graph(value)
+        return {k: _comparable(v) for k, v in value.items() if k not in VOLATILE}
+    if isinstance(value, list):
+        return [_comparable(item) for item in value]
+    return value
+
+
+def _graph(value: dict[str, Any]) -> Any:
+    names = {node["id"]: f"{node['type']} {node['name']}" for node in value["nodes"]}
+    edges = [(names[e["parent"]], e["name"], names[e["child"]]) for e in value["edges"]]
+    return {"nodes": sorted(names.values()), "edges": sorted(edges)}
+
+
+def qemu(directory: pathlib.Path, *extra: str, binary: str = "qemu-system-x86_64") -> Machine:
+    """A guestless QEMU (``-S`` unless ``-S`` is answered by ``cont``) with EXTRA arguments."""
+    return Machine(
+        directory,
+        [
+            binary, "-M", "q35,accel=tcg", "-m", "64", "-nodefaults", "-display", "none",
+            "-qmp", f"unix:{directory}/probe.sock,server=on,wait=off",
+            "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
+            *extra,
+        ],
+    )  # fmt: skip
+
+
+def storage_daemon(directory: pathlib.Path, *extra: str) -> Machine:
+    """A qemu-storage-daemon with EXTRA arguments."""
+    return Machine(
+        directory,
+        [
+            "qemu-storage-daemon",
+            "--chardev", f"socket,path={directory}/probe.sock,server=on,wait=off,id=p0",
+            "--monitor", "chardev=p0",
+            "--chardev", f"socket,path={directory}/qmp.sock,server=on,wait=off,id=m0",
+            "--monitor", "chardev=m0",
+            *extra,
+        ],
+    )  # fmt: skip
+
+
+def image(
+    path: pathlib.Path, size: int, fmt: str = "raw", backing: pathlib.Path | None = None
+) -> pathlib.Path:
+    """Make an image of SIZE bytes with Debian's qemu-img."""
+    argv = ["qemu-img", "create", "-q", "-f", fmt]
+    if backing:
+        argv += ["-b", str(backing), "-F", "qcow2"]
+    subprocess.run([*argv, str(path), str(size)], check=True)
+    return path
+
+
+def contents(path: pathlib.Path, fmt: str) -> bytes:
+    """The guest-visible bytes of an image that may be in use."""
+    return subprocess.run(
+        ["qemu-img", "dd", "-U", "-f", fmt, "-O", "raw", f"if={path}", "of=/dev/stdout"],
+        check=True, capture_output=True,
+    ).stdout  # fmt: skip
+
+
+@contextlib.contextmanager
+def two_disks(directory: pathlib.Path, *extra: str, size: int = 64 << 20) -> Iterator[Machine]:
+    """A running QEMU with vda (qcow2, virtio-blk) and sdb (raw, virtio-scsi)."""
+    image(directory / "a.qcow2", size, "qcow2")
+    image(directory / "b.raw", size)
+    with qemu(
+        directory,
+        "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={directory}/a.qcow2",
+        "-device", "virtio-blk,drive=A,id=vda",
+        "-device", "virtio-scsi,id=scsi0",
+        "-blockdev", f"raw,node-name=B,file.driver=file,file.filename={directory}/b.raw",
+        "-device", "scsi-hd,drive=B,id=sdb",
+        *extra,
+    ) as machine:  # fmt: skip
+        yield machine

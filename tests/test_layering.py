@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Imports go down only, and the pure layers do no I/O: read from the source by ``ast``."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "virtbackup"
+
+MAY_IMPORT = {
+    "errors": set(),
+    "conf": {"errors", "conf"},
+    "nbd": {"errors", "nbd"},
+    "access": {"errors", "conf"},
+    "hypervisor": {"errors", "conf"},
+    "api": {"errors", "conf", "hypervisor", "access"},
+    "extend": {"errors", "conf", "hypervisor", "api"},
+    "qemu": {"errors", "conf", "hypervisor", "qemu"},
+    "remote": {"errors", "hypervisor", "access", "remote"},
+    "tools": {"api", "conf", "nbd", "errors", "tools"},
+    "__init__": {"api", "errors"},
+}
+
+PURE = {
+    "conf": None,
+    "qemu": {
+        "backup", "block", "blockjob", "capabilities", "monitor_json", "naming", "qcow2", "qmp"
+    },
+    "nbd": {"extents"},
+}  # fmt: skip
+
+IO = {"asyncio", "fcntl", "os", "select", "selectors", "signal", "socket", "subprocess",
+      "threading", "time"}  # fmt: skip
+
+
+def layer(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Full dotted names of the modules that a source file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layers_of(names: set[str]) -> set[str]:
+    """The layers of ours among imported names; ``import virtbackup`` is the public face, api."""
+    found = {name.split(".")[1] if "." in name else "api" for name in names
+             if name.split(".")[0] == "virtbackup"}  # fmt: skip
+    return {"api" if name in ("Error", "open", "Connection", "Domain") else name for name in found}
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: pathlib.Path) -> None:
+    wrong = layers_of(imported(path)) - MAY_IMPORT[layer(path)]
+    assert not wrong, f"{path.name} may not import {wrong}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_pure_modules_do_no_io(path: pathlib.Path) -> None:
+    pure = PURE.get(layer(path), set())
+    if pure is not None and path.stem not in pure:
+        return
+    assert not {name.split(".")[0] for name in imported(path)} & IO
+
+
+def test_every_layer_is_ruled() -> None:
+    assert {layer(path) for path in SOURCES} <= set(MAY_IMPORT)
+
+
+def test_the_check_can_fail(tmp_path: pathlib.Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from virtbackup.qemu import driver\n    import socket\n")
+    assert layers_of(imported(bad)) == {"qemu"}
+    assert "socket" in imported(bad)
