@@ -36,6 +36,14 @@ NBD_IOTHREAD_ABORT = Defect(
     " (nbd_blockdev_client_closed: Assertion `qemu_in_main_thread() && nbd_server' failed)",
 )
 
+NBD_STOP_HANG = Defect(
+    (7, 2, 14),
+    (10, 0, 0),
+    "nbd-server-stop never returns, and the guest stands still, while an NBD client is connected"
+    " that has not finished the handshake",
+)
+"""Seen on 7.2.22; what lies between it and 10.0 is taken to be alike."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:

@@ -112,8 +112,7 @@ def _iothreads(
     iothread exists at all, such a node is taken to be in it."""
     if "qom-list" not in caps.commands:
         return {}
-    reply = qemu.execute(monitor_json.qom_list("/objects"))
-    iothreads = monitor_json.parse_iothread_objects(reply)
+    iothreads = _iothread_objects(qemu)
     if not iothreads:
         return {}
     if not caps.devices:
@@ -123,6 +122,16 @@ def _iothreads(
         for disk in found
         if disk.qom_path and (iothread := _iothread_of(qemu, disk.qom_path))
     }
+
+
+def _iothread_objects(qemu: monitor.Monitor) -> tuple[str, ...]:
+    try:
+        reply = qemu.execute(monitor_json.qom_list("/objects"))
+    except monitor_json.CommandFailed as failure:
+        if failure.error_class != "DeviceNotFound":
+            raise
+        return ()  # no object was ever made
+    return monitor_json.parse_iothread_objects(reply)
 
 
 def _iothread_of(qemu: monitor.Monitor, path: str) -> str | None:

@@ -25,11 +25,11 @@ from virtbackup.qemu import (
     backup,
     block,
     blockjob,
-    capabilities,
     domain,
     monitor,
     monitor_json,
     naming,
+    nbdserver,
     process,
     qmp,
     scratch,
@@ -217,7 +217,7 @@ class QmpDriver:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is running: backup-stop ends it",
                         )
-                    return self._clean(qemu, known.capabilities, left)
+                    return self._clean(qemu, known, left)
             except errors.Error as failure:
                 if not _is_dead(failure):
                     raise
@@ -241,7 +241,7 @@ class QmpDriver:
             )
         if left is None and not state.backups():
             return state
-        for line in self._clean(qemu, known.capabilities, left):
+        for line in self._clean(qemu, known, left):
             logger.info("left by an earlier backup, removed: %s", line)
         return domain.ask(qemu, known.capabilities)
 
@@ -250,34 +250,30 @@ class QmpDriver:
         self._file.save(starting)
         try:
             run.server()
+            starting = dataclasses.replace(starting, server=True)
             run.scratch_images()
             run.freeze()
             run.exports()
-            self._file.save(dataclasses.replace(starting, phase="running", server=True))
+            self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException:
-            self._undo(run.qemu, known.capabilities, starting)
+            self._undo(run.qemu, known, starting)
             raise
         logger.info("backup=%s started disks=%d", starting.id, len(starting.disks))
 
-    def _undo(
-        self,
-        qemu: monitor.Monitor,
-        caps: capabilities.Capabilities,
-        starting: status.Status,
-    ) -> None:
+    def _undo(self, qemu: monitor.Monitor, known: domain.Identity, starting: status.Status) -> None:
         """After a failed start. Where the monitor broke, by a new one; else the next call will."""
         try:
-            self._clean(qemu, caps, starting)
+            self._clean(qemu, known, starting)
         except (errors.Error, qmp.ProtocolError) as failure:
             logger.warning("backup=%s undo: %s; trying again", starting.id, failure)
             try:
-                with self._monitor() as (fresh, known):
-                    self._clean(fresh, known.capabilities, starting)
-            except errors.Error as again:
-                if _is_dead(again):
+                with self._monitor() as (fresh, again):
+                    self._clean(fresh, again, starting)
+            except errors.Error as lasting:
+                if _is_dead(lasting):
                     self._forget(starting)
                 else:
-                    logger.warning("backup=%s left for backup-cleanup: %s", starting.id, again)
+                    logger.warning("backup=%s left for backup-cleanup: %s", starting.id, lasting)
 
     # --- stop, info and cleanup ---
 
@@ -292,7 +288,7 @@ class QmpDriver:
         try:
             with self._monitor() as (qemu, known):
                 reasons = self._end(qemu, known, running)
-                self._clean(qemu, known.capabilities, running)
+                self._clean(qemu, known, running)
                 return reasons
         except errors.Error as failure:
             if not _is_dead(failure) and not (
@@ -335,32 +331,40 @@ class QmpDriver:
         return blockjob.judge(running.disks, jobs, exports)
 
     def _clean(
-        self,
-        qemu: monitor.Monitor,
-        caps: capabilities.Capabilities,
-        left: status.Status | None,
+        self, qemu: monitor.Monitor, known: domain.Identity, left: status.Status | None
     ) -> list[str]:
         """Take a backup out of QEMU, then its files; without a status, whatever is ours by name."""
-        sweeper = sweep.Sweeper(qemu, caps, left.id if left else None)
-        exports = sweeper.exports()
-        removed = [
-            *exports,
-            *sweeper.everything(lambda: self._owns_server(qemu, left, bool(exports))),
-        ]
+        sweeper = sweep.Sweeper(qemu, known.capabilities, left.id if left else None)
+        removed = sweeper.exports()
+        stopped = True
+        if self._owns_server(qemu, known, left, bool(removed)):
+            stopped = sweeper.server(_pid(known), _address(left) if left else None)
+            removed.append("NBD server")
+        removed += [*sweeper.jobs(), *sweeper.nodes(), *sweeper.fdsets()]
         if left is not None:
             removed += _remove_files(left)
-            self._file.remove()
-        return removed
+            if stopped:
+                self._file.remove()
+            else:
+                self._file.save(dataclasses.replace(left, phase="stopping", disks=()))
+        return removed if stopped else [line for line in removed if line != "NBD server"]
 
     def _owns_server(
-        self, qemu: monitor.Monitor, left: status.Status | None, had_exports: bool
+        self,
+        qemu: monitor.Monitor,
+        known: domain.Identity,
+        left: status.Status | None,
+        had_exports: bool,
     ) -> bool:
-        """Whether the NBD server that may run is ours to stop."""
-        if monitor_json.parse_exports(qemu.execute(monitor_json.query_block_exports())):
+        """Whether an NBD server runs that is ours to stop: nobody else may export on it."""
+        exports = monitor_json.parse_exports(qemu.execute(monitor_json.query_block_exports()))
+        if any(export.type == "nbd" for export in exports.values()):
             return False
         if left is None:
             return had_exports
-        return left.server or process.answers(_address(left))
+        if left.server:
+            return not _restarted(known, left)
+        return nbdserver.listens(_pid(known) or os.getpid(), _address(left))
 
     def _forget(self, left: status.Status) -> list[str]:
         """Remove the files of a backup whose QEMU is gone."""
@@ -392,7 +396,7 @@ def _is_dead(failure: errors.Error) -> bool:
 def _is_dead_socket(address: backup_conf.UnixAddress) -> bool:
     with contextlib.suppress(OSError):
         mode = pathlib.Path(address.path).lstat().st_mode
-        return stat.S_ISSOCK(mode) and not process.answers(address)
+        return stat.S_ISSOCK(mode) and not nbdserver.answers(address)
     return False
 
 
@@ -417,6 +421,10 @@ def _alive(owner: status.Process | None) -> bool:
 
 def _new_id() -> naming.BackupId:
     return naming.BackupId(secrets.token_hex(4))
+
+
+def _pid(known: domain.Identity) -> int | None:
+    return known.process[0] if known.process else None
 
 
 def _all(running: status.Status, reason: str) -> dict[str, str]:

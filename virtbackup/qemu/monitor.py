@@ -164,10 +164,12 @@ class Monitor:
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(CONNECT_TIMEOUT)
+        # A full queue of waiting clients makes a non-blocking connect fail at once; a blocking
+        # one waits for as long as it may send (unix(7)).
+        _limit_sending(connection, CONNECT_TIMEOUT)
         try:
             connection.connect(self.path)
-        except TimeoutError as failure:
+        except BlockingIOError as failure:
             connection.close()
             raise self._busy() from failure
         except OSError as failure:
@@ -175,7 +177,7 @@ class Monitor:
             raise errors.system_error(
                 failure, f"failed to connect to monitor socket '{self.path}'"
             ) from failure
-        connection.settimeout(None)
+        _limit_sending(connection, REPLY_TIMEOUT)
         return connection
 
     def _busy(self) -> errors.Error:
@@ -247,6 +249,11 @@ class Monitor:
             text = line.decode(errors="replace").strip()
             self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
             self._trace.flush()
+
+
+def _limit_sending(connection: socket.socket, seconds: float) -> None:
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def process_start(pid: int) -> int | None:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import socket
 import stat
 from collections.abc import Callable, Iterator
 
@@ -16,7 +15,7 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import backup, monitor, monitor_json, scratch
+from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,26 +129,10 @@ def check_address(address: backup_conf.Address) -> None:
         raise errors.error(
             libvirt.VIR_ERR_INVALID_ARG, f"'{address.path}' exists and is not a socket"
         )
-    if answers(address):
+    if nbdserver.answers(address):
         raise errors.error(
             libvirt.VIR_ERR_INVALID_ARG, f"another server listens on '{address.path}'"
         )
-
-
-def answers(address: backup_conf.Address) -> bool:
-    """Whether anybody listens on ADDRESS."""
-    try:
-        match address:
-            case backup_conf.IpAddress(host, port):
-                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-                socket.create_connection((host, port), timeout=2).close()
-            case backup_conf.UnixAddress(path):
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.settimeout(2)
-                    probe.connect(path)
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ sweep goes on; nothing here raises but MonitorLost and timeouts.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from virtbackup.qemu import block, capabilities, monitor, monitor_json, naming, qmp
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import block, capabilities, monitor, monitor_json, naming, nbdserver, qmp
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +33,6 @@ class Sweeper:
     caps: capabilities.Capabilities
     backup: naming.BackupId | None
 
-    def everything(self, stop_server: Callable[[], bool]) -> list[str]:
-        """All of it, in the only order that works; a line for each thing removed.
-
-        STOP_SERVER is asked, after our exports are gone, whether the NBD server is ours.
-        """
-        return [
-            *self.exports(),
-            *(self.server() if stop_server() else ()),
-            *self.jobs(),
-            *self.nodes(),
-            *self.fdsets(),
-        ]
-
     def exports(self) -> list[str]:
         """End our exports; their clients are disconnected. Returns when they are gone."""
         removed = []
@@ -61,9 +49,26 @@ class Sweeper:
             self._wait("BLOCK_EXPORT_DELETED")
         return removed
 
-    def server(self) -> list[str]:
-        """Stop the NBD server."""
-        return ["NBD server"] if self._execute(monitor_json.nbd_server_stop()) else []
+    def server(self, pid: int | None, address: backup_conf.Address | None) -> bool:
+        """Stop the NBD server at ADDRESS of the QEMU that is process PID, its clients sent away
+        where both are known.
+
+        False: it was left running, since a client holds on and this QEMU would not survive it.
+        """
+        left = 0
+        if pid is not None and address is not None:
+            left = nbdserver.send_clients_away(
+                pid, address, lambda: self.qemu.execute(monitor_json.query_jobs())
+            )
+        if left and capabilities.NBD_STOP_HANG.affects(self.caps.version):
+            logger.warning(
+                "NBD server left running, clients=%d: %s",
+                left,
+                capabilities.NBD_STOP_HANG.evidence,
+            )
+            return False
+        self._execute(monitor_json.nbd_server_stop())
+        return True
 
     def jobs(self) -> list[str]:
         """Cancel our jobs and dismiss them. Returns when they are gone."""

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sending QEMU's NBD clients away before its server is stopped.
+
+``nbd-server-stop`` waits for clients that are still in the handshake. On some QEMUs (see
+``capabilities.NBD_STOP_HANG``) it then waits for ever, with the guest: their coroutines sleep in an
+event loop that the wait does not run. QMP has no way to disconnect such a client. So we do, from
+outside: a duplicate of QEMU's own socket (pidfd_getfd(2)) is shut down, while QEMU's loop runs.
+"""
+
+import contextlib
+import logging
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+from virtbackup.conf import backup_conf
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 5.0
+"""Seconds for QEMU to notice that its clients are gone."""
+
+_PIDFD_GETFD = 438
+_UNIX_CONNECTED = "03"
+_TCP_LISTEN = "0A"
+
+
+def send_clients_away(
+    pid: int, address: backup_conf.Address, let_qemu_run: Callable[[], object]
+) -> int:
+    """Close ADDRESS to newcomers and end every connection to it; how many clients still hold on.
+
+    PID is QEMU's. LET_QEMU_RUN is called between looks; QEMU's main loop has run when it returns.
+    Without the right to duplicate QEMU's sockets (ptrace(2)), clients are only waited for.
+    """
+    end = time.monotonic() + TIMEOUT
+    while True:
+        for duplicate in _duplicates(pid, address):
+            with contextlib.suppress(OSError), duplicate:
+                duplicate.shutdown(socket.SHUT_RDWR)
+        let_qemu_run()
+        left = len(_inodes(pid, address)[1])
+        if not left or time.monotonic() > end:
+            return left
+
+
+def listens(pid: int, address: backup_conf.Address) -> bool:
+    """Whether anybody listens on ADDRESS in the network namespace of process PID. Nothing is sent:
+    a connection made to find out would be one more client to wait for."""
+    return bool(_inodes(pid, address)[0])
+
+
+def answers(address: backup_conf.Address) -> bool:
+    """Whether anybody listens on ADDRESS."""
+    try:
+        match address:
+            case backup_conf.IpAddress(host, port):
+                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+                socket.create_connection((host, port), timeout=2).close()
+            case backup_conf.UnixAddress(path):
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.settimeout(2)
+                    probe.connect(path)
+    except OSError:
+        return False
+    return True
+
+
+def _duplicates(pid: int, address: backup_conf.Address) -> Iterator[socket.socket]:
+    """Duplicates of QEMU's sockets at ADDRESS, the listening one first."""
+    listening, connected = _inodes(pid, address)
+    if not listening and not connected:
+        return
+    import ctypes  # several milliseconds to load, and only a stop needs it
+
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    with contextlib.suppress(OSError):
+        process = os.pidfd_open(pid)
+        try:
+            for inode in (*listening, *connected):
+                for number in _descriptors(pid, inode):
+                    fd = syscall(_PIDFD_GETFD, process, number, 0)
+                    if fd >= 0:
+                        yield socket.socket(fileno=fd)
+                    else:
+                        logger.debug("pidfd_getfd fd=%d errno=%d", number, ctypes.get_errno())
+        finally:
+            os.close(process)
+
+
+def _descriptors(pid: int, inode: int) -> list[int]:
+    """The numbers by which process PID knows a socket; none where we may not look."""
+    numbers = []
+    with contextlib.suppress(OSError):
+        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(entry.readlink()) == f"socket:[{inode}]":
+                    numbers.append(int(entry.name))
+    return numbers
+
+
+def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int]]:
+    """(listening, connected) sockets at ADDRESS in PID's network namespace, by inode (proc(5))."""
+    match address:
+        case backup_conf.UnixAddress(path):
+            return _unix_inodes(_lines(pid, "unix"), path)
+        case backup_conf.IpAddress(_, port):
+            return _tcp_inodes([*_lines(pid, "tcp"), *_lines(pid, "tcp6")], port)
+
+
+def _unix_inodes(lines: list[str], path: str) -> tuple[list[int], list[int]]:
+    listening: list[int] = []
+    connected: list[int] = []
+    for line in lines:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == path:
+            (connected if fields[5] == _UNIX_CONNECTED else listening).append(int(fields[6]))
+    return listening, connected
+
+
+def _tcp_inodes(lines: list[str], port: int) -> tuple[list[int], list[int]]:
+    listening: list[int] = []
+    connected: list[int] = []
+    for line in lines:
+        fields = line.split()
+        inode = int(fields[9])
+        if inode and fields[1].endswith(f":{port:04X}"):
+            (listening if fields[3] == _TCP_LISTEN else connected).append(inode)
+    return listening, connected
+
+
+def _lines(pid: int, table: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    return []
