@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reading exports as users do: by nbdcopy, nbdinfo and qemu-img, none of it ours."""
+
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+
+def uri(socket: pathlib.Path, export: str) -> str:
+    return f"nbd+unix:///{export}?socket={socket}"
+
+
+def read(socket: pathlib.Path, export: str) -> bytes:
+    """The whole export, by nbdcopy."""
+    return read_uri(uri(socket, export))
+
+
+def read_uri(address: str) -> bytes:
+    done = subprocess.run(["nbdcopy", address, "-"], check=True, capture_output=True, timeout=60)
+    return done.stdout
+
+
+def exports(socket: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What nbdinfo lists, by export name."""
+    done = subprocess.run(
+        ["nbdinfo", "--json", "--list", f"nbd+unix://?socket={socket}"],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return {item["export-name"]: item for item in json.loads(done.stdout)["exports"]}

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A QMP proxy that spoils one command: real QEMU behind it, real faults before it.
+
+It stands on a unix socket of its own and passes lines and descriptors on. The command to be spoilt
+is chosen by its number, counted from 0 over all connections, the handshake not counted.
+"""
+
+import array
+import json
+import pathlib
+import socket
+import threading
+from typing import Any, Literal
+
+Fault = Literal["refuse", "lose-reply", "hang-up-before", "hang-up-after"]
+"""refuse: QEMU never sees the command, the client gets an error. lose-reply: QEMU does it, the
+client gets an error all the same. hang-up-*: the connection ends before or after QEMU did it."""
+
+
+class Proxy:
+    """Serves clients one after the other, as a QMP socket does."""
+
+    def __init__(self, directory: pathlib.Path, qmp: pathlib.Path) -> None:
+        self.path = directory / "proxy.sock"
+        self._qmp = qmp
+        self.commands: list[str] = []
+        self.spoil: tuple[int, Fault] | None = None
+        self.spoilt: str | None = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    @property
+    def uri(self) -> str:
+        return f"qmp://{self.path}"
+
+    def arm(self, number: int, fault: Fault) -> None:
+        """Spoil command NUMBER from now on."""
+        self.commands.clear()
+        self.spoilt = None
+        self.spoil = (number, fault)
+
+    def disarm(self) -> None:
+        self.commands.clear()
+        self.spoil = None
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with client, socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(self._qmp))
+                down = threading.Thread(target=_pump, args=(qemu, client), daemon=True)
+                down.start()
+                self._up(client, qemu)
+                _hang_up(qemu)
+                down.join()
+
+    def _up(self, client: socket.socket, qemu: socket.socket) -> None:
+        """From the client to QEMU, until the client goes or a fault hangs up."""
+        pending = b""
+        while True:
+            data, fds = _receive(client)
+            if not data:
+                return
+            pending += data
+            while b"\n" in pending:
+                line, pending = pending.split(b"\n", 1)
+                if not self._pass_on(json.loads(line), line, fds, client, qemu):
+                    return
+                fds = []
+
+    def _pass_on(
+        self,
+        command: dict[str, Any],
+        line: bytes,
+        fds: list[int],
+        client: socket.socket,
+        qemu: socket.socket,
+    ) -> bool:
+        fault = self._fault(command["execute"])
+        if fault == "hang-up-before":
+            _hang_up(client)
+            return False
+        if fault == "refuse":
+            _refuse(client, command)
+            return True
+        if fault == "lose-reply":
+            # QEMU answers with an id of ours, which the client knows nothing of.
+            _send(qemu, json.dumps({**command, "id": 10**6 + command["id"]}).encode(), fds)
+            _refuse(client, command)
+            return True
+        _send(qemu, line, fds)
+        if fault == "hang-up-after":
+            _hang_up(client)
+            return False
+        return True
+
+    def _fault(self, execute: str) -> Fault | None:
+        if execute == "qmp_capabilities":
+            return None
+        self.commands.append(execute)
+        if self.spoil is not None and len(self.commands) - 1 == self.spoil[0]:
+            self.spoilt = execute
+            return self.spoil[1]
+        return None
+
+
+def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
+    fds = array.array("i")
+    try:
+        data, ancillary, _, _ = source.recvmsg(1 << 16, socket.CMSG_SPACE(16))
+    except OSError:
+        return b"", []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return data, list(fds)
+
+
+def _send(target: socket.socket, line: bytes, fds: list[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    target.sendmsg([line + b"\n"], rights)
+    for fd in fds:
+        socket.close(fd)
+
+
+def _refuse(client: socket.socket, command: dict[str, Any]) -> None:
+    error = {"class": "GenericError", "desc": "spoilt by the test"}
+    client.sendall(json.dumps({"error": error, "id": command["id"]}).encode() + b"\r\n")
+
+
+def _hang_up(end: socket.socket) -> None:
+    try:
+        end.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    while True:
+        try:
+            data = source.recv(1 << 16)
+            if not data:
+                _hang_up(target)
+                return
+            target.sendall(data)
+        except OSError:
+            return

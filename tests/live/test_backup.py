@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One backup's way through a real QEMU: what is exported is the instant of the start."""
+
+import pathlib
+import socket
+import subprocess
+import threading
+
+import libvirt
+import nbd
+import pytest
+
+import virtbackup
+from tests.live import machines, nbdclient
+
+SIZE = 64 << 20
+
+
+def unix(directory: pathlib.Path, disks: str = "") -> str:
+    return (
+        f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/>'
+        f"<disks>{disks}</disks></domainbackup>"
+    )
+
+
+def free_port(host: str, family: socket.AddressFamily = socket.AF_INET) -> int:
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("extra", [(), ("-S",)], ids=["running", "paused"])
+def test_exports_show_the_instant_of_the_start(
+    tmp_path: pathlib.Path, extra: tuple[str, ...]
+) -> None:
+    with machines.two_disks(tmp_path, *extra) as machine, virtbackup.open(machine.uri) as conn:
+        machine.io("vda", "write -P 1 0 3M")
+        machine.io("sdb", "write -P 2 1M 70k")
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        machine.io("vda", "write -P 9 1M 100k")
+        machine.io("vda", "write -z 2M 64k")
+        machine.io("sdb", "discard 1M 64k")
+        machine.io("sdb", "write -P 9 33M 512")
+        expected = {
+            "vda": b"\1" * (3 << 20) + bytes(SIZE - (3 << 20)),
+            "sdb": bytes(1 << 20) + b"\2" * (70 << 10) + bytes(SIZE - (1 << 20) - (70 << 10)),
+        }
+        socket_path = tmp_path / "nbd.sock"
+        found = nbdclient.exports(socket_path)
+        assert {name: item["export-size"] for name, item in found.items()} == {
+            "vda": SIZE,
+            "sdb": SIZE,
+        }
+        assert all(item["is_read_only"] and item["can_multi_conn"] for item in found.values())
+        for name, content in expected.items():
+            assert nbdclient.read(socket_path, name) == content
+            converted = tmp_path / "converted.raw"
+            subprocess.run(
+                ["qemu-img", "convert", "-O", "raw", nbdclient.uri(socket_path, name), converted],
+                check=True,
+            )
+            assert converted.read_bytes() == content
+        dom.backupStop()
+        assert machine.state() == before
+        assert not socket_path.exists()
+        machine.io("vda", "read -P 9 1M 100k")
+        machine.io("sdb", "read -P 9 33M 512")
+
+
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6), ("localhost", socket.AF_INET)],
+)
+def test_tcp(tmp_path: pathlib.Path, host: str, family: socket.AddressFamily) -> None:
+    port = free_port(host, family)
+    xml = f'<domainbackup><address type="ip" host="{host}" port="{port}"/></domainbackup>'
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        machine.io("vda", "write -P 7 0 64k")
+        dom = conn.lookupByID(1)
+        dom.backupStart(xml)
+        at = f"[{host}]" if ":" in host else host
+        assert nbdclient.read_uri(f"nbd://{at}:{port}/vda")[: 64 << 10] == b"\7" * (64 << 10)
+        dom.backupStop()
+
+
+def test_port_in_use_is_named_and_nothing_remains(tmp_path: pathlib.Path) -> None:
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(machine.uri) as conn,
+        socket.socket() as taken,
+    ):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        before = machine.state()
+        xml = f'<domainbackup><address type="ip" host="127.0.0.1" port="{port}"/></domainbackup>'
+        with pytest.raises(virtbackup.Error, match=f"127.0.0.1:{port}.*Address already in use"):
+            conn.lookupByID(1).backupStart(xml)
+        assert machine.state() == before
+
+
+def test_disks_however_they_were_attached(tmp_path: pathlib.Path) -> None:
+    base = machines.image(tmp_path / "base.qcow2", 3 << 20, "qcow2")
+    chain = machines.image(tmp_path / "top.qcow2", 3 << 20, "qcow2", backing=base)
+    odd = tmp_path / "odd.raw"
+    odd.write_bytes(b"x" * 100_001)
+    for name in ("anonymous", "plugged", "readonly"):
+        machines.image(tmp_path / f"{name}.raw", 1 << 20)
+    with (
+        machines.qemu(
+            tmp_path,
+            "-device", "virtio-scsi,id=scsi0",
+            "-drive", f"file={chain},format=qcow2,if=none,id=d0",
+            "-device", "scsi-hd,drive=d0,id=chain",
+            "-drive", f"file={odd},format=raw,if=none,id=odd", "-device", "scsi-hd,drive=odd",
+            "-drive", f"file={tmp_path}/anonymous.raw,format=raw,if=virtio",
+            "-drive", f"file={tmp_path}/readonly.raw,format=raw,if=none,id=ro,readonly=on",
+            "-device", "scsi-hd,drive=ro,id=readonly",
+            "-drive", "if=none,id=cd", "-device", "ide-cd,drive=cd,id=empty",
+            "-device", "pcie-root-port,id=port0",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        machine.probe(
+            "blockdev-add", driver="raw", node_name="P",
+            file={"driver": "file", "filename": f"{tmp_path}/plugged.raw"},
+        )  # fmt: skip
+        machine.probe("device_add", driver="virtio-blk-pci", id="hot", drive="P", bus="port0")
+        dom = conn.lookupByID(1)
+        for disk in ("chain", "hot"):
+            machine.io(disk, "write -P 5 64k 64k")
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        found = nbdclient.exports(tmp_path / "nbd.sock")
+        assert {name: item["export-size"] for name, item in found.items()} == {
+            "chain": 3 << 20,
+            "odd": 100_352,
+            "virtio0": 1 << 20,
+            "hot": 1 << 20,
+        }  # fmt: skip
+        for disk in ("chain", "hot"):
+            machine.io(disk, "write -P 6 64k 64k")
+            content = nbdclient.read(tmp_path / "nbd.sock", disk)
+            assert content[: 128 << 10] == bytes(64 << 10) + b"\5" * (64 << 10)
+        assert nbdclient.read(tmp_path / "nbd.sock", "odd")[:100_001] == b"x" * 100_001
+        dom.backupStop()
+        assert machine.state() == before
+        for name, why in (("readonly", "is read-only"), ("empty", "has no media")):
+            with pytest.raises(virtbackup.Error, match=f"disk '{name}' {why}"):
+                dom.backupStart(unix(tmp_path, f'<disk name="{name}"/>'))
+        assert machine.state() == before
+
+
+def test_nothing_to_back_up(tmp_path: pathlib.Path) -> None:
+    with machines.qemu(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        with pytest.raises(virtbackup.Error, match="no disks selected for backup") as caught:
+            conn.lookupByID(1).backupStart(unix(tmp_path))
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+
+
+def test_firmware_flash_is_no_disk(tmp_path: pathlib.Path) -> None:
+    machines.image(tmp_path / "flash.raw", 4 << 20)
+    with (
+        machines.two_disks(
+            tmp_path, "-drive", f"if=pflash,format=raw,file={tmp_path}/flash.raw"
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"vda", "sdb"}
+        dom.backupStop()
+
+
+def test_disk_in_an_iothread(tmp_path: pathlib.Path) -> None:
+    """Refused by name where QEMU would die of it; elsewhere as any disk."""
+    machines.image(tmp_path / "a.raw", 1 << 20)
+    machines.image(tmp_path / "b.raw", 1 << 20)
+    machines.image(tmp_path / "c.raw", 1 << 20)
+    with (
+        machines.qemu(
+            tmp_path,
+            "-object", "iothread,id=io0",
+            "-device", "virtio-scsi,id=scsi0,iothread=io0",
+            "-drive", f"file={tmp_path}/a.raw,format=raw,if=none,id=a",
+            "-device", "virtio-blk,drive=a,id=blk,iothread=io0",
+            "-drive", f"file={tmp_path}/b.raw,format=raw,if=none,id=b",
+            "-device", "scsi-hd,drive=b,id=scsi,bus=scsi0.0",
+            "-drive", f"file={tmp_path}/c.raw,format=raw,if=none,id=c",
+            "-device", "virtio-blk,drive=c,id=plain",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        qemu = machine.probe("query-version")["qemu"]
+        if (7, 2, 14) <= (qemu["major"], qemu["minor"], qemu["micro"]) < (8, 0, 0):
+            for disk in ("blk", "scsi"):
+                others = "".join(
+                    f'<disk name="{other}" present="no"/>'
+                    for other in ("blk", "scsi")
+                    if other != disk
+                )
+                with pytest.raises(virtbackup.Error, match=f"disk '{disk}' runs in iothread 'io0'"):
+                    dom.backupStart(unix(tmp_path, others))
+            assert machine.state() == before
+            dom.backupStart(
+                unix(tmp_path, '<disk name="blk" present="no"/><disk name="scsi" present="no"/>')
+            )
+        else:
+            dom.backupStart(unix(tmp_path))
+        for export in nbdclient.exports(tmp_path / "nbd.sock"):
+            nbdclient.read(tmp_path / "nbd.sock", export)
+        dom.backupStop()
+        assert machine.state() == before
+
+
+def test_disks_left_out_and_export_names(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(
+            unix(
+                tmp_path, '<disk name="sdb" present="no"/><disk name="vda" exportname="root disk"/>'
+            )
+        )
+        assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"root disk"}
+        assert 'name="sdb" present="no"' in dom.backupGetXMLDesc()
+        dom.backupStop()
+
+
+def test_named_scratch(tmp_path: pathlib.Path) -> None:
+    scratch = tmp_path / "scratch.qcow2"
+    disks = f'<disk name="vda"><source file="{scratch}"/></disk>'
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        machine.io("vda", "write -P 1 0 1M")
+        dom.backupStart(unix(tmp_path, disks))
+        machine.io("vda", "write -P 3 0 1M")
+        assert scratch.stat().st_blocks * 512 > 1 << 20
+        dom.backupStop()
+        assert not scratch.exists()
+        scratch.write_text("somebody's")
+        with pytest.raises(virtbackup.Error, match=f"'{scratch}' for backup of 'vda' exists"):
+            dom.backupStart(unix(tmp_path, disks))
+        assert scratch.read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("extra", [(), ("-S",)], ids=["running", "paused"])
+def test_nameless_scratch_leaves_no_name(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    source = f'<source dir="{place}"/>'
+    disks = f'<disk name="vda">{source}</disk><disk name="sdb">{source}</disk>'
+    with machines.two_disks(tmp_path, *extra) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        machine.io("vda", "write -P 1 0 1M")
+        dom.backupStart(unix(tmp_path, disks))
+        machine.io("vda", "write -P 3 0 1M")
+        assert list(place.iterdir()) == []
+        info = {disk.name: disk for disk in dom.backupGetInfo().disks}
+        assert (info["vda"].scratch_used or 0) > 1 << 20
+        machine.kill()
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("disk", "reason"),
+    [
+        ('<disk name="vda"><source dir="/nonexistent"/></disk>', "'vda'.*No such file"),
+        ('<disk name="vda"><source file="/nonexistent/x"/></disk>', "'/nonexistent/x'.*'vda'"),
+        ('<disk name="nope"/>', "no disk named 'nope'"),
+        ('<disk name="vda"/><disk name="vda"/>', "disk 'vda' specified twice"),
+        ('<disk name="vda" present="no"/><disk name="sdb" present="no"/>', "no disks selected"),
+        ('<disk name="vda" exportname="sdb"/>', "same export name 'sdb'"),
+        ('<disk name="vda" type="incremental"/>', "disk 'vda'.*needs a branch"),
+    ],
+)
+def test_bad_disks_are_refused_by_name(tmp_path: pathlib.Path, disk: str, reason: str) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match=reason):
+            conn.lookupByID(1).backupStart(unix(tmp_path, disk))
+        assert machine.state() == before
+
+
+def test_address_that_is_a_file_is_refused(tmp_path: pathlib.Path) -> None:
+    precious = tmp_path / "nbd.sock"
+    precious.write_text("precious")
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        with pytest.raises(virtbackup.Error, match="exists and is not a socket"):
+            conn.lookupByID(1).backupStart(unix(tmp_path))
+        assert precious.read_text() == "precious"
+
+
+def test_the_users_nbd_server_is_refused_and_untouched(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        addr = {"type": "unix", "data": {"path": f"{tmp_path}/theirs.sock"}}
+        machine.probe("nbd-server-start", addr=addr)
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match="already in use") as caught:
+            conn.lookupByID(1).backupStart(unix(tmp_path))
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        assert machine.state() == before
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/theirs.sock")
+
+
+def test_second_start_and_stop_without_start(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        for call in (dom.backupStop, dom.backupGetXMLDesc, dom.backupGetInfo):
+            with pytest.raises(virtbackup.Error) as caught:
+                call()
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+        dom.backupStart(unix(tmp_path))
+        state = machine.state()
+        with pytest.raises(virtbackup.Error, match="already running") as caught:
+            dom.backupStart(unix(tmp_path))
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        with pytest.raises(virtbackup.Error, match="backup-stop ends it"):
+            dom.backupCleanup()
+        assert machine.state() == state
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("kind", ["mirror", "commit", "backup"])
+def test_disk_with_a_block_job_is_refused_by_name(tmp_path: pathlib.Path, kind: str) -> None:
+    overlay = {"driver": "qcow2", "node-name": "over", "file": {"driver": "file"}}
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        machines.image(tmp_path / "target.qcow2", SIZE, "qcow2")
+        overlay["file"]["filename"] = f"{tmp_path}/target.qcow2"  # type: ignore[index]
+        if kind == "commit":
+            machine.probe("blockdev-add", **{**overlay, "backing": None})
+            machine.probe("blockdev-snapshot", node="A", overlay="over")
+            machine.probe("block-commit", job_id="theirs", device="over", speed=1)
+        elif kind == "mirror":
+            machine.probe("blockdev-add", **overlay)
+            job = {"job-id": "theirs", "device": "A", "target": "over"}
+            machine.probe("blockdev-mirror", **job, sync="full", speed=1)
+        else:
+            machine.probe("blockdev-add", **overlay)
+            machine.probe(
+                "blockdev-backup", job_id="theirs", device="A", target="over", sync="none"
+            )
+        before = machine.state()
+        with pytest.raises(
+            virtbackup.Error, match="disk 'vda' already in active block job 'theirs'"
+        ):
+            conn.lookupByID(1).backupStart(unix(tmp_path))
+        graph = "x-debug-query-block-graph"
+        assert machine.state()[graph] == before[graph]
+        assert "nbd.sock" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_disks_are_frozen_at_one_instant(tmp_path: pathlib.Path) -> None:
+    """A guest that writes i to one disk, then to the other: never seen further than one."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        done = threading.Event()
+        written = []
+
+        def write() -> None:
+            number = 0
+            while not done.is_set():
+                number = number % 250 + 1
+                for disk in ("vda", "sdb"):
+                    machine.io(disk, f"write -P {number} 0 64k")
+                written.append(number)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(10):
+                dom.backupStart(unix(tmp_path))
+                seen = [first_chunk(tmp_path / "nbd.sock", disk) for disk in ("vda", "sdb")]
+                before = len(written)
+                again = [first_chunk(tmp_path / "nbd.sock", disk) for disk in ("vda", "sdb")]
+                dom.backupStop()
+                assert all(len(set(chunk)) == 1 for chunk in seen), "a torn write"
+                first, second = (chunk[0] for chunk in seen)
+                assert (first - second) % 250 in (0, 1)
+                assert again == seen
+                assert before > 0
+        finally:
+            done.set()
+            writer.join()
+
+
+def first_chunk(socket_path: pathlib.Path, export: str) -> bytes:
+    client = nbd.NBD()
+    client.set_export_name(export)
+    client.connect_unix(str(socket_path))
+    try:
+        return bytes(client.pread(64 << 10, 0))
+    finally:
+        client.shutdown()
+
+
+def test_storage_daemon(tmp_path: pathlib.Path) -> None:
+    """No guest, no devices: disks are the nodes nobody is over. Written to by a FUSE export."""
+    machines.image(tmp_path / "a.qcow2", 8 << 20, "qcow2")
+    machines.image(tmp_path / "b.raw", 4 << 20)
+    mount = tmp_path / "guest"
+    mount.touch()
+    with (
+        machines.storage_daemon(
+            tmp_path,
+            "--blockdev", f"file,node-name=fa,filename={tmp_path}/a.qcow2",
+            "--blockdev", "qcow2,node-name=A,file=fa",
+            "--blockdev", f"raw,node-name=B,file.driver=file,file.filename={tmp_path}/b.raw",
+            "--export", f"fuse,id=guest,node-name=A,mountpoint={mount},writable=on",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        [dom] = conn.listAllDomains()
+        with mount.open("r+b", buffering=0) as disk:
+            disk.write(b"old" * 1000)
+            before = machine.state()
+            dom.backupStart(unix(tmp_path))
+            assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"A", "B"}
+            disk.seek(0)
+            disk.write(b"new" * 1000)
+            assert nbdclient.read(tmp_path / "nbd.sock", "A")[:3000] == b"old" * 1000
+            dom.backupStop()
+            assert machine.state() == before
+            assert not (tmp_path / "nbd.sock").exists()

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Stop tells the truth, and what runs outlives the process that started it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import libvirt
+import nbd
+import pytest
+
+import virtbackup
+from tests.live import machines, nbdclient
+from virtbackup.qemu import monitor, status
+
+START = """
+import sys, virtbackup
+conn = virtbackup.open(sys.argv[1])
+conn.lookupByID(1).backupStart(sys.argv[2], int(sys.argv[3]))
+print("started", flush=True)
+sys.stdin.read()
+"""
+
+
+def unix(directory: pathlib.Path, disks: str = "") -> str:
+    return (
+        f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/>'
+        f"<disks>{disks}</disks></domainbackup>"
+    )
+
+
+@contextlib.contextmanager
+def starter(uri: str, xml: str, flags: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """Another process that starts a backup and stays; entered once it has."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, uri, xml, str(flags)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "started\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def job_of(machine: machines.Machine, disk: str) -> str:
+    """The id of the backup job on DISK: ours, in the order of the disks."""
+    jobs = sorted(job["id"] for job in machine.probe("query-jobs"))
+    return str(jobs[["vda", "sdb"].index(disk)])
+
+
+def test_a_cancelled_job_is_reported_with_disk_and_reason(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        machine.probe("block-job-cancel", device=job_of(machine, "sdb"))
+        machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+        info = dom.backupGetInfo()
+        assert info.state == "failed"
+        assert {disk.name: disk.state for disk in info.disks} == {"vda": "running", "sdb": "failed"}
+        with pytest.raises(virtbackup.Error) as caught:
+            dom.backupStop()
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+        assert "disk 'sdb': its backup job ended: Operation canceled" in str(caught.value)
+        assert "'vda'" not in str(caught.value)
+        assert machine.state() == before
+
+
+def test_a_vanished_job_is_reported(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        job = job_of(machine, "vda")
+        machine.probe("block-job-cancel", device=job)
+        machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+        while machine.probe.reply("job-dismiss", id=job).get("error"):
+            machine.probe.wait_event("JOB_STATUS_CHANGE")
+        with pytest.raises(virtbackup.Error, match="disk 'vda': its backup job disappeared"):
+            dom.backupStop()
+        assert machine.state() == before
+
+
+def test_a_removed_export_is_reported(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        machine.probe("nbd-server-stop")
+        with pytest.raises(virtbackup.Error, match=r"'vda': its export was removed.*'sdb'"):
+            dom.backupStop()
+        assert machine.state() == before
+
+
+def test_cancel_asks_for_no_verdict(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        machine.probe("block-job-cancel", device=job_of(machine, "vda"))
+        assert dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL) == 0
+        assert machine.state() == before
+
+
+def test_another_process_finds_and_stops_it(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine:
+        machine.io("vda", "write -P 0 0 1M")
+        before = machine.state()
+        with starter(machine.uri, unix(tmp_path)):
+            pass
+        machine.io("vda", "write -P 1 0 1M")
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[: 1 << 20] == bytes(1 << 20)
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            assert dom.backupGetInfo().state == "running"
+            assert f"{tmp_path}/nbd.sock" in dom.backupGetXMLDesc()
+            dom.backupStop()
+        assert machine.state() == before
+
+
+@pytest.mark.parametrize("address", ["unix", "ip"])
+@pytest.mark.parametrize("said", [b"", b"\0\0\0\3"], ids=["silent", "halfway"])
+def test_clients_in_the_handshake_do_not_hang_qemu(
+    tmp_path: pathlib.Path, address: str, said: bytes
+) -> None:
+    """On some QEMUs nbd-server-stop would wait for them for ever, and the guest with it."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        port = 0
+        xml = unix(tmp_path)
+        if address == "ip":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            xml = (
+                f'<domainbackup><address type="ip" host="127.0.0.1" port="{port}"/></domainbackup>'
+            )
+        dom.backupStart(xml)
+        clients = [
+            socket.create_connection(("127.0.0.1", port)) if port else unix_client(tmp_path)
+            for _ in range(20)
+        ]
+        for client in clients:
+            client.recv(18)
+            client.sendall(said)
+        dom.backupStop()
+        assert machine.state() == before
+        for client in clients:
+            client.close()
+
+
+def unix_client(directory: pathlib.Path) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(f"{directory}/nbd.sock")
+    return client
+
+
+def test_stop_disconnects_a_reading_client(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        client = nbd.NBD()
+        client.set_export_name("vda")
+        client.connect_unix(f"{tmp_path}/nbd.sock")
+        client.pread(512, 0)
+        dom.backupStop()
+        with pytest.raises(nbd.Error):
+            client.pread(512, 0)
+        assert machine.state() == before
+
+
+def test_qemu_killed(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> None:
+    scratch = tmp_path / "scratch.qcow2"
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        disks = f'<disk name="vda"><source file="{scratch}"/></disk>'
+        conn.lookupByID(1).backupStart(unix(tmp_path, disks))
+        machine.kill()
+        with virtbackup.open(machine.uri) as later:
+            [dom] = later.listAllDomains()
+            assert (dom.ID(), dom.isActive()) == (-1, 0)
+            assert dom.state()[0] == libvirt.VIR_DOMAIN_SHUTOFF
+            assert dom.backupGetInfo().state == "failed"
+            with pytest.raises(virtbackup.Error, match="'vda': QEMU is gone"):
+                dom.backupStop()
+            assert later.listAllDomains() == []
+        assert not scratch.exists()
+        assert not (tmp_path / "nbd.sock").exists()
+        assert not list(state_dir.glob("*.json"))
+        with pytest.raises(virtbackup.Error, match="failed to connect to monitor socket"):
+            virtbackup.open(machine.uri)
+
+
+def test_qemu_restarted_on_the_same_socket(tmp_path: pathlib.Path) -> None:
+    scratch = tmp_path / "scratch.qcow2"
+    xml = unix(tmp_path, f'<disk name="vda"><source file="{scratch}"/></disk>')
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        conn.lookupByID(1).backupStart(xml)
+        machine.kill()
+    (tmp_path / "qmp.sock").unlink()
+    (tmp_path / "probe.sock").unlink()
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match="the domain was restarted"):
+            dom.backupStop()
+        assert not scratch.exists()
+        dom.backupStart(xml)
+        dom.backupStop()
+        assert machine.state() == before
+
+
+def test_start_clears_a_dead_backups_status_by_itself(tmp_path: pathlib.Path) -> None:
+    scratch = tmp_path / "scratch.qcow2"
+    xml = unix(tmp_path, f'<disk name="vda"><source file="{scratch}"/></disk>')
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        conn.lookupByID(1).backupStart(xml)
+        machine.kill()
+    (tmp_path / "qmp.sock").unlink()
+    (tmp_path / "probe.sock").unlink()
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        conn.lookupByID(1).backupStart(xml)
+        conn.lookupByID(1).backupStop()
+
+
+def test_autodestroy_ends_with_the_connection(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        with virtbackup.open(machine.uri) as conn:
+            conn.lookupByID(1).backupStart(
+                unix(tmp_path), virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
+            )
+            assert machine.state() != before
+        assert machine.state() == before
+
+
+@pytest.mark.parametrize("what", ["start", "cleanup", "stop"])
+def test_autodestroy_owner_killed(tmp_path: pathlib.Path, what: str) -> None:
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        flags = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
+        with starter(machine.uri, unix(tmp_path), flags) as owner:
+            owner.send_signal(signal.SIGKILL)
+            owner.wait()
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            assert machine.state() != before
+            if what == "cleanup":
+                removed = dom.backupCleanup()
+                assert len(removed) == 7, removed  # 2 exports, server, 2 jobs, 2 nodes
+                assert dom.backupCleanup() == []
+            elif what == "start":
+                dom.backupStart(unix(tmp_path))
+                dom.backupStop()
+            else:
+                dom.backupStop()
+            assert machine.state() == before
+
+
+def test_two_processes_start_at_once_and_one_wins(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", START, machine.uri, unix(tmp_path), "0"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for _ in range(4)
+        ]  # fmt: skip
+        results = [(process.communicate(timeout=60), process.returncode) for process in processes]
+        assert sorted(code for _, code in results) == [0, 1, 1, 1]
+        for (_, err), code in results:
+            assert code == 0 or "another backup job is already running" in err
+        with virtbackup.open(machine.uri) as conn:
+            conn.lookupByID(1).backupStop()
+        assert machine.state() == before
+
+
+def test_monitor_held_by_another_client(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.3)
+    with machines.two_disks(tmp_path) as machine:
+        holder = machines.Probe(machine.qmp)
+        with pytest.raises(virtbackup.Error, match="another client may be using it") as caught:
+            virtbackup.open(machine.uri)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+        holder.close()
+        virtbackup.open(machine.uri).close()
+
+
+def test_cleanup_without_a_status_touches_only_ours(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        machines.image(tmp_path / "other.raw", 1 << 20)
+        file = {"driver": "file", "filename": f"{tmp_path}/other.raw"}
+        machine.probe("blockdev-add", driver="raw", node_name="virtbackup-of-mine", file=file)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        [path] = state_dir.glob("*.json")
+        path.unlink()
+        with pytest.raises(virtbackup.Error, match="no status of it"):
+            dom.backupStart(unix(tmp_path))
+        assert dom.backupCleanup()
+        assert machine.state() == before
+
+
+def test_a_broken_status_file_is_no_obstacle(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        [path] = state_dir.glob("*.json")
+        path.write_text(path.read_text()[:-100])
+        assert dom.backupCleanup()
+        assert machine.state() == before
+
+
+def test_status_file_is_the_users_alone(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        [path] = state_dir.glob("*.json")
+        written = status.parse(path.read_text())
+        assert status.parse(status.format(written)) == written
+        assert written.phase == "running"
+        assert json.loads(path.read_text())["version"] == status.VERSION
+        dom.backupStop()
+
+
+def test_an_interrupted_start_leaves_nothing_that_is_not_found(tmp_path: pathlib.Path) -> None:
+    """KeyboardInterrupt wherever it strikes: nothing remains, or a backup that can be ended."""
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        for delay in [0.001 * step for step in range(1, 25, 2)]:
+            process = subprocess.Popen(
+                [sys.executable, "-c", INTERRUPTED, machine.uri, unix(tmp_path), str(delay)],
+                stdout=subprocess.PIPE, text=True, env={**os.environ},
+            )  # fmt: skip
+            out, _ = process.communicate(timeout=60)
+            assert out in ("started\n", "interrupted\n")
+            with virtbackup.open(machine.uri) as conn:
+                dom = conn.lookupByID(1)
+                try:
+                    dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
+                except virtbackup.Error as failure:
+                    assert failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP  # noqa: PT017
+                dom.backupCleanup()
+            assert machine.state() == before, (delay, out)
+
+
+INTERRUPTED = """
+import _thread, sys, threading, virtbackup
+dom = virtbackup.open(sys.argv[1]).lookupByID(1)
+timer = threading.Timer(float(sys.argv[3]), _thread.interrupt_main)
+try:
+    timer.start()
+    dom.backupStart(sys.argv[2])
+    timer.cancel()
+    timer.join()
+except KeyboardInterrupt:
+    print("interrupted")
+else:
+    print("started")
+"""
+
+
+def test_many_threads_on_one_connection(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        outcomes = []
+
+        def start() -> None:
+            try:
+                dom.backupStart(unix(tmp_path))
+                outcomes.append("won")
+            except virtbackup.Error as failure:
+                outcomes.append(str(failure))
+
+        threads = [threading.Thread(target=start) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes.count("won") == 1, outcomes
+        dom.backupStop()
+        assert machine.state() == before
