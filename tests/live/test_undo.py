@@ -100,7 +100,7 @@ def finish(dom: virtbackup.Domain) -> None:
     try:
         dom.backupStop()
     except virtbackup.Error as failure:
-        assert failure.get_error_code() in (  # noqa: PT017
+        assert failure.get_error_code() in (
             libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
             libvirt.VIR_ERR_OPERATION_FAILED,
         )

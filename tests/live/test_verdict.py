@@ -362,7 +362,7 @@ def test_an_interrupted_start_leaves_nothing_that_is_not_found(tmp_path: pathlib
                 try:
                     dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
                 except virtbackup.Error as failure:
-                    assert failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP  # noqa: PT017
+                    assert failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
                 dom.backupCleanup()
             assert machine.state() == before, (delay, out)
 

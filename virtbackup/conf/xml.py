@@ -3,6 +3,7 @@
 
 import functools
 import importlib.resources
+from typing import Any
 
 import libvirt
 from lxml import etree
@@ -69,8 +70,18 @@ def explain(element: etree._Element, schema: str) -> errors.Error:
     for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(element):
         line = found.sourceline or element.sourceline
         reason = " ".join((found.reason or found.message).split())
+        if expected := _documentation(found.validator):
+            reason = f"{reason.partition(': value')[0].rstrip('.')}: expected {expected}"
         return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, f"line {line}: {found.path}: {reason}")
     raise AssertionError(f"the two schema engines disagree about {schema}")
+
+
+def _documentation(validator: Any) -> str | None:
+    """What the schema says of the type that VALIDATOR, a component of xmlschema's, is part of."""
+    while validator is not None and not hasattr(validator, "is_complex"):
+        validator = getattr(validator, "parent", None)
+    annotation = getattr(validator, "annotation", None)
+    return None if annotation is None else str(annotation)
 
 
 def indented(element: etree._Element) -> str:

@@ -58,13 +58,13 @@ def parse_block(reply: Any) -> tuple[Disk, ...]:
     """
     disks: list[Disk] = []
     for item in _items(reply):
-        qdev = str(item.get("qdev", ""))
-        if re.match(r"/machine/system\.flash\d", qdev) or re.match(r"pflash\d", item["device"]):
+        qdev, drive = str(item.get("qdev", "")), str(item.get("device", ""))
+        if re.match(r"/machine/system\.flash\d", qdev) or re.match(r"pflash\d", drive):
             continue
         inserted = item.get("inserted")
         medium = None if inserted is None else _parse_medium(inserted)
         taken = {disk.target for disk in disks}
-        names = (_device_id(qdev), str(item["device"]), medium.node if medium else "")
+        names = (_device_id(qdev), drive, medium.node if medium else "")
         target = next((name for name in names if name and name not in taken), None)
         if target is not None:
             disks.append(Disk(target, medium, _qom_path(qdev), bool(item.get("removable"))))
@@ -156,17 +156,14 @@ class Graph:
         )
 
     def jobs_on(self, node: naming.NodeName) -> frozenset[naming.JobId]:
-        """The block jobs that hold NODE or anything below it."""
-        below = self._below(("block-driver", node))
+        """The block jobs that work above NODE (a filter hides it then) or below it."""
+        vertex = ("block-driver", node)
+        below = self._below(vertex)
         return frozenset(
             naming.JobId(name)
             for (kind, name), children in self.children.items()
-            if kind == "block-job" and children & below
+            if kind == "block-job" and (children & below or vertex in self._below((kind, name)))
         )
-
-    def has_parents(self, node: naming.NodeName) -> bool:
-        """Whether anything at all is over NODE."""
-        return any(("block-driver", node) in children for children in self.children.values())
 
     def _below(self, top: tuple[str, str]) -> set[tuple[str, str]]:
         found: set[tuple[str, str]] = set()

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The API's arguments and errors, the registry of drivers, and the drop-in for libvirt-python.
+
+The driver here is a third party's: a class that the registry was told of, no part of ours.
+"""
+
+import types
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import libvirt
+import pytest
+
+import virtbackup
+from virtbackup import access, api, errors, extend, hypervisor
+
+UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
+
+
+class Recorder:
+    """Remembers what reached it; backs up nothing."""
+
+    def __init__(self, uri: str, readonly: bool) -> None:
+        self.uri = uri
+        self.readonly = readonly
+        self.calls: list[tuple[Any, ...]] = []
+        self.closed = 0
+        opened.append(self)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def get_type(self) -> str:
+        return "RECORDER"
+
+    def get_version(self) -> int:
+        return 1002003
+
+    def is_alive(self) -> bool:
+        return True
+
+    def set_trace(self, trace: TextIO | None) -> None:
+        self.calls.append(("trace", trace))
+
+    def list_domains(self) -> list[hypervisor.DomainRef]:
+        return [
+            hypervisor.DomainRef("up", UUID, 7),
+            hypervisor.DomainRef("down", UUID.replace("6", "7"), None),
+        ]
+
+    def domain_get_state(self, domain: hypervisor.DomainRef) -> tuple[int, int]:
+        return libvirt.VIR_DOMAIN_RUNNING, 0
+
+    def domain_get_xml_desc(self, domain: hypervisor.DomainRef, flags: int) -> str:
+        return f"<domain><name>{domain.name}</name></domain>"
+
+
+class BackupRecorder(Recorder):
+    """One that has the hooks."""
+
+    def domain_backup_start(self, domain: hypervisor.DomainRef, xml: str, flags: int) -> None:
+        self.calls.append(("start", domain.name, xml, flags))
+
+    def domain_backup_stop(self, domain: hypervisor.DomainRef, flags: int) -> None:
+        self.calls.append(("stop", domain.name, flags))
+
+    def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> list[str]:
+        return ["node 'x'"]
+
+
+opened: list[Recorder] = []
+
+
+@pytest.fixture(autouse=True)
+def drivers() -> Iterator[None]:
+    opened.clear()
+    hypervisor.register("recorder", BackupRecorder)
+    hypervisor.register("plain", Recorder)
+    yield
+    for scheme in ("recorder", "plain", "test"):
+        hypervisor.unregister(scheme)
+
+
+def up(uri: str = "recorder:///", readonly: bool = False) -> virtbackup.Domain:
+    return virtbackup.open(uri, readonly).lookupByName("up")
+
+
+def test_calls_reach_the_driver() -> None:
+    dom = up()
+    assert dom.backupStart("<x/>", virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE) == 0
+    assert dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL) == 0
+    assert dom.backupCleanup() == ["node 'x'"]
+    assert opened[0].calls == [("start", "up", "<x/>", 1), ("stop", "up", 1)]
+
+
+def test_the_proposals_constant() -> None:
+    assert virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE == 1
+
+
+def test_lookups() -> None:
+    with virtbackup.open("recorder:///") as conn:
+        assert conn.lookupByID(7).name() == "up"
+        assert conn.lookupByUUIDString(UUID.upper()).ID() == 7
+        assert conn.lookupByName("down").ID() == -1
+        assert [dom.name() for dom in conn.listAllDomains()] == ["up", "down"]
+        active = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
+        inactive = libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE
+        assert [dom.name() for dom in conn.listAllDomains(active)] == ["up"]
+        assert [dom.name() for dom in conn.listAllDomains(inactive)] == ["down"]
+        assert conn.lookupByName("up").XMLDesc().startswith("<domain>")
+        assert (conn.getType(), conn.getVersion(), conn.isAlive()) == ("RECORDER", 1002003, 1)
+    assert opened[0].closed == 1
+    assert conn.close() == 0
+    assert opened[0].closed == 1
+
+
+START = "virDomainBackupStart"
+REFUSED: list[tuple[Any, int, str]] = [
+    (lambda: up().backupStart("<x/>", 8), libvirt.VIR_ERR_INVALID_ARG,
+     f"unsupported flags (0x8) in function {START}"),
+    (lambda: up().backupStart("<x/>", 0xFF), libvirt.VIR_ERR_INVALID_ARG,
+     f"unsupported flags (0xfc) in function {START}"),
+    (lambda: up().backupStop(2), libvirt.VIR_ERR_INVALID_ARG,
+     "unsupported flags (0x2) in function virDomainBackupStop"),
+    (lambda: up().backupStart(None), libvirt.VIR_ERR_INVALID_ARG,  # type: ignore[arg-type]
+     f"xmlDesc in {START} must not be NULL"),
+    (lambda: up(readonly=True).backupStart("<x/>"), libvirt.VIR_ERR_OPERATION_DENIED,
+     f"operation forbidden: read only access prevents {START}"),
+    (lambda: up(readonly=True).backupStop(), libvirt.VIR_ERR_OPERATION_DENIED,
+     "operation forbidden: read only access prevents virDomainBackupStop"),
+    (lambda: up(readonly=True).backupCleanup(), libvirt.VIR_ERR_OPERATION_DENIED,
+     "operation forbidden: read only access prevents virDomainBackupCleanup"),
+    (lambda: up("plain:///").backupStart("<x/>"), libvirt.VIR_ERR_NO_SUPPORT,
+     f"this function is not supported by the connection driver: {START}"),
+    (lambda: up().backupGetXMLDesc(), libvirt.VIR_ERR_NO_SUPPORT,
+     "this function is not supported by the connection driver: virDomainBackupGetXMLDesc"),
+    (lambda: virtbackup.open("nosuch:///"), libvirt.VIR_ERR_NO_CONNECT,
+     "no connection driver available for nosuch:///"),
+    (lambda: virtbackup.open("just words"), libvirt.VIR_ERR_NO_CONNECT,
+     "no connection driver available for just words"),
+    (lambda: virtbackup.open("qmp://relative/path"), libvirt.VIR_ERR_INVALID_ARG,
+     "'qmp://relative/path': expected qmp:///absolute/path/to/qmp.sock"),
+    (lambda: virtbackup.open("qmp:///nonexistent.sock"), libvirt.VIR_ERR_SYSTEM_ERROR,
+     "failed to connect to monitor socket '/nonexistent.sock': No such file or directory"),
+    (lambda: virtbackup.open("recorder:///").lookupByName("nope"), libvirt.VIR_ERR_NO_DOMAIN,
+     "Domain not found: no domain with matching name 'nope'"),
+    (lambda: virtbackup.open("recorder:///").lookupByName(None),  # type: ignore[arg-type]
+     libvirt.VIR_ERR_INVALID_ARG, "name in virDomainLookupByName must not be NULL"),
+    (lambda: virtbackup.open("recorder:///").lookupByID(8), libvirt.VIR_ERR_NO_DOMAIN,
+     "Domain not found: no domain with matching id 8"),
+    (lambda: virtbackup.open("recorder:///").lookupByUUIDString("x"),
+     libvirt.VIR_ERR_INVALID_ARG, "Invalid UUID"),
+    (lambda: virtbackup.open("recorder:///").listAllDomains(1 << 30),
+     libvirt.VIR_ERR_INVALID_ARG,
+     "unsupported flags (0x40000000) in function virConnectListAllDomains"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "code", "text"), REFUSED, ids=range(len(REFUSED)))
+def test_refused_in_libvirts_words(call: Any, code: int, text: str) -> None:
+    with pytest.raises(libvirt.libvirtError) as caught:
+        call()
+    assert isinstance(caught.value, virtbackup.Error)
+    assert caught.value.get_error_code() == code
+    assert caught.value.get_error_message() == str(caught.value) == text
+    assert caught.value.get_error_level() == libvirt.VIR_ERR_ERROR
+
+
+def test_a_closed_connection() -> None:
+    dom = up()
+    dom.connect().close()
+    with pytest.raises(virtbackup.Error) as caught:
+        dom.backupStop()
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
+    assert dom.connect().isAlive() == 0
+
+
+def test_read_only_connections_may_read() -> None:
+    assert up(readonly=True).XMLDesc()
+    assert opened[0].readonly
+    hooks = {name for name in vars(hypervisor.BackupDriver) if name.startswith("domain_backup")}
+    assert hooks < set(access.NEEDED)
+
+
+@pytest.fixture
+def fake_libvirt() -> types.ModuleType:
+    """A module with a virDomain of its own, so that the real one stays as it is."""
+    module = types.ModuleType("libvirt")
+    module.virDomain = type("virDomain", (libvirt.virDomain,), {})  # type: ignore[attr-defined]
+    return module
+
+
+def test_install_on_real_libvirt_and_uninstall() -> None:
+    """On libvirt's own test driver, whose scheme a driver of ours has registered for."""
+    before = dict(vars(libvirt.virDomain)), dict(vars(libvirt))
+    dom = libvirt.open("test:///default").lookupByName("test")
+    extend.install(libvirt)
+    extend.install(libvirt)
+    try:
+        with pytest.raises(libvirt.libvirtError) as caught:
+            dom.backupStart("<x/>")
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT
+        hypervisor.register("test", BackupRecorder)
+        assert dom.backupStart("<x/>", libvirt.VIR_DOMAIN_BACKUP_START_QUIESCE) == 0
+        assert dom.backupStop() == 0
+        assert [driver.calls for driver in opened] == [
+            [("start", "test", "<x/>", 1), ("stop", "test", 0)]
+        ]
+        assert libvirt.virDomain.backupStart.__doc__ == api.Domain.backupStart.__doc__
+    finally:
+        extend.uninstall(libvirt)
+    assert (dict(vars(libvirt.virDomain)), dict(vars(libvirt))) == before
+
+
+def test_install_replaces_nothing(fake_libvirt: types.ModuleType) -> None:
+    def own(self: Any) -> None:
+        """libvirt's own, merged after all."""
+
+    fake_libvirt.virDomain.backupStop = own
+    with pytest.raises(RuntimeError, match="already has backupStop"):
+        extend.install(fake_libvirt)
+    assert not hasattr(fake_libvirt.virDomain, "backupStart")
+    extend.uninstall(fake_libvirt)
+    assert fake_libvirt.virDomain.backupStop is own
+
+
+def test_a_driver_by_entry_point() -> None:
+    assert hypervisor._opener("qmp:///x").__module__ == "virtbackup.qemu.driver"
+
+
+def test_every_code_has_libvirts_text() -> None:
+    """Compared with what the C library itself says for the code."""
+    assert str(errors.error(libvirt.VIR_ERR_NO_SUPPORT, "f")).endswith("driver: f")
+    for code in errors._TEXTS:
+        assert str(errors.error(code)) == errors._TEXTS[code][1]
+        assert "detail" in str(errors.error(code, "detail"))

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""<domainbackup> read and written: mostly files of tests/backupxmldata."""
+
+import pathlib
+
+import libvirt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import datacases
+from virtbackup import errors
+from virtbackup.conf import backup_conf, domain_conf, storage_conf, xml
+
+DOMAIN = domain_conf.DomainDef(
+    "vm",
+    "8f0d1f6e-0000-4000-8000-000000000001",
+    1,
+    (
+        domain_conf.DiskDef("vda", source="/a", format="qcow2", capacity=1 << 30),
+        domain_conf.DiskDef("vdb", source="/b", format="raw", capacity=512),
+        domain_conf.DiskDef("sdro", device="cdrom", source="/c.iso", readonly=True),
+        domain_conf.DiskDef("sdempty", device="cdrom"),
+    ),
+)
+
+
+def name(path: pathlib.Path) -> str:
+    return path.stem
+
+
+def refusal(failure: errors.Error) -> str:
+    return f"{failure.get_error_code()} {failure}\n"
+
+
+@pytest.mark.parametrize("case", datacases.inputs("backupxmldata/valid"), ids=name)
+def test_valid(case: pathlib.Path) -> None:
+    parsed = backup_conf.BackupDef.parse(case.read_text())
+    datacases.check(case.with_suffix(".out"), parsed.format())
+    assert backup_conf.BackupDef.parse(parsed.format()) == parsed
+
+
+@pytest.mark.parametrize("case", datacases.inputs("backupxmldata/invalid"), ids=name)
+def test_invalid(case: pathlib.Path) -> None:
+    with pytest.raises(errors.Error) as caught:
+        backup_conf.BackupDef.parse(case.read_text())
+    datacases.check(case.with_suffix(".err"), refusal(caught.value))
+
+
+@pytest.mark.parametrize("case", datacases.inputs("backupxmldata/aligned"), ids=name)
+def test_aligned(case: pathlib.Path) -> None:
+    aligned = backup_conf.BackupDef.parse(case.read_text()).align_disks(DOMAIN)
+    datacases.check(case.with_suffix(".out"), aligned.format())
+    assert aligned.align_disks(DOMAIN) == aligned
+    assert backup_conf.BackupDef.parse(aligned.format()) == aligned
+
+
+@pytest.mark.parametrize("case", datacases.inputs("backupxmldata/refused"), ids=name)
+def test_refused_by_the_domain(case: pathlib.Path) -> None:
+    with pytest.raises(errors.Error) as caught:
+        backup_conf.BackupDef.parse(case.read_text()).align_disks(DOMAIN)
+    datacases.check(case.with_suffix(".err"), refusal(caught.value))
+
+
+def test_a_large_document_is_refused_unread() -> None:
+    padding = "<!--" + "x" * xml.MAX_DOCUMENT + "-->"
+    with pytest.raises(errors.Error, match=r"larger than 1048576") as caught:
+        backup_conf.BackupDef.parse(f"{padding}<domainbackup/>")
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_XML_ERROR
+
+
+@pytest.mark.parametrize("document", ["\ud800", "<domainbackup>\x00</domainbackup>"])
+def test_text_that_no_xml_can_hold(document: str) -> None:
+    with pytest.raises(errors.Error):
+        backup_conf.BackupDef.parse(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("65536", 65536), ("64k", 65536), ("64K", 65536), ("64KiB", 65536), ("32Kib", 32768),
+        ("64KB", 64000), ("1M", 1 << 20), ("2GiB", 2 << 30), ("512b", 512), ("512 bytes", 512),
+        ("1 TiB", 1 << 40), ("1mb", 1000**2),
+    ],
+)  # fmt: skip
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert storage_conf.parse_size(text) == size
+
+
+@given(st.integers(0, 1 << 50))
+def test_sizes_round_trip(size: int) -> None:
+    assert storage_conf.parse_size(storage_conf.format_size(size)) == size
+
+
+_characters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="/")
+_names = st.text(_characters, min_size=1, max_size=20).filter(lambda text: text == text.strip())
+_paths = _names.map(lambda text: f"/{text}")
+_addresses = st.one_of(
+    st.builds(backup_conf.UnixAddress, _paths.filter(lambda path: len(path.encode()) < 100)),
+    st.builds(
+        backup_conf.IpAddress,
+        st.sampled_from(["0.0.0.0", "::", "::1", "host.example", "fe80::1%eth0"]),
+        st.integers(1, 65535),
+    ),
+)
+_sources = st.one_of(
+    st.builds(storage_conf.Source, file=_paths), st.builds(storage_conf.Source, dir=_paths)
+)
+_disks = st.builds(
+    backup_conf.BackupDiskDef,
+    name=_names,
+    present=st.none() | st.booleans(),
+    type=st.sampled_from([None, "full", "incremental", "auto"]),
+    source=st.none() | _sources,
+    granularity=st.none() | st.integers(9, 31).map(lambda bits: 1 << bits),
+    exportname=st.none() | _names,
+)
+_definitions = st.builds(
+    backup_conf.BackupDef,
+    address=_addresses,
+    disks=st.lists(_disks, max_size=5).map(tuple),
+    branch=st.none() | _names,
+)
+
+
+@given(_definitions)
+def test_parse_and_format_are_inverses(definition: backup_conf.BackupDef) -> None:
+    assert backup_conf.BackupDef.parse(definition.format()) == definition
+
+
+@given(st.text(st.sampled_from('<>/="dis kabumproth&;0123'), max_size=200) | st.text(max_size=100))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    try:
+        backup_conf.BackupDef.parse(text)
+    except errors.Error as failure:
+        assert str(failure)
+
+
+_pieces = st.recursive(
+    st.sampled_from(
+        ["", '<address type="unix" path="/x"/>', '<address type="ip" host="h" port="7000"/>',
+         '<branch name="b"/>', "<source/>", '<disk name="a"/>', '<bitmap granularity="1k"/>']
+    ),
+    lambda inner: st.tuples(
+        st.sampled_from(["disks", "disk", "address", "branch", "x"]),
+        st.sampled_from(["", ' name="a"', ' present="yes"', ' type="unix"', ' path="y"']),
+        st.lists(inner, max_size=3),
+    ).map(lambda item: f"<{item[0]}{item[1]}>{''.join(item[2])}</{item[0]}>"),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(st.lists(_pieces, max_size=4))
+def test_the_two_schema_engines_agree(pieces: list[str]) -> None:
+    """What lxml refuses, xmlschema can explain; what it accepts, xmlschema accepts."""
+    import xmlschema
+
+    root = xml.parse(f"<domainbackup>{''.join(pieces)}</domainbackup>", "domainbackup")
+    schema = xmlschema.XMLSchema10(xml._text(backup_conf.SCHEMA))
+    assert schema.is_valid(root) == xml.is_valid(root, backup_conf.SCHEMA)
+
+
+def test_domain_round_trip() -> None:
+    assert domain_conf.DomainDef.parse(DOMAIN.format()) == DOMAIN

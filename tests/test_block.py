@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest's disks, read from what real QEMUs answered (tests/record.py)."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from virtbackup.qemu import block, monitor_json, naming, qmp
+
+DATA = pathlib.Path(__file__).parent / "qemublockdata"
+VERSIONS = sorted(path.name for path in DATA.iterdir())
+
+
+def recorded(version: str, state: str, command: str) -> Any:
+    return json.loads((DATA / version / state / f"{command}.json").read_text())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_disks_are_named_and_measured(version: str) -> None:
+    disks = {d.target: d for d in block.parse_block(recorded(version, "rest", "query-block"))}
+    media = {
+        target: (disk.medium.driver, disk.medium.size, disk.medium.readonly)
+        for target, disk in disks.items()
+        if disk.medium
+    }
+    size = 4 << 20
+    assert media == {
+        "vda": ("qcow2", size, False),
+        "drive-b": ("raw", size, False),
+        "sdc": ("raw", size, False),
+        "cdrom": ("raw", size, True),
+        "F": ("raw", size, False),
+    }
+    assert disks["empty"].medium is None
+    assert "pflash0" not in disks
+    assert len(disks) == 6
+    assert disks["vda"].qom_path == "/machine/peripheral/vda"
+    assert disks["sdc"].qom_path == "/machine/peripheral/sdc"
+    definitions = {d.target: d.definition() for d in disks.values()}
+    assert definitions["cdrom"].readonly
+    assert not definitions["empty"].has_medium
+    assert definitions["vda"].source == "/images/a"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_graph_knows_roots_and_jobs(version: str) -> None:
+    at_rest = block.parse_graph(recorded(version, "rest", "x-debug-query-block-graph"))
+    assert at_rest.is_root(naming.NodeName("A"))
+    assert not at_rest.is_root(naming.NodeName("fa"))
+    assert at_rest.jobs_on(naming.NodeName("A")) == frozenset()
+    assert {"A", "fa", "C", "F"} <= at_rest.nodes()
+    graph = block.parse_graph(recorded(version, "mirror", "x-debug-query-block-graph"))
+    [vda] = [
+        disk
+        for disk in block.parse_block(recorded(version, "mirror", "query-block"))
+        if disk.target == "vda"
+    ]
+    assert vda.medium is not None
+    for held in (vda.medium.node, naming.NodeName("A"), naming.NodeName("T")):
+        assert graph.jobs_on(held) == {"mirror0"}
+    assert graph.jobs_on(naming.NodeName("C")) == frozenset()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_process_without_devices(version: str) -> None:
+    nodes = block.parse_named_nodes(recorded(version, "rest", "query-named-block-nodes"))
+    graph = block.parse_graph(recorded(version, "rest", "x-debug-query-block-graph"))
+    assert {disk.target for disk in block.disks_of_nodes(nodes, graph)} == {"A", "C", "F"}
+    assert {disk.target for disk in block.disks_of_nodes(nodes, None)} == {"A", "fa", "C", "F"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_jobs_identity_and_commands(version: str) -> None:
+    jobs = monitor_json.parse_jobs(recorded(version, "mirror", "query-jobs"))
+    assert jobs[naming.JobId("mirror0")].type == "mirror"
+    assert jobs[naming.JobId("mirror0")].status in ("running", "ready")
+    assert monitor_json.parse_jobs(recorded(version, "rest", "query-jobs")) == {}
+    assert monitor_json.parse_name(recorded(version, "rest", "query-name")) == "recorded"
+    uuid = monitor_json.parse_uuid(recorded(version, "rest", "query-uuid"))
+    assert uuid == "c0ffee00-0000-4000-8000-000000000001"
+    assert not monitor_json.parse_status(recorded(version, "rest", "query-status")).running
+    commands = monitor_json.parse_commands(recorded(version, "rest", "query-commands"))
+    assert {"blockdev-add", "transaction"} <= commands
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        block.parse_block,
+        block.parse_named_nodes,
+        block.parse_graph,
+        block.parse_actual_sizes,
+        monitor_json.parse_jobs,
+        monitor_json.parse_exports,
+        monitor_json.parse_commands,
+        monitor_json.parse_fdsets,
+        monitor_json.parse_status,
+        monitor_json.parse_name,
+        monitor_json.parse_uuid,
+        monitor_json.parse_add_fd,
+        monitor_json.parse_iothread_objects,
+    ],
+)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        "text",
+        7,
+        [7],
+        ["text"],
+        [[]],
+        {"nodes": 7, "edges": []},
+        {"nodes": [7], "edges": []},
+        {"nodes": [], "edges": [{"parent": 1, "child": 2}]},
+        [{"id": 7}],
+        [{"inserted": 7, "device": ""}],
+        [{"device": 7}],
+        [{"fdset-id": "0", "fds": []}],
+        [{"fdset-id": 0, "fds": 7}],
+    ],
+)
+def test_a_reply_of_another_shape_is_a_protocol_error(parse: Any, reply: Any) -> None:
+    """Or is read as far as it has a shape; never another exception."""
+    try:
+        parse(reply)
+    except qmp.ProtocolError as failure:
+        assert "unexpected" in str(failure)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The plan: all refusals, and what will be sent, without a QEMU."""
+
+import dataclasses
+import json
+import struct
+from typing import Any
+
+import libvirt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import test_block
+from virtbackup import errors
+from virtbackup.conf import backup_conf, domain_conf, storage_conf
+from virtbackup.qemu import (
+    backup,
+    block,
+    blockjob,
+    capabilities,
+    monitor_json,
+    naming,
+    qcow2,
+    status,
+)
+
+ID = naming.BackupId("0123abcd")
+VERSION = test_block.VERSIONS[-1]
+CAPS = capabilities.Capabilities(
+    (7, 2, 22),
+    "Debian",
+    monitor_json.parse_commands(test_block.recorded(VERSION, "rest", "query-commands")),
+)
+
+
+def state(recording: str = "rest", **changes: Any) -> backup.BlockState:
+    asked = backup.BlockState(
+        disks=block.parse_block(test_block.recorded(VERSION, recording, "query-block")),
+        jobs=monitor_json.parse_jobs(test_block.recorded(VERSION, recording, "query-jobs")),
+        exports={},
+        graph=block.parse_graph(
+            test_block.recorded(VERSION, recording, "x-debug-query-block-graph")
+        ),
+        vcpus_run=True,
+        iothreads={},
+    )
+    return dataclasses.replace(asked, **changes)
+
+
+def definition(asked: backup.BlockState, **changes: Any) -> backup_conf.BackupDef:
+    wanted = backup_conf.BackupDef(backup_conf.UnixAddress("/run/x.sock"))
+    domain = domain_conf.DomainDef("vm", "", 1, tuple(d.definition() for d in asked.disks))
+    return dataclasses.replace(wanted, **changes).align_disks(domain)
+
+
+def plan(asked: backup.BlockState, caps: Any = CAPS, **changes: Any) -> backup.BackupPlan:
+    return backup.plan(definition(asked, **changes), asked, caps, ID, "/scratch")
+
+
+def disk(name: str, **fields: Any) -> backup_conf.BackupDiskDef:
+    return backup_conf.BackupDiskDef(name, **fields)
+
+
+def test_all_disks_in_one_transaction() -> None:
+    planned = plan(state())
+    assert [d.target for d in planned.disks] == ["drive-b", "sdc", "vda", "F"]
+    command = planned.transaction()
+    assert command.execute == "transaction"
+    actions = command.arguments["actions"]
+    assert [action["type"] for action in actions] == ["blockdev-backup"] * 4
+    assert actions[2]["data"] == {
+        "job-id": "virtbackup-0123abcd-2",
+        "device": "A",
+        "target": "virtbackup-0123abcd-2-scr",
+        "sync": "none",
+        "auto-dismiss": False,
+    }
+    json.dumps(command.arguments)
+
+
+def test_the_live_xml_has_every_default() -> None:
+    planned = plan(state(), disks=(disk("sdc", source=storage_conf.Source(file="/my/sdc")),))
+    live = {d.name: d for d in planned.definition.disks}
+    assert live["sdc"].source == storage_conf.Source(file="/my/sdc")
+    assert live["vda"].source == storage_conf.Source(dir="/scratch")
+    assert live["vda"].exportname == "vda"
+    assert live["cdrom"] == disk("cdrom", present=False)
+    again = backup_conf.BackupDef.parse(planned.definition.format())
+    assert again == planned.definition
+
+
+def test_names_are_ours_unique_and_short() -> None:
+    many = [
+        name
+        for number in (0, 1, 9999)
+        for name in (
+            naming.scratch_file_node(ID, number),
+            naming.scratch_node(ID, number),
+        )
+    ]
+    assert len(set(many)) == len(many)
+    assert all(len(name) <= 31 for name in many)
+    ours = [*many, naming.backup_job(ID, 0), naming.export(ID, 0), naming.fdset_opaque(ID, 0)]
+    assert {naming.backup_of(name) for name in ours} == {ID}
+    for foreign in ("virtbackup-of-mine", "libvirt-1-format", "", "virtbackup-0123abcd",
+                    "xvirtbackup-0123abcd-0", "virtbackup-0123ABCD-0"):  # fmt: skip
+        assert naming.backup_of(foreign) is None
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"branch": "b"}, "branch 'b': only full backups"),
+    ({"disks": (disk("vda", type="auto"),)}, "disk 'vda': backup type 'auto' needs a branch"),
+    ({"disks": (disk("vda", granularity=512),)}, "disk 'vda': a bitmap needs a branch"),
+    (
+        {"disks": tuple(disk(n, source=storage_conf.Source(file="/s")) for n in ("vda", "sdc"))},
+        "disks '(vda|sdc)' and '(vda|sdc)' have the same source '/s'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED)
+def test_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(errors.Error, match=reason) as caught:
+        plan(state(), **changes)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+
+
+def test_a_disk_with_a_job_is_refused_by_name_unless_it_is_left_out() -> None:
+    asked = state("mirror")
+    with pytest.raises(errors.Error, match=r"disk 'vda' already in .* 'mirror0' \(mirror\)"):
+        plan(asked)
+    planned = plan(asked, disks=(disk("vda", present=False),))
+    assert "vda" not in {d.target for d in planned.disks}
+
+
+def test_a_job_filter_is_recognised_without_a_graph() -> None:
+    asked = state(graph=None)
+    [vda] = [d for d in asked.disks if d.target == "vda"]
+    assert vda.medium is not None
+    filtered = dataclasses.replace(vda, medium=dataclasses.replace(vda.medium, driver="mirror_top"))
+    disks = tuple(filtered if d is vda else d for d in asked.disks)
+    with pytest.raises(errors.Error, match="disk 'vda' already in active block job"):
+        plan(dataclasses.replace(asked, disks=disks))
+
+
+@pytest.mark.parametrize(
+    ("version", "dies"),
+    [
+        ((7, 2, 13), False), ((7, 2, 14), True), ((7, 2, 22), True), ((7, 2, 50), True),
+        ((8, 0, 0), False), ((10, 0, 13), False), ((5, 2, 0), False),
+    ],
+)  # fmt: skip
+def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) -> None:
+    caps = dataclasses.replace(CAPS, version=version)
+    asked = state(iothreads={"sdc": "io0"})
+    if not dies:
+        assert plan(asked, caps)
+        return
+    with pytest.raises(errors.Error, match="disk 'sdc' runs in iothread 'io0'"):
+        plan(asked, caps)
+    assert plan(asked, caps, disks=(disk("sdc", present=False),))
+
+
+def test_a_qemu_that_cannot_is_refused_by_what_it_lacks() -> None:
+    caps = dataclasses.replace(CAPS, commands=CAPS.commands - {"block-export-add"})
+    with pytest.raises(errors.Error, match="has no block-export-add") as caught:
+        plan(state(), caps)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+
+
+def test_what_qemu_shows_of_us() -> None:
+    assert state().backups() == frozenset()
+    job = naming.backup_job(ID, 3)
+    running = monitor_json.Job(job, "backup", "running", None)
+    ended = dataclasses.replace(running, status="concluded")
+    assert state(jobs={job: running}).backups() == {ID}
+    assert state(jobs={job: running}).running_jobs() == (job,)
+    assert state(jobs={job: ended}).running_jobs() == ()
+
+
+@pytest.mark.parametrize(
+    ("job_status", "error", "reason"),
+    [
+        ("running", None, None),
+        ("paused", None, None),
+        ("standby", None, None),
+        ("concluded", "No space left on device", "its backup job ended: No space left on device"),
+        ("concluded", None, "its backup job ended: concluded"),
+        ("aborting", None, "its backup job ended: aborting"),
+        ("null", None, "its backup job ended: null"),
+        ("of the future", None, "its backup job ended: of the future"),
+    ],
+)
+def test_a_job_vouches_only_while_it_runs(
+    job_status: str, error: str | None, reason: str | None
+) -> None:
+    job = monitor_json.Job(naming.backup_job(ID, 0), "backup", job_status, error)
+    assert blockjob.job_reason(job) == reason
+
+
+def test_judgement_is_by_disk() -> None:
+    def of(number: int) -> status.DiskStatus:
+        return status.DiskStatus(
+            f"d{number}", 1, naming.export(ID, number), "", naming.backup_job(ID, number),
+            naming.scratch_file_node(ID, number), None,
+        )  # fmt: skip
+
+    running = {
+        naming.backup_job(ID, n): monitor_json.Job(
+            naming.backup_job(ID, n), "backup", "running", None
+        )
+        for n in (0, 2, 3)
+    }
+    exports = {
+        naming.export(ID, n): monitor_json.Export(
+            naming.export(ID, n), "nbd", naming.NodeName("x"), n == 3
+        )
+        for n in (0, 1, 3)
+    }
+    removed = "its export was removed before the backup was stopped"
+    assert blockjob.judge(map(of, range(4)), running, exports) == {
+        "d1": "its backup job disappeared",
+        "d2": removed,
+        "d3": removed,
+    }
+
+
+@given(st.integers(0, 1 << 50))
+def test_an_empty_image_is_consistent(size: int) -> None:
+    """Its tables lie where the header says, within the file, each cluster counted once."""
+    parts = dict(qcow2.empty_image(size))
+    header = struct.unpack(">4sIQIIQIIQQIIQQQQII", parts[0])
+    l1_size, l1_offset, table_offset = header[7], header[8], header[9]
+    [block_offset] = struct.unpack(">Q", parts[table_offset])
+    clusters = len(parts[block_offset]) // 2
+    assert header[5] == size
+    assert l1_size * (qcow2.CLUSTER**2 // 8) >= size
+    assert clusters * qcow2.CLUSTER == qcow2.file_size(size) >= l1_offset + 8 * l1_size
+    assert set(struct.unpack(f">{clusters}H", parts[block_offset])) == {1}
+
+
+def test_status_round_trip_and_garbage() -> None:
+    whole = status.Status(
+        id=ID, phase="running", name="vm", uuid="u", definition="<x/>", started=1.5, server=True,
+        qemu=(1, 2), owner=None, disks=(),
+    )  # fmt: skip
+    assert status.parse(status.format(whole)) == whole
+    for text in ("", "[]", "{}", "7", '{"version": 2}', status.format(whole)[:-20]):
+        with pytest.raises(ValueError, match=r".*"):
+            status.parse(text)
