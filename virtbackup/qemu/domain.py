@@ -38,6 +38,34 @@ class Identity:
     """None where the process cannot be seen from here."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A monitor for the length of one call, and who answers on it."""
+
+    qemu: monitor.Monitor
+    identity: Identity
+
+    @property
+    def ref(self) -> hypervisor.DomainRef:
+        return self.identity.ref
+
+    @property
+    def capabilities(self) -> capabilities.Capabilities:
+        return self.identity.capabilities
+
+    @property
+    def process(self) -> status.Process | None:
+        return self.identity.process
+
+    @property
+    def pid(self) -> int | None:
+        return self.process[0] if self.process else None
+
+    def restarted_since(self, then: status.Process | None) -> bool:
+        """Whether another process answers than THEN did, as far as both can be seen."""
+        return None not in (self.process, then) and self.process != then
+
+
 def identify(qemu: monitor.Monitor) -> Identity:
     """Ask QEMU who it is. A guest without a uuid gets one made from the monitor's path."""
     greeting = qemu.greeting
@@ -56,7 +84,7 @@ def identify(qemu: monitor.Monitor) -> Identity:
 def process_of(qemu: monitor.Monitor) -> status.Process | None:
     """The process behind a monitor."""
     pid = qemu.peer_pid()
-    start = None if pid is None else monitor.process_start(pid)
+    start = None if pid is None else status.process_start(pid)
     return None if pid is None or start is None else (pid, start)
 
 

@@ -5,7 +5,6 @@ import array
 import collections
 import datetime
 import logging
-import os
 import socket
 import struct
 import threading
@@ -40,14 +39,27 @@ class MonitorLost(errors.Error):
         )
 
 
+class NotListening(errors.Error):
+    """There is no monitor: no socket, or nobody behind it. QEMU is not running (any more)."""
+
+    def __init__(self, failure: OSError, path: str) -> None:
+        described = errors.system_error(failure, f"failed to connect to monitor socket '{path}'")
+        super().__init__(
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+            str(described),
+            strings=("%s", str(described), None),
+            ints=(failure.errno or 0, -1),
+        )
+
+
 class Monitor:
     """A connection to one QEMU. Every method may be called from any thread."""
 
     def __init__(self, path: str, trace: TextIO | None = None) -> None:
         """Connect to the socket at PATH and negotiate.
 
-        Errors: VIR_ERR_SYSTEM_ERROR when nobody listens, VIR_ERR_OPERATION_TIMEOUT when the
-        monitor does not greet because another client holds it, MonitorLost.
+        Errors: NotListening, VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_TIMEOUT when the monitor does
+        not greet because another client holds it, MonitorLost.
         """
         self.path = path
         self._trace = trace
@@ -172,6 +184,9 @@ class Monitor:
         except BlockingIOError as failure:
             connection.close()
             raise self._busy() from failure
+        except (ConnectionRefusedError, FileNotFoundError) as failure:
+            connection.close()
+            raise NotListening(failure, self.path) from failure
         except OSError as failure:
             connection.close()
             raise errors.system_error(
@@ -254,20 +269,3 @@ class Monitor:
 def _limit_sending(connection: socket.socket, seconds: float) -> None:
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-
-def process_start(pid: int) -> int | None:
-    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  (bytes, not a path at rest)
-            text = stat.read()
-    except OSError:
-        return None
-    # The command's name may hold anything; what follows its last bracket is orderly.
-    return int(text[text.rindex(b")") + 2 :].split()[19])
-
-
-def this_process() -> tuple[int, int]:
-    """(pid, start) of ourselves: names a process for good, as pids are used again."""
-    pid = os.getpid()
-    return pid, process_start(pid) or 0

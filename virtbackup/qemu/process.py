@@ -25,6 +25,8 @@ class Run:
     qemu: monitor.Monitor
     plan: backup.BackupPlan
     by_fd: bool
+    created: list[str] = dataclasses.field(default_factory=list)
+    """Files with a name that this run has made, so far."""
 
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses."""
@@ -84,6 +86,7 @@ class Run:
             fd = scratch.create_nameless(disk.source.dir, disk.target)
         if fd is None:
             fd = scratch.create(path, disk.target, self.qemu.peer_uid())
+            self.created.append(path)
         try:
             scratch.format(fd, disk.size, disk.target)
             if self.by_fd:

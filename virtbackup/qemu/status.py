@@ -164,3 +164,20 @@ def _acquire(fd: int, path: pathlib.Path) -> None:
                     f"cannot acquire state lock '{path}': another process works on this domain",
                 ) from failure
         time.sleep(_LOCK_POLL)
+
+
+def process_start(pid: int) -> int | None:
+    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  (bytes, not a path at rest)
+            text = stat.read()
+    except OSError:
+        return None
+    # The command's name may hold anything; what follows its last bracket is orderly.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def this_process() -> tuple[int, int]:
+    """(pid, start) of ourselves: names a process for good, as pids are used again."""
+    pid = os.getpid()
+    return pid, process_start(pid) or 0
