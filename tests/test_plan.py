@@ -243,9 +243,26 @@ def test_an_empty_image_is_consistent(size: int) -> None:
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
         id=ID, phase="running", name="vm", uuid="u", definition="<x/>", started=1.5, server=True,
-        qemu=(1, 2), owner=None, disks=(),
+        socket=None, qemu=(1, 2), owner=None, disks=(),
     )  # fmt: skip
     assert status.parse(status.format(whole)) == whole
     for text in ("", "[]", "{}", "7", '{"version": 2}', status.format(whole)[:-20]):
         with pytest.raises(ValueError, match=r".*"):
             status.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("version", "job_type", "job_status", "safe"),
+    [
+        ((5, 2, 0), "backup", "concluded", False),
+        ((5, 2, 0), "backup", "running", True),
+        ((5, 2, 0), "create", "concluded", True),
+        ((7, 2, 22), "backup", "concluded", True),
+    ],
+)
+def test_nodes_are_not_asked_for_where_that_kills_qemu(
+    version: Any, job_type: str, job_status: str, safe: bool
+) -> None:
+    caps = dataclasses.replace(CAPS, version=version)
+    job = monitor_json.Job(naming.JobId("theirs"), job_type, job_status, None)
+    assert caps.named_nodes_are_safe([job]) is safe

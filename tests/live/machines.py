@@ -8,6 +8,7 @@ monitor serves one client at a time.
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import socket
@@ -27,6 +28,11 @@ STATE_QUERIES = (
     "x-debug-query-block-graph",
 )
 VOLATILE = {"actual-size", "writeback"}
+
+_INTO_ROOT = (
+    ("chroot", os.environ["VIRTBACKUP_QEMU_ROOT"]) if "VIRTBACKUP_QEMU_ROOT" in os.environ else ()
+)
+"""Another Debian's QEMU can be tested: a root directory in which /tmp is this machine's."""
 
 
 class Probe:
@@ -82,7 +88,10 @@ class Machine:
         self.log = directory / "qemu.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["stdbuf", "-oL", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                ["stdbuf", "-oL", *_INTO_ROOT, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self._wait_for(self._probe_path)
         self._wait_for(self.qmp)

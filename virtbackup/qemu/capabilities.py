@@ -5,11 +5,12 @@ What it can do is asked of it; only defects go by version, each with its evidenc
 """
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 import libvirt
 
 from virtbackup import errors
+from virtbackup.qemu import monitor_json
 
 REQUIRED = ("block-export-add", "blockdev-del", "job-dismiss", "transaction")
 """Commands a pull backup cannot do without here."""
@@ -44,6 +45,13 @@ NBD_STOP_HANG = Defect(
 )
 """Seen on 7.2.22; what lies between it and 10.0 is taken to be alike."""
 
+NAMED_NODES_CRASH = Defect(
+    (0, 0, 0),
+    (7, 2, 0),
+    "query-named-block-nodes kills QEMU between the end of a backup job and its dismissal",
+)
+"""Seen on 5.2.0 (a segmentation fault); what lies between it and 7.2 is taken to be alike."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
@@ -67,6 +75,11 @@ class Capabilities:
     def block_graph(self) -> bool:
         """The block graph can be asked for."""
         return "x-debug-query-block-graph" in self.commands
+
+    def named_nodes_are_safe(self, jobs: Iterable[monitor_json.Job]) -> bool:
+        """Whether this QEMU survives query-named-block-nodes while it has JOBS."""
+        ended = any(job.type == "backup" and job.status == "concluded" for job in jobs)
+        return not (ended and NAMED_NODES_CRASH.affects(self.version))
 
     def check_backup(self) -> None:
         """Raise VIR_ERR_OPERATION_UNSUPPORTED when this QEMU has no way to a pull backup."""

@@ -41,11 +41,22 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
     """Remove the files of a backup of which nothing is in QEMU (any more)."""
     removed = _remove_files(left)
     address = _address(left)
-    if isinstance(address, backup_conf.UnixAddress) and _is_dead_socket(address):
+    # Not by asking whether anybody listens: the kernel may take its time with a dead QEMU's.
+    here = socket_inode(address)
+    if isinstance(address, backup_conf.UnixAddress) and here is not None and here == left.socket:
         pathlib.Path(address.path).unlink(missing_ok=True)
         removed.append(f"socket '{address.path}'")
     file.remove()
     return removed
+
+
+def socket_inode(address: backup_conf.Address) -> int | None:
+    """Which socket lies at a unix address; None for none, and for other addresses."""
+    if isinstance(address, backup_conf.UnixAddress):
+        with contextlib.suppress(OSError):
+            found = pathlib.Path(address.path).lstat()
+            return found.st_ino if stat.S_ISSOCK(found.st_mode) else None
+    return None
 
 
 def _owns_server(session: domain.Session, left: status.Status | None, had_exports: bool) -> bool:
@@ -67,10 +78,3 @@ def _address(of: status.Status) -> backup_conf.Address:
 def _remove_files(left: status.Status) -> list[str]:
     paths = [disk.path for disk in left.disks if disk.path is not None]
     return [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
-
-
-def _is_dead_socket(address: backup_conf.UnixAddress) -> bool:
-    with contextlib.suppress(OSError):
-        mode = pathlib.Path(address.path).lstat().st_mode
-        return stat.S_ISSOCK(mode) and not nbdserver.answers(address)
-    return False

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 import libvirt
 
-from virtbackup import hypervisor
+from virtbackup import errors, hypervisor
 from virtbackup.conf import domain_conf
-from virtbackup.qemu import backup, block, capabilities, monitor, monitor_json, status
+from virtbackup.qemu import backup, block, capabilities, monitor, monitor_json, naming, status
 
 ID = 1
 """The id of the one domain behind a monitor."""
@@ -100,30 +100,39 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
 
 def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockState:
     """Everything a plan needs to know of QEMU's block layer."""
-    queries = [
-        monitor_json.query_jobs(),
-        monitor_json.query_block_exports(),
-        monitor_json.query_block() if caps.devices else monitor_json.query_named_block_nodes(),
-    ]
+    queries = [monitor_json.query_jobs(), monitor_json.query_block_exports()]
     if caps.block_graph:
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
-        queries.append(monitor_json.query_status())
+        queries += [monitor_json.query_block(), monitor_json.query_status()]
     replies = iter(qemu.execute_all(queries))
     jobs = monitor_json.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies))
-    drives = next(replies)
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
-    runs = monitor_json.parse_status(next(replies)).running if caps.devices else False
-    disks = (
-        block.parse_block(drives)
-        if caps.devices
-        else block.disks_of_nodes(block.parse_named_nodes(drives), graph)
-    )
+    if caps.devices:
+        disks = block.parse_block(next(replies))
+        runs = monitor_json.parse_status(next(replies)).running
+    else:
+        disks = block.disks_of_nodes(named_nodes(qemu, caps, jobs.values()), graph)
+        runs = False
     iothreads = {}
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
     return backup.BlockState(disks, jobs, exports, graph, runs, iothreads)
+
+
+def named_nodes(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, jobs: Iterable[monitor_json.Job]
+) -> dict[naming.NodeName, block.Medium]:
+    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them, while QEMU has JOBS,
+    would kill it."""
+    if not caps.named_nodes_are_safe(jobs):
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"a backup job has ended that nobody has dismissed, and on this QEMU"
+            f" {capabilities.NAMED_NODES_CRASH.evidence}",
+        )
+    return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
 
 
 def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain_conf.DomainDef:

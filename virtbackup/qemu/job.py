@@ -147,7 +147,8 @@ class BackupJob:
         self._file.save(starting)
         try:
             run.server()
-            starting = dataclasses.replace(starting, server=True)
+            socket = cleanup.socket_inode(run.plan.address)
+            starting = dataclasses.replace(starting, server=True, socket=socket)
             run.scratch_images()
             run.freeze()
             run.exports()
@@ -217,6 +218,7 @@ def _starting(
         definition=plan.definition.format(),
         started=time.time(),
         server=False,
+        socket=None,
         qemu=session.process,
         owner=owner,
         disks=tuple(
@@ -258,18 +260,16 @@ def _alive(owner: status.Process | None) -> bool:
 
 
 def _look(session: domain.Session, running: status.Status) -> backup_conf.BackupInfo:
-    """The verdict so far, and the bytes every scratch image takes."""
-    jobs, exports, nodes = session.qemu.execute_all(
-        [
-            monitor_json.query_jobs(),
-            monitor_json.query_block_exports(),
-            monitor_json.query_named_block_nodes(),
-        ]
-    )
-    reasons = _judge(
-        session, running, monitor_json.parse_jobs(jobs), monitor_json.parse_exports(exports)
-    )
-    return _info(running, reasons, block.parse_actual_sizes(nodes))
+    """The verdict so far, and the bytes every scratch image takes where it is safe to ask."""
+    queries = [monitor_json.query_jobs(), monitor_json.query_block_exports()]
+    replies = session.qemu.execute_all(queries)
+    jobs = monitor_json.parse_jobs(replies[0])
+    reasons = _judge(session, running, jobs, monitor_json.parse_exports(replies[1]))
+    used: dict[naming.NodeName, int] = {}
+    if session.capabilities.named_nodes_are_safe(jobs.values()):
+        nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
+        used = block.parse_actual_sizes(nodes)
+    return _info(running, reasons, used)
 
 
 def _judge(

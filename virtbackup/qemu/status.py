@@ -63,6 +63,8 @@ class Status:
     """Seconds since the epoch."""
     server: bool
     """The NBD server is ours; while starting: only whatever listens on our address is."""
+    socket: int | None
+    """The inode of the server's unix socket, once there is one that can be seen from here."""
     qemu: Process | None
     owner: Process | None
     """The process whose end is the backup's end; None: it goes on without one."""

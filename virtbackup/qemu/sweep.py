@@ -10,7 +10,7 @@ sweep goes on; nothing here raises but MonitorLost and timeouts.
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import block, capabilities, monitor, monitor_json, naming, nbdserver, qmp
@@ -121,9 +121,13 @@ class Sweeper:
         return [job for id, job in jobs.items() if self._is_ours(id)]
 
     def _own_nodes(self) -> list[naming.NodeName]:
-        reply = self.qemu.execute(monitor_json.query_named_block_nodes())
-        nodes = block.parse_named_nodes(reply)
-        return [node for node in nodes if self._is_ours(node) and not naming.is_file(node)]
+        nodes = self._node_names()
+        return sorted(node for node in nodes if self._is_ours(node) and not naming.is_file(node))
+
+    def _node_names(self) -> Iterable[naming.NodeName]:
+        if self.caps.block_graph:
+            return block.parse_graph(self.qemu.execute(monitor_json.query_block_graph())).nodes()
+        return block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
 
     def _own_fdsets(self) -> list[int]:
         if not self.caps.fdsets:
