@@ -10,11 +10,15 @@ import json
 import pathlib
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
-Fault = Literal["refuse", "lose-reply", "hang-up-before", "hang-up-after"]
+Fault = Literal[
+    "refuse", "lose-reply", "hang-up-before", "hang-up-after", "kill-before", "kill-after"
+]
 """refuse: QEMU never sees the command, the client gets an error. lose-reply: QEMU does it, the
-client gets an error all the same. hang-up-*: the connection ends before or after QEMU did it."""
+client gets an error all the same. hang-up-*: the connection ends before or after QEMU did it.
+kill-*: so does the client's process, by SIGKILL."""
 
 
 class Proxy:
@@ -26,6 +30,7 @@ class Proxy:
         self.commands: list[str] = []
         self.spoil: tuple[int, Fault] | None = None
         self.spoilt: str | None = None
+        self.kill_client: Callable[[], None] = lambda: None
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen()
@@ -88,7 +93,9 @@ class Proxy:
         qemu: socket.socket,
     ) -> bool:
         fault = self._fault(command["execute"])
-        if fault == "hang-up-before":
+        if fault is not None and fault.startswith("kill"):
+            self.kill_client()
+        if fault in ("hang-up-before", "kill-before"):
             _hang_up(client)
             return False
         if fault == "refuse":
@@ -100,7 +107,7 @@ class Proxy:
             _refuse(client, command)
             return True
         _send(qemu, line, fds)
-        if fault == "hang-up-after":
+        if fault in ("hang-up-after", "kill-after"):
             _hang_up(client)
             return False
         return True
