@@ -294,17 +294,23 @@ def test_address_that_is_a_file_is_refused(tmp_path: pathlib.Path) -> None:
         assert precious.read_text() == "precious"
 
 
-def test_the_users_nbd_server_is_refused_and_untouched(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("same_address", [True, False])
+def test_the_users_nbd_server_is_refused_and_untouched(
+    tmp_path: pathlib.Path, same_address: bool
+) -> None:
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
-        addr = {"type": "unix", "data": {"path": f"{tmp_path}/theirs.sock"}}
+        theirs, ours = free_port("127.0.0.1"), free_port("127.0.0.1")
+        addr = {"type": "inet", "data": {"host": "127.0.0.1", "port": str(theirs)}}
         machine.probe("nbd-server-start", addr=addr)
         before = machine.state()
+        port = theirs if same_address else ours
+        xml = f'<domainbackup><address type="ip" host="127.0.0.1" port="{port}"/></domainbackup>'
         with pytest.raises(virtbackup.Error, match="already in use") as caught:
-            conn.lookupByID(1).backupStart(unix(tmp_path))
+            conn.lookupByID(1).backupStart(xml)
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
         assert machine.state() == before
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(f"{tmp_path}/theirs.sock")
+        with socket.create_connection(("127.0.0.1", theirs)) as client:
+            assert client.recv(8) == b"NBDMAGIC"
 
 
 def test_second_start_and_stop_without_start(tmp_path: pathlib.Path) -> None:

@@ -66,9 +66,9 @@ def _owns_server(session: domain.Session, left: status.Status | None, had_export
         return False
     if left is None:
         return had_exports
-    if left.server:
-        return not session.restarted_since(left.qemu)
-    return nbdserver.listens(session.pid or os.getpid(), _address(left))
+    if left.server is False or session.restarted_since(left.qemu):
+        return False
+    return left.server or nbdserver.listens(session.pid or os.getpid(), _address(left))
 
 
 def _address(of: status.Status) -> backup_conf.Address:

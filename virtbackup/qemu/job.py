@@ -153,7 +153,9 @@ class BackupJob:
             run.freeze()
             run.exports()
             self._file.save(dataclasses.replace(starting, phase="running"))
-        except BaseException:
+        except BaseException as failure:
+            if isinstance(failure, process.ServerInUse):
+                starting = dataclasses.replace(starting, server=False)
             self._undo(session, _without_others_files(starting, run.created))
             raise
         logger.info("backup=%s started disks=%d", starting.id, len(starting.disks))
@@ -217,7 +219,7 @@ def _starting(
         uuid=session.ref.uuid,
         definition=plan.definition.format(),
         started=time.time(),
-        server=False,
+        server=None,
         socket=None,
         qemu=session.process,
         owner=owner,

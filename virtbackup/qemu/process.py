@@ -18,6 +18,18 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, scratch
 
 
+class ServerInUse(errors.Error):
+    """QEMU's one NBD server was started by somebody else."""
+
+    def __init__(self) -> None:
+        text = "the domain's NBD server is already in use by another job or client"
+        super().__init__(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"Requested operation is not valid: {text}",
+            strings=("Requested operation is not valid: %s", text, None),
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run of a plan; BY_FD says how scratch images are handed over."""
@@ -29,15 +41,15 @@ class Run:
     """Files with a name that this run has made, so far."""
 
     def server(self) -> None:
-        """Start the NBD server: first of all, as it is the step another user of QEMU refuses."""
+        """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
+
+        Errors: ServerInUse, VIR_ERR_OPERATION_FAILED with the address.
+        """
         try:
             self.qemu.execute(monitor_json.nbd_server_start(self.plan.address))
         except monitor_json.CommandFailed as failure:
             if failure.desc == "NBD server already running":
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_INVALID,
-                    "the domain's NBD server is already in use by another job or client",
-                ) from failure
+                raise ServerInUse from failure
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_FAILED,
                 f"cannot listen on {describe(self.plan.address)}: {failure.desc}",

@@ -61,8 +61,8 @@ class Status:
     """The live ``<domainbackup>``."""
     started: float
     """Seconds since the epoch."""
-    server: bool
-    """The NBD server is ours; while starting: only whatever listens on our address is."""
+    server: bool | None
+    """Whether the NBD server is ours; None: not known yet, whatever listens on our address is."""
     socket: int | None
     """The inode of the server's unix socket, once there is one that can be seen from here."""
     qemu: Process | None
