@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pull backup API that was proposed to libvirt in 2016, on real QEMU."""
+"""The pull backup API that was proposed to libvirt in 2016, on real QEMU.
 
-from virtbackup.api import (
-    VIR_DOMAIN_BACKUP_START_AUTODESTROY,
-    VIR_DOMAIN_BACKUP_START_QUIESCE,
-    VIR_DOMAIN_BACKUP_STOP_CANCEL,
-    Connection,
-    Domain,
-    open,
-)
-from virtbackup.errors import Error
+The names are loaded when they are first used: libvirt-python and lxml take longer to load than most
+commands of the shell to run.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from virtbackup.api import (
+        VIR_DOMAIN_BACKUP_START_AUTODESTROY,
+        VIR_DOMAIN_BACKUP_START_QUIESCE,
+        VIR_DOMAIN_BACKUP_STOP_CANCEL,
+        Connection,
+        Domain,
+        open,
+    )
+    from virtbackup.errors import Error
 
 __all__ = [
     "VIR_DOMAIN_BACKUP_START_AUTODESTROY",
@@ -20,3 +28,11 @@ __all__ = [
     "Error",
     "open",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    home = importlib.import_module("virtbackup.errors" if name == "Error" else "virtbackup.api")
+    value = globals()[name] = getattr(home, name)
+    return value

@@ -7,15 +7,17 @@ group ``virtbackup.drivers``, named as the URI scheme, that points to an ``Opene
 """
 
 import dataclasses
-import importlib.metadata
 import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
+
+if TYPE_CHECKING:
+    import importlib.metadata
 
 ENTRY_POINTS = "virtbackup.drivers"
 
@@ -108,8 +110,10 @@ def _opener(uri: str) -> Opener:
     raise errors.error(libvirt.VIR_ERR_NO_CONNECT, uri, domain=libvirt.VIR_FROM_NONE)
 
 
-def _entry_points(scheme: str) -> list[importlib.metadata.EntryPoint]:
+def _entry_points(scheme: str) -> "list[importlib.metadata.EntryPoint]":
     """The drivers for SCHEME, our own package's first: it is found without reading every other."""
+    import importlib.metadata  # slow to load, and a registered driver needs no entry point
+
     try:
         own = importlib.metadata.distribution("virtbackup").entry_points
     except importlib.metadata.PackageNotFoundError:

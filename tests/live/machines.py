@@ -13,6 +13,7 @@ import pathlib
 import re
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -225,11 +226,12 @@ def image(
 
 
 def contents(path: pathlib.Path, fmt: str) -> bytes:
-    """The guest-visible bytes of an image that may be in use."""
-    return subprocess.run(
-        ["qemu-img", "dd", "-U", "-f", fmt, "-O", "raw", f"if={path}", "of=/dev/stdout"],
-        check=True, capture_output=True,
-    ).stdout  # fmt: skip
+    """The guest-visible bytes of an image that nobody writes to."""
+    with tempfile.TemporaryDirectory() as name:
+        raw = pathlib.Path(name) / "raw"
+        argv = ["qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", str(path), str(raw)]
+        subprocess.run(argv, check=True)
+        return raw.read_bytes()
 
 
 @contextlib.contextmanager
