@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The program virsh-backup as people run it, on real QEMU; and read side by side with virsh."""
+
+import fcntl
+import json
+import os
+import pathlib
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.live import machines
+from virtbackup.conf import backup_conf
+from virtbackup.tools import virsh_backup, vsh
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
+
+DEADLINE = 30.0
+UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
+PROGRAM = (sys.executable, "-m", "virtbackup.tools.virsh_backup")
+VIRSH = ("virsh", "-c", "test:///default")
+
+Output = tuple[int, str, str]
+Run = Callable[..., Output]
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    with machines.two_disks(tmp_path, "-name", "my guest", "-uuid", UUID) as machine:
+        yield machine
+
+
+@pytest.fixture
+def run(machine: machines.Machine) -> Run:
+    """Run the program on the machine: exit status, output, errors."""
+
+    def run_it(*argv: str, text: str | None = None) -> Output:
+        done = subprocess.run(
+            [*PROGRAM, "-c", machine.uri, *argv],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run_it
+
+
+def _document(directory: pathlib.Path) -> str:
+    return f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/></domainbackup>'
+
+
+def test_whole_session(machine: machines.Machine, run: Run, tmp_path: pathlib.Path) -> None:
+    before = machine.state()
+    assert run("list", "--name") == (0, "my guest\n", "")
+    assert json.loads(run("dominfo", UUID, "--json")[1])["name"] == "my guest"
+    assert run("domblklist", "my guest")[1].splitlines()[2:] == [
+        f" vda      {tmp_path}/a.qcow2",
+        f" sdb      {tmp_path}/b.raw",
+    ]
+    xmlfile = tmp_path / "backup.xml"
+    xmlfile.write_text(_document(tmp_path))
+    assert run("backup-start", "my guest", str(xmlfile)) == (0, "Domain backup started\n", "")
+
+    status, out, err = run("backup-info", "my guest", "--json")
+    assert (status, err) == (0, "")
+    info = json.loads(out)
+    assert info["state"] == "running"
+    assert [(disk["name"], disk["capacity"]) for disk in info["disks"]] == [
+        ("vda", 64 << 20),
+        ("sdb", 64 << 20),
+    ]
+    for disk in info["disks"]:
+        # The address is one that clients take as it is.
+        size = subprocess.run(
+            ["nbdinfo", "--size", disk["uri"]], capture_output=True, timeout=DEADLINE, check=True
+        )
+        assert int(size.stdout) == 64 << 20
+        assert disk["uri"] in run("backup-info", "my guest")[1]
+
+    live = backup_conf.BackupDef.parse(run("backup-dumpxml", "my guest")[1])
+    assert [(disk.name, disk.present, disk.exportname) for disk in live.disks] == [
+        ("vda", True, "vda"),
+        ("sdb", True, "sdb"),
+    ]
+    status, out, err = run("backup-start", "my guest", str(xmlfile))
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+    assert run("backup-stop", "my guest") == (0, "Domain backup stopped\n", "")
+    status, out, err = run("backup-info", "my guest")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: Domain backup job id not found")
+    assert machine.state() == before
+
+
+def test_start_from_stdin_and_cancel(
+    machine: machines.Machine, run: Run, tmp_path: pathlib.Path
+) -> None:
+    before = machine.state()
+    status, out, err = run("backup-start", "1", "-", text=_document(tmp_path))
+    assert (status, out, err) == (0, "Domain backup started\n", "")
+    assert run("backup-stop", "1", "--cancel") == (0, "Domain backup stopped\n", "")
+    assert machine.state() == before
+
+
+def test_start_as(run: Run, tmp_path: pathlib.Path) -> None:
+    socket = f"{tmp_path}/nbd,x.sock"
+    words = ["--unix", socket, "--disk", f"vda,source={tmp_path}/s,,c.qcow2"]
+    assert run("backup-start-as", "1", *words, "--disk=sdb,present=no") == (
+        0,
+        "Domain backup started\n",
+        "",
+    )
+    live = backup_conf.BackupDef.parse(run("backup-dumpxml", "1")[1])
+    assert live.address == backup_conf.UnixAddress(socket)
+    vda, sdb = live.disks
+    assert vda.source is not None
+    assert vda.source.file == f"{tmp_path}/s,c.qcow2"
+    assert sdb.present is False
+    assert run("-q", "backup-stop", "1") == (0, "", "")
+
+
+def test_trace_has_the_lines_of_the_monitor(run: Run, tmp_path: pathlib.Path) -> None:
+    trace = tmp_path / "trace"
+    status, _, err = run("--trace", str(trace), "backup-start", "1", "-", text=_document(tmp_path))
+    assert (status, err) == (0, "")
+    lines = trace.read_text().splitlines()
+    assert any('-> {"execute":"transaction"' in line for line in lines)
+    assert any('<- {"return"' in line for line in lines)
+    assert all(line[:2] == "20" for line in lines)
+    assert '"execute"' in run("--trace=-", "backup-stop", "1")[2]
+
+
+def test_refused_backup_is_one_line_and_leaves_nothing(
+    machine: machines.Machine, run: Run, tmp_path: pathlib.Path
+) -> None:
+    before = machine.state()
+    status, out, err = run("backup-start-as", "1", f"--unix={tmp_path}/s", "--disk", "nope")
+    assert (status, out) == (1, "")
+    assert err == "error: unsupported configuration: no disk named 'nope'\n"
+    assert machine.state() == before
+
+
+def test_hypervisor_that_dies_is_one_line(
+    machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    argv = [*PROGRAM, "-q", "-c", machine.uri]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as shell:
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        shell.stdin.write("list --name\n")
+        shell.stdin.flush()
+        assert shell.stdout.readline() == "virtbackup # my guest\n"
+        machine.kill()
+        _, err = shell.communicate("list --name\nconnect\nquit\n", timeout=DEADLINE)
+    assert shell.returncode == 0
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("error: ") for line in lines)
+    assert lines[1].startswith("error: failed to connect to the hypervisor: ")
+
+
+def test_connect_finds_the_hypervisor_again(
+    machine: machines.Machine, run: Run, tmp_path: pathlib.Path
+) -> None:
+    assert run("list --name; connect; list --name; connect --readonly; list --name") == (
+        0,
+        "my guest\n" * 3,
+        "",
+    )
+
+
+def test_interrupt_while_another_client_has_the_monitor(machine: machines.Machine) -> None:
+    holder = machines.Probe(machine.qmp)
+    try:
+        with subprocess.Popen(
+            [*PROGRAM, "-d0", "-c", machine.uri, "list"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            _wait_until_connected(process.pid, machine)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, out) == (130, b"")
+        assert b"Traceback" not in err
+    finally:
+        holder.close()
+
+
+def _wait_until_connected(pid: int, machine: machines.Machine) -> None:
+    """Return once a process has a socket open, which it needs the monitor for."""
+    end = time.monotonic() + DEADLINE
+    directory = pathlib.Path(f"/proc/{pid}/fd")
+    while time.monotonic() < end:
+        for link in directory.iterdir():
+            try:
+                if os.readlink(link).startswith("socket:"):  # noqa: PTH115
+                    return
+            except FileNotFoundError:
+                continue
+    raise AssertionError("the program did not connect")
+
+
+# --- backup-pull ----------------------------------------------------------------------------------
+
+
+def test_pull(machine: machines.Machine, run: Run, tmp_path: pathlib.Path) -> None:
+    machine.io("vda", "write -P 7 1M 64k")
+    before = machine.state()
+    directory = tmp_path / "made" / "here"
+    status, out, err = run("backup-pull", "1", str(directory))
+    assert (status, err) == (0, "")
+    vda, sdb, said = out.splitlines()
+    assert vda.startswith(f"vda: {directory}/vda.qcow2 (64.00 MiB, ")
+    assert sdb.startswith(f"sdb: {directory}/sdb.qcow2 (64.00 MiB, ")
+    assert said == "Domain backup pulled"
+    assert machine.state() == before
+    # The guest's disk may not be looked at: QEMU holds its metadata back.
+    image = str(directory / "vda.qcow2")
+    subprocess.run(["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 1M 64k", image], check=True)
+    status, out, err = run("backup-pull", "1", str(directory))
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_pull_as_a_document_says_and_json(run: Run, tmp_path: pathlib.Path) -> None:
+    document = _document(tmp_path).replace(
+        "</domainbackup>", '<disks><disk name="sdb" present="no"/></disks></domainbackup>'
+    )
+    words = ["--xml", "-", "--format", "raw", "--json", "--domain", "1", str(tmp_path / "made")]
+    status, out, err = run("backup-pull", *words, text=document)
+    assert (status, err) == (0, "")
+    made = json.loads(out)
+    assert [(disk["name"], disk["file"], disk["format"]) for disk in made["disks"]] == [
+        ("vda", "vda.raw", "raw")
+    ]
+    assert json.loads((tmp_path / "made/manifest.json").read_text()) == made
+
+
+def test_quiet_pull_says_nothing(run: Run, tmp_path: pathlib.Path) -> None:
+    assert run("-q", "backup-pull", "1", str(tmp_path / "made")) == (0, "", "")
+
+
+def test_pull_shows_its_progress_on_a_terminal(
+    machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
+    directory = tmp_path / "made"
+    done = subprocess.run(
+        [*PROGRAM, "-c", machine.uri, "backup-pull", "1", str(directory)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=DEADLINE,
+    )
+    os.set_blocking(ours, False)
+    shown = os.read(ours, 1 << 16)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0
+    assert done.stdout.endswith(b"Domain backup pulled\n")
+    assert b"128M" in shown
+    assert b"error" not in shown
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_pull_leaves_nothing(
+    number: signal.Signals, status: int, machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    before = machine.state()
+    directory = tmp_path / "made"
+    trace = tmp_path / "trace"
+    os.mkfifo(trace)
+    argv = [*PROGRAM, "-c", machine.uri, "--trace", str(trace)]
+    with subprocess.Popen(
+        [*argv, "backup-pull", "1", str(directory)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        with trace.open() as lines:
+            for line in lines:
+                if '"execute":"transaction"' in line:
+                    process.send_signal(number)
+        out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (status, b"", b"")
+    assert list(directory.iterdir()) == []
+    assert machine.state() == before
+
+
+# --- side by side with virsh ----------------------------------------------------------------------
+
+WORDS = [
+    "a b",
+    "a'b c'd\"e f\"\\ g",
+    '\'a\\b\' "a\\b" "a\\"b"',
+    '"" x',
+    "'' ''",
+    "a#b # c",
+    "# all",
+    "a\n# x\necho b",
+    "a \\\n b",
+    "a\\\nb",
+    '"a\\\nb"',
+    "a;echo b",
+    ";;echo 'c;d'",
+    "\\; \\# \\' \\\" \\\\ \\n",
+    "-- --shell",
+    "a --shell 'b c'",
+    "a=b --shell c",
+    "-x - --",
+    "--xml '<a b=\"c\">&'",
+    "tab\there",
+    "--shell ''",
+    "--shell a=b a:b a@b a~b a*b 'a'\\''b'",
+]
+
+
+@pytest.mark.needs("virsh")
+@pytest.mark.parametrize("words", WORDS)
+def test_words_are_read_as_virsh_reads_them(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"echo {words}"
+    theirs = subprocess.run([*VIRSH, line], stdin=subprocess.DEVNULL, capture_output=True)
+    status = virsh_backup.main([line])
+    assert (status, capsys.readouterr().out) == (theirs.returncode, theirs.stdout.decode())
+
+
+MISUSES = [
+    ["nope"],
+    ["list", "--nope"],
+    ["list", "--all=1"],
+    ["list", "--all", "--all"],
+    ["list", "-x"],
+    ["list", "x"],
+    ["list", "--all", "--", "x"],
+    ["dominfo"],
+    ["dominfo", "a", "b"],
+    ["dominfo", "--domain"],
+    ["dominfo", "--domain", "a", "b"],
+    ["dominfo", ""],
+    ["list", ";", "uri"],
+    ['echo "a'],
+    ["echo a\\"],
+    ["help", "nope"],
+    ["--nope"],
+    ["-c"],
+    ["cd", "/"],
+]
+
+
+@pytest.mark.needs("virsh")
+@pytest.mark.parametrize("argv", MISUSES)
+def test_misuse_is_told_in_virshs_words(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = subprocess.run(
+        [*VIRSH, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert theirs.returncode
+    assert virsh_backup.main(argv)
+    assert capsys.readouterr().err.split("\n")[0] == theirs.stderr.split("\n")[0]
+
+
+@pytest.mark.needs("virsh")
+def test_tables_look_as_virshs() -> None:
+    """virsh's own tables, made again by ours from their cells."""
+    for line in ("list --all", "domblklist test", "domblklist test --details"):
+        done = subprocess.run([*VIRSH, line], capture_output=True, text=True, check=True)
+        lines = done.stdout.rstrip("\n").split("\n")
+        cells = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in lines]
+        assert vsh.table_lines(cells[0], cells[2:]) == lines

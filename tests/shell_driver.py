@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A third-party driver without a hypervisor; as a program, the shell with that driver at hand.
+
+``fake:///NAME`` has the domains vm1 (disks vda, sdb and an empty sr0), ``7``, ``my vm`` and the
+inactive ``off``. A backup lives as long as the connection. NAME asks for trouble: ``bad`` fails
+every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call.
+"""
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Literal, TextIO
+
+import libvirt
+
+from virtbackup import errors, hypervisor
+from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.tools import virsh_backup
+
+UUID = "6695eb01-f6a4-8304-79aa-97f2502e19{:02x}"
+
+DOMAINS = (
+    hypervisor.DomainRef("off", UUID.format(1), None),
+    hypervisor.DomainRef("7", UUID.format(2), 2),
+    hypervisor.DomainRef("my vm", UUID.format(3), 3),
+    hypervisor.DomainRef("vm1", UUID.format(4), 1),
+)
+
+DISKS = (
+    domain_conf.DiskDef("vda", source="/images/a.qcow2", format="qcow2", capacity=64 << 20),
+    domain_conf.DiskDef("sdb", type="block", source="/dev/b", format="raw", readonly=True),
+    domain_conf.DiskDef("sr0", device="cdrom"),
+)
+
+FAILED = "disk 'vda': No space left on device\ndisk 'sdb': Input/output error"
+
+
+class Driver:
+    """A ``hypervisor.BackupDriver``."""
+
+    def __init__(self, uri: str, readonly: bool) -> None:
+        self.trouble = uri.removeprefix("fake:///")
+        self.backup: backup_conf.BackupDef | None = None
+        self.trace: TextIO | None = None
+        self.calls = 0
+
+    def close(self) -> None:
+        if self.trace is not None:
+            self.trace.write("closed\n")
+
+    def get_type(self) -> str:
+        return "FAKE"
+
+    def get_version(self) -> int:
+        return 1002003
+
+    def is_alive(self) -> bool:
+        return not (self.trouble == "dies" and self.calls)
+
+    def set_trace(self, trace: TextIO | None) -> None:
+        self.trace = trace
+
+    def list_domains(self) -> Sequence[hypervisor.DomainRef]:
+        self.calls += 1
+        if self.trace is not None:
+            self.trace.write("list_domains\n")
+        return DOMAINS
+
+    def domain_get_state(self, domain: hypervisor.DomainRef) -> tuple[int, int]:
+        state = libvirt.VIR_DOMAIN_SHUTOFF if domain.id is None else libvirt.VIR_DOMAIN_RUNNING
+        return state, 0
+
+    def domain_get_xml_desc(self, domain: hypervisor.DomainRef, flags: int) -> str:
+        return domain_conf.DomainDef(domain.name, domain.uuid, domain.id, DISKS).format()
+
+    def domain_backup_start(self, domain: hypervisor.DomainRef, xml: str, flags: int) -> None:
+        if self.trouble == "bug":
+            raise RuntimeError("two\nlines")
+        if self.trouble == "hang":
+            print("hanging", flush=True)
+            threading.Event().wait()
+        if self.backup is not None:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "already running")
+        self.backup = backup_conf.BackupDef.parse(xml)
+        print(f"flags={flags}", file=sys.stderr)
+
+    def domain_backup_stop(self, domain: hypervisor.DomainRef, flags: int) -> None:
+        self._running()
+        self.backup = None
+        if self.trouble == "bad" and not flags:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, FAILED)
+
+    def domain_backup_get_xml_desc(self, domain: hypervisor.DomainRef, flags: int) -> str:
+        return self._running().format()
+
+    def domain_backup_get_info(
+        self, domain: hypervisor.DomainRef, flags: int
+    ) -> backup_conf.BackupInfo:
+        state: Literal["running", "failed"] = "running"
+        disks = (
+            backup_conf.DiskInfo("vda", "vda", "running", None, 64 << 20, 196608, 1000),
+            backup_conf.DiskInfo("sdb", "s/b", "running", None, 1 << 40, None, None),
+        )
+        if self.trouble == "bad":
+            state, reason = "failed", "No space\nleft"
+            disks = (dataclasses.replace(disks[0], state="failed", reason=reason), disks[1])
+        return backup_conf.BackupInfo(state, 1700000000.5, self._running().address, disks)
+
+    def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> Sequence[str]:
+        return ["node scratch-vda", "file /images/x"] if self.trouble == "bad" else []
+
+    def _running(self) -> backup_conf.BackupDef:
+        if self.backup is None:
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
+        return self.backup
+
+
+def main(*argv: str) -> int:
+    """The shell, with the driver at hand."""
+    hypervisor.register("fake", Driver)
+    return virsh_backup.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,943 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The program virsh-backup: its commands, how each may be misused, exit statuses, the terminal."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import shell_driver
+from virtbackup.conf import backup_conf
+from virtbackup.tools import virsh_backup, virsh_connection, vsh, vsh_readline
+
+URI = "fake:///two"
+DEADLINE = 20.0
+"""Seconds that a program may take to say what it is waited for."""
+
+BACKUP = '<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>'
+
+Output = tuple[int, str, str]
+"""Exit status, standard output, standard error."""
+
+Run = Callable[..., Output]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the program on the fake driver in this process."""
+
+    def run_it(*argv: str, uri: str = URI) -> Output:
+        status = shell_driver.main("-c", uri, *argv)
+        return status, *capsys.readouterr()
+
+    return run_it
+
+
+@pytest.fixture
+def xmlfile(tmp_path: pathlib.Path) -> str:
+    path = tmp_path / "backup.xml"
+    path.write_text(BACKUP)
+    return str(path)
+
+
+# --- misuse, of every command ---------------------------------------------------------------------
+
+REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d"}
+
+
+def _good(command: vsh.Command) -> list[str]:
+    """The command with the values that it requires."""
+    words = [command.name]
+    for option in command.options:
+        if option.required:
+            words.append(REQUIRED[option.name])
+    return words
+
+
+def _misuses() -> Iterator[tuple[str, list[str], str]]:
+    for command in virsh_backup.TABLE.commands:
+        good = _good(command)
+        yield (
+            f"{command.name} unknown option",
+            [*good, "--nope"],
+            f"command '{command.name}' doesn't support option --nope",
+        )
+        slots = [o for o in command.options if o.kind in (vsh.Kind.DATA, vsh.Kind.ARGV)]
+        if not any(option.kind is vsh.Kind.ARGV for option in slots):
+            words = [command.name, *("x" for _ in slots), "more"]
+            yield f"{command.name} extra data", words, "unexpected data 'more'"
+        if len(good) > 1:
+            missing = [option for option in command.options if option.required][-1]
+            yield (
+                f"{command.name} missing data",
+                good[:-1],
+                f"command '{command.name}' requires <{missing.name}> option",
+            )
+        for option in command.options:
+            yield from _option_misuses(command, option, good)
+
+
+def _option_misuses(
+    command: vsh.Command, option: vsh.Option, good: list[str]
+) -> Iterator[tuple[str, list[str], str]]:
+    use = f"--{option.name}"
+    title = f"{command.name} {use}"
+    if option.kind is vsh.Kind.BOOL:
+        yield f"{title}=1", [*good, f"{use}=1"], f"invalid '=' after option {use}"
+    elif option.kind is not vsh.Kind.ARGV:
+        word = "number" if option.kind is vsh.Kind.INT else "string"
+        yield f"{title} without value", [command.name, use], f"expected syntax: {use} <{word}>"
+        yield (
+            f"{title} empty",
+            [command.name, f"{use}="],
+            f"Failed to get option '{option.name}': Option argument is empty",
+        )
+    if option.kind is vsh.Kind.INT:
+        yield (
+            f"{title}=abc",
+            [*good, f"{use}=abc"],
+            f"Numeric value 'abc' for <{option.name}> option is malformed or out of range",
+        )
+    if option.choices:
+        expected = " or ".join(option.choices)
+        yield (
+            f"{title}=zzz",
+            [*good, f"{use}=zzz"],
+            f"invalid value 'zzz' for {use}: expected {expected}",
+        )
+
+
+MISUSES = list(_misuses())
+
+
+@pytest.mark.parametrize(("title", "words", "message"), MISUSES, ids=[m[0] for m in MISUSES])
+def test_misuse(title: str, words: list[str], message: str, run: Run) -> None:
+    assert run(*words) == (2, "", f"error: {message}\n")
+
+
+def test_every_command_has_its_group_and_its_help(run: Run) -> None:
+    keywords = [group.keyword for group in virsh_backup.TABLE.groups]
+    for command in virsh_backup.TABLE.commands:
+        assert command.group in keywords
+        assert command.help
+        assert all(option.help for option in command.options)
+        status, out, err = run(command.name, "--help")
+        assert (status, err) == (0, "")
+        assert out.startswith(f"  NAME\n    {command.name} - {command.help}\n")
+        assert run("help", command.name) == (0, out, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nope"], "unsupported option '--nope'. See --help."),
+        (["-z"], "unsupported option '-z'. See --help."),
+        (["-qz"], "unsupported option '-z'. See --help."),
+        (["--quiet=1"], "unsupported option '--quiet=1'. See --help."),
+        (["--t"], "unsupported option '--t'. See --help."),
+        (["-c"], "option '-c'/'--connect' requires an argument"),
+        (["--connect"], "option '-c'/'--connect' requires an argument"),
+        (["--trace"], "option '--trace' requires an argument"),
+        (["-d", "x"], "option -d takes a number from 0 to 4"),
+        (["-d5"], "option -d takes a number from 0 to 4"),
+        (["--version=x"], "option --version takes short or long"),
+        (["uri", "-c", "x"], "unexpected data '-c'"),
+        (["list; echo 'a"], "missing '"),
+        (["backup-strat"], "unknown command: 'backup-strat'\n"
+         "Did you mean: backup-start, backup-start-as, backup-stop?"),
+        (["help", "backup-strat"], "command or command group 'backup-strat' doesn't exist\n"
+         "Did you mean: backup-start, backup-start-as, backup-stop?"),
+        (["echo a; nope"], "unknown command: 'nope'"),
+        (["list", ";", "uri"], "unexpected data ';'"),
+        (["list", "--name", "--uuid"], "Options --name and --uuid are mutually exclusive"),
+    ],
+)  # fmt: skip
+def test_misuse_of_the_program(argv: list[str], message: str, run: Run) -> None:
+    assert run(*argv) == (2, "", f"error: {message}\n")
+
+
+# --- the program's options ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-v", "--version", "--version=short", "--vers"])
+def test_short_version(option: str, run: Run) -> None:
+    assert run(option) == (0, "0.1.0\n", "")
+
+
+@pytest.mark.parametrize("option", ["-V", "--version=long"])
+def test_long_version(option: str, run: Run) -> None:
+    status, out, err = run(option)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"Virsh-backup .* 0\.1\.0\nUsing libvirt [0-9.]+ and Python [0-9.]+\n", out)
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_usage_names_every_command(option: str, run: Run) -> None:
+    status, out, err = run(option)
+    assert (status, err) == (0, "")
+    assert all(f"    {command.name} " in out for command in virsh_backup.TABLE.commands)
+
+
+def test_options_are_taken_together_and_shortened(run: Run) -> None:
+    assert shell_driver.main("-qrcfake:///two", "--timi", "uri") == 0
+    assert run("uri", uri="fake:///x")[1].startswith("fake:///two\n\n(Time: ")
+
+
+def test_timing(run: Run) -> None:
+    status, out, err = run("-t", "uri")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"fake:///two\n\n\(Time: \d+\.\d{3} ms\)\n\n", out)
+
+
+@pytest.mark.parametrize(
+    ("environment", "uri"),
+    [
+        ({"VIRTBACKUP_DEFAULT_URI": "fake:///a", "LIBVIRT_DEFAULT_URI": "fake:///b"}, "fake:///a"),
+        ({"LIBVIRT_DEFAULT_URI": "fake:///b"}, "fake:///b"),
+        ({"VIRTBACKUP_DEFAULT_URI": "", "LIBVIRT_DEFAULT_URI": "fake:///b"}, "fake:///b"),
+        ({}, "qemu:///system"),
+    ],
+)
+def test_default_uri(
+    environment: dict[str, str], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("VIRTBACKUP_DEFAULT_URI", "LIBVIRT_DEFAULT_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert virsh_connection.default_uri() == uri
+
+
+def test_trace_is_handed_to_the_connection(tmp_path: pathlib.Path, run: Run) -> None:
+    trace = tmp_path / "trace"
+    assert run("--trace", str(trace), "list", "--name")[0] == 0
+    assert trace.read_text() == "list_domains\nclosed\n"
+
+
+def test_trace_to_stderr(run: Run) -> None:
+    assert run("--trace=-", "uri") == (0, "fake:///two\n", "closed\n")
+
+
+def test_trace_that_cannot_be_written(run: Run) -> None:
+    message = "error: Failed to open file '/nowhere/x': No such file or directory\n"
+    assert run("--trace", "/nowhere/x", "echo") == (1, "", message)
+
+
+@pytest.mark.parametrize("words", [["echo", "a"], ["help", "uri"], ["echo a; echo b"]])
+def test_no_connection_where_none_is_needed(words: list[str], run: Run) -> None:
+    assert run(*words, uri="nowhere:///x")[0] == 0
+
+
+def test_connection_that_fails(run: Run) -> None:
+    message = (
+        "error: failed to connect to the hypervisor:"
+        " no connection driver available for nowhere:///x\n"
+    )
+    assert run("list", uri="nowhere:///x") == (1, "", message)
+
+
+def test_bug_is_one_line_unless_debugging(run: Run, xmlfile: str) -> None:
+    status, out, err = run("backup-start", "vm1", xmlfile, uri="fake:///bug")
+    assert (status, out) == (1, "")
+    assert err == "error: internal error: RuntimeError: two\nlines\n"
+    status, out, err = run("-d", "0", "backup-start", "vm1", xmlfile, uri="fake:///bug")
+    assert (status, out) == (1, "")
+    assert err.startswith("Traceback")
+    assert err.endswith("error: internal error: RuntimeError: two\nlines\n")
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def test_list(run: Run) -> None:
+    assert run("list") == (
+        0,
+        " Id   Name    State\n"
+        "-----------------------\n"
+        " 1    vm1     running\n"
+        " 2    7       running\n"
+        " 3    my vm   running\n",
+        "",
+    )
+    assert run("-q", "list") == (
+        0,
+        " 1    vm1     running\n 2    7       running\n 3    my vm   running\n",
+        "",
+    )
+
+
+def test_list_all_in_every_form(run: Run) -> None:
+    assert run("list", "--all")[1].endswith("running\n -    off     shut off\n")
+    assert run("list", "--inactive", "--name") == (0, "off\n", "")
+    assert run("list", "--all", "--name") == (0, "vm1\n7\nmy vm\noff\n", "")
+    uuids = "".join(shell_driver.UUID.format(number) + "\n" for number in (4, 2, 3))
+    assert run("list", "--uuid") == (0, uuids, "")
+    facts = json.loads(run("list", "--all", "--json")[1])
+    assert facts[0] == {
+        "id": 1, "name": "vm1", "uuid": shell_driver.UUID.format(4), "state": "running",
+    }  # fmt: skip
+    assert facts[-1] == {
+        "id": None, "name": "off", "uuid": shell_driver.UUID.format(1), "state": "shut off",
+    }  # fmt: skip
+
+
+def test_dominfo(run: Run) -> None:
+    uuid = shell_driver.UUID.format(4)
+    out = (
+        f"Id:             1\nName:           vm1\nUUID:           {uuid}\nState:          running\n"
+    )
+    assert run("dominfo", "vm1") == (0, out, "")
+    assert run("dominfo", "--domain", "1") == (0, out, "")
+    assert run("dominfo", f"--domain={uuid.upper()}") == (0, out, "")
+    assert json.loads(run("dominfo", "off", "--json")[1])["id"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("1", "vm1"), ("7", "7"), ("2", "7"), ("my vm", "my vm"), ("off", "off")]
+)
+def test_domain_is_an_id_then_a_uuid_then_a_name(given: str, name: str, run: Run) -> None:
+    assert json.loads(run("dominfo", given, "--json")[1])["name"] == name
+
+
+@pytest.mark.parametrize("given", ["nope", "99", "00000000-0000-0000-0000-000000000000", "--x"])
+def test_no_such_domain(given: str, run: Run) -> None:
+    assert run("dominfo", "--domain", given) == (1, "", f"error: failed to get domain '{given}'\n")
+
+
+def test_domblklist(run: Run) -> None:
+    assert run("domblklist", "vm1") == (
+        0,
+        " Target   Source\n"
+        "---------------------------\n"
+        " vda      /images/a.qcow2\n"
+        " sdb      /dev/b\n"
+        " sr0      -\n",
+        "",
+    )
+    assert run("domblklist", "vm1", "--details")[1].splitlines()[2:] == [
+        " file    disk     vda      /images/a.qcow2",
+        " block   disk     sdb      /dev/b",
+        " file    cdrom    sr0      -",
+    ]
+    facts = json.loads(run("domblklist", "vm1", "--json")[1])
+    assert facts[0] == {
+        "type": "file", "device": "disk", "target": "vda", "source": "/images/a.qcow2",
+        "format": "qcow2", "readonly": False, "capacity": 64 << 20,
+    }  # fmt: skip
+    assert facts[2]["source"] is None
+
+
+def test_host_commands(run: Run) -> None:
+    assert run("uri") == (0, "fake:///two\n", "")
+    assert run("hostname") == (0, os.uname().nodename + "\n", "")
+    lines = run("version")[1].splitlines()
+    assert lines[0] == "Using library: virtbackup 0.1.0"
+    assert lines[2:] == ["Using API: FAKE 0.1.0", "Running hypervisor: FAKE 1.2.3"]
+
+
+def test_pwd_and_cd(run: Run) -> None:
+    assert run("pwd") == (0, f"{pathlib.Path.cwd()}\n", "")
+    assert run("cd", "/") == (1, "", "error: cd: command valid only in interactive mode\n")
+
+
+def test_connect_elsewhere(run: Run) -> None:
+    status, out, err = run("connect fake:///b; uri; connect nowhere:///; uri; connect; uri")
+    assert (status, out) == (1, "fake:///b\nfake:///b\nfake:///b\n")
+    assert err.count("\n") == 1
+
+
+def test_connect_readonly_and_back(run: Run, xmlfile: str) -> None:
+    start = f"backup-start vm1 {xmlfile}"
+    status, _, err = run("-r", start)
+    message = "error: operation forbidden: read only access prevents virDomainBackupStart\n"
+    assert (status, err) == (1, message)
+    assert run(f"connect --readonly; {start}")[2] == message
+    assert run("-r", f"connect; {start}")[0] == 0
+
+
+def test_lost_connection(run: Run) -> None:
+    status, out, err = run("list --name; list; connect; list --name", uri="fake:///dies")
+    assert (status, out) == (1, "vm1\n7\nmy vm\n" * 2)
+    assert err == "error: connection to fake:///dies is lost; 'connect' opens it again\n"
+
+
+def test_start_and_stop(run: Run, xmlfile: str) -> None:
+    assert run(f"backup-start vm1 {xmlfile}; backup-stop vm1") == (
+        0,
+        "Domain backup started\nDomain backup stopped\n",
+        "flags=0\n",
+    )
+    assert run("-q", f"backup-start --quiesce vm1 {xmlfile}; backup-stop vm1") == (
+        0,
+        "",
+        "flags=1\n",
+    )
+
+
+def test_start_twice(run: Run, xmlfile: str) -> None:
+    status, out, err = run(f"backup-start vm1 {xmlfile}; backup-start vm1 {xmlfile}")
+    assert (status, out) == (1, "Domain backup started\n")
+    assert err.endswith("\nerror: Requested operation is not valid: already running\n")
+
+
+def test_start_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(BACKUP.encode())))
+    status, out, _ = run("backup-start vm1 -; backup-dumpxml vm1")
+    assert status == 0
+    started, document = out.split("\n", 1)
+    assert started == "Domain backup started"
+    assert backup_conf.BackupDef.parse(document) == backup_conf.BackupDef.parse(BACKUP)
+
+
+def test_start_from_no_file(run: Run) -> None:
+    message = "error: Failed to open file '/nowhere': No such file or directory\n"
+    assert run("backup-start", "vm1", "/nowhere") == (1, "", message)
+
+
+def test_start_from_no_text(run: Run, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"\xff")
+    message = f"error: file '{path}' is not UTF-8 text\n"
+    assert run("backup-start", "vm1", str(path)) == (1, "", message)
+
+
+def test_stop_without_backup(run: Run) -> None:
+    message = "error: Domain backup job id not found: no domain backup job present\n"
+    assert run("backup-stop", "vm1") == (1, "", message)
+
+
+def test_stop_tells_every_bad_disk(run: Run, xmlfile: str) -> None:
+    status, out, err = run(f"-q backup-start vm1 {xmlfile}; backup-stop vm1", uri="fake:///bad")
+    assert status == 2  # -q is the program's, not a command's
+    status, out, err = run(f"backup-start vm1 {xmlfile}; backup-stop vm1", uri="fake:///bad")
+    assert (status, out) == (1, "Domain backup started\n")
+    assert err == f"flags=0\nerror: operation failed: {shell_driver.FAILED}\n"
+
+
+def test_cancel_asks_for_no_verdict(run: Run, xmlfile: str) -> None:
+    line = f"backup-start vm1 {xmlfile}; backup-stop vm1 --cancel"
+    assert run(line, uri="fake:///bad")[0] == 0
+
+
+@pytest.fixture
+def _utc() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("_utc")
+def test_info(run: Run, xmlfile: str) -> None:
+    status, out, _ = run(f"backup-start vm1 {xmlfile}; backup-info vm1", uri="fake:///bad")
+    assert status == 0
+    assert out == (
+        "Domain backup started\n"
+        "State:          failed\n"
+        "Started:        2023-11-14 22:13:20 +0000\n"
+        "Address:        nbd+unix:///vda?socket=/run/x.sock\n"
+        "                nbd+unix:///s%2Fb?socket=/run/x.sock\n"
+        "\n"
+        " Disk   Export   State     Capacity    Scratch used   Dirty    Reason\n"
+        "------------------------------------------------------------------------------\n"
+        " vda    vda      failed    64.00 MiB   192.00 KiB     1000 B   No space left\n"
+        " sdb    s/b      running   1.00 TiB    -              -        -\n"
+    )
+
+
+def test_info_as_json(run: Run, xmlfile: str) -> None:
+    out = run("-q", f"backup-start vm1 {xmlfile}; backup-info vm1 --json", uri="fake:///bad")[1]
+    assert json.loads(out) == {
+        "domain": "vm1",
+        "state": "failed",
+        "started": 1700000000.5,
+        "address": {"type": "unix", "path": "/run/x.sock"},
+        "disks": [
+            {
+                "name": "vda",
+                "export": "vda",
+                "uri": "nbd+unix:///vda?socket=/run/x.sock",
+                "state": "failed",
+                "reason": "No space\nleft",
+                "capacity": 64 << 20,
+                "scratch_used": 196608,
+                "dirty": 1000,
+            },
+            {
+                "name": "sdb",
+                "export": "s/b",
+                "uri": "nbd+unix:///s%2Fb?socket=/run/x.sock",
+                "state": "running",
+                "reason": None,
+                "capacity": 1 << 40,
+                "scratch_used": None,
+                "dirty": None,
+            },
+        ],
+    }
+
+
+def test_cleanup(run: Run) -> None:
+    assert run("backup-cleanup", "vm1") == (0, "Nothing to clean up\n", "")
+    assert run("backup-cleanup", "vm1", uri="fake:///bad") == (
+        0,
+        "node scratch-vda\nfile /images/x\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "uri"),
+    [
+        (backup_conf.UnixAddress("/a b/?x"), "nbd+unix:///v%25?socket=/a%20b/%3Fx"),
+        (backup_conf.IpAddress("::1", 1), "nbd://[::1]:1/v%25"),
+        (backup_conf.IpAddress("localhost", 65535), "nbd://localhost:65535/v%25"),
+    ],
+)
+def test_nbd_uri(address: backup_conf.Address, uri: str) -> None:
+    assert virsh_backup.nbd_uri(address, "v%") == uri
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        ((1 << 20) - 1, "1.00 MiB"),
+        (3 << 29, "1.50 GiB"),
+        (1 << 63, "8.00 EiB"),
+        (1 << 80, "1048576.00 EiB"),
+    ],
+)
+def test_human_size(size: int | None, text: str) -> None:
+    assert virsh_connection.human_size(size) == text
+
+
+# --- backup-start-as ------------------------------------------------------------------------------
+
+
+def _printed(run: Run, *words: str) -> backup_conf.BackupDef:
+    status, out, err = run("backup-start-as", "vm1", *words, "--print-xml", uri="nowhere:///")
+    assert (status, err) == (0, "")
+    return backup_conf.BackupDef.parse(out)
+
+
+def test_start_as_prints_the_document(run: Run) -> None:
+    definition = _printed(
+        run,
+        "--unix=/run/a,b.sock",
+        "--branch", "nightly",
+        "--disk", "vda,source=/scratch/a,,b.qcow2,type=incremental,granularity=32KiB",
+        "--disk=sdb,present=no",
+        "--disk", "a,,b,present=yes,granularity=64k",
+        "--disk", "c,granularity=65536",
+    )  # fmt: skip
+    assert definition.address == backup_conf.UnixAddress("/run/a,b.sock")
+    assert definition.branch == "nightly"
+    vda, sdb, comma, plain = definition.disks
+    assert (vda.name, vda.present, vda.type, vda.granularity) == (
+        "vda", None, "incremental", 32768,
+    )  # fmt: skip
+    assert vda.source is not None
+    assert vda.source.file == "/scratch/a,b.qcow2"
+    assert sdb == backup_conf.BackupDiskDef("sdb", present=False)
+    assert comma == backup_conf.BackupDiskDef("a,b", present=True, granularity=65536)
+    assert plain == backup_conf.BackupDiskDef("c", granularity=65536)
+
+
+def test_start_as_on_a_port(run: Run) -> None:
+    definition = _printed(run, "--host", "::1", "--port", "10809")
+    assert definition == backup_conf.BackupDef(backup_conf.IpAddress("::1", 10809))
+
+
+def test_start_as_starts(run: Run) -> None:
+    status, out, err = run("backup-start-as vm1 --unix /a --quiesce; backup-dumpxml vm1")
+    assert (status, err) == (0, "flags=1\n")
+    assert '<address type="unix" path="/a"/>' in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "command 'backup-start-as' requires --unix, or --host and --port"),
+        (["--host", "h"], "command 'backup-start-as' requires --unix, or --host and --port"),
+        (["--port", "1"], "command 'backup-start-as' requires --unix, or --host and --port"),
+        (["--unix", "/a", "--host", "h"], "Options --unix and --host are mutually exclusive"),
+        (["--unix", "/a", "--port", "1"], "Options --unix and --port are mutually exclusive"),
+        (["--host", "h", "--port", "0"],
+         "Numeric value '0' for <port> option is malformed or out of range"),
+        (["--host", "h", "--port", "65536"],
+         "Numeric value '65536' for <port> option is malformed or out of range"),
+        (["--unix", "/a", "--disk", "a,b"], "invalid --disk 'a,b': 'b' is not understood"),
+        (["--unix", "/a", "--disk", "a,b=c"], "invalid --disk 'a,b=c': 'b=c' is not understood"),
+        (["--unix", "/a", "--disk", "a,source="],
+         "invalid --disk 'a,source=': 'source=' is not understood"),
+        (["--unix", "/a", "--disk", "a,"], "invalid --disk 'a,': '' is not understood"),
+        (["--unix", "/a", "--disk", ",source=/b"],
+         "invalid --disk ',source=/b': the name is missing"),
+        (["--unix", "/a", "--disk", "a,type=full,type=full"],
+         "invalid --disk 'a,type=full,type=full': 'type=full' is not understood"),
+        (["--unix", "/a", "--disk", "a,present=maybe"],
+         "invalid --disk 'a,present=maybe': present is not yes or no"),
+        (["--unix", "/a", "--disk", "a,type=half"],
+         "invalid --disk 'a,type=half': type is not full or incremental or auto"),
+        (["--unix", "/a", "--disk", "a,granularity=big"],
+         "invalid --disk 'a,granularity=big': the size is malformed"),
+    ],
+)  # fmt: skip
+def test_misuse_of_start_as(words: list[str], message: str, run: Run) -> None:
+    assert run("backup-start-as", "vm1", *words) == (2, "", f"error: {message}\n")
+
+
+def test_start_as_refuses_what_the_document_may_not_say(run: Run) -> None:
+    words = ["backup-start-as", "vm1", "--unix", "/a", "--disk", "a,granularity=3k", "--print-xml"]
+    status, out, err = run(*words)
+    assert (status, out) == (1, "")
+    assert "power of two" in err
+    assert err.count("\n") == 1
+
+
+# --- completion -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shell(run: Run) -> Iterator[virsh_connection.Shell]:
+    """A shell on the fake driver (``run`` has registered it)."""
+    run("echo")
+    control = virsh_connection.Control(URI)
+    yield vsh.Shell(virsh_backup.TABLE, control, virsh_connection.describe)
+    control.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("backup-start ", ["7", "my\\ vm", "off", "vm1"]),
+        ("dominfo --domain=v", ["--domain=vm1 "]),
+        ("backup-start-as vm1 --disk ", ["sdb", "sr0", "vda"]),
+        ("backup-start-as --disk=v", []),
+        ("backup-start-as vm1 --disk=v", ["--disk=vda "]),
+        ("backup-start-as vm1 --disk vda,p", ["vda,present="]),
+        ("backup-start-as vm1 --disk vda,type=f", ["vda,type=full "]),
+        ("backup-start-as vm1 --disk vda,present=no,source=/et", ["vda,present=no,source=/etc/"]),
+        ("backup-start vm1 /et", ["/etc/"]),
+        ("backup-start vm1 x --", ["--quiesce "]),
+        ("help backup-du", ["backup-dumpxml "]),
+        ("help do", ["domain", "domblklist", "dominfo"]),
+    ],
+)
+def test_completion(line: str, words: list[str], shell: virsh_connection.Shell) -> None:
+    assert vsh_readline.completions(shell, line)[1] == words
+
+
+def test_completion_over_no_connection_raises_for_its_caller_to_hide(
+    shell: virsh_connection.Shell,
+) -> None:
+    shell.control.uri = "nowhere:///"
+    with pytest.raises(vsh.Failure):
+        vsh_readline.completions(shell, "dominfo ")
+
+
+# --- as a process ---------------------------------------------------------------------------------
+
+PROGRAM = (sys.executable, shell_driver.__file__)
+
+
+def _process(*argv: str, uri: str = URI, text: str | None = None) -> Output:
+    done = subprocess.run(
+        [*PROGRAM, "-c", uri, *argv], input=text, capture_output=True, text=True, timeout=DEADLINE
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "out", "err"),
+    [
+        (("uri",), 0, "fake:///two\n", ""),
+        (("dominfo", "x"), 1, "", "error: failed to get domain 'x'\n"),
+        (("dominfo",), 2, "", "error: command 'dominfo' requires <domain> option\n"),
+        (("echo", "a#b", "#c", "d e", ";"), 0, "a#b #c d e ;\n", ""),
+    ],
+)
+def test_exit_status(argv: tuple[str, ...], status: int, out: str, err: str) -> None:
+    assert _process(*argv) == (status, out, err)
+
+
+def test_interrupted_command_exits_130_and_closes_its_connection(
+    tmp_path: pathlib.Path, xmlfile: str
+) -> None:
+    trace = tmp_path / "trace"
+    argv = [*PROGRAM, "-c", "fake:///hang", "--trace", str(trace), "backup-start", "vm1", xmlfile]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"hanging\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (130, b"", b"")
+    assert trace.read_text().endswith("closed\n")
+
+
+def test_nobody_reads_the_output() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        argv = [*PROGRAM, "-c", URI, "list"]
+        done = subprocess.run(argv, stdout=pipe, stderr=subprocess.PIPE, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("words", ["echo a", "", "backup-start vm1 -"])
+def test_streams_that_are_closed(words: str) -> None:
+    command = " ".join(map(vsh.quote, [*PROGRAM, "-c", URI, *([words] if words else [])]))
+    done = subprocess.run(
+        ["sh", "-c", f"exec {command} <&- >&-"], stderr=subprocess.PIPE, timeout=DEADLINE
+    )
+    assert b"internal error" not in done.stderr
+    assert done.returncode == (1 if "-" in words else 0)
+
+
+def test_output_does_not_fit() -> None:
+    with pathlib.Path("/dev/full").open("w") as full:
+        argv = [*PROGRAM, "-c", URI, "list"]
+        done = subprocess.run(
+            argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE
+        )
+    message = "error: cannot write output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_file_names_of_any_bytes(tmp_path: pathlib.Path) -> None:
+    name = os.fsdecode(b"\xff.xml")
+    (tmp_path / name).write_text(BACKUP)
+    done = subprocess.run(
+        [*PROGRAM, "-c", URI, f"backup-start vm1 '{tmp_path}/{name}'; echo {name}"],
+        capture_output=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stdout) == (0, b"Domain backup started\n\xff.xml\n")
+
+
+def test_lines_from_a_pipe() -> None:
+    text = "echo a; echo b\nnope\nlist --name\n\n# x\ncd /\npwd\nquit\necho not here\n"
+    status, out, err = _process("-q", text=text)
+    assert (status, err) == (0, "error: unknown command: 'nope'\n")
+    lines = [line.removeprefix("virtbackup # ") for line in out.splitlines()]
+    assert "".join(lines).replace("virtbackup # ", "") == "abvm17my vm/"
+
+
+def test_greeting_and_prompt(tmp_path: pathlib.Path) -> None:
+    out = _process(text="")[1]
+    assert out.startswith("Welcome to virsh-backup, ")
+    assert out.endswith("\n\nvirtbackup # \n")
+    assert _process("-q", "-r", text="")[1] == "virtbackup > \n"
+    assert _process("-q", text="connect --readonly\n")[1] == "virtbackup # virtbackup > \n"
+
+
+def test_readline_is_loaded_for_people_only() -> None:
+    code = (
+        "import sys; from virtbackup.tools import virsh_backup;"
+        "virsh_backup.main(['help']); virsh_backup.main(['nope']);"
+        "print(sorted({'readline', 'tqdm', 'nbd', 'xmlschema', 'argparse', 'json', 'asyncio'}"
+        " & set(sys.modules)))"
+    )
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout.endswith("\n[]\n")
+
+
+# --- on a terminal --------------------------------------------------------------------------------
+
+
+class Terminal:
+    """The shell on a pseudo-terminal, typed into."""
+
+    def __init__(self, home: pathlib.Path, *argv: str) -> None:
+        self.master, slave = pty.openpty()
+        environment = {
+            **os.environ,
+            "HOME": str(home),
+            "TERM": "dumb",
+            "INPUTRC": "/dev/null",
+            "COLUMNS": "200",
+        }
+        environment.pop("XDG_CACHE_HOME", None)
+        self.process = subprocess.Popen(
+            [*PROGRAM, *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            cwd=home,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """What comes up to TEXT and with it."""
+        end = time.monotonic() + DEADLINE
+        while text not in self.seen:
+            left = end - time.monotonic()
+            if left < 0 or not select.select([self.master], [], [], left)[0]:
+                raise AssertionError(f"no {text!r} in {self.seen!r}")
+            self.seen += os.read(self.master, 4096).decode().replace("\r\n", "\n")
+        before, self.seen = self.seen.split(text, 1)
+        return before + text
+
+    def line(self, text: str) -> str:
+        """Type a line and wait for the next prompt; what came between."""
+        self.type(text + "\n")
+        self.wait_for("\n")
+        return self.wait_for("virtbackup # ")
+
+    def close(self) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(DEADLINE)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            os.close(self.master)
+
+
+def _take_terminal() -> None:
+    """Make standard input the controlling terminal, for Ctrl-C."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@contextlib.contextmanager
+def _terminal(home: pathlib.Path, *argv: str) -> Iterator[Terminal]:
+    terminal = Terminal(home, *argv)
+    try:
+        yield terminal
+    finally:
+        if terminal.process.poll() is None:
+            terminal.process.kill()
+            terminal.process.wait()
+
+
+@pytest.fixture
+def terminal(tmp_path: pathlib.Path) -> Iterator[Terminal]:
+    with _terminal(tmp_path, "-c", URI) as terminal:
+        assert "Welcome to virsh-backup" in terminal.wait_for("virtbackup # ")
+        yield terminal
+
+
+def test_session(terminal: Terminal, tmp_path: pathlib.Path) -> None:
+    assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
+    assert terminal.line("nope") == "error: unknown command: 'nope'\nvirtbackup # "
+    assert terminal.line("dominfo nope") == "error: failed to get domain 'nope'\n\nvirtbackup # "
+    assert terminal.line("cd /; pwd") == "\n/\n\nvirtbackup # "
+    assert terminal.line("cd") == "\nvirtbackup # "
+    assert terminal.line("pwd") == f"{tmp_path}\n\nvirtbackup # "
+    assert terminal.line("cd nope") == (
+        "error: cd: nope: No such file or directory\n\nvirtbackup # "
+    )
+    terminal.type("quit\n")
+    assert terminal.close() == 0
+
+
+def test_tab_completes(terminal: Terminal) -> None:
+    terminal.type("backup-du\t")
+    terminal.wait_for("backup-dumpxml ")
+    terminal.type("m\t")
+    terminal.wait_for("my\\ vm ")
+    terminal.type("\n")
+    assert "no domain backup job present" in terminal.wait_for("virtbackup # ")
+    terminal.type("dominfo 'm\t")
+    terminal.wait_for("'my vm' ")
+    terminal.type("\n")
+    assert "Name:           my vm\n" in terminal.wait_for("virtbackup # ")
+    terminal.type("dominfo my\\ v\t")
+    terminal.wait_for("my\\ vm ")
+    terminal.type("--js\t")
+    terminal.wait_for("--json ")
+    terminal.type("\n")
+    assert '"name": "my vm"' in terminal.wait_for("virtbackup # ")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_tab_lists_what_there_is(terminal: Terminal) -> None:
+    terminal.type("domi\t")
+    terminal.wait_for("dominfo ")
+    terminal.type("\t\t")
+    listed = terminal.wait_for("virtbackup # ").replace("\a", "")
+    assert listed.split() == ["7", "my\\", "vm", "off", "vm1", "virtbackup", "#"]
+    terminal.type("7\n")
+    assert "Name:           7\n" in terminal.wait_for("virtbackup # ")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_interrupt_drops_the_line_and_stays(terminal: Terminal) -> None:
+    terminal.type("nope")
+    terminal.wait_for("nope")
+    terminal.type("\x03")
+    terminal.wait_for("virtbackup # ")
+    assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_interrupt_ends_the_command_and_stays(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "b.xml").write_text(BACKUP)
+    with _terminal(tmp_path, "-qc", "fake:///hang") as terminal:
+        terminal.wait_for("virtbackup # ")
+        terminal.type("backup-start vm1 b.xml\n")
+        terminal.wait_for("hanging\n")
+        terminal.type("\x03")
+        terminal.wait_for("virtbackup # ")
+        assert terminal.line("uri") == "fake:///hang\nvirtbackup # "
+        terminal.type("exit\n")
+        assert terminal.close() == 0
+
+
+def test_history_is_kept_and_private(terminal: Terminal, tmp_path: pathlib.Path) -> None:
+    terminal.line("echo first")
+    terminal.type("\x10")
+    terminal.wait_for("echo first")
+    terminal.type("\n")
+    assert "first\n" in terminal.wait_for("virtbackup # ")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+    history = tmp_path / ".cache/virtbackup/history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert "echo first" in history.read_text()
+    with _terminal(tmp_path, "-c", URI) as again:
+        again.wait_for("virtbackup # ")
+        again.type("\x10")
+        again.wait_for("echo first")
+        again.type("\n\x04")
+        assert again.close() == 0
+
+
+def test_history_that_cannot_be_kept_disturbs_nobody(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".cache").write_text("not a directory")
+    with _terminal(tmp_path, "-q", "-c", URI) as terminal:
+        terminal.wait_for("virtbackup # ")
+        assert terminal.line("echo a") == "a\nvirtbackup # "
+        terminal.type("\x04")
+        assert terminal.close() == 0

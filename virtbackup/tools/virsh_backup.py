@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import virtbackup
+from virtbackup.tools import (
+    virsh_connection,
+    virsh_domain,
+    virsh_host,
+    virsh_pull,
+    vsh,
+    vsh_readline,
+)
+
+if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
+    from virtbackup.conf import backup_conf
+
+GROUP = vsh.Group("backup", "Backup")
+
+
+# --- start ----------------------------------------------------------------------------------------
+
+
+def _start(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    document = virsh_connection.read_document(args.text("xmlfile"))
+    _start_document(shell, args, document)
+
+
+def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str) -> None:
+    flags = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE if args.flag("quiesce") else 0
+    virsh_connection.domain(shell, args).backupStart(document, flags)
+    shell.extra("Domain backup started")
+
+
+def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.conf import backup_conf
+
+    definition = backup_conf.BackupDef(
+        address=_address(args),
+        disks=tuple(_parse_diskspec(spec) for spec in args.texts("disk")),
+        branch=args.optional("branch"),
+    )
+    document = definition.format()
+    backup_conf.BackupDef.parse(document)
+    if args.flag("print-xml"):
+        shell.print_document(document)
+    else:
+        _start_document(shell, args, document)
+
+
+def _address(args: vsh.Args) -> "backup_conf.Address":
+    from virtbackup.conf import backup_conf
+
+    path, host, port = args.optional("unix"), args.optional("host"), args.number("port")
+    args.exclusive("unix", "host")
+    args.exclusive("unix", "port")
+    if path is not None:
+        return backup_conf.UnixAddress(path)
+    if host is None or port is None:
+        raise vsh.UsageError("command 'backup-start-as' requires --unix, or --host and --port")
+    if not 1 <= port <= 65535:
+        raise vsh.UsageError(
+            f"Numeric value '{port}' for <port> option is malformed or out of range"
+        )
+    return backup_conf.IpAddress(host, port)
+
+
+_DISK_KEYS = {
+    "present": ("yes", "no"),
+    "source": (),
+    "type": ("full", "incremental", "auto"),
+    "granularity": (),
+}
+"""What may follow a disk's name in --disk, and the values; none: any."""
+
+_SIZE = re.compile(r"[0-9]{1,19} *(b|bytes|[kmgt](i?b)?)?", re.IGNORECASE)
+
+
+def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
+    """``NAME[,KEY=VALUE]...``, a comma in a name or a value written twice."""
+    from virtbackup.conf import backup_conf, storage_conf
+
+    name, *parts = (part.replace("\0", ",") for part in spec.replace(",,", "\0").split(","))
+    values: dict[str, str] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if key not in _DISK_KEYS or not equals or not value or key in values:
+            raise vsh.UsageError(f"invalid --disk '{spec}': '{part}' is not understood")
+        if _DISK_KEYS[key] and value not in _DISK_KEYS[key]:
+            expected = " or ".join(_DISK_KEYS[key])
+            raise vsh.UsageError(f"invalid --disk '{spec}': {key} is not {expected}")
+        values[key] = value
+    granularity = values.get("granularity")
+    if not name or (granularity is not None and not _SIZE.fullmatch(granularity)):
+        what = "the size is malformed" if name else "the name is missing"
+        raise vsh.UsageError(f"invalid --disk '{spec}': {what}")
+    return backup_conf.BackupDiskDef(
+        name=name,
+        present=values["present"] == "yes" if "present" in values else None,
+        type=values.get("type"),  # type: ignore[arg-type]  # one of _DISK_KEYS
+        source=storage_conf.Source(file=values["source"]) if "source" in values else None,
+        granularity=None if granularity is None else storage_conf.parse_size(granularity),
+    )
+
+
+def _complete_diskspec(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The disks of the domain; behind a comma the keys, and the values of a key that has few."""
+    from virtbackup.conf import domain_conf
+
+    before, comma, last = text.rpartition(",")
+    if not comma and not args.flag("domain"):
+        return []
+    if not comma:
+        document = virsh_connection.domain(shell, args).XMLDesc()
+        return [disk.target for disk in domain_conf.DomainDef.parse(document).disks]
+    key, equals, value = last.partition("=")
+    if not equals:
+        return [f"{before},{key}=" for key in _DISK_KEYS]
+    values = vsh.complete_files(shell, args, value) if key == "source" else _DISK_KEYS.get(key, ())
+    return [f"{before},{key}={value}" for value in values]
+
+
+# --- while it runs, and its end -------------------------------------------------------------------
+
+
+def _stop(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    flags = virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if args.flag("cancel") else 0
+    virsh_connection.domain(shell, args).backupStop(flags)
+    shell.extra("Domain backup stopped")
+
+
+def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    shell.print_document(virsh_connection.domain(shell, args).backupGetXMLDesc())
+
+
+def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    removed = virsh_connection.domain(shell, args).backupCleanup()
+    for line in removed:
+        shell.print(line)
+    if not removed:
+        shell.extra("Nothing to clean up")
+
+
+def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    domain = virsh_connection.domain(shell, args)
+    info = domain.backupGetInfo()
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _info_facts(domain.name(), info))
+        return
+    started = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(info.started))
+    addresses = [("Address", nbd_uri(info.address, disk.export)) for disk in info.disks]
+    virsh_connection.print_pairs(shell, [("State", info.state), ("Started", started), *addresses])
+    shell.extra("")
+    size = virsh_connection.human_size
+    shell.print_table(
+        ("Disk", "Export", "State", "Capacity", "Scratch used", "Dirty", "Reason"),
+        [
+            (
+                disk.name,
+                disk.export,
+                disk.state,
+                size(disk.capacity),
+                size(disk.scratch_used),
+                size(disk.dirty),
+                " ".join((disk.reason or "-").split()),
+            )
+            for disk in info.disks
+        ],
+    )
+
+
+def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
+    disks = [
+        {
+            "name": disk.name,
+            "export": disk.export,
+            "uri": nbd_uri(info.address, disk.export),
+            "state": disk.state,
+            "reason": disk.reason,
+            "capacity": disk.capacity,
+            "scratch_used": disk.scratch_used,
+            "dirty": disk.dirty,
+        }
+        for disk in info.disks
+    ]
+    return {
+        "domain": name,
+        "state": info.state,
+        "started": info.started,
+        "address": _address_facts(info.address),
+        "disks": disks,
+    }
+
+
+def _address_facts(address: "backup_conf.Address") -> dict[str, object]:
+    from virtbackup.conf import backup_conf
+
+    if isinstance(address, backup_conf.UnixAddress):
+        return {"type": "unix", "path": address.path}
+    return {"type": "ip", "host": address.host, "port": address.port}
+
+
+def nbd_uri(address: "backup_conf.Address", export: str) -> str:
+    """The URI by which NBD clients find EXPORT (the NBD URI specification)."""
+    from virtbackup.conf import backup_conf
+
+    name = urllib.parse.quote(export, safe="")
+    if isinstance(address, backup_conf.UnixAddress):
+        return f"nbd+unix:///{name}?socket={urllib.parse.quote(address.path)}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"nbd://{host}:{address.port}/{name}"
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+COMMANDS = (
+    vsh.Command(
+        "backup-cleanup", GROUP.keyword, "Remove what a crash left of a backup",
+        "Remove what a backup left behind whose manager was killed; a running backup stays.",
+        (virsh_connection.DOMAIN,),
+        _cleanup,
+    ),
+    vsh.Command(
+        "backup-dumpxml", GROUP.keyword, "Dump XML of the running backup",
+        "Print the running backup with every default filled in.",
+        (virsh_connection.DOMAIN,),
+        _dumpxml,
+    ),
+    vsh.Command(
+        "backup-info", GROUP.keyword, "Show how the running backup does",
+        "Show state, exports, scratch space and dirty bytes of the running backup, disk by disk.",
+        (virsh_connection.DOMAIN, virsh_connection.JSON),
+        _info,
+    ),
+    vsh.Command(
+        "backup-start", GROUP.keyword, "Start a pull backup of a live domain",
+        "Freeze the chosen disks at one instant and export them over NBD, as an XML file says.",
+        (
+            virsh_connection.DOMAIN,
+            vsh.Option(
+                "xmlfile", vsh.Kind.DATA, "domainbackup XML; - is standard input",
+                required=True, completer=vsh.complete_files,
+            ),
+            virsh_connection.QUIESCE,
+        ),
+        _start,
+    ),
+    vsh.Command(
+        "backup-start-as", GROUP.keyword, "Start a pull backup from a set of args",
+        "Freeze the chosen disks at one instant and export them over NBD.\n"
+        "Without --disk, all writable disks that have a medium.",
+        (
+            virsh_connection.DOMAIN,
+            vsh.Option(
+                "unix", vsh.Kind.STRING, "path of the unix socket to listen on",
+                completer=vsh.complete_files,
+            ),
+            vsh.Option("host", vsh.Kind.STRING, "host name or address to listen on"),
+            vsh.Option("port", vsh.Kind.INT, "TCP port to listen on"),
+            vsh.Option(
+                "disk", vsh.Kind.STRING,
+                "NAME[,present=yes|no][,source=FILE][,type=full|incremental|auto]"
+                "[,granularity=SIZE]; a comma within is written twice",
+                multi=True, completer=_complete_diskspec,
+            ),
+            vsh.Option("branch", vsh.Kind.STRING, "branch of incremental backups"),
+            virsh_connection.QUIESCE,
+            vsh.Option("print-xml", vsh.Kind.BOOL, "print the XML document, start nothing"),
+        ),
+        _start_as,
+    ),
+    vsh.Command(
+        "backup-stop", GROUP.keyword, "Stop the running backup",
+        "End the exports and tell whether the backup was good.",
+        (
+            virsh_connection.DOMAIN,
+            vsh.Option("cancel", vsh.Kind.BOOL, "give the backup up: the branch stays"),
+        ),
+        _stop,
+    ),
+)  # fmt: skip
+
+TABLE = vsh.Table(
+    groups=(
+        virsh_domain.GROUP,
+        virsh_host.GROUP,
+        GROUP,
+        vsh.Group(vsh.GROUP, "Virsh-backup itself"),
+    ),
+    commands=tuple(
+        sorted(
+            (
+                *virsh_domain.COMMANDS,
+                *virsh_host.COMMANDS,
+                *COMMANDS,
+                virsh_pull.PULL,
+                virsh_host.CONNECT,
+                *vsh.COMMANDS,
+            ),
+            key=lambda command: command.name,
+        )
+    ),
+)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Options:
+    """The program's own options, and the command behind them."""
+
+    connect: str | None = None
+    debug: int | None = None
+    help: bool = False
+    quiet: bool = False
+    readonly: bool = False
+    timing: bool = False
+    trace: str | None = None
+    version: str | None = None
+    """short or long."""
+    rest: list[str] = dataclasses.field(default_factory=list)
+
+
+_LETTERS = {
+    "c": "connect",
+    "d": "debug",
+    "h": "help",
+    "q": "quiet",
+    "r": "readonly",
+    "t": "timing",
+    "v": "version",
+    "V": "version",
+}
+_LONG = ("connect", "debug", "help", "quiet", "readonly", "timing", "trace", "version")
+_WITH_VALUE = ("connect", "debug", "trace")
+
+_USAGE = """
+virsh-backup [options]... [<command_string>]
+virsh-backup [options]... <command> [args...]
+
+  options:
+    -c | --connect=URI      hypervisor connection URI
+    -d | --debug=NUM        debug level [0-4], 0 tells most
+    -h | --help             this help
+    -q | --quiet            quiet mode
+    -r | --readonly         connect readonly
+    -t | --timing           print timing information
+         --trace=FILE       write all monitor traffic to FILE; - is standard error
+    -v                      short version
+    -V                      long version
+         --version[=TYPE]   version, TYPE is short or long (default short)
+  commands (non interactive mode):
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status."""
+    _mend_streams()
+    control = virsh_connection.Control(virsh_connection.default_uri())
+    shell = vsh.Shell(TABLE, control, virsh_connection.describe)
+    try:
+        try:
+            status = shell.guard(lambda: _run(shell, sys.argv[1:] if argv is None else argv))
+        finally:
+            shell.guard(shell.control.close)
+        return max(status, shell.guard(vsh.flush))
+    except KeyboardInterrupt:
+        return vsh.INTERRUPTED
+    except vsh.OutputClosed:
+        return vsh.FAILED
+
+
+def _mend_streams() -> None:
+    """Make do with streams that are closed; let file names of any bytes through."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, pathlib.Path(os.devnull).open(mode))  # noqa: SIM115
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="surrogateescape")
+
+
+def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:
+    options = _parse_options(argv)
+    if options.help:
+        shell.print_document(_usage())
+        return vsh.DONE
+    if options.version is not None:
+        shell.print(_version(options.version))
+        return vsh.DONE
+    shell.quiet, shell.timing = options.quiet, options.timing
+    shell.debug = options.debug == 0
+    virsh_connection.set_logging(options.debug)
+    control = shell.control
+    control.uri, control.readonly = options.connect or control.uri, options.readonly
+    if options.trace is not None:
+        control.open_trace(options.trace)
+    if not options.rest:
+        return _interact(shell)
+    if len(options.rest) == 1:
+        return shell.run_all(shell.parse_line(options.rest[0]))
+    return shell.run_all([vsh.parse(TABLE, options.rest)])
+
+
+def _interact(shell: virsh_connection.Shell) -> int:
+    shell.extra(
+        "Welcome to virsh-backup, the interactive terminal for pull backups.\n\n"
+        "Type:  'help' for help with commands\n"
+        "       'quit' to quit\n"
+    )
+
+    def prompt() -> str:
+        return "virtbackup > " if shell.control.readonly else "virtbackup # "
+
+    vsh_readline.loop(shell, prompt, vsh_readline.history_path("virtbackup"))
+    return vsh.DONE
+
+
+def _parse_options(argv: Sequence[str]) -> _Options:
+    """The options in front of the command, short ones together or long ones shortened."""
+    options = _Options()
+    rest = list(argv)
+    while rest and rest[0].startswith("-") and rest[0] != "-":
+        word = rest.pop(0)
+        if word == "--":
+            break
+        if word.startswith("--"):
+            _take_long(options, word, rest)
+        else:
+            _take_short(options, word, rest)
+    options.rest = rest
+    return options
+
+
+def _take_long(options: _Options, word: str, rest: list[str]) -> None:
+    given, equals, value = word.removeprefix("--").partition("=")
+    names = [given] if given in _LONG else [name for name in _LONG if name.startswith(given)]
+    if len(names) != 1 or (equals and names[0] not in (*_WITH_VALUE, "version")):
+        raise vsh.UsageError(f"unsupported option '{word}'. See --help.")
+    if names[0] in _WITH_VALUE and not equals:
+        value = _next_value(names[0], rest)
+    _set_option(options, names[0], value)
+
+
+def _take_short(options: _Options, word: str, rest: list[str]) -> None:
+    letters = word.removeprefix("-")
+    while letters:
+        letter, letters = letters[0], letters[1:]
+        name = _LETTERS.get(letter)
+        if name is None:
+            raise vsh.UsageError(f"unsupported option '-{letter}'. See --help.")
+        value = "long" if letter == "V" else ""
+        if name in _WITH_VALUE:
+            value, letters = letters or _next_value(name, rest), ""
+        _set_option(options, name, value)
+
+
+def _next_value(name: str, rest: list[str]) -> str:
+    if rest:
+        return rest.pop(0)
+    letter = next((f"'-{key}'/" for key, value in _LETTERS.items() if value == name), "")
+    raise vsh.UsageError(f"option {letter}'--{name}' requires an argument")
+
+
+def _set_option(options: _Options, name: str, value: str) -> None:
+    match name:
+        case "debug":
+            if not re.fullmatch(r"[0-4]", value):
+                raise vsh.UsageError("option -d takes a number from 0 to 4")
+            options.debug = int(value)
+        case "version":
+            if value not in ("", "short", "long"):
+                raise vsh.UsageError("option --version takes short or long")
+            options.version = value or "short"
+        case "connect" | "trace":
+            setattr(options, name, value)
+        case _:
+            setattr(options, name, True)
+
+
+def _usage() -> str:
+    groups = "\n".join(vsh.group_help(TABLE, group) for group in TABLE.groups)
+    return (
+        f"{_USAGE}{groups}\n\n"
+        "  (specify help <group> for details about the commands in the group)\n\n"
+        "  (specify help <command> for details about the command)\n"
+    )
+
+
+def _version(kind: str) -> str:
+    import libvirt
+
+    from virtbackup import api
+
+    own = virsh_host.dotted(api.VERSION)
+    if kind == "short":
+        return own
+    python = ".".join(str(number) for number in sys.version_info[:3])
+    return (
+        f"Virsh-backup command line tool of virtbackup {own}\n"
+        f"Using libvirt {virsh_host.dotted(libvirt.getVersion())} and Python {python}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
+
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import TextIO
+
+import virtbackup
+from virtbackup.tools import vsh
+
+
+def default_uri() -> str:
+    """The URI to use where the user gives none."""
+    for variable in ("VIRTBACKUP_DEFAULT_URI", "LIBVIRT_DEFAULT_URI"):
+        if uri := os.environ.get(variable):
+            return uri
+    return "qemu:///system"
+
+
+class Control:
+    """The shell's connection."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.readonly = False
+        self._trace: TextIO | None = None
+        self._connection: virtbackup.Connection | None = None
+
+    def connection(self) -> virtbackup.Connection:
+        """The open connection, opened now if need be. Errors: Failure when it is lost."""
+        if self._connection is None:
+            self._connection = self._open(self.uri, self.readonly)
+        elif not self._connection.isAlive():
+            raise vsh.Failure(f"connection to {self.uri} is lost; 'connect' opens it again")
+        return self._connection
+
+    def connect(self, uri: str, readonly: bool) -> None:
+        """Connect elsewhere or anew; where that fails, the connection to another URI stays."""
+        if uri == self.uri:
+            # A monitor serves one client at a time, and that may be us.
+            self.close()
+        connection = self._open(uri, readonly)
+        self.close()
+        self._connection, self.uri, self.readonly = connection, uri, readonly
+
+    def open_trace(self, path: str) -> None:
+        """Write what goes over every connection from now on to PATH; ``-`` is standard error."""
+        if path == "-":
+            self._trace = sys.stderr
+            return
+        try:
+            # Open for as long as the process lives: connections come and go.
+            self._trace = pathlib.Path(path).open(  # noqa: SIM115
+                "w", buffering=1, encoding="utf-8", errors="backslashreplace"
+            )
+        except OSError as error:
+            raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _open(self, uri: str, readonly: bool) -> virtbackup.Connection:
+        import libvirt  # here, or help would wait for it
+
+        libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
+        try:
+            connection = virtbackup.open(uri, readonly=readonly)
+        except libvirt.libvirtError as error:
+            raise vsh.Failure(f"failed to connect to the hypervisor: {error}") from error
+        if self._trace is not None:
+            connection.setTrace(self._trace)
+        return connection
+
+
+Shell = vsh.Shell[Control]
+"""The shell that the commands get."""
+
+
+def describe(error: Exception) -> str | None:
+    """The text of an error that libvirt or we have worded; None for any other."""
+    import libvirt
+
+    return str(error) if isinstance(error, libvirt.libvirtError) else None
+
+
+def _ignore(context: object, error: object) -> None:
+    pass
+
+
+def set_logging(level: int | None) -> None:
+    """Log to standard error from LEVEL on, 0 (debug) to 4 (error).
+
+    None: nothing at all, for that is where users look for one line of error.
+    """
+    if level is None:
+        logging.getLogger("virtbackup").addHandler(logging.NullHandler())
+        return
+    levels = (logging.DEBUG, logging.INFO, logging.INFO, logging.WARNING, logging.ERROR)
+    logging.basicConfig(level=levels[level], format="%(levelname)s %(name)s: %(message)s")
+
+
+# --- domains --------------------------------------------------------------------------------------
+
+
+def domain(shell: Shell, args: vsh.Args) -> virtbackup.Domain:
+    """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order."""
+    import libvirt
+
+    connection = shell.control.connection()
+    given = args.text("domain")
+    lookups: list[Callable[[str], virtbackup.Domain]] = [connection.lookupByName]
+    if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", given):
+        lookups.insert(0, connection.lookupByUUIDString)
+    if re.fullmatch(r"[0-9]{1,9}", given):
+        lookups.insert(0, lambda text: connection.lookupByID(int(text)))
+    for lookup in lookups:
+        try:
+            return lookup(given)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+    raise vsh.Failure(f"failed to get domain '{given}'")
+
+
+def complete_domains(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The names of the domains."""
+    return [found.name() for found in shell.control.connection().listAllDomains()]
+
+
+DOMAIN = vsh.Option(
+    "domain", vsh.Kind.DATA, "domain name, id or uuid", required=True, completer=complete_domains
+)
+
+JSON = vsh.Option("json", vsh.Kind.BOOL, "print a JSON document")
+
+QUIESCE = vsh.Option("quiesce", vsh.Kind.BOOL, "quiesce guest's file systems")
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def read_document(path: str) -> str:
+    """The text of the file at PATH; ``-`` is standard input."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode()
+        return pathlib.Path(path).read_text("utf-8")
+    except OSError as error:
+        raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise vsh.Failure(f"file '{path}' is not UTF-8 text") from error
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def print_json(shell: Shell, value: object) -> None:
+    """Print VALUE as a JSON document."""
+    import json
+
+    shell.print(json.dumps(value, indent=2))
+
+
+def print_pairs(shell: Shell, pairs: Iterable[tuple[str, str]]) -> None:
+    """Print labels and values; a label that repeats the one before is not shown again."""
+    before = None
+    for label, value in pairs:
+        shown = "" if label == before else f"{label}:"
+        shell.print(f"{shown:<15} {value}".rstrip())
+        before = label
+
+
+def human_size(size: int | None) -> str:
+    """SIZE bytes for a reader: ``64.00 MiB``, ``-`` for None."""
+    if size is None:
+        return "-"
+    if size < 1024:
+        return f"{size} B"
+    value, units = size / 1024, "KMGTPE"
+    while value >= 1023.995 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.2f} {units[0]}iB"
