@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What holds for every test: the ``live`` and ``needs`` marks, no quiet skips, how long to look.
+
+Everything in tests/live is marked ``live``. A live test names the programs it runs with
+``@pytest.mark.needs("nbdkit")`` and is skipped, by name, where one is absent. ``./dev test``
+installs them all, so under CI=true or VIRTBACKUP_NO_SKIP=1 a live test that skips has failed;
+``@pytest.mark.may_skip`` excuses one that asks for more than ``./dev test`` can give.
+VIRTBACKUP_LONG=1 (``./dev test --long``) makes hypothesis look at far more examples.
+"""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import hypothesis
+import pytest
+
+LIVE = pathlib.Path(__file__).parent / "live"
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+LONG_TIMEOUT = 1800.0
+"""Seconds a test may take when it looks longer."""
+
+hypothesis.settings.register_profile("short", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("long", parent=None, deadline=None, max_examples=5000)
+
+
+def no_skip() -> bool:
+    """Whether a skipped live test counts as a failure."""
+    return os.environ.get("CI") == "true" or os.environ.get("VIRTBACKUP_NO_SKIP") == "1"
+
+
+def long() -> bool:
+    """Whether there is time to look at more examples."""
+    return os.environ.get("VIRTBACKUP_LONG") == "1"
+
+
+def missing_programs(programs: Iterable[str]) -> list[str]:
+    """Those of PROGRAMS that are not installed."""
+    path = f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
+    return [program for program in programs if shutil.which(program, path=path) is None]
+
+
+def is_live(path: pathlib.Path) -> bool:
+    return LIVE in path.parents
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "live: runs real programs (QEMU, libvirtd, nbdkit)")
+    config.addinivalue_line("markers", "needs(*programs): programs the test runs")
+    config.addinivalue_line("markers", "may_skip: may skip even where a live test must not")
+    hypothesis.settings.load_profile("long" if long() else "short")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_live(item.path):
+            item.add_marker("live")
+        if long():
+            item.add_marker(pytest.mark.timeout(LONG_TIMEOUT))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    wanted = [program for mark in item.iter_markers("needs") for program in mark.args]
+    if missing := missing_programs(wanted):
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def fail_if_skipped(report: Any) -> None:
+    """Turn a skip into a failure that tells the skip's reason."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"a live test may not skip here: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if no_skip() and is_live(item.path) and item.get_closest_marker("may_skip") is None:
+        fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if no_skip() and is_live(collector.path):
+        fail_if_skipped(report)
+    return report
