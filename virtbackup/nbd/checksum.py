@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The checksum of a disk: of what a guest reads, however it is stored.
+
+Definition, algorithm ``xxh3-128-tree``, block 65536: cut the disk's bytes at multiples of 65536
+(the last block is as long as the disk leaves it, and absent when that is 0); take the XXH3-128
+digest (seed 0, canonical big endian, 16 bytes) of every block; the checksum is the XXH3-128 of all
+the digests put one behind the other in order, in hexadecimal. In Python:
+
+    digests = [xxhash.xxh3_128_digest(disk[i : i + 65536]) for i in range(0, len(disk), 65536)]
+    checksum = xxhash.xxh3_128_hexdigest(b"".join(digests))
+
+Blocks may be hashed in any order and a block known to be zero need not be read, so how a disk was
+cut into extents and requests, and what is hole or stored zeroes, does not matter.
+"""
+
+import xxhash
+
+ALGORITHM = "xxh3-128-tree"
+BLOCK = 1 << 16
+"""Bytes; also the grain at which zeroes are found and files are kept sparse."""
+
+_ZERO = bytearray(BLOCK)
+_ZERO_DIGEST: bytes = xxhash.xxh3_128_digest(_ZERO)
+_MANY = 1 << 12
+_ZERO_DIGESTS = memoryview(_ZERO_DIGEST * _MANY)
+
+
+def scan(data: memoryview) -> tuple[bytes, list[tuple[int, int]]]:
+    """The digests of the blocks of DATA, one behind the other, and where DATA is not all zero.
+
+    The latter is (start, end) in order, cut at blocks. DATA starts at a block's border.
+    """
+    digests: list[bytes] = []
+    runs: list[tuple[int, int]] = []
+    for start in range(0, len(data), BLOCK):
+        block = data[start : start + BLOCK]
+        end = start + len(block)
+        # bytearray == memoryview is memcmp and stops at the first difference.
+        zero = _ZERO if end - start == BLOCK else bytearray(end - start)
+        if zero == block:
+            digests.append(_digest_of_zeroes(end - start))
+            continue
+        digests.append(xxhash.xxh3_128_digest(block))
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return b"".join(digests), runs
+
+
+def _digest_of_zeroes(length: int) -> bytes:
+    if length == BLOCK:
+        return _ZERO_DIGEST
+    digest: bytes = xxhash.xxh3_128_digest(bytes(length))
+    return digest
+
+
+class Tree:
+    """The checksum in the making; parts may come in any order, each block once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._state = xxhash.xxh3_128()
+        self._next = 0
+        # What came too early: offset -> (end, digests; None for zeroes).
+        self._early: dict[int, tuple[int, bytes | None]] = {}
+
+    def add(self, offset: int, length: int, digests: bytes) -> None:
+        """The DIGESTS of the blocks of LENGTH bytes at OFFSET, a multiple of a block."""
+        self._put(offset, offset + length, digests)
+
+    def add_zeroes(self, offset: int, length: int) -> None:
+        """LENGTH bytes at OFFSET, a multiple of a block, read as zeroes."""
+        self._put(offset, offset + length, None)
+
+    def hexdigest(self) -> str:
+        """The checksum, when every block of the disk was added."""
+        assert self._next == self._size, (self._next, self._size)
+        text: str = self._state.hexdigest()
+        return text
+
+    def _put(self, offset: int, end: int, digests: bytes | None) -> None:
+        assert offset % BLOCK == 0, offset
+        assert end % BLOCK == 0 or end == self._size, end
+        self._early[offset] = (end, digests)
+        while (part := self._early.pop(self._next, None)) is not None:
+            start, (self._next, digests) = self._next, part
+            if digests is None:
+                self._update_zeroes(self._next - start)
+            else:
+                self._state.update(digests)
+
+    def _update_zeroes(self, length: int) -> None:
+        blocks, rest = divmod(length, BLOCK)
+        size = len(_ZERO_DIGEST)
+        while blocks:
+            count = min(blocks, _MANY)
+            self._state.update(_ZERO_DIGESTS[: count * size])
+            blocks -= count
+        if rest:
+            self._state.update(_digest_of_zeroes(rest))

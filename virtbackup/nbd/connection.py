@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One connection to an NBD export: the only place that calls libnbd, so its errors get names here.
+
+Nothing waits: commands are issued, their answers collected when poll says so.
+"""
+
+import contextlib
+import dataclasses
+import os
+import select
+from collections.abc import Iterator
+from typing import Any
+
+import libvirt
+import nbd
+
+from virtbackup import errors
+from virtbackup.nbd import store
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A server of our own, started by systemd's socket activation for one connection.
+
+    libnbd gives it a socket in a private directory and ends it with the connection.
+    """
+
+    argv: tuple[str, ...]
+    what: str
+    """What it serves, as errors call it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Where to read: SERVER is a unix socket's path, (host, port), or a program to start."""
+
+    server: str | tuple[str, int] | Program
+    name: str
+
+    def __str__(self) -> str:
+        if isinstance(self.server, Program):
+            return self.server.what
+        return f"export '{self.name}'"
+
+
+@dataclasses.dataclass
+class Request:
+    """A command in flight: a read into CHUNK, or a question about allocation (CHUNK None)."""
+
+    offset: int
+    chunk: store.Chunk | None
+    answers: list[list[int]] = dataclasses.field(default_factory=list)
+
+
+class Connection:
+    """A libnbd handle with what is in flight on it."""
+
+    def __init__(self, export: Export, chunk: int) -> None:
+        """Begin to connect; reads will be of CHUNK bytes at most."""
+        self._export = export
+        self._chunk = chunk
+        self._in_flight: dict[int, Request] = {}
+        self._doing = "connect to"
+        self._handle: Any = nbd.NBD()
+        with self._naming(self._doing):
+            self._handle.set_export_name(export.name)
+            self._handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            # A buffer is looked at only when its read succeeded.
+            self._handle.set_pread_initialize(False)
+            # libnbd knows DF for structured reads alone; it holds for every read.
+            self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
+            self._connect(export.server)
+
+    def _connect(self, server: str | tuple[str, int] | Program) -> None:
+        if isinstance(server, str):
+            self._handle.aio_connect_unix(server)
+        elif isinstance(server, Program):
+            self._handle.aio_connect_systemd_socket_activation(list(server.argv))
+        else:
+            self._handle.aio_connect_tcp(server[0], str(server[1]))
+
+    def negotiate(self) -> None:
+        """Once ready: read what the server said of itself."""
+        self._doing = "talk to"
+        with self._naming("open"):
+            handle = self._handle
+            self.size: int = handle.get_size()
+            one_only = isinstance(self._export.server, Program)
+            self.multi: bool = handle.can_multi_conn() and not one_only
+            self.tells_allocation: bool = handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            most = handle.get_block_size(nbd.SIZE_MAXIMUM)
+            self.most: int = min(self._chunk, most or self._chunk)
+            # An unfragmented answer is faster, and QEMU sends an error in it instead of hanging up.
+            self._flags = nbd.CMD_FLAG_DF if handle.can_df() else 0
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._handle.aio_is_ready() or self._handle.aio_is_processing())
+
+    @property
+    def load(self) -> int:
+        """Commands in flight."""
+        return len(self._in_flight)
+
+    def fileno(self) -> int:
+        fd: int = self._handle.aio_get_fd()
+        return fd
+
+    def mask(self) -> int:
+        """The poll events that libnbd waits for."""
+        direction = self._handle.aio_get_direction()
+        read = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
+        return read | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+
+    def notify(self, events: int) -> None:
+        """Hand what poll said to libnbd. Errors: the connection is lost."""
+        with self._naming(self._doing):
+            direction = self._handle.aio_get_direction()
+            if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
+                self._handle.aio_notify_read()
+            elif direction & nbd.AIO_DIRECTION_WRITE:
+                self._handle.aio_notify_write()
+        if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
+            raise self._error(self._doing, "the server closed the connection")
+
+    def read(self, chunk: store.Chunk, offset: int, length: int) -> None:
+        with self._naming("read", offset):
+            cookie = self._handle.aio_pread(chunk.part(offset, length), offset, flags=self._flags)
+        chunk.pending += 1
+        self._in_flight[cookie] = Request(offset, chunk)
+
+    def ask(self, offset: int, count: int) -> None:
+        """Ask for the allocation of COUNT bytes at OFFSET."""
+        request = Request(offset, None)
+
+        def extent(context: str, _offset: int, entries: list[int], _error: object) -> int:
+            if context == nbd.CONTEXT_BASE_ALLOCATION:
+                request.answers.append(entries)
+            return 0
+
+        with self._naming("read allocation of", offset):
+            cookie = self._handle.aio_block_status(count, offset, extent)
+        self._in_flight[cookie] = request
+
+    def completed(self) -> Iterator[Request]:
+        """Every request that was answered since. Errors: it failed."""
+        while self._in_flight and (cookie := self._handle.aio_peek_command_completed()) > 0:
+            request = self._in_flight.pop(cookie)
+            what = "read" if request.chunk else "read allocation of"
+            with self._naming(what, request.offset):
+                self._handle.aio_command_completed(cookie)
+            yield request
+
+    def close(self) -> None:
+        """Let go; what is in flight is given up."""
+        handle, self._handle = self._handle, None
+        if handle is not None and not self._in_flight:
+            with contextlib.suppress(nbd.Error):
+                handle.aio_disconnect()
+
+    @contextlib.contextmanager
+    def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except nbd.Error as failure:
+            reason = os.strerror(failure.errnum) if failure.errnum else failure.string
+            if offset is None and self._in_flight:
+                offset = min(request.offset for request in self._in_flight.values())
+            raise self._error(what, reason, offset) from failure
+
+    def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
+        return failed(self._export, what, reason, offset)
+
+
+def failed(export: Export, what: str, reason: str, offset: int | None = None) -> errors.Error:
+    place = "" if offset is None else f" at offset {offset}"
+    return errors.error(
+        libvirt.VIR_ERR_OPERATION_FAILED, f"cannot {what} {export}{place}: {reason}"
+    )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The second half of a copy: what was received is hashed and written, in a thread for each disk.
+
+With receiving and storing in one thread, a copy took a third longer; more threads than this won
+nothing.
+"""
+
+import collections
+import os
+import queue
+import threading
+
+from virtbackup.nbd import checksum, target
+
+
+class Chunk:
+    """A buffer of SPACE bytes on its way: OFFSET and LENGTH say which part of the disk it has."""
+
+    def __init__(self, space: int) -> None:
+        self._memory = memoryview(bytearray(space))
+        self.offset = self.length = 0
+        self.pending = 0
+        """Reads of it that are in flight."""
+        self.digests = b""
+        """Of its blocks, once it is stored."""
+
+    def aim(self, offset: int, length: int) -> None:
+        self.offset, self.length = offset, length
+
+    def part(self, offset: int, length: int) -> memoryview:
+        """Where LENGTH bytes at OFFSET of the disk go."""
+        start = offset - self.offset
+        return self._memory[start : start + length]
+
+    @property
+    def data(self) -> memoryview:
+        return self._memory[: self.length]
+
+
+class Wake:
+    """Something to poll for: set by any thread or signal handler, cleared by the one that polls."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pending = False
+
+    def set(self) -> None:
+        if not self._pending:
+            self._pending = True
+            os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        """Not for one that is not set. What was done before ``set`` is seen after this."""
+        os.eventfd_read(self._fd)
+        self._pending = False
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Store(threading.Thread):
+    """Stores the chunks of one disk in a target that is its own from here on."""
+
+    def __init__(self, where: target.Target, wake: Wake) -> None:
+        super().__init__(name="virtbackup-store", daemon=True)
+        self._target = where
+        self._wake = wake
+        self._inbox: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        self._done: collections.deque[Chunk] = collections.deque()
+        self._failure: BaseException | None = None
+        self._abandoned = False
+        self.stored: int | None = None
+        """Bytes that the target takes; None until it is finished."""
+
+    def put(self, chunk: Chunk) -> None:
+        """Store CHUNK; it is not to be touched until ``collect`` gives it back."""
+        self._inbox.put(chunk)
+
+    def finish(self) -> None:
+        """After the last chunk: make the target durable, then wake and set ``stored``."""
+        self._inbox.put(None)
+
+    def collect(self) -> list[Chunk]:
+        """The chunks that were stored since. Errors: what storing met, as the target raised it."""
+        if self._failure is not None:
+            raise self._failure
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def abandon(self) -> None:
+        """End the thread, whatever it does, and remove the target, finished or not."""
+        self._abandoned = True
+        self._inbox.put(None)
+        self._target.shorten()
+        if self.is_alive():
+            self.join()
+        self._target.discard()
+
+    def run(self) -> None:
+        try:
+            while (chunk := self._inbox.get()) is not None:
+                if not self._abandoned:
+                    self._store(chunk)
+            if not self._abandoned:
+                self.stored = self._target.finish()
+        except BaseException as failure:  # noqa: BLE001  (raised again, by collect)
+            self._failure = failure
+        finally:
+            self._wake.set()
+
+    def _store(self, chunk: Chunk) -> None:
+        data = chunk.data
+        chunk.digests, runs = checksum.scan(data)
+        for start, end in runs:
+            self._target.write(chunk.offset + start, data[start:end])
+        self._done.append(chunk)
+        self._wake.set()
