@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How fast a pull is: ours against nbdcopy and qemu-img convert, of the same disk, to the same kind
+of file.
+
+Ours is the whole command: ``virsh-backup backup-pull`` from the start of its process to its exit,
+with connecting, start, checksum, fsync and stop. The peers only copy, from an export of a backup
+that was started for them. ``nbdcopy --flush`` also syncs; the others leave the file in the page
+cache. The source is in the page cache all the time. Runs are in rounds, one of each program in
+changing order, and ratios are taken within a round.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import virtbackup
+from tests.live import machines
+
+GIB = 1 << 30
+MIB = 1 << 20
+OURS = "backup-pull"
+PEERS = ("nbdcopy", "nbdcopy --flush", "qemu-img convert")
+UNSYNCED = ("nbdcopy", "qemu-img convert")
+
+_CHILD = """
+import pathlib, sys
+from virtbackup.tools import virsh_backup
+status = virsh_backup.main(sys.argv[1:])
+told = pathlib.Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in told if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+def main() -> int:
+    """Print a table for each disk and format."""
+    parser = argparse.ArgumentParser(description="how fast a pull is")
+    parser.add_argument("--quick", action="store_true", help="small disks, few rounds")
+    parser.add_argument("--rounds", type=int, help="default 7, quick 3")
+    parser.add_argument("--directory", type=pathlib.Path, help="for source and target files")
+    options = parser.parse_args()
+    rounds = options.rounds or (3 if options.quick else 7)
+    scale = 4 if options.quick else 1
+    print("all sources in the page cache; ratio below 1: ours is faster; times in seconds")
+    for kind, size, make in (("dense", GIB, _dense), ("sparse", 16 * GIB, _sparse)):
+        with tempfile.TemporaryDirectory(dir=options.directory) as name:
+            directory = pathlib.Path(name)
+            data = make(directory / "disk.raw", size // scale)
+            for fmt in ("raw", "qcow2"):
+                title = f"{kind}, {size // scale / GIB:g} GiB with {data / GIB:.2f} GiB of data"
+                print(f"\n{title} -> {fmt}")
+                _print(*_measure(directory, fmt, rounds, data))
+    return 0
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+def _dense(path: pathlib.Path, size: int) -> int:
+    source = random.Random(1)
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(source.randbytes(MIB))
+    return size
+
+
+def _sparse(path: pathlib.Path, size: int) -> int:
+    """Runs of 4 KiB to 4 MiB all over the disk, about a sixteenth of it."""
+    source = random.Random(2)
+    written = 0
+    with path.open("wb") as file:
+        file.truncate(size)
+        while written < size // 16:
+            length = source.choice((4 << 10, 64 << 10, 512 << 10, 4 << 20))
+            file.seek(source.randrange(0, size - length) & ~4095)
+            written += file.write(source.randbytes(length))
+    return path.stat().st_blocks * 512
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def _measure(
+    directory: pathlib.Path, fmt: str, rounds: int, data: int
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each program, round by round, and ours' peak memory in bytes."""
+    times: dict[str, list[float]] = {name: [] for name in (OURS, *PEERS)}
+    peaks = []
+    disk = f"driver=raw,node-name=A,file.driver=file,file.filename={directory}/disk.raw"
+    with (
+        machines.qemu(directory, "-blockdev", disk, "-device", "virtio-blk,drive=A,id=vda") as one,
+        virtbackup.open(one.uri) as connection,
+    ):
+        domain = connection.lookupByID(1)
+        order = [OURS, *PEERS]
+        for number in range(rounds + 1):
+            for name in order:
+                _make_room(directory, data)
+                if name == OURS:
+                    seconds, peak = _ours(one.uri, directory, fmt)
+                    peaks.append(peak)
+                else:
+                    seconds = _peer(domain, directory, _argv(name, directory, fmt))
+                if number:  # the first round only warms up
+                    times[name].append(seconds)
+            order = order[1:] + order[:1]
+    return times, max(peaks)
+
+
+def _make_room(directory: pathlib.Path, data: int) -> None:
+    """No writes left over from before, and free memory that the machine has at hand.
+
+    A virtual machine's free memory may be its host's: whoever comes first would pay for it.
+    """
+    os.sync()
+    path = directory / "room"
+    with path.open("wb") as file:
+        for _ in range(data // MIB + 64):
+            file.write(bytes(MIB))
+    path.unlink()
+
+
+def _ours(uri: str, directory: pathlib.Path, fmt: str) -> tuple[float, int]:
+    out = directory / "out"
+    argv = [sys.executable, "-c", _CHILD, "-c", uri, "-q", "backup-pull", "1", str(out)]
+    begin = time.perf_counter()
+    done = subprocess.run([*argv, "--format", fmt], check=True, capture_output=True, text=True)
+    took = time.perf_counter() - begin
+    for path in out.iterdir():
+        path.unlink()
+    out.rmdir()
+    return took, int(done.stdout.split()[-1]) << 10
+
+
+def _peer(
+    domain: virtbackup.Domain, directory: pathlib.Path, steps: Sequence[Sequence[str]]
+) -> float:
+    address = f'<address type="unix" path="{directory}/peer.sock"/>'
+    domain.backupStart(f"<domainbackup>{address}</domainbackup>")
+    try:
+        begin = time.perf_counter()
+        for argv in steps:
+            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - begin
+    finally:
+        domain.backupStop()
+        (directory / "peer.out").unlink(missing_ok=True)
+
+
+def _argv(name: str, directory: pathlib.Path, fmt: str) -> list[list[str]]:
+    """The commands that copy the export as PEER does, into a file of the format."""
+    uri, out = f"nbd+unix:///vda?socket={directory}/peer.sock", f"{directory}/peer.out"
+    if name == "qemu-img convert":
+        return [["qemu-img", "convert", "-f", "raw", "-O", fmt, uri, out]]
+    copy = name.split()
+    if fmt == "raw":
+        return [[*copy, uri, out]]
+    size = (directory / "disk.raw").stat().st_size
+    create = ["qemu-img", "create", "-q", "-f", fmt, out, str(size)]
+    return [create, [*copy, "--", uri, "[", "qemu-nbd", "-f", fmt, out, "]"]]
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _print(times: dict[str, list[float]], peak: int) -> None:
+    ours = times[OURS]
+    for name, seconds in times.items():
+        low, high = min(seconds), max(seconds)
+        line = f"  {name:18} median {statistics.median(seconds):6.2f}  {low:5.2f} to {high:5.2f}"
+        print(line if name == OURS else f"{line}   ours/it {_ratio(ours, seconds):5.2f}")
+    better = min(UNSYNCED, key=lambda name: statistics.median(times[name]))
+    print(f"  against the better of those that do not sync: {_ratio(ours, times[better]):.2f}")
+    print(f"  peak memory of ours: {peak / MIB:.0f} MiB")
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

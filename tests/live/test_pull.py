@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A pull of a real QEMU: the bytes of one instant, a verdict, and nothing left on any way out."""
+
+import contextlib
+import datetime
+import io
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import libvirt
+import pytest
+
+import virtbackup
+from tests.live import machines
+from virtbackup.nbd import copy
+from virtbackup.tools import manifest, pull
+
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
+    pytest.mark.timeout(60),
+]
+
+MIB = 1 << 20
+FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    """A running QEMU with two disks that have something on them."""
+    with machines.two_disks(tmp_path, size=16 * MIB) as running:
+        running.io("vda", "write -P 1 0 5M")
+        running.io("sdb", "write -P 2 1M 3M")
+        yield running
+
+
+@pytest.fixture
+def domain(machine: machines.Machine) -> Iterator[virtbackup.Domain]:
+    with virtbackup.open(machine.uri) as connection:
+        yield connection.lookupByID(1)
+
+
+@pytest.fixture
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """Where temporary files go; empty at the end."""
+    path = tmp_path_factory.mktemp("t")
+    before, tempfile.tempdir = tempfile.tempdir, str(path)
+    yield path
+    tempfile.tempdir = before
+    assert list(path.iterdir()) == []
+
+
+@pytest.fixture
+def out(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "out"
+
+
+class Watch:
+    """Does something when the copy of a disk starts, and at every advance of it."""
+
+    def __init__(
+        self,
+        at_start: Callable[[int], object] | None = None,
+        at_advance: Callable[[int], object] | None = None,
+    ) -> None:
+        self._at_start = at_start
+        self._at_advance = at_advance
+
+    def start(self, index: int, size: int) -> None:
+        if self._at_start is not None:
+            self._at_start(index)
+
+    def advance(self, index: int, count: int) -> None:
+        if self._at_advance is not None:
+            self._at_advance(index)
+
+
+def disks(machine: machines.Machine) -> dict[str, bytes]:
+    """What the guest reads from its disks at this moment."""
+    for device in ("vda", "sdb"):
+        machine.io(device, "flush")
+    return {
+        "vda": machines.contents(machine.directory / "a.qcow2", "qcow2"),
+        "sdb": machines.contents(machine.directory / "b.raw", "raw"),
+    }
+
+
+def backup(directory: pathlib.Path) -> dict[str, bytes]:
+    """The disks of a backup, as its manifest tells them; every file is named there."""
+    made = manifest.read(directory)
+    files = {manifest.FILE, *(disk.file for disk in made.disks)}
+    assert {path.name for path in directory.iterdir()} == files
+    for disk in made.disks:
+        path, fmt = directory / disk.file, disk.format
+        assert fmt in FORMATS
+        assert copy.checksum_of_file(path, fmt, disk.size) == disk.checksum.value
+    return {disk.name: machines.contents(directory / disk.file, disk.format) for disk in made.disks}
+
+
+def is_empty(directory: pathlib.Path) -> bool:
+    return not directory.exists() or not list(directory.iterdir())
+
+
+# --- good -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_bytes_are_those_of_the_start(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    private: pathlib.Path,
+    fmt: copy.Format,
+) -> None:
+    """The guest writes before the first byte is read, and again at every chunk."""
+    before, state = disks(machine), machine.state()
+    # The guest's own writes make its file grow, and that is told here.
+    grows = ("query-block", "query-named-block-nodes")
+    source = random.Random(5)
+
+    def write(index: int) -> None:
+        for device in ("vda", "sdb"):
+            place = source.randrange(0, 15 * MIB) & ~511
+            machine.io(device, f"write -P {source.randrange(1, 256)} {place} 100k")
+
+    begin = datetime.datetime.now(datetime.timezone.utc)
+    made = pull.pull(domain, out, fmt=fmt, progress=Watch(write, write))
+    assert backup(out) == before
+    assert disks(machine) != before
+    after = machine.state()
+    assert [after[key] for key in state if key not in grows] == [
+        state[key] for key in state if key not in grows
+    ]
+    assert made == manifest.read(out)
+    assert [disk.name for disk in made.disks] == ["vda", "sdb"]
+    assert [disk.size for disk in made.disks] == [16 * MIB] * 2
+    assert (made.domain.name, made.domain.uuid) == (domain.name(), domain.UUIDString())
+    started = datetime.datetime.fromisoformat(made.time)
+    assert begin <= started <= datetime.datetime.now(datetime.timezone.utc)
+    assert 'exportname="vda"' in made.backup_xml
+    assert "<source file=" in made.domain_xml
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", None])
+def test_a_document_of_the_users(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    private: pathlib.Path,
+    tmp_path: pathlib.Path,
+    host: str | None,
+) -> None:
+    before = disks(machine)
+    address = f'type="unix" path="{tmp_path}/mine.sock"'
+    if host is not None:
+        address = f'type="ip" host="{host}" port="{free_port()}"'
+    xml = (
+        f'<domainbackup><address {address}/><disks><disk name="sdb" exportname="other"/>'
+        '<disk name="vda" present="no"/></disks></domainbackup>'
+    )
+    made = pull.pull(domain, out, xml=xml)
+    assert backup(out) == {"sdb": before["sdb"]}
+    assert f"<address {address}/>" in made.backup_xml
+
+
+def test_a_directory_that_exists_may_have_other_files(
+    domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    out.mkdir()
+    (out / "notes").write_text("mine")
+    pull.pull(domain, out)
+    assert {path.name for path in out.iterdir()} == {
+        "notes", "manifest.json", "vda.qcow2", "sdb.qcow2"
+    }  # fmt: skip
+    assert (out / "notes").read_text() == "mine"
+
+
+def test_directories_are_made(domain: virtbackup.Domain, out: pathlib.Path) -> None:
+    pull.pull(domain, out / "of" / "monday", fmt="raw")
+    assert set(backup(out / "of" / "monday")) == {"vda", "sdb"}
+
+
+# --- refused before the guest is touched ----------------------------------------------------------
+
+
+def untouched(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, xml: str | None = None
+) -> virtbackup.Error:
+    """The error of a pull that never gave QEMU a command that changes anything."""
+    trace = io.StringIO()
+    domain.connect().setTrace(trace)
+    with pytest.raises(virtbackup.Error) as raised:
+        pull.pull(domain, out, xml=xml)
+    assert "transaction" not in trace.getvalue()
+    assert "blockdev" not in trace.getvalue()
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "manifest.json.partial", "vda.qcow2", "sdb.qcow2", "sdb.qcow2.partial"],
+)
+def test_what_is_in_the_way_is_refused(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    private: pathlib.Path,
+    name: str,
+) -> None:
+    out.mkdir()
+    (out / name).write_text("mine")
+    error = untouched(machine, domain, out)
+    assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert f"{out / name} exists already" in str(error)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+def test_a_directory_that_is_a_file(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    out.write_text("mine")
+    assert f"{out} exists already" in str(untouched(machine, domain, out))
+    assert "cannot make a backup in" in str(untouched(machine, domain, out / "below"))
+    assert out.read_text() == "mine"
+
+
+def test_a_document_that_makes_no_sense(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    xml = (
+        f'<domainbackup><address type="unix" path="{tmp_path}/s"/>'
+        '<disks><disk name="vdz"/></disks></domainbackup>'
+    )
+    error = untouched(machine, domain, out, xml)
+    assert "no disk named 'vdz'" in str(error)
+    assert not out.exists()
+
+
+# --- bad ------------------------------------------------------------------------------------------
+
+
+def test_a_backup_that_stop_calls_bad_is_not_kept(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    """Somebody cancels a job: every read still succeeds, so only the verdict can tell."""
+    state = machine.state()
+
+    def cancel(index: int) -> None:
+        if index == 0:
+            for job in machine.probe("query-block-jobs"):
+                machine.probe("block-job-cancel", device=job["device"])
+                machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+
+    with pytest.raises(virtbackup.Error) as raised:
+        pull.pull(domain, out, progress=Watch(cancel))
+    assert f"(no backup was kept in {out})" in str(raised.value)
+    assert "vda" in str(raised.value)
+    assert is_empty(out)
+    assert machine.state() == state
+
+
+def test_qemu_dies_in_the_middle(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    with pytest.raises(virtbackup.Error, match=r"export '(vda|sdb)'"):
+        pull.pull(domain, out, progress=Watch(lambda _: machine.kill()))
+    assert is_empty(out)
+
+
+@pytest.mark.may_skip
+def test_a_full_disk(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    state = machine.state()
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(out)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mount refused")
+    try:
+        with pytest.raises(virtbackup.Error, match=r"cannot write .*: No space left on device"):
+            pull.pull(domain, out, fmt="raw")
+        assert list(out.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+    assert machine.state() == state
+
+
+def test_progress_that_fails_ends_the_pull(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    state = machine.state()
+
+    def fail(_index: int) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        pull.pull(domain, out, progress=Watch(fail))
+    assert is_empty(out)
+    assert machine.state() == state
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+class Signals(io.StringIO):
+    """A trace that sends this process a signal at the given line of the monitor and every later."""
+
+    def __init__(self, number: int, first: int) -> None:
+        super().__init__()
+        self.lines = 0
+        self._number = number
+        self._first = first
+
+    def write(self, text: str) -> int:
+        if self.lines >= self._first:
+            os.kill(os.getpid(), self._number)
+        self.lines += 1
+        return len(text)
+
+
+def lines_of(domain: virtbackup.Domain, call: Callable[[], object]) -> int:
+    """How many lines go over the monitor in CALL."""
+    trace = Signals(signal.SIGTERM, sys.maxsize)
+    domain.connect().setTrace(trace)
+    call()
+    return trace.lines
+
+
+def interrupted(domain: virtbackup.Domain, out: pathlib.Path, number: int, line: int) -> bool:
+    """Whether a pull with signals from LINE on ended by them, as it must when there was one."""
+    trace = Signals(number, line)
+    domain.connect().setTrace(trace)
+    try:
+        pull.pull(domain, out)
+    except KeyboardInterrupt:
+        assert number == signal.SIGINT
+    except SystemExit as failure:
+        assert (number, failure.code) == (signal.SIGTERM, 128 + signal.SIGTERM)
+    else:
+        assert trace.lines <= line, "a signal was lost"
+        return False
+    assert trace.lines > line
+    return True
+
+
+def test_signals_from_every_moment_of_the_monitor_on(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    """At the first line that goes over the monitor, the second, and so on to the last; each time
+    a further one comes with every line after it, those of the clean-up included."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    domain.XMLDesc()
+    state = machine.state()
+    # Before the pull defers them, signals are the caller's: its first call is not looked at.
+    line = lines_of(domain, domain.XMLDesc)
+    tried = 0
+    while interrupted(domain, out, (signal.SIGINT, signal.SIGTERM)[line % 2], line):
+        assert machine.state() == state
+        assert list(private.iterdir()) == []
+        if not is_empty(out):
+            assert set(backup(out)) == {"vda", "sdb"}, "neither nothing nor a whole backup"
+            for path in out.iterdir():
+                path.unlink()
+        line += 1
+        tried += 1
+    assert tried > 20
+    assert set(backup(out)) == {"vda", "sdb"}
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["start", "advance"])
+def test_signals_while_it_copies(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    private: pathlib.Path,
+    number: int,
+    moment: str,
+) -> None:
+    state = machine.state()
+
+    def send(_index: int) -> None:
+        os.kill(os.getpid(), number)
+
+    watch = Watch(send) if moment == "start" else Watch(None, send)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        pull.pull(domain, out, progress=watch)
+    assert is_empty(out)
+    assert machine.state() == state
+
+
+def test_an_ignored_signal_stays_ignored(
+    domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pull.pull(domain, out, progress=Watch(lambda _: os.kill(os.getpid(), signal.SIGINT)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(backup(out)) == {"vda", "sdb"}
+
+
+_CHILD = """
+import pathlib, sys
+import virtbackup
+from virtbackup.tools import pull
+with virtbackup.open(sys.argv[1]) as connection:
+    print("ready", flush=True)
+    pull.pull(connection.lookupByID(1), pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_a_process_at_any_moment(
+    machine: machines.Machine, out: pathlib.Path, private: pathlib.Path, number: int
+) -> None:
+    state = machine.state()
+    statuses = {-number, 128 + number, 0}
+    environment = {**os.environ, "TMPDIR": str(private)}
+    for _ in range(8):
+        argv = [sys.executable, "-c", _CHILD, machine.uri, str(out)]
+        with subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        ) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(random.uniform(0, 0.12))
+            child.send_signal(number)
+            said = child.communicate(timeout=30)[1].decode()
+        assert child.returncode in statuses, said
+        assert machine.state() == state, said
+        if not is_empty(out):
+            assert set(backup(out)) == {"vda", "sdb"}
+            for path in out.iterdir():
+                path.unlink()
+        assert list(private.iterdir()) == []

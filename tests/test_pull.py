@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The manifest of a pulled backup: what is written is read, what is not one is refused."""
+
+import json
+import pathlib
+import typing
+
+import libvirt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import virtbackup
+from virtbackup.tools import manifest
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1).filter(
+    lambda name: name not in (".", "..")
+)
+sizes = st.integers(0, 1 << 63)
+texts = st.text(st.characters(codec="utf-8"))
+manifests = st.builds(
+    manifest.Manifest,
+    version=st.just(manifest.VERSION),
+    domain=st.builds(manifest.Domain, texts, texts),
+    kind=st.just("full"),
+    time=texts,
+    disks=st.lists(
+        st.builds(
+            manifest.Disk,
+            name=names,
+            file=names,
+            format=texts,
+            size=sizes,
+            checksum=st.builds(manifest.Checksum, texts, sizes, texts),
+            stored=sizes,
+        ),
+        max_size=3,
+    ).map(tuple),
+    backup_xml=texts,
+    domain_xml=texts,
+)
+
+GOOD = manifest.Manifest(
+    version=manifest.VERSION,
+    domain=manifest.Domain("vm", "b44330ff-db75-5045-85a1-73bcf9d5d122"),
+    kind="full",
+    time="2026-01-02T03:04:05+00:00",
+    disks=(
+        manifest.Disk("vda", "vda.raw", "raw", 1000, manifest.Checksum("a", 65536, "0f"), 4096),
+    ),
+    backup_xml="<domainbackup/>",
+    domain_xml="<domain/>",
+)
+
+
+@given(manifests)
+def test_what_is_written_is_read(made: manifest.Manifest) -> None:
+    assert manifest.Manifest.from_json(made.to_json()) == made
+
+
+def changed(**fields: object) -> str:
+    return json.dumps(json.loads(GOOD.to_json()) | fields)
+
+
+def changed_disk(**fields: object) -> str:
+    disk = json.loads(GOOD.to_json())["disks"][0]
+    return changed(disks=[disk | fields])
+
+
+def test_a_field_not_known_is_passed_over() -> None:
+    assert manifest.Manifest.from_json(changed(later="x")) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("[]", "expected an object"),
+        ("[" * 100_000, ""),
+        ("{}", "version is not of type int"),
+        (changed(version=2), "version 2 is not 1"),
+        (changed(version=True), "version is not of type int"),
+        (changed(domain="vm"), "domain is not of type dict"),
+        (changed(disks=["vda"]), "a disk is not an object"),
+        (changed(time=None), "time is not of type str"),
+        (changed_disk(size=-1), "size is negative"),
+        (changed_disk(size="1000"), "size is not of type int"),
+        (changed_disk(checksum={}), "algorithm is not of type str"),
+        (changed_disk(file="../vda.raw"), "'../vda.raw' is not a file name"),
+        (changed_disk(file="/etc/passwd"), "'/etc/passwd' is not a file name"),
+        (changed_disk(file=".."), "'..' is not a file name"),
+        (changed_disk(file=""), "'' is not a file name"),
+    ],
+)
+def test_what_is_not_a_manifest_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(virtbackup.Error) as raised:
+        manifest.Manifest.from_json(text)
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+    assert f"not a backup manifest: {reason}" in str(raised.value)
+
+
+def test_reading_a_directory(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(virtbackup.Error, match=r"cannot read .*manifest\.json: No such file"):
+        manifest.read(tmp_path)
+    path = tmp_path / manifest.FILE
+    path.write_bytes(b"\xff")
+    with pytest.raises(virtbackup.Error, match="is not a backup manifest"):
+        manifest.read(tmp_path)
+    path.write_text(GOOD.to_json())
+    assert manifest.read(tmp_path) == GOOD
+
+
+def test_every_field_is_in_the_file() -> None:
+    """A reader in another language finds these."""
+    written = typing.cast("dict[str, object]", json.loads(GOOD.to_json()))
+    assert sorted(written) == [
+        "backup_xml", "disks", "domain", "domain_xml", "kind", "time", "version"
+    ]  # fmt: skip

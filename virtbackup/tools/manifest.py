@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a pulled backup says of itself: ``manifest.json`` beside the disks.
+
+It is written last, so a directory that has one has a whole backup.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, TypeVar
+
+import libvirt
+
+from virtbackup import errors
+
+FILE = "manifest.json"
+VERSION = 1
+
+_T = TypeVar("_T", str, int, list[Any], dict[str, Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Checksum:
+    """Of what a guest reads; virtbackup.nbd.checksum defines ALGORITHM."""
+
+    algorithm: str
+    block: int
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """One disk of a backup. Sizes are bytes."""
+
+    name: str
+    file: str
+    """In the manifest's directory."""
+    format: str
+    size: int
+    """Guest-visible; a qcow2 file's own is this rounded up to 512."""
+    checksum: Checksum
+    stored: int
+    """What the file took on its file system when it was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """Whose backup it is."""
+
+    name: str
+    uuid: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A whole backup."""
+
+    version: int
+    domain: Domain
+    kind: str
+    """``full``."""
+    time: str
+    """The instant that the backup shows, ISO 8601, UTC."""
+    disks: tuple[Disk, ...]
+    backup_xml: str
+    """The ``<domainbackup>`` that ran, every default filled in."""
+    domain_xml: str
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read what ``to_json`` wrote; fields not known here are passed over.
+
+        Errors: VIR_ERR_INVALID_ARG for anything else, a later version included.
+        """
+        try:
+            fields = json.loads(text)
+            if not isinstance(fields, dict):
+                raise _Bad("expected an object")
+            version = _get(fields, "version", int)
+            if version != VERSION:
+                raise _Bad(f"version {version} is not {VERSION}")
+            domain = _get(fields, "domain", dict)
+            return cls(
+                version=version,
+                domain=Domain(_get(domain, "name", str), _get(domain, "uuid", str)),
+                kind=_get(fields, "kind", str),
+                time=_get(fields, "time", str),
+                disks=tuple(_disk(disk) for disk in _get(fields, "disks", list)),
+                backup_xml=_get(fields, "backup_xml", str),
+                domain_xml=_get(fields, "domain_xml", str),
+            )
+        except (ValueError, RecursionError) as failure:  # json's, and _Bad
+            raise errors.invalid_arg(
+                "backupManifest", "text", f"not a backup manifest: {failure}"
+            ) from failure
+
+
+class _Bad(ValueError):
+    """A field is missing, has another type, or says what cannot be."""
+
+
+def file_name_problem(name: str) -> str | None:
+    """Why NAME cannot be the name of a file in a given directory; None when it can."""
+    if name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name:
+        return f"'{name}' is not a file name"
+    return None
+
+
+def _disk(fields: Any) -> Disk:
+    if not isinstance(fields, dict):
+        raise _Bad("a disk is not an object")
+    checksum = _get(fields, "checksum", dict)
+    file = _get(fields, "file", str)
+    if problem := file_name_problem(file):
+        raise _Bad(problem)
+    return Disk(
+        name=_get(fields, "name", str),
+        file=file,
+        format=_get(fields, "format", str),
+        size=_get(fields, "size", int),
+        checksum=Checksum(
+            _get(checksum, "algorithm", str),
+            _get(checksum, "block", int),
+            _get(checksum, "value", str),
+        ),
+        stored=_get(fields, "stored", int),
+    )
+
+
+def _get(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
+    value = fields.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _Bad(f"{name} is not of type {kind.__name__}")
+    if isinstance(value, int) and value < 0:
+        raise _Bad(f"{name} is negative")
+    return value
+
+
+def read(directory: pathlib.Path) -> Manifest:
+    """The manifest in DIRECTORY. Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
+    path = directory / FILE
+    try:
+        text = path.read_text("utf-8")
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot read {path}") from failure
+    except UnicodeDecodeError as failure:
+        raise errors.error(
+            libvirt.VIR_ERR_INVALID_ARG, f"{path} is not a backup manifest: {failure}"
+        ) from failure
+    return Manifest.from_json(text)
