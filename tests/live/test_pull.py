@@ -431,7 +431,7 @@ def test_signals_to_a_process_at_any_moment(
     state = machine.state()
     statuses = {-number, 128 + number, 0}
     environment = {**os.environ, "TMPDIR": str(private)}
-    for _ in range(8):
+    for _ in range(5):
         argv = [sys.executable, "-c", _CHILD, machine.uri, str(out)]
         with subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
