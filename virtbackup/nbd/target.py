@@ -17,8 +17,9 @@ from typing import Protocol
 from virtbackup import errors
 from virtbackup.nbd import qcow2
 
-_WINDOW = 8 << 20
-"""Bytes written before the disk is told to begin with them."""
+_WINDOW = 4 << 20
+"""Bytes written before the disk is told to begin with them; with 2 and with 8 MiB a copy took
+about a tenth longer."""
 _L2_TABLES = 16
 """L2 tables kept in memory: each covers 512 MiB of the disk in 64 KiB."""
 
@@ -55,12 +56,37 @@ class Nowhere:
         """Nothing."""
 
 
+class _Window:
+    """Gathers writes into ranges worth telling the disk about.
+
+    A range reaches back over the one before it, whose pages are clean by then and can be dropped;
+    never over the whole file, which would be searched again each time.
+    """
+
+    def __init__(self) -> None:
+        self._size = self._end = 0
+        self._start: int | None = None
+        self._before: int | None = None
+
+    def add(self, start: int, end: int) -> tuple[int, int] | None:
+        """Note a write; (offset, length) once there is enough, else None."""
+        self._size += end - start
+        self._start = start if self._start is None else min(self._start, start)
+        self._end = max(self._end, end)
+        if self._size < _WINDOW:
+            return None
+        first = self._start if self._before is None else min(self._start, self._before)
+        length = self._end - first
+        self._before, self._start, self._size, self._end = self._start, None, 0, 0
+        return first, length
+
+
 class _File:
     """A file made by us and not there before: mode 0600, as it holds a guest's data."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self._new = 0
+        self._written = _Window()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self._fd: int | None = os.open(path, flags, 0o600)
@@ -70,18 +96,17 @@ class _File:
     def pwrite(self, data: memoryview | bytes, offset: int) -> None:
         assert self._fd is not None
         view = memoryview(data)
-        self._new += len(view)
+        start = offset
         try:
             while view:
                 count = os.pwrite(self._fd, view, offset)
                 view, offset = view[count:], offset + count
         except OSError as failure:
             raise self._error(failure) from failure
-        if self._new >= _WINDOW:
-            self._new = 0
+        if ready := self._written.add(start, offset):
             with contextlib.suppress(OSError):  # a hint, which a file system may refuse
                 # Begins to write what is dirty, drops what is not.
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self._fd, ready[0], ready[1], os.POSIX_FADV_DONTNEED)
 
     def pread(self, size: int, offset: int) -> bytes:
         assert self._fd is not None
@@ -159,6 +184,9 @@ class Qcow2:
     def __init__(self, path: pathlib.Path, size: int) -> None:
         self._file = _File(path)
         self._size = size
+        with contextlib.suppress(errors.Error):  # too large for the file system: not needed
+            # Writes into a hole are cheaper than writes at the end; ``finish`` cuts the rest off.
+            self._file.truncate(size)
         self._clusters = 1  # the header's
         self._l1: dict[int, int] = {}
         self._l2: collections.OrderedDict[int, array.array[int]] = collections.OrderedDict()

@@ -8,7 +8,7 @@ domain's lock from its first look to its last command.
 import contextlib
 import dataclasses
 import logging
-import secrets
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -54,7 +54,7 @@ class BackupJob:
         with self._file.locked(), self._connect() as session:
             state = self._make_room(session)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
-            id = naming.BackupId(secrets.token_hex(4))
+            id = naming.BackupId(os.urandom(4).hex())
             plan = backup.plan(
                 aligned, state, session.capabilities, id, scratch.default_directory()
             )
