@@ -97,6 +97,9 @@ def test_names_are_ours_unique_and_short() -> None:
         for name in (
             naming.scratch_file_node(ID, number),
             naming.scratch_node(ID, number),
+            naming.filter_node(ID, number),
+            naming.access_node(ID, number),
+            naming.probe_node(ID, number),
         )
     ]
     assert len(set(many)) == len(many)
@@ -202,28 +205,54 @@ def test_a_job_vouches_only_while_it_runs(
 def test_judgement_is_by_disk() -> None:
     def of(number: int) -> status.DiskStatus:
         return status.DiskStatus(
-            f"d{number}", 1, naming.export(ID, number), "", naming.backup_job(ID, number),
-            naming.scratch_file_node(ID, number), None,
+            target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
+            export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
+            scratch_file=naming.scratch_file_node(ID, number),
+            access=naming.access_node(ID, number), breaks_snapshot=True, directory="/scratch",
+            threshold=None, path=None,
         )  # fmt: skip
 
-    running = {
+    jobs = {
         naming.backup_job(ID, n): monitor_json.Job(
             naming.backup_job(ID, n), "backup", "running", None
         )
-        for n in (0, 2, 3)
+        for n in range(8)
+        if n != 1
     }
     exports = {
         naming.export(ID, n): monitor_json.Export(
             naming.export(ID, n), "nbd", naming.NodeName("x"), n == 3
         )
-        for n in (0, 1, 3)
+        for n in range(8)
+        if n != 2
     }
+    medium = block.Medium(naming.NodeName("n"), "raw", "/n", 1, False)
+    drives = {
+        f"/machine/{n}": block.Disk(
+            f"d{n}", None if n == 6 else medium, f"/machine/{n}", io_status=status_of
+        )
+        for n, status_of in enumerate(["ok", None, "ok", "ok", "nospace", "ok", "ok", "ok"])
+        if n != 5
+    }
+    sight = blockjob.Sight(jobs, exports, drives, True, {naming.access_node(ID, 7): "EINVAL"})
     removed = "its export was removed before the backup was stopped"
-    assert blockjob.judge(map(of, range(4)), running, exports) == {
+    disks = [of(number) for number in range(8)]
+    assert blockjob.judge(disks, sight) == {
         "d1": "its backup job disappeared",
         "d2": removed,
         "d3": removed,
+        "d4": "a write of the guest failed ('nospace') and the guest was paused: its scratch image"
+        " is full or broken",
+        "d5": "the disk was unplugged during the backup",
+        "d6": "its medium was removed during the backup",
+        "d7": "its snapshot is broken: EINVAL",
     }
+    assert blockjob.stopped_guest(disks, sight)
+    runs = dataclasses.replace(sight, io_error=False)
+    assert "d4" not in blockjob.judge(disks, runs)
+    assert not blockjob.stopped_guest(disks, runs)
+    without_devices = dataclasses.replace(runs, drives=None)
+    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7"}
 
 
 @given(st.integers(0, 1 << 50))
@@ -242,8 +271,8 @@ def test_an_empty_image_is_consistent(size: int) -> None:
 
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
-        id=ID, phase="running", name="vm", uuid="u", definition="<x/>", started=1.5, server=True,
-        socket=None, qemu=(1, 2), owner=None, disks=(),
+        id=ID, phase="running", name="vm", uuid="u", definition="<x/>", engine="classic",
+        started=1.5, server=True, socket=None, qemu=(1, 2), owner=None, given_up=None, disks=(),
     )  # fmt: skip
     assert status.parse(status.format(whole)) == whole
     for text in ("", "[]", "{}", "7", '{"version": 2}', status.format(whole)[:-20]):

@@ -88,15 +88,16 @@ class BackupDef:
         )
 
     def format(self) -> str:
-        """The document; what is None or empty is left out."""
+        """The document; what is None or empty is left out. Errors: VIR_ERR_XML_ERROR."""
         root = etree.Element("domainbackup")
-        _format_address(self.address, root)
-        if self.branch is not None:
-            etree.SubElement(root, "branch", name=self.branch)
-        if self.disks:
-            disks = etree.SubElement(root, "disks")
-            for disk in self.disks:
-                _format_disk(disk, disks)
+        with xml.writing():
+            _format_address(self.address, root)
+            if self.branch is not None:
+                etree.SubElement(root, "branch", name=self.branch)
+            if self.disks:
+                disks = etree.SubElement(root, "disks")
+                for disk in self.disks:
+                    _format_disk(disk, disks)
         return xml.indented(root)
 
     def align_disks(self, domain: domain_conf.DomainDef) -> "BackupDef":
@@ -254,7 +255,7 @@ def _refuse_address(address: etree._Element) -> None:
 
 
 def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535
+    return len(text) < 20 and text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535
 
 
 def _refuse_disk(disk: etree._Element) -> None:
@@ -320,6 +321,12 @@ class DiskInfo:
     """Bytes that the scratch image takes on its file system; None where nobody can tell."""
     dirty: int | None = None
     """Bytes changed since the branch's last point; None without a branch."""
+    scratch_worst_case: int | None = None
+    """Bytes that the scratch image takes when the guest overwrites the whole disk."""
+    scratch_free: int | None = None
+    """Bytes free on the scratch image's file system; None where nobody can tell."""
+    warning: str | None = None
+    """What may go wrong with the disk's scratch image, in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,3 +338,10 @@ class BackupInfo:
     """Seconds since the epoch."""
     address: Address
     disks: tuple[DiskInfo, ...]
+    engine: str | None = None
+    """How the frozen disks are made, where the driver has several ways."""
+    scratch_failure: typing.Literal["backup", "guest"] | None = None
+    """What breaks when a scratch image fails: the backup, or the guest's write."""
+    scratch_timeout: float | None = None
+    """Seconds after which a scratch image that hangs has failed; None: the guest's writes hang as
+    long as it does."""

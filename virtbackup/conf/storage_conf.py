@@ -15,20 +15,33 @@ _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 class Source:
     """The ``<source>`` of a disk in a backup: where its scratch image is to be.
 
-    Exactly one is set: ``file``, an absolute path that must not exist yet, made at the start and
-    removed at the end; ``dir``, an existing directory in which the image has no name at all.
+    One of them at most is set: ``file``, an absolute path that must not exist yet, made at the
+    start and removed at the end; ``dir``, an existing directory in which the image has no name at
+    all. ``reserve``: all that the image may come to need is allocated before the start.
     """
 
     file: str | None = None
     dir: str | None = None
+    reserve: bool | None = None
 
     @classmethod
     def parse(cls, element: etree._Element) -> "Source":
         """Read a ``<source>`` that the schema found well-shaped."""
-        source = cls(element.get("file"), element.get("dir"))
-        if (source.file is None) == (source.dir is None):
+        reserve = element.get("reserve")
+        source = cls(
+            element.get("file"), element.get("dir"), None if reserve is None else reserve == "yes"
+        )
+        both = source.file is not None and source.dir is not None
+        neither = source.file is None and source.dir is None and reserve is None
+        if both or neither:
             raise xml.xml_error("exactly one of 'file' and 'dir' must be specified", element)
         return source
+
+    def placed(self, directory: str) -> "Source":
+        """The same in DIRECTORY, where it names no place of its own."""
+        if self.file is None and self.dir is None:
+            return dataclasses.replace(self, dir=directory)
+        return self
 
     def format(self, parent: etree._Element) -> None:
         """Append the ``<source>`` to PARENT."""
@@ -37,6 +50,8 @@ class Source:
             element.set("file", self.file)
         if self.dir is not None:
             element.set("dir", self.dir)
+        if self.reserve is not None:
+            element.set("reserve", "yes" if self.reserve else "no")
 
 
 def parse_size(text: str) -> int:

@@ -12,11 +12,7 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf, storage_conf
-from virtbackup.qemu import block, blockjob, capabilities, monitor_json, naming
-
-Engine = Literal["classic"]
-"""How the frozen disk is made. classic: a job saves old data into a qcow2 overlay over the live
-disk, and the overlay is exported."""
+from virtbackup.qemu import block, blockjob, capabilities, monitor_json, naming, qcow2
 
 # Filters that QEMU itself puts over a disk while a block job runs on it.
 _JOB_FILTERS = {
@@ -34,6 +30,8 @@ class DiskPlan:
     target: str
     node: naming.NodeName
     """The live disk's root node at the start; the job's filter hides it from query-block later."""
+    device: str | None
+    """The device's place in QEMU's object tree, None where there is none to be asked about."""
     size: int
     """Guest-visible, bytes."""
     exportname: str
@@ -42,19 +40,40 @@ class DiskPlan:
     scratch_file: naming.NodeName
     scratch: naming.NodeName
     job: naming.JobId
+    filter: naming.NodeName | None
+    """The job's filter, where the engine needs its name."""
+    access: naming.NodeName | None
+    """The frozen disk over the filter; None where the scratch image itself shows it."""
+    breaks_snapshot: bool
+    """When the scratch image fails, the backup breaks and not the guest's write."""
     export: naming.ExportId
     opaque: str
 
-    def overlay_command(self, filename: str) -> monitor_json.Command:
+    def scratch_command(self, filename: str) -> monitor_json.Command:
+        """Open the new image: over the live disk where it is going to be exported itself."""
+        if self.access is not None:
+            return monitor_json.blockdev_add_scratch(self.scratch, self.scratch_file, filename)
         return monitor_json.blockdev_add_overlay(
             self.scratch, self.scratch_file, filename, self.node
         )
 
     def backup_action(self) -> dict[str, Any]:
-        return monitor_json.blockdev_backup(self.job, self.node, self.scratch)
+        on_cbw_error: Literal["break-snapshot"] | None = None
+        if self.breaks_snapshot:
+            on_cbw_error = "break-snapshot"
+        return monitor_json.blockdev_backup(
+            self.job, self.node, self.scratch, self.filter, on_cbw_error
+        )
 
-    def export_command(self) -> monitor_json.Command:
-        return monitor_json.block_export_add_nbd(self.export, self.scratch, self.exportname)
+    def export_commands(self) -> list[monitor_json.Command]:
+        """Show the frozen disk under its export name."""
+        commands = []
+        if self.access is not None:
+            assert self.filter is not None
+            commands.append(monitor_json.blockdev_add_snapshot_access(self.access, self.filter))
+        frozen = self.access or self.scratch
+        commands.append(monitor_json.block_export_add_nbd(self.export, frozen, self.exportname))
+        return commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +81,7 @@ class BackupPlan:
     """A whole backup."""
 
     id: naming.BackupId
-    engine: Engine
+    engine: capabilities.Engine
     definition: backup_conf.BackupDef
     """Aligned, and every scratch image placed: what backupGetXMLDesc tells."""
     disks: tuple[DiskPlan, ...]
@@ -108,53 +127,66 @@ def plan(
     caps: capabilities.Capabilities,
     backup: naming.BackupId,
     scratch_dir: str,
+    engine: capabilities.Engine | None = None,
 ) -> BackupPlan:
     """Plan the backup of an aligned DEFINITION; images without a place go to SCRATCH_DIR.
 
-    Errors, by disk: VIR_ERR_CONFIG_UNSUPPORTED for what is not offered,
-    VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one whose export would
-    kill this QEMU.
+    ENGINE None is the safest that this QEMU has. Errors, by disk: VIR_ERR_CONFIG_UNSUPPORTED for
+    what is not offered, VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one
+    whose export would kill this QEMU.
     """
     caps.check_backup()
+    engine = engine or caps.engine
+    caps.check_engine(engine)
     _check_full(definition)
     _check_sources(definition.disks)
-    media = {disk.target: disk.medium for disk in state.disks}
+    found = {disk.target: disk for disk in state.disks}
     disks: list[DiskPlan] = []
     placed = []
     for wanted in definition.disks:
         if not wanted.present:
             placed.append(wanted)
             continue
-        medium = media[wanted.name]
+        medium = found[wanted.name].medium
         assert medium is not None
-        assert wanted.exportname is not None
+        _check_size(wanted.name, medium)
         _check_jobs(wanted.name, medium, state)
         _check_iothread(wanted.name, state, caps)
-        source = wanted.source or storage_conf.Source(dir=scratch_dir)
-        placed.append(dataclasses.replace(wanted, source=source))
-        disks.append(_disk(wanted.name, medium, wanted.exportname, source, backup, len(disks)))
+        source = (wanted.source or storage_conf.Source()).placed(scratch_dir)
+        wanted = dataclasses.replace(wanted, source=source)
+        placed.append(wanted)
+        device = found[wanted.name].qom_path
+        disks.append(_disk(wanted, medium, device, engine, caps, backup, len(disks)))
     return BackupPlan(
-        backup, "classic", dataclasses.replace(definition, disks=tuple(placed)), tuple(disks)
+        backup, engine, dataclasses.replace(definition, disks=tuple(placed)), tuple(disks)
     )
 
 
 def _disk(
-    target: str,
+    wanted: backup_conf.BackupDiskDef,
     medium: block.Medium,
-    exportname: str,
-    source: storage_conf.Source,
+    device: str | None,
+    engine: capabilities.Engine,
+    caps: capabilities.Capabilities,
     backup: naming.BackupId,
     number: int,
 ) -> DiskPlan:
+    assert wanted.exportname is not None
+    assert wanted.source is not None
+    hybrid = engine == "hybrid"
     return DiskPlan(
-        target=target,
+        target=wanted.name,
         node=medium.node,
+        device=device,
         size=medium.size,
-        exportname=exportname,
-        source=source,
+        exportname=wanted.exportname,
+        source=wanted.source,
         scratch_file=naming.scratch_file_node(backup, number),
         scratch=naming.scratch_node(backup, number),
         job=naming.backup_job(backup, number),
+        filter=naming.filter_node(backup, number) if hybrid else None,
+        access=naming.access_node(backup, number) if hybrid else None,
+        breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
     )
@@ -181,6 +213,14 @@ def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:
                 )
 
 
+def _check_size(target: str, medium: block.Medium) -> None:
+    if medium.size > qcow2.MAX_SIZE:
+        raise _unsupported(
+            f"disk '{target}' of {medium.size} bytes is larger than a scratch image can be:"
+            f" {qcow2.MAX_SIZE} bytes"
+        )
+
+
 def _check_jobs(target: str, medium: block.Medium, state: BlockState) -> None:
     for job in sorted(state.graph.jobs_on(medium.node)) if state.graph else ():
         info = state.jobs.get(job)
@@ -199,7 +239,7 @@ def _in_use(target: str, job: str) -> errors.Error:
 def _check_iothread(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
     defect = capabilities.NBD_IOTHREAD_ABORT
     if target in state.iothreads and defect.affects(caps.version):
-        version = ".".join(map(str, caps.version))
+        version = capabilities.dotted(caps.version)
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
             f"disk '{target}' runs in iothread '{state.iothreads[target]}', which QEMU {version}"

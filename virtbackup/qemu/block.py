@@ -6,9 +6,10 @@ in, types out.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from virtbackup.conf import domain_conf
 from virtbackup.qemu import naming, qmp
@@ -35,6 +36,8 @@ class Disk:
     qom_path: str | None
     """The device's place in QEMU's object tree, where it has one that can be asked."""
     removable: bool = False
+    io_status: str | None = None
+    """``ok``, or ``failed`` or ``nospace`` since the guest was paused for it; None: not told."""
 
     def definition(self) -> domain_conf.DiskDef:
         """The disk as domain XML tells it."""
@@ -57,17 +60,20 @@ def parse_block(reply: Any) -> tuple[Disk, ...]:
     A disk's name is its device's id, else its drive's id, else its node's name.
     """
     disks: list[Disk] = []
+    taken: set[str] = set()
     for item in _items(reply):
-        qdev, drive = str(item.get("qdev", "")), str(item.get("device", ""))
+        qdev, drive = _name(item, "qdev"), _name(item, "device")
         if re.match(r"/machine/system\.flash\d", qdev) or re.match(r"pflash\d", drive):
             continue
         inserted = item.get("inserted")
         medium = None if inserted is None else _parse_medium(inserted)
-        taken = {disk.target for disk in disks}
         names = (_device_id(qdev), drive, medium.node if medium else "")
         target = next((name for name in names if name and name not in taken), None)
         if target is not None:
-            disks.append(Disk(target, medium, _qom_path(qdev), bool(item.get("removable"))))
+            taken.add(target)
+            status = _name(item, "io-status") or None
+            removable = item.get("removable") is True
+            disks.append(Disk(target, medium, _qom_path(qdev), removable, status))
     return tuple(disks)
 
 
@@ -80,10 +86,19 @@ def parse_named_nodes(reply: Any) -> dict[naming.NodeName, Medium]:
 def parse_actual_sizes(reply: Any) -> dict[naming.NodeName, int]:
     """``query-named-block-nodes``: node -> bytes its file takes, where the driver can tell."""
     return {
-        naming.NodeName(str(item.get("node-name"))): size
+        naming.NodeName(_name(item, "node-name")): size
         for item in _items(reply)
         if isinstance(item.get("image"), dict)
-        and isinstance(size := item["image"].get("actual-size"), int)
+        and _is_size(size := item["image"].get("actual-size"))
+    }
+
+
+def parse_write_thresholds(reply: Any) -> dict[naming.NodeName, int]:
+    """``query-named-block-nodes``: node -> its write threshold in bytes, 0 once it was passed."""
+    return {
+        naming.NodeName(_name(item, "node-name")): threshold
+        for item in _items(reply)
+        if _is_size(threshold := item.get("write_threshold"))
     }
 
 
@@ -105,10 +120,27 @@ def _parse_medium(inserted: Any) -> Medium:
             "drv": str(driver),
             "ro": bool(readonly),
             "file": str(filename),
-            "image": {"virtual-size": int(size)},
-        }:
+            "image": {"virtual-size": size},
+        } if qmp.is_plain(node) and qmp.is_plain(driver) and _is_size(size):
             return Medium(naming.NodeName(node), driver, filename, size, readonly)
-    raise qmp.ProtocolError(f"unexpected block info: {str(inserted)[:200]}")
+    raise _unexpected("info", inserted)
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    """Whether VALUE is bytes as QEMU counts them."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _name(item: Mapping[str, Any], key: str) -> str:
+    """A name that may be left out."""
+    value = item.get(key, "")
+    if isinstance(value, str) and qmp.is_plain(value):
+        return value
+    raise _unexpected(f"info ('{key}')", item)
+
+
+def _unexpected(what: str, value: Any) -> qmp.ProtocolError:
+    return qmp.ProtocolError(f"unexpected block {what}: {qmp.shown(value)}")
 
 
 def _device_id(qdev: str) -> str:
@@ -132,7 +164,7 @@ def _items(reply: Any) -> list[dict[str, Any]]:
     match reply:
         case list(items) if all(isinstance(item, dict) for item in items):
             return items
-    raise qmp.ProtocolError(f"unexpected block info: {str(reply)[:200]}")
+    raise _unexpected("info", reply)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,30 +182,56 @@ class Graph:
 
     def is_root(self, node: naming.NodeName) -> bool:
         """Whether no other node is over NODE (devices, jobs and exports may be)."""
-        return not any(
-            kind == "block-driver" and ("block-driver", node) in children
-            for (kind, _), children in self.children.items()
-        )
+        over = self._parents.get(("block-driver", node), ())
+        return not any(kind == "block-driver" for kind, _ in over)
+
+    def children_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
+        """The nodes directly below NODE."""
+        below = self.children.get(("block-driver", node), frozenset())
+        return frozenset(naming.NodeName(name) for kind, name in below if kind == "block-driver")
+
+    def is_unused(self, node: naming.NodeName) -> bool:
+        """Whether NODE is there and nothing is over it: no device, export, job or other node."""
+        vertex = ("block-driver", node)
+        return vertex in self.children and vertex not in self._parents
 
     def jobs_on(self, node: naming.NodeName) -> frozenset[naming.JobId]:
         """The block jobs that work above NODE (a filter hides it then) or below it."""
         vertex = ("block-driver", node)
-        below = self._below(vertex)
-        return frozenset(
-            naming.JobId(name)
-            for (kind, name), children in self.children.items()
-            if kind == "block-job" and (children & below or vertex in self._below((kind, name)))
-        )
+        if vertex not in self._near_jobs:
+            return frozenset()
+        found = _reached(self._parents, [vertex])
+        for below in _reached(self.children, [vertex]):
+            found |= self._parents.get(below, frozenset())
+        return frozenset(naming.JobId(name) for kind, name in found if kind == "block-job")
 
-    def _below(self, top: tuple[str, str]) -> set[tuple[str, str]]:
-        found: set[tuple[str, str]] = set()
-        todo: list[tuple[str, str]] = [top]
-        while todo:
-            vertex = todo.pop()
-            if vertex not in found:
-                found.add(vertex)
-                todo.extend(self.children.get(vertex, ()))
-        return found
+    @functools.cached_property
+    def _parents(self) -> Mapping[tuple[str, str], frozenset[tuple[str, str]]]:
+        """Who is over each that somebody is over."""
+        turned = ((c, parent) for parent, children in self.children.items() for c in children)
+        return _group((), turned)
+
+    @functools.cached_property
+    def _near_jobs(self) -> set[tuple[str, str]]:
+        """All that is below a job, or over what is directly below one. So that asking disk after
+        disk, as a rule without a job, does not walk the whole graph each time."""
+        jobs = [vertex for vertex in self.children if vertex[0] == "block-job"]
+        directly = [child for job in jobs for child in self.children[job]]
+        return _reached(self.children, jobs) | _reached(self._parents, directly)
+
+
+def _reached(
+    edges: Mapping[tuple[str, str], frozenset[tuple[str, str]]], start: Iterable[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """START, and all that EDGES lead to from there."""
+    found: set[tuple[str, str]] = set()
+    todo = list(start)
+    while todo:
+        vertex = todo.pop()
+        if vertex not in found:
+            found.add(vertex)
+            todo.extend(edges.get(vertex, ()))
+    return found
 
 
 def parse_graph(reply: Any) -> Graph:
@@ -182,13 +240,27 @@ def parse_graph(reply: Any) -> Graph:
         case {"nodes": list(nodes), "edges": list(edges)}:
             pass
         case _:
-            raise qmp.ProtocolError(f"unexpected block graph: {str(reply)[:200]}")
-    try:
-        names = {node["id"]: (str(node["type"]), str(node["name"])) for node in nodes}
-        pairs = [(names[edge["parent"]], names[edge["child"]]) for edge in edges]
-    except (KeyError, TypeError) as failure:
-        raise qmp.ProtocolError(f"unexpected block graph: {failure!r}") from failure
-    return Graph(_group(names.values(), pairs))
+            raise _unexpected("graph", reply)
+    vertices = dict(map(_parse_vertex, nodes))
+    pairs = [_parse_edge(edge, vertices) for edge in edges]
+    return Graph(_group(vertices.values(), pairs))
+
+
+def _parse_vertex(node: Any) -> tuple[int, tuple[str, str]]:
+    match node:
+        case {"id": id, "type": str(kind), "name": str(name)} if type(id) is int:
+            return id, (kind, name)
+    raise _unexpected("graph", node)
+
+
+def _parse_edge(
+    edge: Any, vertices: Mapping[int, tuple[str, str]]
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    match edge:
+        case {"parent": int(parent), "child": int(child)}:
+            if parent in vertices and child in vertices:
+                return vertices[parent], vertices[child]
+    raise _unexpected("graph", edge)
 
 
 def _group(
@@ -197,5 +269,5 @@ def _group(
 ) -> dict[tuple[str, str], frozenset[tuple[str, str]]]:
     children: dict[tuple[str, str], set[tuple[str, str]]] = {vertex: set() for vertex in vertices}
     for parent, child in pairs:
-        children[parent].add(child)
+        children.setdefault(parent, set()).add(child)
     return {vertex: frozenset(below) for vertex, below in children.items()}

@@ -1,28 +1,48 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether a backup's jobs still vouch for the data (qemu_blockjob.c). Pure.
 
-A ``sync=none`` job runs until it is cancelled. While it runs, the overlay over the live disk is the
-disk of the start's instant. Once it has ended for any reason the overlay silently shows the live
-disk: only the job can vouch for what was read, and only if looked at after the last read.
+A ``sync=none`` job runs until it is cancelled. While it runs, the frozen disk is the disk of the
+start's instant. Once it has ended for any reason, a classic overlay silently shows the live disk:
+only the job can vouch for what was read, and only if looked at after the last read.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
-from virtbackup.qemu import monitor_json, naming, status
+from virtbackup.qemu import block, monitor_json, naming, status
 
 RUNNING = frozenset({"created", "running", "paused", "ready", "standby"})
 """QAPI's JobStatus values in which a backup job still saves old data."""
 
+_STOPPED = frozenset({"failed", "nospace"})
+"""BlockDeviceIoStatus values of a drive for whose sake the guest was paused."""
 
-def judge(
-    disks: Iterable[status.DiskStatus],
-    jobs: Mapping[naming.JobId, monitor_json.Job],
-    exports: Mapping[naming.ExportId, monitor_json.Export],
-) -> dict[str, str]:
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What QEMU shows at one moment."""
+
+    jobs: Mapping[naming.JobId, monitor_json.Job]
+    exports: Mapping[naming.ExportId, monitor_json.Export]
+    drives: Mapping[str, block.Disk] | None
+    """By place in QEMU's object tree; None where there are no devices at all."""
+    io_error: bool
+    """The guest is paused since a drive met an error."""
+    unreadable: Mapping[naming.NodeName, str] = dataclasses.field(default_factory=dict)
+    """Frozen disks that were tried and cannot be read, with the reason."""
+
+
+def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
     """Disk -> why its data cannot be trusted; a disk that is not there is good."""
     reasons = {}
     for disk in disks:
-        reason = job_reason(jobs.get(disk.job)) or export_reason(exports.get(disk.export))
+        reason = (
+            job_reason(sight.jobs.get(disk.job))
+            or _frozen_reason(disk, sight)
+            or _scratch_reason(disk, sight)
+            or export_reason(sight.exports.get(disk.export))
+            or _device_reason(disk, sight)
+        )
         if reason is not None:
             reasons[disk.target] = reason
     return reasons
@@ -42,3 +62,39 @@ def export_reason(export: monitor_json.Export | None) -> str | None:
     if export is None or export.shutting_down:
         return "its export was removed before the backup was stopped"
     return None
+
+
+def stopped_guest(disks: Iterable[status.DiskStatus], sight: Sight) -> bool:
+    """Whether the guest stands still for an error of one of DISKS: as it writes through our filter
+    while we save its old data, it may be our scratch image's."""
+    return sight.io_error and any(_scratch_reason(disk, sight) for disk in disks)
+
+
+def _frozen_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    reason = None if disk.access is None else sight.unreadable.get(disk.access)
+    return None if reason is None else f"its snapshot is broken: {reason}"
+
+
+def _scratch_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    drive = _drive(disk, sight)
+    if sight.io_error and drive is not None and drive.io_status in _STOPPED:
+        return (
+            f"a write of the guest failed ('{drive.io_status}') and the guest was paused: its"
+            " scratch image is full or broken"
+        )
+    return None
+
+
+def _device_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    if disk.device is None or sight.drives is None:
+        return None
+    drive = _drive(disk, sight)
+    if drive is None:
+        return "the disk was unplugged during the backup"
+    if drive.medium is None:
+        return "its medium was removed during the backup"
+    return None
+
+
+def _drive(disk: status.DiskStatus, sight: Sight) -> block.Disk | None:
+    return None if disk.device is None else (sight.drives or {}).get(disk.device)

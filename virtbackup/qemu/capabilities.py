@@ -1,47 +1,96 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a QEMU can do, and what it is known to get wrong (qemu_capabilities.c). Pure.
 
-What it can do is asked of it; only defects go by version, each with its evidence.
+What it can do is asked of it, by its commands and its schema; only defects go by version, each
+with its evidence.
 """
 
 import dataclasses
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, Literal
 
 import libvirt
 
 from virtbackup import errors
-from virtbackup.qemu import monitor_json
+from virtbackup.qemu import monitor_json, qmp
 
 REQUIRED = ("block-export-add", "blockdev-del", "job-dismiss", "transaction")
 """Commands a pull backup cannot do without here."""
 
 Version = tuple[int, int, int]
 
+Engine = Literal["classic", "hybrid"]
+"""How a frozen disk is made. classic: a job saves old data into a qcow2 overlay over the live disk,
+and the overlay is exported; when the job is lost, reads go on and show the live disk. hybrid: the
+same job saves into a plain image, and a ``snapshot-access`` node over the job's filter is exported;
+when the job is lost, reads fail."""
+
+FEATURES: Mapping[str, tuple[str, str]] = {
+    "snapshot-access": ("blockdev-add", "+snapshot-access"),
+    "bochs": ("blockdev-add", "+bochs"),
+    "filter-node-name": ("blockdev-backup", "filter-node-name"),
+    "on-cbw-error": ("blockdev-backup", "on-cbw-error"),
+}
+"""What is looked up in the schema: (command, argument), or +VARIANT of the command's union."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Defect:
-    """Something QEMUs from ``first`` up to, not including, ``fixed`` get wrong."""
+    """Something QEMUs from ``first`` up to, not including, ``fixed`` get wrong (None: not fixed in
+    any QEMU seen), and what is done about it here."""
 
     first: Version
-    fixed: Version
+    fixed: Version | None
     evidence: str
+    answer: str
 
     def affects(self, version: Version) -> bool:
-        return self.first <= version < self.fixed
+        return self.first <= version and (self.fixed is None or version < self.fixed)
 
+
+SNAPSHOT_ACCESS_WRONG = Defect(
+    (7, 0, 0),
+    (8, 0, 0),
+    "a read of a snapshot-access node that begins in a saved cluster and runs into one not saved"
+    " is served from the live disk, and so is its block status (hbitmap_status returns false)",
+    "the classic engine",
+)
+"""Seen on 7.2.22: wrong data with every client, no error. Right on 10.0.13 and 11.1.3; the fix is
+of February 2023, so in 8.0."""
+
+ON_CBW_ERROR_WITH_OVERLAY = Defect(
+    (10, 1, 0),
+    None,
+    "with on-cbw-error=break-snapshot and an overlay that is exported itself, a scratch image that"
+    " fails makes reads show the live disk, without an error or an event",
+    "on-cbw-error only with the hybrid engine",
+)
+"""Seen on 11.1.3: 46 of 256 chunks wrong, job still running."""
+
+QCOW2_V2_SCRATCH_ABORT = Defect(
+    (7, 0, 0),
+    None,
+    "the block status of a snapshot-access node kills QEMU when the scratch image is qcow2 of"
+    " version 2 (an assertion in cbw_co_snapshot_block_status)",
+    "scratch images are made here, and never of version 2",
+)
+"""Seen on 7.2.22, 10.0.13 and 11.1.3."""
 
 NBD_IOTHREAD_ABORT = Defect(
     (7, 2, 14),
     (8, 0, 0),
     "QEMU aborts when an NBD client disconnects from an export whose node runs in an iothread"
     " (nbd_blockdev_client_closed: Assertion `qemu_in_main_thread() && nbd_server' failed)",
+    "a disk in an iothread is refused by name",
 )
+"""Seen on 7.2.22 with virtio-blk and virtio-scsi; 5.2.0, 10.0.13 and 11.1.3 do not."""
 
 NBD_STOP_HANG = Defect(
     (7, 2, 14),
     (10, 0, 0),
     "nbd-server-stop never returns, and the guest stands still, while an NBD client is connected"
     " that has not finished the handshake",
+    "such clients are cut off first; where they cannot be, the server is left running",
 )
 """Seen on 7.2.22; what lies between it and 10.0 is taken to be alike."""
 
@@ -49,6 +98,7 @@ NAMED_NODES_CRASH = Defect(
     (0, 0, 0),
     (7, 2, 0),
     "query-named-block-nodes kills QEMU between the end of a backup job and its dismissal",
+    "not asked while a backup job is concluded",
 )
 """Seen on 5.2.0 (a segmentation fault); what lies between it and 7.2 is taken to be alike."""
 
@@ -60,6 +110,31 @@ class Capabilities:
     version: Version
     package: str
     commands: frozenset[str]
+    features: frozenset[str] = frozenset()
+    """Those of FEATURES that the schema has."""
+
+    @property
+    def engine(self) -> Engine:
+        """The safest engine that is right on this QEMU."""
+        wanted = {"snapshot-access", "filter-node-name"} <= self.features
+        wrong = SNAPSHOT_ACCESS_WRONG.affects(self.version)
+        return "hybrid" if wanted and not wrong else "classic"
+
+    @property
+    def breaks_snapshot(self) -> bool:
+        """A scratch image that fails can be made to break the backup instead of the guest: QEMU
+        has the option, and a way to find out afterwards that it happened (``probe_driver``)."""
+        return {"on-cbw-error", self.probe_driver} <= self.features
+
+    @property
+    def probe_driver(self) -> str:
+        """A format without backing files that reads its node's first sector when it is opened."""
+        return "bochs"
+
+    @property
+    def write_threshold(self) -> bool:
+        """QEMU can note that an image has grown beyond a size."""
+        return "block-set-write-threshold" in self.commands
 
     @property
     def fdsets(self) -> bool:
@@ -81,16 +156,48 @@ class Capabilities:
         ended = any(job.type == "backup" and job.status == "concluded" for job in jobs)
         return not (ended and NAMED_NODES_CRASH.affects(self.version))
 
+    def check_engine(self, engine: Engine) -> None:
+        """Raise VIR_ERR_OPERATION_UNSUPPORTED when ENGINE is not right on this QEMU."""
+        if engine == "hybrid" and self.engine != "hybrid":
+            wrong = SNAPSHOT_ACCESS_WRONG.affects(self.version)
+            why = SNAPSHOT_ACCESS_WRONG.evidence if wrong else "it has no snapshot-access"
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"the hybrid engine is not for QEMU {dotted(self.version)}: {why}",
+            )
+
     def check_backup(self) -> None:
         """Raise VIR_ERR_OPERATION_UNSUPPORTED when this QEMU has no way to a pull backup."""
         if missing := missing_commands(self.commands):
-            version = ".".join(map(str, self.version))
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-                f"QEMU {version} has no {' and no '.join(missing)}",
+                f"QEMU {dotted(self.version)} has no {' and no '.join(missing)}",
             )
 
 
 def missing_commands(commands: Set[str]) -> list[str]:
     """Which of the REQUIRED are not among COMMANDS."""
     return [name for name in REQUIRED if name not in commands]
+
+
+def dotted(version: Version) -> str:
+    """As people write versions."""
+    return ".".join(map(str, version))
+
+
+def parse_features(reply: Any) -> frozenset[str]:
+    """Those of FEATURES that a ``query-qmp-schema`` reply has. Errors: qmp.ProtocolError."""
+    try:
+        entities = {str(entity["name"]): entity for entity in reply}
+        return frozenset(name for name, path in FEATURES.items() if _has(entities, *path))
+    except (KeyError, TypeError, AttributeError) as failure:
+        raise qmp.ProtocolError(f"unexpected schema: {failure!r}") from failure
+
+
+def _has(entities: Mapping[str, Any], command: str, argument: str) -> bool:
+    if command not in entities:
+        return False
+    arguments = entities[entities[command]["arg-type"]]
+    if argument.startswith("+"):
+        return any(case["case"] == argument[1:] for case in arguments.get("variants", ()))
+    return any(member["name"] == argument for member in arguments["members"])

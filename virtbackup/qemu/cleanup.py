@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ending a backup for good: out of QEMU, its files removed, its status forgotten.
 
-Used alike by a start that failed, a stop, backup-cleanup, and a start that finds remains.
+Used alike by a start that failed, a stop, backup-cleanup, a start that finds remains, and whoever
+gives a backup up before it harms the guest.
 """
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import stat
 
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import domain, monitor_json, nbdserver, scratch, status, sweep
+from virtbackup.qemu import (
+    block,
+    blockjob,
+    domain,
+    monitor_json,
+    nbdserver,
+    scratch,
+    status,
+    sweep,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def clean(
@@ -19,27 +32,45 @@ def clean(
 ) -> list[str]:
     """Take the backup LEFT out of QEMU, then its files; without a status, all that is ours by name.
 
-    A line for each thing removed. Where the NBD server could not be stopped, the status stays, for
+    A line for each thing done. Where the NBD server could not be stopped, the status stays, for
     the next clean to finish.
     """
-    sweeper = sweep.Sweeper(session.qemu, session.capabilities, left.id if left else None)
-    removed = sweeper.exports()
-    server_left = False
-    if _owns_server(session, left, bool(removed)):
-        server_left = not sweeper.server(session.pid, _address(left) if left else None)
-        removed += [] if server_left else ["NBD server"]
-    removed += [*sweeper.jobs(), *sweeper.nodes(), *sweeper.fdsets()]
+    removed, server_left = take_out(session, left)
     if left is not None and server_left:
-        removed += _remove_files(left)
+        removed += remove_files(left)
         file.save(dataclasses.replace(left, phase="stopping", disks=()))
     elif left is not None:
         removed += forget(left, file)
     return removed
 
 
+def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[str], bool]:
+    """Take the backup LEFT, or all that is ours by name, out of QEMU; a guest that was paused for
+    an error of its disks goes on. (A line for each thing done, whether our NBD server remains.)"""
+    ours = left is not None and not session.restarted_since(left.qemu)
+    stopped = left is not None and ours and _stopped_guest(session, left)
+    sweeper = sweep.Sweeper(session.qemu, session.capabilities, left.id if left else None)
+    if stopped:
+        sweeper.stop_saving()
+    removed = sweeper.exports()
+    server_left = False
+    if _owns_server(session, left, bool(removed)):
+        server_left = not sweeper.server(session.pid, _address(left) if left else None)
+        removed += [] if server_left else ["NBD server"]
+    removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
+    removed += sweeper.fdsets()
+    if left is not None and ours:
+        removed += _orphans(session, left, sweeper)
+    if stopped:
+        session.qemu.execute(monitor_json.cont())
+        logger.warning("the guest was paused by a disk error during the backup; it goes on")
+        removed.append("pause of the guest")
+    return removed, server_left
+
+
 def forget(left: status.Status, file: status.StatusFile) -> list[str]:
     """Remove the files of a backup of which nothing is in QEMU (any more)."""
-    removed = _remove_files(left)
+    removed = remove_files(left)
     address = _address(left)
     # Not by asking whether anybody listens: the kernel may take its time with a dead QEMU's.
     here = socket_inode(address)
@@ -50,6 +81,12 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
     return removed
 
 
+def remove_files(left: status.Status) -> list[str]:
+    """Remove the scratch images that have a name; a line for each."""
+    paths = [disk.path for disk in left.disks if disk.path is not None]
+    return [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+
+
 def socket_inode(address: backup_conf.Address) -> int | None:
     """Which socket lies at a unix address; None for none, and for other addresses."""
     if isinstance(address, backup_conf.UnixAddress):
@@ -57,6 +94,34 @@ def socket_inode(address: backup_conf.Address) -> int | None:
             found = pathlib.Path(address.path).lstat()
             return found.st_ino if stat.S_ISSOCK(found.st_mode) else None
     return None
+
+
+def _stopped_guest(session: domain.Session, left: status.Status) -> bool:
+    sight = domain.look(session.qemu, session.capabilities)
+    return blockjob.stopped_guest(left.disks, sight)
+
+
+def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweeper) -> list[str]:
+    """Delete the nodes of disks that were unplugged during the backup: only our job kept them from
+    going with their device, and they would keep their images locked."""
+    caps = session.capabilities
+    if not caps.devices or not caps.block_graph:
+        return []
+    drives = domain.look(session.qemu, caps).drives or {}
+    unplugged = [disk for disk in left.disks if disk.device and disk.device not in drives]
+    removed = []
+    for disk in unplugged:
+        todo = [disk.node]
+        while todo:
+            node = todo.pop()
+            graph = block.parse_graph(session.qemu.execute(monitor_json.query_block_graph()))
+            # A node without a name of the user's goes with the one over it.
+            if node.startswith("#") or not graph.is_unused(node):
+                continue
+            todo += sorted(graph.children_of(node))
+            if sweeper.delete_node(node):
+                removed.append(f"node '{node}' of disk '{disk.target}', which was unplugged")
+    return removed
 
 
 def _owns_server(session: domain.Session, left: status.Status | None, had_exports: bool) -> bool:
@@ -73,8 +138,3 @@ def _owns_server(session: domain.Session, left: status.Status | None, had_export
 
 def _address(of: status.Status) -> backup_conf.Address:
     return backup_conf.BackupDef.parse(of.definition).address
-
-
-def _remove_files(left: status.Status) -> list[str]:
-    paths = [disk.path for disk in left.disks if disk.path is not None]
-    return [f"scratch image '{path}'" for path in paths if scratch.remove(path)]

@@ -11,7 +11,16 @@ import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import domain_conf
-from virtbackup.qemu import backup, block, capabilities, monitor, monitor_json, naming, status
+from virtbackup.qemu import (
+    backup,
+    block,
+    blockjob,
+    capabilities,
+    monitor,
+    monitor_json,
+    naming,
+    status,
+)
 
 ID = 1
 """The id of the one domain behind a monitor."""
@@ -70,7 +79,11 @@ def identify(qemu: monitor.Monitor) -> Identity:
     """Ask QEMU who it is. A guest without a uuid gets one made from the monitor's path."""
     greeting = qemu.greeting
     commands = monitor_json.parse_commands(qemu.execute(monitor_json.query_commands()))
-    caps = capabilities.Capabilities(greeting.version, greeting.package, commands)
+    features: frozenset[str] = frozenset()
+    if not capabilities.SNAPSHOT_ACCESS_WRONG.affects(greeting.version):
+        # Elsewhere nothing in it would change what is done, and it takes a while.
+        features = capabilities.parse_features(qemu.execute(monitor_json.query_qmp_schema()))
+    caps = capabilities.Capabilities(greeting.version, greeting.package, commands, features)
     name, given = None, _NO_UUID
     if caps.devices:
         name = monitor_json.parse_name(qemu.execute(monitor_json.query_name()))
@@ -119,6 +132,22 @@ def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockS
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
     return backup.BlockState(disks, jobs, exports, graph, runs, iothreads)
+
+
+def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:
+    """What has become of a backup, the reading of frozen disks not tried."""
+    queries = [monitor_json.query_jobs(), monitor_json.query_block_exports()]
+    if caps.devices:
+        queries += [monitor_json.query_block(), monitor_json.query_status()]
+    replies = iter(qemu.execute_all(queries))
+    jobs = monitor_json.parse_jobs(next(replies))
+    exports = monitor_json.parse_exports(next(replies))
+    if not caps.devices:
+        return blockjob.Sight(jobs, exports, None, io_error=False)
+    disks = block.parse_block(next(replies))
+    drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
+    now = monitor_json.parse_status(next(replies))
+    return blockjob.Sight(jobs, exports, drives, io_error=now.status == "io-error")
 
 
 def named_nodes(
@@ -183,9 +212,10 @@ def _iothread_of(qemu: monitor.Monitor, path: str) -> str | None:
 def _property(qemu: monitor.Monitor, path: str, name: str) -> str:
     """A property of a QOM object, empty where the object has none of that name."""
     try:
-        return str(qemu.execute(monitor_json.qom_get(path, name)))
+        reply = qemu.execute(monitor_json.qom_get(path, name))
     except monitor_json.CommandFailed:
         return ""
+    return monitor_json.parse_property(reply)
 
 
 def _prefixes(path: str) -> list[str]:

@@ -16,7 +16,7 @@ import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import domain, job, monitor, naming, qmp, status
+from virtbackup.qemu import capabilities, domain, job, monitor, naming, qmp, status, watch
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +27,41 @@ STOP_CANCEL = 1 << 0
 
 
 def open(uri: str, readonly: bool) -> "QmpDriver":
-    """Serve ``qmp:///path``. Errors: VIR_ERR_INVALID_ARG for another shape of URI; those of
-    ``monitor.Monitor``, unless nobody listens and a status file says that a backup ran there."""
+    """Serve ``qmp:///path[?engine=classic|hybrid]``; without an engine, the safest that QEMU has.
+
+    Errors: VIR_ERR_INVALID_ARG for another shape of URI; those of ``monitor.Monitor``, unless
+    nobody listens and a status file says that a backup ran there.
+    """
     parts = urllib.parse.urlsplit(uri)
-    path = urllib.parse.unquote(parts.path)
-    if parts.netloc or not path.startswith("/") or parts.query or parts.fragment:
+    path = urllib.parse.unquote(parts.path, errors="surrogateescape")
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    engine = options.pop("engine", None)
+    engines: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
+    bad = bool(parts.netloc or parts.fragment or options) or not _is_absolute(path)
+    if bad or engine not in engines:
         raise errors.invalid_arg(
-            "virConnectOpen", "uri", f"'{uri}': expected qmp:///absolute/path/to/qmp.sock"
+            "virConnectOpen",
+            "uri",
+            f"'{uri}': expected qmp:///absolute/path/to/qmp.sock[?engine=classic|hybrid]",
         )
-    return QmpDriver(path)
+    return QmpDriver(path, engine)
+
+
+def _is_absolute(path: str) -> bool:
+    """Whether PATH is absolute, and can be a file's at all."""
+    try:
+        return os.fsencode(path).startswith(b"/") and "\0" not in path
+    except UnicodeEncodeError:
+        return False
 
 
 class QmpDriver:
     """The driver for the one QEMU (or qemu-storage-daemon) behind a QMP socket."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, engine: capabilities.Engine | None = None) -> None:
         self._path = path
+        self._engine = engine
+        self._watch: watch.Watch | None = None
         self._trace: TextIO | None = None
         self._identity: domain.Identity | None = None
         self._file = status.StatusFile(os.path.realpath(path))
@@ -59,6 +78,7 @@ class QmpDriver:
 
     def close(self) -> None:
         """End the backup that was started to end with us; a failure to is logged."""
+        self._stop_watching()
         id, self._autodestroy = self._autodestroy, None
         running = self._file.load()
         if id is None or running is None or running.id != id:
@@ -128,12 +148,26 @@ class QmpDriver:
                 libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "QEMU guest agent is not configured"
             )
         owned = bool(flags & START_AUTODESTROY)
-        id = self._job.start(definition, status.this_process() if owned else None)
+        owner = status.this_process() if owned else None
+        id, images = self._job.start(definition, owner, self._engine)
+        self._stop_watching()
+        self._watch = watch.Watch(
+            images,
+            is_over=lambda: self._job.is_over(id),
+            guest_trouble=lambda: self._job.guest_trouble(id),
+            give_up=lambda reason: self._job.give_up(id, reason),
+        )
         if owned:
             self._autodestroy = id
 
+    def _stop_watching(self) -> None:
+        watching, self._watch = self._watch, None
+        if watching is not None:
+            watching.close()
+
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         reasons = self._job.stop()
+        self._stop_watching()
         if reasons and not flags & STOP_CANCEL:
             disks = "; ".join(f"disk '{target}': {why}" for target, why in reasons.items())
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {disks}")

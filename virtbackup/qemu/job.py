@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import libvirt
 
@@ -20,16 +21,20 @@ from virtbackup.qemu import (
     backup,
     block,
     blockjob,
+    capabilities,
     cleanup,
     domain,
     monitor,
     monitor_json,
     naming,
+    probe,
     process,
+    qcow2,
     qmp,
     scratch,
     status,
     sweep,
+    watch,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,23 +53,76 @@ class BackupJob:
         self._connect = connect
 
     def start(
-        self, definition: backup_conf.BackupDef, owner: status.Process | None
-    ) -> naming.BackupId:
-        """Start the backup; it ends with OWNER, if any. Nothing remains of a start that fails."""
+        self,
+        definition: backup_conf.BackupDef,
+        owner: status.Process | None,
+        engine: capabilities.Engine | None = None,
+    ) -> tuple[naming.BackupId, list[watch.Image]]:
+        """Start the backup, by the safest ENGINE where that is None; it ends with OWNER, if any.
+
+        Its id, and the scratch images to be watched, whose descriptors the caller gets. Nothing
+        remains of a start that fails.
+        """
         with self._file.locked(), self._connect() as session:
             state = self._make_room(session)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
             plan = backup.plan(
-                aligned, state, session.capabilities, id, scratch.default_directory()
+                aligned, state, session.capabilities, id, scratch.default_directory(), engine
             )
             process.check_address(plan.address)
             for disk in plan.disks:
                 scratch.check(disk.source, disk.target)
+            thresholds = _thresholds(plan)
+            starting = _starting(plan, thresholds, session, owner)
+            if not session.capabilities.write_threshold:
+                thresholds = {}
             by_fd = session.capabilities.fdsets and state.vcpus_run
-            run = process.Run(session.qemu, plan, by_fd)
-            self._run(run, session, _starting(plan, session, owner))
-            return id
+            run = process.Run(session.qemu, plan, by_fd, thresholds)
+            self._run(run, session, starting)
+            return id, run.images
+
+    def is_over(self, id: naming.BackupId) -> bool:
+        """Whether backup ID has ended or is ending."""
+        running = self._file.load()
+        return (
+            running is None
+            or running.id != id
+            or running.phase != "running"
+            or running.given_up is not None
+        )
+
+    def guest_trouble(self, id: naming.BackupId) -> str | None:
+        """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
+        with self._file.locked():
+            if self.is_over(id):
+                return None
+            running = self._running()
+            with self._connect() as session:
+                sight = domain.look(session.qemu, session.capabilities)
+        if not blockjob.stopped_guest(running.disks, sight):
+            return None
+        return "given up, as a scratch image failed and the guest was paused"
+
+    def give_up(self, id: naming.BackupId, reason: str) -> None:
+        """End backup ID for the guest's sake; its stop will tell REASON. Errors: the monitor's."""
+        with self._file.locked():
+            if self.is_over(id):
+                return
+            running = self._running()
+            try:
+                with self._connect() as session:
+                    caps = session.capabilities
+                    sweep.Sweeper(session.qemu, caps, id).stop_saving()
+                    running = dataclasses.replace(running, given_up=reason)
+                    self._file.save(running)
+                    _, server_left = cleanup.take_out(session, running)
+            except monitor.NotListening:
+                return  # the stop will say so
+            cleanup.remove_files(running)
+            disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
+            self._file.save(dataclasses.replace(running, server=server_left, disks=disks))
+        logger.warning("backup=%s given up: %s", id, reason)
 
     def stop(self) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
@@ -101,7 +159,7 @@ class BackupJob:
                 with self._connect() as session:
                     return _look(session, running)
             except monitor.NotListening:
-                return _info(running, _all(running, _GONE), {})
+                return _info(running, _all(running, _GONE), [])
 
     def cleanup(self) -> list[str]:
         """Remove what a crash left; a line for each thing. Errors: VIR_ERR_OPERATION_INVALID
@@ -154,6 +212,8 @@ class BackupJob:
             run.exports()
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
+            for image in run.images:
+                os.close(image.fd)
             if isinstance(failure, process.ServerInUse):
                 starting = dataclasses.replace(starting, server=False)
             self._undo(session, _without_others_files(starting, run.created))
@@ -184,12 +244,18 @@ class BackupJob:
 
     def _end(self, session: domain.Session, running: status.Status) -> dict[str, str]:
         """End the exports, and only then look whether the jobs still vouched for all reads."""
-        qemu = session.qemu
-        exports = monitor_json.parse_exports(qemu.execute(monitor_json.query_block_exports()))
+        qemu, caps = session.qemu, session.capabilities
+        before = domain.look(qemu, caps)
         self._file.save(dataclasses.replace(running, phase="stopping"))
-        sweep.Sweeper(qemu, session.capabilities, running.id).exports()
-        jobs = monitor_json.parse_jobs(qemu.execute(monitor_json.query_jobs()))
-        return _judge(session, running, jobs, exports)
+        sweep.Sweeper(qemu, caps, running.id).exports()
+        sight = domain.look(qemu, caps)
+        sight = dataclasses.replace(
+            sight,
+            exports=before.exports,
+            io_error=before.io_error or sight.io_error,
+            unreadable=_unreadable(session, running, sight),
+        )
+        return _judge(session, running, sight)
 
     def _gone(self, running: status.Status) -> dict[str, str]:
         """After QEMU's end."""
@@ -208,8 +274,31 @@ def _no_backup() -> errors.Error:
     return errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
 
 
+def _wanted(plan: backup.BackupPlan) -> list[scratch.Wanted]:
+    return [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
+
+
+def _thresholds(plan: backup.BackupPlan) -> dict[str, int]:
+    """Disk -> the size of its scratch image that is worth a warning; those that fit are not there.
+
+    Errors: VIR_ERR_SYSTEM_ERROR when there is not even room to begin.
+    """
+    thresholds = {}
+    for space in scratch.spaces(_wanted(plan)):
+        if space.warning is None or space.threshold is None:
+            continue
+        logger.warning("%s", space.warning)
+        for image in space.images:
+            if not image.source.reserve:
+                thresholds[image.target] = space.threshold
+    return thresholds
+
+
 def _starting(
-    plan: backup.BackupPlan, session: domain.Session, owner: status.Process | None
+    plan: backup.BackupPlan,
+    thresholds: Mapping[str, int],
+    session: domain.Session,
+    owner: status.Process | None,
 ) -> status.Status:
     """What is on disk while PLAN is being carried out."""
     return status.Status(
@@ -218,19 +307,27 @@ def _starting(
         name=session.ref.name,
         uuid=session.ref.uuid,
         definition=plan.definition.format(),
+        engine=plan.engine,
         started=time.time(),
         server=None,
         socket=None,
         qemu=session.process,
         owner=owner,
+        given_up=None,
         disks=tuple(
             status.DiskStatus(
                 target=disk.target,
                 size=disk.size,
+                node=disk.node,
+                device=disk.device,
                 export=disk.export,
                 exportname=disk.exportname,
                 job=disk.job,
                 scratch_file=disk.scratch_file,
+                access=disk.access,
+                breaks_snapshot=disk.breaks_snapshot,
+                directory=scratch.Wanted(disk.target, disk.source, disk.size).directory,
+                threshold=thresholds.get(disk.target),
                 path=scratch.name(disk.source, disk.opaque),
             )
             for disk in plan.disks
@@ -253,7 +350,7 @@ def _is_stale(session: domain.Session, state: backup.BlockState, left: status.St
         left.phase != "running"
         or not _alive(left.owner)
         or session.restarted_since(left.qemu)
-        or left.id not in state.backups()
+        or (left.given_up is None and left.id not in state.backups())
     )
 
 
@@ -262,45 +359,60 @@ def _alive(owner: status.Process | None) -> bool:
 
 
 def _look(session: domain.Session, running: status.Status) -> backup_conf.BackupInfo:
-    """The verdict so far, and the bytes every scratch image takes where it is safe to ask."""
-    queries = [monitor_json.query_jobs(), monitor_json.query_block_exports()]
-    replies = session.qemu.execute_all(queries)
-    jobs = monitor_json.parse_jobs(replies[0])
-    reasons = _judge(session, running, jobs, monitor_json.parse_exports(replies[1]))
-    used: dict[naming.NodeName, int] = {}
-    if session.capabilities.named_nodes_are_safe(jobs.values()):
+    """The verdict so far, and what is known of the scratch images where it is safe to ask."""
+    caps = session.capabilities
+    sight = domain.look(session.qemu, caps)
+    sight = dataclasses.replace(sight, unreadable=_unreadable(session, running, sight))
+    reasons = _judge(session, running, sight)
+    nodes: Any = []
+    if caps.named_nodes_are_safe(sight.jobs.values()):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
-        used = block.parse_actual_sizes(nodes)
-    return _info(running, reasons, used)
+    return _info(running, reasons, nodes)
+
+
+def _unreadable(
+    session: domain.Session, running: status.Status, sight: blockjob.Sight
+) -> dict[naming.NodeName, str]:
+    """The frozen disks that broke unseen, by trying to read them: no job and no event tells."""
+    broken = {}
+    for number, disk in enumerate(running.disks):
+        job = sight.jobs.get(disk.job)
+        if not disk.breaks_snapshot or disk.access is None or blockjob.job_reason(job):
+            continue
+        node = naming.probe_node(running.id, number)
+        if reason := probe.read(session.qemu, session.capabilities, disk.access, node):
+            broken[disk.access] = reason
+    return broken
 
 
 def _judge(
-    session: domain.Session,
-    running: status.Status,
-    jobs: Mapping[naming.JobId, monitor_json.Job],
-    exports: Mapping[naming.ExportId, monitor_json.Export],
+    session: domain.Session, running: status.Status, sight: blockjob.Sight
 ) -> dict[str, str]:
     """Disk -> why its data is not good."""
+    if running.given_up is not None:
+        return _all(running, running.given_up)
     if session.restarted_since(running.qemu):
         return _all(running, "the domain was restarted")
     if running.phase != "running":
         return _all(running, f"the process that was {running.phase} it died")
-    return blockjob.judge(running.disks, jobs, exports)
+    return blockjob.judge(running.disks, sight)
 
 
 def _all(running: status.Status, reason: str) -> dict[str, str]:
     return {disk.target: reason for disk in running.disks}
 
 
-def _info(
-    running: status.Status,
-    reasons: Mapping[str, str],
-    used: Mapping[naming.NodeName, int],
-) -> backup_conf.BackupInfo:
+def _info(running: status.Status, reasons: Mapping[str, str], nodes: Any) -> backup_conf.BackupInfo:
+    """NODES is a ``query-named-block-nodes`` reply, empty where it was not asked for."""
+    used = block.parse_actual_sizes(nodes)
+    thresholds = block.parse_write_thresholds(nodes)
+    breaks = all(disk.breaks_snapshot for disk in running.disks)
     return backup_conf.BackupInfo(
         state="failed" if reasons else "running",
         started=running.started,
         address=backup_conf.BackupDef.parse(running.definition).address,
+        engine=running.engine,
+        scratch_failure="backup" if breaks else "guest",
         disks=tuple(
             backup_conf.DiskInfo(
                 name=disk.target,
@@ -309,7 +421,31 @@ def _info(
                 reason=reasons.get(disk.target),
                 capacity=disk.size,
                 scratch_used=used.get(disk.scratch_file),
+                scratch_worst_case=qcow2.full_size(disk.size),
+                scratch_free=_free(disk.directory),
+                warning=_warning(disk, thresholds.get(disk.scratch_file)),
             )
             for disk in running.disks
         ),
     )
+
+
+def _warning(disk: status.DiskStatus, threshold: int | None) -> str | None:
+    """Words about a scratch image that might fill its file system; QEMU's THRESHOLD is 0 once the
+    image has outgrown it."""
+    if disk.threshold is None:
+        return None
+    worst = (
+        f"if the guest overwrites the whole disk, its scratch image in '{disk.directory}' does not"
+        " fit"
+    )
+    if threshold == 0:
+        return f"the scratch image has grown beyond {disk.threshold} bytes; {worst}"
+    return worst
+
+
+def _free(directory: str) -> int | None:
+    try:
+        return scratch.free_bytes(directory)
+    except OSError:
+        return None

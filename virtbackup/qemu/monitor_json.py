@@ -6,6 +6,7 @@ shape QAPI promises is a ``qmp.ProtocolError``.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -74,6 +75,10 @@ def query_commands() -> Command:
     return _command("query-commands")
 
 
+def query_qmp_schema() -> Command:
+    return _command("query-qmp-schema")
+
+
 def query_name() -> Command:
     return _command("query-name")
 
@@ -86,6 +91,10 @@ def query_status() -> Command:
     return _command("query-status")
 
 
+def cont() -> Command:
+    return _command("cont")
+
+
 def parse_commands(reply: Any) -> frozenset[str]:
     """The names in a ``query-commands`` reply."""
     return frozenset(_str(item, "name") for item in _list(reply))
@@ -94,16 +103,19 @@ def parse_commands(reply: Any) -> frozenset[str]:
 def parse_name(reply: Any) -> str | None:
     """The ``-name``, or None where none was given."""
     match reply:
-        case {"name": str(name)}:
+        case {"name": str(name)} if qmp.is_plain(name):
             return name
-        case {}:
+        case dict() if "name" not in reply:
             return None
     raise _unexpected("query-name", reply)
 
 
 def parse_uuid(reply: Any) -> str:
     """The uuid, which is all zeroes where none was given."""
-    return _str(reply, "UUID").lower()
+    uuid = _str(reply, "UUID").lower()
+    if not _UUID.fullmatch(uuid):
+        raise _unexpected("query-uuid", reply)
+    return uuid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +163,13 @@ def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
     )
 
 
+def parse_property(reply: Any) -> str:
+    """``qom-get`` of a property that holds a name or a path."""
+    if isinstance(reply, str) and qmp.is_plain(reply):
+        return reply
+    raise _unexpected("qom-get", reply)
+
+
 # --- file descriptors ---
 
 
@@ -176,7 +195,7 @@ def parse_fdsets(reply: Any) -> dict[int, tuple[str, ...]]:
     """fd set -> the notes (``opaque``) on its descriptors."""
     return {
         _int(fdset, "fdset-id"): tuple(
-            str(fd["opaque"]) for fd in _list(fdset.get("fds")) if "opaque" in fd
+            _str(fd, "opaque") for fd in _list(fdset.get("fds")) if "opaque" in fd
         )
         for fdset in _list(reply)
     }
@@ -193,6 +212,40 @@ def blockdev_add_overlay(
     return _command("blockdev-add", driver="qcow2", node_name=node, file=protocol, backing=backing)
 
 
+def blockdev_add_scratch(node: naming.NodeName, file: naming.NodeName, filename: str) -> Command:
+    """Open the qcow2 image in FILENAME as NODE, its file as FILE, over nothing."""
+    protocol = {"driver": "file", "node-name": file, "filename": filename}
+    plain = _command("blockdev-add", driver="qcow2", node_name=node, file=protocol)
+    return dataclasses.replace(plain, arguments={**plain.arguments, "backing": None})
+
+
+def blockdev_add_snapshot_access(node: naming.NodeName, filter: naming.NodeName) -> Command:
+    """Show as NODE the disk under FILTER as it was when the filter came."""
+    return _command("blockdev-add", driver="snapshot-access", node_name=node, file=filter)
+
+
+def blockdev_add_probe(driver: str, node: naming.NodeName, file: naming.NodeName) -> Command:
+    """Open FILE, read-only, as an image of format DRIVER; see ``parse_probe``."""
+    sector = {"driver": "raw", "file": file, "size": 512}
+    return _command("blockdev-add", driver=driver, node_name=node, file=sector, read_only=True)
+
+
+def parse_probe(failure: CommandFailed) -> str | None:
+    """Why FAILURE of a probe says that its node cannot be read; None when it was read, and was no
+    image of that format.
+
+    Only those words of QEMU's count as read: a frozen disk that is not understood is not good.
+    """
+    if failure.desc.startswith("Image not in "):
+        return None
+    return failure.desc.rsplit(": ", 1)[-1]
+
+
+def block_set_write_threshold(node: naming.NodeName, threshold: int) -> Command:
+    """Note a write to NODE beyond THRESHOLD bytes: once, by BLOCK_WRITE_THRESHOLD."""
+    return _command("block-set-write-threshold", node_name=node, write_threshold=threshold)
+
+
 def blockdev_del(node: naming.NodeName) -> Command:
     return _command("blockdev-del", node_name=node)
 
@@ -201,17 +254,27 @@ def blockdev_del(node: naming.NodeName) -> Command:
 
 
 def blockdev_backup(
-    job: naming.JobId, device: naming.NodeName, target: naming.NodeName
+    job: naming.JobId,
+    device: naming.NodeName,
+    target: naming.NodeName,
+    filter: naming.NodeName | None = None,
+    on_cbw_error: Literal["break-snapshot"] | None = None,
 ) -> dict[str, Any]:
-    """The transaction action: from now on, old data of DEVICE goes to TARGET before it is lost."""
+    """The transaction action: from now on, old data of DEVICE goes to TARGET before it is lost.
+
+    ON_CBW_ERROR says what breaks when TARGET fails; None is the guest's write.
+    """
     data = {
         "job-id": job,
         "device": device,
         "target": target,
         "sync": "none",
         "auto-dismiss": False,
+        "filter-node-name": filter,
+        "on-cbw-error": on_cbw_error,
     }
-    return {"type": "blockdev-backup", "data": data}
+    given = {name: value for name, value in data.items() if value is not None}
+    return {"type": "blockdev-backup", "data": given}
 
 
 def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:
@@ -236,7 +299,8 @@ def parse_jobs(reply: Any) -> dict[naming.JobId, Job]:
     jobs = {}
     for item in _list(reply):
         id = naming.JobId(_str(item, "id"))
-        jobs[id] = Job(id, _str(item, "type"), _str(item, "status"), item.get("error"))
+        error = qmp.one_line(_str(item, "error")) if "error" in item else None
+        jobs[id] = Job(id, _str(item, "type"), _str(item, "status"), error)
     return jobs
 
 
@@ -295,7 +359,7 @@ def parse_exports(reply: Any) -> dict[naming.ExportId, Export]:
     for item in _list(reply):
         id = naming.ExportId(_str(item, "id"))
         node = naming.NodeName(_str(item, "node-name"))
-        exports[id] = Export(id, _str(item, "type"), node, bool(item.get("shutting-down")))
+        exports[id] = Export(id, _str(item, "type"), node, _bool(item, "shutting-down"))
     return exports
 
 
@@ -303,7 +367,7 @@ def parse_exports(reply: Any) -> dict[naming.ExportId, Export]:
 
 
 def _unexpected(what: str, reply: Any) -> qmp.ProtocolError:
-    return qmp.ProtocolError(f"unexpected reply to {what}: {str(reply)[:200]}")
+    return qmp.ProtocolError(f"unexpected reply to {what}: {qmp.shown(reply)}")
 
 
 def _list(reply: Any) -> list[dict[str, Any]]:
@@ -319,8 +383,19 @@ def _str(item: Any, key: str) -> str:
     raise _unexpected(f"a query ('{key}')", item)
 
 
-def _int(item: Any, key: str) -> int:
+def _bool(item: Any, key: str) -> bool:
     value = item.get(key) if isinstance(item, dict) else None
-    if type(value) is int:
+    if isinstance(value, bool):
         return value
     raise _unexpected(f"a query ('{key}')", item)
+
+
+def _int(item: Any, key: str) -> int:
+    """A number, zero or more."""
+    value = item.get(key) if isinstance(item, dict) else None
+    if type(value) is int and 0 <= value < 1 << 63:
+        return value
+    raise _unexpected(f"a query ('{key}')", item)
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

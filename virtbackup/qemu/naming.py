@@ -27,9 +27,35 @@ def scratch_node(backup: BackupId, number: int) -> NodeName:
     return NodeName(f"{PREFIX}{backup}-{number}-scr")
 
 
-def is_file(node: NodeName) -> bool:
-    """Whether one of our nodes is an image's file, which QEMU deletes with the image."""
-    return node.endswith("-file")
+def filter_node(backup: BackupId, number: int) -> NodeName:
+    """The filter that a backup job puts over the live disk, where it is given a name."""
+    return NodeName(f"{PREFIX}{backup}-{number}-flt")
+
+
+def access_node(backup: BackupId, number: int) -> NodeName:
+    """The frozen disk over that filter: what the hybrid engine exports."""
+    return NodeName(f"{PREFIX}{backup}-{number}-acc")
+
+
+def probe_node(backup: BackupId, number: int) -> NodeName:
+    """What is opened over the frozen disk for an instant, to see whether it can be read."""
+    return NodeName(f"{PREFIX}{backup}-{number}-probe")
+
+
+def goes_by_itself(node: NodeName) -> bool:
+    """Whether QEMU deletes one of our nodes with another thing of ours: an image's file with the
+    image, a filter with its job."""
+    return node.endswith(("-file", "-flt"))
+
+
+def is_probe(node: NodeName) -> bool:
+    """Whether one of our nodes is a probe of a frozen disk."""
+    return node.endswith("-probe")
+
+
+def is_image(node: NodeName) -> bool:
+    """Whether one of our nodes is a scratch image, which its job holds on to."""
+    return node.endswith("-scr")
 
 
 def backup_job(backup: BackupId, number: int) -> JobId:

@@ -9,13 +9,13 @@ import dataclasses
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, scratch
+from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, scratch, watch
 
 
 class ServerInUse(errors.Error):
@@ -32,13 +32,17 @@ class ServerInUse(errors.Error):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a plan; BY_FD says how scratch images are handed over."""
+    """One run of a plan; BY_FD says how scratch images are handed over, THRESHOLDS how large each
+    disk's may grow until QEMU takes a note."""
 
     qemu: monitor.Monitor
     plan: backup.BackupPlan
     by_fd: bool
+    thresholds: Mapping[str, int]
     created: list[str] = dataclasses.field(default_factory=list)
     """Files with a name that this run has made, so far."""
+    images: list[watch.Image] = dataclasses.field(default_factory=list)
+    """The scratch images that may grow, so far; the descriptors are the caller's to close."""
 
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
@@ -59,7 +63,13 @@ class Run:
         """Make every disk's scratch image and open it over the live disk."""
         for disk in self.plan.disks:
             with _naming(disk.target), self._scratch_file(disk) as filename:
-                self.qemu.execute(disk.overlay_command(filename))
+                self.qemu.execute_all(self._scratch_commands(disk, filename))
+
+    def _scratch_commands(self, disk: backup.DiskPlan, filename: str) -> list[monitor_json.Command]:
+        commands = [disk.scratch_command(filename)]
+        if (threshold := self.thresholds.get(disk.target)) is not None:
+            commands.append(monitor_json.block_set_write_threshold(disk.scratch_file, threshold))
+        return commands
 
     def freeze(self) -> None:
         """The instant: one transaction for all disks."""
@@ -73,15 +83,15 @@ class Run:
 
     def exports(self) -> None:
         """Show every frozen disk under its export name."""
-        self._each(backup.DiskPlan.export_command)
+        self._each(backup.DiskPlan.export_commands)
 
-    def _each(self, command_for: Callable[[backup.DiskPlan], monitor_json.Command]) -> None:
-        """One command for every disk, sent together; a refusal says of which disk it was."""
-        commands = [command_for(disk) for disk in self.plan.disks]
+    def _each(self, commands_for: Callable[[backup.DiskPlan], list[monitor_json.Command]]) -> None:
+        """Commands for every disk, sent together; a refusal says of which disk it was."""
+        commands = [(disk, command) for disk in self.plan.disks for command in commands_for(disk)]
         try:
-            self.qemu.execute_all(commands)
+            self.qemu.execute_all([command for _, command in commands])
         except monitor_json.CommandFailed as failure:
-            for disk, command in zip(self.plan.disks, commands, strict=True):
+            for disk, command in commands:
                 if failure.command is command:
                     raise _of_disk(disk.target, failure) from failure
             raise
@@ -100,7 +110,9 @@ class Run:
             fd = scratch.create(path, disk.target, self.qemu.peer_uid())
             self.created.append(path)
         try:
-            scratch.format(fd, disk.size, disk.target)
+            scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve))
+            if not disk.source.reserve:
+                self.images.append(watch.Image(disk.target, os.dup(fd)))
             if self.by_fd:
                 with self._fdset(fd, disk.opaque) as filename:
                     yield filename

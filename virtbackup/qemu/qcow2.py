@@ -10,6 +10,9 @@ import struct
 CLUSTER = 1 << 16
 """Bytes; also what a backup job copies at least, so no write to the image is ever partial."""
 
+MAX_SIZE = 1 << 51
+"""The largest guest-visible size, bytes: QEMU takes an L1 table of at most 32 MiB."""
+
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _MAPPED_BY_L1_ENTRY = CLUSTER * (CLUSTER // 8)
 _REFCOUNTS_IN_BLOCK = CLUSTER // 2
@@ -50,6 +53,15 @@ def empty_image(size: int) -> list[tuple[int, bytes]]:
         (table, struct.pack(">Q", block)),
         (block, struct.pack(f">{clusters}H", *[1] * clusters)),
     ]
+
+
+def full_size(size: int) -> int:
+    """Bytes that the file can grow to, when all of SIZE is written."""
+    clusters = -(-size // CLUSTER)
+    tables = -(-clusters // (CLUSTER // 8))
+    used = file_size(size) // CLUSTER + clusters + tables
+    # A refcount table that is outgrown is made anew elsewhere, half as large again.
+    return (used + -(-used // _REFCOUNTS_IN_BLOCK) * 2 + 2) * CLUSTER
 
 
 def file_size(size: int) -> int:

@@ -6,10 +6,12 @@ handed over as a descriptor; or, where the monitor takes none, a file that loses
 QEMU has it open.
 """
 
+import dataclasses
 import errno
 import logging
 import os
 import pathlib
+from collections.abc import Iterable
 
 import libvirt
 
@@ -18,6 +20,99 @@ from virtbackup.conf import storage_conf
 from virtbackup.qemu import qcow2
 
 logger = logging.getLogger(__name__)
+
+
+LEAST_FREE = 1 << 20
+"""Bytes for each image that must be free, or a start is refused: the guest would stand at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A scratch image before it is made, for a disk of SIZE guest-visible bytes."""
+
+    target: str
+    source: storage_conf.Source
+    size: int
+
+    @property
+    def directory(self) -> str:
+        """Where it is going to be."""
+        return self.source.dir or str(pathlib.Path(str(self.source.file)).parent)
+
+    @property
+    def worst_case(self) -> int:
+        """Bytes it takes when the guest overwrites the whole disk during the backup."""
+        return qcow2.full_size(self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What the scratch images on one file system may come to need, and what there is."""
+
+    images: tuple[Wanted, ...]
+    free: int
+    """Bytes that an image can take before anybody else writes there."""
+
+    @property
+    def worst_case(self) -> int:
+        """Bytes of all images, those that reserve their space before the start not counted."""
+        return sum(image.worst_case for image in self.images if not image.source.reserve)
+
+    @property
+    def warning(self) -> str | None:
+        """Words for people, where the worst case does not fit."""
+        if self.worst_case <= self.free:
+            return None
+        return (
+            f"scratch space in '{self.images[0].directory}' may run out: if the guest overwrites"
+            f" all of its disks during the backup, {_mib(self.worst_case)} are needed, and"
+            f" {_mib(self.free)} are free"
+        )
+
+    @property
+    def threshold(self) -> int | None:
+        """The size in bytes of one image that is worth a warning; None where all of it fits."""
+        return None if self.warning is None else self.free // (2 * len(self.images))
+
+
+def spaces(images: Iterable[Wanted]) -> list[Space]:
+    """IMAGES by file system.
+
+    Errors: VIR_ERR_SYSTEM_ERROR, naming disk and directory, when one is not there, when there is
+    not even room to begin, or when what is to be reserved does not fit.
+    """
+    by_device: dict[int, list[Wanted]] = {}
+    for image in images:
+        try:
+            device = pathlib.Path(image.directory).stat().st_dev
+        except OSError as failure:
+            place = image.source.file or image.directory
+            raise _cannot(failure, place, image.target) from failure
+        by_device.setdefault(device, []).append(image)
+    found = []
+    for group in by_device.values():
+        space = Space(tuple(group), free_bytes(group[0].directory))
+        reserved = sum(image.worst_case for image in group if image.source.reserve)
+        least = reserved + sum(LEAST_FREE for image in group if not image.source.reserve)
+        if space.free < least:
+            targets = ", ".join(f"'{image.target}'" for image in group)
+            raise errors.system_error(
+                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+                f"scratch space for disk {targets} in '{group[0].directory}' needs at least"
+                f" {_mib(least)}, {_mib(space.free)} are free",
+            )
+        found.append(dataclasses.replace(space, free=space.free - reserved))
+    return found
+
+
+def free_bytes(where: str | int) -> int:
+    """Bytes free for us on the file system of a path or descriptor."""
+    found = os.statvfs(where)
+    return found.f_bavail * found.f_frsize
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20))} MiB"
 
 
 def default_directory() -> str:
@@ -63,12 +158,17 @@ def create_nameless(directory: str, target: str) -> int | None:
         raise _cannot(failure, directory, target) from failure
 
 
-def format(fd: int, size: int, target: str) -> None:
-    """Write an empty image of SIZE guest-visible bytes. Errors: VIR_ERR_SYSTEM_ERROR."""
+def format(fd: int, size: int, target: str, reserve: bool = False) -> None:
+    """Write an empty image of SIZE guest-visible bytes; RESERVE allocates all it can grow to.
+
+    Errors: VIR_ERR_SYSTEM_ERROR.
+    """
     try:
         for offset, data in qcow2.empty_image(size):
             os.pwrite(fd, data, offset)
         os.ftruncate(fd, qcow2.file_size(size))
+        if reserve:
+            os.posix_fallocate(fd, 0, qcow2.full_size(size))
     except OSError as failure:
         raise errors.system_error(
             failure, f"cannot format the scratch image of disk '{target}'"

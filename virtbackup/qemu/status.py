@@ -24,7 +24,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -41,10 +41,22 @@ class DiskStatus:
 
     target: str
     size: int
+    node: naming.NodeName
+    """The live disk's root node at the start."""
+    device: str | None
+    """The device's place in QEMU's object tree; None where there was none to be asked about."""
     export: naming.ExportId
     exportname: str
     job: naming.JobId
     scratch_file: naming.NodeName
+    access: naming.NodeName | None
+    """The frozen disk where it is a node of its own."""
+    breaks_snapshot: bool
+    """When the scratch image fails, the backup breaks and not the guest's write."""
+    directory: str
+    """Where the scratch image is."""
+    threshold: int | None
+    """Bytes of the scratch image beyond which QEMU took a note; None: no need to."""
     path: str | None
     """A file of ours that has a name for now; None once it has none."""
 
@@ -59,6 +71,7 @@ class Status:
     uuid: str
     definition: str
     """The live ``<domainbackup>``."""
+    engine: str
     started: float
     """Seconds since the epoch."""
     server: bool | None
@@ -68,6 +81,8 @@ class Status:
     qemu: Process | None
     owner: Process | None
     """The process whose end is the backup's end; None: it goes on without one."""
+    given_up: str | None
+    """Why the backup was ended before its time, to be told by the stop; None while it runs."""
     disks: tuple[DiskStatus, ...]
 
 

@@ -89,13 +89,36 @@ class Sweeper:
                 self._wait("JOB_STATUS_CHANGE")
         return removed
 
-    def nodes(self) -> list[str]:
-        """Delete our scratch images; the node of an image's file goes with it."""
+    def frozen_disks(self) -> list[str]:
+        """Delete what is over our jobs' filters, before the jobs: nobody can read it any more."""
+        nodes = [node for node in self._own_nodes() if not naming.is_image(node)]
+        # A probe is over a frozen disk.
+        return self._delete(sorted(nodes, key=lambda node: (not naming.is_probe(node), node)))
+
+    def scratch_images(self) -> list[str]:
+        """Delete our scratch images, after the jobs; the node of an image's file goes with it."""
+        return self._delete(filter(naming.is_image, self._own_nodes()))
+
+    def delete_node(self, node: naming.NodeName) -> bool:
+        """Whether a node, not one of ours, was deleted."""
+        return self._execute(monitor_json.blockdev_del(node))
+
+    def _delete(self, nodes: Iterable[naming.NodeName]) -> list[str]:
         return [
-            f"node '{node}'"
-            for node in self._own_nodes()
-            if self._execute(monitor_json.blockdev_del(node))
+            f"node '{node}'" for node in nodes if self._execute(monitor_json.blockdev_del(node))
         ]
+
+    def stop_saving(self) -> None:
+        """The fastest way to let the guest write freely again: cut the exports off and cancel the
+        jobs, without waiting for either. What is read from now on is not the frozen disk."""
+        commands = [
+            *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
+            *(monitor_json.block_job_cancel(job.id) for job in self._own_jobs()),
+        ]
+        try:
+            self.qemu.execute_all(commands)
+        except monitor_json.CommandFailed as failure:
+            logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
 
     def fdsets(self) -> list[str]:
         """Take back the descriptors we handed over."""
@@ -122,7 +145,8 @@ class Sweeper:
 
     def _own_nodes(self) -> list[naming.NodeName]:
         nodes = self._node_names()
-        return sorted(node for node in nodes if self._is_ours(node) and not naming.is_file(node))
+        own = (node for node in nodes if self._is_ours(node))
+        return sorted(node for node in own if not naming.goes_by_itself(node))
 
     def _node_names(self) -> Iterable[naming.NodeName]:
         if self.caps.block_graph:

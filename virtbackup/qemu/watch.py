@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Watching a running backup for the guest's sake.
+
+The guest's writes wait for the scratch images, and fail or stand still when there is no more room
+for those. So whoever started the backup and is still there looks at the room that is left, by
+descriptors of the images and without the monitor, the more often the less there is, and has the
+backup given up before it is too late. Now and then QEMU is asked, too, whether the guest stands.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from virtbackup import errors
+from virtbackup.qemu import scratch
+
+logger = logging.getLogger(__name__)
+
+KEEP = 128 << 20
+"""Bytes of a file system below which a backup is given up; at most a quarter of what was free."""
+FASTEST = 8 << 30
+"""Bytes a second at which no guest can fill a file system: room divided by it is time to sleep."""
+SHORTEST, LONGEST = 0.002, 0.5
+"""Seconds between two looks at the room."""
+LOOK = 2.0
+"""Seconds between two looks at the guest."""
+TRY_AGAIN = 0.2
+"""Seconds after which to try again to end a backup, when the monitor is not to be had."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A scratch image that may grow, by a descriptor that is the watch's to close."""
+
+    target: str
+    fd: int
+
+
+class Watch:
+    """A thread that watches one backup until it is over, given up, or nobody watches any more."""
+
+    def __init__(
+        self,
+        images: Sequence[Image],
+        is_over: Callable[[], bool],
+        guest_trouble: Callable[[], str | None],
+        give_up: Callable[[str], None],
+    ) -> None:
+        """Begin to watch. IS_OVER: the backup has ended. GUEST_TROUBLE: why the guest stands still,
+        if it does. GIVE_UP ends the backup for a reason; all three may raise errors.Error."""
+        self._images = images
+        self._is_over = is_over
+        self._guest_trouble = guest_trouble
+        self._give_up = give_up
+        self._closed = threading.Event()
+        self._keep = {
+            os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 4)
+            for image in images
+        }
+        self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Watch no more; returns when the images' descriptors are closed."""
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            next_look = time.monotonic() + LOOK
+            while not self._closed.wait(self._pause()) and not self._is_over():
+                reason = self._no_room()
+                if reason is None and time.monotonic() > next_look:
+                    next_look = time.monotonic() + LOOK
+                    reason = self._trouble()
+                if reason is not None:
+                    self._end(reason)
+                    return
+        finally:
+            for image in self._images:
+                with contextlib.suppress(OSError):
+                    os.close(image.fd)
+
+    def _room(self, image: Image) -> int:
+        """Bytes until the backup has to be given up for IMAGE's file system."""
+        return scratch.free_bytes(image.fd) - self._keep[os.fstat(image.fd).st_dev]
+
+    def _pause(self) -> float:
+        room = min(map(self._room, self._images), default=FASTEST)
+        return min(max(room / FASTEST, SHORTEST), LONGEST)
+
+    def _no_room(self) -> str | None:
+        for image in self._images:
+            if self._room(image) <= 0:
+                free = scratch.free_bytes(image.fd)
+                return (
+                    f"given up before the scratch image of disk '{image.target}' could fill its"
+                    f" file system ({free} bytes were left) and stop the guest"
+                )
+        return None
+
+    def _trouble(self) -> str | None:
+        try:
+            return self._guest_trouble()
+        except errors.Error as failure:
+            logger.info("watch: cannot look at the guest: %s", failure)
+            return None
+
+    def _end(self, reason: str) -> None:
+        logger.warning("backup %s", reason)
+        while not self._is_over():
+            try:
+                self._give_up(reason)
+                return
+            except errors.Error as failure:
+                logger.warning("watch: cannot end the backup, trying again: %s", failure)
+            if self._closed.wait(TRY_AGAIN):
+                return
