@@ -104,7 +104,14 @@ class Driver:
         )
         if self.trouble == "bad":
             state, reason = "failed", "No space\nleft"
-            disks = (dataclasses.replace(disks[0], state="failed", reason=reason), disks[1])
+            bad = dataclasses.replace(
+                disks[0], state="failed", reason=reason, warning="does not\nfit",
+                scratch_worst_case=65 << 20, scratch_free=1 << 20,
+            )  # fmt: skip
+            info = backup_conf.BackupInfo(
+                state, 1700000000.5, self._running().address, (bad, disks[1])
+            )
+            return dataclasses.replace(info, engine="hybrid", scratch_failure="guest")
         return backup_conf.BackupInfo(state, 1700000000.5, self._running().address, disks)
 
     def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> Sequence[str]:

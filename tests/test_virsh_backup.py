@@ -250,11 +250,11 @@ def test_connection_that_fails(run: Run) -> None:
 def test_bug_is_one_line_unless_debugging(run: Run, xmlfile: str) -> None:
     status, out, err = run("backup-start", "vm1", xmlfile, uri="fake:///bug")
     assert (status, out) == (1, "")
-    assert err == "error: internal error: RuntimeError: two\nlines\n"
+    assert err == "error: internal error: RuntimeError: two; lines\n"
     status, out, err = run("-d", "0", "backup-start", "vm1", xmlfile, uri="fake:///bug")
     assert (status, out) == (1, "")
     assert err.startswith("Traceback")
-    assert err.endswith("error: internal error: RuntimeError: two\nlines\n")
+    assert err.endswith("error: internal error: RuntimeError: two; lines\n")
 
 
 # --- the commands ---------------------------------------------------------------------------------
@@ -422,7 +422,9 @@ def test_stop_tells_every_bad_disk(run: Run, xmlfile: str) -> None:
     assert status == 2  # -q is the program's, not a command's
     status, out, err = run(f"backup-start vm1 {xmlfile}; backup-stop vm1", uri="fake:///bad")
     assert (status, out) == (1, "Domain backup started\n")
-    assert err == f"flags=0\nerror: operation failed: {shell_driver.FAILED}\n"
+    reasons = shell_driver.FAILED.replace("\n", "; ")
+    warning = "warning: disk 'vda': does not; fit\n"
+    assert err == f"flags=0\n{warning}error: operation failed: {reasons}\n"
 
 
 def test_cancel_asks_for_no_verdict(run: Run, xmlfile: str) -> None:
@@ -441,12 +443,17 @@ def _utc() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_utc")
 def test_info(run: Run, xmlfile: str) -> None:
-    status, out, _ = run(f"backup-start vm1 {xmlfile}; backup-info vm1", uri="fake:///bad")
+    status, out, err = run(f"backup-start vm1 {xmlfile}; backup-info vm1", uri="fake:///bad")
     assert status == 0
+    assert err.count("warning: disk 'vda': does not; fit\n") == 2
     assert out == (
         "Domain backup started\n"
         "State:          failed\n"
         "Started:        2023-11-14 22:13:20 +0000\n"
+        "Engine:         hybrid\n"
+        "Scratch fails:  the guest's write fails, or the guest is paused until the backup is"
+        " stopped\n"
+        "Scratch hangs:  the guest's writes hang with it: this QEMU has no time limit for it\n"
         "Address:        nbd+unix:///vda?socket=/run/x.sock\n"
         "                nbd+unix:///s%2Fb?socket=/run/x.sock\n"
         "\n"
@@ -464,6 +471,9 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
         "state": "failed",
         "started": 1700000000.5,
         "address": {"type": "unix", "path": "/run/x.sock"},
+        "engine": "hybrid",
+        "scratch_failure": "guest",
+        "scratch_timeout": None,
         "disks": [
             {
                 "name": "vda",
@@ -474,6 +484,9 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
                 "capacity": 64 << 20,
                 "scratch_used": 196608,
                 "dirty": 1000,
+                "scratch_worst_case": 65 << 20,
+                "scratch_free": 1 << 20,
+                "warning": "does not\nfit",
             },
             {
                 "name": "sdb",
@@ -484,6 +497,9 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
                 "capacity": 1 << 40,
                 "scratch_used": None,
                 "dirty": None,
+                "scratch_worst_case": None,
+                "scratch_free": None,
+                "warning": None,
             },
         ],
     }

@@ -122,7 +122,7 @@ class BackupJob:
             cleanup.remove_files(running)
             disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
             self._file.save(dataclasses.replace(running, server=server_left, disks=disks))
-        logger.warning("backup=%s given up: %s", id, reason)
+        logger.warning("backup=%s %s", id, reason)
 
     def stop(self) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.

@@ -99,7 +99,7 @@ class Watch:
                 free = scratch.free_bytes(image.fd)
                 return (
                     f"given up before the scratch image of disk '{image.target}' could fill its"
-                    f" file system ({free} bytes were left) and stop the guest"
+                    f" file system, of which {free} bytes were left, and stop the guest"
                 )
         return None
 
@@ -111,7 +111,6 @@ class Watch:
             return None
 
     def _end(self, reason: str) -> None:
-        logger.warning("backup %s", reason)
         while not self._is_over():
             try:
                 self._give_up(reason)

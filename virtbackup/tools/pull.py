@@ -147,9 +147,28 @@ def _started(domain: api.Domain, xml: str, quiesce: bool) -> Iterator[str]:
     # Signals are deferred, so nothing comes between the start and this.
     try:
         yield domain.backupGetXMLDesc()
-    except BaseException:
+    except BaseException as failure:
+        # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
+        reasons = _reasons(domain, failure)
         _cancel(domain)
+        if reasons:
+            text = f"the backup is not good: {'; '.join(reasons)}"
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, text) from failure
         raise
+
+
+def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
+    """Why the backup that FAILURE ended is not good, disk by disk; nothing where that is not why."""
+    if not isinstance(failure, errors.Error):
+        return []
+    if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
+        return []
+    try:
+        disks = domain.backupGetInfo().disks
+    except libvirt.libvirtError as unknown:
+        logger.warning("event=info-failed domain=%s error=%s", domain.name(), unknown)
+        return []
+    return [f"disk '{disk.name}': {disk.reason}" for disk in disks if disk.reason is not None]
 
 
 def _cancel(domain: api.Domain) -> None:

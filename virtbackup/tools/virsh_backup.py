@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -37,8 +38,23 @@ def _start(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str) -> None:
     flags = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE if args.flag("quiesce") else 0
-    virsh_connection.domain(shell, args).backupStart(document, flags)
+    domain = virsh_connection.domain(shell, args)
+    domain.backupStart(document, flags)
     shell.extra("Domain backup started")
+    if not shell.quiet:
+        _warn_of_scratch(shell, domain)
+
+
+def _warn_of_scratch(shell: virsh_connection.Shell, domain: virtbackup.Domain) -> None:
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):  # the backup runs all the same
+        for warning in _warnings(domain.backupGetInfo()):
+            shell.warn(warning)
+
+
+def _warnings(info: "backup_conf.BackupInfo") -> list[str]:
+    return [f"disk '{disk.name}': {disk.warning}" for disk in info.disks if disk.warning]
 
 
 def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -77,6 +93,7 @@ def _address(args: vsh.Args) -> "backup_conf.Address":
 _DISK_KEYS = {
     "present": ("yes", "no"),
     "source": (),
+    "reserve": ("yes", "no"),
     "type": ("full", "incremental", "auto"),
     "granularity": (),
 }
@@ -99,6 +116,10 @@ def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
             expected = " or ".join(_DISK_KEYS[key])
             raise vsh.UsageError(f"invalid --disk '{spec}': {key} is not {expected}")
         values[key] = value
+    source = storage_conf.Source(
+        file=values.get("source"),
+        reserve=values["reserve"] == "yes" if "reserve" in values else None,
+    )
     granularity = values.get("granularity")
     if not name or (granularity is not None and not _SIZE.fullmatch(granularity)):
         what = "the size is malformed" if name else "the name is missing"
@@ -107,7 +128,7 @@ def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
         name=name,
         present=values["present"] == "yes" if "present" in values else None,
         type=values.get("type"),  # type: ignore[arg-type]  # one of _DISK_KEYS
-        source=storage_conf.Source(file=values["source"]) if "source" in values else None,
+        source=None if source == storage_conf.Source() else source,
         granularity=None if granularity is None else storage_conf.parse_size(granularity),
     )
 
@@ -158,7 +179,8 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(info.started))
     addresses = [("Address", nbd_uri(info.address, disk.export)) for disk in info.disks]
-    virsh_connection.print_pairs(shell, [("State", info.state), ("Started", started), *addresses])
+    facts = [("State", info.state), ("Started", started), *_scratch_facts(info), *addresses]
+    virsh_connection.print_pairs(shell, facts)
     shell.extra("")
     size = virsh_connection.human_size
     shell.print_table(
@@ -176,6 +198,28 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             for disk in info.disks
         ],
     )
+    for warning in _warnings(info):
+        shell.warn(warning)
+
+
+_SCRATCH_FAILURE = {
+    "backup": "the backup breaks, the guest goes on",
+    "guest": "the guest's write fails, or the guest is paused until the backup is stopped",
+}
+
+
+def _scratch_facts(info: "backup_conf.BackupInfo") -> list[tuple[str, str]]:
+    """What becomes of the guest when a scratch image is in trouble, where the driver can tell."""
+    if info.engine is None or info.scratch_failure is None:
+        return []
+    hang = "the guest's writes hang with it: this QEMU has no time limit for it"
+    if info.scratch_timeout is not None:
+        hang = f"it has failed after {info.scratch_timeout:g} seconds"
+    return [
+        ("Engine", info.engine),
+        ("Scratch fails", _SCRATCH_FAILURE[info.scratch_failure]),
+        ("Scratch hangs", hang),
+    ]
 
 
 def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
@@ -189,6 +233,9 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
             "capacity": disk.capacity,
             "scratch_used": disk.scratch_used,
             "dirty": disk.dirty,
+            "scratch_worst_case": disk.scratch_worst_case,
+            "scratch_free": disk.scratch_free,
+            "warning": disk.warning,
         }
         for disk in info.disks
     ]
@@ -197,6 +244,9 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
         "state": info.state,
         "started": info.started,
         "address": _address_facts(info.address),
+        "engine": info.engine,
+        "scratch_failure": info.scratch_failure,
+        "scratch_timeout": info.scratch_timeout,
         "disks": disks,
     }
 
@@ -268,8 +318,8 @@ COMMANDS = (
             vsh.Option("port", vsh.Kind.INT, "TCP port to listen on"),
             vsh.Option(
                 "disk", vsh.Kind.STRING,
-                "NAME[,present=yes|no][,source=FILE][,type=full|incremental|auto]"
-                "[,granularity=SIZE]; a comma within is written twice",
+                "NAME[,present=yes|no][,source=FILE][,reserve=yes|no]"
+                "[,type=full|incremental|auto][,granularity=SIZE]; a comma within is written twice",
                 multi=True, completer=_complete_diskspec,
             ),
             vsh.Option("branch", vsh.Kind.STRING, "branch of incremental backups"),
@@ -374,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = shell.guard(lambda: _run(shell, sys.argv[1:] if argv is None else argv))
         finally:
             shell.guard(shell.control.close)
-        return max(status, shell.guard(vsh.flush))
+        return max(status, shell.guard(shell.control.close_trace), shell.guard(vsh.flush))
     except KeyboardInterrupt:
         return vsh.INTERRUPTED
     except vsh.OutputClosed:
@@ -388,7 +438,7 @@ def _mend_streams() -> None:
             setattr(sys, name, pathlib.Path(os.devnull).open(mode))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="surrogateescape")
+            reconfigure(errors="surrogateescape" if stream is sys.stdin else vsh.ENCODING_ERRORS)
 
 
 def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:

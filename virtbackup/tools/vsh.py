@@ -6,6 +6,7 @@ here knows of hypervisors. Errors are told apart by whose fault they are: ``Usag
 was typed, ``Failure`` for what a command could not do.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import enum
@@ -378,6 +379,8 @@ class ArgumentParser:
 
 def parse(table: Table, words: Sequence[str]) -> Call:
     """The command that WORDS, at least one, mean. Errors: UsageError."""
+    if any("\0" in word for word in words):
+        raise UsageError("a NUL character cannot be part of a command")
     command = table.command(words[0])
     parser = ArgumentParser(command)
     for word in words[1:]:
@@ -501,7 +504,7 @@ class Shell(Generic[Control]):
         except UsageError as error:
             self.error(str(error))
             if error.hint:
-                _write(sys.stderr, error.hint + "\n")
+                _write_error(error.hint + "\n")
             return USAGE
         except Failure as error:
             self._trace()
@@ -533,20 +536,27 @@ class Shell(Generic[Control]):
             self.print(text)
 
     def error(self, message: str) -> None:
-        """Tell an error; what is already printed comes first."""
+        """Tell an error in one line; what is already printed comes first."""
         with contextlib.suppress(Failure):
             flush()
-        _write(sys.stderr, f"error: {message}\n")
+        _write_error(f"error: {one_line(message)}\n")
+
+    def warn(self, message: str) -> None:
+        """Tell what may go wrong in one line; what is already printed comes first."""
+        with contextlib.suppress(Failure):
+            flush()
+        _write_error(f"warning: {one_line(message)}\n")
 
     def print_table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns; a quiet shell leaves the header out."""
-        lines = table_lines(header, rows)
+        lines = table_lines(header, [[visible(cell) for cell in row] for row in rows])
         for line in lines[2:] if self.quiet else lines:
             self.print(line)
 
 
 def flush() -> None:
     """Write out what standard output still holds. Errors: OutputClosed, Failure."""
+    _write_error("")
     _write(sys.stdout, "", flush=True)
 
 
@@ -556,13 +566,56 @@ def _write(stream: TextIO, text: str, flush: bool = False) -> None:
         if flush or stream is sys.stderr:
             stream.flush()
     except OSError as error:
-        _give_up(stream)
+        give_up(stream)
         if isinstance(error, BrokenPipeError):
             raise OutputClosed from error
         raise Failure(f"cannot write output: {error.strerror}") from error
 
 
-def _give_up(stream: TextIO) -> None:
+def _write_error(text: str) -> None:
+    """Write to standard error; where nobody can read it, nobody is told."""
+    with contextlib.suppress(Failure):
+        _write(sys.stderr, text)
+
+
+MAX_ERROR = 4000
+"""Characters of an error that are shown."""
+
+
+def one_line(text: str) -> str:
+    """TEXT of any origin in one line that leaves the terminal alone."""
+    lines = (part.strip() for part in text.splitlines())
+    line = visible("; ".join(part for part in lines if part))
+    return line if len(line) <= MAX_ERROR else line[:MAX_ERROR] + "..."
+
+
+def visible(text: str) -> str:
+    """TEXT with control characters written as escapes."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def escape_unwritable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An encoding's error handler: bytes that were no text come out as they came in, characters
+    that the encoding lacks as escapes. Under its name, ``ENCODING_ERRORS``, nothing fails."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    for handler in ("surrogateescape", "backslashreplace"):
+        with contextlib.suppress(UnicodeEncodeError):
+            one = UnicodeEncodeError(
+                error.encoding, error.object, error.start, error.start + 1, error.reason
+            )
+            return codecs.lookup_error(handler)(one)
+    raise error
+
+
+ENCODING_ERRORS = "virtbackup.escape"
+codecs.register_error(ENCODING_ERRORS, escape_unwritable)
+
+
+def give_up(stream: TextIO) -> None:
     """Send what STREAM still holds nowhere, or the interpreter would trip over it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
