@@ -10,11 +10,12 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from demo import initramfs, kernel, records
@@ -70,14 +71,14 @@ class Monitor:
 class Guest:
     """The guest in DIRECTORY, from power on until ``close``."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: pathlib.Path, within: Sequence[str] = ()) -> None:
         self.directory = directory
         self.socket = directory / "qmp.sock"
         self._changed = threading.Condition()
         self._report = Report(0, 0.0, 0)
         self._console: list[str] = []
         self._process = subprocess.Popen(
-            _argv(directory), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            _argv(directory, within), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read_console, daemon=True)
@@ -170,16 +171,17 @@ class Guest:
             self._changed.notify_all()
 
 
-def start(directory: pathlib.Path) -> Guest:
+def start(directory: pathlib.Path, within: Sequence[str] = ()) -> Guest:
     """Make kernel, root file system and disks in DIRECTORY and switch the guest on.
 
+    WITHIN is what QEMU is to be started by, as in ("chroot", ROOT): all it reads is in DIRECTORY.
     Raises kernel.Unavailable when there is no kernel to boot.
     """
     linux = kernel.fetch()
-    (directory / "vmlinuz").symlink_to(linux.image)
+    shutil.copyfile(linux.image, directory / "vmlinuz")
     (directory / "initrd").write_bytes(initramfs.build(linux))
     make_disks(directory)
-    return Guest(directory)
+    return Guest(directory, within)
 
 
 def make_disks(directory: pathlib.Path) -> None:
@@ -210,9 +212,10 @@ def _qemu_img(command: str, *arguments: str, cwd: pathlib.Path) -> None:
     subprocess.run(["qemu-img", command, *arguments], cwd=cwd, check=True, capture_output=True)
 
 
-def _argv(directory: pathlib.Path) -> list[str]:
+def _argv(directory: pathlib.Path, within: Sequence[str]) -> list[str]:
     return [
         "setpriv", "--pdeathsig", "KILL", "--",  # never outlives whoever started it
+        *within,
         "qemu-system-x86_64", "-name", NAME, "-machine", "q35,accel=tcg", "-m", "256",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-kernel", f"{directory}/vmlinuz", "-initrd", f"{directory}/initrd",

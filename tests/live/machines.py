@@ -7,11 +7,13 @@ monitor serves one client at a time.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
 import re
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -30,10 +32,22 @@ STATE_QUERIES = (
 )
 VOLATILE = {"actual-size", "writeback"}
 
-_INTO_ROOT = (
+INTO_ROOT = (
     ("chroot", os.environ["VIRTBACKUP_QEMU_ROOT"]) if "VIRTBACKUP_QEMU_ROOT" in os.environ else ()
 )
-"""Another Debian's QEMU can be tested: a root directory in which /tmp is this machine's."""
+"""Another Debian's QEMU can be tested: a root directory in which /tmp and /var/tmp are this
+machine's. ``./dev test --matrix`` makes them."""
+
+
+@functools.cache
+def version() -> tuple[int, int, int]:
+    """The version of the QEMU under test, for what differs between them: (7, 2, 22)."""
+    argv = [*INTO_ROOT, "qemu-system-x86_64", "--version"]
+    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    found = re.match(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", said)
+    assert found is not None, said
+    major, minor, micro = map(int, found.groups())
+    return major, minor, micro
 
 
 class Probe:
@@ -47,6 +61,13 @@ class Probe:
         self.events: list[dict[str, Any]] = []
         json.loads(self._file.readline())
         self("qmp_capabilities")
+
+    @property
+    def pid(self) -> int:
+        """The process that answers."""
+        size = struct.calcsize("3i")
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", credentials)[0])
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         reply = self.reply(command, **arguments)
@@ -89,7 +110,7 @@ class Machine:
         self.log = directory / "qemu.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["stdbuf", "-oL", *_INTO_ROOT, *argv],
+                ["stdbuf", "-oL", *INTO_ROOT, *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -130,7 +151,9 @@ class Machine:
         text = self.probe("human-monitor-command", command_line=f'qemu-io -d {device} "{command}"')
         with self.log.open("rb") as log:
             log.seek(start)
-            said = text + log.read().decode(errors="replace")
+            lines = log.read().decode(errors="replace").splitlines()
+        # What begins with the program's name is its own: of NBD clients, say.
+        said = "\n".join([text, *(line for line in lines if not line.startswith("qemu-system"))])
         if "failed" in said or "Error" in said or "Permission" in said:
             raise AssertionError(f"qemu-io {device} {command}: {said}")
 

@@ -14,6 +14,7 @@ import pytest
 
 import virtbackup
 from demo import guest, judge, kernel, records
+from tests.live import machines
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -25,7 +26,7 @@ def running() -> Iterator[guest.Guest]:
     """A guest that has overwritten all of vda at least once."""
     with tempfile.TemporaryDirectory(prefix="vb-guest-", dir="/var/tmp") as name:
         try:
-            machine = guest.start(pathlib.Path(name))
+            machine = guest.start(pathlib.Path(name), machines.INTO_ROOT)
         except kernel.Unavailable as error:
             pytest.skip(f"no kernel for the guest: {error}")
         with machine:

@@ -29,7 +29,10 @@ def session() -> list[tuple[str, str]]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """A user's who has set nothing."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("VIRTBACKUP_")}
+    own["VIRTBACKUP_STATE_DIR"] = os.environ["VIRTBACKUP_STATE_DIR"]
+    return {**own, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def squeezed(text: str) -> str:

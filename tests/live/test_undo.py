@@ -2,6 +2,7 @@
 """Every QMP command of a start fails in turn; nothing may remain of the start."""
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -28,7 +29,7 @@ def spoiled(directory: pathlib.Path, *extra: str) -> Iterator[tuple[machines.Mac
 def files(directory: pathlib.Path, state: pathlib.Path) -> set[str]:
     """Every file that a start could have left; lock files are no more than locks."""
     names = {str(p) for p in (*directory.iterdir(), *state.iterdir()) if p.suffix != ".lock"}
-    return names | {str(p) for p in pathlib.Path("/var/tmp").glob("virtbackup-*")}
+    return names | {str(p) for p in pathlib.Path(os.environ["VIRTBACKUP_SCRATCH_DIR"]).iterdir()}
 
 
 def document(directory: pathlib.Path, named: bool) -> str:
