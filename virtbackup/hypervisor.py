@@ -93,13 +93,17 @@ def unregister(scheme: str) -> None:
 def open_driver(uri: str, readonly: bool) -> Driver:
     """The driver for URI, opened.
 
-    Errors: VIR_ERR_NO_CONNECT when no driver serves the scheme; what the driver's opener raises.
+    Errors: VIR_ERR_INVALID_ARG when it is no URI; VIR_ERR_NO_CONNECT when no driver serves the
+    scheme; what the driver's opener raises.
     """
     return _opener(uri)(uri, readonly)
 
 
 def _opener(uri: str) -> Opener:
-    scheme = urllib.parse.urlsplit(uri).scheme
+    try:
+        scheme = urllib.parse.urlsplit(uri).scheme
+    except ValueError as failure:
+        raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': {failure}") from failure
     if not scheme:
         raise errors.error(libvirt.VIR_ERR_NO_CONNECT, uri, domain=libvirt.VIR_FROM_NONE)
     if scheme in _registered:

@@ -2,6 +2,7 @@
 """The part of a domain's XML that a backup needs: who it is, and its disks (domain_conf.c)."""
 
 import dataclasses
+import re
 
 from lxml import etree
 
@@ -50,24 +51,26 @@ class DomainDef:
     def parse(cls, document: str) -> "DomainDef":
         """Read a ``<domain>``; what a backup does not need is passed over."""
         root = xml.parse(document, "domain")
-        number = root.get("id")
+        id = root.get("id")
         return cls(
             name=root.findtext("name", ""),
             uuid=root.findtext("uuid", ""),
-            id=None if number is None else int(number),
+            id=None if id is None else _number(id, root),
             disks=tuple(_parse_disk(disk) for disk in root.iterfind("devices/disk")),
         )
 
     def format(self) -> str:
-        """A ``<domain>`` that ``parse`` reads back."""
+        """A ``<domain>`` that ``parse`` reads back; a source with characters that XML cannot carry
+        is only shown. Errors: VIR_ERR_XML_ERROR for such characters elsewhere."""
         root = etree.Element("domain", type="qemu")
-        if self.id is not None:
-            root.set("id", str(self.id))
-        etree.SubElement(root, "name").text = self.name
-        etree.SubElement(root, "uuid").text = self.uuid
-        devices = etree.SubElement(root, "devices")
-        for disk in self.disks:
-            _format_disk(disk, devices)
+        with xml.writing():
+            if self.id is not None:
+                root.set("id", str(self.id))
+            etree.SubElement(root, "name").text = self.name
+            etree.SubElement(root, "uuid").text = self.uuid
+            devices = etree.SubElement(root, "devices")
+            for disk in self.disks:
+                _format_disk(disk, devices)
         return xml.indented(root)
 
 
@@ -85,8 +88,14 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         source=None if source is None else source.get(_SOURCE_ATTRIBUTE.get(kind, "file")),
         format=None if driver is None else driver.get("type"),
         readonly=element.find("readonly") is not None,
-        capacity=None if capacity is None else int(capacity.text or 0),
+        capacity=None if capacity is None else _number(capacity.text or "0", capacity),
     )
+
+
+def _number(text: str, element: etree._Element) -> int:
+    if not re.fullmatch(r"\s*[0-9]{1,19}\s*", text, re.ASCII):
+        raise xml.xml_error(f"'{text[:40]}' is not a number", element)
+    return int(text)
 
 
 def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
@@ -95,7 +104,7 @@ def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
         etree.SubElement(element, "driver", name="qemu", type=disk.format)
     if disk.source is not None:
         source = etree.SubElement(element, "source")
-        source.set(_SOURCE_ATTRIBUTE.get(disk.type, "file"), disk.source)
+        source.set(_SOURCE_ATTRIBUTE.get(disk.type, "file"), xml.shown(disk.source))
     etree.SubElement(element, "target", dev=disk.target)
     if disk.readonly:
         etree.SubElement(element, "readonly")

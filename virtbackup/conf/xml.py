@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading XML from anybody: bounded, no entities, no network, checked by a schema (virxml.c)."""
 
+import contextlib
 import functools
 import importlib.resources
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import libvirt
@@ -12,6 +15,8 @@ from virtbackup import errors
 
 MAX_DOCUMENT = 1 << 20
 """Bytes; a larger document is refused unread."""
+
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def xml_error(detail: str, element: etree._Element | None = None) -> errors.Error:
@@ -82,6 +87,20 @@ def _documentation(validator: Any) -> str | None:
         validator = getattr(validator, "parent", None)
     annotation = getattr(validator, "annotation", None)
     return None if annotation is None else str(annotation)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """For the time that elements are made: text that XML cannot carry is VIR_ERR_XML_ERROR."""
+    try:
+        yield
+    except ValueError as failure:
+        raise xml_error("a name or a path holds characters that XML cannot carry") from failure
+
+
+def shown(text: str) -> str:
+    """TEXT for people to read in a document: U+FFFD for each character that XML cannot carry."""
+    return _NOT_XML.sub("\ufffd", text)
 
 
 def indented(element: etree._Element) -> str:

@@ -3,8 +3,10 @@
 
 import array
 import collections
+import contextlib
 import datetime
 import logging
+import select
 import socket
 import struct
 import threading
@@ -24,8 +26,12 @@ CONNECT_TIMEOUT = 10.0
 """Seconds until a monitor must have greeted; it does not while it serves another client."""
 REPLY_TIMEOUT = 60.0
 """Seconds until a command must be answered."""
+SESSION_TIMEOUT = 900.0
+"""Seconds that one connection may wait for replies in all, however many they are."""
 MAX_EVENTS = 10_000
 """Events kept for whoever waits; the oldest go first."""
+MAX_EVENTS_WEIGHT = 16 << 20
+"""What the kept events may weigh together (``qmp.weight``)."""
 
 
 class MonitorLost(errors.Error):
@@ -64,9 +70,15 @@ class Monitor:
         self.path = path
         self._trace = trace
         self._changed = threading.Condition()
-        self._replies: dict[int, qmp.Success | qmp.Failure] = {}
+        self._sending = threading.Lock()
+        self._end = time.monotonic() + SESSION_TIMEOUT
+        self._replies: dict[int, tuple[qmp.Success | qmp.Failure, int]] = {}
+        """Not taken yet, each with its weight."""
+        self._replies_weight = 0
         self._waiting: set[int] = set()
-        self._events: collections.deque[qmp.Event] = collections.deque(maxlen=MAX_EVENTS)
+        """The commands without a reply."""
+        self._events: collections.deque[tuple[qmp.Event, int]] = collections.deque()
+        self._events_weight = 0
         self._greeting: qmp.Greeting | None = None
         self._lost: str | None = None
         self._last_id = 0
@@ -149,27 +161,42 @@ class Monitor:
     def _wait_reply(self, id: int, command: monitor_json.Command) -> qmp.Success | qmp.Failure:
         with self._changed:
             answered = self._changed.wait_for(
-                lambda: id in self._replies or self._lost is not None, REPLY_TIMEOUT
+                lambda: id in self._replies or self._lost is not None, self._patience()
             )
-            self._waiting.discard(id)
-            reply = self._replies.pop(id, None)
-            if reply is not None:
+            if id in self._replies:
+                reply, weight = self._replies.pop(id)
+                self._replies_weight -= weight
                 return reply
             if answered:
                 raise MonitorLost(str(self._lost))
-            self._lost = f"no reply to '{command.execute}' within {REPLY_TIMEOUT:g} seconds"
-            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, self._lost)
+            raise self._give_up(f"no reply to '{command.execute}'")
+
+    def _patience(self) -> float:
+        """Seconds that the next reply may take."""
+        return max(0.0, min(REPLY_TIMEOUT, self._end - time.monotonic()))
+
+    def _give_up(self, what: str) -> errors.Error:
+        """The connection is of no use any more: WHAT did not happen in time."""
+        if time.monotonic() < self._end:
+            reason = f"{what} within {REPLY_TIMEOUT:g} seconds"
+        else:
+            reason = f"{what}: the monitor took more than {SESSION_TIMEOUT:g} seconds in all"
+        with self._changed:
+            self._lost = reason
+            self._changed.notify_all()
+        return errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, reason)
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._lost is not None or any(map(matches, self._events)), timeout
+                lambda: self._lost is not None or any(matches(e) for e, _ in self._events), timeout
             )
-            for event in self._events:
-                if matches(event):
-                    self._events.remove(event)
-                    return event
+            for kept in self._events:
+                if matches(kept[0]):
+                    self._events.remove(kept)
+                    self._events_weight -= kept[1]
+                    return kept[0]
         return None
 
     # --- the wire ---
@@ -192,7 +219,6 @@ class Monitor:
             raise errors.system_error(
                 failure, f"failed to connect to monitor socket '{self.path}'"
             ) from failure
-        _limit_sending(connection, REPLY_TIMEOUT)
         return connection
 
     def _busy(self) -> errors.Error:
@@ -217,13 +243,27 @@ class Monitor:
         line = qmp.encode(command.execute, command.arguments, id)
         self._record("->", line)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", command.fds))]
+        ancillary = rights if command.fds else []
+        rest = memoryview(line)
+        end = time.monotonic() + self._patience()
         try:
-            sent = self._socket.sendmsg([line], rights if command.fds else [])
-            self._socket.sendall(line[sent:])
+            with self._sending:
+                while rest:
+                    if not self._can_send(end):
+                        raise self._give_up(f"'{command.execute}' was not taken")
+                    with contextlib.suppress(BlockingIOError):
+                        sent = self._socket.sendmsg([rest], ancillary, socket.MSG_DONTWAIT)
+                        rest, ancillary = rest[sent:], []
         except OSError as failure:
             raise MonitorLost(
                 f"unable to write to monitor '{self.path}': {failure.strerror}"
             ) from failure
+
+    def _can_send(self, end: float) -> bool:
+        """Wait until something can be sent; False when the time is END before."""
+        ready = select.poll()
+        ready.register(self._socket, select.POLLOUT)
+        return bool(ready.poll(max(0.0, end - time.monotonic()) * 1000))
 
     def _read(self) -> None:
         """The reader thread: everything that comes, until the end."""
@@ -233,37 +273,59 @@ class Monitor:
                 parser.receive_data(data)
                 while (line := parser.next_line()) is not None:
                     self._record("<-", line)
-                    self._take(qmp.decode(line))
+                    self._take(qmp.decode(line), qmp.weight(line))
             reason = f"end of file from monitor '{self.path}'"
         except qmp.ProtocolError as failure:
             reason = f"monitor '{self.path}' does not speak QMP: {failure}"
         except OSError as failure:
             reason = f"unable to read from monitor '{self.path}': {failure.strerror}"
+        except Exception as failure:  # whoever waits for a reply must be told
+            logger.debug("monitor=%s reader failed", self.path, exc_info=True)
+            reason = f"unable to read from monitor '{self.path}': {failure!r}"
         with self._changed:
             self._lost = self._lost or reason
             self._changed.notify_all()
 
-    def _take(self, message: qmp.Message) -> None:
+    def _take(self, message: qmp.Message, weight: int) -> None:
         with self._changed:
             match message:
                 case qmp.Greeting():
+                    if self._greeting is not None:
+                        raise qmp.ProtocolError("it greeted twice")
                     self._greeting = message
                 case qmp.Event():
-                    self._events.append(message)
+                    self._keep(message, weight)
                 case qmp.Success(id) | qmp.Failure(int(id)) if id in self._waiting:
-                    self._replies[id] = message
-                case qmp.Success() | qmp.Failure():
-                    logger.warning("monitor=%s reply to nothing: %s", self.path, message)
+                    self._waiting.discard(id)
+                    self._replies_weight += weight
+                    if self._replies_weight > qmp.MAX_WEIGHT:
+                        raise qmp.ProtocolError("its replies are too large together")
+                    self._replies[id] = message, weight
+                case qmp.Success(id) | qmp.Failure(id):
+                    logger.warning("monitor=%s reply to nothing, id=%s", self.path, id)
             self._changed.notify_all()
+
+    def _keep(self, event: qmp.Event, weight: int) -> None:
+        """Keep EVENT for whoever waits, and as many of those before it as there is room for."""
+        self._events.append((event, weight))
+        self._events_weight += weight
+        while len(self._events) > MAX_EVENTS or self._events_weight > MAX_EVENTS_WEIGHT:
+            self._events_weight -= self._events.popleft()[1]
 
     def _record(self, direction: str, line: bytes) -> None:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("monitor=%s %s %s", self.path, direction, line.decode(errors="replace"))
-        if self._trace is not None:
-            now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
-            text = line.decode(errors="replace").strip()
+        if self._trace is None:
+            return
+        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
+        text = line.decode(errors="replace").strip()
+        try:
             self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
             self._trace.flush()
+        except (OSError, ValueError) as failure:
+            # Not the backup's business; ValueError: it was closed, or cannot hold a character.
+            logger.warning("monitor=%s trace ends: %s", self.path, failure)
+            self._trace = None
 
 
 def _limit_sending(connection: socket.socket, seconds: float) -> None:

@@ -4,14 +4,21 @@
 Source: QEMU's docs/interop/qmp-spec: one JSON object a line, from QEMU ended by CR LF.
 """
 
-import collections
 import dataclasses
 import json
+import re
+import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-MAX_LINE = 64 << 20
-"""Bytes of one message; a monitor that sends more is broken (the schema is the largest)."""
+MAX_LINE = 10 << 20
+"""Bytes of one message; libvirt takes no more either (QEMU_MONITOR_MAX_RESPONSE). The schema has
+300 KiB, a thousand disks in query-block have 1 MiB."""
+MAX_WEIGHT = 128 << 20
+"""What one message may take in memory, by ``weight``. Block info of MAX_LINE bytes stays below."""
+MAX_TEXT = 1000
+"""Characters of what QEMU says that are passed on to people."""
+_MAX_TIME = 1 << 62
 
 
 class ProtocolError(Exception):
@@ -65,34 +72,35 @@ def encode(execute: str, arguments: Mapping[str, Any] | None, id: int) -> bytes:
 
 
 class Parser:
-    """Splits what QEMU sends into messages, however it was cut on the way."""
+    """Splits what QEMU sends into messages, however it was cut on the way.
+
+    It holds at most one message that has no end yet, and what came with the end of the last.
+    """
 
     def __init__(self, max_line: int = MAX_LINE) -> None:
         self._max_line = max_line
-        self._pending: list[bytes] = []
-        self._pending_size = 0
-        self._lines: collections.deque[bytes] = collections.deque()
+        self._buffer = bytearray()
+        self._searched = 0
+        """How much of the buffer has no end of a line in it."""
 
     def receive_data(self, data: bytes) -> None:
-        """Take bytes as they came. Errors: ProtocolError for a line without an end."""
-        *ended, rest = data.split(b"\n")
-        for line in ended:
-            self._keep(line)
-            self._lines.append(b"".join(self._pending))
-            self._pending.clear()
-            self._pending_size = 0
-        self._keep(rest)
-
-    def _keep(self, part: bytes) -> None:
-        self._pending_size += len(part)
-        if self._pending_size > self._max_line:
-            raise ProtocolError(f"a message is longer than {self._max_line} bytes")
-        self._pending.append(part)
+        """Take bytes as they came. Errors: ProtocolError for a line without an end, and when the
+        messages that came before are not taken."""
+        if len(self._buffer) > self._max_line and self._end() >= 0:
+            raise ProtocolError(f"more than {self._max_line} bytes of messages are not taken")
+        self._buffer += data
+        if len(self._buffer) > self._max_line and not 0 <= self._end() <= self._max_line:
+            raise self._too_long()
 
     def next_line(self) -> bytes | None:
         """The next whole line, its end stripped, or None until more data comes."""
-        while self._lines:
-            if line := self._lines.popleft().strip():
+        while (end := self._end()) >= 0:
+            if end > self._max_line:
+                raise self._too_long()
+            line = bytes(self._buffer[:end]).strip()
+            del self._buffer[: end + 1]
+            self._searched = 0
+            if line:
                 return line
         return None
 
@@ -101,33 +109,86 @@ class Parser:
         line = self.next_line()
         return None if line is None else decode(line)
 
+    def _end(self) -> int:
+        """Where the first line ends; negative where it does not."""
+        end = self._buffer.find(b"\n", self._searched)
+        self._searched = len(self._buffer) if end < 0 else end
+        return end
+
+    def _too_long(self) -> ProtocolError:
+        return ProtocolError(f"a message is longer than {self._max_line} bytes")
+
+
+def weight(line: bytes) -> int:
+    """Bytes that LINE takes once it is decoded, guessed from above: a value of one character is an
+    object of dozens of bytes, and one wide character makes every one of its string wide."""
+    wide = not line.isascii() or b"\\u" in line
+    return len(line) * (4 if wide else 1) + 100 * sum(map(line.count, (b"{", b"[", b",", b":")))
+
+
+def shown(value: Any) -> str:
+    """VALUE of any size and shape in one short line, for an error's text."""
+    return reprlib.repr(value)[:200]
+
+
+def one_line(text: str) -> str:
+    """What QEMU said, made fit for one line of an error."""
+    return _CONTROL.sub(" ", text[:MAX_TEXT]) + ("..." if len(text) > MAX_TEXT else "")
+
+
+def is_plain(text: str) -> bool:
+    """Whether TEXT can be a name: not so long, and nothing in it that a line or XML cannot hold."""
+    return len(text) <= MAX_TEXT and not _CONTROL.search(text)
+
 
 def decode(line: bytes) -> Message:
     """One line as a message. Errors: ProtocolError for anything QMP does not know."""
+    if weight(line) > MAX_WEIGHT:
+        raise ProtocolError(f"a message of {len(line)} bytes has too many values")
+    match _json(line):
+        case {"return": value, "id": id} if type(id) is int:
+            return Success(id, value)
+        case {"error": {"class": str(error_class), "desc": str(desc)}} as message:
+            id = message.get("id")
+            return Failure(id if type(id) is int else None, error_class, one_line(desc))
+        case {"event": str(name), "timestamp": {"seconds": s, "microseconds": us}} as message:
+            data = message.get("data", {})
+            if isinstance(data, dict) and _is_time(s) and _is_time(us):
+                return Event(name, data, s + us / 1e6)
+        case {"QMP": {"version": {"qemu": qemu, "package": str(package)}}}:
+            match qemu:
+                case {"major": major, "minor": minor, "micro": micro}:
+                    if all(map(_is_version, (major, minor, micro))):
+                        return Greeting((major, minor, micro), package)
+    raise ProtocolError(f"not a QMP message: {line[:100]!r}")
+
+
+def _json(line: bytes) -> Any:
+    """The value in LINE: JSON by the letter, and no text that UTF-8 cannot carry."""
     try:
-        message = json.loads(line)
+        text = line.decode()
+        value = _DECODER.decode(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as failure:
         raise ProtocolError(f"not JSON: {failure}") from failure
-    match message:
-        case {"return": value, "id": int(id)} if not isinstance(id, bool):
-            return Success(id, value)
-        case {"error": {"class": str(error_class), "desc": str(desc)}}:
-            id = message.get("id")
-            return Failure(id if type(id) is int else None, error_class, desc)
-        case {
-            "event": str(name),
-            "timestamp": {"seconds": int(seconds), "microseconds": int(microseconds)},
-        }:
-            data = message.get("data", {})
-            if isinstance(data, dict):
-                return Event(name, data, seconds + microseconds / 1e6)
-        case {
-            "QMP": {
-                "version": {
-                    "qemu": {"major": int(major), "minor": int(minor), "micro": int(micro)},
-                    "package": str(package),
-                }
-            }
-        }:
-            return Greeting((major, minor, micro), package)
-    raise ProtocolError(f"not a QMP message: {line[:100]!r}")
+    return value
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) is int and abs(value) < _MAX_TIME
+
+
+def _is_version(value: Any) -> bool:
+    """Versions are told as major * 1000000 + minor * 1000 + micro."""
+    return type(value) is int and 0 <= value < 1000
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character, as JSON writes it: QEMU sends both halves."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufffe\uffff]+")
