@@ -200,7 +200,7 @@ def _run(table: vsh.Table, text: str, debug: bool = False) -> int:
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (vsh.Failure("no\ntwo"), 1, "error: no\ntwo\n"),
+        (vsh.Failure("no\n two\x1b\n"), 1, "error: no; two\\x1b\n"),
         (vsh.UsageError("what", "that"), 2, "error: what\nthat\n"),
         (_Boom(), 1, "error: known\n"),
         (ValueError("x"), 1, "error: internal error: ValueError: x\n"),

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
+import io
 import logging
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import virtbackup
 from virtbackup.tools import vsh
@@ -28,6 +29,7 @@ class Control:
         self.uri = uri
         self.readonly = False
         self._trace: TextIO | None = None
+        self._trace_path = ""
         self._connection: virtbackup.Connection | None = None
 
     def connection(self) -> virtbackup.Connection:
@@ -54,11 +56,17 @@ class Control:
             return
         try:
             # Open for as long as the process lives: connections come and go.
-            self._trace = pathlib.Path(path).open(  # noqa: SIM115
-                "w", buffering=1, encoding="utf-8", errors="backslashreplace"
-            )
+            self._trace = _Trace(pathlib.Path(path).open("wb"))  # noqa: SIM115
         except OSError as error:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
+        self._trace_path = path
+
+    def close_trace(self) -> None:
+        """End the trace. Errors: Failure when not all of it was written."""
+        trace, self._trace = self._trace, None
+        if isinstance(trace, _Trace) and trace.failure is not None:
+            reason = trace.failure.strerror
+            raise vsh.Failure(f"Failed to write file '{self._trace_path}': {reason}")
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -76,6 +84,23 @@ class Control:
         if self._trace is not None:
             connection.setTrace(self._trace)
         return connection
+
+
+class _Trace(io.TextIOWrapper):
+    """A trace file. That it cannot be written is kept for the end: what is traced must go on."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        super().__init__(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        if self.failure is None:
+            try:
+                return super().write(text)
+            except OSError as failure:
+                self.failure = failure
+                vsh.give_up(self)
+        return len(text)
 
 
 Shell = vsh.Shell[Control]
@@ -149,12 +174,23 @@ def read_document(path: str) -> str:
     """The text of the file at PATH; ``-`` is standard input."""
     try:
         if path == "-":
-            return sys.stdin.buffer.read().decode()
-        return pathlib.Path(path).read_text("utf-8")
+            return _read_bounded(path, sys.stdin.buffer)
+        with pathlib.Path(path).open("rb") as file:
+            return _read_bounded(path, file)
     except OSError as error:
         raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise vsh.Failure(f"file '{path}' is not UTF-8 text") from error
+
+
+def _read_bounded(path: str, file: BinaryIO) -> str:
+    """The text of FILE, which may be a device that never ends."""
+    from virtbackup.conf import xml
+
+    data = file.read(xml.MAX_DOCUMENT + 1)
+    if len(data) > xml.MAX_DOCUMENT:
+        raise vsh.Failure(f"file '{path}' is larger than {xml.MAX_DOCUMENT} bytes")
+    return data.decode()
 
 
 # --- what is printed ------------------------------------------------------------------------------
@@ -172,7 +208,7 @@ def print_pairs(shell: Shell, pairs: Iterable[tuple[str, str]]) -> None:
     before = None
     for label, value in pairs:
         shown = "" if label == before else f"{label}:"
-        shell.print(f"{shown:<15} {value}".rstrip())
+        shell.print(f"{shown:<15} {vsh.visible(value)}".rstrip())
         before = label
 
 
