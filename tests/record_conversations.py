@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Record what the driver and a real QEMU say to each other, for tests/hostile_monitor.py.
+
+python -m tests.record_conversations     writes tests/monitordata/VERSION/COMMAND.jsonl anew
+
+A line of a file is a message with its direction: ``->`` to QEMU, ``<-`` from it. Every connection
+begins with QEMU's greeting.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import re
+import tempfile
+
+from tests.live import machines
+from virtbackup.tools import virsh_backup
+
+HERE = pathlib.Path(__file__).parent / "monitordata"
+
+COMMANDS = ("list", "domblklist vm", "backup-start vm {xml}", "backup-info vm", "backup-stop vm",
+            "backup-cleanup vm")  # fmt: skip
+
+BACKUP_ID = "00000000"
+"""Stands for the backup's id, which differs from start to start."""
+
+
+class Wire(logging.Handler):
+    """Keeps what goes over monitors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == "monitor=%s %s %s":
+            _, direction, line = record.args or ("", "", "")
+            self.lines.append(json.dumps({str(direction): json.loads(str(line))}, sort_keys=True))
+
+
+def main() -> None:
+    """One guest, from the first look to the end of its backup."""
+    wire = Wire()
+    logger = logging.getLogger("virtbackup.qemu.monitor")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(wire)
+    with tempfile.TemporaryDirectory() as name:
+        directory = pathlib.Path(name)
+        os.environ["VIRTBACKUP_STATE_DIR"] = os.environ["VIRTBACKUP_SCRATCH_DIR"] = name
+        xml = directory / "backup.xml"
+        xml.write_text(
+            f'<domainbackup><address type="unix" path="{name}/nbd.sock"/></domainbackup>'
+        )
+        with machines.two_disks(directory, "-name", "vm", size=4 << 20) as machine:
+            version = machine.probe("query-version")["qemu"]
+            folder = HERE / "{major}.{minor}.{micro}".format(**version)
+            folder.mkdir(parents=True, exist_ok=True)
+            for command in COMMANDS:
+                wire.lines.clear()
+                words = command.format(xml=xml).split()
+                assert virsh_backup.main(["-c", machine.uri, *words]) == 0, command
+                text = "\n".join(wire.lines).replace(name, "/images")
+                text = re.sub(r"virtbackup-[0-9a-f]{8}", f"virtbackup-{BACKUP_ID}", text)
+                (folder / f"{words[0]}.jsonl").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
