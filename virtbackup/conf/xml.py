@@ -16,6 +16,9 @@ from virtbackup import errors
 MAX_DOCUMENT = 1 << 20
 """Bytes; a larger document is refused unread."""
 
+_MAX_ATTRIBUTES = 5000
+"""In one element: libxml2 compares each with each."""
+
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -46,6 +49,8 @@ def parse(document: str, root: str) -> etree._Element:
     if (start := document.find("<!DOCTYPE")) >= 0:
         line = document.count("\n", 0, start) + 1
         raise xml_error(f"document type declarations and entities are refused (line {line})")
+    if any(part.count("=") > _MAX_ATTRIBUTES for part in document.split("<")):
+        raise xml_error(f"an element has more than {_MAX_ATTRIBUTES} attributes")
     parser = etree.XMLParser(
         encoding="utf-8",
         resolve_entities=False,
