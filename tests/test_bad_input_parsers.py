@@ -332,11 +332,11 @@ def test_spoilt_replies(name: str, data: st.DataObject) -> None:
     parse(parser, reply)
 
 
-@pytest.mark.parametrize("name", PARSERS)
-@given(reply=json_mutations.values)
-@example(reply=[{}] * 3)
-def test_any_reply(name: str, reply: Any) -> None:
-    parse(PARSERS[name][0], reply)
+@given(json_mutations.values)
+@example([{}] * 3)
+def test_any_reply(reply: Any) -> None:
+    for parser, _ in PARSERS.values():
+        parse(parser, reply)
 
 
 def _nested(depth: int) -> Any:

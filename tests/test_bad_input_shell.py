@@ -267,13 +267,13 @@ def _wide(turn: hostile_monitor.Turn) -> None:
 
 def _large_events(turn: hostile_monitor.Turn) -> None:
     stamp = b'{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "E", "data": {"x": "'
-    for _ in range(100):
+    for _ in range(40):
         turn.send(stamp, b"x" * (1 << 20), b'"}}\n')
     turn.answer()
 
 
 def _large_answers_to_nothing(turn: hostile_monitor.Turn) -> None:
-    for id in range(100):
+    for id in range(40):
         turn.send(b'{"id": %d, "return": "' % (1000 + id), b"x" * (1 << 20), b'"}\n')
     turn.answer()
 
@@ -290,8 +290,8 @@ COSTLY: dict[str, tuple[hostile_monitor.Spoiler, str | None, float]] = {
     "a line of wide characters": (_wide, "unexpected reply", 200),
     "a line of dicts": (_reply_of_values(b'{"":1}'), "unexpected reply", 200),
     "a line of lists": (_reply_of_values(b"[[[]]]"), "unexpected reply", 200),
-    "100 MiB of events": (_large_events, None, 100),
-    "100 MiB of answers to nothing": (_large_answers_to_nothing, None, 80),
+    "40 MiB of events": (_large_events, None, 100),
+    "40 MiB of answers to nothing": (_large_answers_to_nothing, None, 80),
     "events for ever": (_small_events_for_ever, "no reply to", 100),
     "silence": (spoilers.SPOILERS["silence"], "no reply to", BASE_MIB),
 }

@@ -237,7 +237,7 @@ def test_a_domain_with_numbers_that_are_none(document: str) -> None:
 @example("qmp:///" + "x" * 200)
 @example("qmp:///x?engine=classic&engine=x;&&=")
 @example("qmp://\u2100/")
-@example("fake:")
+@example("nowhere:")
 def test_any_uri(uri: str) -> None:
     with pytest.raises(libvirt.libvirtError):
         virtbackup.open(uri)

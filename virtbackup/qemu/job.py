@@ -226,6 +226,7 @@ class BackupJob:
             cleanup.clean(session, starting, self._file)
         except (errors.Error, qmp.ProtocolError) as failure:
             logger.warning("backup=%s undo: %s; trying again", starting.id, failure)
+            session.qemu.close()  # a monitor serves one client at a time
             try:
                 with self._connect() as again:
                     cleanup.clean(again, starting, self._file)

@@ -105,12 +105,15 @@ class Monitor:
 
     def close(self) -> None:
         """Hang up; QEMU then greets the next client."""
+        self._hang_up()
+        self._reader.join()
+        self._socket.close()
+
+    def _hang_up(self) -> None:
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             logger.debug("monitor=%s already disconnected", self.path)
-        self._reader.join()
-        self._socket.close()
 
     def peer_pid(self) -> int | None:
         """The process that listens, or None where it cannot be seen from here (SO_PEERCRED)."""
@@ -181,9 +184,7 @@ class Monitor:
             reason = f"{what} within {REPLY_TIMEOUT:g} seconds"
         else:
             reason = f"{what}: the monitor took more than {SESSION_TIMEOUT:g} seconds in all"
-        with self._changed:
-            self._lost = reason
-            self._changed.notify_all()
+        self._lose(reason)
         return errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, reason)
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
@@ -282,9 +283,14 @@ class Monitor:
         except Exception as failure:  # whoever waits for a reply must be told
             logger.debug("monitor=%s reader failed", self.path, exc_info=True)
             reason = f"unable to read from monitor '{self.path}': {failure!r}"
+        self._lose(reason)
+
+    def _lose(self, reason: str) -> None:
+        """Speak no more, and let QEMU serve the next client: that may be us, to clean up."""
         with self._changed:
             self._lost = self._lost or reason
             self._changed.notify_all()
+        self._hang_up()
 
     def _take(self, message: qmp.Message, weight: int) -> None:
         with self._changed:
