@@ -78,7 +78,11 @@ class Probe:
     def reply(self, command: str, **arguments: Any) -> dict[str, Any]:
         """The whole reply, an error included; events met on the way are kept."""
         names = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._socket.sendall(json.dumps({"execute": command, "arguments": names}).encode())
+        return self.exactly(command, names)
+
+    def exactly(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The whole reply to ARGUMENTS as they are."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         while True:
             message: dict[str, Any] = json.loads(self._file.readline())
             if "event" not in message:

@@ -94,6 +94,17 @@ NBD_STOP_HANG = Defect(
 )
 """Seen on 7.2.22; what lies between it and 10.0 is taken to be alike."""
 
+NBD_STUCK_CLIENT = Defect(
+    (0, 0, 0),
+    None,
+    "an export whose client has stopped reading while answers wait for it is never deleted;"
+    " nbd-server-stop, or on 11.1 already the deletion of another export, then never returns, and"
+    " the guest stands still",
+    "clients are disconnected first; where one cannot be, nothing is deleted, and the stop says so",
+)
+"""Seen on 5.2.0, 7.2.22, 10.0.13 and 11.1.3, over a unix socket: QEMU waits for room in a socket
+that it has itself shut down."""
+
 NAMED_NODES_CRASH = Defect(
     (0, 0, 0),
     (7, 2, 0),

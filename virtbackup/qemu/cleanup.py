@@ -49,13 +49,13 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
     an error of its disks goes on. (A line for each thing done, whether our NBD server remains.)"""
     ours = left is not None and not session.restarted_since(left.qemu)
     stopped = left is not None and ours and _stopped_guest(session, left)
-    sweeper = sweep.Sweeper(session.qemu, session.capabilities, left.id if left else None)
+    sweeper = sweeper_of(session, left)
     if stopped:
         sweeper.stop_saving()
     removed = sweeper.exports()
     server_left = False
     if _owns_server(session, left, bool(removed)):
-        server_left = not sweeper.server(session.pid, _address(left) if left else None)
+        server_left = not sweeper.server()
         removed += [] if server_left else ["NBD server"]
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.fdsets()
@@ -66,6 +66,13 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
         logger.warning("the guest was paused by a disk error during the backup; it goes on")
         removed.append("pause of the guest")
     return removed, server_left
+
+
+def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Sweeper:
+    """What takes the backup LEFT, or all that is ours by name, out of QEMU."""
+    if left is None:
+        return sweep.Sweeper(session.qemu, session.capabilities, None)
+    return sweep.Sweeper(session.qemu, session.capabilities, left.id, session.pid, _address(left))
 
 
 def forget(left: status.Status, file: status.StatusFile) -> list[str]:

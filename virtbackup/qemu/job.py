@@ -33,7 +33,6 @@ from virtbackup.qemu import (
     qmp,
     scratch,
     status,
-    sweep,
     watch,
 )
 
@@ -112,8 +111,7 @@ class BackupJob:
             running = self._running()
             try:
                 with self._connect() as session:
-                    caps = session.capabilities
-                    sweep.Sweeper(session.qemu, caps, id).stop_saving()
+                    cleanup.sweeper_of(session, running).stop_saving()
                     running = dataclasses.replace(running, given_up=reason)
                     self._file.save(running)
                     _, server_left = cleanup.take_out(session, running)
@@ -247,8 +245,10 @@ class BackupJob:
         """End the exports, and only then look whether the jobs still vouched for all reads."""
         qemu, caps = session.qemu, session.capabilities
         before = domain.look(qemu, caps)
+        sweeper = cleanup.sweeper_of(session, running)
+        sweeper.end_clients()
         self._file.save(dataclasses.replace(running, phase="stopping"))
-        sweep.Sweeper(qemu, caps, running.id).exports()
+        sweeper.exports()
         sight = domain.look(qemu, caps)
         sight = dataclasses.replace(
             sight,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Sending QEMU's NBD clients away before its server is stopped.
 
-``nbd-server-stop`` waits for clients that are still in the handshake. On some QEMUs (see
-``capabilities.NBD_STOP_HANG``) it then waits for ever, with the guest: their coroutines sleep in an
-event loop that the wait does not run. QMP has no way to disconnect such a client. So we do, from
-outside: a duplicate of QEMU's own socket (pidfd_getfd(2)) is shut down, while QEMU's loop runs.
+``nbd-server-stop`` waits for its clients, and with it the guest: on some QEMUs for ever, when one
+is still in the handshake (``capabilities.NBD_STOP_HANG``), and on all of them when one has stopped
+reading while answers wait for it (``capabilities.NBD_STUCK_CLIENT``). QMP has no way to disconnect
+such a client. So we do, from outside: a duplicate of QEMU's own socket (pidfd_getfd(2)) is shut
+down, while QEMU's loop runs.
 """
 
 import contextlib
@@ -19,31 +20,55 @@ from virtbackup.conf import backup_conf
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 5.0
+TIMEOUT = 3.0
 """Seconds for QEMU to notice that its clients are gone."""
 
 _PIDFD_GETFD = 438
+_SO_SNDBUFFORCE = 32
+_MUCH_ROOM = 1 << 30
 _UNIX_CONNECTED = "03"
 _TCP_LISTEN = "0A"
 
 
 def send_clients_away(
     pid: int, address: backup_conf.Address, let_qemu_run: Callable[[], object]
-) -> int:
+) -> int | None:
     """Close ADDRESS to newcomers and end every connection to it; how many clients still hold on.
 
     PID is QEMU's. LET_QEMU_RUN is called between looks; QEMU's main loop has run when it returns.
-    Without the right to duplicate QEMU's sockets (ptrace(2)), clients are only waited for.
+    Where we have not the right to duplicate QEMU's sockets (ptrace(2)), nothing is ended and None
+    is returned.
     """
     end = time.monotonic() + TIMEOUT
     while True:
+        ended = 0
         for duplicate in _duplicates(pid, address):
-            with contextlib.suppress(OSError), duplicate:
-                duplicate.shutdown(socket.SHUT_RDWR)
+            with duplicate:
+                _hang_up(duplicate)
+            ended += 1
         let_qemu_run()
         left = len(_inodes(pid, address)[1])
-        if not left or time.monotonic() > end:
+        if not left:
+            return 0
+        if not ended:
+            return None
+        if time.monotonic() > end:
             return left
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """End a connection, also for a QEMU that waits until its client reads.
+
+    It waits for room in the socket, and a shut down unix socket has none until the other end is
+    read. So there is made more room (socket(7): for which one must be privileged), and a write that
+    is tried then fails.
+    """
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, option, _MUCH_ROOM)
+            return
 
 
 def listens(pid: int, address: backup_conf.Address) -> bool:

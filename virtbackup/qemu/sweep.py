@@ -4,7 +4,7 @@
 One way for all ends of a backup: a start that fails, a stop, and what a crash left. What is
 removed is what QEMU shows under our names, not what somebody remembers to have made: so a step
 whose reply was lost is undone too, and a second sweep finds nothing. Failures are logged and the
-sweep goes on; nothing here raises but MonitorLost and timeouts.
+sweep goes on; nothing here raises but MonitorLost, timeouts and ClientStuck.
 """
 
 import dataclasses
@@ -12,6 +12,9 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 
+import libvirt
+
+from virtbackup import errors
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import block, capabilities, monitor, monitor_json, naming, nbdserver, qmp
 
@@ -25,6 +28,17 @@ _LOOK_AGAIN = 0.05
 _CONCLUDED = "concluded"
 
 
+class ClientStuck(errors.Error):
+    """An NBD client cannot be sent away, and QEMU would stand still if its export were deleted."""
+
+    def __init__(self, clients: int, address: str) -> None:
+        super().__init__(
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            f"operation failed: {clients} NBD client(s) of {address} have stopped reading and"
+            " cannot be disconnected: end them and try again",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweeper:
     """Removes what carries the name of one backup, or of any of ours (BACKUP None)."""
@@ -32,10 +46,18 @@ class Sweeper:
     qemu: monitor.Monitor
     caps: capabilities.Capabilities
     backup: naming.BackupId | None
+    pid: int | None = None
+    """QEMU's process, where it can be seen."""
+    address: backup_conf.Address | None = None
+    """Of our NBD server, where it is known."""
 
     def exports(self) -> list[str]:
-        """End our exports; their clients are disconnected. Returns when they are gone."""
-        removed = []
+        """End our exports; their clients are disconnected. Returns when they are gone.
+
+        Errors: ClientStuck, before anything is done.
+        """
+        self.end_clients()
+        removed: list[str] = []
         for attempt in self._attempts():
             exports = self._own_exports()
             if not exports:
@@ -49,26 +71,40 @@ class Sweeper:
             self._wait("BLOCK_EXPORT_DELETED")
         return removed
 
-    def server(self, pid: int | None, address: backup_conf.Address | None) -> bool:
-        """Stop the NBD server at ADDRESS of the QEMU that is process PID, its clients sent away
-        where both are known.
+    def server(self) -> bool:
+        """Stop our NBD server, its clients sent away.
 
-        False: it was left running, since a client holds on and this QEMU would not survive it.
+        False: it was left running, since a client holds on and this QEMU would stand still with it.
         """
-        left = 0
-        if pid is not None and address is not None:
-            left = nbdserver.send_clients_away(
-                pid, address, lambda: self.qemu.execute(monitor_json.query_jobs())
-            )
-        if left and capabilities.NBD_STOP_HANG.affects(self.caps.version):
-            logger.warning(
-                "NBD server left running, clients=%d: %s",
-                left,
-                capabilities.NBD_STOP_HANG.evidence,
-            )
+        unseen = self._send_clients_away() is None
+        if self._own_exports() or (
+            unseen and capabilities.NBD_STOP_HANG.affects(self.caps.version)
+        ):
+            logger.warning("NBD server left running: a client of it cannot be disconnected")
             return False
         self._execute(monitor_json.nbd_server_stop())
         return True
+
+    def end_clients(self) -> None:
+        """Disconnect the clients of our exports, where nobody else exports on the same server.
+
+        Errors: ClientStuck.
+        """
+        nbd = [export.id for export in self._every_export().values() if export.type == "nbd"]
+        if nbd and all(map(self._is_ours, nbd)):
+            self._send_clients_away()
+
+    def _send_clients_away(self) -> int | None:
+        """Disconnect every client of our server: 0 when none is left; None where there are clients
+        that we may not touch: QEMU will. Errors: ClientStuck."""
+        if self.pid is None or self.address is None:
+            return 0
+        left = nbdserver.send_clients_away(
+            self.pid, self.address, lambda: self.qemu.execute(monitor_json.query_jobs())
+        )
+        if left:
+            raise ClientStuck(left, str(self.address))
+        return left
 
     def jobs(self) -> list[str]:
         """Cancel our jobs and dismiss them. Returns when they are gone."""
@@ -134,10 +170,11 @@ class Sweeper:
         backup = naming.backup_of(name)
         return backup is not None and self.backup in (None, backup)
 
+    def _every_export(self) -> dict[naming.ExportId, monitor_json.Export]:
+        return monitor_json.parse_exports(self.qemu.execute(monitor_json.query_block_exports()))
+
     def _own_exports(self) -> list[monitor_json.Export]:
-        reply = self.qemu.execute(monitor_json.query_block_exports())
-        exports = monitor_json.parse_exports(reply)
-        return [export for id, export in exports.items() if self._is_ours(id)]
+        return [export for id, export in self._every_export().items() if self._is_ours(id)]
 
     def _own_jobs(self) -> list[monitor_json.Job]:
         jobs = monitor_json.parse_jobs(self.qemu.execute(monitor_json.query_jobs()))

@@ -158,7 +158,7 @@ def _started(domain: api.Domain, xml: str, quiesce: bool) -> Iterator[str]:
 
 
 def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
-    """Why the backup that FAILURE ended is not good, disk by disk; nothing where that is not why."""
+    """Why the backup that FAILURE ended is not good, disk by disk; none where that is not why."""
     if not isinstance(failure, errors.Error):
         return []
     if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
