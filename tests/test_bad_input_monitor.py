@@ -424,7 +424,8 @@ def test_answers_of_a_batch_are_bounded_together(
             turn.answer()
             return
         ids.append(turn.id)
-        for id in ids if len(ids) == 3 else ():
+        # The first is waited for, so it comes last: until then the others are kept.
+        for id in reversed(ids) if len(ids) == 3 else ():
             turn.send(hostile_monitor.encode({"return": "x" * 40_000, "id": id}))
 
     hostile.play("list", spoil=large)

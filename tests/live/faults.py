@@ -23,7 +23,7 @@ Happens = Callable[[Scene], None]
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One row. WORDS says what happens: ``happens`` does it during the backup, ``before`` before."""
+    """One row. WORDS says what happens: ``happens`` does it during the backup, ``before`` ahead."""
 
     name: str
     group: str

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -82,7 +82,15 @@ class Probe:
 
     def exactly(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """The whole reply to ARGUMENTS as they are."""
+        self.send(command, **arguments)
+        return self.receive()
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Only ask; ``receive`` has the reply."""
         self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+
+    def receive(self) -> dict[str, Any]:
+        """The next reply; events met on the way are kept."""
         while True:
             message: dict[str, Any] = json.loads(self._file.readline())
             if "event" not in message:
@@ -107,7 +115,13 @@ class Probe:
 class Machine:
     """One QEMU or qemu-storage-daemon process in a directory of its own."""
 
-    def __init__(self, directory: pathlib.Path, argv: Sequence[str]) -> None:
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        argv: Sequence[str],
+        before_exec: Callable[[], None] | None = None,
+    ) -> None:
+        """BEFORE_EXEC is called in the process that becomes QEMU."""
         self.directory = directory
         self.qmp = directory / "qmp.sock"
         self._probe_path = directory / "probe.sock"
@@ -118,6 +132,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                preexec_fn=before_exec,
             )
         self._wait_for(self._probe_path)
         self._wait_for(self.qmp)
@@ -213,7 +228,12 @@ def _graph(value: dict[str, Any]) -> Any:
     return {"nodes": sorted(names.values()), "edges": sorted(edges)}
 
 
-def qemu(directory: pathlib.Path, *extra: str, binary: str = "qemu-system-x86_64") -> Machine:
+def qemu(
+    directory: pathlib.Path,
+    *extra: str,
+    binary: str = "qemu-system-x86_64",
+    before_exec: Callable[[], None] | None = None,
+) -> Machine:
     """A guestless QEMU (``-S`` unless ``-S`` is answered by ``cont``) with EXTRA arguments."""
     return Machine(
         directory,
@@ -223,6 +243,7 @@ def qemu(directory: pathlib.Path, *extra: str, binary: str = "qemu-system-x86_64
             "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
             *extra,
         ],
+        before_exec,
     )  # fmt: skip
 
 
@@ -266,13 +287,16 @@ def two_disks(directory: pathlib.Path, *extra: str, size: int = 64 << 20) -> Ite
     """A running QEMU with vda (qcow2, virtio-blk) and sdb (raw, virtio-scsi)."""
     image(directory / "a.qcow2", size, "qcow2")
     image(directory / "b.raw", size)
-    with qemu(
-        directory,
+    with qemu(directory, *two_disks_of(directory), *extra) as machine:
+        yield machine
+
+
+def two_disks_of(directory: pathlib.Path) -> tuple[str, ...]:
+    """The arguments for the images vda and sdb in DIRECTORY."""
+    return (
         "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={directory}/a.qcow2",
         "-device", "virtio-blk,drive=A,id=vda",
         "-device", "virtio-scsi,id=scsi0",
         "-blockdev", f"raw,node-name=B,file.driver=file,file.filename={directory}/b.raw",
         "-device", "scsi-hd,drive=B,id=sdb",
-        *extra,
-    ) as machine:  # fmt: skip
-        yield machine
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 
 import libvirt
 import nbd
+import pytest
 
 import virtbackup
 from tests.live import machines
@@ -307,6 +308,20 @@ def lost_writes(one: Scene) -> list[str]:
 def is_unsupported(failure: virtbackup.Error) -> bool:
     """Whether an engine is not for this QEMU."""
     return bool(failure.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
+
+
+@contextlib.contextmanager
+def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
+    """A file system of SIZE bytes at PATH, for as long as this lasts."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not allowed to mount a small file system: this wants root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 # --- what faults are made of ----------------------------------------------------------------------

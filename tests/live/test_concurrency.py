@@ -206,7 +206,6 @@ def test_every_pair_of_commands_at_once(domain: Domain, running: bool) -> None:
         assert domain.everything() == before, outcomes
 
 
-@pytest.mark.xfail(strict=True, reason="a stop ends whatever runs: it names no backup")
 @pytest.mark.parametrize("copied", [False, True], ids=["in the copy", "after the copy"])
 def test_a_pull_ends_no_backup_but_its_own(
     domain: Domain, monkeypatch: pytest.MonkeyPatch, copied: bool

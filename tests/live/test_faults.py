@@ -5,9 +5,7 @@ What the guest, a client and the stop see is compared with tests/failuresdata, f
 docs/failures.md is made (python -m tests.failures).
 """
 
-import contextlib
 import pathlib
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -24,22 +22,9 @@ def scratch(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pathlib.Path]:
     """A small file system of its own for scratch images."""
-    with small_file_system(tmp_path_factory.mktemp("small"), SPACE) as path:
+    with scene.small_file_system(tmp_path_factory.mktemp("small"), SPACE) as path:
         monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(path))
         yield path
-
-
-@contextlib.contextmanager
-def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not allowed to mount a small file system: this wants root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import stat
+import time
 
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
@@ -25,6 +26,9 @@ from virtbackup.qemu import (
 )
 
 logger = logging.getLogger(__name__)
+
+_DYING = 1.0
+"""Seconds for the kernel to close the sockets of a QEMU that was killed."""
 
 
 def clean(
@@ -55,8 +59,8 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
     removed = sweeper.exports()
     server_left = False
     if _owns_server(session, left, bool(removed)):
-        server_left = not sweeper.server()
-        removed += [] if server_left else ["NBD server"]
+        stopped_server, server_left = sweeper.server()
+        removed += stopped_server
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.fdsets()
     if left is not None and ours:
@@ -79,9 +83,7 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
     """Remove the files of a backup of which nothing is in QEMU (any more)."""
     removed = remove_files(left)
     address = _address(left)
-    # Not by asking whether anybody listens: the kernel may take its time with a dead QEMU's.
-    here = socket_inode(address)
-    if isinstance(address, backup_conf.UnixAddress) and here is not None and here == left.socket:
+    if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
         pathlib.Path(address.path).unlink(missing_ok=True)
         removed.append(f"socket '{address.path}'")
     file.remove()
@@ -101,6 +103,28 @@ def socket_inode(address: backup_conf.Address) -> int | None:
             found = pathlib.Path(address.path).lstat()
             return found.st_ino if stat.S_ISSOCK(found.st_mode) else None
     return None
+
+
+def _left_socket(left: status.Status, address: backup_conf.UnixAddress) -> bool:
+    """Whether what lies at ADDRESS is the socket of LEFT's server, which has ended."""
+    here = socket_inode(address)
+    if here is None or left.server is False:
+        return False
+    if left.socket is not None:
+        # Not by asking whether anybody listens: the kernel may take its time with a dead QEMU's.
+        return here == left.socket
+    # The start did not come to note it. It had found nobody who listened there.
+    return left.server is None and _is_abandoned(address)
+
+
+def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
+    """Whether nobody listens on ADDRESS, or soon does no more."""
+    end = time.monotonic() + _DYING
+    while nbdserver.answers(address):
+        if time.monotonic() > end:
+            return False
+        nbdserver.pause()
+    return True
 
 
 def _stopped_guest(session: domain.Session, left: status.Status) -> bool:

@@ -84,7 +84,7 @@ class QmpDriver:
         if id is None or running is None or running.id != id:
             return
         try:
-            self._job.stop()
+            self._job.stop(id)
         except errors.Error as failure:
             logger.warning("backup=%s could not be ended on close: %s", id, failure)
 
@@ -166,19 +166,26 @@ class QmpDriver:
             watching.close()
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        reasons = self._job.stop()
+        # Where we started a backup that is to end with us, that one is meant and no other.
+        try:
+            reasons = self._job.stop(self._autodestroy)
+        except errors.Error as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                self._autodestroy = None
+            raise
+        self._autodestroy = None
         self._stop_watching()
         if reasons and not flags & STOP_CANCEL:
             disks = "; ".join(f"disk '{target}': {why}" for target, why in reasons.items())
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {disks}")
 
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return self._job.definition()
+        return self._job.definition(self._autodestroy)
 
     def domain_backup_get_info(
         self, ref: hypervisor.DomainRef, flags: int
     ) -> backup_conf.BackupInfo:
-        return self._job.info()
+        return self._job.info(self._autodestroy)
 
     def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         return self._job.cleanup()

@@ -27,6 +27,7 @@ from virtbackup.qemu import (
     monitor,
     monitor_json,
     naming,
+    nbdserver,
     probe,
     process,
     qcow2,
@@ -97,8 +98,13 @@ class BackupJob:
             if self.is_over(id):
                 return None
             running = self._running()
-            with self._connect() as session:
-                sight = domain.look(session.qemu, session.capabilities)
+            try:
+                with self._connect() as session:
+                    sight = domain.look(session.qemu, session.capabilities)
+            except errors.Error as failure:
+                if not _rescue(running, failure):
+                    raise
+                return "given up, as an NBD client stopped reading and QEMU stood still for it"
         if not blockjob.stopped_guest(running.disks, sight):
             return None
         return "given up, as a scratch image failed and the guest was paused"
@@ -122,37 +128,48 @@ class BackupJob:
             self._file.save(dataclasses.replace(running, server=server_left, disks=disks))
         logger.warning("backup=%s %s", id, reason)
 
-    def stop(self) -> dict[str, str]:
+    def stop(self, only: naming.BackupId | None = None) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
 
-        Errors: VIR_ERR_NO_DOMAIN_BACKUP when there is none.
+        ONLY is the backup that is meant; None: whichever runs. Errors: VIR_ERR_NO_DOMAIN_BACKUP
+        when there is none, or another one.
         """
         with self._file.locked():
             running = self._file.load()
             if running is None:
                 raise _no_backup()
+            _check_is(running, only)
             try:
-                with self._connect() as session:
-                    reasons = self._end(session, running)
-                    cleanup.clean(session, running, self._file)
-            except monitor.NotListening:
-                reasons = self._gone(running)
-            except monitor.MonitorLost:
-                if self._listening():
+                reasons = self._stop(running)
+            except errors.Error as failure:
+                if not _rescue(running, failure):
                     raise
-                reasons = self._gone(running)
+                reasons = self._stop(running)
         logger.info("backup=%s stopped bad=%s", running.id, list(reasons))
         return reasons
 
-    def definition(self) -> str:
-        """The live ``<domainbackup>``. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
-        with self._file.locked():
-            return self._running().definition
+    def _stop(self, running: status.Status) -> dict[str, str]:
+        try:
+            with self._connect() as session:
+                reasons = self._end(session, running)
+                cleanup.clean(session, running, self._file)
+        except monitor.NotListening:
+            return self._gone(running)
+        except monitor.MonitorLost:
+            if self._listening():
+                raise
+            return self._gone(running)
+        return reasons
 
-    def info(self) -> backup_conf.BackupInfo:
-        """The verdict so far. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
+    def definition(self, only: naming.BackupId | None = None) -> str:
+        """The live ``<domainbackup>``. ONLY and errors: as ``stop``."""
         with self._file.locked():
-            running = self._running()
+            return self._running(only).definition
+
+    def info(self, only: naming.BackupId | None = None) -> backup_conf.BackupInfo:
+        """The verdict so far. ONLY and errors: as ``stop``."""
+        with self._file.locked():
+            running = self._running(only)
             try:
                 with self._connect() as session:
                     return _look(session, running)
@@ -235,10 +252,11 @@ class BackupJob:
 
     # --- stop and info ---
 
-    def _running(self) -> status.Status:
+    def _running(self, only: naming.BackupId | None = None) -> status.Status:
         running = self._file.load()
         if running is None or running.phase != "running":
             raise _no_backup()
+        _check_is(running, only)
         return running
 
     def _end(self, session: domain.Session, running: status.Status) -> dict[str, str]:
@@ -273,6 +291,27 @@ class BackupJob:
 
 def _no_backup() -> errors.Error:
     return errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
+
+
+def _check_is(running: status.Status, only: naming.BackupId | None) -> None:
+    if only is not None and running.id != only:
+        raise errors.error(
+            libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
+            "the backup that was started here was ended by somebody else, and another one runs",
+        )
+
+
+def _rescue(running: status.Status, failure: errors.Error) -> bool:
+    """Whether FAILURE of the monitor was QEMU standing still for an NBD client of ours that has
+    stopped reading, and the client is gone now."""
+    if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_TIMEOUT or running.qemu is None:
+        return False
+    pid, start = running.qemu
+    address = backup_conf.BackupDef.parse(running.definition).address
+    if status.process_start(pid) != start or not nbdserver.stuck_clients(pid, address):
+        return False
+    logger.warning("backup=%s QEMU stands still, its NBD clients are disconnected", running.id)
+    return nbdserver.send_clients_away(pid, address, nbdserver.pause) == 0
 
 
 def _wanted(plan: backup.BackupPlan) -> list[scratch.Wanted]:

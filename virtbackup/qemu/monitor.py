@@ -82,12 +82,14 @@ class Monitor:
         self._greeting: qmp.Greeting | None = None
         self._lost: str | None = None
         self._last_id = 0
+        self._negotiated = False
         self._socket = self._connect()
         self._reader = threading.Thread(target=self._read, name=f"qmp {path}", daemon=True)
         self._reader.start()
         try:
             self.greeting = self._wait_greeting()
             self.execute(monitor_json.qmp_capabilities())
+            self._negotiated = True
         except BaseException:
             self.close()
             raise
@@ -176,12 +178,17 @@ class Monitor:
 
     def _patience(self) -> float:
         """Seconds that the next reply may take."""
-        return max(0.0, min(REPLY_TIMEOUT, self._end - time.monotonic()))
+        return max(0.0, min(self._reply_timeout, self._end - time.monotonic()))
+
+    @property
+    def _reply_timeout(self) -> float:
+        """A QEMU that greets and then does not negotiate stands still: that is known sooner."""
+        return REPLY_TIMEOUT if self._negotiated else CONNECT_TIMEOUT
 
     def _give_up(self, what: str) -> errors.Error:
         """The connection is of no use any more: WHAT did not happen in time."""
         if time.monotonic() < self._end:
-            reason = f"{what} within {REPLY_TIMEOUT:g} seconds"
+            reason = f"{what} within {self._reply_timeout:g} seconds"
         else:
             reason = f"{what}: the monitor took more than {SESSION_TIMEOUT:g} seconds in all"
         self._lose(reason)

@@ -9,10 +9,13 @@ down, while QEMU's loop runs.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import pathlib
 import socket
+import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,6 +29,10 @@ TIMEOUT = 3.0
 _PIDFD_GETFD = 438
 _SO_SNDBUFFORCE = 32
 _MUCH_ROOM = 1 << 30
+_STUCK = 0.5
+"""Seconds in which a client that reads at all reads something."""
+_LOOK_AGAIN = 0.02
+"""Seconds for QEMU to notice that its clients are gone."""
 _UNIX_CONNECTED = "03"
 _TCP_LISTEN = "0A"
 
@@ -69,6 +76,31 @@ def _hang_up(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, option, _MUCH_ROOM)
             return
+
+
+def stuck_clients(pid: int, address: backup_conf.Address) -> int:
+    """How many clients of process PID's server at ADDRESS do not read what waits for them."""
+    before = _waiting(pid, address)
+    if not any(before.values()):
+        return 0
+    time.sleep(_STUCK)
+    after = _waiting(pid, address)
+    return sum(count > 0 and after.get(client) == count for client, count in before.items())
+
+
+def _waiting(pid: int, address: backup_conf.Address) -> dict[int, int]:
+    """Client, by its socket's inode -> bytes sent that it has not read yet (SIOCOUTQ)."""
+    waiting = {}
+    for duplicate in _duplicates(pid, address):
+        with duplicate, contextlib.suppress(OSError):
+            count = fcntl.ioctl(duplicate, termios.TIOCOUTQ, bytes(4))
+            waiting[os.fstat(duplicate.fileno()).st_ino] = int.from_bytes(count, sys.byteorder)
+    return waiting
+
+
+def pause() -> None:
+    """What ``send_clients_away`` may do between two looks at a QEMU that does not answer."""
+    time.sleep(_LOOK_AGAIN)
 
 
 def listens(pid: int, address: backup_conf.Address) -> bool:

@@ -71,19 +71,19 @@ class Sweeper:
             self._wait("BLOCK_EXPORT_DELETED")
         return removed
 
-    def server(self) -> bool:
+    def server(self) -> tuple[list[str], bool]:
         """Stop our NBD server, its clients sent away.
 
-        False: it was left running, since a client holds on and this QEMU would stand still with it.
+        (A line for it where it ran, whether it was left running: a client holds on, and this QEMU
+        would stand still with it.)
         """
         unseen = self._send_clients_away() is None
         if self._own_exports() or (
             unseen and capabilities.NBD_STOP_HANG.affects(self.caps.version)
         ):
             logger.warning("NBD server left running: a client of it cannot be disconnected")
-            return False
-        self._execute(monitor_json.nbd_server_stop())
-        return True
+            return [], True
+        return ["NBD server"] if self._execute(monitor_json.nbd_server_stop()) else [], False
 
     def end_clients(self) -> None:
         """Disconnect the clients of our exports, where nobody else exports on the same server.
@@ -205,6 +205,8 @@ class Sweeper:
         except monitor_json.JobNotFound:
             return False
         except monitor_json.CommandFailed as failure:
+            if failure.desc == "NBD server not running":
+                return False
             logger.warning("cleanup command=%s failed: %s", command.execute, failure.desc)
             return False
         return True

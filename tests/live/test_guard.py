@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest always goes on: scratch images that fill, fail or are reserved, clients that hang."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import libvirt
+import nbd
+import pytest
+
+import virtbackup
+from demo import guest, judge, kernel, records
+from tests.live import machines, scene
+from virtbackup.qemu import monitor, qcow2, scratch
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
+
+SIZE = 64 << 20
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """A file system with less room than the disks have."""
+    with scene.small_file_system(tmp_path_factory.mktemp("small"), 24 * MIB) as path:
+        yield path
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    """Disks full of data: what is overwritten has to be saved."""
+    with machines.two_disks(tmp_path, size=SIZE) as one:
+        for disk in ("vda", "sdb"):
+            one.io(disk, f"write -P 1 0 {SIZE}")
+        yield one
+
+
+def document(directory: pathlib.Path, source: str, disk: str = "vda") -> str:
+    other = {"vda": "sdb", "sdb": "vda"}[disk]
+    return (
+        f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/><disks>'
+        f'<disk name="{disk}"><source {source}/></disk><disk name="{other}" present="no"/>'
+        "</disks></domainbackup>"
+    )
+
+
+def virsh(uri: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", uri, *argv]
+    return subprocess.run(program, capture_output=True, text=True, timeout=60)
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+def test_a_start_without_any_room_is_refused_by_name(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    before = machine.state()
+    with (small / "hog").open("wb") as hog:
+        os.posix_fallocate(hog.fileno(), 0, 24 * MIB - scratch.LEAST_FREE // 2)
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        with pytest.raises(virtbackup.Error, match=f"disk 'vda' in '{small}' needs at least 1 MiB"):
+            dom.backupStart(document(tmp_path, f'dir="{small}"'))
+        assert machine.state() == before
+
+
+def test_the_worst_case_is_said_in_words(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    xml = tmp_path / "x.xml"
+    xml.write_text(document(tmp_path, f'dir="{small}"'))
+    done = virsh(machine.uri, "backup-start", "1", str(xml))
+    assert done.stdout == "Domain backup started\n"
+    assert "warning: disk 'vda': if the guest overwrites the whole disk" in done.stderr
+    info = virsh(machine.uri, "backup-info", "1")
+    assert "Scratch hangs:" in info.stdout
+    assert "does not fit" in info.stderr
+    assert virsh(machine.uri, "backup-stop", "1").returncode == 0
+
+
+def test_an_image_that_grows_large_is_noted(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    xml = tmp_path / "x.xml"
+    xml.write_text(document(tmp_path, f'dir="{small}"'))
+    assert virsh(machine.uri, "backup-start", "1", str(xml)).returncode == 0
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        assert "has grown" not in str(dom.backupGetInfo().disks[0].warning)
+        machine.io("vda", f"write -P 2 0 {16 * MIB}")
+        event = machine.probe.wait_event("BLOCK_WRITE_THRESHOLD")
+        assert event["data"]["write-threshold"] > 8 * MIB
+        assert "has grown beyond" in str(dom.backupGetInfo().disks[0].warning)
+        assert dom.backupGetInfo().state == "running"
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("size", [512, 65536, 5 * MIB + 512, SIZE])
+def test_an_image_never_outgrows_its_worst_case(tmp_path: pathlib.Path, size: int) -> None:
+    path = tmp_path / "scratch.qcow2"
+    fd = scratch.create(str(path), "vda", os.geteuid())
+    scratch.format(fd, size, "vda")
+    os.close(fd)
+    clusters = [n * qcow2.CLUSTER for n in range(-(-size // qcow2.CLUSTER))]
+    order = clusters[1::2][::-1] + clusters[::2]
+    commands = "".join(f"write -P 7 {at} {min(qcow2.CLUSTER, size - at)}\n" for at in order)
+    argv = ["qemu-io", "-f", "qcow2", str(path)]
+    subprocess.run(argv, input=commands, text=True, check=True, capture_output=True)
+    assert subprocess.run(["qemu-img", "check", "-q", str(path)], check=False).returncode == 0
+    assert path.stat().st_size <= qcow2.full_size(size)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_reserved_image_needs_no_more_room(
+    tmp_path: pathlib.Path, machine: machines.Machine, named: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    with scene.small_file_system(tmp_path_factory.mktemp("reserve"), 96 * MIB) as room:
+        source = f'file="{room}/mine.qcow2"' if named else f'dir="{room}"'
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            before = machine.state()
+            dom.backupStart(document(tmp_path, f'{source} reserve="yes"', "sdb"))
+            assert 96 * MIB - scratch.free_bytes(str(room)) >= SIZE
+            with (room / "hog").open("wb") as hog:
+                os.posix_fallocate(hog.fileno(), 0, scratch.free_bytes(str(room)))
+            machine.io("sdb", f"write -P 2 0 {SIZE}")
+            assert dom.backupGetInfo().state == "running"
+            assert nbd_is(tmp_path, "sdb", 1)
+            dom.backupStop()
+            assert machine.state() == before
+            assert [path.name for path in room.iterdir()] == ["hog"]
+
+
+def test_what_cannot_be_reserved_is_refused(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    before = machine.state()
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        with pytest.raises(virtbackup.Error, match=r"disk 'vda' in .* needs at least 65 MiB"):
+            dom.backupStart(document(tmp_path, f'dir="{small}" reserve="yes"'))
+        assert machine.state() == before
+        assert list(small.iterdir()) == []
+
+
+def nbd_is(directory: pathlib.Path, disk: str, byte: int) -> bool:
+    """Whether every byte of an export is BYTE."""
+    handle = nbd.NBD()
+    handle.set_export_name(disk)
+    handle.connect_unix(f"{directory}/nbd.sock")
+    return all(
+        handle.pread(MIB, at) == bytes([byte]) * MIB for at in range(0, handle.get_size(), MIB)
+    )
+
+
+# --- somebody watches -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("disk", ["vda", "sdb"])
+def test_a_backup_is_given_up_before_the_guest_notices(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine, disk: str
+) -> None:
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        for _ in range(2):
+            dom.backupStart(document(tmp_path, f'dir="{small}"', disk))
+            for at in range(0, SIZE, MIB // 2):
+                machine.io(disk, f"write -P 2 {at} {MIB // 2}")
+            info = dom.backupGetInfo()
+            assert info.state == "failed"
+            assert "given up before the scratch image" in str(info.disks[0].reason)
+            assert machine.state() == before
+            assert scratch.free_bytes(str(small)) == 24 * MIB
+            with pytest.raises(virtbackup.Error, match="another backup job is already running"):
+                dom.backupStart(document(tmp_path, f'dir="{small}"', disk))
+            with pytest.raises(virtbackup.Error, match=f"disk '{disk}': given up before"):
+                dom.backupStop()
+            machine.io(disk, f"write -P 1 0 {SIZE}")
+        assert machine.probe("query-status")["status"] == "running"
+
+
+def test_a_pull_says_why_its_backup_was_given_up(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    before = machine.state()
+    out = tmp_path / "out"
+    code = (
+        "import sys; from virtbackup.nbd import copy; from virtbackup.tools import virsh_backup;"
+        "plain = copy.copy;\n"
+        "def late(*a, **k):\n"
+        "    print('started', flush=True); sys.stdin.readline(); return plain(*a, **k)\n"
+        "copy.copy = late; sys.exit(virsh_backup.main(sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", code, "-c", machine.uri, "backup-pull", "1", str(out)]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "VIRTBACKUP_SCRATCH_DIR": str(small)},
+    ) as pull:  # fmt: skip
+        assert pull.stdout is not None
+        assert pull.stdout.readline() == "started\n"
+        for at in range(0, SIZE, MIB // 2):
+            machine.io("sdb", f"write -P 2 {at} {MIB // 2}")
+        _, err = pull.communicate("go\n", timeout=60)
+    assert pull.returncode == 1
+    assert "disk 'sdb': given up before the scratch image" in err
+    assert list(out.iterdir()) == []
+    assert machine.state() == before
+
+
+def test_a_watch_ends_with_the_backup_whoever_stops_it(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    with virtbackup.open(machine.uri) as conn:
+        conn.lookupByID(1).backupStart(document(tmp_path, f'dir="{small}"'))
+        machine.io("vda", f"write -P 2 0 {8 * MIB}")
+        assert scratch.free_bytes(str(small)) < 20 * MIB
+        assert virsh(machine.uri, "backup-stop", "1").returncode == 0
+        while scratch.free_bytes(str(small)) != 24 * MIB:
+            pass  # the test's own time limit applies
+
+
+# --- clients that hang ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stuck_client(directory: pathlib.Path, export: str) -> Iterator[None]:
+    client = nbd.NBD()
+    client.set_export_name(export)
+    client.connect_unix(f"{directory}/nbd.sock")
+    for at in range(0, SIZE, MIB):
+        client.aio_pread(nbd.Buffer(MIB), at)
+    yield
+
+
+@pytest.mark.parametrize("by", ["stop", "watch"])
+def test_qemu_is_freed_from_a_client_it_waits_for(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Somebody's transaction waits for all requests, so for a client that does not read: QEMU and
+    the guest stand still, and no monitor answers."""
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)
+    before = machine.state()
+    xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
+    with contextlib.ExitStack() as stack:
+        conn = stack.enter_context(virtbackup.open(machine.uri))
+        dom = conn.lookupByID(1)
+        if by == "watch":
+            dom.backupStart(xml)
+        else:
+            argv = ["backup-start-as", "1", "--unix", f"{tmp_path}/nbd.sock"]
+            assert virsh(machine.uri, *argv).returncode == 0
+        stack.enter_context(stuck_client(tmp_path, "vda"))
+        bitmap = {"node": "B", "name": "theirs"}
+        action = {"type": "block-dirty-bitmap-add", "data": bitmap}
+        machine.probe.send("transaction", actions=[action])
+        if by == "stop" or machines.version() < (6, 0, 0):  # 5.2 does not wait
+            dom.backupStop()
+            assert machine.probe.receive() == {"return": {}}
+        else:
+            assert machine.probe.receive() == {"return": {}}
+            while dom.backupGetInfo().state != "failed":
+                pass  # the test's own time limit applies
+            with pytest.raises(virtbackup.Error, match="an NBD client stopped reading"):
+                dom.backupStop()
+        machine.probe.events.clear()
+        machine.probe("block-dirty-bitmap-remove", **bitmap)
+        assert machine.state() == before
+
+
+# --- a guest that was paused ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def linux() -> Iterator[guest.Guest]:
+    """A guest that writes records to two disks all the time."""
+    with tempfile.TemporaryDirectory(prefix="vb-guest-", dir="/var/tmp") as name:
+        try:
+            one = guest.start(pathlib.Path(name), machines.INTO_ROOT)
+        except kernel.Unavailable as error:
+            pytest.skip(f"no kernel for the guest: {error}")
+        with one:
+            one.wait_for_number(records.DISKS[0].slots)
+            yield one
+
+
+@pytest.mark.parametrize("ends", ["stop", "cleanup", "start"])
+def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
+    linux: guest.Guest, tmp_path_factory: pytest.TempPathFactory, ends: str
+) -> None:
+    """Nobody watches. Where QEMU can break the backup instead, the guest is not even paused."""
+    socket_path = linux.directory / "backup.sock"
+    address = f'<domainbackup><address type="unix" path="{socket_path}"/>'
+    with scene.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
+        disks = "".join(
+            f'<disk name="{disk.name}"><source dir="{room}"/></disk>' for disk in records.DISKS
+        )
+        xml = f"{address}<disks>{disks}</disks></domainbackup>"
+        flags = ["--owned"] if ends in ("cleanup", "start") else []
+        start(linux.uri, xml, *flags)
+        number = linux.report.number
+        with virtbackup.open(linux.uri) as conn:
+            [dom] = conn.listAllDomains()
+            info = dom.backupGetInfo()
+            while info.state == "running":
+                info = dom.backupGetInfo()
+            paused = linux.monitor.command("query-status")["status"] == "io-error"
+            assert paused == (info.scratch_failure == "guest")
+            if paused:
+                assert any("the guest was paused" in str(disk.reason) for disk in info.disks)
+                assert dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+            end(dom, linux, ends, f"{address}</domainbackup>")
+        assert linux.monitor.command("query-status")["status"] == "running"
+        linux.wait_for_number(max(number, linux.report.number) + 200)
+        with linux.paused():
+            verdicts = []
+            for disk in records.DISKS:
+                raw = linux.directory / "raw"
+                path = guest.image(linux.directory, disk)
+                argv = ["qemu-img", "convert", "-U", "-f", path.suffix[1:], "-O", "raw"]
+                subprocess.run([*argv, str(path), str(raw)], check=True)
+                verdicts.append(judge.examine(disk, raw))
+            assert judge.together(verdicts) == ()
+
+
+def start(uri: str, xml: str, *flags: str) -> None:
+    """By a process that is gone afterwards, so that nobody watches."""
+    owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if flags else 0
+    code = (
+        "import os, signal, sys, virtbackup\n"
+        "dom = virtbackup.open(sys.argv[1]).listAllDomains()[0]\n"
+        "dom.backupStart(sys.argv[2], int(sys.argv[3]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(owned)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def end(dom: virtbackup.Domain, linux: guest.Guest, how: str, other: str) -> None:
+    """End the backup in one of the ways that let the guest go on."""
+    if how == "cleanup":
+        assert "job" in " ".join(dom.backupCleanup())
+    elif how == "start":
+        dom.backupStart(other)
+        dom.backupStop()
+    else:
+        with pytest.raises(virtbackup.Error, match="the backup is not good"):
+            dom.backupStop()
+    assert not pathlib.Path(linux.directory / "backup.sock").exists()
+
+
+# --- what the address may not be --------------------------------------------------------------
+
+
+def test_another_servers_clients_are_left_alone(
+    tmp_path: pathlib.Path, machine: machines.Machine
+) -> None:
+    """The guest's user exports something over QEMU's own server: a start is refused, and the
+    client of that export reads on."""
+    address = {"type": "unix", "data": {"path": f"{tmp_path}/nbd.sock"}}
+    machine.probe("nbd-server-start", addr=address)
+    machine.probe("block-export-add", type="nbd", id="theirs", node_name="A", name="theirs")
+    client = nbd.NBD()
+    client.set_export_name("theirs")
+    client.connect_unix(f"{tmp_path}/nbd.sock")
+    with socket.socket(socket.AF_UNIX) as halfway, virtbackup.open(machine.uri) as conn:
+        halfway.connect(f"{tmp_path}/nbd.sock")
+        for path in (f"{tmp_path}/nbd.sock", f"{tmp_path}/other.sock"):
+            with pytest.raises(virtbackup.Error):
+                conn.lookupByID(1).backupStart(
+                    f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+                )
+        assert halfway.recv(8) == b"NBDMAGIC"
+        assert client.pread(512, 0) == bytes([1]) * 512
