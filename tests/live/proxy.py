@@ -6,6 +6,7 @@ is chosen by its number, counted from 0 over all connections, the handshake not 
 """
 
 import array
+import contextlib
 import json
 import pathlib
 import socket
@@ -14,27 +15,44 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 Fault = Literal[
-    "refuse", "lose-reply", "hang-up-before", "hang-up-after", "kill-before", "kill-after"
-]
+    "refuse", "lose-reply", "hang-up-before", "hang-up-after", "kill-before", "kill-after",
+    "kill-qemu-before", "kill-qemu-after",
+]  # fmt: skip
 """refuse: QEMU never sees the command, the client gets an error. lose-reply: QEMU does it, the
 client gets an error all the same. hang-up-*: the connection ends before or after QEMU did it.
-kill-*: so does the client's process, by SIGKILL."""
+kill-*: so does the client's process, by SIGKILL. kill-qemu-*: QEMU is killed, before it sees the
+command, or when it has done it and its reply is on the way; then nobody listens any more."""
+
+_WITHHELD = 10**6
+"""Added to the id of a command whose reply the client does not get."""
 
 
 class Proxy:
     """Serves clients one after the other, as a QMP socket does."""
 
-    def __init__(self, directory: pathlib.Path, qmp: pathlib.Path) -> None:
+    def __init__(self, directory: pathlib.Path, qmp: pathlib.Path, start: bool = True) -> None:
+        """Without START it is for QEMU's process to call ``listen``, so that its clients see that
+        process at the other end as they would without a proxy; ``start`` comes then."""
         self.path = directory / "proxy.sock"
         self._qmp = qmp
         self.commands: list[str] = []
         self.spoil: tuple[int, Fault] | None = None
         self.spoilt: str | None = None
         self.kill_client: Callable[[], None] = lambda: None
+        self.kill_qemu: Callable[[], None] = lambda: None
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
-        self._listener.listen()
         self._thread = threading.Thread(target=self._serve, daemon=True)
+        if start:
+            self.listen()
+            self.start()
+
+    def listen(self) -> None:
+        """Let clients connect; whose process calls this is the one that they see."""
+        self._listener.listen()
+
+    def start(self) -> None:
+        """Serve them."""
         self._thread.start()
 
     @property
@@ -52,7 +70,7 @@ class Proxy:
         self.spoil = None
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        _hang_up(self._listener)
         self._thread.join()
         self._listener.close()
 
@@ -64,7 +82,7 @@ class Proxy:
                 return
             with client, socket.socket(socket.AF_UNIX) as qemu:
                 qemu.connect(str(self._qmp))
-                down = threading.Thread(target=_pump, args=(qemu, client), daemon=True)
+                down = threading.Thread(target=self._down, args=(qemu, client), daemon=True)
                 down.start()
                 self._up(client, qemu)
                 _hang_up(qemu)
@@ -93,6 +111,14 @@ class Proxy:
         qemu: socket.socket,
     ) -> bool:
         fault = self._fault(command["execute"])
+        if fault == "kill-qemu-before":
+            self._end_qemu()
+            _hang_up(client)
+            return False
+        if fault == "kill-qemu-after":
+            # The other direction kills QEMU when the reply comes.
+            _send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
+            return True
         if fault is not None and fault.startswith("kill"):
             self.kill_client()
         if fault in ("hang-up-before", "kill-before"):
@@ -103,7 +129,7 @@ class Proxy:
             return True
         if fault == "lose-reply":
             # QEMU answers with an id of ours, which the client knows nothing of.
-            _send(qemu, json.dumps({**command, "id": 10**6 + command["id"]}).encode(), fds)
+            _send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
             _refuse(client, command)
             return True
         _send(qemu, line, fds)
@@ -111,6 +137,25 @@ class Proxy:
             _hang_up(client)
             return False
         return True
+
+    def _down(self, qemu: socket.socket, client: socket.socket) -> None:
+        """From QEMU to the client, until QEMU goes."""
+        pending = b""
+        while data := _receive(qemu)[0]:
+            pending += data
+            while b"\n" in pending:
+                line, pending = pending.split(b"\n", 1)
+                id = json.loads(line).get("id")
+                if id is None or id < _WITHHELD:
+                    with contextlib.suppress(OSError):
+                        client.sendall(line + b"\n")
+                elif self.spoil is not None and self.spoil[1] == "kill-qemu-after":
+                    self._end_qemu()
+        _hang_up(client)
+
+    def _end_qemu(self) -> None:
+        _hang_up(self._listener)
+        self.kill_qemu()
 
     def _fault(self, execute: str) -> Fault | None:
         if execute == "qmp_capabilities":
@@ -151,15 +196,3 @@ def _hang_up(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
     except OSError:
         return
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    while True:
-        try:
-            data = source.recv(1 << 16)
-            if not data:
-                _hang_up(target)
-                return
-            target.sendall(data)
-        except OSError:
-            return
