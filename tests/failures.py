@@ -47,8 +47,41 @@ both; a scratch image that fails, with `on-cbw-error` (QEMU 10.1 and newer, hybr
 the stop, elsewhere the guest, whose write fails or which is paused until the stop or the watch lets
 it go on; a QEMU that is gone or another one, both.
 
-"disk" and "the guest's write" are a device's; with the default `werror` QEMU pauses a guest whose
-write meets a full file system, instead of failing the write. See the last section for that.
+A write of the guest that is said to fail here is one that its device hands on. With the default
+`werror` QEMU does not hand on that there is no space: it pauses the guest. See the last section.
+"""
+
+_TAIL = """
+## A guest whose write met a full scratch image
+
+A Linux guest that writes all the time, the default `werror`, nobody watching
+(`tests/live/test_guard.py`):
+
+| engine, QEMU | the guest | `backup-info` | what lets it go on |
+|---|---|---|---|
+| classic 5.2, 7.2; hybrid 10.0 | is paused (`io-error`) | failed: a write of the guest failed and the guest was paused | `backup-stop`, `backup-cleanup` or the next `backup-start`; the write is done then and none is lost |
+| hybrid 11.1 | goes on | failed: its snapshot is broken | - |
+
+While whoever started the backup is still there (`backup-pull`, the interactive shell, a program that
+keeps its connection), it does not come to that: the backup is given up while there is still room, a
+quarter of what was free at the start and 128 MiB at most.
+
+## What a client can do to the guest
+
+A client that asks and then does not read (a stopped process, a lost network) makes QEMU wait for it
+whenever QEMU waits for all requests: in `nbd-server-stop`, in anybody's `transaction` (7.2, 10.0 and
+11.1), when a device is reset (10.0 and 11.1). QEMU and the guest then stand still for as long as the
+client does not read; QMP has no way out, and deleting the export does not help. So a stop
+disconnects all clients before it does anything else; and when the monitor does not answer, the stop
+and whoever watches look for such clients and disconnect them. That takes the right to duplicate
+QEMU's sockets: being root, or QEMU's user where ptrace(2) is not restricted; freeing a unix socket
+whose client does not read takes root.
+
+## A scratch image that hangs
+
+No QEMU seen has a time limit for the scratch images of a backup job: a write of the guest that has
+to save old data waits as long as the scratch image's file system does. `backup-info` says so
+("Scratch hangs"). Put scratch images on a local disk.
 """
 
 
@@ -120,7 +153,7 @@ def document() -> str:
             cells = (what, where_text, row.guest, row.reader, row.stop)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             what = ""
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _TAIL
 
 
 if __name__ == "__main__":
