@@ -217,6 +217,28 @@ def test_a_pull_says_why_its_backup_was_given_up(
     assert machine.state() == before
 
 
+def test_the_interactive_shell_watches(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    xml = tmp_path / "x.xml"
+    xml.write_text(document(tmp_path, f'dir="{small}"'))
+    program = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", machine.uri]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as shell:
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        shell.stdin.write(f"backup-start 1 {xml}\n")
+        shell.stdin.flush()
+        while "Domain backup started" not in shell.stdout.readline():
+            pass  # the test's own time limit applies
+        for at in range(0, SIZE, MIB // 2):
+            machine.io("vda", f"write -P 2 {at} {MIB // 2}")
+        out, _ = shell.communicate("backup-info 1\nbackup-stop 1\nquit\n", timeout=60)
+    assert out.count("given up before the scratch image") == 2, out
+    assert machine.probe("query-jobs") == []
+
+
 def test_a_watch_ends_with_the_backup_whoever_stops_it(
     tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
 ) -> None:
