@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import libvirt
 
@@ -19,21 +18,18 @@ from virtbackup import errors
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     backup,
-    block,
     blockjob,
     capabilities,
     cleanup,
     domain,
     monitor,
-    monitor_json,
     naming,
     nbdserver,
-    probe,
     process,
-    qcow2,
     qmp,
     scratch,
     status,
+    verdict,
     watch,
 )
 
@@ -172,9 +168,9 @@ class BackupJob:
             running = self._running(only)
             try:
                 with self._connect() as session:
-                    return _look(session, running)
+                    return verdict.look(session, running)
             except monitor.NotListening:
-                return _info(running, _all(running, _GONE), [])
+                return verdict.info(running, verdict.of_all(running, _GONE), [])
 
     def cleanup(self) -> list[str]:
         """Remove what a crash left; a line for each thing. Errors: VIR_ERR_OPERATION_INVALID
@@ -272,14 +268,14 @@ class BackupJob:
             sight,
             exports=before.exports,
             io_error=before.io_error or sight.io_error,
-            unreadable=_unreadable(session, running, sight),
+            unreadable=verdict.unreadable(session, running, sight),
         )
-        return _judge(session, running, sight)
+        return verdict.judge(session, running, sight)
 
     def _gone(self, running: status.Status) -> dict[str, str]:
         """After QEMU's end."""
         cleanup.forget(running, self._file)
-        return _all(running, _GONE)
+        return verdict.of_all(running, _GONE)
 
     def _listening(self) -> bool:
         try:
@@ -396,96 +392,3 @@ def _is_stale(session: domain.Session, state: backup.BlockState, left: status.St
 
 def _alive(owner: status.Process | None) -> bool:
     return owner is None or status.process_start(owner[0]) == owner[1]
-
-
-def _look(session: domain.Session, running: status.Status) -> backup_conf.BackupInfo:
-    """The verdict so far, and what is known of the scratch images where it is safe to ask."""
-    caps = session.capabilities
-    sight = domain.look(session.qemu, caps)
-    sight = dataclasses.replace(sight, unreadable=_unreadable(session, running, sight))
-    reasons = _judge(session, running, sight)
-    nodes: Any = []
-    if caps.named_nodes_are_safe(sight.jobs.values()):
-        nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
-    return _info(running, reasons, nodes)
-
-
-def _unreadable(
-    session: domain.Session, running: status.Status, sight: blockjob.Sight
-) -> dict[naming.NodeName, str]:
-    """The frozen disks that broke unseen, by trying to read them: no job and no event tells."""
-    broken = {}
-    for number, disk in enumerate(running.disks):
-        job = sight.jobs.get(disk.job)
-        if not disk.breaks_snapshot or disk.access is None or blockjob.job_reason(job):
-            continue
-        node = naming.probe_node(running.id, number)
-        if reason := probe.read(session.qemu, session.capabilities, disk.access, node):
-            broken[disk.access] = reason
-    return broken
-
-
-def _judge(
-    session: domain.Session, running: status.Status, sight: blockjob.Sight
-) -> dict[str, str]:
-    """Disk -> why its data is not good."""
-    if running.given_up is not None:
-        return _all(running, running.given_up)
-    if session.restarted_since(running.qemu):
-        return _all(running, "the domain was restarted")
-    if running.phase != "running":
-        return _all(running, f"the process that was {running.phase} it died")
-    return blockjob.judge(running.disks, sight)
-
-
-def _all(running: status.Status, reason: str) -> dict[str, str]:
-    return {disk.target: reason for disk in running.disks}
-
-
-def _info(running: status.Status, reasons: Mapping[str, str], nodes: Any) -> backup_conf.BackupInfo:
-    """NODES is a ``query-named-block-nodes`` reply, empty where it was not asked for."""
-    used = block.parse_actual_sizes(nodes)
-    thresholds = block.parse_write_thresholds(nodes)
-    breaks = all(disk.breaks_snapshot for disk in running.disks)
-    return backup_conf.BackupInfo(
-        state="failed" if reasons else "running",
-        started=running.started,
-        address=backup_conf.BackupDef.parse(running.definition).address,
-        engine=running.engine,
-        scratch_failure="backup" if breaks else "guest",
-        disks=tuple(
-            backup_conf.DiskInfo(
-                name=disk.target,
-                export=disk.exportname,
-                state="failed" if disk.target in reasons else "running",
-                reason=reasons.get(disk.target),
-                capacity=disk.size,
-                scratch_used=used.get(disk.scratch_file),
-                scratch_worst_case=qcow2.full_size(disk.size),
-                scratch_free=_free(disk.directory),
-                warning=_warning(disk, thresholds.get(disk.scratch_file)),
-            )
-            for disk in running.disks
-        ),
-    )
-
-
-def _warning(disk: status.DiskStatus, threshold: int | None) -> str | None:
-    """Words about a scratch image that might fill its file system; QEMU's THRESHOLD is 0 once the
-    image has outgrown it."""
-    if disk.threshold is None:
-        return None
-    worst = (
-        f"if the guest overwrites the whole disk, its scratch image in '{disk.directory}' does not"
-        " fit"
-    )
-    if threshold == 0:
-        return f"the scratch image has grown beyond {disk.threshold} bytes; {worst}"
-    return worst
-
-
-def _free(directory: str) -> int | None:
-    try:
-        return scratch.free_bytes(directory)
-    except OSError:
-        return None

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verdict on a backup, so far or at its end: by what QEMU shows, and by trying to read."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import (
+    block,
+    blockjob,
+    domain,
+    monitor_json,
+    naming,
+    probe,
+    qcow2,
+    scratch,
+    status,
+)
+
+
+def look(session: domain.Session, running: status.Status) -> backup_conf.BackupInfo:
+    """The verdict so far, and what is known of the scratch images where it is safe to ask."""
+    caps = session.capabilities
+    sight = domain.look(session.qemu, caps)
+    sight = dataclasses.replace(sight, unreadable=unreadable(session, running, sight))
+    reasons = judge(session, running, sight)
+    nodes: Any = []
+    if caps.named_nodes_are_safe(sight.jobs.values()):
+        nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
+    return info(running, reasons, nodes)
+
+
+def unreadable(
+    session: domain.Session, running: status.Status, sight: blockjob.Sight
+) -> dict[naming.NodeName, str]:
+    """The frozen disks that broke unseen, by trying to read them: no job and no event tells."""
+    broken = {}
+    for number, disk in enumerate(running.disks):
+        job = sight.jobs.get(disk.job)
+        if not disk.breaks_snapshot or disk.access is None or blockjob.job_reason(job):
+            continue
+        node = naming.probe_node(running.id, number)
+        if reason := probe.read(session.qemu, session.capabilities, disk.access, node):
+            broken[disk.access] = reason
+    return broken
+
+
+def judge(session: domain.Session, running: status.Status, sight: blockjob.Sight) -> dict[str, str]:
+    """Disk -> why its data is not good."""
+    if running.given_up is not None:
+        return of_all(running, running.given_up)
+    if session.restarted_since(running.qemu):
+        return of_all(running, "the domain was restarted")
+    if running.phase != "running":
+        return of_all(running, f"the process that was {running.phase} it died")
+    return blockjob.judge(running.disks, sight)
+
+
+def of_all(running: status.Status, reason: str) -> dict[str, str]:
+    return {disk.target: reason for disk in running.disks}
+
+
+def info(running: status.Status, reasons: Mapping[str, str], nodes: Any) -> backup_conf.BackupInfo:
+    """As backupGetInfo tells it. NODES is a ``query-named-block-nodes`` reply, empty where it was
+    not asked for."""
+    used = block.parse_actual_sizes(nodes)
+    thresholds = block.parse_write_thresholds(nodes)
+    breaks = all(disk.breaks_snapshot for disk in running.disks)
+    return backup_conf.BackupInfo(
+        state="failed" if reasons else "running",
+        started=running.started,
+        address=backup_conf.BackupDef.parse(running.definition).address,
+        engine=running.engine,
+        scratch_failure="backup" if breaks else "guest",
+        disks=tuple(
+            backup_conf.DiskInfo(
+                name=disk.target,
+                export=disk.exportname,
+                state="failed" if disk.target in reasons else "running",
+                reason=reasons.get(disk.target),
+                capacity=disk.size,
+                scratch_used=used.get(disk.scratch_file),
+                scratch_worst_case=qcow2.full_size(disk.size),
+                scratch_free=_free(disk.directory),
+                warning=_warning(disk, thresholds.get(disk.scratch_file)),
+            )
+            for disk in running.disks
+        ),
+    )
+
+
+def _warning(disk: status.DiskStatus, threshold: int | None) -> str | None:
+    """Words about a scratch image that might fill its file system; QEMU's THRESHOLD is 0 once the
+    image has outgrown it."""
+    if disk.threshold is None:
+        return None
+    worst = (
+        f"if the guest overwrites the whole disk, its scratch image in '{disk.directory}' does not"
+        " fit"
+    )
+    if threshold == 0:
+        return f"the scratch image has grown beyond {disk.threshold} bytes; {worst}"
+    return worst
+
+
+def _free(directory: str) -> int | None:
+    try:
+        return scratch.free_bytes(directory)
+    except OSError:
+        return None
