@@ -123,7 +123,7 @@ def check(version: Version, engine: str, fault: str, row: scene.Row) -> None:
         text = {e: {n: dataclasses.asdict(r) for n, r in of.items()} for e, of in rows.items()}
         path(version).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
         raise AssertionError(f"{fault} ({engine}) written anew: read it, then run again: {row}")
-    assert row == recorded
+    assert row == recorded, f"{fault} ({engine}): {row}, not {recorded}"
 
 
 def document() -> str:

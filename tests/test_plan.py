@@ -208,7 +208,7 @@ def test_judgement_is_by_disk() -> None:
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
             export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
             scratch_file=naming.scratch_file_node(ID, number),
-            access=naming.access_node(ID, number), breaks_snapshot=True, directory="/scratch",
+            access=naming.access_node(ID, number), breaks_snapshot=number != 4, directory="/scratch",
             threshold=None, path=None,
         )  # fmt: skip
 
@@ -241,8 +241,8 @@ def test_judgement_is_by_disk() -> None:
         "d1": "its backup job disappeared",
         "d2": removed,
         "d3": removed,
-        "d4": "a write of the guest failed ('nospace') and the guest was paused: its scratch image"
-        " is full or broken",
+        "d4": "a write of the guest failed ('nospace') and the guest was paused: its scratch image,"
+        " or its own storage, is full or broken",
         "d5": "the disk was unplugged during the backup",
         "d6": "its medium was removed during the backup",
         "d7": "its snapshot is broken: EINVAL",
@@ -272,7 +272,8 @@ def test_an_empty_image_is_consistent(size: int) -> None:
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
         id=ID, phase="running", name="vm", uuid="u", definition="<x/>", engine="classic",
-        started=1.5, server=True, socket=None, qemu=(1, 2), owner=None, given_up=None, disks=(),
+        started=1.5, server=True, socket=None, qemu=(1, 2), owner=None, given_up=None,
+        was_stopped=False, verdict=None, told=False, disks=(),
     )  # fmt: skip
     assert status.parse(status.format(whole)) == whole
     for text in ("", "[]", "{}", "7", '{"version": 2}', status.format(whole)[:-20]):

@@ -181,7 +181,7 @@ def test_a_backup_is_given_up_before_the_guest_notices(
             assert "given up before the scratch image" in str(info.disks[0].reason)
             assert machine.state() == before
             assert scratch.free_bytes(str(small)) == 24 * MIB
-            with pytest.raises(virtbackup.Error, match="another backup job is already running"):
+            with pytest.raises(virtbackup.Error, match="another backup job is not stopped yet, it was given up"):
                 dom.backupStart(document(tmp_path, f'dir="{small}"', disk))
             with pytest.raises(virtbackup.Error, match=f"disk '{disk}': given up before"):
                 dom.backupStop()

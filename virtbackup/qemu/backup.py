@@ -106,6 +106,8 @@ class BlockState:
     vcpus_run: bool
     iothreads: Mapping[str, str]
     """Disk -> the iothread it runs in; asked only of QEMUs where that matters."""
+    io_error: bool = False
+    """The guest is paused since a drive met an error."""
 
     def backups(self) -> frozenset[naming.BackupId]:
         """The backups of which QEMU shows a job, an export or a node."""

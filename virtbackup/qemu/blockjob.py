@@ -27,7 +27,7 @@ class Sight:
     drives: Mapping[str, block.Disk] | None
     """By place in QEMU's object tree; None where there are no devices at all."""
     io_error: bool
-    """The guest is paused since a drive met an error."""
+    """The guest is paused since a drive met an error, and was not so at the start already."""
     unreadable: Mapping[naming.NodeName, str] = dataclasses.field(default_factory=dict)
     """Frozen disks that were tried and cannot be read, with the reason."""
 
@@ -76,11 +76,13 @@ def _frozen_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
 
 
 def _scratch_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    if disk.breaks_snapshot:
+        return None  # its scratch image cannot be why
     drive = _drive(disk, sight)
     if sight.io_error and drive is not None and drive.io_status in _STOPPED:
         return (
             f"a write of the guest failed ('{drive.io_status}') and the guest was paused: its"
-            " scratch image is full or broken"
+            " scratch image, or its own storage, is full or broken"
         )
     return None
 

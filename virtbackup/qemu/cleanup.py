@@ -23,10 +23,13 @@ from virtbackup.qemu import (
     scratch,
     status,
     sweep,
+    verdict,
 )
 
 logger = logging.getLogger(__name__)
 
+NBD_SERVER = "NBD server"
+"""What the server is called among what is still there."""
 _DYING = 1.0
 """Seconds for the kernel to close the sockets of a QEMU that was killed."""
 
@@ -36,40 +39,55 @@ def clean(
 ) -> list[str]:
     """Take the backup LEFT out of QEMU, then its files; without a status, all that is ours by name.
 
-    A line for each thing done. Where the NBD server could not be stopped, the status stays, for
-    the next clean to finish.
+    A line for each thing done. Where not all of it could be taken out, the status stays, for the
+    next clean to finish. Errors: sweep.ClientStuck, before anything is deleted.
     """
-    removed, server_left = take_out(session, left)
-    if left is not None and server_left:
+    removed, rest = take_out(session, left)
+    if left is not None and rest:
+        logger.warning("backup=%s not all could be removed: %s", left.id, ", ".join(rest))
         removed += remove_files(left)
-        file.save(dataclasses.replace(left, phase="stopping", disks=()))
+        file.save(dataclasses.replace(left, phase="stopping", told=True))
     elif left is not None:
         removed += forget(left, file)
     return removed
 
 
-def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[str], bool]:
+def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[str], list[str]]:
     """Take the backup LEFT, or all that is ours by name, out of QEMU; a guest that was paused for
-    an error of its disks goes on. (A line for each thing done, whether our NBD server remains.)"""
-    ours = left is not None and not session.restarted_since(left.qemu)
-    stopped = left is not None and ours and _stopped_guest(session, left)
+    an error of its disks goes on first of all. (A line for each thing done, what is still there.)
+
+    Errors: sweep.ClientStuck, before anything is deleted.
+    """
+    removed = []
     sweeper = sweeper_of(session, left)
-    if stopped:
+    ours = left is not None and not session.restarted_since(left.qemu)
+    if left is not None and ours and _stopped_guest(session, left):
         sweeper.stop_saving()
-    removed = sweeper.exports()
+        removed += sweeper.jobs()
+        removed += _go_on(session)
+    sweeper.end_clients()
+    exports = sweeper.exports()
+    removed += exports
     server_left = False
-    if _owns_server(session, left, bool(removed)):
+    if _owns_server(session, left, bool(exports)):
         stopped_server, server_left = sweeper.server()
         removed += stopped_server
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.fdsets()
     if left is not None and ours:
         removed += _orphans(session, left, sweeper)
-    if stopped:
+    return removed, ([NBD_SERVER] if server_left else []) + sweeper.remaining()
+
+
+def _go_on(session: domain.Session) -> list[str]:
+    """Let the guest go on; the writes that failed are tried again then."""
+    try:
         session.qemu.execute(monitor_json.cont())
-        logger.warning("the guest was paused by a disk error during the backup; it goes on")
-        removed.append("pause of the guest")
-    return removed, server_left
+    except monitor_json.CommandFailed as failure:
+        logger.warning("the guest, paused by a disk error, cannot go on: %s", failure.desc)
+        return []
+    logger.warning("the guest was paused by a disk error during the backup; it goes on")
+    return ["pause of the guest"]
 
 
 def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Sweeper:
@@ -128,13 +146,12 @@ def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
 
 
 def _stopped_guest(session: domain.Session, left: status.Status) -> bool:
-    sight = domain.look(session.qemu, session.capabilities)
-    return blockjob.stopped_guest(left.disks, sight)
+    return blockjob.stopped_guest(left.disks, verdict.look_at(session, left))
 
 
 def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweeper) -> list[str]:
-    """Delete the nodes of disks that were unplugged during the backup: only our job kept them from
-    going with their device, and they would keep their images locked."""
+    """Delete the nodes of disks that were unplugged during the backup. Who unplugs a disk deletes
+    its nodes, and was refused that while our job used them; they would keep their images locked."""
     caps = session.capabilities
     if not caps.devices or not caps.block_graph:
         return []

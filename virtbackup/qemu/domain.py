@@ -124,14 +124,15 @@ def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockS
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
     if caps.devices:
         disks = block.parse_block(next(replies))
-        runs = monitor_json.parse_status(next(replies)).running
+        run_state = monitor_json.parse_status(next(replies))
+        runs, io_error = run_state.running, run_state.status == "io-error"
     else:
         disks = block.disks_of_nodes(named_nodes(qemu, caps, jobs.values()), graph)
-        runs = False
+        runs = io_error = False
     iothreads = {}
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
-    return backup.BlockState(disks, jobs, exports, graph, runs, iothreads)
+    return backup.BlockState(disks, jobs, exports, graph, runs, iothreads, io_error)
 
 
 def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:

@@ -62,6 +62,7 @@ class QmpDriver:
         self._path = path
         self._engine = engine
         self._watch: watch.Watch | None = None
+        self._pid = os.getpid()
         self._trace: TextIO | None = None
         self._identity: domain.Identity | None = None
         self._file = status.StatusFile(os.path.realpath(path))
@@ -77,7 +78,10 @@ class QmpDriver:
     # --- the connection ---
 
     def close(self) -> None:
-        """End the backup that was started to end with us; a failure to is logged."""
+        """End the backup that was started to end with us; a failure to is logged. In a process that
+        was forked from the one that opened us, nothing: what there is is the other's."""
+        if os.getpid() != self._pid:
+            return
         self._stop_watching()
         id, self._autodestroy = self._autodestroy, None
         running = self._file.load()
@@ -150,15 +154,21 @@ class QmpDriver:
         owned = bool(flags & START_AUTODESTROY)
         owner = status.this_process() if owned else None
         id, images = self._job.start(definition, owner, self._engine)
-        self._stop_watching()
-        self._watch = watch.Watch(
-            images,
-            is_over=lambda: self._job.is_over(id),
-            guest_trouble=lambda: self._job.guest_trouble(id),
-            give_up=lambda reason: self._job.give_up(id, reason),
-        )
         if owned:
             self._autodestroy = id
+        self._stop_watching()
+        try:
+            self._watch = watch.Watch(
+                images,
+                is_over=lambda: self._job.is_over(id),
+                guest_trouble=lambda: self._job.guest_trouble(id),
+                give_up=lambda reason: self._job.give_up(id, reason),
+            )
+        except BaseException:
+            for image in images:
+                os.close(image.fd)
+            self._job.stop(id)
+            raise
 
     def _stop_watching(self) -> None:
         watching, self._watch = self._watch, None

@@ -70,9 +70,9 @@ class BackupJob:
             for disk in plan.disks:
                 scratch.check(disk.source, disk.target)
             thresholds = _thresholds(plan)
-            starting = _starting(plan, thresholds, session, owner)
             if not session.capabilities.write_threshold:
                 thresholds = {}
+            starting = _starting(plan, thresholds, session, owner, state.io_error)
             by_fd = session.capabilities.fdsets and state.vcpus_run
             run = process.Run(session.qemu, plan, by_fd, thresholds)
             self._run(run, session, starting)
@@ -96,8 +96,8 @@ class BackupJob:
             running = self._running()
             try:
                 with self._connect() as session:
-                    sight = domain.look(session.qemu, session.capabilities)
-            except errors.Error as failure:
+                    sight = verdict.look_at(session, running)
+            except monitor.NoAnswer as failure:
                 if not _rescue(running, failure):
                     raise
                 return "given up, as an NBD client stopped reading and QEMU stood still for it"
@@ -114,14 +114,14 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     cleanup.sweeper_of(session, running).stop_saving()
-                    running = dataclasses.replace(running, given_up=reason)
-                    self._file.save(running)
-                    _, server_left = cleanup.take_out(session, running)
+                    _, rest = cleanup.take_out(session, running)
             except monitor.NotListening:
                 return  # the stop will say so
             cleanup.remove_files(running)
             disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
-            self._file.save(dataclasses.replace(running, server=server_left, disks=disks))
+            server = cleanup.NBD_SERVER in rest
+            ended = dataclasses.replace(running, given_up=reason, server=server, disks=disks)
+            self._file.save(ended)
         logger.warning("backup=%s %s", id, reason)
 
     def stop(self, only: naming.BackupId | None = None) -> dict[str, str]:
@@ -137,10 +137,12 @@ class BackupJob:
             _check_is(running, only)
             try:
                 reasons = self._stop(running)
-            except errors.Error as failure:
+            except monitor.NoAnswer as failure:
                 if not _rescue(running, failure):
                     raise
                 reasons = self._stop(running)
+        if running.told:
+            raise _no_backup()
         logger.info("backup=%s stopped bad=%s", running.id, list(reasons))
         return reasons
 
@@ -148,7 +150,8 @@ class BackupJob:
         try:
             with self._connect() as session:
                 reasons = self._end(session, running)
-                cleanup.clean(session, running, self._file)
+                judged = dataclasses.replace(running, verdict=reasons)
+                cleanup.clean(session, judged, self._file)
         except monitor.NotListening:
             return self._gone(running)
         except monitor.MonitorLost:
@@ -181,9 +184,10 @@ class BackupJob:
                 with self._connect() as session:
                     state = domain.ask(session.qemu, session.capabilities)
                     if left is not None and not _is_stale(session, state, left):
+                        now = left.given_up or "running"
                         raise errors.error(
                             libvirt.VIR_ERR_OPERATION_INVALID,
-                            f"backup {left.id} is running: backup-stop ends it",
+                            f"backup {left.id} is {now}: backup-stop ends it",
                         )
                     return cleanup.clean(session, left, self._file)
             except monitor.NotListening:
@@ -196,9 +200,10 @@ class BackupJob:
         state = domain.ask(session.qemu, session.capabilities)
         left = self._file.load()
         if left is not None and not _is_stale(session, state, left):
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
-            )
+            text = "another backup job is already running"
+            if left.given_up is not None:
+                text = f"another backup job is not stopped yet, it was {left.given_up}"
+            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
         if left is None and (jobs := state.running_jobs()):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
@@ -256,21 +261,27 @@ class BackupJob:
         return running
 
     def _end(self, session: domain.Session, running: status.Status) -> dict[str, str]:
-        """End the exports, and only then look whether the jobs still vouched for all reads."""
-        qemu, caps = session.qemu, session.capabilities
-        before = domain.look(qemu, caps)
+        """End the exports, and only then look whether the jobs still vouched for all reads.
+
+        The verdict is on disk when this returns: an end that fails later does not lose it.
+        """
+        if running.verdict is not None:
+            return running.verdict
+        before = verdict.look_at(session, running)
         sweeper = cleanup.sweeper_of(session, running)
         sweeper.end_clients()
         self._file.save(dataclasses.replace(running, phase="stopping"))
         sweeper.exports()
-        sight = domain.look(qemu, caps)
+        sight = verdict.look_at(session, running)
         sight = dataclasses.replace(
             sight,
             exports=before.exports,
             io_error=before.io_error or sight.io_error,
             unreadable=verdict.unreadable(session, running, sight),
         )
-        return verdict.judge(session, running, sight)
+        reasons = verdict.judge(session, running, sight)
+        self._file.save(dataclasses.replace(running, phase="stopping", verdict=reasons))
+        return reasons
 
     def _gone(self, running: status.Status) -> dict[str, str]:
         """After QEMU's end."""
@@ -297,10 +308,10 @@ def _check_is(running: status.Status, only: naming.BackupId | None) -> None:
         )
 
 
-def _rescue(running: status.Status, failure: errors.Error) -> bool:
+def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     """Whether FAILURE of the monitor was QEMU standing still for an NBD client of ours that has
     stopped reading, and the client is gone now."""
-    if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_TIMEOUT or running.qemu is None:
+    if running.qemu is None:
         return False
     pid, start = running.qemu
     address = backup_conf.BackupDef.parse(running.definition).address
@@ -335,6 +346,7 @@ def _starting(
     thresholds: Mapping[str, int],
     session: domain.Session,
     owner: status.Process | None,
+    was_stopped: bool,
 ) -> status.Status:
     """What is on disk while PLAN is being carried out."""
     return status.Status(
@@ -350,6 +362,9 @@ def _starting(
         qemu=session.process,
         owner=owner,
         given_up=None,
+        was_stopped=was_stopped,
+        verdict=None,
+        told=False,
         disks=tuple(
             status.DiskStatus(
                 target=disk.target,

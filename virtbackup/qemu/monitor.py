@@ -45,6 +45,18 @@ class MonitorLost(errors.Error):
         )
 
 
+class NoAnswer(errors.Error):
+    """QEMU speaks to us and does not answer in time: it stands still, or is very slow."""
+
+    def __init__(self, detail: str) -> None:
+        text = f"Timed out during operation: {detail}"
+        super().__init__(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT,
+            text,
+            strings=("Timed out during operation: %s", detail, None),
+        )
+
+
 class NotListening(errors.Error):
     """There is no monitor: no socket, or nobody behind it. QEMU is not running (any more)."""
 
@@ -192,7 +204,7 @@ class Monitor:
         else:
             reason = f"{what}: the monitor took more than {SESSION_TIMEOUT:g} seconds in all"
         self._lose(reason)
-        return errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, reason)
+        return NoAnswer(reason)
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""

@@ -230,13 +230,17 @@ def blockdev_add_probe(driver: str, node: naming.NodeName, file: naming.NodeName
     return _command("blockdev-add", driver=driver, node_name=node, file=sector, read_only=True)
 
 
+_PROBE_WAS_READ = ("Image not in Bochs format", "Catalog size is too", "Extent size")
+"""How QEMU's words begin when it does not like a sector that it has read."""
+
+
 def parse_probe(failure: CommandFailed) -> str | None:
     """Why FAILURE of a probe says that its node cannot be read; None when it was read, and was no
     image of that format.
 
-    Only those words of QEMU's count as read: a frozen disk that is not understood is not good.
+    Only words known to mean that count as read: a frozen disk that is not understood is not good.
     """
-    if failure.desc.startswith("Image not in "):
+    if failure.desc.startswith(_PROBE_WAS_READ):
         return None
     return failure.desc.rsplit(": ", 1)[-1]
 
@@ -307,6 +311,11 @@ def parse_jobs(reply: Any) -> dict[naming.JobId, Job]:
 def block_job_cancel(job: naming.JobId) -> Command:
     """Fails as JobNotFound when the job is gone."""
     return _command("block-job-cancel", device=job)
+
+
+def job_cancel(job: naming.JobId) -> Command:
+    """Also of a job that somebody has paused. Fails as JobNotFound when the job is gone."""
+    return _command("job-cancel", id=job)
 
 
 def job_dismiss(job: naming.JobId) -> Command:

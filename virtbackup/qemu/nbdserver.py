@@ -78,6 +78,15 @@ def _hang_up(connection: socket.socket) -> None:
             return
 
 
+def describe(address: backup_conf.Address) -> str:
+    """An address as people write it."""
+    match address:
+        case backup_conf.IpAddress(host, port):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        case backup_conf.UnixAddress(path):
+            return f"'{path}'"
+
+
 def stuck_clients(pid: int, address: backup_conf.Address) -> int:
     """How many clients of process PID's server at ADDRESS do not read what waits for them."""
     before = _waiting(pid, address)

@@ -3,8 +3,8 @@
 
 A snapshot that broke (``on-cbw-error=break-snapshot``) shows in no query and no event: only reads
 fail. So its first sector is read, by opening it as an image of a format that it is not: QEMU's
-refusal says whether it came to see the sector. Nothing of the sector is used, and the node is
-read-only and gone at once, should the sector happen to be such an image's.
+refusal says whether it came to see the sector. The node is read-only, sees that one sector, and is
+gone at once should the sector happen to be such an image's.
 """
 
 from virtbackup.qemu import capabilities, monitor, monitor_json, naming

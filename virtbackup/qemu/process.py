@@ -15,7 +15,7 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, scratch, watch
+from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, qcow2, scratch, watch
 
 
 class ServerInUse(errors.Error):
@@ -56,7 +56,7 @@ class Run:
                 raise ServerInUse from failure
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_FAILED,
-                f"cannot listen on {describe(self.plan.address)}: {failure.desc}",
+                f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}",
             ) from failure
 
     def scratch_images(self) -> None:
@@ -112,7 +112,8 @@ class Run:
         try:
             scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve))
             if not disk.source.reserve:
-                self.images.append(watch.Image(disk.target, os.dup(fd)))
+                worst_case = qcow2.full_size(disk.size)
+                self.images.append(watch.Image(disk.target, os.dup(fd), worst_case))
             if self.by_fd:
                 with self._fdset(fd, disk.opaque) as filename:
                     yield filename
@@ -130,15 +131,6 @@ class Run:
         fdset = monitor_json.parse_add_fd(self.qemu.execute(monitor_json.add_fd(fd, opaque)))
         yield f"/dev/fdset/{fdset}"
         self.qemu.execute(monitor_json.remove_fd(fdset))
-
-
-def describe(address: backup_conf.Address) -> str:
-    """An address as people write it."""
-    match address:
-        case backup_conf.IpAddress(host, port):
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        case backup_conf.UnixAddress(path):
-            return f"'{path}'"
 
 
 def check_address(address: backup_conf.Address) -> None:

@@ -72,7 +72,8 @@ class Space:
     @property
     def threshold(self) -> int | None:
         """The size in bytes of one image that is worth a warning; None where all of it fits."""
-        return None if self.warning is None else self.free // (2 * len(self.images))
+        growing = [image for image in self.images if not image.source.reserve]
+        return None if self.warning is None else self.free // (2 * len(growing))
 
 
 def spaces(images: Iterable[Wanted]) -> list[Space]:
@@ -93,7 +94,8 @@ def spaces(images: Iterable[Wanted]) -> list[Space]:
     for group in by_device.values():
         space = Space(tuple(group), free_bytes(group[0].directory))
         reserved = sum(image.worst_case for image in group if image.source.reserve)
-        least = reserved + sum(LEAST_FREE for image in group if not image.source.reserve)
+        growing = [image for image in group if not image.source.reserve]
+        least = reserved + sum(min(LEAST_FREE, image.worst_case) for image in growing)
         if space.free < least:
             targets = ", ".join(f"'{image.target}'" for image in group)
             raise errors.system_error(
@@ -143,7 +145,12 @@ def create(path: str, target: str, uid: int) -> int:
     except OSError as failure:
         raise _cannot(failure, path, target) from failure
     if uid != os.geteuid() == 0:
-        os.fchown(fd, uid, -1)
+        try:
+            os.fchown(fd, uid, -1)
+        except OSError as failure:
+            os.close(fd)
+            remove(path)
+            raise _cannot(failure, path, target) from failure
     return fd
 
 

@@ -24,7 +24,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -83,6 +83,12 @@ class Status:
     """The process whose end is the backup's end; None: it goes on without one."""
     given_up: str | None
     """Why the backup was ended before its time, to be told by the stop; None while it runs."""
+    was_stopped: bool
+    """The guest was paused for an I/O error already at the start: that is not for us to end."""
+    verdict: dict[str, str] | None
+    """Disk -> why it is not good, once a stop has judged; None before."""
+    told: bool
+    """The verdict was told: all that is left is to be cleaned up."""
     disks: tuple[DiskStatus, ...]
 
 
@@ -145,12 +151,17 @@ class StatusFile:
             os.close(fd)
 
     def load(self) -> Status | None:
-        """The status, or None where there is none (an unreadable one is logged and counts so)."""
+        """The status, or None where there is none (a broken one is logged and counts so).
+
+        Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
+        """
         try:
             return parse(self.path.read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as failure:
+        except OSError as failure:
+            raise errors.system_error(failure, f"cannot read status '{self.path}'") from failure
+        except ValueError as failure:
             logger.warning("status=%s unreadable: %s", self.path, failure)
             return None
 

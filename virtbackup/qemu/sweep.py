@@ -52,11 +52,10 @@ class Sweeper:
     """Of our NBD server, where it is known."""
 
     def exports(self) -> list[str]:
-        """End our exports; their clients are disconnected. Returns when they are gone.
+        """End our exports, whose clients are disconnected (see ``end_clients``).
 
-        Errors: ClientStuck, before anything is done.
+        Returns when they are gone, or after TIMEOUT.
         """
-        self.end_clients()
         removed: list[str] = []
         for attempt in self._attempts():
             exports = self._own_exports()
@@ -103,7 +102,7 @@ class Sweeper:
             self.pid, self.address, lambda: self.qemu.execute(monitor_json.query_jobs())
         )
         if left:
-            raise ClientStuck(left, str(self.address))
+            raise ClientStuck(left, nbdserver.describe(self.address))
         return left
 
     def jobs(self) -> list[str]:
@@ -120,7 +119,7 @@ class Sweeper:
                     removed.append(f"job '{job.id}'")
                 elif job.id not in cancelled:
                     cancelled.add(job.id)
-                    self._execute(monitor_json.block_job_cancel(job.id))
+                    self._execute(monitor_json.job_cancel(job.id))
             if any(job.status != _CONCLUDED for job in jobs):
                 self._wait("JOB_STATUS_CHANGE")
         return removed
@@ -149,7 +148,7 @@ class Sweeper:
         jobs, without waiting for either. What is read from now on is not the frozen disk."""
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
-            *(monitor_json.block_job_cancel(job.id) for job in self._own_jobs()),
+            *(monitor_json.job_cancel(job.id) for job in self._own_jobs()),
         ]
         try:
             self.qemu.execute_all(commands)
@@ -163,6 +162,13 @@ class Sweeper:
             for fdset in self._own_fdsets()
             if self._execute(monitor_json.remove_fd(fdset))
         ]
+
+    def remaining(self) -> list[str]:
+        """What of ours is still there."""
+        exports = [f"export '{export.id}'" for export in self._own_exports()]
+        jobs = [f"job '{job.id}'" for job in self._own_jobs()]
+        nodes = [f"node '{node}'" for node in self._node_names() if self._is_ours(node)]
+        return [*exports, *jobs, *nodes]
 
     # --- what is ours ---
 

@@ -22,13 +22,19 @@ from virtbackup.qemu import (
 def look(session: domain.Session, running: status.Status) -> backup_conf.BackupInfo:
     """The verdict so far, and what is known of the scratch images where it is safe to ask."""
     caps = session.capabilities
-    sight = domain.look(session.qemu, caps)
+    sight = look_at(session, running)
     sight = dataclasses.replace(sight, unreadable=unreadable(session, running, sight))
     reasons = judge(session, running, sight)
     nodes: Any = []
     if caps.named_nodes_are_safe(sight.jobs.values()):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
     return info(running, reasons, nodes)
+
+
+def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
+    """What has become of the backup RUNNING, the reading of frozen disks not tried."""
+    sight = domain.look(session.qemu, session.capabilities)
+    return dataclasses.replace(sight, io_error=sight.io_error and not running.was_stopped)
 
 
 def unreadable(
@@ -40,6 +46,8 @@ def unreadable(
         job = sight.jobs.get(disk.job)
         if not disk.breaks_snapshot or disk.access is None or blockjob.job_reason(job):
             continue
+        if not disk.size:
+            continue  # nothing to read
         node = naming.probe_node(running.id, number)
         if reason := probe.read(session.qemu, session.capabilities, disk.access, node):
             broken[disk.access] = reason
@@ -53,7 +61,7 @@ def judge(session: domain.Session, running: status.Status, sight: blockjob.Sight
     if session.restarted_since(running.qemu):
         return of_all(running, "the domain was restarted")
     if running.phase != "running":
-        return of_all(running, f"the process that was {running.phase} it died")
+        return of_all(running, f"the process that was {running.phase} it did not come to an end")
     return blockjob.judge(running.disks, sight)
 
 

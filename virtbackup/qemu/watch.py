@@ -28,6 +28,8 @@ SHORTEST, LONGEST = 0.002, 0.5
 """Seconds between two looks at the room."""
 LOOK = 2.0
 """Seconds between two looks at the guest."""
+_JOIN = 5.0
+"""Seconds for the thread to end."""
 TRY_AGAIN = 0.2
 """Seconds after which to try again to end a backup, when the monitor is not to be had."""
 
@@ -38,6 +40,13 @@ class Image:
 
     target: str
     fd: int
+    worst_case: int
+    """Bytes that it can come to take."""
+
+    @property
+    def growth(self) -> int:
+        """Bytes that it can still come to take."""
+        return max(0, self.worst_case - os.fstat(self.fd).st_blocks * 512)
 
 
 class Watch:
@@ -65,14 +74,15 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no more; returns when the images' descriptors are closed."""
+        """Watch no more; returns when the images' descriptors are closed, or after a while when a
+        file system hangs."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_JOIN)
 
     def _run(self) -> None:
         try:
             next_look = time.monotonic() + LOOK
-            while not self._closed.wait(self._pause()) and not self._is_over():
+            while not self._closed.wait(self._pause()) and not self._over():
                 reason = self._no_room()
                 if reason is None and time.monotonic() > next_look:
                     next_look = time.monotonic() + LOOK
@@ -85,9 +95,26 @@ class Watch:
                 with contextlib.suppress(OSError):
                     os.close(image.fd)
 
+    def _over(self) -> bool:
+        try:
+            return self._is_over()
+        except errors.Error as failure:
+            logger.warning("watch: cannot tell whether the backup is over: %s", failure)
+            return False
+
     def _room(self, image: Image) -> int:
-        """Bytes until the backup has to be given up for IMAGE's file system."""
-        return scratch.free_bytes(image.fd) - self._keep[os.fstat(image.fd).st_dev]
+        """Bytes until the backup has to be given up for IMAGE's file system; where a file system
+        cannot be asked just now, as if there were plenty."""
+        try:
+            device = os.fstat(image.fd).st_dev
+            same = [other for other in self._images if os.fstat(other.fd).st_dev == device]
+            growth = sum(other.growth for other in same)
+            if not growth:
+                return FASTEST
+            return scratch.free_bytes(image.fd) - min(self._keep[device], growth)
+        except OSError as failure:
+            logger.warning("watch: cannot look at disk '%s': %s", image.target, failure)
+            return FASTEST
 
     def _pause(self) -> float:
         room = min(map(self._room, self._images), default=FASTEST)
@@ -107,11 +134,11 @@ class Watch:
         try:
             return self._guest_trouble()
         except errors.Error as failure:
-            logger.info("watch: cannot look at the guest: %s", failure)
+            logger.warning("watch: cannot look at the guest: %s", failure)
             return None
 
     def _end(self, reason: str) -> None:
-        while not self._is_over():
+        while not self._over():
             try:
                 self._give_up(reason)
                 return
