@@ -12,6 +12,7 @@ VIRTBACKUP_LONG=1 makes it a thousand rounds; -s shows the figures.
 
 import collections
 import contextlib
+import fcntl
 import os
 import pathlib
 import random
@@ -519,7 +520,10 @@ def clean_up_without_status(round: Round) -> None:
         return  # only the status knew which file of the user's choice it is
     round.harmed = round.ended = True
     for path in scene.state_files():
-        path.unlink()
+        # The watch may be about to write it anew.
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path.unlink(missing_ok=True)
     with round.one.domain() as domain:
         domain.backupCleanup()
 
