@@ -63,8 +63,8 @@ A Linux guest that writes all the time, the default `werror`, nobody watching
 | hybrid 11.1 | goes on | failed: its snapshot is broken | - |
 
 While whoever started the backup is still there (`backup-pull`, the interactive shell, a program that
-keeps its connection), it does not come to that: the backup is given up while there is still room, a
-quarter of what was free at the start and 128 MiB at most.
+keeps its connection), it does not come to that: the backup is given up while there is still room,
+half of what was free at the start, and 128 MiB at most.
 
 ## What a client can do to the guest
 

@@ -21,7 +21,7 @@ from virtbackup.qemu import scratch
 logger = logging.getLogger(__name__)
 
 KEEP = 128 << 20
-"""Bytes of a file system below which a backup is given up; at most a quarter of what was free."""
+"""Bytes of a file system below which a backup is given up; at most half of what was free."""
 FASTEST = 8 << 30
 """Bytes a second at which no guest can fill a file system: room divided by it is time to sleep."""
 SHORTEST, LONGEST = 0.002, 0.5
@@ -67,7 +67,7 @@ class Watch:
         self._give_up = give_up
         self._closed = threading.Event()
         self._keep = {
-            os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 4)
+            os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
             for image in images
         }
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
