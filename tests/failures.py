@@ -5,7 +5,8 @@ python -m tests.failures      writes docs/failures.md anew
 
 tests/failuresdata/MAJOR.MINOR.json holds what tests/live/test_faults.py saw on such a QEMU. A row
 that is not there yet, or VIRTBACKUP_REGENERATE=1, is written, and the test fails that once. On a
-QEMU of which there is no file at all, only what holds in all rows is tested.
+QEMU of which there is no file at all, only what holds in all rows is tested. head.md and tail.md
+there are what the document says before and after the table.
 """
 
 import dataclasses
@@ -22,67 +23,6 @@ DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "failures.md"
 Version = tuple[int, int]
 Rows = dict[str, dict[str, scene.Row]]
 """Engine -> fault -> what was seen."""
-
-_HEAD = """\
-# What happens to a backup, and who sees it
-
-The 2016 proposal left a question open: which failures can the client see that reads a pull backup,
-and which only the stop? This is the answer, seen on real QEMUs. It is made from what the tests saw
-(`tests/live/test_faults.py`; `python -m tests.failures` writes it anew), and a test that sees
-something else fails.
-
-In every row the guest writes to both disks after the start, then something happens, then clients
-read both disks to the end, some connected since the start and some anew, and then the backup is
-stopped. What the table does not repeat, as it holds in all rows: nothing of the backup is left
-afterwards; no write of the guest that succeeded is lost; and *no backup is called good of which a
-client could have read a wrong byte*.
-
-- **classic** exports an overlay that a job fills. When the job is lost, the overlay shows the live
-  disk: clients read wrong data and no error. Only the stop can tell, and does.
-- **hybrid** (QEMU 8.0 and newer) exports a snapshot node over the job's filter: when the job is
-  lost, reads fail. A client that read to the end without an error has read the right data.
-
-Who can tell, in short: read errors, the client; a lost job, with classic only the stop, with hybrid
-both; a scratch image that fails, with `on-cbw-error` (QEMU 10.1 and newer, hybrid) the client and
-the stop, elsewhere the guest, whose write fails or which is paused until the stop or the watch lets
-it go on; a QEMU that is gone or another one, both.
-
-A write of the guest that is said to fail here is one that its device hands on. With the default
-`werror` QEMU does not hand on that there is no space: it pauses the guest. See the last section.
-"""
-
-_TAIL = """
-## A guest whose write met a full scratch image
-
-A Linux guest that writes all the time, the default `werror`, nobody watching
-(`tests/live/test_guard.py`):
-
-| engine, QEMU | the guest | `backup-info` | what lets it go on |
-|---|---|---|---|
-| classic 5.2, 7.2; hybrid 10.0 | is paused (`io-error`) | failed: a write of the guest failed and the guest was paused | `backup-stop`, `backup-cleanup` or the next `backup-start`; the write is done then and none is lost |
-| hybrid 11.1 | goes on | failed: its snapshot is broken | - |
-
-While whoever started the backup is still there (`backup-pull`, the interactive shell, a program that
-keeps its connection), it does not come to that: the backup is given up while there is still room,
-half of what was free at the start, and 128 MiB at most.
-
-## What a client can do to the guest
-
-A client that asks and then does not read (a stopped process, a lost network) makes QEMU wait for it
-whenever QEMU waits for all requests: in `nbd-server-stop`, in anybody's `transaction` (7.2, 10.0 and
-11.1), when a device is reset (10.0 and 11.1). QEMU and the guest then stand still for as long as the
-client does not read; QMP has no way out, and deleting the export does not help. So a stop
-disconnects all clients before it does anything else; and when the monitor does not answer, the stop
-and whoever watches look for such clients and disconnect them. That takes the right to duplicate
-QEMU's sockets: being root, or QEMU's user where ptrace(2) is not restricted; freeing a unix socket
-whose client does not read takes root.
-
-## A scratch image that hangs
-
-No QEMU seen has a time limit for the scratch images of a backup job: a write of the guest that has
-to save old data waits as long as the scratch image's file system does. `backup-info` says so
-("Scratch hangs"). Put scratch images on a local disk.
-"""
 
 
 def path(version: Version) -> pathlib.Path:
@@ -129,7 +69,7 @@ def check(version: Version, engine: str, fault: str, row: scene.Row) -> None:
 def document() -> str:
     """docs/failures.md."""
     seen = {version: load(version) for version in versions()}
-    lines = [_HEAD]
+    lines = [(HERE / "head.md").read_text()]
     group = ""
     for fault in faults.FAULTS:
         if fault.group != group:
@@ -153,7 +93,7 @@ def document() -> str:
             cells = (what, where_text, row.guest, row.reader, row.stop)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             what = ""
-    return "\n".join(lines) + "\n" + _TAIL
+    return "\n".join(lines) + "\n" + (HERE / "tail.md").read_text()
 
 
 if __name__ == "__main__":

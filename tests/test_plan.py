@@ -255,6 +255,26 @@ def test_judgement_is_by_disk() -> None:
     assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7"}
 
 
+@pytest.mark.parametrize(
+    ("desc", "reason"),
+    [
+        ("Image not in Bochs format", None),
+        ("Catalog size is too large", None),
+        ("Extent size must be at least 512", None),
+        ("Could not open 'json:{}': Permission denied", "Permission denied"),
+        ("Could not open '/a: b': Invalid argument", "Invalid argument"),
+        ("Cannot find device='' nor node-name='x'", "Cannot find device='' nor node-name='x'"),
+        ("words of the future", "words of the future"),
+    ],
+)
+def test_only_words_known_to_mean_it_say_that_a_frozen_disk_was_read(
+    desc: str, reason: str | None
+) -> None:
+    command = monitor_json.blockdev_add_probe("bochs", naming.NodeName("p"), naming.NodeName("f"))
+    failure = monitor_json.CommandFailed(command, "GenericError", desc)
+    assert monitor_json.parse_probe(failure) == reason
+
+
 @given(st.integers(0, 1 << 50))
 def test_an_empty_image_is_consistent(size: int) -> None:
     """Its tables lie where the header says, within the file, each cluster counted once."""

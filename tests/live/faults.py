@@ -90,6 +90,12 @@ def job_vanished(one: Scene) -> None:
     one.probe("job-dismiss", id=job)
 
 
+@during(OURS, "the job of a disk is paused")
+def job_paused(one: Scene) -> None:
+    one.probe("job-pause", id=one.job("vda"))
+    one.write("vda", 20)
+
+
 @during(OURS, "the export of a disk is deleted")
 def export_deleted(one: Scene) -> None:
     one.probe("block-export-del", id=one.export("vda"), mode="hard")

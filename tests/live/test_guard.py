@@ -18,7 +18,7 @@ import pytest
 import virtbackup
 from demo import guest, judge, kernel, records
 from tests.live import machines, scene
-from virtbackup.qemu import monitor, qcow2, scratch
+from virtbackup.qemu import monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
 
@@ -181,7 +181,9 @@ def test_a_backup_is_given_up_before_the_guest_notices(
             assert "given up before the scratch image" in str(info.disks[0].reason)
             assert machine.state() == before
             assert scratch.free_bytes(str(small)) == 24 * MIB
-            with pytest.raises(virtbackup.Error, match="another backup job is not stopped yet, it was given up"):
+            with pytest.raises(
+                virtbackup.Error, match="another backup job is not stopped yet, it was given up"
+            ):
                 dom.backupStart(document(tmp_path, f'dir="{small}"', disk))
             with pytest.raises(virtbackup.Error, match=f"disk '{disk}': given up before"):
                 dom.backupStop()
@@ -297,6 +299,56 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
         machine.probe.events.clear()
         machine.probe("block-dirty-bitmap-remove", **bitmap)
         assert machine.state() == before
+
+
+def test_a_monitor_that_is_held_is_not_a_qemu_that_stands_still(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(watch, "LOOK", 0.05)
+    with virtbackup.open(machine.uri) as conn, stuck_client_of(conn, tmp_path):
+        dom = conn.lookupByID(1)
+        holder = machines.Probe(machine.qmp)
+        for _ in range(3):
+            with pytest.raises(virtbackup.Error, match="another client may be using it"):
+                dom.backupGetInfo()
+        with pytest.raises(virtbackup.Error, match="another client may be using it"):
+            dom.backupStop()
+        holder.close()
+        assert dom.backupGetInfo().state == "running"
+        dom.backupStop()
+
+
+@contextlib.contextmanager
+def stuck_client_of(conn: virtbackup.Connection, directory: pathlib.Path) -> Iterator[None]:
+    """A backup, and a client of it that does not read."""
+    conn.lookupByID(1).backupStart(
+        f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/></domainbackup>'
+    )
+    with stuck_client(directory, "vda"):
+        yield
+
+
+def test_a_forked_process_ends_nothing(tmp_path: pathlib.Path, machine: machines.Machine) -> None:
+    code = (
+        "import os, sys, virtbackup\n"
+        "conn = virtbackup.open(sys.argv[1])\n"
+        "dom = conn.lookupByID(1)\n"
+        "dom.backupStart(sys.argv[2], virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    conn.close()\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(dom.backupGetInfo().state)\n"
+        "conn.close()\n"
+    )
+    before = machine.state()
+    xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
+    argv = [sys.executable, "-c", code, machine.uri, xml]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "running\n"
+    assert machine.state() == before
 
 
 # --- a guest that was paused ----------------------------------------------------------------------
