@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "hypervisor": {"errors", "conf"},
     "api": {"errors", "conf", "hypervisor", "access"},
     "extend": {"errors", "conf", "hypervisor", "api"},
-    "qemu": {"errors", "conf", "hypervisor", "qemu"},
+    "runtime": set(),
+    "qemu": {"errors", "conf", "hypervisor", "runtime", "qemu"},
     "remote": {"errors", "hypervisor", "access", "remote"},
-    "tools": {"api", "conf", "nbd", "errors", "tools"},
+    "tools": {"api", "conf", "nbd", "errors", "runtime", "tools"},
     "__init__": {"api", "errors"},
 }
 

@@ -208,8 +208,8 @@ def test_judgement_is_by_disk() -> None:
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
             export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
             scratch_file=naming.scratch_file_node(ID, number),
-            access=naming.access_node(ID, number), breaks_snapshot=number != 4, directory="/scratch",
-            threshold=None, path=None,
+            access=naming.access_node(ID, number), breaks_snapshot=number != 4,
+            directory="/scratch", threshold=None, path=None,
         )  # fmt: skip
 
     jobs = {

@@ -36,11 +36,10 @@ while line := sys.stdin.readline():
 class Forker:
     """Runs virsh-backup, each time in a process of its own that has imported everything."""
 
-    def __init__(self, temporary: pathlib.Path) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _FORKER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": str(temporary)},
         )  # fmt: skip
 
     def run(self, between: proxy.Proxy, *argv: str) -> int:
@@ -60,14 +59,8 @@ class Forker:
 
 
 @pytest.fixture
-def private(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where temporary files of pulls go."""
-    return tmp_path_factory.mktemp("t")
-
-
-@pytest.fixture
-def forker(state_dir: pathlib.Path, private: pathlib.Path) -> Iterator[Forker]:
-    running = Forker(private)
+def forker(state_dir: pathlib.Path) -> Iterator[Forker]:
+    running = Forker()
     yield running
     running.close()
 
@@ -99,12 +92,6 @@ def is_whole(directory: pathlib.Path) -> bool:
     return True
 
 
-def files(directory: pathlib.Path, state: pathlib.Path, private: pathlib.Path) -> set[str]:
-    """Every file of ours, wherever it may be, but for empty private directories."""
-    found = test_crash_qemu.files(directory, state, private) - set(map(str, private.iterdir()))
-    return found | {str(path) for path in private.glob("*/*")}
-
-
 def empty(directory: pathlib.Path) -> None:
     """Remove what a killed pull left where the user told it to, and the user may look at it."""
     for path in directory.iterdir() if directory.exists() else ():
@@ -115,7 +102,6 @@ def empty(directory: pathlib.Path) -> None:
 def test_killed_at_every_command(
     tmp_path: pathlib.Path,
     state_dir: pathlib.Path,
-    private: pathlib.Path,
     forker: Forker,
     fault: proxy.Fault,
 ) -> None:
@@ -126,7 +112,7 @@ def test_killed_at_every_command(
     wrong: list[str] = []
     with test_crash_qemu.machine_behind_proxy(tmp_path) as (machine, between):
         state = machine.state()
-        before = files(tmp_path, state_dir, private)
+        before = test_crash_qemu.files(tmp_path, state_dir)
         for number in range(200):
             between.arm(number, fault)
             status = forker.run(between, "backup-pull", "vm", str(out))
@@ -138,12 +124,12 @@ def test_killed_at_every_command(
             between.disarm()
             is_whole(out)
             if number % 2 == (fault == "kill-after"):
-                wrong += [f"{problem}: {where}" for problem in clean(machine, between, private)]
+                wrong += [f"{problem}: {where}" for problem in clean(machine, between, state_dir)]
             else:
                 for call in ("start", "stop"):
                     assert test_crash_qemu.run(between, tmp_path, call)[0] == 0, where
             empty(out)
-            left = files(tmp_path, state_dir, private) ^ before
+            left = test_crash_qemu.files(tmp_path, state_dir) ^ before
             wrong += [f"{what}: {where}" for what in sorted(left)]
             wrong += [f"{what}: {where}" for what in foreign.problems(machine)]
             assert machine.state() == state, where
@@ -153,11 +139,11 @@ def test_killed_at_every_command(
     assert is_whole(out)
 
 
-def clean(machine: machines.Machine, between: proxy.Proxy, private: pathlib.Path) -> list[str]:
+def clean(machine: machines.Machine, between: proxy.Proxy, state: pathlib.Path) -> list[str]:
     """Let backup-cleanup do it; what it removed and did not say."""
     # Whoever is served has the command of a client before him behind him.
     assert test_crash_qemu.program(between.uri, "list")[0] == 0
-    there, server = ours(machine), any(private.glob("*/nbd.sock"))
+    there, server = ours(machine), any(state.glob("private-*/nbd.sock"))
     status, said = test_crash_qemu.program(between.uri, "backup-cleanup", "vm")
     assert status == 0, said
     lines = set(said.splitlines())
@@ -186,28 +172,23 @@ with virtbackup.open(sys.argv[1]) as connection:
 """
 
 
-def test_killed_while_it_copies(
-    tmp_path: pathlib.Path, state_dir: pathlib.Path, private: pathlib.Path
-) -> None:
+def test_killed_while_it_copies(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> None:
     machines.image(tmp_path / "a.qcow2", test_crash_qemu.SIZE, "qcow2")
     machines.image(tmp_path / "b.raw", test_crash_qemu.SIZE)
     out = tmp_path / "out"
     with test_crash_qemu.machine_behind_proxy(tmp_path) as (machine, between):
         machine.io("sdb", "write -P 3 0 4M")
         state = machine.state()
-        before = files(tmp_path, state_dir, private)
+        before = test_crash_qemu.files(tmp_path, state_dir)
         for advance in range(3):
             argv = [sys.executable, "-c", _KILLED_WHILE_COPYING, between.uri, str(out)]
-            environment = {**os.environ, "TMPDIR": str(private)}
-            killed = subprocess.run([*argv, str(advance)], env=environment, check=False)
+            killed = subprocess.run([*argv, str(advance)], check=False)
             assert killed.returncode == -signal.SIGKILL
             assert not is_whole(out)
             assert {path.name for path in out.iterdir()} >= {"manifest.json.partial"}
             assert len(ours(machine)) >= 6
-            assert clean(machine, between, private) == []
+            assert clean(machine, between, state_dir) == []
             empty(out)
             assert machine.state() == state
-            assert files(tmp_path, state_dir, private) == before
+            assert test_crash_qemu.files(tmp_path, state_dir) == before
             assert foreign.problems(machine) == []
-    if list(private.iterdir()):
-        pytest.xfail("a private directory of a pull that is killed stays, empty")

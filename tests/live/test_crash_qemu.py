@@ -5,7 +5,6 @@ on the same monitor is backed up as if nothing had been."""
 import contextlib
 import io
 import pathlib
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Literal
@@ -19,15 +18,6 @@ SIZE = 4 << 20
 Call = Literal["start", "stop", "pull"]
 LONGEST = 15.0
 """Seconds that a call may take whose QEMU has died."""
-
-
-@pytest.fixture(autouse=True)
-def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """Where temporary files go."""
-    path = tmp_path_factory.mktemp("t")
-    before, tempfile.tempdir = tempfile.tempdir, str(path)
-    yield path
-    tempfile.tempdir = before
 
 
 @contextlib.contextmanager
@@ -73,11 +63,12 @@ def run(between: proxy.Proxy, directory: pathlib.Path, call: Call) -> tuple[int,
     return program(between.uri, "backup-start-as", "vm", *argv)
 
 
-def files(directory: pathlib.Path, state: pathlib.Path, private: pathlib.Path) -> set[str]:
-    """Every file of ours, wherever it may be."""
-    places = [directory / "out", private]
+def files(directory: pathlib.Path, state: pathlib.Path) -> set[str]:
+    """Every file of ours, wherever it may be; private directories of pulls are in STATE."""
+    places = [directory / "out", state, *state.glob("private-*")]
     found = test_undo.files(directory, state) - {str(directory / "out")}
-    return found | {str(path) for place in places if place.exists() for path in place.iterdir()}
+    there = [path for place in places if place.exists() for path in place.iterdir()]
+    return found | {str(path) for path in there if path.suffix != ".lock"}
 
 
 @pytest.mark.parametrize("fault", ["kill-qemu-before", "kill-qemu-after"])
@@ -85,7 +76,6 @@ def files(directory: pathlib.Path, state: pathlib.Path, private: pathlib.Path) -
 def test_qemu_killed_at_every_command(
     tmp_path: pathlib.Path,
     state_dir: pathlib.Path,
-    private: pathlib.Path,
     call: Call,
     fault: proxy.Fault,
 ) -> None:
@@ -96,7 +86,7 @@ def test_qemu_killed_at_every_command(
     for number in range(200):
         with machine_behind_proxy(tmp_path) as (machine, between):
             start_and_stop(machine, between, tmp_path, wrong)
-            before = before or files(tmp_path, state_dir, private)
+            before = before or files(tmp_path, state_dir)
             if call == "stop":
                 assert run(between, tmp_path, "start")[0] == 0
             between.arm(number, fault)
@@ -110,7 +100,7 @@ def test_qemu_killed_at_every_command(
         if status == 0:
             wrong.append(f"called good: {where}")
         # A stop that never came to see the status leaves it to the next start.
-        left = files(tmp_path, state_dir, private) ^ before
+        left = files(tmp_path, state_dir) ^ before
         if left and not (call == "stop" and "backup is not good" not in said):
             wrong.append(f"left {left}: {where}")
         if foreign.problems(None):

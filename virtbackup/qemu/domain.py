@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import domain_conf
 from virtbackup.qemu import (
     backup,
@@ -19,7 +19,6 @@ from virtbackup.qemu import (
     monitor,
     monitor_json,
     naming,
-    status,
 )
 
 ID = 1
@@ -43,7 +42,7 @@ class Identity:
 
     ref: hypervisor.DomainRef
     capabilities: capabilities.Capabilities
-    process: status.Process | None
+    process: runtime.Process | None
     """None where the process cannot be seen from here."""
 
 
@@ -63,14 +62,14 @@ class Session:
         return self.identity.capabilities
 
     @property
-    def process(self) -> status.Process | None:
+    def process(self) -> runtime.Process | None:
         return self.identity.process
 
     @property
     def pid(self) -> int | None:
         return self.process[0] if self.process else None
 
-    def restarted_since(self, then: status.Process | None) -> bool:
+    def restarted_since(self, then: runtime.Process | None) -> bool:
         """Whether another process answers than THEN did, as far as both can be seen."""
         return None not in (self.process, then) and self.process != then
 
@@ -94,10 +93,10 @@ def identify(qemu: monitor.Monitor) -> Identity:
     return Identity(ref, caps, process_of(qemu))
 
 
-def process_of(qemu: monitor.Monitor) -> status.Process | None:
+def process_of(qemu: monitor.Monitor) -> runtime.Process | None:
     """The process behind a monitor."""
     pid = qemu.peer_pid()
-    start = None if pid is None else status.process_start(pid)
+    start = None if pid is None else runtime.process_start(pid)
     return None if pid is None or start is None else (pid, start)
 
 

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import capabilities, domain, job, monitor, naming, qmp, status, watch
 
@@ -152,7 +152,7 @@ class QmpDriver:
                 libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "QEMU guest agent is not configured"
             )
         owned = bool(flags & START_AUTODESTROY)
-        owner = status.this_process() if owned else None
+        owner = runtime.this_process() if owned else None
         id, images = self._job.start(definition, owner, self._engine)
         if owned:
             self._autodestroy = id

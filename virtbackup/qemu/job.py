@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     backup,
@@ -51,7 +51,7 @@ class BackupJob:
     def start(
         self,
         definition: backup_conf.BackupDef,
-        owner: status.Process | None,
+        owner: runtime.Process | None,
         engine: capabilities.Engine | None = None,
     ) -> tuple[naming.BackupId, list[watch.Image]]:
         """Start the backup, by the safest ENGINE where that is None; it ends with OWNER, if any.
@@ -189,9 +189,10 @@ class BackupJob:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
-                    return cleanup.clean(session, left, self._file)
+                    removed = cleanup.clean(session, left, self._file)
             except monitor.NotListening:
-                return cleanup.forget(left, self._file) if left is not None else []
+                removed = cleanup.forget(left, self._file) if left is not None else []
+            return removed + runtime.sweep()
 
     # --- start ---
 
@@ -208,8 +209,10 @@ class BackupJob:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
                 f"another backup job is already running ('{jobs[0]}'), but there is no status of"
-                f" it in '{status.directory()}'; if nobody owns it, backup-cleanup ends it",
+                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
             )
+        for line in runtime.sweep():
+            logger.info("left by a process that is gone, removed: %s", line)
         if left is None and not state.backups():
             return state
         for line in cleanup.clean(session, left, self._file):
@@ -313,9 +316,9 @@ def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     stopped reading, and the client is gone now."""
     if running.qemu is None:
         return False
-    pid, start = running.qemu
+    pid = running.qemu[0]
     address = backup_conf.BackupDef.parse(running.definition).address
-    if status.process_start(pid) != start or not nbdserver.stuck_clients(pid, address):
+    if not runtime.is_alive(running.qemu) or not nbdserver.stuck_clients(pid, address):
         return False
     logger.warning("backup=%s QEMU stands still, its NBD clients are disconnected", running.id)
     return nbdserver.send_clients_away(pid, address, nbdserver.pause) == 0
@@ -345,7 +348,7 @@ def _starting(
     plan: backup.BackupPlan,
     thresholds: Mapping[str, int],
     session: domain.Session,
-    owner: status.Process | None,
+    owner: runtime.Process | None,
     was_stopped: bool,
 ) -> status.Status:
     """What is on disk while PLAN is being carried out."""
@@ -405,5 +408,5 @@ def _is_stale(session: domain.Session, state: backup.BlockState, left: status.St
     )
 
 
-def _alive(owner: status.Process | None) -> bool:
-    return owner is None or status.process_start(owner[0]) == owner[1]
+def _alive(owner: runtime.Process | None) -> bool:
+    return owner is None or runtime.is_alive(owner)

@@ -199,5 +199,9 @@ def _tcp_inodes(lines: list[str], port: int) -> tuple[list[int], list[int]]:
 
 def _lines(pid: int, table: str) -> list[str]:
     with contextlib.suppress(OSError):
-        return pathlib.Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        return (
+            pathlib.Path(f"/proc/{pid}/net/{table}")
+            .read_text(errors="surrogateescape")
+            .splitlines()[1:]
+        )
     return []

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,6 @@ LOCK_TIMEOUT = 30.0
 _LOCK_POLL = 0.01
 
 Phase = Literal["starting", "running", "stopping"]
-
-Process = tuple[int, int]
-"""(pid, start in clock ticks since boot): a process for good, as pids are used again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +75,8 @@ class Status:
     """Whether the NBD server is ours; None: not known yet, whatever listens on our address is."""
     socket: int | None
     """The inode of the server's unix socket, once there is one that can be seen from here."""
-    qemu: Process | None
-    owner: Process | None
+    qemu: runtime.Process | None
+    owner: runtime.Process | None
     """The process whose end is the backup's end; None: it goes on without one."""
     given_up: str | None
     """Why the backup was ended before its time, to be told by the stop; None while it runs."""
@@ -115,30 +112,19 @@ def format(status: Status) -> str:
     return json.dumps({"version": VERSION, **dataclasses.asdict(status)}, indent=1) + "\n"
 
 
-def directory() -> pathlib.Path:
-    """Where status files live: $VIRTBACKUP_STATE_DIR, root's /run/virtbackup, or the user's."""
-    if own := os.environ.get("VIRTBACKUP_STATE_DIR"):
-        return pathlib.Path(own)
-    if os.geteuid() == 0:
-        return pathlib.Path("/run/virtbackup")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = pathlib.Path(runtime) if runtime else pathlib.Path.home() / ".cache"
-    return base / "virtbackup"
-
-
 class StatusFile:
     """The file and the lock of one domain, KEY being the way to its monitor."""
 
     def __init__(self, key: str) -> None:
         stem = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
-        self.path = directory() / f"{stem}.json"
+        self.path = runtime.directory() / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the domain's lock. Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR."""
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            runtime.make_directory()
             fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as failure:
             raise errors.system_error(
@@ -192,20 +178,3 @@ def _acquire(fd: int, path: pathlib.Path) -> None:
                     f"cannot acquire state lock '{path}': another process works on this domain",
                 ) from failure
         time.sleep(_LOCK_POLL)
-
-
-def process_start(pid: int) -> int | None:
-    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  (bytes, not a path at rest)
-            text = stat.read()
-    except OSError:
-        return None
-    # The command's name may hold anything; what follows its last bracket is orderly.
-    return int(text[text.rindex(b")") + 2 :].split()[19])
-
-
-def this_process() -> tuple[int, int]:
-    """(pid, start) of ourselves: names a process for good, as pids are used again."""
-    pid = os.getpid()
-    return pid, process_start(pid) or 0

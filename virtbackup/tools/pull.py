@@ -13,14 +13,13 @@ import logging
 import os
 import pathlib
 import signal
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import libvirt
 
-from virtbackup import api, errors
+from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.nbd import checksum, connection, copy
 from virtbackup.tools import manifest
@@ -92,8 +91,12 @@ def pull(
 
 def _private_document(undo: contextlib.ExitStack) -> str:
     """A document for all disks and a socket that only this user reaches; UNDO removes it."""
-    made = tempfile.TemporaryDirectory(prefix="virtbackup-", ignore_cleanup_errors=True)
-    socket = pathlib.Path(undo.enter_context(made), "nbd.sock")
+    try:
+        directory = undo.enter_context(runtime.private_directory())
+    except OSError as failure:
+        place = runtime.directory()
+        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure
+    socket = directory / "nbd.sock"
     return backup_conf.BackupDef(backup_conf.UnixAddress(str(socket))).format()
 
 

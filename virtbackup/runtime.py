@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What of ours outlives a process, and whose it is: the state directory, processes named for good,
+and private directories that are swept once their owner is gone."""
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+Process = tuple[int, int]
+"""(pid, start in clock ticks since boot): a process for good, as pids are used again."""
+
+_PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
+
+
+def directory() -> pathlib.Path:
+    """Where our files live: $VIRTBACKUP_STATE_DIR, root's /run/virtbackup, or the user's."""
+    if own := os.environ.get("VIRTBACKUP_STATE_DIR"):
+        return pathlib.Path(own)
+    if os.geteuid() == 0:
+        return pathlib.Path("/run/virtbackup")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = pathlib.Path(runtime) if runtime else pathlib.Path.home() / ".cache"
+    return base / "virtbackup"
+
+
+def make_directory() -> pathlib.Path:
+    """``directory``, made where absent, for this user alone. Errors: OSError."""
+    made = directory()
+    made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return made
+
+
+def process_start(pid: int) -> int | None:
+    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  (bytes, not a path at rest)
+            text = stat.read()
+    except OSError:
+        return None
+    # The command's name may hold anything; what follows its last bracket is orderly.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def this_process() -> Process:
+    """Ourselves."""
+    pid = os.getpid()
+    return pid, process_start(pid) or 0
+
+
+def is_alive(process: Process) -> bool:
+    """Whether PROCESS still runs."""
+    return process_start(process[0]) == process[1]
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[pathlib.Path]:
+    """A directory that only this user reaches, for a socket; gone afterwards, or with the first
+    ``sweep`` after this process was killed. Errors: OSError."""
+    import tempfile  # brings much with it, and few need it
+
+    pid, start = this_process()
+    made = pathlib.Path(tempfile.mkdtemp(prefix=f"private-{pid}-{start}-", dir=make_directory()))
+    try:
+        yield made
+    finally:
+        _remove(made)
+
+
+def sweep() -> list[str]:
+    """Remove the private directories of processes that are gone; a line for each."""
+    removed = []
+    with contextlib.suppress(OSError):
+        for path in sorted(directory().iterdir()):
+            match = _PRIVATE.fullmatch(path.name)
+            if match and not is_alive((int(match[1]), int(match[2]))) and _remove(path):
+                removed.append(f"directory '{path}'")
+    return removed
+
+
+def _remove(path: pathlib.Path) -> bool:
+    """Whether a private directory is gone now; what is in it is a socket at most."""
+    with contextlib.suppress(OSError):
+        for inside in path.iterdir():
+            inside.unlink()
+        path.rmdir()
+        return True
+    return False
