@@ -136,11 +136,21 @@ class Machine:
             )
         self._wait_for(self._probe_path)
         self._wait_for(self.qmp)
-        self.probe = Probe(self._probe_path)
+        self.probe = self._connect()
 
     @property
     def uri(self) -> str:
         return f"qmp://{self.qmp}"
+
+    def _connect(self, deadline: float = 20.0) -> Probe:
+        """The private monitor; a socket is there a moment before somebody listens on it."""
+        end = time.monotonic() + deadline
+        while True:
+            try:
+                return Probe(self._probe_path)
+            except (ConnectionError, json.JSONDecodeError):
+                if self.process.poll() is not None or time.monotonic() > end:
+                    raise
 
     def _wait_for(self, path: pathlib.Path, deadline: float = 20.0) -> None:
         end = time.monotonic() + deadline

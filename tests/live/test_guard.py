@@ -315,6 +315,7 @@ def test_a_monitor_that_is_held_is_not_a_qemu_that_stands_still(
         with pytest.raises(virtbackup.Error, match="another client may be using it"):
             dom.backupStop()
         holder.close()
+        monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 10.0)
         assert dom.backupGetInfo().state == "running"
         dom.backupStop()
 
