@@ -12,6 +12,7 @@ from virtbackup.qemu import (
     domain,
     monitor_json,
     naming,
+    nbdserver,
     probe,
     qcow2,
     scratch,
@@ -23,7 +24,8 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     """The verdict so far, and what is known of the scratch images where it is safe to ask."""
     caps = session.capabilities
     sight = look_at(session, running)
-    sight = dataclasses.replace(sight, unreadable=unreadable(session, running, sight))
+    if _may_try(session, running):
+        sight = dataclasses.replace(sight, unreadable=unreadable(session, running, sight))
     reasons = judge(session, running, sight)
     nodes: Any = []
     if caps.named_nodes_are_safe(sight.jobs.values()):
@@ -35,6 +37,15 @@ def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
     """What has become of the backup RUNNING, the reading of frozen disks not tried."""
     sight = domain.look(session.qemu, session.capabilities)
     return dataclasses.replace(sight, io_error=sight.io_error and not running.was_stopped)
+
+
+def _may_try(session: domain.Session, running: status.Status) -> bool:
+    """Whether frozen disks can be tried while they are exported: that waits for the requests under
+    way, and QEMU with it, so not while a client is slow to read. It will see for itself."""
+    if session.pid is None or not any(disk.breaks_snapshot for disk in running.disks):
+        return False
+    address = backup_conf.BackupDef.parse(running.definition).address
+    return not nbdserver.clients_wait(session.pid, address)
 
 
 def unreadable(
