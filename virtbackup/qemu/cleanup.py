@@ -42,6 +42,10 @@ def clean(
     A line for each thing done. Where not all of it could be taken out, the status stays, for the
     next clean to finish. Errors: sweep.ClientStuck, before anything is deleted.
     """
+    if left is not None and _started_server(session, left):
+        # Noted before it is cut off, as then it is no longer seen to listen.
+        left = dataclasses.replace(left, server=True)
+        file.save(left)
     removed, rest = take_out(session, left)
     if left is not None and rest:
         logger.warning("backup=%s not all could be removed: %s", left.id, ", ".join(rest))
@@ -179,9 +183,16 @@ def _owns_server(session: domain.Session, left: status.Status | None, had_export
         return False
     if left is None:
         return had_exports
-    if left.server is False or session.restarted_since(left.qemu):
+    return bool(left.server) and not session.restarted_since(left.qemu)
+
+
+def _started_server(session: domain.Session, left: status.Status) -> bool:
+    """Whether a start that came to no end had the NBD server started: who would listen there?"""
+    if left.server is not None or session.restarted_since(left.qemu):
         return False
-    return left.server or nbdserver.listens(session.pid or os.getpid(), _address(left))
+    # Once this is answered, QEMU has done all that it was told before.
+    session.qemu.execute(monitor_json.query_jobs())
+    return nbdserver.listens(session.pid or os.getpid(), _address(left))
 
 
 def _address(of: status.Status) -> backup_conf.Address:
