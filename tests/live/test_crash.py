@@ -3,6 +3,7 @@
 
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from typing import Literal
@@ -43,15 +44,23 @@ def call(between: proxy.Proxy, *argv: str, spoil: tuple[int, proxy.Fault]) -> in
 
 @pytest.mark.parametrize("fault", ["kill-before", "kill-after"])
 @pytest.mark.parametrize("then", ["cleanup", "start"])
+@pytest.mark.parametrize("address", ["unix", "ip"])
 def test_killed_in_the_middle_of_a_start(
     tmp_path: pathlib.Path,
     state_dir: pathlib.Path,
     fault: Literal["kill-before", "kill-after"],
     then: str,
+    address: str,
 ) -> None:
     with test_undo.spoiled(tmp_path) as (machine, between):
         before, files_before = machine.state(), test_undo.files(tmp_path, state_dir)
         xml = test_undo.document(tmp_path, named=True)
+        if address == "ip":
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            unix = f'type="unix" path="{tmp_path}/nbd.sock"'
+            assert unix in xml
+            xml = xml.replace(unix, f'type="ip" host="127.0.0.1" port="{port}"')
         number = 0
         while call(between, "backupStart", xml, spoil=(number, fault)) != 0:
             where = f"{fault} {between.spoilt}"
