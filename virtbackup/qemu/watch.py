@@ -122,7 +122,9 @@ class Watch:
 
     def _no_room(self) -> str | None:
         for image in self._images:
-            if self._room(image) <= 0:
+            if self._room(image) > 0:
+                continue
+            with contextlib.suppress(OSError):  # looked at again in a moment
                 free = scratch.free_bytes(image.fd)
                 return (
                     f"given up before the scratch image of disk '{image.target}' could fill its"
