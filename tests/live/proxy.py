@@ -181,7 +181,8 @@ def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
 
 def _send(target: socket.socket, line: bytes, fds: list[int]) -> None:
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    target.sendmsg([line + b"\n"], rights)
+    with contextlib.suppress(BrokenPipeError):  # it was killed: its end is told by _receive
+        target.sendmsg([line + b"\n"], rights)
     for fd in fds:
         socket.close(fd)
 
