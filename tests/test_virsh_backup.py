@@ -486,6 +486,7 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
                 "dirty": 1000,
                 "scratch_worst_case": 65 << 20,
                 "scratch_free": 1 << 20,
+                "scratch_hangs": False,
                 "warning": "does not\nfit",
             },
             {
@@ -499,6 +500,7 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
                 "dirty": None,
                 "scratch_worst_case": None,
                 "scratch_free": None,
+                "scratch_hangs": False,
                 "warning": None,
             },
         ],

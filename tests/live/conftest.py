@@ -4,8 +4,13 @@
 import os
 import pathlib
 import signal
+import tempfile
+from collections.abc import Iterator
 
 import pytest
+
+from demo import guest, kernel, records
+from tests.live import machines
 
 # A shell lets what it starts in the background ignore SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,3 +38,16 @@ def scratch_dir(
     path = tmp_path_factory.mktemp("scratch")
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", os.fspath(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def linux() -> Iterator[guest.Guest]:
+    """A guest that writes records to two disks all the time."""
+    with tempfile.TemporaryDirectory(prefix="vb-guest-", dir="/var/tmp") as name:
+        try:
+            one = guest.start(pathlib.Path(name), machines.INTO_ROOT)
+        except kernel.Unavailable as error:
+            pytest.skip(f"no kernel for the guest: {error}")
+        with one:
+            one.wait_for_number(records.DISKS[0].slots)
+            yield one

@@ -23,6 +23,7 @@ import nbd
 import pytest
 
 import virtbackup
+from demo import guest, judge, records
 from tests.live import machines
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import monitor
@@ -322,6 +323,32 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
         yield path
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def start_and_die(uri: str, xml: str, *flags: str) -> None:
+    """By a process that is gone afterwards, so that nobody watches."""
+    owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if flags else 0
+    code = (
+        "import os, signal, sys, virtbackup\n"
+        "dom = virtbackup.open(sys.argv[1]).listAllDomains()[0]\n"
+        "dom.backupStart(sys.argv[2], int(sys.argv[3]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(owned)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def damage(linux: guest.Guest) -> tuple[str, ...]:
+    """What is wrong with the records that a Linux guest has written to its disks; it goes on."""
+    with linux.paused():
+        verdicts = []
+        for disk in records.DISKS:
+            raw = linux.directory / "raw"
+            path = guest.image(linux.directory, disk)
+            argv = ["qemu-img", "convert", "-U", "-f", path.suffix[1:], "-O", "raw"]
+            subprocess.run([*argv, str(path), str(raw)], check=True)
+            verdicts.append(judge.examine(disk, raw))
+    return judge.together(verdicts)
 
 
 # --- what faults are made of ----------------------------------------------------------------------

@@ -4,11 +4,9 @@
 import contextlib
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import libvirt
@@ -16,7 +14,7 @@ import nbd
 import pytest
 
 import virtbackup
-from demo import guest, judge, kernel, records
+from demo import guest, records
 from tests.live import machines, scene
 from virtbackup.qemu import monitor, qcow2, scratch, watch
 
@@ -355,19 +353,6 @@ def test_a_forked_process_ends_nothing(tmp_path: pathlib.Path, machine: machines
 # --- a guest that was paused ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def linux() -> Iterator[guest.Guest]:
-    """A guest that writes records to two disks all the time."""
-    with tempfile.TemporaryDirectory(prefix="vb-guest-", dir="/var/tmp") as name:
-        try:
-            one = guest.start(pathlib.Path(name), machines.INTO_ROOT)
-        except kernel.Unavailable as error:
-            pytest.skip(f"no kernel for the guest: {error}")
-        with one:
-            one.wait_for_number(records.DISKS[0].slots)
-            yield one
-
-
 @pytest.mark.parametrize("ends", ["stop", "cleanup", "start"])
 def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
     linux: guest.Guest, tmp_path_factory: pytest.TempPathFactory, ends: str
@@ -381,7 +366,7 @@ def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
         )
         xml = f"{address}<disks>{disks}</disks></domainbackup>"
         flags = ["--owned"] if ends in ("cleanup", "start") else []
-        start(linux.uri, xml, *flags)
+        scene.start_and_die(linux.uri, xml, *flags)
         number = linux.report.number
         with virtbackup.open(linux.uri) as conn:
             [dom] = conn.listAllDomains()
@@ -396,28 +381,7 @@ def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
             end(dom, linux, ends, f"{address}</domainbackup>")
         assert linux.monitor.command("query-status")["status"] == "running"
         linux.wait_for_number(max(number, linux.report.number) + 200)
-        with linux.paused():
-            verdicts = []
-            for disk in records.DISKS:
-                raw = linux.directory / "raw"
-                path = guest.image(linux.directory, disk)
-                argv = ["qemu-img", "convert", "-U", "-f", path.suffix[1:], "-O", "raw"]
-                subprocess.run([*argv, str(path), str(raw)], check=True)
-                verdicts.append(judge.examine(disk, raw))
-            assert judge.together(verdicts) == ()
-
-
-def start(uri: str, xml: str, *flags: str) -> None:
-    """By a process that is gone afterwards, so that nobody watches."""
-    owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if flags else 0
-    code = (
-        "import os, signal, sys, virtbackup\n"
-        "dom = virtbackup.open(sys.argv[1]).listAllDomains()[0]\n"
-        "dom.backupStart(sys.argv[2], int(sys.argv[3]))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(owned)], check=False)
-    assert done.returncode == -signal.SIGKILL
+        assert scene.damage(linux) == ()
 
 
 def end(dom: virtbackup.Domain, linux: guest.Guest, how: str, other: str) -> None:

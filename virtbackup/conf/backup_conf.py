@@ -325,8 +325,10 @@ class DiskInfo:
     """Bytes that the scratch image takes when the guest overwrites the whole disk."""
     scratch_free: int | None = None
     """Bytes free on the scratch image's file system; None where nobody can tell."""
+    scratch_hangs: bool = False
+    """The scratch image does not take what is written to it, and the guest's writes wait for it."""
     warning: str | None = None
-    """What may go wrong with the disk's scratch image, in words."""
+    """What is or may go wrong with the disk's scratch image, in words."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,9 @@ import pathlib
 import stat
 import time
 
+import libvirt
+
+from virtbackup import errors
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
@@ -28,10 +31,24 @@ from virtbackup.qemu import (
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 10.0
+"""Seconds within which a scratch image must take a request, or its backup is not ended now."""
 NBD_SERVER = "NBD server"
 """What the server is called among what is still there."""
 _DYING = 1.0
 """Seconds for the kernel to close the sockets of a QEMU that was killed."""
+
+
+def check_scratch(session: domain.Session, left: status.Status) -> None:
+    """Raise VIR_ERR_OPERATION_TIMEOUT where a scratch image of LEFT hangs: if its backup were ended
+    then, all of QEMU would stand still until it hangs no more."""
+    if hung := verdict.hanging(session, left, PATIENCE):
+        names = ", ".join(f"'{target}'" for target in hung)
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT,
+            f"the scratch image of disk {names} hangs, and all of the guest would wait for it if"
+            " the backup were ended now: once its file system answers, or fails, try again",
+        )
 
 
 def clean(
@@ -60,8 +77,10 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
     """Take the backup LEFT, or all that is ours by name, out of QEMU; a guest that was paused for
     an error of its disks goes on first of all. (A line for each thing done, what is still there.)
 
-    Errors: sweep.ClientStuck, before anything is deleted.
+    Errors, before anything is deleted: sweep.ClientStuck, ``check_scratch``'s.
     """
+    if left is not None:
+        check_scratch(session, left)
     removed = []
     sweeper = sweeper_of(session, left)
     ours = left is not None and not session.restarted_since(left.qemu)

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import libvirt
 
@@ -67,9 +67,9 @@ class BackupJob:
                 aligned, state, session.capabilities, id, scratch.default_directory(), engine
             )
             process.check_address(plan.address)
-            for disk in plan.disks:
-                scratch.check(disk.source, disk.target)
-            thresholds = _thresholds(plan)
+            wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
+            scratch.check(wanted)
+            thresholds = _thresholds(wanted)
             if not session.capabilities.write_threshold:
                 thresholds = {}
             starting = _starting(plan, thresholds, session, owner, state.io_error)
@@ -182,7 +182,7 @@ class BackupJob:
             left = self._file.load()
             try:
                 with self._connect() as session:
-                    state = domain.ask(session.qemu, session.capabilities)
+                    state = _ask(session, left)
                     if left is not None and not _is_stale(session, state, left):
                         now = left.given_up or "running"
                         raise errors.error(
@@ -198,8 +198,8 @@ class BackupJob:
 
     def _make_room(self, session: domain.Session) -> backup.BlockState:
         """Refuse while a backup runs; clear away what a crash left of an earlier one."""
-        state = domain.ask(session.qemu, session.capabilities)
         left = self._file.load()
+        state = _ask(session, left)
         if left is not None and not _is_stale(session, state, left):
             text = "another backup job is already running"
             if left.given_up is not None:
@@ -270,6 +270,7 @@ class BackupJob:
         """
         if running.verdict is not None:
             return running.verdict
+        cleanup.check_scratch(session, running)
         before = verdict.look_at(session, running)
         sweeper = cleanup.sweeper_of(session, running)
         sweeper.end_clients()
@@ -324,17 +325,23 @@ def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     return nbdserver.send_clients_away(pid, address, nbdserver.pause) == 0
 
 
-def _wanted(plan: backup.BackupPlan) -> list[scratch.Wanted]:
-    return [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
+def _ask(session: domain.Session, left: status.Status | None) -> backup.BlockState:
+    """What a plan needs to know, with backup LEFT in QEMU or not.
+
+    Errors: without devices ``cleanup.check_scratch``'s, as QEMU looks at all nodes' files then.
+    """
+    if left is not None and not session.capabilities.devices:
+        cleanup.check_scratch(session, left)
+    return domain.ask(session.qemu, session.capabilities)
 
 
-def _thresholds(plan: backup.BackupPlan) -> dict[str, int]:
+def _thresholds(wanted: Iterable[scratch.Wanted]) -> dict[str, int]:
     """Disk -> the size of its scratch image that is worth a warning; those that fit are not there.
 
     Errors: VIR_ERR_SYSTEM_ERROR when there is not even room to begin.
     """
     thresholds = {}
-    for space in scratch.spaces(_wanted(plan)):
+    for space in scratch.spaces(wanted):
         if space.warning is None or space.threshold is None:
             continue
         logger.warning("%s", space.warning)
@@ -380,7 +387,7 @@ def _starting(
                 scratch_file=disk.scratch_file,
                 access=disk.access,
                 breaks_snapshot=disk.breaks_snapshot,
-                directory=scratch.Wanted(disk.target, disk.source, disk.size).directory,
+                directory=os.path.realpath(scratch.place(disk.source)),
                 threshold=thresholds.get(disk.target),
                 path=scratch.name(disk.source, disk.opaque),
             )

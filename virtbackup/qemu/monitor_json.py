@@ -208,15 +208,23 @@ def blockdev_add_overlay(
     node: naming.NodeName, file: naming.NodeName, filename: str, backing: naming.NodeName
 ) -> Command:
     """Open the qcow2 image in FILENAME as NODE, its file as FILE, over the node BACKING."""
-    protocol = {"driver": "file", "node-name": file, "filename": filename}
-    return _command("blockdev-add", driver="qcow2", node_name=node, file=protocol, backing=backing)
+    return _blockdev_add_scratch(node, file, filename, backing)
 
 
 def blockdev_add_scratch(node: naming.NodeName, file: naming.NodeName, filename: str) -> Command:
     """Open the qcow2 image in FILENAME as NODE, its file as FILE, over nothing."""
-    protocol = {"driver": "file", "node-name": file, "filename": filename}
-    plain = _command("blockdev-add", driver="qcow2", node_name=node, file=protocol)
-    return dataclasses.replace(plain, arguments={**plain.arguments, "backing": None})
+    return _blockdev_add_scratch(node, file, filename, None)
+
+
+def _blockdev_add_scratch(
+    node: naming.NodeName, file: naming.NodeName, filename: str, backing: naming.NodeName | None
+) -> Command:
+    """Never flushed: a scratch image need not outlive QEMU, and to delete one would wait for the
+    disk it is on, and the guest with it."""
+    cache = {"no-flush": True}
+    protocol = {"driver": "file", "node-name": file, "filename": filename, "cache": cache}
+    plain = _command("blockdev-add", driver="qcow2", node_name=node, file=protocol, cache=cache)
+    return dataclasses.replace(plain, arguments={**plain.arguments, "backing": backing})
 
 
 def blockdev_add_snapshot_access(node: naming.NodeName, filter: naming.NodeName) -> Command:

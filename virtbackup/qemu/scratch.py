@@ -17,13 +17,15 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import storage_conf
-from virtbackup.qemu import qcow2
+from virtbackup.qemu import hang, qcow2
 
 logger = logging.getLogger(__name__)
 
 
 LEAST_FREE = 1 << 20
 """Bytes for each image that must be free, or a start is refused: the guest would stand at once."""
+PATIENCE = 10.0
+"""Seconds within which a file system must answer before an image is made there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Wanted:
     @property
     def directory(self) -> str:
         """Where it is going to be."""
-        return self.source.dir or str(pathlib.Path(str(self.source.file)).parent)
+        return place(self.source)
 
     @property
     def worst_case(self) -> int:
@@ -122,15 +124,30 @@ def default_directory() -> str:
     return os.environ.get("VIRTBACKUP_SCRATCH_DIR") or "/var/tmp"
 
 
+def place(source: storage_conf.Source) -> str:
+    """The directory of a scratch image."""
+    return source.dir or str(pathlib.Path(str(source.file)).parent)
+
+
 def name(source: storage_conf.Source, opaque: str) -> str:
     """The path of a scratch image while it has one; OPAQUE makes it unique."""
     return source.file or f"{source.dir}/{opaque}.qcow2"
 
 
-def check(source: storage_conf.Source, target: str) -> None:
-    """Raise VIR_ERR_INVALID_ARG when the image for disk TARGET is already there."""
-    if source.file is not None and os.path.lexists(source.file):
-        raise _exists(source.file, target)
+def check(images: Iterable[Wanted]) -> None:
+    """Raise VIR_ERR_INVALID_ARG when one of IMAGES is already there, VIR_ERR_OPERATION_TIMEOUT when
+    a file system does not answer; both name disk and place."""
+    images = list(images)
+    hung = hang.hanging({image.directory for image in images}, (), None, PATIENCE)
+    for image in images:
+        if image.directory in hung:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                f"cannot create a scratch image for disk '{image.target}': the file system of"
+                f" '{image.directory}' does not answer",
+            )
+        if image.source.file is not None and os.path.lexists(image.source.file):
+            raise _exists(image.source.file, image.target)
 
 
 def create(path: str, target: str, uid: int) -> int:

@@ -16,7 +16,16 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import block, capabilities, monitor, monitor_json, naming, nbdserver, qmp
+from virtbackup.qemu import (
+    block,
+    capabilities,
+    hang,
+    monitor,
+    monitor_json,
+    naming,
+    nbdserver,
+    qmp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +141,8 @@ class Sweeper:
 
     def scratch_images(self) -> list[str]:
         """Delete our scratch images, after the jobs; the node of an image's file goes with it."""
-        return self._delete(filter(naming.is_image, self._own_nodes()))
+        with hang.closed_by_another(self.pid):
+            return self._delete(filter(naming.is_image, self._own_nodes()))
 
     def delete_node(self, node: naming.NodeName) -> bool:
         """Whether a node, not one of ours, was deleted."""

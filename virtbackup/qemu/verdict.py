@@ -2,7 +2,7 @@
 """The verdict on a backup, so far or at its end: by what QEMU shows, and by trying to read."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from virtbackup.conf import backup_conf
@@ -10,6 +10,7 @@ from virtbackup.qemu import (
     block,
     blockjob,
     domain,
+    hang,
     monitor_json,
     naming,
     nbdserver,
@@ -19,18 +20,33 @@ from virtbackup.qemu import (
     status,
 )
 
+PATIENCE = 2.0
+"""Seconds within which a scratch image must take a request, or ``look`` says that it hangs."""
+
 
 def look(session: domain.Session, running: status.Status) -> backup_conf.BackupInfo:
     """The verdict so far, and what is known of the scratch images where it is safe to ask."""
     caps = session.capabilities
     sight = look_at(session, running)
-    if _may_try(session, running):
+    hung = hanging(session, running, PATIENCE)
+    if not hung and _may_try(session, running):
         sight = dataclasses.replace(sight, unreadable=unreadable(session, running, sight))
     reasons = judge(session, running, sight)
     nodes: Any = []
-    if caps.named_nodes_are_safe(sight.jobs.values()):
+    if not hung and caps.named_nodes_are_safe(sight.jobs.values()):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
-    return info(running, reasons, nodes)
+    return info(running, reasons, nodes, hung)
+
+
+def hanging(session: domain.Session, running: status.Status, limit: float) -> tuple[str, ...]:
+    """The disks whose scratch image has not taken a request for LIMIT seconds: QEMU would stand
+    still if it were to look at the image, or to wait for the guest's writes."""
+    if session.restarted_since(running.qemu):
+        return ()
+    directories = {disk.directory for disk in running.disks}
+    files = {disk.path for disk in running.disks if disk.path is not None}
+    found = hang.hanging(directories, files, session.pid, limit)
+    return tuple(disk.target for disk in running.disks if disk.directory in found)
 
 
 def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
@@ -80,9 +96,11 @@ def of_all(running: status.Status, reason: str) -> dict[str, str]:
     return {disk.target: reason for disk in running.disks}
 
 
-def info(running: status.Status, reasons: Mapping[str, str], nodes: Any) -> backup_conf.BackupInfo:
+def info(
+    running: status.Status, reasons: Mapping[str, str], nodes: Any, hung: Collection[str] = ()
+) -> backup_conf.BackupInfo:
     """As backupGetInfo tells it. NODES is a ``query-named-block-nodes`` reply, empty where it was
-    not asked for."""
+    not asked for; HUNG are disks whose scratch image hangs."""
     used = block.parse_actual_sizes(nodes)
     thresholds = block.parse_write_thresholds(nodes)
     breaks = all(disk.breaks_snapshot for disk in running.disks)
@@ -101,17 +119,23 @@ def info(running: status.Status, reasons: Mapping[str, str], nodes: Any) -> back
                 capacity=disk.size,
                 scratch_used=used.get(disk.scratch_file),
                 scratch_worst_case=qcow2.full_size(disk.size),
-                scratch_free=_free(disk.directory),
-                warning=_warning(disk, thresholds.get(disk.scratch_file)),
+                scratch_free=None if hung else _free(disk.directory),
+                scratch_hangs=disk.target in hung,
+                warning=_warning(disk, thresholds.get(disk.scratch_file), disk.target in hung),
             )
             for disk in running.disks
         ),
     )
 
 
-def _warning(disk: status.DiskStatus, threshold: int | None) -> str | None:
-    """Words about a scratch image that might fill its file system; QEMU's THRESHOLD is 0 once the
-    image has outgrown it."""
+def _warning(disk: status.DiskStatus, threshold: int | None, hangs: bool) -> str | None:
+    """Words about a scratch image that hangs or might fill its file system; QEMU's THRESHOLD is 0
+    once the image has outgrown it."""
+    if hangs:
+        return (
+            f"its scratch image in '{disk.directory}' hangs, and the guest's writes with it, until"
+            " that file system answers again"
+        )
     if disk.threshold is None:
         return None
     worst = (

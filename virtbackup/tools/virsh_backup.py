@@ -235,6 +235,7 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
             "dirty": disk.dirty,
             "scratch_worst_case": disk.scratch_worst_case,
             "scratch_free": disk.scratch_free,
+            "scratch_hangs": disk.scratch_hangs,
             "warning": disk.warning,
         }
         for disk in info.disks

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Scratch images whose storage hangs: the guest waits no longer than it must, and is told of.
+
+The guest is Linux and writes all the time. The storage is a server that is stopped with SIGSTOP.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import libvirt
+import pytest
+
+import virtbackup
+from demo import guest, records
+from tests.live import scene
+from virtbackup.qemu import cleanup, scratch, verdict
+
+pytestmark = [
+    pytest.mark.needs(
+        "qemu-system-x86_64", "qemu-img", "mount", "mkfs.ext4", "fuse2fs", "nbdkit", "nbdfuse"
+    ),
+    pytest.mark.may_skip,
+]
+
+QUICK = 0.5
+"""Seconds of patience in these tests."""
+HANG = 3.0
+"""Seconds that the storage hangs."""
+AT_ONCE = 0.5
+"""Seconds in which a guest's write is done that waits for nothing, software emulation included."""
+
+
+@dataclasses.dataclass
+class Storage:
+    """A file system at PATH and the process that serves it."""
+
+    path: pathlib.Path
+    server: "subprocess.Popen[bytes]"
+
+    def hang(self) -> None:
+        self.server.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.server.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def file_server(directory: pathlib.Path, size: int) -> Iterator[Storage]:
+    """A file system of SIZE bytes in user space: when it hangs, nothing is answered."""
+    image, path = _image(directory, size), directory / "mnt"
+    path.mkdir()
+    with _process(["fuse2fs", "-f", "-o", "fakeroot,rw", str(image), str(path)]) as server:
+        _wait_for(path.is_mount, server)
+        with _mounted(path), _going_on(server):
+            yield Storage(path, server)
+
+
+@contextlib.contextmanager
+def block_server(directory: pathlib.Path, size: int) -> Iterator[Storage]:
+    """A file system of SIZE bytes on a disk behind nbdkit: when that hangs, the page cache still
+    takes writes for a while."""
+    image, path, disk = _image(directory, size), directory / "mnt", directory / "disk"
+    path.mkdir()
+    disk.touch()
+    socket = directory / "nbdkit.sock"
+    with contextlib.ExitStack() as stack:
+        argv = ["nbdkit", "-f", "-U", str(socket), "file", str(image)]
+        server = stack.enter_context(_process(argv))
+        _wait_for(socket.is_socket, server)
+        fuse = stack.enter_context(_process(["nbdfuse", str(disk), "--unix", str(socket)]))
+        _wait_for(lambda: disk.stat().st_size == size, fuse)
+        stack.enter_context(_mounted(disk))
+        argv = ["mount", "-o", "loop", str(disk), str(path)]
+        if subprocess.run(argv, capture_output=True, check=False).returncode:
+            pytest.skip("not allowed to mount a loop device")
+        stack.enter_context(_mounted(path))
+        stack.enter_context(_going_on(server))
+        yield Storage(path, server)
+
+
+def _image(directory: pathlib.Path, size: int) -> pathlib.Path:
+    image = directory / "ext4"
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    return image
+
+
+@contextlib.contextmanager
+def _process(argv: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def _going_on(server: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """SERVER does not hang when this ends: what it serves could not be unmounted."""
+    try:
+        yield
+    finally:
+        server.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def _mounted(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def _wait_for(condition: Callable[[], bool], server: "subprocess.Popen[bytes]") -> None:
+    while not condition():
+        if server.poll() is not None:
+            pytest.skip("not allowed to mount a file system in user space")
+        time.sleep(0.02)
+
+
+def document(linux: guest.Guest, storage: Storage) -> str:
+    disks = "".join(
+        f'<disk name="{disk.name}"><source dir="{storage.path}"/></disk>' for disk in records.DISKS
+    )
+    return (
+        f'<domainbackup><address type="unix" path="{linux.directory}/backup.sock"/>'
+        f"<disks>{disks}</disks></domainbackup>"
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cleanup, scratch, verdict):
+        monkeypatch.setattr(module, "PATIENCE", QUICK)
+
+
+def _is_refused(what: Callable[[], object], words: str) -> None:
+    with pytest.raises(virtbackup.Error, match=words) as refusal:
+        what()
+    assert refusal.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+
+
+SERVERS = {"file server": file_server, "disk that has filled its page cache": block_server}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_guest_waits_as_long_as_its_scratch_images_and_no_longer(
+    linux: guest.Guest, tmp_path: pathlib.Path, kind: str
+) -> None:
+    with SERVERS[kind](tmp_path, 64 << 20) as storage, virtbackup.open(linux.uri) as conn:
+        [dom] = conn.listAllDomains()
+        linux.forget_slowest()
+        scene.start_and_die(linux.uri, document(linux, storage))
+        storage.hang()
+        hung = time.monotonic()
+        info = dom.backupGetInfo()
+        while not all(disk.scratch_hangs for disk in info.disks):
+            info = dom.backupGetInfo()
+        assert (info.state, info.scratch_timeout) == ("running", None)
+        assert "hangs, and the guest's writes with it" in str(info.disks[0].warning)
+        with pytest.raises(virtbackup.Error, match="image of disk 'vda', 'sda' hangs") as refusal:
+            dom.backupStop()
+        assert refusal.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+        with answers_at_once(linux):
+            assert linux.monitor.command("query-status")["status"] == "running"
+        time.sleep(max(0.0, hung + HANG - time.monotonic()))
+        storage.go_on()
+        hung = time.monotonic() - hung
+        linux.wait_for_report()
+        assert linux.report.slowest < hung + AT_ONCE
+        assert not any(disk.scratch_hangs for disk in dom.backupGetInfo().disks)
+        dom.backupStop()
+        assert linux.monitor.command("query-jobs") == []
+        assert scene.damage(linux) == ()
+
+
+def test_a_stop_does_not_let_the_guest_wait_for_what_is_still_to_be_written(
+    linux: guest.Guest, tmp_path: pathlib.Path
+) -> None:
+    """The disk under the scratch images hangs; as long as there is page cache nobody notices."""
+    with block_server(tmp_path, 1 << 30) as storage, virtbackup.open(linux.uri) as conn:
+        [dom] = conn.listAllDomains()
+        scene.start_and_die(linux.uri, document(linux, storage))
+        linux.wait_for_number(linux.report.number + records.DISKS[0].slots // 4)
+        storage.hang()
+        linux.forget_slowest()
+        with subprocess.Popen(["sync", "-f", str(storage.path)]):
+            time.sleep(QUICK)
+            assert not any(disk.scratch_hangs for disk in dom.backupGetInfo().disks)
+            dom.backupStop()
+            with answers_at_once(linux):
+                assert linux.monitor.command("query-jobs") == []
+            linux.wait_for_report()
+            assert linux.report.slowest < AT_ONCE
+            storage.go_on()
+        assert scene.damage(linux) == ()
+
+
+def test_a_start_into_a_file_system_that_hangs_is_refused(
+    linux: guest.Guest, tmp_path: pathlib.Path
+) -> None:
+    with file_server(tmp_path, 64 << 20) as storage, virtbackup.open(linux.uri) as conn:
+        [dom] = conn.listAllDomains()
+        storage.hang()
+        with pytest.raises(
+            virtbackup.Error, match=r"disk 'vda': the file system of .* does not"
+        ) as e:
+            dom.backupStart(document(linux, storage))
+        assert e.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+        assert linux.monitor.command("query-block-exports") == []
+        storage.go_on()
+        dom.backupStart(document(linux, storage))
+        dom.backupStop()
+
+
+@contextlib.contextmanager
+def answers_at_once(linux: guest.Guest) -> Iterator[None]:
+    """Whether QEMU's main loop runs: it answers what is asked in here."""
+    asked = time.monotonic()
+    yield
+    assert time.monotonic() - asked < AT_ONCE
