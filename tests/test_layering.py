@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "api": {"errors", "conf", "hypervisor", "access"},
     "extend": {"errors", "conf", "hypervisor", "api"},
     "runtime": set(),
-    "qemu": {"errors", "conf", "hypervisor", "runtime", "qemu"},
+    "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "qemu"},
     "remote": {"errors", "hypervisor", "access", "remote"},
     "tools": {"api", "conf", "nbd", "errors", "runtime", "tools"},
     "__init__": {"api", "errors"},
