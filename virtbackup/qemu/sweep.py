@@ -4,7 +4,8 @@
 One way for all ends of a backup: a start that fails, a stop, and what a crash left. What is
 removed is what QEMU shows under our names, not what somebody remembers to have made: so a step
 whose reply was lost is undone too, and a second sweep finds nothing. Failures are logged and the
-sweep goes on; nothing here raises but MonitorLost, timeouts and ClientStuck.
+sweep goes on; nothing here raises but MonitorLost, timeouts, ClientStuck and, where there is no
+block graph, ``domain.named_nodes``'s.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from virtbackup.qemu import (
     block,
     capabilities,
     dialect,
+    domain,
     hang,
     monitor,
     monitor_json,
@@ -140,7 +142,13 @@ class Sweeper:
         return [f"job '{id}'" for id in ended]
 
     def frozen_disks(self) -> list[str]:
-        """Delete what is over our jobs' filters, before the jobs: nobody can read it any more."""
+        """Delete what is over our jobs' filters, before the jobs: nobody can read it any more.
+
+        A QEMU that cannot show its graph has no nodes of that kind, and may be one that must not be
+        asked for all nodes before the jobs are dismissed.
+        """
+        if not self.caps.block_graph:
+            return []
         nodes = [node for node in self._own_nodes() if not naming.is_image(node)]
         # A probe is over a frozen disk.
         return self._delete(sorted(nodes, key=lambda node: (not naming.is_probe(node), node)))
@@ -216,7 +224,8 @@ class Sweeper:
     def _node_names(self) -> Iterable[naming.NodeName]:
         if self.caps.block_graph:
             return block.parse_graph(self.qemu.execute(monitor_json.query_block_graph())).nodes()
-        return block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
+        jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
+        return domain.named_nodes(self.qemu, self.caps, jobs.values())
 
     def _own_fdsets(self) -> list[int]:
         if not self.caps.fdsets:
