@@ -26,7 +26,8 @@ MAY_IMPORT = {
 PURE = {
     "conf": None,
     "qemu": {
-        "backup", "block", "blockjob", "capabilities", "monitor_json", "naming", "qcow2", "qmp"
+        "backup", "block", "blockjob", "capabilities", "dialect", "monitor_json", "naming", "qcow2",
+        "qmp", "recording",
     },
     "nbd": {"extents"},
 }  # fmt: skip
