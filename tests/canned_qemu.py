@@ -24,12 +24,15 @@ Reply = Any
 
 
 def disks_of(found: recording.Recording) -> dict[str, Reply]:
-    """Query -> what was answered about the disks at rest, but that they are of DISK_SIZE."""
+    """Query -> what was answered about the disks at rest; but they are of DISK_SIZE, and all are
+    drives with an id, as on the oldest QEMUs."""
     queries = ("query-block", "query-named-block-nodes", "x-debug-query-block-graph")
     answers: dict[str, Reply] = {}
     for exchange in found.exchanges():
         if exchange.execute in queries:
             answers.setdefault(exchange.execute, _enlarged(exchange.reply["return"]))
+    for drive in answers.get("query-block", ()):
+        drive["device"] = drive["device"] or f"drive{drive['qdev'].replace('/', '-')}"
     return answers
 
 
@@ -75,6 +78,12 @@ class CannedQemu:
     def is_clean(self) -> bool:
         """Whether nothing is left of any backup."""
         return not (self.nodes or self.jobs or self.exports or self.fdsets or self.server)
+
+    def clean(self) -> None:
+        """Somebody else takes away what is left."""
+        for one in (self.nodes, self.jobs, self.exports, self.fdsets):
+            one.clear()
+        self.server = False
 
     def answer(self, command: monitor_json.Command) -> Reply:
         """What COMMAND returns. Errors: CommandFailed."""
@@ -178,10 +187,12 @@ class CannedQemu:
         return {}
 
     def _blockdev_del(self, command: monitor_json.Command, arguments: Any) -> Reply:
-        node = arguments.get("node-name") or arguments["id"]
-        if self.nodes.pop(node, None) is None:
-            raise self.failure(command, f"Failed to find node with node-name='{node}'")
-        return {}
+        wanted = arguments.get("node-name") or arguments["id"]
+        for node, options in self.nodes.items():
+            if wanted in (node, options.get("id")):
+                del self.nodes[node]
+                return {}
+        raise self.failure(command, f"Failed to find node with node-name='{wanted}'")
 
     def _blockdev_create(self, command: monitor_json.Command, arguments: Any) -> Reply:
         self._new_job(arguments["job-id"], "create")["status"] = "concluded"
