@@ -85,7 +85,7 @@ def parse(text: str) -> Recording:
 
 
 def _lines(text: str) -> Iterator[Line]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -101,6 +101,24 @@ def _lines(text: str) -> Iterator[Line]:
                 yield Line("<-", message, number)
             case _:
                 raise ValueError(f'line {number}: expected {{"->": COMMAND}} or {{"<-": MESSAGE}}')
+
+
+def parse_trace(text: str) -> Recording:
+    """Read what ``--trace`` writes: a line a message, behind its time and its direction.
+
+    Errors: ValueError, naming the line.
+    """
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            lines.append("")
+            continue
+        match line.split(" ", 2):
+            case [_, ("->" | "<-") as direction, message]:
+                lines.append(f'{{"{direction}": {message}}}')
+            case _:
+                raise ValueError(f"line {number}: expected TIME -> COMMAND or TIME <- MESSAGE")
+    return parse("\n".join(lines))
 
 
 def format(lines: Iterable[Line]) -> str:
