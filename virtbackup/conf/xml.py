@@ -77,10 +77,10 @@ def explain(element: etree._Element, schema: str) -> errors.Error:
     """Why ELEMENT is not valid, as VIR_ERR_XML_INVALID_SCHEMA with line, path and reason."""
     import xmlschema
 
-    if stray := _stray_text(element):
+    for parent in _with_stray_text(element):
         # XML Schema's white space is ASCII's; xmlschema takes all of Unicode's for it.
-        line, path = stray
-        text = f"line {line}: {path}: text between elements: expected elements only"
+        path = element.getroottree().getpath(parent)
+        text = f"line {parent.sourceline}: {path}: text between elements: expected elements only"
         return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, text)
     for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(element):
         line = found.sourceline or element.sourceline
@@ -91,14 +91,12 @@ def explain(element: etree._Element, schema: str) -> errors.Error:
     raise AssertionError(f"the two schema engines disagree about {schema}")
 
 
-def _stray_text(element: etree._Element) -> tuple[int, str] | None:
-    """Where white space that is none to XML lies in an element, none of which may hold text:
-    (line, path)."""
+def _with_stray_text(element: etree._Element) -> Iterator[etree._Element]:
+    """The elements, none of which may hold text, that hold white space that is none to XML."""
     for parent in element.iter():
         beside = [parent.text, *(child.tail for child in parent)]
         if any(text and text.strip(" \t\r\n") and not text.strip() for text in beside):
-            return parent.sourceline or 0, element.getroottree().getpath(parent)
-    return None
+            yield parent
 
 
 def _documentation(validator: Any) -> str | None:
