@@ -30,7 +30,8 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     caps = session.capabilities
     sight = look_at(session, running)
     hung = hanging(session, running, PATIENCE)
-    sight = dataclasses.replace(sight, unreadable=_seen_by_client(running, sight))
+    if not hung:
+        sight = dataclasses.replace(sight, unreadable=_seen_by_client(running, sight))
     reasons = judge(session, running, sight)
     nodes: Any = []
     if not hung and caps.named_nodes_are_safe(sight.jobs.values()):
