@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import time
 from collections.abc import Collection, Iterator
+from typing import Any
 
 _LOOK_AGAIN = 0.002
 _CLOSING = 2.0
@@ -74,12 +75,7 @@ def _ask(directory: str) -> "subprocess.Popen[bytes] | None":
     pending = _pending.pop(directory, None)
     if pending is not None and pending.poll() is None:
         return pending
-    with contextlib.suppress(FileNotFoundError):
-        return subprocess.Popen(
-            ["touch", "-c", "-a", "--", directory],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-    return None
+    return _run("touch", "-c", "-a", "--", directory)
 
 
 @contextlib.contextmanager
@@ -89,25 +85,28 @@ def closed_by_another(pid: int | None) -> Iterator[None]:
     Who is waits for what is still being written to the file, and for its blocks to be freed. So
     that is another process, when this ends; it may outlive us.
     """
-    fds = []
-    for entry, _ in [] if pid is None else _files(pid, ()):
-        with contextlib.suppress(OSError):
-            fds.append(os.open(entry, os.O_PATH | os.O_CLOEXEC))
-    if not fds:
-        yield
-        return
-    keeper = subprocess.Popen(
-        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        pass_fds=fds,
-    )  # fmt: skip
-    for fd in fds:
-        os.close(fd)
+    with contextlib.ExitStack() as ours:
+        fds = []
+        for entry, _ in [] if pid is None else _files(pid, ()):
+            with contextlib.suppress(OSError):
+                fds.append(os.open(entry, os.O_PATH | os.O_CLOEXEC))
+                ours.callback(os.close, fds[-1])
+        keeper = _run("cat", pass_fds=fds, stdin=subprocess.PIPE) if fds else None
     try:
         yield
     finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            keeper.communicate(timeout=_CLOSING)
-        _keepers[:] = [one for one in (*_keepers, keeper) if one.poll() is None]
+        if keeper is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                keeper.communicate(timeout=_CLOSING)
+            _keepers[:] = [one for one in (*_keepers, keeper) if one.poll() is None]
+
+
+def _run(*argv: str, **options: Any) -> "subprocess.Popen[bytes] | None":
+    """Start one of the core utilities; None where it is not to be had."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    with contextlib.suppress(OSError):
+        return subprocess.Popen(argv, **{**quiet, "stderr": subprocess.DEVNULL, **options})
+    return None
 
 
 def _files(pid: int, files: Collection[str]) -> Iterator[tuple[pathlib.Path, str]]:
