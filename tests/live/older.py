@@ -28,7 +28,8 @@ class Age:
     hidden: frozenset[str]
     """Commands and events."""
     members: frozenset[tuple[str, str]]
-    """(command, argument) that are hidden, or (command, +case) of its arguments."""
+    """(command, argument) that are hidden; or +case of a union, also further down, after a /."""
+    x_blockdev_del: bool = False
     wraps_options: bool = False
     drive_ids: bool = False
 
@@ -41,14 +42,16 @@ def _ages() -> Iterator[Age]:
          "nbd-server-start/max-connections blockdev-add/+snapshot-access", {}),
         ("3.1", "x-debug-query-block-graph", "blockdev-backup/filter-node-name", {}),
         ("2.12", "query-jobs job-cancel job-dismiss job-pause job-resume job-complete job-finalize"
-         " JOB_STATUS_CHANGE", "", {}),
+         " JOB_STATUS_CHANGE",
+         "nbd-server-add/bitmap transaction/actions/+block-dirty-bitmap-disable", {}),
         ("2.11", "block-job-dismiss block-job-finalize nbd-server-remove",
          "blockdev-backup/auto-dismiss blockdev-backup/auto-finalize nbd-server-add/name", {}),
-        ("2.8", "blockdev-del", "", {"wraps_options": True}),
+        ("2.8", "blockdev-del", "", {"x_blockdev_del": True}),
+        ("2.8-options", "", "", {"wraps_options": True}),  # never released
         ("2.7", "", "", {"drive_ids": True}),
         ("2.5", "", "blockdev-backup/job-id", {}),
     ):  # fmt: skip
-        pairs = (member.split("/") for member in members.split())
+        pairs = (member.split("/", 1) for member in members.split())
         age = dataclasses.replace(
             age,
             name=name,
@@ -82,7 +85,7 @@ class Translator:
         match name:
             case "blockdev-add" if self.age.wraps_options:
                 arguments = self._options(arguments)
-            case "x-blockdev-del" if self.age.wraps_options:
+            case "x-blockdev-del" if self.age.x_blockdev_del:
                 name, arguments = "blockdev-del", self._deleted(arguments)
             case "transaction":
                 arguments["actions"] = [self._action(one) for one in arguments["actions"]]
@@ -140,7 +143,7 @@ class Translator:
         match command:
             case "query-commands":
                 value = [item for item in value if item["name"] not in self.age.hidden]
-                value += [{"name": "x-blockdev-del"}] if self.age.wraps_options else []
+                value += [{"name": "x-blockdev-del"}] if self.age.x_blockdev_del else []
             case "query-qmp-schema":
                 value = self.schema(value)
             case "query-block-jobs" if ("blockdev-backup", "auto-dismiss") in self.age.members:
@@ -151,13 +154,16 @@ class Translator:
     def schema(self, entities: list[Message]) -> list[Message]:
         """QEMU's schema without what is hidden, and with what was there then."""
         by_name = {item["name"]: dict(item) for item in entities}
-        for command, member in self.age.members:
-            arguments = by_name[by_name[command]["arg-type"]]
-            arguments["members"] = [m for m in arguments["members"] if m["name"] != member]
-            if "variants" in arguments:
-                arguments["variants"] = [
-                    case for case in arguments["variants"] if f"+{case['case']}" != member
-                ]
+        for command, path in self.age.members:
+            *steps, member = path.split("/")
+            type = by_name[command]["arg-type"]
+            for step in steps:
+                type = next(m["type"] for m in by_name[type]["members"] if m["name"] == step)
+                type = by_name[type].get("element-type", type)
+            holder = by_name[type]
+            holder["members"] = [m for m in holder["members"] if m["name"] != member]
+            if "variants" in holder:
+                holder["variants"] = [v for v in holder["variants"] if f"+{v['case']}" != member]
         if self.age.wraps_options:
             add = by_name["blockdev-add"]
             options = by_name[add["arg-type"]]
@@ -166,11 +172,12 @@ class Translator:
                 options["members"] = [*options["members"], id]
             by_name["wrapped"] = _object("wrapped", "options", options["name"])
             add["arg-type"] = "wrapped"
+        if self.age.x_blockdev_del:
             key = "id" if self.age.drive_ids else "node-name"
             by_name["deleted"] = _object("deleted", key, "str")
             by_name["x-blockdev-del"] = {
                 "name": "x-blockdev-del", "meta-type": "command",
-                "arg-type": "deleted", "ret-type": add["ret-type"],
+                "arg-type": "deleted", "ret-type": by_name["blockdev-add"]["ret-type"],
             }  # fmt: skip
         return [item for name, item in by_name.items() if name not in self.age.hidden]
 

@@ -157,7 +157,7 @@ def plan(
     caps.check_backup()
     engine = engine or caps.engine
     caps.check_engine(engine)
-    _check_full(definition)
+    _check_full(definition, caps)
     _check_sources(definition.disks)
     spoken = dialect.Dialect(caps)
     found = {disk.target: disk for disk in state.disks}
@@ -219,7 +219,13 @@ def _disk(
     )
 
 
-def _check_full(definition: backup_conf.BackupDef) -> None:
+def _check_full(definition: backup_conf.BackupDef, caps: capabilities.Capabilities) -> None:
+    if definition.branch is not None and not caps.exports_bitmaps:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"branch '{definition.branch}': QEMU {capabilities.dotted(caps.version)} cannot export"
+            " what has changed: full backups only",
+        )
     if definition.branch is not None:
         raise _unsupported(f"branch '{definition.branch}': only full backups are supported")
     for disk in definition.disks:

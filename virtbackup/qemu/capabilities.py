@@ -34,6 +34,11 @@ FEATURES: Mapping[str, str] = {
     "transaction.blockdev-backup": "transaction/actions/+blockdev-backup",
     "nbd-server-start.max-connections": "nbd-server-start/max-connections",
     "nbd-server-add.name": "nbd-server-add/name",
+    "nbd-server-add.bitmap": "nbd-server-add/bitmap",
+    "block-export-add.bitmaps": "block-export-add/+nbd/bitmaps",
+    "transaction.bitmap-add": "transaction/actions/+block-dirty-bitmap-add",
+    "transaction.bitmap-disable": "transaction/actions/+block-dirty-bitmap-disable",
+    "transaction.x-bitmap-disable": "transaction/actions/+x-block-dirty-bitmap-disable",
 }
 """What is looked up in the schema: a command, then what is below its arguments, step by step: a
 member's name, or +CASE of a union. Lists and alternates are looked through."""
@@ -159,7 +164,7 @@ class Capabilities:
 
     @property
     def wraps_options(self) -> bool:
-        """blockdev-add takes all it is told as one argument (up to 2.8)."""
+        """blockdev-add takes all it is told as one argument (up to 2.7)."""
         return "blockdev-add.options" in self.features
 
     @property
@@ -192,6 +197,18 @@ class Capabilities:
     def export_names(self) -> bool:
         """An export can have a name of its own (2.12), not only its node's or drive's."""
         return self.block_exports or "nbd-server-add.name" in self.features
+
+    @property
+    def exports_bitmaps(self) -> bool:
+        """A disk's dirty bitmap can be begun and ended at the instant of a start, and be exported:
+        what an incremental backup takes (3.0)."""
+        begun_and_ended = "transaction.bitmap-add" in self.features and bool(
+            {"transaction.bitmap-disable", "transaction.x-bitmap-disable"} & self.features
+        )
+        exported = "x-nbd-server-add-bitmap" in self.commands or bool(
+            {"block-export-add.bitmaps", "nbd-server-add.bitmap"} & self.features
+        )
+        return begun_and_ended and exported
 
     @property
     def max_connections(self) -> bool:
