@@ -26,8 +26,8 @@ MAY_IMPORT = {
 PURE = {
     "conf": None,
     "qemu": {
-        "backup", "block", "blockjob", "capabilities", "monitor_json", "naming", "qcow2", "qmp",
-        "recording",
+        "backup", "block", "blockjob", "capabilities", "faults", "monitor_json", "naming",
+        "nbdwire", "qcow2", "qmp", "recording", "replay", "replay_block", "schema",
     },
     "nbd": {"extents"},
 }  # fmt: skip

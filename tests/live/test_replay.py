@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The fake QEMU against a real one: the same commands, right and wrong, and the same answers."""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import replayed
+from tests.live import machines
+from virtbackup.qemu import recording, replay_server
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
+
+DATA = pathlib.Path(__file__).parents[1] / "replaydata"
+CONVERSATIONS = sorted(DATA.glob("*.jsonl"))
+SIZE = 64 << 20
+QUERIES = (
+    "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "query-name",
+    "query-uuid", "query-status", "query-block", "query-named-block-nodes", "query-jobs",
+    "query-block-exports", "x-debug-query-block-graph", "query-fdsets",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """The event by which a command's effect is known."""
+
+    name: str
+    status: str | None = None
+
+    def has_come(self, event: dict[str, Any]) -> bool:
+        status = event.get("data", {}).get("status")
+        return event["event"] == self.name and self.status in (None, status)
+
+
+_EFFECTS = {
+    "job-cancel": Effect("JOB_STATUS_CHANGE", "concluded"),
+    "block-job-cancel": Effect("JOB_STATUS_CHANGE", "concluded"),
+    "block-export-del": Effect("BLOCK_EXPORT_DELETED"),
+}
+
+
+class Client:
+    """A QMP client that knows nothing of the package, and keeps all that is said."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(20)
+        self._socket.connect(str(path))
+        self._file = self._socket.makefile("rb")
+        self.lines = [recording.Line("<-", json.loads(self._file.readline()))]
+
+    def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The reply to MESSAGE, which has taken its effect: some QEMUs reply before."""
+        self._socket.sendall(json.dumps(message).encode())
+        self.lines.append(recording.Line("->", message))
+        events: list[dict[str, Any]] = []
+        while "event" in (reply := self._next()):
+            events.append(reply)
+        effect = _EFFECTS.get(message.get("execute", ""))
+        while effect and "return" in reply and not any(map(effect.has_come, events)):
+            events.append(self._next())
+        return reply
+
+    def _next(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self._file.readline())
+        self.lines.append(recording.Line("<-", message))
+        return message
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    """vda over a base, sdb, a CD-ROM with a medium and one without; images for scratch."""
+    base = machines.image(tmp_path / "base.qcow2", SIZE, "qcow2")
+    machines.image(tmp_path / "vda.qcow2", SIZE, "qcow2", backing=base)
+    machines.image(tmp_path / "sdb.raw", SIZE)
+    machines.image(tmp_path / "install.iso", 8 << 20)
+    machines.image(tmp_path / "plain.raw", SIZE)
+    for name, size in (("s1", SIZE), ("s2", SIZE), ("small", SIZE // 2)):
+        machines.image(tmp_path / f"{name}.qcow2", size, "qcow2")
+    with machines.qemu(
+        tmp_path, "-name", "demo",
+        "-blockdev", f"file,node-name=Af,filename={tmp_path}/vda.qcow2",
+        "-blockdev", "qcow2,node-name=A,file=Af",
+        "-device", "virtio-blk,drive=A,id=vda",
+        "-device", "virtio-scsi,id=scsi0",
+        "-blockdev", f"raw,node-name=B,file.driver=file,file.filename={tmp_path}/sdb.raw",
+        "-device", "scsi-hd,drive=B,id=sdb",
+        "-blockdev",
+        f"raw,node-name=C,read-only=on,file.driver=file,file.filename={tmp_path}/install.iso",
+        "-device", "scsi-cd,drive=C,id=cdrom",
+        "-device", "scsi-cd,id=empty",
+    ) as machine:  # fmt: skip
+        yield machine
+
+
+def recorded(client: Client) -> recording.Recording:
+    for id, name in enumerate(QUERIES, 1):
+        client({"execute": name, "id": id})
+    client({"execute": "qom-list", "arguments": {"path": "/objects"}, "id": 0})
+    return recording.Recording(tuple(client.lines))
+
+
+@pytest.mark.parametrize("path", CONVERSATIONS, ids=lambda path: path.stem)
+def test_answers_are_those_of_a_real_qemu(
+    path: pathlib.Path, machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    commands = [
+        json.loads(line.replace("{dir}", str(tmp_path))) for line in path.read_text().splitlines()
+    ]
+    real = Client(machine.qmp)
+    start = recorded(real)
+    expected = [[command, replayed.comparable(real(command))] for command in commands]
+    real.close()
+    machine.close()
+    with replay_server.Server(tmp_path / "fake.sock", start) as server:
+        fake = Client(server.path)
+        fake({"execute": "qmp_capabilities"})
+        found = [[command, replayed.comparable(fake(command))] for command in commands]
+        fake.close()
+    assert_same(expected, found)
+
+
+def assert_same(expected: list[Any], found: list[Any]) -> None:
+    differences = []
+    for one, other in zip(expected, found, strict=True):
+        real, fake = (json.dumps(x, indent=1, sort_keys=True).splitlines() for x in (one, other))
+        if real != fake:
+            differences += [
+                f"real and fake on {json.dumps(one[0])}",
+                *difflib.unified_diff(real, fake, n=1, lineterm=""),
+            ]
+    assert not differences, "\n".join(differences)
