@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``./dev test --matrix`` with programs that only write down how they were called."""
+"""``./dev test --matrix`` and ``./dev record --all`` with programs that only write down how they
+were called."""
 
 import hashlib
 import os
@@ -33,6 +34,7 @@ echo "debootstrap $3 $5" >>"$CALLS"
 PYTHON = """
 case "$*" in
 *pytest*) echo "pytest ${VIRTBACKUP_QEMU_ROOT##*/}: ${*##*testpaths=tests/live}" >>"$CALLS" ;;
+*tests.recordings*) echo "record ${VIRTBACKUP_QEMU_ROOT##*/}: ${*##*--qemu }" >>"$CALLS" ;;
 *) exit 0 ;;
 esac
 [ "${VIRTBACKUP_QEMU_ROOT##*/}" != "${FAILING-none}" ]"""
@@ -66,9 +68,12 @@ class Tree:
         (self.path / ".venv" / "stamp").write_text(text)
 
     def run(self, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.dev("test", "--matrix", *argv, **environment)
+
+    def dev(self, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
         return subprocess.run(
-            ["/bin/sh", self.path / "dev", "test", "--matrix", *argv],
+            ["/bin/sh", self.path / "dev", *argv],
             env={"PATH": str(self._bin), "CALLS": str(self.calls), **environment},
             text=True, capture_output=True,
         )  # fmt: skip
@@ -151,3 +156,24 @@ def test_no_mirror(tree: Tree) -> None:
     done = tree.run(MIRROR="")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "dev: apt knows no mirror of Debian here"
+
+
+def test_every_qemu_is_recorded_by_both_programs(tree: Tree) -> None:
+    done = tree.dev("record", "--all")
+    assert done.returncode == 0, done.stderr
+    assert tree.called("debootstrap") == [f"{suite} scheme://mirror/debian/" for suite in OTHERS]
+    assert tree.called("record") == [
+        f"{'' if suite == installed() else suite}: {program}"
+        for suite in SUITES
+        for program in ("qemu-system-x86_64", "qemu-storage-daemon")
+    ]
+
+
+def test_one_qemu_is_recorded_by_its_path(tree: Tree) -> None:
+    assert tree.dev("record", "--qemu", "/opt/qemu").returncode == 0
+    assert tree.called("debootstrap") == []
+    assert tree.called("record") == [": /opt/qemu"]
+
+
+def test_a_qemu_that_cannot_be_recorded_is_an_error(tree: Tree) -> None:
+    assert tree.dev("record", "--all", FAILING=OTHERS[0]).returncode == 1

@@ -53,7 +53,7 @@ def xmlfile(tmp_path: pathlib.Path) -> str:
 
 # --- misuse, of every command ---------------------------------------------------------------------
 
-REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d"}
+REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d", "file": "f"}
 
 
 def _good(command: vsh.Command) -> list[str]:

@@ -257,12 +257,14 @@ def qemu(
     )  # fmt: skip
 
 
-def storage_daemon(directory: pathlib.Path, *extra: str) -> Machine:
+def storage_daemon(
+    directory: pathlib.Path, *extra: str, binary: str = "qemu-storage-daemon"
+) -> Machine:
     """A qemu-storage-daemon with EXTRA arguments."""
     return Machine(
         directory,
         [
-            "qemu-storage-daemon",
+            binary,
             "--chardev", f"socket,path={directory}/probe.sock,server=on,wait=off,id=p0",
             "--monitor", "chardev=p0",
             "--chardev", f"socket,path={directory}/qmp.sock,server=on,wait=off,id=m0",

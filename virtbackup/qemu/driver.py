@@ -29,9 +29,14 @@ STOP_CANCEL = 1 << 0
 def open(uri: str, readonly: bool) -> "QmpDriver":
     """Serve ``qmp:///path[?engine=classic|hybrid]``; without an engine, the safest that QEMU has.
 
-    Errors: VIR_ERR_INVALID_ARG for another shape of URI; those of ``monitor.Monitor``, unless
-    nobody listens and a status file says that a backup ran there.
+    Errors: those of ``parse_uri``; those of ``monitor.Monitor``, unless nobody listens and a status
+    file says that a backup ran there.
     """
+    return QmpDriver(*parse_uri(uri))
+
+
+def parse_uri(uri: str) -> tuple[str, capabilities.Engine | None]:
+    """The monitor's path and the engine asked for. Errors: VIR_ERR_INVALID_ARG."""
     parts = urllib.parse.urlsplit(uri)
     path = urllib.parse.unquote(parts.path, errors="surrogateescape")
     options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
@@ -44,7 +49,7 @@ def open(uri: str, readonly: bool) -> "QmpDriver":
             "uri",
             f"'{uri}': expected qmp:///absolute/path/to/qmp.sock[?engine=classic|hybrid]",
         )
-    return QmpDriver(path, engine)
+    return path, engine
 
 
 def _is_absolute(path: str) -> bool:

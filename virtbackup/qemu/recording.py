@@ -103,6 +103,21 @@ def _lines(text: str) -> Iterator[Line]:
                 raise ValueError(f'line {number}: expected {{"->": COMMAND}} or {{"<-": MESSAGE}}')
 
 
+def parse_trace(text: str) -> Recording:
+    """Read what ``--trace`` writes: a line a message, behind its time and its direction.
+
+    Errors: ValueError, naming the line.
+    """
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        match line.split(" ", 2):
+            case [_, ("->" | "<-") as direction, message]:
+                lines.append(f'{{"{direction}": {message}}}')
+            case _:
+                raise ValueError(f"line {number}: expected TIME -> COMMAND or TIME <- MESSAGE")
+    return parse("\n".join(lines))
+
+
 def format(lines: Iterable[Line]) -> str:
     """The text; ``parse`` reads it."""
     return "".join(

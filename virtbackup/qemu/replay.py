@@ -273,7 +273,6 @@ class Replay:
         queries: dict[str, Callable[[], Any]] = {
             "query-status": lambda: self._status,
             "query-block": layer.query_block,
-            "query-named-block-nodes": layer.query_named_block_nodes,
             "x-debug-query-block-graph": layer.query_graph,
             "query-jobs": layer.query_jobs,
             "query-block-jobs": layer.query_block_jobs,
@@ -286,6 +285,9 @@ class Replay:
         }
         changes: dict[str, _Change] = {
             "qmp_capabilities": self._negotiate,
+            "query-named-block-nodes": lambda a: layer.query_named_block_nodes(
+                a.get("flat", False)
+            ),
             "blockdev-add": self._blockdev_add,
             "blockdev-del": lambda a: layer.blockdev_del(a["node-name"]),
             "x-blockdev-del": lambda a: layer.blockdev_del(str(a.get("node-name") or a.get("id"))),

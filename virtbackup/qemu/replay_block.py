@@ -121,7 +121,7 @@ class Device:
     @property
     def name(self) -> str:
         """As the block graph calls it."""
-        return self.recorded.get("qdev") or self.recorded.get("device") or ""
+        return self.recorded.get("device") or self.recorded.get("qdev") or ""
 
 
 @dataclasses.dataclass
@@ -266,12 +266,20 @@ class BlockLayer:
             drive["dirty-bitmaps"] = inserted["dirty-bitmaps"]
         return {**drive, "inserted": inserted}
 
-    def query_named_block_nodes(self) -> list[Message]:
-        return [self.info(node) for node in reversed(self.state.nodes.values())]
+    def query_named_block_nodes(self, flat: bool = False) -> list[Message]:
+        """FLAT: without what is below the images."""
+        found = [self.info(node) for node in reversed(self.state.nodes.values())]
+        for info in found:
+            if flat:
+                info["image"].pop("backing-image", None)
+                info["backing_file_depth"] = 0
+        return found
 
     def info(self, node: Node) -> Message:
         """QAPI's BlockDeviceInfo."""
         found = copy.deepcopy(node.recorded) if node.recorded else self._made_up(node)
+        found["image"] = self._image(node, self._filename(node))
+        found["backing_file_depth"] = self._depth(node)
         self._renew(found, node)
         return found
 
@@ -280,12 +288,10 @@ class BlockLayer:
         plain = self._templates[0] if self._templates else {}
         left_out = ("backing_file", "dirty-bitmaps", "image")
         found = {key: value for key, value in plain.items() if key not in left_out}
-        filename = self._filename(node)
         found |= {
-            "drv": node.driver, "file": filename, "node-name": node.name, "ro": node.readonly,
-            "backing_file_depth": self._depth(node), "detect_zeroes": "off", "encrypted": False,
+            "drv": node.driver, "file": self._filename(node), "node-name": node.name,
+            "ro": node.readonly, "detect_zeroes": "off", "encrypted": False,
             "cache": {"direct": False, "no-flush": node.no_flush, "writeback": True},
-            "image": self._image(node, filename),
         }  # fmt: skip
         if node.driver == "qcow2" and "backing" in node.children:
             found["backing_file"] = self.state.nodes[node.children["backing"]].filename
@@ -294,7 +300,16 @@ class BlockLayer:
     def _image(self, node: Node, filename: str) -> Message:
         """QAPI's ImageInfo."""
         if node.recorded is not None:
-            return dict(node.recorded["image"])
+            image = dict(node.recorded["image"])
+        else:
+            image = self._made_up_image(node, filename)
+        below = self._backing_of(node)
+        if below is not None:
+            image["backing-image"] = self._image(below, self._filename(below))
+        return image
+
+    def _made_up_image(self, node: Node, filename: str) -> Message:
+        """The image of a node that was not recorded, what is below it left out."""
         image: Message = {
             "filename": filename, "format": node.driver, "virtual-size": node.size,
             "actual-size": self._actual_size(node),
@@ -306,9 +321,6 @@ class BlockLayer:
             image["cluster-size"] = _CLUSTER
         if node.driver in ("raw", *FILTERS):
             self._inherit_limits(image, node)
-        below = self._backing_of(node)
-        if below is not None:
-            image["backing-image"] = self._image(below, self._filename(below))
         return image
 
     def _as_others(self, driver: str) -> Message:
@@ -365,10 +377,10 @@ class BlockLayer:
         return None if child is None else self.state.nodes[child]
 
     def _depth(self, node: Node) -> int:
-        if node.recorded is not None:
-            return int(node.recorded.get("backing_file_depth", 0))
         below = self._backing_of(node)
-        return 0 if below is None else 1 + self._depth(below)
+        if below is not None:
+            return 1 + self._depth(below)
+        return 0 if node.recorded is None else int(node.recorded.get("backing_file_depth", 0))
 
     def _filename(self, node: Node) -> str:
         """How QEMU calls a node: by its file where that says it all, else by its options."""
@@ -575,9 +587,10 @@ class BlockLayer:
     def _drop(self, name: str) -> None:
         """Let go of a node: it goes, and what is below it, unless somebody else holds it."""
         node = self.state.nodes[name]
-        roots = {device.root for device in self.state.devices}
-        exported = {export.node for export in self.state.exports.values()}
-        if node.owned or self._parents(name) or name in roots | exported:
+        users = {device.root for device in self.state.devices}
+        users |= {export.node for export in self.state.exports.values()}
+        users |= {job.filter for job in self.state.jobs.values()}
+        if node.owned or self._parents(name) or name in users:
             return
         del self.state.nodes[name]
         if name in self.images:

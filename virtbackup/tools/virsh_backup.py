@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import virtbackup
 from virtbackup.tools import (
+    monitor_tools,
     virsh_connection,
     virsh_domain,
     virsh_host,
@@ -345,6 +346,7 @@ TABLE = vsh.Table(
         virsh_domain.GROUP,
         virsh_host.GROUP,
         GROUP,
+        monitor_tools.GROUP,
         vsh.Group(vsh.GROUP, "Virsh-backup itself"),
     ),
     commands=tuple(
@@ -353,6 +355,7 @@ TABLE = vsh.Table(
                 *virsh_domain.COMMANDS,
                 *virsh_host.COMMANDS,
                 *COMMANDS,
+                *monitor_tools.COMMANDS,
                 virsh_pull.PULL,
                 virsh_host.CONNECT,
                 *vsh.COMMANDS,

@@ -61,6 +61,11 @@ class Control:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
         self._trace_path = path
 
+    @property
+    def trace(self) -> TextIO | None:
+        """Where what goes over a connection is to be written."""
+        return self._trace
+
     def close_trace(self) -> None:
         """End the trace. Errors: Failure when not all of it was written."""
         trace, self._trace = self._trace, None
