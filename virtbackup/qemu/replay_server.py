@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from virtbackup.qemu import faults, nbdwire, recording, replay
+from virtbackup.qemu import faults, nbdwire, recording, replay, replay_block
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Disk:
     """A made-up disk, as an export shows it."""
 
     name: str
+    """Of the image it stands for: what its sectors tell."""
     size: int
     description: str | None = None
     bitmaps: Mapping[str, bool] = dataclasses.field(default_factory=dict)
@@ -218,7 +219,7 @@ class Server:
                 for export in self._replay.layer.state.exports.values()
             }
 
-    def _disk(self, export: Any) -> Disk:
+    def _disk(self, export: replay_block.Export) -> Disk:
         layer = self._replay.layer
         source = layer.frozen_source(export.node)
         bitmaps = {
@@ -228,7 +229,8 @@ class Server:
             if bitmap.export == export.id and bitmap.name is not None
         }
         size = layer.state.nodes[export.node].size
-        return Disk(source or "", size, export.description, bitmaps, source is not None)
+        name = "" if source is None else layer.state.nodes[source].filename
+        return Disk(name, size, export.description, bitmaps, source is not None)
 
 
 class _NbdServer:
