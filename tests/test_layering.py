@@ -33,6 +33,7 @@ PURE = {
     "qemu": {
         "backup", "block", "blockjob", "capabilities", "faults", "monitor_json", "naming",
         "nbdwire", "normal", "qcow2", "qmp", "recording", "replay", "replay_block", "schema",
+        "traffic",
     },
     "nbd": {"extents"},
 }  # fmt: skip
