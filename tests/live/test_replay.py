@@ -42,6 +42,7 @@ class Effect:
 _EFFECTS = {
     "job-cancel": Effect("JOB_STATUS_CHANGE", "concluded"),
     "block-job-cancel": Effect("JOB_STATUS_CHANGE", "concluded"),
+    "blockdev-create": Effect("JOB_STATUS_CHANGE", "concluded"),
     "block-export-del": Effect("BLOCK_EXPORT_DELETED"),
 }
 

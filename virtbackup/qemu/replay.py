@@ -35,6 +35,9 @@ class Host(Protocol):
     def open_image(self, path: str | int, readonly: bool) -> replay_block.Image:
         """Open a file by its path, or a duplicate of a descriptor."""
 
+    def create_file(self, path: str, size: int) -> None:
+        """Make a file of SIZE bytes, or empty one that is there."""
+
     def close_fd(self, fd: int) -> None: ...
 
     def start_server(self, address: Mapping[str, Any], fd: int | None) -> None:
@@ -123,10 +126,7 @@ class Replay:
         self._recorded = recorded
         self._replies = _by_command(recorded)
         self.version = _version(recorded.greeting)
-        commands = self._static("query-commands")
-        if commands is None:
-            raise ValueError("the recording has no query-commands")
-        self.commands = frozenset(str(command["name"]) for command in commands)
+        self.commands = _names(self._static("query-commands"))
         found = self._static("query-qmp-schema")
         self._schema = (
             None if found is None else schema.Schema.parse(found, self.version < (6, 0, 0))
@@ -139,7 +139,7 @@ class Replay:
         )
         if self._static("query-jobs"):
             raise ValueError("it was recorded while a block job ran")
-        self._status = dict(self._static("query-status") or {"running": True, "status": "running"})
+        self._status = _run_state(self._static("query-status"))
         self._rules = faults.Rules(rules)
         self._fdsets: dict[int, FdSet] = {}
         self._fds: dict[str, int] = {}
@@ -219,6 +219,10 @@ class Replay:
             return {"return": {} if found is None else found}
         except Refused as failure:
             return failure.reply
+        except (KeyError, TypeError, AttributeError) as failure:
+            if self._schema is not None:
+                raise
+            return Refused(f"arguments that make no sense: {failure!r}").reply
 
     def _cause(self, rule: faults.Rule) -> Iterator[Message]:
         """Make happen what a rule says, and the events that come of it."""
@@ -289,6 +293,7 @@ class Replay:
                 a.get("flat", False)
             ),
             "blockdev-add": self._blockdev_add,
+            "blockdev-create": self._blockdev_create,
             "blockdev-del": lambda a: layer.blockdev_del(a["node-name"]),
             "x-blockdev-del": lambda a: layer.blockdev_del(str(a.get("node-name") or a.get("id"))),
             "transaction": lambda a: layer.transaction(a["actions"]),
@@ -378,6 +383,15 @@ class Replay:
                 fdset.users |= {
                     node for node, image in self.layer.images.items() if image is opened[name]
                 }
+
+    def _blockdev_create(self, arguments: Message) -> None:
+        options, failure = arguments["options"], None
+        if options["driver"] == "file":
+            try:
+                self._host.create_file(options["filename"], options["size"])
+            except OSError as error:
+                failure = f"Could not create '{options['filename']}': {error.strerror}"
+        self.layer.create(arguments["job-id"], options, failure)
 
     def _open(self, filename: str, readonly: bool) -> replay_block.Image | str:
         """The file, or QEMU's words for why not."""
@@ -618,6 +632,26 @@ def _by_command(
     for exchange in recorded.exchanges():
         found.setdefault(exchange.execute, []).append((exchange.arguments, exchange.reply))
     return found
+
+
+def _names(commands: Any) -> frozenset[str]:
+    """Of a ``query-commands`` reply. Errors: ValueError."""
+    match commands:
+        case list() if all(
+            isinstance(c, dict) and isinstance(c.get("name"), str) for c in commands
+        ):
+            return frozenset(command["name"] for command in commands)
+    raise ValueError("the recording has no query-commands")
+
+
+def _run_state(reply: Any) -> Message:
+    """Of a ``query-status`` reply; without one, there is no guest that could stand."""
+    match reply:
+        case {"running": bool(), "status": str()}:
+            return dict(reply)
+        case None:
+            return {"running": True, "status": "running"}
+    raise ValueError("its query-status is not understood")
 
 
 def _version(greeting: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from virtbackup.qemu import faults, nbdwire, recording, replay, replay_block
+from virtbackup.qemu import faults, nbdwire, qcow2, recording, replay, replay_block
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +43,22 @@ class File:
             self._fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         found = os.fstat(self._fd)
         self.key = found.st_dev, found.st_ino
-        self.size = -(-found.st_size // _SECTOR) * _SECTOR
-        self.header = os.pread(self._fd, _HEADER, 0)
+
+    @property
+    def size(self) -> int:
+        return -(-os.fstat(self._fd).st_size // _SECTOR) * _SECTOR
+
+    @property
+    def header(self) -> bytes:
+        return os.pread(self._fd, _HEADER, 0)
 
     def actual_size(self) -> int:
         return os.fstat(self._fd).st_blocks * 512
+
+    def format(self, size: int) -> None:
+        for offset, data in qcow2.empty_image(size):
+            os.pwrite(self._fd, data, offset)
+        os.ftruncate(self._fd, qcow2.file_size(size))
 
     def close(self) -> None:
         os.close(self._fd)
@@ -176,9 +187,9 @@ class Server:
                 with self._lock:
                     answer = self._replay.receive(line, fds)
                 fds = []
+                # QEMU ends whether or not the client is still there to be told.
+                self._closed = self._closed or answer.quit
                 _send(client, answer.messages)
-                if answer.quit:
-                    self._closed = True
                 if answer.hang_up:
                     return
 
@@ -189,6 +200,13 @@ class Server:
 
     def open_image(self, path: str | int, readonly: bool) -> File:
         return File(path, readonly)
+
+    def create_file(self, path: str, size: int) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
 
     def close_fd(self, fd: int) -> None:
         os.close(fd)
