@@ -166,11 +166,14 @@ class Server:
                 self._client = None
         finally:
             self._closed = True
-            self._listener.close()
-            self.path.unlink(missing_ok=True)
+            self._stop_listening()
             with self._lock:
                 self._replay.close()
             self.ended.set()
+
+    def _stop_listening(self) -> None:
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
 
     def _speak(self, client: socket.socket) -> None:
         """Serve one client to its end."""
@@ -187,8 +190,9 @@ class Server:
                 with self._lock:
                     answer = self._replay.receive(line, fds)
                 fds = []
-                # QEMU ends whether or not the client is still there to be told.
-                self._closed = self._closed or answer.quit
+                if answer.quit:  # whether or not the client is still there to be told
+                    self._closed = True
+                    self._stop_listening()
                 _send(client, answer.messages)
                 if answer.hang_up:
                     return
