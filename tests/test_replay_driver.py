@@ -21,7 +21,7 @@ import pytest
 import virtbackup
 from virtbackup import hypervisor, runtime
 from virtbackup.conf import domain_conf
-from virtbackup.qemu import replay_driver, replay_server
+from virtbackup.qemu import recording, replay_driver, replay_server, traffic
 from virtbackup.tools import virsh_backup
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,9 +67,9 @@ def failure(call: Callable[[], object]) -> virtbackup.Error:
     return caught.value
 
 
-def script(directory: pathlib.Path, *rules: dict[str, Any], recording: str = "qemu-7.2.22") -> str:
+def script(directory: pathlib.Path, *rules: dict[str, Any], name: str = "qemu-7.2.22") -> str:
     """A directory of one's own; its URI."""
-    (directory / "recording.jsonl").write_bytes((RECORDINGS / f"{recording}.jsonl").read_bytes())
+    (directory / "recording.jsonl").write_bytes((RECORDINGS / f"{name}.jsonl").read_bytes())
     (directory / "faults.json").write_text(json.dumps(rules))
     return f"test://{directory}"
 
@@ -121,6 +121,27 @@ def test_a_backup_from_start_to_stop(uri: str, xml: str, tmp_path: pathlib.Path)
         assert domain.backupCleanup() == []
         assert domain.backupStart(xml) == 0
         assert domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL) == 0
+
+
+@pytest.mark.parametrize("path", sorted(RECORDINGS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_driver_does_to_the_fake_what_it_did_to_qemu(
+    path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The backup that was recorded, once more, on the fake that is made from it."""
+    trace = io.StringIO()
+    xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
+    with virtbackup.open(f"test:///{path.stem}") as connection:
+        connection.setTrace(trace)
+        domain = only(connection)
+        domain.backupStart(xml)
+        domain.backupGetInfo()
+        domain.backupStop()
+        domain.backupCleanup()
+    said = [recording.parse(path.read_text()), recording.parse_trace(trace.getvalue())]
+    recorded, ours = (
+        traffic.comparable(traffic.without_queries(conversation.lines)) for conversation in said
+    )
+    assert traffic.diff(recorded, ours, ("recorded", "fake")) == []
 
 
 def test_engines(xml: str) -> None:
@@ -218,13 +239,11 @@ def test_a_start_that_loses_the_monitor(xml: str, tmp_path: pathlib.Path, when: 
         assert domain.backupStop() == 0
 
 
-@pytest.mark.parametrize("recording", ["qemu-7.2.22", "qemu-11.1.3"])
-def test_a_job_that_ends_makes_the_backup_bad(
-    xml: str, tmp_path: pathlib.Path, recording: str
-) -> None:
+@pytest.mark.parametrize("name", ["qemu-7.2.22", "qemu-11.1.3"])
+def test_a_job_that_ends_makes_the_backup_bad(xml: str, tmp_path: pathlib.Path, name: str) -> None:
     """It ends at the second look at the jobs: after the start's."""
     rule = {"command": "query-jobs", "nth": 2, "cancel-job": "virtbackup-*-0"}
-    with virtbackup.open(script(tmp_path, rule, recording=recording)) as connection:
+    with virtbackup.open(script(tmp_path, rule, name=name)) as connection:
         domain = only(connection)
         domain.backupStart(xml)
         text = str(failure(domain.backupStop))

@@ -6,11 +6,13 @@ import difflib
 import json
 import pathlib
 import socket
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+import virtbackup
 from tests import replayed
 from tests.live import machines
 from virtbackup.qemu import recording, replay_server
@@ -142,3 +144,50 @@ def assert_same(expected: list[Any], found: list[Any]) -> None:
                 *difflib.unified_diff(real, fake, n=1, lineterm=""),
             ]
     assert not differences, "\n".join(differences)
+
+
+# --- its NBD server, under real clients ---
+
+
+@pytest.fixture
+def started(tmp_path: pathlib.Path) -> Iterator[tuple[virtbackup.Domain, str]]:
+    """A backup of a fake QEMU, and the address of its exports."""
+    address = f"{tmp_path}/nbd.sock"
+    with virtbackup.open("test:///default") as connection:
+        [domain] = connection.listAllDomains()
+        domain.backupStart(f'<domainbackup><address type="unix" path="{address}"/></domainbackup>')
+        yield domain, address
+
+
+def run(*argv: str) -> str:
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.needs("nbdinfo", "nbdcopy")
+def test_clients_read_what_is_exported(
+    started: tuple[virtbackup.Domain, str], tmp_path: pathlib.Path
+) -> None:
+    domain, address = started
+    listed = json.loads(run("nbdinfo", "--json", "--list", f"nbd+unix:///?socket={address}"))
+    assert [export["export-name"] for export in listed["exports"]] == ["sdb", "vda"]
+    uri = f"nbd+unix:///vda?socket={address}"
+    mapped = json.loads(run("nbdinfo", "--json", "--map", uri))
+    assert [(extent["offset"], extent["type"]) for extent in mapped] == [(0, 0), (1 << 20, 3)]
+    copies = [tmp_path / "nbdcopy.raw", tmp_path / "qemu-img.raw"]
+    run("nbdcopy", uri, str(copies[0]))
+    run("qemu-img", "convert", "-O", "raw", uri, str(copies[1]))
+    data = [path.read_bytes() for path in copies]
+    assert data[0] == data[1]
+    assert data[0].startswith(b"/images/vda.qcow2 sector 0\n")
+    assert domain.backupStop() == 0
+
+
+@pytest.mark.needs("nbdinfo")
+def test_a_stop_cuts_clients_off(started: tuple[virtbackup.Domain, str]) -> None:
+    domain, address = started
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(address)
+        assert client.recv(18, socket.MSG_WAITALL).startswith(b"NBDMAGIC")
+        assert domain.backupStop() == 0
+        assert client.recv(1) == b""
