@@ -253,6 +253,17 @@ def test_a_job_that_ends_makes_the_backup_bad(xml: str, tmp_path: pathlib.Path, 
     )
 
 
+def test_a_snapshot_that_breaks_unseen(xml: str, tmp_path: pathlib.Path) -> None:
+    rule = {"command": "block-export-add", "nth": 2, "when": "after", "break-snapshot": "*-1"}
+    with virtbackup.open(script(tmp_path, rule, name="qemu-11.1.3")) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        states = {disk.name: disk.state for disk in domain.backupGetInfo().disks}
+        assert states == {"sdb": "running", "vda": "failed"}
+        text = str(failure(domain.backupStop))
+    assert text.endswith("disk 'vda': its snapshot is broken: Operation not supported")
+
+
 def test_a_guest_that_stands_for_our_sake_goes_on(xml: str, tmp_path: pathlib.Path) -> None:
     rule = {"command": "block-export-add", "nth": 2, "when": "after",
             "stop": "io-error", "io-status": "nospace"}  # fmt: skip

@@ -32,6 +32,8 @@ class Rule:
     """Jobs that end, by their names."""
     job_error: str | None = None
     """What they end with; None: they were cancelled."""
+    break_snapshot: str | None = None
+    """Backup jobs, by their names, whose snapshot is lost while they run."""
     unplug: str | None = None
     """The id of a device that goes."""
     stop: str | None = None
@@ -46,7 +48,7 @@ class Rule:
     """QEMU ends, once the command is done."""
 
 
-_TEXTS = ("command", "cancel_job", "job_error", "unplug", "stop", "io_status")
+_TEXTS = ("command", "cancel_job", "job_error", "break_snapshot", "unplug", "stop", "io_status")
 _FLAGS = ("silent", "hang_up", "quit")
 _ONLY_BEFORE = ("error", "silent")
 

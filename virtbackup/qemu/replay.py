@@ -7,6 +7,7 @@ from there. Commands go in by ``receive``, messages come out; everything outside
 ``Host``'s. A command that is neither simulated nor recorded is refused in words that say so.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -21,6 +22,8 @@ Message = dict[str, Any]
 _Change = Callable[[Message], Any]
 """Does a command with its arguments; gives what it returns, None for nothing."""
 
+MAX_MESSAGE = 64 << 20
+"""Bytes; QEMU takes no more either."""
 _COMMAND_NOT_FOUND = "CommandNotFound"
 _FDSET = "/dev/fdset/"
 _QUOTE, _BACKSLASH = b'"\\'
@@ -82,8 +85,10 @@ class Splitter:
         self._in_string = self._escaped = False
 
     def receive_data(self, data: bytes) -> None:
-        """Take bytes as they came."""
+        """Take bytes as they came. Errors: ValueError for a message that is too long."""
         self._buffer += data
+        if len(self._buffer) > MAX_MESSAGE:
+            raise ValueError(f"a message is longer than {MAX_MESSAGE} bytes")
 
     def next_message(self) -> bytes | None:
         """The next whole object; or a line that does not begin as one; None until more comes."""
@@ -205,7 +210,8 @@ class Replay:
         replies = [] if any(rule.silent for rule in before) else [reply]
         late = [event for rule in after for event in self._cause(rule)]
         hang_up = any(rule.hang_up for rule in after)
-        quit = execute == "quit" or any(rule.quit for rule in (*before, *after))
+        quit = execute == "quit" and "return" in reply
+        quit = quit or any(rule.quit for rule in (*before, *after))
         return Answer((*events, *replies, *late), hang_up or quit, quit)
 
     def _try(self, execute: str, arguments: Message) -> Message:
@@ -219,6 +225,8 @@ class Replay:
             return {"return": {} if found is None else found}
         except Refused as failure:
             return failure.reply
+        except RecursionError:
+            return Refused("JSON nesting depth limit exceeded").reply
         except (KeyError, TypeError, AttributeError) as failure:
             if self._schema is not None:
                 raise
@@ -226,22 +234,28 @@ class Replay:
 
     def _cause(self, rule: faults.Rule) -> Iterator[Message]:
         """Make happen what a rule says, and the events that come of it."""
-        if rule.cancel_job is not None:
-            for id in [*self.layer.state.jobs]:
-                job = self.layer.state.jobs[id]
-                if faults.matches(rule.cancel_job, id) and job.status != "concluded":
-                    self.layer.end_job(job, rule.job_error or "Operation canceled")
-        if rule.unplug is not None:
-            self._unplug(rule.unplug)
-        if rule.stop is not None:
-            self._set_running(False, rule.stop)
-        if rule.io_status is not None:
-            for device in self.layer.state.devices:
-                if device.root is not None:
-                    device.recorded = {**device.recorded, "io-status": rule.io_status}
+        self._cause_in_jobs(rule)
+        self._cause_in_guest(rule)
         yield from self._events()
         if rule.event is not None:
             yield self._stamped(dict(rule.event))
+
+    def _cause_in_jobs(self, rule: faults.Rule) -> None:
+        for id, job in [*self.layer.state.jobs.items()]:
+            if rule.break_snapshot is not None and faults.matches(rule.break_snapshot, id):
+                job.broken = True
+            wanted = rule.cancel_job is not None and faults.matches(rule.cancel_job, id)
+            if wanted and job.status != "concluded":
+                self.layer.end_job(job, rule.job_error or "Operation canceled")
+
+    def _cause_in_guest(self, rule: faults.Rule) -> None:
+        if rule.unplug is not None:
+            with contextlib.suppress(Refused):  # it may be gone already
+                self._unplug(rule.unplug)
+        if rule.stop is not None:
+            self._set_running(False, rule.stop)
+        if rule.io_status is not None:
+            self.layer.set_io_status(rule.io_status)
 
     def _events(self) -> list[Message]:
         found = []
@@ -337,9 +351,7 @@ class Replay:
             self.layer.events.append(replay_block.event("RESUME" if running else "STOP"))
         self._status |= {"running": running, "status": status}
         if running:
-            for device in self.layer.state.devices:
-                if device.recorded.get("io-status", "ok") != "ok":
-                    device.recorded = {**device.recorded, "io-status": "ok"}
+            self.layer.set_io_status("ok")
             self._clean_fdsets()
 
     def _quit(self) -> None:

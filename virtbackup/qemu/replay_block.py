@@ -143,6 +143,8 @@ class Job:
     """By the user."""
     error: str | None = None
     type: str = "backup"
+    broken: bool = False
+    """Its scratch image has failed, and the snapshot with it (on-cbw-error=break-snapshot)."""
 
 
 @dataclasses.dataclass
@@ -472,7 +474,7 @@ class BlockLayer:
 
     def blockdev_add(self, options: Message, opened: Mapping[str, Image | str]) -> None:
         """Add a node. OPENED has the files that OPTIONS name: open, or why they cannot be."""
-        if "node-name" not in options:
+        if "node-name" not in options and "id" not in options:
             raise Refused("'node-name' must be specified for the root node")
         with _TakenBack(self):
             self._open(options, opened, owned=True)
@@ -484,7 +486,8 @@ class BlockLayer:
         driver = options["driver"]
         if driver not in SIMULATED:
             raise Refused(f"driver '{driver}' is not simulated")
-        name = options.get("node-name") or self._automatic_name()
+        # Before QEMU 2.9 an id, a drive's, could be all that a node had.
+        name = options.get("node-name") or options.get("id") or self._automatic_name()
         self._check_name(name)
         children = {}
         for role in ("file", "target"):
@@ -509,6 +512,8 @@ class BlockLayer:
             node.size = below.size if node.limit is None else node.limit
             node.filename = below.filename
         if node.driver == "bochs":
+            if self.frozen_source(node.children["file"]) is None:
+                raise Refused(f"Could not open '{node.filename}': Operation not supported")
             raise Refused("Image not in Bochs format")
         if node.driver == "qcow2":
             image = self.images.get(node.children["file"])
@@ -618,6 +623,12 @@ class BlockLayer:
                 self.state.devices.remove(device)
                 return path.removesuffix("/virtio-backend")
         return None
+
+    def set_io_status(self, status: str) -> None:
+        """Of every drive that tells one."""
+        for device in self.state.devices:
+            if "io-status" in device.recorded:
+                device.recorded = {**device.recorded, "io-status": status}
 
     # --- transactions and jobs ---
 
@@ -926,7 +937,8 @@ class BlockLayer:
         found = self.state.nodes[node]
         if found.driver == "snapshot-access":
             below = self.state.nodes[found.children["file"]]
-            if below.driver != "copy-before-write":
+            broken = {job.filter for job in self.state.jobs.values() if job.broken}
+            if below.driver != "copy-before-write" or below.name in broken:
                 return None
         for role in ("backing", "file"):
             child = found.children.get(role)

@@ -166,10 +166,14 @@ def _release(shared: Shared) -> bool:
         return True
 
 
+_open: "set[TestDriver]" = set()
+"""Those that nobody has closed."""
+
+
 def _close_all() -> None:
-    """At the end of the process: connections that nobody has closed."""
-    for key in [key for key in _shared if key[0] == os.getpid()]:
-        _shared.pop(key).close()
+    """At the end of the process."""
+    for left in list(_open):
+        left.close()
 
 
 atexit.register(_close_all)
@@ -190,6 +194,7 @@ class TestDriver(driver.QmpDriver):
         except BaseException:
             self._let_go()
             raise
+        _open.add(self)
 
     def close(self) -> None:
         super().close()
@@ -197,6 +202,7 @@ class TestDriver(driver.QmpDriver):
             self._let_go()
 
     def _let_go(self) -> None:
+        _open.discard(self)
         shared, self._shared = self._shared, None
         if shared is None or not _release(shared):
             return

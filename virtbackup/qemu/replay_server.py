@@ -161,8 +161,11 @@ class Server:
                 except OSError:
                     break
                 self._client = client
-                with client, contextlib.suppress(OSError):
-                    self._speak(client)
+                try:
+                    with client:
+                        self._speak(client)
+                except (OSError, ValueError) as failure:
+                    logger.debug("monitor client: %s", failure)
                 self._client = None
         finally:
             self._closed = True
