@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
-from tests import replayed
+from tests import json_mutations, replayed
 from virtbackup.qemu import faults, qcow2, recording, replay, replay_block, traffic
 
 HERE = pathlib.Path(__file__).parent
@@ -121,6 +123,13 @@ def load(path: pathlib.Path) -> recording.Recording:
 @pytest.fixture(params=["qemu-7.2.22", "qemu-11.1.3"])
 def client(request: pytest.FixtureRequest) -> Client:
     found = Client(load(PACKAGE / "recordings" / f"{request.param}.jsonl"))
+    found.done("qmp_capabilities")
+    return found
+
+
+@pytest.fixture(scope="module")
+def client_72() -> Client:
+    found = Client(load(PACKAGE / "recordings" / "qemu-7.2.22.jsonl"))
     found.done("qmp_capabilities")
     return found
 
@@ -289,6 +298,20 @@ def test_wrong_messages(client: Client, message: Any, words: str) -> None:
         assert reply.get("id") == message.get("id")
 
 
+@pytest.mark.parametrize("depth", [10, 400, 5000])
+def test_deep_messages(client: Client, depth: int) -> None:
+    nodes = '{"driver": "raw", "node-name": "n", "file": ' * depth + '"x"' + "}" * depth
+    line = f'{{"execute": "blockdev-add", "arguments": {nodes}}}'
+    [reply] = client.replay.receive(line.encode()).messages
+    assert "error" in reply
+
+
+def test_endless_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MAX_MESSAGE", 1000)
+    with pytest.raises(ValueError, match="longer than 1000 bytes"):
+        split(b'{"' + b"x" * 2000)
+
+
 def test_nothing_is_done_before_the_negotiation() -> None:
     fake = Client(load(SHIPPED[0]))
     reply = fake("query-status")
@@ -366,6 +389,56 @@ def test_recordings_that_no_fake_can_be_made_from(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         replay.Replay(recording.parse(_lines(*exchanges)), Host())
+
+
+SOUND = load(PACKAGE / "recordings" / "qemu-7.2.22.jsonl").lines[:31]
+SPOILT = {
+    line.message["execute"]: number + 1
+    for number, line in enumerate(SOUND)
+    if line.direction == "->" and re.fullmatch(
+        r"query-(block|named-block-nodes|commands|status|jobs)|x-debug.*", line.message["execute"]
+    )
+}  # fmt: skip
+"""Query -> where its reply is; the schema is too large to be spoilt everywhere."""
+
+
+@hypothesis.given(strategies.data())
+def test_a_recording_with_anything_in_it(data: strategies.DataObject) -> None:
+    """It is refused, or the fake that it makes answers everything."""
+    number = SPOILT[data.draw(strategies.sampled_from(sorted(SPOILT)))]
+    reply = SOUND[number].message["return"]
+    path: json_mutations.Path = data.draw(
+        strategies.sampled_from(list(json_mutations.paths(reply)))
+    )
+    remove: bool = data.draw(strategies.booleans())
+    if path and remove:
+        spoilt = json_mutations.removed(reply, path)
+    else:
+        spoilt = json_mutations.replaced(reply, path, data.draw(json_mutations.values))
+    lines = list(SOUND)
+    lines[number] = recording.Line("<-", {"id": lines[number].message["id"], "return": spoilt})
+    try:
+        fake = Client(recording.Recording(tuple(lines)))
+    except ValueError:
+        return
+    fake("qmp_capabilities")
+    for execute in ("query-block", "query-named-block-nodes", "x-debug-query-block-graph"):
+        fake(execute)
+    fake("blockdev-add", **SCRATCH, backing="libvirt-1-format")
+    fake("transaction", actions=[{"type": "blockdev-backup", "data": BACKUP}])
+    for execute in ("query-block", "query-named-block-nodes", "x-debug-query-block-graph"):
+        fake(execute)
+    fake("device_del", id="vda")
+    fake("job-cancel", id="j")
+    for node in ("S", "libvirt-1-format"):
+        fake("blockdev-del", node_name=node)
+
+
+@hypothesis.given(json_mutations.values)
+def test_any_message(client_72: Client, message: Any) -> None:
+    for sent in (message, {"execute": message}, {"execute": "blockdev-add", "arguments": message},
+                 {"execute": "transaction", "arguments": {"actions": message}}):  # fmt: skip
+        assert client_72.send(sent) is not None
 
 
 # --- faults ---

@@ -126,6 +126,12 @@ class Device:
         """As the block graph calls it."""
         return self.recorded.get("device") or self.recorded.get("qdev") or ""
 
+    @property
+    def qdev(self) -> str:
+        """Its device, by id or by place in the object tree; empty without one."""
+        qdev: str = self.recorded.get("qdev", "")
+        return qdev
+
 
 @dataclasses.dataclass
 class Job:
@@ -205,8 +211,24 @@ class BlockLayer:
         say; the latter two may be empty, and are made up then. Errors: ValueError."""
         try:
             self._load(blocks, named, graph)
-        except (KeyError, TypeError, AttributeError) as failure:
+            self._check_loaded()
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as failure:
             raise ValueError(f"the recorded block info is not understood: {failure!r}") from failure
+
+    def _check_loaded(self) -> None:
+        """Raise an error where what was recorded would make later answers impossible."""
+        for node in self.state.nodes.values():
+            shapes = (node.name, str), (node.driver, str), (node.filename, str), (node.size, int)
+            if not all(isinstance(value, kind) for value, kind in shapes):
+                raise TypeError(f"node {node.name!r}")
+            for child in node.children.values():
+                self._all_below(child)
+        for device in self.state.devices:
+            if not isinstance(device.name, str) or not isinstance(device.qdev, str):
+                raise TypeError(f"drive {device.name!r}")
+        self.query_block()
+        self.query_named_block_nodes()
+        self.query_graph()
 
     def _load(self, blocks: Any, named: Any, graph: Any) -> None:
         children = _children(graph)
@@ -605,7 +627,7 @@ class BlockLayer:
         del self.state.nodes[name]
         if name in self.images:
             self.images.pop(name).close()
-        for child in node.children.values():
+        for child in set(node.children.values()):
             self._drop(child)
 
     def set_write_threshold(self, name: str, threshold: int) -> None:
@@ -617,7 +639,7 @@ class BlockLayer:
         """Take a device out of the guest; its place in the object tree, None where there is none
         of that ID."""
         for device in self.state.devices:
-            qdev = device.recorded.get("qdev", "")
+            qdev = device.qdev
             path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
             if path.removesuffix("/virtio-backend") == f"/machine/peripheral/{id}":
                 self.state.devices.remove(device)

@@ -57,12 +57,10 @@ class Schema:
 
     def check(self, command: str, arguments: Mapping[str, Any]) -> None:
         """Raise Refused where ARGUMENTS do not fit COMMAND, which must be known."""
-        self._check(self.entities[self.entities[command]["arg-type"]], arguments, "")
-
-    def variants(self, command: str) -> frozenset[str]:
-        """The cases of the union that COMMAND takes: the drivers of blockdev-add, say."""
-        cases = self.entities[self.entities[command]["arg-type"]].get("variants", ())
-        return frozenset(str(case["case"]) for case in cases)
+        try:
+            self._check(self.entities[self.entities[command]["arg-type"]], arguments, "")
+        except (KeyError, TypeError, AttributeError) as failure:
+            raise Refused(f"the schema of '{command}' makes no sense: {failure!r}") from failure
 
     def _check(self, entity: Mapping[str, Any], value: Any, path: str) -> None:
         match entity["meta-type"]:
