@@ -26,6 +26,9 @@ CONVERSATIONS = sorted(path.stem for path in (DATA / VERSION).glob("*.jsonl"))
 
 Message = dict[str, Any]
 
+_WITHOUT_NAMES = {"query-commands", "query-qmp-schema"}
+"""Long answers, in which nothing of a backup is named."""
+
 EVENT = b'{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "RESUME"}\r\n'
 
 
@@ -160,13 +163,11 @@ class HostileMonitor:
         if answers:
             # The last answer is repeated: what is polled for has come by then.
             events, reply = answers.popleft() if len(answers) > 1 else answers[0]
-        renamed = json.dumps({**reply, "id": command["id"]}).replace(
-            f"virtbackup-{record_conversations.BACKUP_ID}", f"virtbackup-{self._backup}"
-        )
-        turn = Turn(
-            self.turns, command["execute"], command["id"], events, json.loads(renamed), client
-        )
-        self._take(turn)
+        if command["execute"] not in _WITHOUT_NAMES:
+            recorded = f"virtbackup-{record_conversations.BACKUP_ID}"
+            reply = json.loads(json.dumps(reply).replace(recorded, f"virtbackup-{self._backup}"))
+        message = {**reply, "id": command["id"]}
+        self._take(Turn(self.turns, command["execute"], command["id"], events, message, client))
 
     def _take(self, turn: Turn) -> None:
         self.turns += 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Record what the driver and a real QEMU say to each other, for tests/hostile_monitor.py.
 
-python -m tests.record_conversations     writes tests/monitordata/VERSION/COMMAND.jsonl anew
+python -m tests.record_conversations     writes tests/monitordata/VERSION/CALL.jsonl anew
 
 A line of a file is a message with its direction: ``->`` to QEMU, ``<-`` from it. Every connection
 begins with QEMU's greeting.
@@ -13,14 +13,22 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable
 
+import virtbackup
 from tests.live import machines
-from virtbackup.tools import virsh_backup
 
 HERE = pathlib.Path(__file__).parent / "monitordata"
 
-COMMANDS = ("list", "domblklist vm", "backup-start vm {xml}", "backup-info vm", "backup-stop vm",
-            "backup-cleanup vm")  # fmt: skip
+CALLS: dict[str, Callable[[virtbackup.Domain, str], object]] = {
+    "list": lambda domain, document: domain.state(),
+    "domblklist": lambda domain, document: domain.XMLDesc(),
+    "backup-start": lambda domain, document: domain.backupStart(document),
+    "backup-info": lambda domain, document: domain.backupGetInfo(),
+    "backup-stop": lambda domain, document: domain.backupStop(),
+    "backup-cleanup": lambda domain, document: domain.backupCleanup(),
+}
+"""In the order in which they are recorded."""
 
 BACKUP_ID = "00000000"
 """Stands for the backup's id, which differs from start to start."""
@@ -48,21 +56,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         os.environ["VIRTBACKUP_STATE_DIR"] = os.environ["VIRTBACKUP_SCRATCH_DIR"] = name
-        xml = directory / "backup.xml"
-        xml.write_text(
-            f'<domainbackup><address type="unix" path="{name}/nbd.sock"/></domainbackup>'
-        )
+        document = f'<domainbackup><address type="unix" path="{name}/nbd.sock"/></domainbackup>'
         with machines.two_disks(directory, "-name", "vm", size=4 << 20) as machine:
             version = machine.probe("query-version")["qemu"]
             folder = HERE / "{major}.{minor}.{micro}".format(**version)
             folder.mkdir(parents=True, exist_ok=True)
-            for command in COMMANDS:
+            for call, execute in CALLS.items():
                 wire.lines.clear()
-                words = command.format(xml=xml).split()
-                assert virsh_backup.main(["-c", machine.uri, *words]) == 0, command
+                with virtbackup.open(machine.uri) as connection:
+                    execute(connection.lookupByName("vm"), document)
                 text = "\n".join(wire.lines).replace(name, "/images")
                 text = re.sub(r"virtbackup-[0-9a-f]{8}", f"virtbackup-{BACKUP_ID}", text)
-                (folder / f"{words[0]}.jsonl").write_text(text + "\n")
+                (folder / f"{call}.jsonl").write_text(text + "\n")
 
 
 if __name__ == "__main__":

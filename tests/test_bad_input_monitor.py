@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import virtbackup
-from tests import conftest, hostile_monitor, json_mutations
+from tests import conftest, hostile_monitor, json_mutations, record_conversations
 from virtbackup.qemu import monitor, monitor_json, qmp, sweep
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -63,8 +63,12 @@ USUAL = {
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what must not come to waiting, however busy the machine is."""
+    _be_patient(monkeypatch)
+
+
+def _be_patient(patch: pytest.MonkeyPatch) -> None:
     for name, seconds in USUAL.items():
-        monkeypatch.setattr(monitor, name, seconds)
+        patch.setattr(monitor, name, seconds)
 
 
 # --- the calls ------------------------------------------------------------------------------------
@@ -75,15 +79,7 @@ def _document(hostile: hostile_monitor.HostileMonitor) -> str:
     return f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
 
 
-CALLS: dict[str, Callable[[virtbackup.Domain, str], object]] = {
-    "list": lambda domain, document: domain.state(),
-    "domblklist": lambda domain, document: domain.XMLDesc(),
-    "backup-start": lambda domain, document: domain.backupStart(document),
-    "backup-info": lambda domain, document: domain.backupGetInfo(),
-    "backup-stop": lambda domain, document: domain.backupStop(),
-    "backup-cleanup": lambda domain, document: domain.backupCleanup(),
-}
-
+CALLS = record_conversations.CALLS
 NEED_BACKUP = ("backup-info", "backup-stop")
 
 
@@ -99,7 +95,9 @@ def prepare(hostile: hostile_monitor.HostileMonitor, name: str) -> None:
         path.unlink()
     if name in NEED_BACKUP:
         hostile.play("backup-start")
-        call(hostile, "backup-start")
+        with pytest.MonkeyPatch.context() as patch:
+            _be_patient(patch)
+            call(hostile, "backup-start")
 
 
 def outcome(hostile: hostile_monitor.HostileMonitor, name: str) -> str | None:

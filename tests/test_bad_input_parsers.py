@@ -237,6 +237,10 @@ PARSERS: dict[str, tuple[Parser, list[Any]]] = {
         [[{"fdset-id": 0, "fds": [{"fd": 24, "opaque": "virtbackup-00000000-0"}]}]],
     ),
     "parse_jobs": (monitor_json.parse_jobs, _recorded("query-jobs")),
+    "parse_block_jobs": (
+        monitor_json.parse_block_jobs,
+        [[{"device": "j", "type": "backup", "status": "running", "error": "e", "len": 0}]],
+    ),
     "parse_exports": (monitor_json.parse_exports, _recorded("query-block-exports")),
     "parse_features": (capabilities.parse_features, [SCHEMA]),
 }

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "api": {"errors", "conf", "hypervisor", "access"},
     "extend": {"errors", "conf", "hypervisor", "api"},
     "runtime": set(),
-    "qemu": {"errors", "conf", "hypervisor", "runtime", "qemu"},
+    "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "qemu"},
     "remote": {"errors", "hypervisor", "access", "remote"},
     "tools": {"api", "conf", "nbd", "errors", "runtime", "tools"},
     "__init__": {"api", "errors"},
@@ -31,9 +31,9 @@ MAY_IMPORT_MORE = {
 PURE = {
     "conf": None,
     "qemu": {
-        "backup", "block", "blockjob", "capabilities", "faults", "monitor_json", "naming",
-        "nbdwire", "normal", "qcow2", "qmp", "recording", "replay", "replay_block", "schema",
-        "traffic",
+        "backup", "block", "blockjob", "capabilities", "dialect", "faults", "monitor_json",
+        "naming", "nbdwire", "normal", "qcow2", "qmp", "recording", "replay", "replay_block",
+        "schema", "traffic",
     },
     "nbd": {"extents"},
 }  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import test_block
+from tests import record_conversations, test_block
 from virtbackup import errors
 from virtbackup.conf import backup_conf, domain_conf, storage_conf
 from virtbackup.qemu import (
@@ -22,15 +22,18 @@ from virtbackup.qemu import (
     monitor_json,
     naming,
     qcow2,
+    recording,
     status,
 )
 
 ID = naming.BackupId("0123abcd")
 VERSION = test_block.VERSIONS[-1]
+RECORDED = recording.parse((record_conversations.HERE / "7.2.22" / "list.jsonl").read_text())
 CAPS = capabilities.Capabilities(
     (7, 2, 22),
     "Debian",
-    monitor_json.parse_commands(test_block.recorded(VERSION, "rest", "query-commands")),
+    monitor_json.parse_commands(RECORDED.reply("query-commands")),
+    capabilities.parse_features(RECORDED.reply("query-qmp-schema")),
 )
 
 
@@ -163,13 +166,6 @@ def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) ->
     with pytest.raises(errors.Error, match="disk 'sdc' runs in iothread 'io0'"):
         plan(asked, caps)
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
-
-
-def test_a_qemu_that_cannot_is_refused_by_what_it_lacks() -> None:
-    caps = dataclasses.replace(CAPS, commands=CAPS.commands - {"block-export-add"})
-    with pytest.raises(errors.Error, match="has no block-export-add") as caught:
-        plan(state(), caps)
-    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
 
 
 def test_what_qemu_shows_of_us() -> None:

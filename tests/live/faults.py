@@ -5,7 +5,9 @@ The order of the functions is the order of the table. What is seen then is recor
 tests/failuresdata, by engine and QEMU version, and told in docs/failures.md.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -297,6 +299,34 @@ def saved(one: Scene) -> None:
         one.guest.append("is saved")
         one.probe("cont")
     one.write("vda", 10)
+
+
+_SWITCH_OFF = (
+    ("w", 0xCF8, 0x8000F840), ("w", 0xCFC, 0x601),  # PMBASE of the LPC bridge, 00:1f.0
+    ("w", 0xCF8, 0x8000F844), ("b", 0xCFC, 0x80),  # ACPI_CNTL: enabled
+    ("h", 0x604, 0x2000),  # PM1_CNT: SLP_EN, to S5
+)  # fmt: skip
+
+
+def _switch_off(one: Scene) -> None:
+    """As a guest does it, by its firmware's and its own writes to I/O ports."""
+    with contextlib.suppress(json.JSONDecodeError, OSError):  # QEMU ends
+        for width, port, value in _SWITCH_OFF:
+            line = f"o /{width} {port:#x} {value:#x}"
+            one.probe("human-monitor-command", command_line=line)
+
+
+@during(MACHINE, "the guest shuts itself down, and QEMU ends with it", ends_qemu=True)
+def guest_shuts_down(one: Scene) -> None:
+    _switch_off(one)
+    one.machine.process.wait(20)
+
+
+@during(MACHINE, "the guest shuts itself down, and QEMU stays", extra=("-no-shutdown",))
+def guest_shuts_down_and_qemu_stays(one: Scene) -> None:
+    one.write("vda", 20)
+    _switch_off(one)
+    assert one.probe("query-status")["status"] == "shutdown"
 
 
 @during(MACHINE, "QEMU is told to quit", ends_qemu=True)

@@ -92,7 +92,7 @@ class Proxy:
         """From the client to QEMU, until the client goes or a fault hangs up."""
         pending = b""
         while True:
-            data, fds = _receive(client)
+            data, fds = receive(client)
             if not data:
                 return
             pending += data
@@ -117,7 +117,7 @@ class Proxy:
             return False
         if fault == "kill-qemu-after":
             # The other direction kills QEMU when the reply comes.
-            _send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
+            send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
             return True
         if fault is not None and fault.startswith("kill"):
             self.kill_client()
@@ -129,10 +129,10 @@ class Proxy:
             return True
         if fault == "lose-reply":
             # QEMU answers with an id of ours, which the client knows nothing of.
-            _send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
+            send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
             _refuse(client, command)
             return True
-        _send(qemu, line, fds)
+        send(qemu, line, fds)
         if fault in ("hang-up-after", "kill-after"):
             _hang_up(client)
             return False
@@ -141,7 +141,7 @@ class Proxy:
     def _down(self, qemu: socket.socket, client: socket.socket) -> None:
         """From QEMU to the client, until QEMU goes."""
         pending = b""
-        while data := _receive(qemu)[0]:
+        while data := receive(qemu)[0]:
             pending += data
             while b"\n" in pending:
                 line, pending = pending.split(b"\n", 1)
@@ -167,7 +167,8 @@ class Proxy:
         return None
 
 
-def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
+def receive(source: socket.socket) -> tuple[bytes, list[int]]:
+    """What has come, with the descriptors that came along; nothing when the other end is gone."""
     fds = array.array("i")
     try:
         data, ancillary, _, _ = source.recvmsg(1 << 16, socket.CMSG_SPACE(16))
@@ -179,9 +180,10 @@ def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
-def _send(target: socket.socket, line: bytes, fds: list[int]) -> None:
+def send(target: socket.socket, line: bytes, fds: list[int]) -> None:
+    """Pass LINE on, and the descriptors FDS, which are closed here."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    with contextlib.suppress(BrokenPipeError):  # it was killed: its end is told by _receive
+    with contextlib.suppress(BrokenPipeError):  # it was killed: its end is told by receive
         target.sendmsg([line + b"\n"], rights)
     for fd in fds:
         socket.close(fd)

@@ -70,7 +70,9 @@ def ours(machine: machines.Machine) -> set[str]:
     probe = machine.probe
     names = {f"export '{e['id']}'" for e in probe("query-block-exports")}
     names |= {f"job '{job['id']}'" for job in probe("query-jobs")}
-    names |= {f"node '{n['node-name']}'" for n in probe("query-named-block-nodes")}
+    # Not query-named-block-nodes, which kills QEMU 5.2 while a job is there that has ended.
+    graph = probe("x-debug-query-block-graph")["nodes"]
+    names |= {f"node '{node['name']}'" for node in graph if node["type"] == "block-driver"}
     mine = re.compile(r"(export|job|node) 'virtbackup-[0-9a-f]{8}-\d+(-scr|-acc)?'")
     return set(filter(mine.fullmatch, names))
 

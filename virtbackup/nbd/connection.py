@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import select
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ import nbd
 
 from virtbackup import errors
 from virtbackup.nbd import store
+
+_SECTOR = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +72,7 @@ class Connection:
             self._handle.set_pread_initialize(False)
             # libnbd knows DF for structured reads alone; it holds for every read.
             self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
-            self._connect(export.server)
-
-    def _connect(self, server: str | tuple[str, int] | Program) -> None:
-        if isinstance(server, str):
-            self._handle.aio_connect_unix(server)
-        elif isinstance(server, Program):
-            self._handle.aio_connect_systemd_socket_activation(list(server.argv))
-        else:
-            self._handle.aio_connect_tcp(server[0], str(server[1]))
+            _connect(self._handle, export.server)
 
     def negotiate(self) -> None:
         """Once ready: read what the server said of itself."""
@@ -170,6 +165,47 @@ class Connection:
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
         return failed(self._export, what, reason, offset)
+
+
+def _connect(handle: Any, server: str | tuple[str, int] | Program) -> None:
+    if isinstance(server, str):
+        handle.aio_connect_unix(server)
+    elif isinstance(server, Program):
+        handle.aio_connect_systemd_socket_activation(list(server.argv))
+    else:
+        handle.aio_connect_tcp(server[0], str(server[1]))
+
+
+def unreadable(export: Export, timeout: float) -> str | None:
+    """Why the first sector of EXPORT cannot be read; None when it can.
+
+    Errors: VIR_ERR_OPERATION_FAILED when that cannot be told: there is no connection, or no answer
+    within TIMEOUT seconds.
+    """
+    end = time.monotonic() + timeout
+    handle: Any = nbd.NBD()
+    try:
+        handle.set_export_name(export.name)
+        _connect(handle, export.server)
+        while handle.aio_is_connecting():
+            _wait(handle, export, end)
+        flags = nbd.CMD_FLAG_DF if handle.can_df() else 0
+        handle.set_strict_mode(handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
+        read = handle.aio_pread(nbd.Buffer(_SECTOR), 0, flags=flags)
+    except nbd.Error as failure:
+        raise failed(export, "connect to", failure.string) from failure
+    try:
+        while not handle.aio_command_completed(read):
+            _wait(handle, export, end)
+    except nbd.Error as failure:
+        return os.strerror(failure.errnum) if failure.errnum else str(failure.string)
+    return None
+
+
+def _wait(handle: Any, export: Export, end: float) -> None:
+    left = end - time.monotonic()
+    if left <= 0 or handle.poll(int(left * 1000) + 1) == 0:
+        raise failed(export, "read", "no answer", 0)
 
 
 def failed(export: Export, what: str, reason: str, offset: int | None = None) -> errors.Error:

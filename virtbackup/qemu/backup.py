@@ -6,13 +6,20 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
 
 import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf, storage_conf
-from virtbackup.qemu import block, blockjob, capabilities, monitor_json, naming, qcow2
+from virtbackup.qemu import (
+    block,
+    blockjob,
+    capabilities,
+    dialect,
+    monitor_json,
+    naming,
+    qcow2,
+)
 
 # Filters that QEMU itself puts over a disk while a block job runs on it.
 _JOB_FILTERS = {
@@ -30,6 +37,8 @@ class DiskPlan:
     target: str
     node: naming.NodeName
     """The live disk's root node at the start; the job's filter hides it from query-block later."""
+    source_name: str
+    """What the job is told to copy from: the node, or the drive where QEMU knows only drives."""
     device: str | None
     """The device's place in QEMU's object tree, None where there is none to be asked about."""
     size: int
@@ -49,32 +58,6 @@ class DiskPlan:
     export: naming.ExportId
     opaque: str
 
-    def scratch_command(self, filename: str) -> monitor_json.Command:
-        """Open the new image: over the live disk where it is going to be exported itself."""
-        if self.access is not None:
-            return monitor_json.blockdev_add_scratch(self.scratch, self.scratch_file, filename)
-        return monitor_json.blockdev_add_overlay(
-            self.scratch, self.scratch_file, filename, self.node
-        )
-
-    def backup_action(self) -> dict[str, Any]:
-        on_cbw_error: Literal["break-snapshot"] | None = None
-        if self.breaks_snapshot:
-            on_cbw_error = "break-snapshot"
-        return monitor_json.blockdev_backup(
-            self.job, self.node, self.scratch, self.filter, on_cbw_error
-        )
-
-    def export_commands(self) -> list[monitor_json.Command]:
-        """Show the frozen disk under its export name."""
-        commands = []
-        if self.access is not None:
-            assert self.filter is not None
-            commands.append(monitor_json.blockdev_add_snapshot_access(self.access, self.filter))
-        frozen = self.access or self.scratch
-        commands.append(monitor_json.block_export_add_nbd(self.export, frozen, self.exportname))
-        return commands
-
 
 @dataclasses.dataclass(frozen=True)
 class BackupPlan:
@@ -86,13 +69,43 @@ class BackupPlan:
     """Aligned, and every scratch image placed: what backupGetXMLDesc tells."""
     disks: tuple[DiskPlan, ...]
 
+    dialect: dialect.Dialect
+
     @property
     def address(self) -> backup_conf.Address:
         return self.definition.address
 
+    def server_command(self) -> monitor_json.Command:
+        """Start the NBD server."""
+        return self.dialect.nbd_server_start(self.address)
+
+    def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
+        """Open the new image: over the live disk where it is going to be exported itself."""
+        names = disk.scratch, disk.scratch_file, filename
+        if disk.access is not None:
+            return monitor_json.blockdev_add_scratch(*names)
+        return self.dialect.blockdev_add(monitor_json.blockdev_add_overlay(*names, disk.node))
+
     def transaction(self) -> monitor_json.Command:
         """The instant: all jobs begin, or none."""
-        return monitor_json.transaction([disk.backup_action() for disk in self.disks])
+        return monitor_json.transaction(
+            [
+                self.dialect.backup_action(
+                    disk.job, disk.source_name, disk.scratch, disk.filter, disk.breaks_snapshot
+                )
+                for disk in self.disks
+            ]
+        )
+
+    def export_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
+        """Show the frozen disk under its export name."""
+        commands = []
+        if disk.access is not None:
+            assert disk.filter is not None
+            commands.append(monitor_json.blockdev_add_snapshot_access(disk.access, disk.filter))
+        frozen = disk.access or disk.scratch
+        commands.append(self.dialect.export_add(disk.export, frozen, disk.exportname))
+        return commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +116,19 @@ class BlockState:
     jobs: Mapping[naming.JobId, monitor_json.Job]
     exports: Mapping[naming.ExportId, monitor_json.Export]
     graph: block.Graph | None
+    """None where it cannot be asked for."""
     vcpus_run: bool
     iothreads: Mapping[str, str]
     """Disk -> the iothread it runs in; asked only of QEMUs where that matters."""
     io_error: bool = False
     """The guest is paused since a drive met an error."""
+    nodes: frozenset[naming.NodeName] = frozenset()
+    """Every node, where there is no graph that has them."""
 
     def backups(self) -> frozenset[naming.BackupId]:
         """The backups of which QEMU shows a job, an export or a node."""
-        names = {*self.jobs, *self.exports, *(self.graph.nodes() if self.graph else ())}
+        nodes = self.graph.nodes() if self.graph else self.nodes
+        names = {*self.jobs, *self.exports, *nodes}
         return frozenset(id for name in names if (id := naming.backup_of(name)))
 
     def running_jobs(self) -> tuple[naming.JobId, ...]:
@@ -142,6 +159,7 @@ def plan(
     caps.check_engine(engine)
     _check_full(definition)
     _check_sources(definition.disks)
+    spoken = dialect.Dialect(caps)
     found = {disk.target: disk for disk in state.disks}
     disks: list[DiskPlan] = []
     placed = []
@@ -152,22 +170,25 @@ def plan(
         medium = found[wanted.name].medium
         assert medium is not None
         _check_size(wanted.name, medium)
-        _check_jobs(wanted.name, medium, state)
+        _check_drive(found[wanted.name], caps)
+        _check_jobs(found[wanted.name], medium, state)
         _check_iothread(wanted.name, state, caps)
-        source = (wanted.source or storage_conf.Source()).placed(scratch_dir)
-        wanted = dataclasses.replace(wanted, source=source)
+        _check_export_name(wanted, caps)
+        scratch = naming.scratch_node(backup, len(disks))
+        wanted = dataclasses.replace(
+            wanted,
+            source=(wanted.source or storage_conf.Source()).placed(scratch_dir),
+            exportname=spoken.export_name(scratch, wanted.exportname or wanted.name),
+        )
         placed.append(wanted)
-        device = found[wanted.name].qom_path
-        disks.append(_disk(wanted, medium, device, engine, caps, backup, len(disks)))
-    return BackupPlan(
-        backup, engine, dataclasses.replace(definition, disks=tuple(placed)), tuple(disks)
-    )
+        disks.append(_disk(wanted, found[wanted.name], engine, caps, backup, len(disks)))
+    placed_all = dataclasses.replace(definition, disks=tuple(placed))
+    return BackupPlan(backup, engine, placed_all, tuple(disks), spoken)
 
 
 def _disk(
     wanted: backup_conf.BackupDiskDef,
-    medium: block.Medium,
-    device: str | None,
+    disk: block.Disk,
     engine: capabilities.Engine,
     caps: capabilities.Capabilities,
     backup: naming.BackupId,
@@ -175,17 +196,21 @@ def _disk(
 ) -> DiskPlan:
     assert wanted.exportname is not None
     assert wanted.source is not None
+    assert disk.medium is not None
     hybrid = engine == "hybrid"
     return DiskPlan(
         target=wanted.name,
-        node=medium.node,
-        device=device,
-        size=medium.size,
+        node=disk.medium.node,
+        source_name=(disk.drive or "") if caps.drive_ids else disk.medium.node,
+        device=disk.qom_path,
+        size=disk.medium.size,
         exportname=wanted.exportname,
         source=wanted.source,
         scratch_file=naming.scratch_file_node(backup, number),
         scratch=naming.scratch_node(backup, number),
-        job=naming.backup_job(backup, number),
+        job=naming.backup_job(backup, number)
+        if caps.job_ids
+        else naming.JobId(disk.drive or disk.medium.node),
         filter=naming.filter_node(backup, number) if hybrid else None,
         access=naming.access_node(backup, number) if hybrid else None,
         breaks_snapshot=hybrid and caps.breaks_snapshot,
@@ -223,12 +248,32 @@ def _check_size(target: str, medium: block.Medium) -> None:
         )
 
 
-def _check_jobs(target: str, medium: block.Medium, state: BlockState) -> None:
-    for job in sorted(state.graph.jobs_on(medium.node)) if state.graph else ():
+def _check_drive(disk: block.Disk, caps: capabilities.Capabilities) -> None:
+    if caps.drive_ids and not disk.drive:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{disk.target}' is no drive with an id, and QEMU"
+            f" {capabilities.dotted(caps.version)} backs up no other",
+        )
+
+
+def _check_export_name(wanted: backup_conf.BackupDiskDef, caps: capabilities.Capabilities) -> None:
+    if not caps.export_names and wanted.exportname not in (None, wanted.name):
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{wanted.name}': QEMU {capabilities.dotted(caps.version)} cannot give an export"
+            " a name of its own",
+        )
+
+
+def _check_jobs(disk: block.Disk, medium: block.Medium, state: BlockState) -> None:
+    jobs = state.graph.jobs_on(medium.node) if state.graph else ()
+    for job in sorted(jobs) or [naming.JobId(disk.drive or "")]:
         info = state.jobs.get(job)
-        raise _in_use(target, f"'{job}'" + (f" ({info.type})" if info else ""))
+        if info is not None or job in jobs:
+            raise _in_use(disk.target, f"'{job}'" + (f" ({info.type})" if info else ""))
     if medium.driver in _JOB_FILTERS:
-        raise _in_use(target, f"({_JOB_FILTERS[medium.driver]})")
+        raise _in_use(disk.target, f"({_JOB_FILTERS[medium.driver]})")
 
 
 def _in_use(target: str, job: str) -> errors.Error:

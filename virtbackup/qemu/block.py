@@ -36,6 +36,8 @@ class Disk:
     qom_path: str | None
     """The device's place in QEMU's object tree, where it has one that can be asked."""
     removable: bool = False
+    drive: str | None = None
+    """The drive's id; None where it has none (``-blockdev``)."""
     io_status: str | None = None
     """``ok``, or ``failed`` or ``nospace`` since the guest was paused for it; None: not told."""
 
@@ -73,7 +75,7 @@ def parse_block(reply: Any) -> tuple[Disk, ...]:
             taken.add(target)
             status = _name(item, "io-status") or None
             removable = item.get("removable") is True
-            disks.append(Disk(target, medium, _qom_path(qdev), removable, status))
+            disks.append(Disk(target, medium, _qom_path(qdev), removable, drive or None, status))
     return tuple(disks)
 
 

@@ -23,7 +23,8 @@ class Sight:
     """What QEMU shows at one moment."""
 
     jobs: Mapping[naming.JobId, monitor_json.Job]
-    exports: Mapping[naming.ExportId, monitor_json.Export]
+    exports: Mapping[naming.ExportId, monitor_json.Export] | None
+    """None where they cannot be asked for."""
     drives: Mapping[str, block.Disk] | None
     """By place in QEMU's object tree; None where there are no devices at all."""
     io_error: bool
@@ -40,7 +41,7 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
             job_reason(sight.jobs.get(disk.job))
             or _frozen_reason(disk, sight)
             or _scratch_reason(disk, sight)
-            or export_reason(sight.exports.get(disk.export))
+            or _export_reason(disk, sight)
             or _device_reason(disk, sight)
         )
         if reason is not None:
@@ -57,8 +58,11 @@ def job_reason(job: monitor_json.Job | None) -> str | None:
     return f"its backup job ended: {job.error or job.status}"
 
 
-def export_reason(export: monitor_json.Export | None) -> str | None:
+def _export_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     """Why a client cannot have read everything: somebody else took the export away."""
+    if sight.exports is None:
+        return None
+    export = sight.exports.get(disk.export)
     if export is None or export.shutting_down:
         return "its export was removed before the backup was stopped"
     return None

@@ -6,16 +6,13 @@ with its evidence.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import libvirt
 
 from virtbackup import errors
 from virtbackup.qemu import monitor_json, qmp
-
-REQUIRED = ("block-export-add", "blockdev-del", "job-dismiss", "transaction")
-"""Commands a pull backup cannot do without here."""
 
 Version = tuple[int, int, int]
 
@@ -25,13 +22,21 @@ and the overlay is exported; when the job is lost, reads go on and show the live
 same job saves into a plain image, and a ``snapshot-access`` node over the job's filter is exported;
 when the job is lost, reads fail."""
 
-FEATURES: Mapping[str, tuple[str, str]] = {
-    "snapshot-access": ("blockdev-add", "+snapshot-access"),
-    "bochs": ("blockdev-add", "+bochs"),
-    "filter-node-name": ("blockdev-backup", "filter-node-name"),
-    "on-cbw-error": ("blockdev-backup", "on-cbw-error"),
+FEATURES: Mapping[str, str] = {
+    "blockdev-add.options": "blockdev-add/options",
+    "blockdev-add.id": "blockdev-add/options/id",
+    "snapshot-access": "blockdev-add/+snapshot-access",
+    "bochs": "blockdev-add/+bochs",
+    "job-id": "blockdev-backup/job-id",
+    "auto-dismiss": "blockdev-backup/auto-dismiss",
+    "filter-node-name": "blockdev-backup/filter-node-name",
+    "on-cbw-error": "blockdev-backup/on-cbw-error",
+    "transaction.blockdev-backup": "transaction/actions/+blockdev-backup",
+    "nbd-server-start.max-connections": "nbd-server-start/max-connections",
+    "nbd-server-add.name": "nbd-server-add/name",
 }
-"""What is looked up in the schema: (command, argument), or +VARIANT of the command's union."""
+"""What is looked up in the schema: a command, then what is below its arguments, step by step: a
+member's name, or +CASE of a union. Lists and alternates are looked through."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +158,47 @@ class Capabilities:
         return {"add-fd", "remove-fd", "query-fdsets"} <= self.commands
 
     @property
+    def wraps_options(self) -> bool:
+        """blockdev-add takes all it is told as one argument (up to 2.8)."""
+        return "blockdev-add.options" in self.features
+
+    @property
+    def drive_ids(self) -> bool:
+        """What blockdev-add makes is a drive with an id, by which other commands know it; most of
+        them do not know nodes (up to 2.7)."""
+        return "blockdev-add.id" in self.features
+
+    @property
+    def job_ids(self) -> bool:
+        """A block job can be given an id; else it has that of its drive (up to 2.6)."""
+        return "job-id" in self.features
+
+    @property
+    def auto_dismiss(self) -> bool:
+        """A job that has ended can be kept, for its error to be asked (2.12)."""
+        return "auto-dismiss" in self.features
+
+    @property
+    def query_jobs(self) -> bool:
+        """Jobs are asked for, cancelled and dismissed as such (3.0), not as block jobs."""
+        return {"query-jobs", "job-cancel", "job-dismiss"} <= self.commands
+
+    @property
+    def block_exports(self) -> bool:
+        """Exports have ids and can be asked for (5.2); else they only end with the server."""
+        return {"block-export-add", "block-export-del", "query-block-exports"} <= self.commands
+
+    @property
+    def export_names(self) -> bool:
+        """An export can have a name of its own (2.12), not only its node's or drive's."""
+        return self.block_exports or "nbd-server-add.name" in self.features
+
+    @property
+    def max_connections(self) -> bool:
+        """The NBD server can be told how many clients to serve (5.2); before it serves any."""
+        return "nbd-server-start.max-connections" in self.features
+
+    @property
     def devices(self) -> bool:
         """There is a guest with devices; qemu-storage-daemon has only nodes."""
         return "query-status" in self.commands
@@ -179,16 +225,24 @@ class Capabilities:
 
     def check_backup(self) -> None:
         """Raise VIR_ERR_OPERATION_UNSUPPORTED when this QEMU has no way to a pull backup."""
-        if missing := missing_commands(self.commands):
+        if missing := self._missing():
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"QEMU {dotted(self.version)} has no {' and no '.join(missing)}",
             )
 
-
-def missing_commands(commands: Set[str]) -> list[str]:
-    """Which of the REQUIRED are not among COMMANDS."""
-    return [name for name in REQUIRED if name not in commands]
+    def _missing(self) -> list[str]:
+        """What a pull backup cannot do without; of alternatives the newest."""
+        has = {
+            "query-qmp-schema": "query-qmp-schema" in self.commands,
+            "blockdev-add": "blockdev-add" in self.commands,
+            "blockdev-del": bool({"blockdev-del", "x-blockdev-del"} & self.commands),
+            "blockdev-backup in a transaction": "transaction.blockdev-backup" in self.features,
+            "query-jobs": self.query_jobs or "query-block-jobs" in self.commands,
+            "nbd-server-start": {"nbd-server-start", "nbd-server-stop"} <= self.commands,
+            "block-export-add": self.block_exports or "nbd-server-add" in self.commands,
+        }
+        return [name for name, there in has.items() if not there]
 
 
 def dotted(version: Version) -> str:
@@ -200,15 +254,35 @@ def parse_features(reply: Any) -> frozenset[str]:
     """Those of FEATURES that a ``query-qmp-schema`` reply has. Errors: qmp.ProtocolError."""
     try:
         entities = {str(entity["name"]): entity for entity in reply}
-        return frozenset(name for name, path in FEATURES.items() if _has(entities, *path))
-    except (KeyError, TypeError, AttributeError) as failure:
+        return frozenset(name for name, path in FEATURES.items() if _has(entities, path))
+    except (KeyError, TypeError, AttributeError, RecursionError) as failure:
         raise qmp.ProtocolError(f"unexpected schema: {failure!r}") from failure
 
 
-def _has(entities: Mapping[str, Any], command: str, argument: str) -> bool:
+def _has(entities: Mapping[str, Any], path: str) -> bool:
+    command, *steps = path.split("/")
     if command not in entities:
         return False
-    arguments = entities[entities[command]["arg-type"]]
-    if argument.startswith("+"):
-        return any(case["case"] == argument[1:] for case in arguments.get("variants", ()))
-    return any(member["name"] == argument for member in arguments["members"])
+    types = [entities[command]["arg-type"]]
+    for step in steps:
+        objects = [found for type in types for found in _objects(entities, type)]
+        if step.startswith("+"):
+            cases = (case for found in objects for case in found.get("variants", ()))
+            types = [case["type"] for case in cases if case["case"] == step[1:]]
+        else:
+            members = (member for found in objects for member in found["members"])
+            types = [member["type"] for member in members if member["name"] == step]
+    return bool(types)
+
+
+def _objects(entities: Mapping[str, Any], type: str) -> list[Mapping[str, Any]]:
+    """The object types that a value of TYPE may be of, or be a list of."""
+    entity = entities[type]
+    match entity["meta-type"]:
+        case "object":
+            return [entity]
+        case "array":
+            return _objects(entities, entity["element-type"])
+        case "alternate":
+            return [o for member in entity["members"] for o in _objects(entities, member["type"])]
+    return []

@@ -20,8 +20,10 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
+    dialect,
     domain,
     monitor_json,
+    naming,
     nbdserver,
     scratch,
     status,
@@ -117,7 +119,12 @@ def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Swe
     """What takes the backup LEFT, or all that is ours by name, out of QEMU."""
     if left is None:
         return sweep.Sweeper(session.qemu, session.capabilities, None)
-    return sweep.Sweeper(session.qemu, session.capabilities, left.id, session.pid, _address(left))
+    by_drive = frozenset(disk.job for disk in left.disks if naming.backup_of(disk.job) is None)
+    if session.restarted_since(left.qemu):
+        by_drive = frozenset()  # another QEMU's jobs have the same names
+    return sweep.Sweeper(
+        session.qemu, session.capabilities, left.id, session.pid, _address(left), by_drive
+    )
 
 
 def forget(left: status.Status, file: status.StatusFile) -> list[str]:
@@ -197,6 +204,8 @@ def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweepe
 
 def _owns_server(session: domain.Session, left: status.Status | None, had_exports: bool) -> bool:
     """Whether an NBD server runs that is ours to stop: nobody else may export on it."""
+    if not session.capabilities.block_exports:
+        return left is not None and bool(left.server) and not session.restarted_since(left.qemu)
     reply = session.qemu.execute(monitor_json.query_block_exports())
     if any(export.type == "nbd" for export in monitor_json.parse_exports(reply).values()):
         return False
@@ -210,7 +219,7 @@ def _started_server(session: domain.Session, left: status.Status) -> bool:
     if left.server is not None or session.restarted_since(left.qemu):
         return False
     # Once this is answered, QEMU has done all that it was told before.
-    session.qemu.execute(monitor_json.query_jobs())
+    session.qemu.execute(dialect.Dialect(session.capabilities).query_jobs())
     return nbdserver.listens(session.pid or os.getpid(), _address(left))
 
 

@@ -16,6 +16,7 @@ from virtbackup.qemu import (
     block,
     blockjob,
     capabilities,
+    dialect,
     monitor,
     monitor_json,
     naming,
@@ -79,8 +80,7 @@ def identify(qemu: monitor.Monitor) -> Identity:
     greeting = qemu.greeting
     commands = monitor_json.parse_commands(qemu.execute(monitor_json.query_commands()))
     features: frozenset[str] = frozenset()
-    if not capabilities.SNAPSHOT_ACCESS_WRONG.affects(greeting.version):
-        # Elsewhere nothing in it would change what is done, and it takes a while.
+    if "query-qmp-schema" in commands:
         features = capabilities.parse_features(qemu.execute(monitor_json.query_qmp_schema()))
     caps = capabilities.Capabilities(greeting.version, greeting.package, commands, features)
     name, given = None, _NO_UUID
@@ -112,14 +112,17 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
 
 def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockState:
     """Everything a plan needs to know of QEMU's block layer."""
-    queries = [monitor_json.query_jobs(), monitor_json.query_block_exports()]
+    spoken = dialect.Dialect(caps)
+    queries = [spoken.query_jobs()]
+    if caps.block_exports:
+        queries.append(monitor_json.query_block_exports())
     if caps.block_graph:
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
     replies = iter(qemu.execute_all(queries))
-    jobs = monitor_json.parse_jobs(next(replies))
-    exports = monitor_json.parse_exports(next(replies))
+    jobs = spoken.parse_jobs(next(replies))
+    exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
     if caps.devices:
         disks = block.parse_block(next(replies))
@@ -131,17 +134,25 @@ def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockS
     iothreads = {}
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
-    return backup.BlockState(disks, jobs, exports, graph, runs, iothreads, io_error)
+    nodes: Iterable[naming.NodeName] = ()
+    if graph is None and caps.named_nodes_are_safe(jobs.values()):
+        nodes = block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
+    return backup.BlockState(
+        disks, jobs, exports, graph, runs, iothreads, io_error, frozenset(nodes)
+    )
 
 
 def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:
     """What has become of a backup, the reading of frozen disks not tried."""
-    queries = [monitor_json.query_jobs(), monitor_json.query_block_exports()]
+    spoken = dialect.Dialect(caps)
+    queries = [spoken.query_jobs()]
+    if caps.block_exports:
+        queries.append(monitor_json.query_block_exports())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
     replies = iter(qemu.execute_all(queries))
-    jobs = monitor_json.parse_jobs(next(replies))
-    exports = monitor_json.parse_exports(next(replies))
+    jobs = spoken.parse_jobs(next(replies))
+    exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else None
     if not caps.devices:
         return blockjob.Sight(jobs, exports, None, io_error=False)
     disks = block.parse_block(next(replies))

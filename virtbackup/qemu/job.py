@@ -275,7 +275,10 @@ class BackupJob:
         sweeper = cleanup.sweeper_of(session, running)
         sweeper.end_clients()
         self._file.save(dataclasses.replace(running, phase="stopping"))
-        sweeper.exports()
+        if session.capabilities.block_exports:
+            sweeper.exports()
+        elif running.server:
+            sweeper.server()
         sight = verdict.look_at(session, running)
         sight = dataclasses.replace(
             sight,

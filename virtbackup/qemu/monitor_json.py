@@ -221,8 +221,8 @@ def _blockdev_add_scratch(
 ) -> Command:
     """Never flushed: a scratch image need not outlive QEMU, and to delete one would wait for the
     disk it is on, and the guest with it."""
-    cache = {"no-flush": True}
-    protocol = {"driver": "file", "node-name": file, "filename": filename, "cache": cache}
+    protocol = {"driver": "file", "node-name": file, "filename": filename}
+    cache = {"no-flush": True}  # its file's, too
     plain = _command("blockdev-add", driver="qcow2", node_name=node, file=protocol, cache=cache)
     return dataclasses.replace(plain, arguments={**plain.arguments, "backing": backing})
 
@@ -262,26 +262,33 @@ def blockdev_del(node: naming.NodeName) -> Command:
     return _command("blockdev-del", node_name=node)
 
 
+def x_blockdev_del(node: naming.NodeName | None = None, id: str | None = None) -> Command:
+    """As ``blockdev-del`` was called up to QEMU 2.8; up to 2.7 it wants the id of a drive."""
+    return _command("x-blockdev-del", node_name=node, id=id)
+
+
 # --- jobs ---
 
 
 def blockdev_backup(
-    job: naming.JobId,
-    device: naming.NodeName,
-    target: naming.NodeName,
+    job: naming.JobId | None,
+    device: str,
+    target: str,
     filter: naming.NodeName | None = None,
     on_cbw_error: Literal["break-snapshot"] | None = None,
+    auto_dismiss: bool | None = False,
 ) -> dict[str, Any]:
     """The transaction action: from now on, old data of DEVICE goes to TARGET before it is lost.
 
-    ON_CBW_ERROR says what breaks when TARGET fails; None is the guest's write.
+    JOB None: the job has the id of its device. ON_CBW_ERROR says what breaks when TARGET fails;
+    None is the guest's write.
     """
     data = {
         "job-id": job,
         "device": device,
         "target": target,
         "sync": "none",
-        "auto-dismiss": False,
+        "auto-dismiss": auto_dismiss,
         "filter-node-name": filter,
         "on-cbw-error": on_cbw_error,
     }
@@ -295,6 +302,10 @@ def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:
 
 def query_jobs() -> Command:
     return _command("query-jobs")
+
+
+def query_block_jobs() -> Command:
+    return _command("query-block-jobs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +327,24 @@ def parse_jobs(reply: Any) -> dict[naming.JobId, Job]:
     return jobs
 
 
+def parse_block_jobs(reply: Any) -> dict[naming.JobId, Job]:
+    """``query-block-jobs``: before QEMU 2.12 a job has no status, and is gone when it ends."""
+    jobs = {}
+    for item in _list(reply):
+        id = naming.JobId(_str(item, "device"))
+        status = _str(item, "status") if "status" in item else "running"
+        error = qmp.one_line(_str(item, "error")) if "error" in item else None
+        jobs[id] = Job(id, _str(item, "type"), status, error)
+    return jobs
+
+
 def block_job_cancel(job: naming.JobId) -> Command:
-    """Fails as JobNotFound when the job is gone."""
-    return _command("block-job-cancel", device=job)
+    """Also of a job that somebody has paused. Fails as JobNotFound when the job is gone."""
+    return _command("block-job-cancel", device=job, force=True)
+
+
+def block_job_dismiss(job: naming.JobId) -> Command:
+    return _command("block-job-dismiss", id=job)
 
 
 def job_cancel(job: naming.JobId) -> Command:
@@ -333,14 +359,15 @@ def job_dismiss(job: naming.JobId) -> Command:
 # --- NBD ---
 
 
-def nbd_server_start(address: backup_conf.Address) -> Command:
-    """Any number of clients: QEMU's own limit differs from version to version."""
+def nbd_server_start(address: backup_conf.Address, max_connections: int | None = 0) -> Command:
+    """MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None, differs from version to
+    version."""
     match address:
         case backup_conf.IpAddress(host, port):
             addr = {"type": "inet", "data": {"host": host, "port": str(port)}}
         case backup_conf.UnixAddress(path):
             addr = {"type": "unix", "data": {"path": path}}
-    return _command("nbd-server-start", addr=addr, max_connections=0)
+    return _command("nbd-server-start", addr=addr, max_connections=max_connections)
 
 
 def nbd_server_stop() -> Command:
@@ -351,6 +378,12 @@ def block_export_add_nbd(id: naming.ExportId, node: naming.NodeName, name: str) 
     return _command(
         "block-export-add", type="nbd", id=id, node_name=node, name=name, writable=False
     )
+
+
+def nbd_server_add(device: str, name: str | None) -> Command:
+    """As exports were made before ``block-export-add``: of a node or drive, read-only, under NAME
+    or the device's own."""
+    return _command("nbd-server-add", device=device, name=name)
 
 
 def block_export_del(id: naming.ExportId, mode: Literal["safe", "hard"]) -> Command:

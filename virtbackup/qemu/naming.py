@@ -14,7 +14,7 @@ ExportId = NewType("ExportId", str)
 BackupId = NewType("BackupId", str)
 
 PREFIX = "virtbackup-"
-_OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)?")
+_OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*")
 
 
 def scratch_file_node(backup: BackupId, number: int) -> NodeName:
@@ -40,6 +40,12 @@ def access_node(backup: BackupId, number: int) -> NodeName:
 def probe_node(backup: BackupId, number: int) -> NodeName:
     """What is opened over the frozen disk for an instant, to see whether it can be read."""
     return NodeName(f"{PREFIX}{backup}-{number}-probe")
+
+
+def drive_id(node: NodeName) -> str:
+    """The id of the drive that one of our nodes is in, where a QEMU wants it to be in one: nodes
+    and drives may not have the same name."""
+    return f"{node}-dev"
 
 
 def goes_by_itself(node: NodeName) -> bool:

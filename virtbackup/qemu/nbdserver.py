@@ -97,11 +97,6 @@ def stuck_clients(pid: int, address: backup_conf.Address) -> int:
     return sum(count > 0 and after.get(client) == count for client, count in before.items())
 
 
-def clients_wait(pid: int, address: backup_conf.Address) -> bool:
-    """Whether a client of process PID's server at ADDRESS has not read all that was sent to it."""
-    return any(_waiting(pid, address).values())
-
-
 def _waiting(pid: int, address: backup_conf.Address) -> dict[int, int]:
     """Client, by its socket's inode -> bytes sent that it has not read yet (SIOCOUTQ)."""
     waiting = {}

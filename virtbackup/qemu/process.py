@@ -50,7 +50,7 @@ class Run:
         Errors: ServerInUse, VIR_ERR_OPERATION_FAILED with the address.
         """
         try:
-            self.qemu.execute(monitor_json.nbd_server_start(self.plan.address))
+            self.qemu.execute(self.plan.server_command())
         except monitor_json.CommandFailed as failure:
             if failure.desc == "NBD server already running":
                 raise ServerInUse from failure
@@ -66,7 +66,7 @@ class Run:
                 self.qemu.execute_all(self._scratch_commands(disk, filename))
 
     def _scratch_commands(self, disk: backup.DiskPlan, filename: str) -> list[monitor_json.Command]:
-        commands = [disk.scratch_command(filename)]
+        commands = [self.plan.scratch_command(disk, filename)]
         if (threshold := self.thresholds.get(disk.target)) is not None:
             commands.append(monitor_json.block_set_write_threshold(disk.scratch_file, threshold))
         return commands
@@ -83,7 +83,7 @@ class Run:
 
     def exports(self) -> None:
         """Show every frozen disk under its export name."""
-        self._each(backup.DiskPlan.export_commands)
+        self._each(self.plan.export_commands)
 
     def _each(self, commands_for: Callable[[backup.DiskPlan], list[monitor_json.Command]]) -> None:
         """Commands for every disk, sent together; a refusal says of which disk it was."""

@@ -4,7 +4,8 @@
 One way for all ends of a backup: a start that fails, a stop, and what a crash left. What is
 removed is what QEMU shows under our names, not what somebody remembers to have made: so a step
 whose reply was lost is undone too, and a second sweep finds nothing. Failures are logged and the
-sweep goes on; nothing here raises but MonitorLost, timeouts and ClientStuck.
+sweep goes on; nothing here raises but MonitorLost, timeouts, ClientStuck and, where there is no
+block graph, ``domain.named_nodes``'s.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
     capabilities,
+    dialect,
+    domain,
     hang,
     monitor,
     monitor_json,
@@ -59,11 +62,18 @@ class Sweeper:
     """QEMU's process, where it can be seen."""
     address: backup_conf.Address | None = None
     """Of our NBD server, where it is known."""
+    jobs_by_drive: frozenset[naming.JobId] = frozenset()
+    """Jobs of ours that have no name of ours, where a job cannot be given one."""
+
+    @property
+    def _dialect(self) -> dialect.Dialect:
+        return dialect.Dialect(self.caps)
 
     def exports(self) -> list[str]:
         """End our exports, whose clients are disconnected (see ``end_clients``).
 
-        Returns when they are gone, or after TIMEOUT.
+        Returns when they are gone, or after TIMEOUT. Where exports cannot be asked for, nothing:
+        they end with the server.
         """
         removed: list[str] = []
         for attempt in self._attempts():
@@ -108,7 +118,7 @@ class Sweeper:
         if self.pid is None or self.address is None:
             return 0
         left = nbdserver.send_clients_away(
-            self.pid, self.address, lambda: self.qemu.execute(monitor_json.query_jobs())
+            self.pid, self.address, lambda: self.qemu.execute(self._dialect.query_jobs())
         )
         if left:
             raise ClientStuck(left, nbdserver.describe(self.address))
@@ -116,25 +126,29 @@ class Sweeper:
 
     def jobs(self) -> list[str]:
         """Cancel our jobs and dismiss them. Returns when they are gone."""
-        cancelled: set[naming.JobId] = set()
-        removed = []
+        ended: dict[naming.JobId, None] = {}
         for _ in self._attempts():
             jobs = self._own_jobs()
             if not jobs:
                 break
             for job in jobs:
                 if job.status == _CONCLUDED:
-                    self._execute(monitor_json.job_dismiss(job.id))
-                    removed.append(f"job '{job.id}'")
-                elif job.id not in cancelled:
-                    cancelled.add(job.id)
-                    self._execute(monitor_json.job_cancel(job.id))
+                    self._execute(self._dialect.job_dismiss(job.id))
+                elif job.id not in ended:
+                    self._execute(self._dialect.job_cancel(job.id))
+                ended[job.id] = None
             if any(job.status != _CONCLUDED for job in jobs):
                 self._wait("JOB_STATUS_CHANGE")
-        return removed
+        return [f"job '{id}'" for id in ended]
 
     def frozen_disks(self) -> list[str]:
-        """Delete what is over our jobs' filters, before the jobs: nobody can read it any more."""
+        """Delete what is over our jobs' filters, before the jobs: nobody can read it any more.
+
+        A QEMU that cannot show its graph has no nodes of that kind, and may be one that must not be
+        asked for all nodes before the jobs are dismissed.
+        """
+        if not self.caps.block_graph:
+            return []
         nodes = [node for node in self._own_nodes() if not naming.is_image(node)]
         # A probe is over a frozen disk.
         return self._delete(sorted(nodes, key=lambda node: (not naming.is_probe(node), node)))
@@ -150,7 +164,7 @@ class Sweeper:
 
     def _delete(self, nodes: Iterable[naming.NodeName]) -> list[str]:
         return [
-            f"node '{node}'" for node in nodes if self._execute(monitor_json.blockdev_del(node))
+            f"node '{node}'" for node in nodes if self._execute(self._dialect.blockdev_del(node))
         ]
 
     def stop_saving(self) -> None:
@@ -158,7 +172,7 @@ class Sweeper:
         jobs, without waiting for either. What is read from now on is not the frozen disk."""
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
-            *(monitor_json.job_cancel(job.id) for job in self._own_jobs()),
+            *(self._dialect.job_cancel(job.id) for job in self._own_jobs()),
         ]
         try:
             self.qemu.execute_all(commands)
@@ -187,14 +201,20 @@ class Sweeper:
         return backup is not None and self.backup in (None, backup)
 
     def _every_export(self) -> dict[naming.ExportId, monitor_json.Export]:
+        if not self.caps.block_exports:
+            return {}
         return monitor_json.parse_exports(self.qemu.execute(monitor_json.query_block_exports()))
 
     def _own_exports(self) -> list[monitor_json.Export]:
         return [export for id, export in self._every_export().items() if self._is_ours(id)]
 
     def _own_jobs(self) -> list[monitor_json.Job]:
-        jobs = monitor_json.parse_jobs(self.qemu.execute(monitor_json.query_jobs()))
-        return [job for id, job in jobs.items() if self._is_ours(id)]
+        jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
+        return [
+            job
+            for id, job in jobs.items()
+            if self._is_ours(id) or (id in self.jobs_by_drive and job.type == "backup")
+        ]
 
     def _own_nodes(self) -> list[naming.NodeName]:
         nodes = self._node_names()
@@ -204,7 +224,8 @@ class Sweeper:
     def _node_names(self) -> Iterable[naming.NodeName]:
         if self.caps.block_graph:
             return block.parse_graph(self.qemu.execute(monitor_json.query_block_graph())).nodes()
-        return block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
+        jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
+        return domain.named_nodes(self.qemu, self.caps, jobs.values())
 
     def _own_fdsets(self) -> list[int]:
         if not self.caps.fdsets:

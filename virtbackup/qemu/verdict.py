@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verdict on a backup, so far or at its end: by what QEMU shows, and by trying to read."""
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from virtbackup import errors
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
@@ -13,7 +15,6 @@ from virtbackup.qemu import (
     hang,
     monitor_json,
     naming,
-    nbdserver,
     probe,
     qcow2,
     scratch,
@@ -29,8 +30,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     caps = session.capabilities
     sight = look_at(session, running)
     hung = hanging(session, running, PATIENCE)
-    if not hung and _may_try(session, running):
-        sight = dataclasses.replace(sight, unreadable=unreadable(session, running, sight))
+    sight = dataclasses.replace(sight, unreadable=_seen_by_client(running, sight))
     reasons = judge(session, running, sight)
     nodes: Any = []
     if not hung and caps.named_nodes_are_safe(sight.jobs.values()):
@@ -55,26 +55,47 @@ def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
     return dataclasses.replace(sight, io_error=sight.io_error and not running.was_stopped)
 
 
-def _may_try(session: domain.Session, running: status.Status) -> bool:
-    """Whether frozen disks can be tried while they are exported: that waits for the requests under
-    way, and QEMU with it, so not while a client is slow to read. It will see for itself."""
-    if session.pid is None or not any(disk.breaks_snapshot for disk in running.disks):
-        return False
-    address = backup_conf.BackupDef.parse(running.definition).address
-    return not nbdserver.clients_wait(session.pid, address)
+def _seen_by_client(running: status.Status, sight: blockjob.Sight) -> dict[naming.NodeName, str]:
+    """The frozen disks that broke unseen, as an NBD client sees it: nothing in QEMU has to wait for
+    that, as it does for ``unreadable``. What cannot be told so is left to the stop."""
+    disks = [disk for _, disk in _may_have_broken(running, sight)]
+    if not disks:
+        return {}
+    from virtbackup.nbd import connection  # libnbd, of which few calls have need
+
+    match backup_conf.BackupDef.parse(running.definition).address:
+        case backup_conf.IpAddress(host, port):
+            server: str | tuple[str, int] = (host, port)
+        case backup_conf.UnixAddress(path):
+            server = path
+    broken = {}
+    for disk in disks:
+        assert disk.access is not None
+        with contextlib.suppress(errors.Error):
+            export = connection.Export(server, disk.exportname)
+            if reason := connection.unreadable(export, PATIENCE):
+                broken[disk.access] = reason
+    return broken
+
+
+def _may_have_broken(
+    running: status.Status, sight: blockjob.Sight
+) -> Iterator[tuple[int, status.DiskStatus]]:
+    """The disks, with their numbers, that may have broken without a sign of it and can be read."""
+    for number, disk in enumerate(running.disks):
+        unseen = disk.breaks_snapshot and not blockjob.job_reason(sight.jobs.get(disk.job))
+        if unseen and disk.access is not None and disk.size:
+            yield number, disk
 
 
 def unreadable(
     session: domain.Session, running: status.Status, sight: blockjob.Sight
 ) -> dict[naming.NodeName, str]:
-    """The frozen disks that broke unseen, by trying to read them: no job and no event tells."""
+    """The frozen disks that broke unseen, by trying to read them: no job and no event tells. QEMU
+    waits for all requests with that, so nobody may read from them, nor a scratch image hang."""
     broken = {}
-    for number, disk in enumerate(running.disks):
-        job = sight.jobs.get(disk.job)
-        if not disk.breaks_snapshot or disk.access is None or blockjob.job_reason(job):
-            continue
-        if not disk.size:
-            continue  # nothing to read
+    for number, disk in _may_have_broken(running, sight):
+        assert disk.access is not None
         node = naming.probe_node(running.id, number)
         if reason := probe.read(session.qemu, session.capabilities, disk.access, node):
             broken[disk.access] = reason
