@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import virtbackup
+from tests import json_mutations
 from virtbackup.qemu import normal, recording
 
 Message = Mapping[str, Any]
 
 DIRECTORY = pathlib.Path(virtbackup.__file__).parent / "recordings"
 FILES = sorted(DIRECTORY.glob("*.jsonl"))
+GREETING = '{"<-": {"QMP": {}}}\n'
 RECORDINGS = {path.stem: recording.parse(path.read_text()) for path in FILES}
 
 
@@ -145,9 +147,44 @@ def test_said_otherwise_it_is_the_same(name: str, seed: int) -> None:
     assert dump(normal.normalise(other)) == dump(SHORT[name])
 
 
-# --- one thing each -------------------------------------------------------------------------------
+SMALL = [
+    {line.direction: dict(line.message)}
+    for line in SHORT[FILES[0].stem].lines
+    if len(str(line.message)) < 2000
+]
 
-GREETING = '{"<-": {"QMP": {}}}\n'
+
+@given(
+    spoilt=st.lists(st.tuples(st.sampled_from(SMALL), json_mutations.spoilers), max_size=6),
+)
+def test_whatever_is_a_recording_has_a_normal_form(
+    spoilt: list[tuple[Any, json_mutations.Spoil]],
+) -> None:
+    lines = [json.dumps(spoil(line)) for line, spoil in spoilt]
+    text = GREETING + "".join(f"{line}\n" for line in lines)
+    try:
+        found = recording.parse(text)
+    except ValueError:
+        return
+    done = normal.normalise(found)
+    assert dump(normal.normalise(done)) == dump(done)
+
+
+def test_a_message_nested_too_deeply() -> None:
+    deep: Any = []
+    for _ in range(700):
+        deep = {"x": [deep]}
+    found = recording.Recording(
+        (
+            recording.Line("<-", {"QMP": {}}),
+            recording.Line("->", {"execute": "x", "arguments": deep}),
+        )
+    )
+    with pytest.raises(ValueError, match="nested too deeply"):
+        normal.normalise(found)
+
+
+# --- one thing each -------------------------------------------------------------------------------
 
 
 def normal_lines(*lines: dict[str, Message], prefixes: Mapping[str, str] | None = None) -> Any:

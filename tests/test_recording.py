@@ -57,3 +57,29 @@ def test_replies_find_their_commands_and_events_follow_them() -> None:
 def test_what_is_no_recording_is_refused_by_line(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         recording.parse(text)
+
+
+def test_a_trace_is_read() -> None:
+    text = (
+        '2016-01-01T00:00:00.000001Z <- {"QMP": {}}\n'
+        '2016-01-01T00:00:00.000002Z -> {"execute":"a","id":1}\n'
+        '2016-01-01T00:00:00.000003Z <- {"return": "x\u2028y\x85z", "id": 1}\n\n'
+    )
+    found = recording.parse_trace(text)
+    assert found.reply("a") == "x\u2028y\x85z"
+    assert recording.parse(recording.format(found.lines)).reply("a") == found.reply("a")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "line 1: a recording begins"),
+        ("x <- {}", "line 1: a recording begins"),
+        ('x <- {"QMP": {}}\n\nnonsense', "line 3: expected TIME -> COMMAND"),
+        ('x <- {"QMP": {}}\nx == {}', "line 2: expected TIME -> COMMAND"),
+        ('x <- {"QMP": {}}\nx -> {', "line 2: not JSON"),
+    ],
+)
+def test_what_is_no_trace_is_refused_by_line(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        recording.parse_trace(text)

@@ -60,8 +60,16 @@ def normalise(
 ) -> recording.Recording:
     """The normal form of FOUND; that of a normal form is itself.
 
-    PREFIXES of paths are replaced there, beside the images' directories.
+    PREFIXES of paths are replaced there, beside the images' directories. Errors: ValueError for
+    messages that are nested too deeply.
     """
+    try:
+        return _normalise(found, prefixes or {})
+    except RecursionError as failure:
+        raise ValueError("a message is nested too deeply") from failure
+
+
+def _normalise(found: recording.Recording, prefixes: Mapping[str, str]) -> recording.Recording:
     lines: list[recording.Line] = []
     for greeting, rest in _connections(found.lines):
         lines.append(recording.Line("<-", greeting))
@@ -71,7 +79,7 @@ def normalise(
             lines += [recording.Line("<-", event) for event in exchange.events]
             if exchange.reply is not None:
                 lines.append(recording.Line("<-", {**exchange.reply, "id": id}))
-    names = _Names((line.message for line in lines), prefixes or {})
+    names = _Names((line.message for line in lines), prefixes)
     return recording.Recording(
         tuple(recording.Line(line.direction, names.renamed(line.message)) for line in lines)
     )
@@ -124,7 +132,7 @@ def _without_pauses(events: Iterable[tuple[_Message, int]]) -> Iterator[tuple[_M
     begun: set[str] = set()
     for event, sent in events:
         if event["event"] == "JOB_STATUS_CHANGE":
-            job, status = _subject(event), event.get("data", {}).get("status")
+            job, status = _subject(event), _data(event).get("status")
             if status == "paused" or (status == "running" and job not in begun):
                 continue
             (begun.add if status == "created" else begun.discard)(job)
@@ -143,11 +151,13 @@ def _cause(event: _Message, exchanges: list[_Exchange], sent: int) -> _Exchange:
 
 def _subject(event: _Message) -> str:
     """The job, export, device or node that an event is of; empty for none."""
-    data = event.get("data")
-    if not isinstance(data, dict):
-        return ""
-    names = (data.get(key) for key in ("id", "device", "node-name"))
+    names = (_data(event).get(key) for key in ("id", "device", "node-name"))
     return next((name for name in names if isinstance(name, str) and name), "")
+
+
+def _data(event: _Message) -> _Message:
+    data = event.get("data")
+    return data if isinstance(data, dict) else {}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -35,18 +35,35 @@ from virtbackup.qemu import (
 logger = logging.getLogger(__name__)
 
 
+MAX_TRACE = 64 << 20
+"""Characters of a trace that are recorded; one schema has 300 thousand."""
+
+
 class _Tee(io.StringIO):
     """A trace that is kept, and written on where there is another."""
 
     def __init__(self, other: TextIO | None) -> None:
         super().__init__()
         self._other = other
+        self.is_whole = True
 
     def write(self, text: str) -> int:
         if self._other is not None:
-            self._other.write(text)
-            self._other.flush()
-        return super().write(text)
+            try:
+                self._other.write(text)
+                self._other.flush()
+            except (OSError, ValueError) as failure:
+                # As a monitor has it: not the recording's business.
+                logger.warning("trace ends: %s", failure)
+                self._other = None
+        self.is_whole = self.is_whole and self.tell() + len(text) <= MAX_TRACE
+        return super().write(text) if self.is_whole else len(text)
+
+    def recording(self) -> recording.Recording:
+        """What was traced. Errors: ValueError."""
+        if not self.is_whole:
+            raise ValueError("QEMU says too much to be recorded")
+        return recording.parse_trace(self.getvalue())
 
 
 class Recorder:
@@ -84,7 +101,7 @@ class Recorder:
             f"{scratch.default_directory()}{ours}": f"/scratch{ours}",
         }
         with _border():
-            return normal.normalise(recording.parse_trace(self._trace.getvalue()), prefixes)
+            return normal.normalise(self._trace.recording(), prefixes)
 
     def _back_up(self, definition: backup_conf.BackupDef) -> None:
         id, images = self._job.start(definition, runtime.this_process(), self._engine)

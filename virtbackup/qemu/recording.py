@@ -85,7 +85,7 @@ def parse(text: str) -> Recording:
 
 
 def _lines(text: str) -> Iterator[Line]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -109,7 +109,10 @@ def parse_trace(text: str) -> Recording:
     Errors: ValueError, naming the line.
     """
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            lines.append("")
+            continue
         match line.split(" ", 2):
             case [_, ("->" | "<-") as direction, message]:
                 lines.append(f'{{"{direction}": {message}}}')
