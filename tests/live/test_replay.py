@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import virtbackup
-from tests import replayed
+from tests import recordings, replayed
 from tests.live import machines
-from virtbackup.qemu import recording, replay_server
+from virtbackup.qemu import recorder, recording, replay_server, traffic
 
-pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
 
 DATA = pathlib.Path(__file__).parents[1] / "replaydata"
 CONVERSATIONS = sorted(DATA.glob("*.jsonl"))
@@ -144,6 +144,23 @@ def assert_same(expected: list[Any], found: list[Any]) -> None:
                 *difflib.unified_diff(real, fake, n=1, lineterm=""),
             ]
     assert not differences, "\n".join(differences)
+
+
+@pytest.mark.parametrize("binary", ["qemu-system-x86_64", "qemu-storage-daemon"])
+def test_a_fake_is_recorded_as_the_qemu_that_it_was_made_from(
+    binary: str, tmp_path: pathlib.Path
+) -> None:
+    """The driver says the same to it, and it answers the same."""
+    real = recordings.record(binary)
+    with replay_server.Server(tmp_path / "fake.sock", real) as server:
+        fake = recorder.Recorder(str(server.path)).record()
+    commands = [traffic.comparable(found.lines) for found in (real, fake)]
+    assert traffic.diff(commands[0], commands[1], ("real", "fake")) == []
+    answers = [
+        [[exchange.execute, replayed.comparable(exchange.reply)] for exchange in found.exchanges()]
+        for found in (real, fake)
+    ]
+    assert_same(*answers)
 
 
 # --- its NBD server, under real clients ---

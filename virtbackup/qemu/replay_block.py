@@ -501,8 +501,15 @@ class BlockLayer:
         with _TakenBack(self):
             self._open(options, opened, owned=True)
 
-    def _open(self, options: Any, opened: Mapping[str, Image | str], owned: bool = False) -> str:
-        """The name of the node that OPTIONS describe or refer to."""
+    def _open(
+        self,
+        options: Any,
+        opened: Mapping[str, Image | str],
+        owned: bool = False,
+        no_flush: bool = False,
+    ) -> str:
+        """The name of the node that OPTIONS describe or refer to; NO_FLUSH is what a node that is
+        described within another has from that one."""
         if isinstance(options, str):
             return self.find(options).name
         driver = options["driver"]
@@ -511,16 +518,17 @@ class BlockLayer:
         # Before QEMU 2.9 an id, a drive's, could be all that a node had.
         name = options.get("node-name") or options.get("id") or self._automatic_name()
         self._check_name(name)
+        no_flush = options.get("cache", {}).get("no-flush", no_flush)
         children = {}
         for role in ("file", "target"):
             if role in options:
-                children[role] = self._open(options[role], opened)
+                children[role] = self._open(options[role], opened, no_flush=no_flush)
         if name in self.state.nodes:
             raise self._duplicate(name)
         node = Node(
             name, driver, options.get("filename", ""), 0, options.get("read-only", False), children,
             owned, limit=options.get("size") if driver == "raw" else None,
-            no_flush=options.get("cache", {}).get("no-flush", False),
+            no_flush=no_flush,
         )  # fmt: skip
         self._open_driver(node, options, opened)
         self.state.nodes[name] = node
@@ -544,7 +552,9 @@ class BlockLayer:
             (node.size,) = _QCOW2_SIZE.unpack_from(image.header)
             if options.get("backing") is not None:
                 try:
-                    node.children["backing"] = self._open(options["backing"], opened)
+                    node.children["backing"] = self._open(
+                        options["backing"], opened, no_flush=node.no_flush
+                    )
                 except Refused as failure:
                     raise Refused(f"Could not open backing file: {failure.desc}") from failure
 
