@@ -33,7 +33,7 @@ PURE = {
     "qemu": {
         "backup", "block", "blockjob", "capabilities", "dialect", "faults", "monitor_json",
         "naming", "nbdwire", "normal", "qcow2", "qmp", "recording", "replay", "replay_block",
-        "schema", "traffic",
+        "replay_info", "replay_state", "schema", "traffic",
     },
     "nbd": {"extents"},
 }  # fmt: skip

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies
 
 from tests import json_mutations, replayed
-from virtbackup.qemu import faults, qcow2, recording, replay, replay_block, traffic
+from virtbackup.qemu import faults, qcow2, recording, replay, replay_state, traffic
 
 HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent / "virtbackup"
@@ -57,7 +57,7 @@ class Host:
     def now(self) -> float:
         return 0.5
 
-    def open_image(self, path: str | int, readonly: bool) -> replay_block.Image:
+    def open_image(self, path: str | int, readonly: bool) -> replay_state.Image:
         if str(path).startswith("/nothere"):
             raise FileNotFoundError(2, "No such file or directory")
         return Image(path)

@@ -14,8 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from virtbackup.qemu import faults, recording, replay_block, schema
-from virtbackup.qemu.schema import Refused
+from virtbackup.qemu import faults, recording, replay_block, replay_state, schema
 
 Message = dict[str, Any]
 
@@ -35,7 +34,7 @@ class Host(Protocol):
     def now(self) -> float:
         """Seconds since the epoch."""
 
-    def open_image(self, path: str | int, readonly: bool) -> replay_block.Image:
+    def open_image(self, path: str | int, readonly: bool) -> replay_state.Image:
         """Open a file by its path, or a duplicate of a descriptor."""
 
     def create_file(self, path: str, size: int) -> None:
@@ -178,7 +177,7 @@ class Replay:
             execute, arguments = _dispatch(message)
             self._check_mode(execute)
             answer = self._obey(execute, arguments)
-        except Refused as failure:
+        except schema.Refused as failure:
             answer = Answer((failure.reply,))
         id = {"id": message["id"]} if isinstance(message, dict) and "id" in message else {}
         told = (m if "event" in m else {**m, **id} for m in answer.messages)
@@ -187,16 +186,16 @@ class Replay:
     def _check_mode(self, execute: str) -> None:
         if execute == "qmp_capabilities":
             if self._negotiated:
-                raise Refused(
+                raise schema.Refused(
                     "Capabilities negotiation is already complete, command ignored",
                     _COMMAND_NOT_FOUND,
                 )
         elif not self._negotiated:
-            raise Refused(
+            raise schema.Refused(
                 "Expecting capabilities negotiation with 'qmp_capabilities'", _COMMAND_NOT_FOUND
             )
         elif execute not in self.commands:
-            raise Refused(f"The command {execute} has not been found", _COMMAND_NOT_FOUND)
+            raise schema.Refused(f"The command {execute} has not been found", _COMMAND_NOT_FOUND)
 
     def _obey(self, execute: str, arguments: Message) -> Answer:
         """Do a command, as the rules for faults let it be done."""
@@ -223,14 +222,14 @@ class Replay:
                 return self._recorded_reply(execute, arguments)
             found = handler(arguments)
             return {"return": {} if found is None else found}
-        except Refused as failure:
+        except schema.Refused as failure:
             return failure.reply
         except RecursionError:
-            return Refused("JSON nesting depth limit exceeded").reply
+            return schema.Refused("JSON nesting depth limit exceeded").reply
         except (KeyError, TypeError, AttributeError) as failure:
             if self._schema is not None:
                 raise
-            return Refused(f"arguments that make no sense: {failure!r}").reply
+            return schema.Refused(f"arguments that make no sense: {failure!r}").reply
 
     def _cause(self, rule: faults.Rule) -> Iterator[Message]:
         """Make happen what a rule says, and the events that come of it."""
@@ -250,7 +249,7 @@ class Replay:
 
     def _cause_in_guest(self, rule: faults.Rule) -> None:
         if rule.unplug is not None:
-            with contextlib.suppress(Refused):  # it may be gone already
+            with contextlib.suppress(schema.Refused):  # it may be gone already
                 self._unplug(rule.unplug)
         if rule.stop is not None:
             self._set_running(False, rule.stop)
@@ -281,7 +280,7 @@ class Replay:
         for given, reply in self._replies.get(execute, ()):
             if given == arguments:
                 return dict(reply)
-        raise Refused(f"'{execute}' is not simulated, and not in the recording")
+        raise schema.Refused(f"'{execute}' is not simulated, and not in the recording")
 
     # --- the commands ---
 
@@ -290,11 +289,11 @@ class Replay:
         layer = self.layer
         queries: dict[str, Callable[[], Any]] = {
             "query-status": lambda: self._status,
-            "query-block": layer.query_block,
-            "x-debug-query-block-graph": layer.query_graph,
-            "query-jobs": layer.query_jobs,
-            "query-block-jobs": layer.query_block_jobs,
-            "query-block-exports": layer.query_exports,
+            "query-block": lambda: layer.info.block(),
+            "x-debug-query-block-graph": lambda: layer.info.graph(),
+            "query-jobs": lambda: layer.info.jobs(),
+            "query-block-jobs": lambda: layer.info.block_jobs(),
+            "query-block-exports": lambda: layer.info.exports(),
             "query-fdsets": self._query_fdsets,
             "stop": lambda: self._set_running(False, "paused"),
             "cont": lambda: self._set_running(True, "running"),
@@ -303,9 +302,7 @@ class Replay:
         }
         changes: dict[str, _Change] = {
             "qmp_capabilities": self._negotiate,
-            "query-named-block-nodes": lambda a: layer.query_named_block_nodes(
-                a.get("flat", False)
-            ),
+            "query-named-block-nodes": lambda a: layer.info.named_block_nodes(a.get("flat", False)),
             "blockdev-add": self._blockdev_add,
             "blockdev-create": self._blockdev_create,
             "blockdev-del": lambda a: layer.blockdev_del(a["node-name"]),
@@ -363,18 +360,18 @@ class Replay:
         """The guest is taken to let go at once."""
         path = self.layer.unplug(id)
         if path is None:
-            raise Refused(f"Device '{id}' not found", "DeviceNotFound")
+            raise schema.Refused(f"Device '{id}' not found", "DeviceNotFound")
         deleted = {"device": id, "path": path}
         self.layer.events.append(replay_block.event("DEVICE_DELETED", deleted))
 
     def _qom(self, execute: str, arguments: Message) -> Any:
         try:
             reply = self._recorded_reply(execute, arguments)
-        except Refused as failure:
+        except schema.Refused as failure:
             missing = f"Device '{arguments['path']}' not found"
-            raise Refused(missing, "DeviceNotFound") from failure
+            raise schema.Refused(missing, "DeviceNotFound") from failure
         if "error" in reply:
-            raise Refused(reply["error"]["desc"], reply["error"]["class"])
+            raise schema.Refused(reply["error"]["desc"], reply["error"]["class"])
         return reply["return"]
 
     # --- files and descriptors ---
@@ -405,7 +402,7 @@ class Replay:
                 failure = f"Could not create '{options['filename']}': {error.strerror}"
         self.layer.create(arguments["job-id"], options, failure)
 
-    def _open(self, filename: str, readonly: bool) -> replay_block.Image | str:
+    def _open(self, filename: str, readonly: bool) -> replay_state.Image | str:
         """The file, or QEMU's words for why not."""
         path: str | int = filename
         if filename.startswith(_FDSET):
@@ -428,7 +425,7 @@ class Replay:
 
     def _take_fd(self) -> int:
         if not self._received:
-            raise Refused("No file descriptor supplied via SCM_RIGHTS")
+            raise schema.Refused("No file descriptor supplied via SCM_RIGHTS")
         return self._received.pop()
 
     def _add_fd(self, arguments: Message) -> Message:
@@ -443,7 +440,7 @@ class Replay:
     def _remove_fd(self, arguments: Message) -> None:
         id = arguments["fdset-id"]
         if id not in self._fdsets:
-            raise Refused(f"File descriptor named 'fdset-id:{id}' not found")
+            raise schema.Refused(f"File descriptor named 'fdset-id:{id}' not found")
         self._fdsets[id].removed = True
         self._clean_fdsets()
 
@@ -483,7 +480,7 @@ class Replay:
     def _closefd(self, arguments: Message) -> None:
         name = arguments["fdname"]
         if name not in self._fds:
-            raise Refused(f"File descriptor named '{name}' not found")
+            raise schema.Refused(f"File descriptor named '{name}' not found")
         self._host.close_fd(self._fds.pop(name))
 
     # --- jobs ---
@@ -492,29 +489,31 @@ class Replay:
         id = arguments["device"]
         job = self.layer.job(id, "cancel", blockjob=True)
         if job.paused and not arguments.get("force"):
-            raise Refused(f"The block job for device '{id}' is currently paused")
+            raise schema.Refused(f"The block job for device '{id}' is currently paused")
         self.layer.cancel(job)
 
     # --- NBD ---
 
     def _nbd_server_start(self, arguments: Message) -> None:
         if self._server:
-            raise Refused("NBD server already running")
+            raise schema.Refused("NBD server already running")
         address, fd = arguments["addr"], None
         if address["type"] == "fd":
             name = address["data"]["str"]
             if name not in self._fds:
-                raise Refused(f"File descriptor named '{name}' has not been found")
+                raise schema.Refused(f"File descriptor named '{name}' has not been found")
             fd = self._fds.pop(name)
         try:
             self._host.start_server(address, fd)
         except OSError as failure:
-            raise Refused(f"{_cannot_bind(address, failure)}: {failure.strerror}") from failure
+            raise schema.Refused(
+                f"{_cannot_bind(address, failure)}: {failure.strerror}"
+            ) from failure
         self._server = True
 
     def _nbd_server_stop(self) -> None:
         if not self._server:
-            raise Refused("NBD server not running")
+            raise schema.Refused("NBD server not running")
         self._end_server()
 
     def _end_server(self) -> None:
@@ -526,13 +525,13 @@ class Replay:
 
     def _block_export_add(self, arguments: Message) -> None:
         if arguments["type"] != "nbd":
-            raise Refused(f"export type '{arguments['type']}' is not simulated")
+            raise schema.Refused(f"export type '{arguments['type']}' is not simulated")
         id, node = str(arguments["id"]), str(arguments["node-name"])
         if id in self.layer.state.exports:
-            raise Refused(f"Block export id '{id}' is already in use")
+            raise schema.Refused(f"Block export id '{id}' is already in use")
         found = self.layer.find(node, device="")
         self._export(
-            replay_block.Export(
+            replay_state.Export(
                 id, found.name, str(arguments.get("name", node)), arguments.get("description")
             ),
             arguments.get("bitmaps", ()),
@@ -543,22 +542,22 @@ class Replay:
         name = str(arguments.get("name", device))
         found = self.layer.find(device)
         if not self._server:
-            raise Refused("NBD server not running")
+            raise schema.Refused("NBD server not running")
         if name in self.layer.state.exports:
-            raise Refused(f"Block export id '{name}' is already in use")
+            raise schema.Refused(f"Block export id '{name}' is already in use")
         bitmaps = [arguments["bitmap"]] if "bitmap" in arguments else []
-        self._export(replay_block.Export(name, found.name, name), bitmaps)
+        self._export(replay_state.Export(name, found.name, name), bitmaps)
 
-    def _export(self, export: replay_block.Export, bitmaps: Sequence[Any]) -> None:
+    def _export(self, export: replay_state.Export, bitmaps: Sequence[Any]) -> None:
         if not self._server:
-            raise Refused("NBD server not running")
+            raise schema.Refused("NBD server not running")
         self.layer.export(export, bitmaps)
 
     def _unexport(self, id: str, mode: str) -> None:
         if id not in self.layer.state.exports:
-            raise Refused(f"Export '{id}' is not found")
+            raise schema.Refused(f"Export '{id}' is not found")
         if mode == "safe" and self._host.clients(id):
-            raise Refused(f"export '{id}' still in use")
+            raise schema.Refused(f"export '{id}' still in use")
         self._host.disconnect(id)
         self.layer.unexport(id)
 
@@ -604,25 +603,25 @@ def _decode(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as failure:
-        raise Refused("JSON parse error, invalid keyword or value") from failure
+        raise schema.Refused("JSON parse error, invalid keyword or value") from failure
 
 
 def _dispatch(message: Any) -> tuple[str, Message]:
     """A command and its arguments, or QEMU's words for what is no command."""
     if not isinstance(message, dict):
-        raise Refused("QMP input must be a JSON object")
+        raise schema.Refused("QMP input must be a JSON object")
     for name, value in message.items():
         if name in ("execute", "exec-oob"):
             if not isinstance(value, str):
-                raise Refused(f"QMP input member '{name}' must be a string")
+                raise schema.Refused(f"QMP input member '{name}' must be a string")
         elif name == "arguments":
             if not isinstance(value, dict):
-                raise Refused("QMP input member 'arguments' must be an object")
+                raise schema.Refused("QMP input member 'arguments' must be an object")
         elif name != "id":
-            raise Refused(f"QMP input member '{name}' is unexpected")
+            raise schema.Refused(f"QMP input member '{name}' is unexpected")
     execute = message.get("execute", message.get("exec-oob"))
     if execute is None:
-        raise Refused("QMP input lacks member 'execute'")
+        raise schema.Refused("QMP input lacks member 'execute'")
     return execute, message.get("arguments", {})
 
 

@@ -8,171 +8,20 @@ in a backup is not here. Nothing is ever read or written: contents are the serve
 
 import copy
 import dataclasses
-import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from virtbackup.qemu.schema import Refused
+from virtbackup.qemu import replay_info, replay_state, schema
 
 Message = dict[str, Any]
 
-FORMATS = ("qcow2", "raw", "bochs")
-_JOB_FILTERS = ("copy-before-write", "backup-top")
-"""What a backup job puts over its source; the second before QEMU 6.1, over it as over a backing."""
-FILTERS = ("copy-before-write", "snapshot-access")
-SIMULATED = frozenset({"file", "null-co", *FORMATS, *FILTERS})
+SIMULATED = frozenset({"file", "null-co", *replay_state.FORMATS, *replay_state.FILTERS})
 """The drivers of blockdev-add that the fake knows."""
 
 _NODE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9\-._]*")
 _QCOW2_SIZE = struct.Struct(">24xQ")
-_CLUSTER = 1 << 16
-_READ, _WRITE = ["consistent-read"], ["write", "consistent-read"]
-_ANYTHING = ["resize", "write-unchanged", "write", "consistent-read"]
-
-
-class Image(Protocol):
-    """A file that was opened."""
-
-    @property
-    def key(self) -> object:
-        """The same for the same file."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    @property
-    def header(self) -> bytes:
-        """What it begins with."""
-
-    def actual_size(self) -> int:
-        """Bytes that it takes."""
-
-    def format(self, size: int) -> None:
-        """Make it an empty qcow2 image of SIZE guest-visible bytes. Errors: OSError."""
-
-    def close(self) -> None: ...
-
-
-@dataclasses.dataclass
-class Bitmap:
-    """A dirty bitmap; nameless ones are a job's."""
-
-    name: str | None
-    granularity: int
-    persistent: bool
-    recording: bool
-    count: int = 0
-    """Bytes."""
-    export: str | None = None
-    """Who uses it."""
-    doomed: bool = False
-    """Its removal is part of a transaction that is not done yet."""
-
-    def info(self, with_status: bool) -> Message:
-        """QAPI's BlockDirtyInfo; WITH_STATUS as before QEMU 6.0."""
-        found: Message = {
-            "busy": self.export is not None, "count": self.count, "granularity": self.granularity,
-            "persistent": self.persistent, "recording": self.recording,
-        }  # fmt: skip
-        if self.name is not None:
-            found["name"] = self.name
-        if with_status:
-            idle = "active" if self.recording else "disabled"
-            found["status"] = "locked" if self.export is not None else idle
-        return found
-
-
-@dataclasses.dataclass
-class Node:
-    """A block node."""
-
-    name: str
-    driver: str
-    filename: str
-    size: int
-    """Guest-visible, bytes."""
-    readonly: bool
-    children: dict[str, str]
-    """Role -> node, as ``file``, ``backing``, ``target``."""
-    owned: bool
-    """By the monitor: somebody must delete it. Others go with the last node over them."""
-    recorded: Message | None = None
-    """What ``query-named-block-nodes`` said of it, where it was there from the start."""
-    limit: int | None = None
-    """Bytes of a raw node that shows only a part of what is below it."""
-    no_flush: bool = False
-    write_threshold: int = 0
-    bitmaps: list[Bitmap] = dataclasses.field(default_factory=list)
-
-    def bitmap(self, name: str) -> Bitmap:
-        for bitmap in self.bitmaps:
-            if bitmap.name == name:
-                return bitmap
-        raise Refused(f"Dirty bitmap '{name}' not found")
-
-
-@dataclasses.dataclass
-class Device:
-    """A drive of the guest, as ``query-block`` told it, and what is in it."""
-
-    recorded: Message
-    root: str | None
-
-    @property
-    def name(self) -> str:
-        """As the block graph calls it."""
-        return self.recorded.get("device") or self.recorded.get("qdev") or ""
-
-    @property
-    def qdev(self) -> str:
-        """Its device, by id or by place in the object tree; empty without one."""
-        qdev: str = self.recorded.get("qdev", "")
-        return qdev
-
-
-@dataclasses.dataclass
-class Job:
-    """A job: a backup, or the making of an image, which has no nodes and is done at once."""
-
-    id: str
-    source: str
-    target: str
-    filter: str | None
-    """Gone once the job has ended."""
-    length: int
-    auto_dismiss: bool
-    status: str = "running"
-    paused: bool = False
-    """By the user."""
-    error: str | None = None
-    type: str = "backup"
-    broken: bool = False
-    """Its scratch image has failed, and the snapshot with it (on-cbw-error=break-snapshot)."""
-
-
-@dataclasses.dataclass
-class Export:
-    """An NBD export."""
-
-    id: str
-    node: str
-    name: str
-    description: str | None = None
-
-
-@dataclasses.dataclass
-class State:
-    """Everything that a command can change: copied before it, taken back when it fails."""
-
-    nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
-    devices: list[Device] = dataclasses.field(default_factory=list)
-    jobs: dict[str, Job] = dataclasses.field(default_factory=dict)
-    exports: dict[str, Export] = dataclasses.field(default_factory=dict)
-    last_number: int = 1000
-    """Of an automatic node name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +38,11 @@ def event(name: str, data: Message | None = None) -> Event:
 
 
 class BlockLayer:
-    """See the module. Every change takes arguments that fit the schema and may raise Refused."""
+    """See the module. A change takes arguments that fit the schema and may raise schema.Refused."""
 
     def __init__(self, version: tuple[int, int, int]) -> None:
-        self.state = State()
-        self.images: dict[str, Image] = {}
+        self.state = replay_state.State()
+        self.images: dict[str, replay_state.Image] = {}
         """Node -> the file it has open."""
         self.events: list[Event] = []
         """Not fetched yet, see ``take_events``."""
@@ -203,6 +52,11 @@ class BlockLayer:
     @property
     def old_words(self) -> bool:
         return self._version < (6, 0, 0)
+
+    @property
+    def info(self) -> replay_info.Info:
+        """What queries are told now."""
+        return replay_info.Info(self.state, self.images, self._templates, self.old_words)
 
     # --- how it begins ---
 
@@ -226,9 +80,9 @@ class BlockLayer:
         for device in self.state.devices:
             if not isinstance(device.name, str) or not isinstance(device.qdev, str):
                 raise TypeError(f"drive {device.name!r}")
-        self.query_block()
-        self.query_named_block_nodes()
-        self.query_graph()
+        self.info.block()
+        self.info.named_block_nodes()
+        self.info.graph()
 
     def _load(self, blocks: Any, named: Any, graph: Any) -> None:
         children = _children(graph)
@@ -240,249 +94,45 @@ class BlockLayer:
             if inserted is not None:
                 infos.setdefault(inserted["node-name"], inserted)
             root = None if inserted is None else inserted["node-name"]
-            self.state.devices.append(Device(drive, root))
+            self.state.devices.append(replay_state.Device(drive, root))
         self._templates = list(infos.values())
         for name in children:
             infos.setdefault(name, None)
         for name, info in infos.items():
             self.state.nodes[name] = self._loaded(name, info, children.get(name, {}))
         for node in self.state.nodes.values():
-            missing = node.driver in FORMATS and "file" not in node.children
+            missing = node.driver in replay_state.FORMATS and "file" not in node.children
             if missing and (below := self._file_of(node)):
                 node.children["file"] = below
 
-    def _loaded(self, name: str, info: Message | None, children: dict[str, str]) -> Node:
+    def _loaded(
+        self, name: str, info: Message | None, children: dict[str, str]
+    ) -> replay_state.Node:
         owned = not name.startswith("#")
         if info is None:
-            return Node(name, "file", "", 0, False, children, owned)
+            return replay_state.Node(name, "file", "", 0, False, children, owned)
         bitmaps = [
-            Bitmap(
+            replay_state.Bitmap(
                 bitmap.get("name"), bitmap["granularity"], bitmap.get("persistent", False),
                 bitmap.get("recording", True), bitmap["count"],
             )
             for bitmap in info.get("dirty-bitmaps", ())
         ]  # fmt: skip
-        return Node(
+        return replay_state.Node(
             name, info["drv"], info["file"], info["image"]["virtual-size"], info["ro"], children,
             owned, info, write_threshold=info.get("write_threshold", 0), bitmaps=bitmaps,
         )  # fmt: skip
 
-    def _file_of(self, node: Node) -> str | None:
+    def _file_of(self, node: replay_state.Node) -> str | None:
         """The protocol node of a format NODE, where no graph was recorded: by the file's name."""
         for other in self.state.nodes.values():
             if other.driver == "file" and other.filename == node.filename:
                 return other.name
         return None
 
-    # --- queries ---
-
-    def query_block(self) -> list[Message]:
-        return [self._drive(device) for device in self.state.devices]
-
-    def _drive(self, device: Device) -> Message:
-        drive = {key: value for key, value in device.recorded.items() if key != "inserted"}
-        if device.root is None:
-            return drive
-        recorded = device.recorded.get("inserted")
-        if recorded is not None and recorded["node-name"] == device.root:
-            inserted = copy.deepcopy(recorded)
-            self._renew(inserted, self.state.nodes[device.root])
-        else:
-            inserted = self.info(self.state.nodes[device.root])
-            if recorded is not None:
-                inserted["cache"] = recorded.get("cache", inserted["cache"])
-        if self.old_words and "dirty-bitmaps" in inserted:
-            drive["dirty-bitmaps"] = inserted["dirty-bitmaps"]
-        return {**drive, "inserted": inserted}
-
-    def query_named_block_nodes(self, flat: bool = False) -> list[Message]:
-        """FLAT: without what is below the images."""
-        found = [self.info(node) for node in reversed(self.state.nodes.values())]
-        for info in found:
-            if flat:
-                info["image"].pop("backing-image", None)
-                info["backing_file_depth"] = 0
-        return found
-
-    def info(self, node: Node) -> Message:
-        """QAPI's BlockDeviceInfo."""
-        found = copy.deepcopy(node.recorded) if node.recorded else self._made_up(node)
-        found["image"] = self._image(node, self._filename(node))
-        found["backing_file_depth"] = self._depth(node)
-        self._renew(found, node)
-        return found
-
-    def _made_up(self, node: Node) -> Message:
-        """The info of a node that was not recorded, with the members that this QEMU's have."""
-        plain = self._templates[0] if self._templates else {}
-        left_out = ("backing_file", "dirty-bitmaps", "image")
-        found = {key: value for key, value in plain.items() if key not in left_out}
-        found |= {
-            "drv": node.driver, "file": self._filename(node), "node-name": node.name,
-            "ro": node.readonly, "detect_zeroes": "off", "encrypted": False,
-            "cache": {"direct": False, "no-flush": node.no_flush, "writeback": True},
-        }  # fmt: skip
-        if node.driver == "qcow2" and "backing" in node.children:
-            found["backing_file"] = self.state.nodes[node.children["backing"]].filename
-        return found
-
-    def _image(self, node: Node, filename: str) -> Message:
-        """QAPI's ImageInfo."""
-        if node.recorded is not None:
-            image = dict(node.recorded["image"])
-        else:
-            image = self._made_up_image(node, filename)
-        below = self._backing_of(node)
-        if below is not None:
-            image["backing-image"] = self._image(below, self._filename(below))
-        return image
-
-    def _made_up_image(self, node: Node, filename: str) -> Message:
-        """The image of a node that was not recorded, what is below it left out."""
-        image: Message = {
-            "filename": filename, "format": node.driver, "virtual-size": node.size,
-            "actual-size": self._actual_size(node),
-        }  # fmt: skip
-        if node.driver != "snapshot-access":
-            image["dirty-flag"] = False
-        image |= self._as_others(node.driver)
-        if self._in_clusters(node):
-            image["cluster-size"] = _CLUSTER
-        if node.driver in ("raw", *FILTERS):
-            self._inherit_limits(image, node)
-        return image
-
-    def _as_others(self, driver: str) -> Message:
-        """What the image of another node of DRIVER was recorded with; the limits of any other,
-        where there is none."""
-        images = {other["drv"]: other["image"] for other in self._templates}
-        like = images.get(driver, {})
-        limits = [image["limits"] for image in (like, *images.values()) if "limits" in image]
-        found = {"limits": limits[0]} if limits else {}
-        if driver == "qcow2":
-            found["format-specific"] = {"type": "qcow2", "data": _QCOW2_FACTS}
-        return found | {key: like[key] for key in ("format-specific",) if key in like}
-
-    def _inherit_limits(self, image: Message, node: Node) -> None:
-        """The strictest of what is below, but for how zeroes are written."""
-        found: dict[str, int] = {}
-        for child in node.children.values():
-            limits = self._image(self.state.nodes[child], "").get("limits", {})
-            found |= {key: max(value, found.get(key, 0)) for key, value in limits.items()}
-        found.pop("write-zeroes-alignment", None)
-        if found:
-            image["limits"] = found
-
-    def _in_clusters(self, node: Node) -> bool:
-        if node.driver in ("raw", *_JOB_FILTERS):
-            return self._in_clusters(self.state.nodes[next(iter(node.children.values()))])
-        return node.driver == "qcow2"
-
-    def _renew(self, info: Message, node: Node) -> None:
-        """What changes while a node is there."""
-        info["write_threshold"] = node.write_threshold
-        info.pop("dirty-bitmaps", None)
-        if node.bitmaps:
-            # The last made is told first.
-            bitmaps = reversed(node.bitmaps)
-            info["dirty-bitmaps"] = [bitmap.info(self.old_words) for bitmap in bitmaps]
-        if any("children" in template for template in self._templates):
-            info["children"] = [
-                {"child": role, "node-name": child}
-                for role, child in reversed(node.children.items())
-            ]
-
-    def _actual_size(self, node: Node) -> int:
-        if node.name in self.images:
-            return self.images[node.name].actual_size()
-        if node.recorded is not None:
-            return int(node.recorded["image"].get("actual-size", 0))
-        below = node.children.get("file")
-        return 0 if below is None else self._actual_size(self.state.nodes[below])
-
-    def _backing_of(self, node: Node) -> Node | None:
-        role = "file" if node.driver == "copy-before-write" else "backing"
-        child = node.children.get(role)
-        return None if child is None else self.state.nodes[child]
-
-    def _depth(self, node: Node) -> int:
-        below = self._backing_of(node)
-        if below is not None:
-            return 1 + self._depth(below)
-        return 0 if node.recorded is None else int(node.recorded.get("backing_file_depth", 0))
-
-    def _filename(self, node: Node) -> str:
-        """How QEMU calls a node: by its file where that says it all, else by its options."""
-        if node.recorded is not None or node.driver == "file":
-            return node.filename
-        overlay = "backing" in node.children and node.driver not in _JOB_FILTERS
-        if overlay or node.limit is not None:
-            return "json:" + json.dumps(self._options(node), sort_keys=True)
-        below = next(iter(node.children.values()), None)
-        return node.filename if below is None else self._filename(self.state.nodes[below])
-
-    def _options(self, node: Node) -> Message:
-        if node.driver == "file":
-            return {"driver": "file", "filename": node.filename}
-        found: Message = {"driver": node.driver}
-        if node.limit is not None:
-            found["size"] = node.limit
-        for role, child in node.children.items():
-            if node.recorded is None or role == "file":
-                found[role] = self._options(self.state.nodes[child])
-        return found
-
-    def query_graph(self) -> Message:
-        """``x-debug-query-block-graph``."""
-        ids: dict[tuple[str, str], int] = {}
-
-        def vertex(kind: str, name: str) -> int:
-            return ids.setdefault((kind, name), len(ids) + 1)
-
-        edges = [
-            {"parent": vertex(kind, parent), "child": vertex("block-driver", child), "name": role,
-             "perm": perm, "shared-perm": shared}
-            for kind, parent, role, child, perm, shared in self._edges()
-        ]  # fmt: skip
-        for node in self.state.nodes:
-            vertex("block-driver", node)
-        for job in self.state.jobs:
-            vertex("block-job", job)
-        for device in self.state.devices:
-            vertex("block-backend", device.name)
-        nodes = [
-            {"id": id, "type": kind, "name": "" if kind == "block-backend" and name[:1] == "\0"
-             else name}
-            for (kind, name), id in ids.items()
-        ]  # fmt: skip
-        return {"nodes": nodes, "edges": edges}
-
-    def _edges(self) -> Iterator[tuple[str, str, str, str, list[str], list[str]]]:
-        """(kind, parent, role, child, permissions, shared ones)."""
-        for node in self.state.nodes.values():
-            for role, child in node.children.items():
-                reads = role == "backing" or node.driver == "snapshot-access"
-                below = self.state.nodes[child]
-                perm = [] if reads else _READ if below.readonly else _WRITE
-                yield "block-driver", node.name, role, child, perm, _ANYTHING if reads else _READ
-        for job in self.state.jobs.values():
-            for role, name in (("main node", job.filter), ("target", job.target)):
-                if job.filter is not None and name is not None:
-                    yield "block-job", job.id, role, name, [], _ANYTHING
-            if job.filter is not None and self.old_words:
-                root = job.source if job.status == "concluded" else job.filter
-                yield "block-backend", f"\0{job.id}", "root", root, _READ, _ANYTHING
-        for device in self.state.devices:
-            if device.root is not None:
-                perm = _READ if self.state.nodes[device.root].readonly else _WRITE
-                yield "block-backend", device.name, "root", device.root, perm, _READ
-        for export in self.state.exports.values():
-            # A backend without a name; the mark keeps two of them apart.
-            yield "block-backend", f"\0{export.id}", "root", export.node, _READ, _WRITE
-
     # --- nodes ---
 
-    def find(self, name: str, device: str | None = None) -> Node:
+    def find(self, name: str, device: str | None = None) -> replay_state.Node:
         """The node, or what is in the drive, of that NAME."""
         for drive in self.state.devices:
             if name and drive.recorded.get("device") == name and drive.root is not None:
@@ -491,20 +141,22 @@ class BlockLayer:
             return self.state.nodes[name]
         device = name if device is None else device
         if self.old_words:
-            raise Refused(f"Cannot find device={device} nor node_name={name}")
-        raise Refused(f"Cannot find device='{device}' nor node-name='{name}'")
+            raise schema.Refused(f"Cannot find device={device} nor node_name={name}")
+        raise schema.Refused(f"Cannot find device='{device}' nor node-name='{name}'")
 
-    def blockdev_add(self, options: Message, opened: Mapping[str, Image | str]) -> None:
+    def blockdev_add(
+        self, options: Message, opened: Mapping[str, replay_state.Image | str]
+    ) -> None:
         """Add a node. OPENED has the files that OPTIONS name: open, or why they cannot be."""
         if "node-name" not in options and "id" not in options:
-            raise Refused("'node-name' must be specified for the root node")
+            raise schema.Refused("'node-name' must be specified for the root node")
         with _TakenBack(self):
             self._open(options, opened, owned=True)
 
     def _open(
         self,
         options: Any,
-        opened: Mapping[str, Image | str],
+        opened: Mapping[str, replay_state.Image | str],
         owned: bool = False,
         no_flush: bool = False,
     ) -> str:
@@ -514,7 +166,7 @@ class BlockLayer:
             return self.find(options).name
         driver = options["driver"]
         if driver not in SIMULATED:
-            raise Refused(f"driver '{driver}' is not simulated")
+            raise schema.Refused(f"driver '{driver}' is not simulated")
         # Before QEMU 2.9 an id, a drive's, could be all that a node had.
         name = options.get("node-name") or options.get("id") or self._automatic_name()
         self._check_name(name)
@@ -525,7 +177,7 @@ class BlockLayer:
                 children[role] = self._open(options[role], opened, no_flush=no_flush)
         if name in self.state.nodes:
             raise self._duplicate(name)
-        node = Node(
+        node = replay_state.Node(
             name, driver, options.get("filename", ""), 0, options.get("read-only", False), children,
             owned, limit=options.get("size") if driver == "raw" else None,
             no_flush=no_flush,
@@ -534,7 +186,12 @@ class BlockLayer:
         self.state.nodes[name] = node
         return name
 
-    def _open_driver(self, node: Node, options: Message, opened: Mapping[str, Image | str]) -> None:
+    def _open_driver(
+        self,
+        node: replay_state.Node,
+        options: Message,
+        opened: Mapping[str, replay_state.Image | str],
+    ) -> None:
         if node.driver == "file":
             self._open_file(node, opened[node.filename])
         elif node.driver != "null-co":
@@ -543,27 +200,29 @@ class BlockLayer:
             node.filename = below.filename
         if node.driver == "bochs":
             if self.frozen_source(node.children["file"]) is None:
-                raise Refused(f"Could not open '{node.filename}': Operation not supported")
-            raise Refused("Image not in Bochs format")
+                raise schema.Refused(f"Could not open '{node.filename}': Operation not supported")
+            raise schema.Refused("Image not in Bochs format")
         if node.driver == "qcow2":
             image = self.images.get(node.children["file"])
             if image is None or not image.header.startswith(b"QFI\xfb"):
-                raise Refused("Image is not in qcow2 format")
+                raise schema.Refused("Image is not in qcow2 format")
             (node.size,) = _QCOW2_SIZE.unpack_from(image.header)
             if options.get("backing") is not None:
                 try:
                     node.children["backing"] = self._open(
                         options["backing"], opened, no_flush=node.no_flush
                     )
-                except Refused as failure:
-                    raise Refused(f"Could not open backing file: {failure.desc}") from failure
+                except schema.Refused as failure:
+                    raise schema.Refused(
+                        f"Could not open backing file: {failure.desc}"
+                    ) from failure
 
-    def _open_file(self, node: Node, image: Image | str) -> None:
+    def _open_file(self, node: replay_state.Node, image: replay_state.Image | str) -> None:
         if isinstance(image, str):
-            raise Refused(image)
+            raise schema.Refused(image)
         writers = {self.images[name].key for name in self.images if self._writes(name)}
         if not node.readonly and image.key in writers:
-            raise Refused('Failed to get "write" lock')
+            raise schema.Refused('Failed to get "write" lock')
         node.size = image.size
         self.images[node.name] = image
 
@@ -576,30 +235,32 @@ class BlockLayer:
 
     def _check_name(self, name: str) -> None:
         if not name.startswith("#") and not _NODE_NAME.fullmatch(name):
-            raise Refused("Invalid node name" if self.old_words else f"Invalid node-name: '{name}'")
+            raise schema.Refused(
+                "Invalid node name" if self.old_words else f"Invalid node-name: '{name}'"
+            )
         if len(name.encode()) > 31:
-            raise Refused("Node name too long")
+            raise schema.Refused("Node name too long")
 
-    def _duplicate(self, name: str) -> Refused:
+    def _duplicate(self, name: str) -> schema.Refused:
         if self.old_words:
-            return Refused("Duplicate node name")
-        return Refused(f"Duplicate nodes with node-name='{name}'")
+            return schema.Refused("Duplicate node name")
+        return schema.Refused(f"Duplicate nodes with node-name='{name}'")
 
     def blockdev_del(self, name: str) -> None:
         node = self.state.nodes.get(name)
         if node is None:
             if self.old_words:
-                raise Refused(f"Cannot find node {name}")
-            raise Refused(f"Failed to find node with node-name='{name}'")
+                raise schema.Refused(f"Cannot find node {name}")
+            raise schema.Refused(f"Failed to find node with node-name='{name}'")
         users = [*self.state.devices, *self.state.exports.values()]
         if any(name in (getattr(user, "root", None), getattr(user, "node", None))
                for user in users):  # fmt: skip
-            raise Refused(f"Node {name} is in use")
+            raise schema.Refused(f"Node {name} is in use")
         self._check_not_busy(name)
         if not node.owned:
-            raise Refused(f"Node {name} is not owned by the monitor")
+            raise schema.Refused(f"Node {name} is not owned by the monitor")
         if self._parents(name):
-            raise Refused(f"Block device {name} is in use")
+            raise schema.Refused(f"Block device {name} is in use")
         node.owned = False
         self._drop(name)
 
@@ -607,17 +268,19 @@ class BlockLayer:
         """Against QEMU's operation blockers."""
         for node in self.state.nodes.values():
             if node.children.get("backing") == name and not node.name.startswith("#"):
-                raise Refused(f"Node '{name}' is busy: node is used as backing hd of '{node.name}'")
+                raise schema.Refused(
+                    f"Node '{name}' is busy: node is used as backing hd of '{node.name}'"
+                )
         self._check_no_job(name)
 
     def _check_no_job(self, name: str) -> None:
         for job in self.state.jobs.values():
             if job.filter is not None and name in (job.filter, job.target):
-                raise Refused(
+                raise schema.Refused(
                     f"Node '{name}' is busy: block device is in use by block job: {job.type}"
                 )
 
-    def _parents(self, name: str) -> list[tuple[Node, str]]:
+    def _parents(self, name: str) -> list[tuple[replay_state.Node, str]]:
         """(who has it below, in which role)."""
         return [
             (node, role)
@@ -642,7 +305,7 @@ class BlockLayer:
 
     def set_write_threshold(self, name: str, threshold: int) -> None:
         if name not in self.state.nodes:
-            raise Refused(f"Device '{name}' not found")
+            raise schema.Refused(f"Device '{name}' not found")
         self.state.nodes[name].write_threshold = threshold
 
     def unplug(self, id: str) -> str | None:
@@ -666,7 +329,7 @@ class BlockLayer:
 
     def transaction(self, actions: Iterable[Message]) -> None:
         """All ACTIONS, or none."""
-        begun: list[Job] = []
+        begun: list[replay_state.Job] = []
         try:
             with _TakenBack(self):
                 for action in actions:
@@ -674,7 +337,7 @@ class BlockLayer:
                     if job is not None:
                         begun.append(job)
                         self._job_event(job.id, "created")
-        except Refused:
+        except schema.Refused:
             for job in reversed(begun):
                 for status in ("aborting", "concluded", "null"):
                     self._job_event(job.id, status)
@@ -685,7 +348,7 @@ class BlockLayer:
             for job in begun:
                 self._job_event(job.id, status)
 
-    def _act(self, type: str, data: Message) -> Job | None:
+    def _act(self, type: str, data: Message) -> replay_state.Job | None:
         match type:
             case "blockdev-backup":
                 return self._backup(data)
@@ -700,36 +363,36 @@ class BlockLayer:
             case "block-dirty-bitmap-merge":
                 self._bitmap_merge(data)
             case "abort":
-                raise Refused("Transaction aborted using Abort action")
+                raise schema.Refused("Transaction aborted using Abort action")
             case _:
-                raise Refused(f"transaction action '{type}' is not simulated")
+                raise schema.Refused(f"transaction action '{type}' is not simulated")
         return None
 
-    def _backup(self, data: Message) -> Job:
+    def _backup(self, data: Message) -> replay_state.Job:
         source, target = self.find(data["device"]), self.find(data["target"])
         if "bitmap" in data and "bitmap-mode" not in data:
-            raise Refused("Bitmap sync mode must be given when providing a bitmap")
+            raise schema.Refused("Bitmap sync mode must be given when providing a bitmap")
         if data["sync"] != "none":
-            raise Refused(f"sync mode '{data['sync']}' of a backup is not simulated")
+            raise schema.Refused(f"sync mode '{data['sync']}' of a backup is not simulated")
         if source is target:
-            raise Refused("Source and target cannot be the same")
+            raise schema.Refused("Source and target cannot be the same")
         self._check_no_job(source.name)
         self._check_no_job(target.name)
         if source.size != target.size:
-            raise Refused("Source and target image have different sizes")
+            raise schema.Refused("Source and target image have different sizes")
         name = data.get("filter-node-name") or self._automatic_name()
         if name in self.state.nodes:
             words = self._duplicate(name).desc
-            raise Refused(words if self.old_words else f"Could not create node: {words}")
+            raise schema.Refused(words if self.old_words else f"Could not create node: {words}")
         self._check_name(name)
         id = data.get("job-id") or self._drive_of(source.name)
         if not id:
-            raise Refused("Invalid job ID ''")
+            raise schema.Refused("Invalid job ID ''")
         if id in self.state.jobs:
-            raise Refused(f"Job ID '{id}' already in use")
+            raise schema.Refused(f"Job ID '{id}' already in use")
         self._insert_filter(name, source, target)
         auto_dismiss = data.get("auto-dismiss", True)
-        job = Job(id, source.name, target.name, name, source.size, auto_dismiss)
+        job = replay_state.Job(id, source.name, target.name, name, source.size, auto_dismiss)
         self.state.jobs[id] = job
         return job
 
@@ -740,16 +403,18 @@ class BlockLayer:
                 return str(device.recorded.get("device", ""))
         return ""
 
-    def _insert_filter(self, name: str, source: Node, target: Node) -> None:
+    def _insert_filter(
+        self, name: str, source: replay_state.Node, target: replay_state.Node
+    ) -> None:
         """Put a job's filter over SOURCE: under all that is there, but for what TARGET is over."""
         below = self._all_below(target.name)
-        driver = _JOB_FILTERS[1 if self.old_words else 0]
+        driver = replay_state.JOB_FILTERS[1 if self.old_words else 0]
         self._move_parents(source.name, name, but=below)
         children = {"backing" if self.old_words else "file": source.name, "target": target.name}
-        saved = Bitmap(None, _CLUSTER, False, False, source.size)
-        done = Bitmap(None, _CLUSTER, False, False)
+        saved = replay_state.Bitmap(None, replay_state.CLUSTER, False, False, source.size)
+        done = replay_state.Bitmap(None, replay_state.CLUSTER, False, False)
         source.bitmaps.append(dataclasses.replace(saved))
-        self.state.nodes[name] = Node(
+        self.state.nodes[name] = replay_state.Node(
             name, driver, source.filename, source.size, source.readonly, children, owned=False,
             bitmaps=[] if self.old_words else [done, saved],
         )  # fmt: skip
@@ -771,46 +436,48 @@ class BlockLayer:
             if export.node == old:
                 export.node = new
 
-    def job(self, id: str, verb: str, blockjob: bool = False) -> Job:
+    def job(self, id: str, verb: str, blockjob: bool = False) -> replay_state.Job:
         """The job, where VERB can be done to it."""
         job = self.state.jobs.get(id)
         if blockjob and (job is None or job.type != "backup"):
-            raise Refused(f"Block job '{id}' not found", "DeviceNotActive")
+            raise schema.Refused(f"Block job '{id}' not found", "DeviceNotActive")
         if job is None:
-            raise Refused("Job not found")
+            raise schema.Refused("Job not found")
         allowed = ("concluded",) if verb == "dismiss" else ("running", "paused")
         if job.status not in allowed:
-            raise Refused(f"Job '{id}' in state '{job.status}' cannot accept command verb '{verb}'")
+            raise schema.Refused(
+                f"Job '{id}' in state '{job.status}' cannot accept command verb '{verb}'"
+            )
         return job
 
     def create(self, id: str, options: Message, failure: str | None) -> None:
         """Make an image, the file of which is made already, or not for a FAILURE; as a job."""
         if id in self.state.jobs:
-            raise Refused(f"Job ID '{id}' already in use")
+            raise schema.Refused(f"Job ID '{id}' already in use")
         if options["driver"] == "qcow2":
             node = self.find(options["file"]) if isinstance(options["file"], str) else None
             image = None if node is None else self.images.get(node.name)
             if node is None or image is None:
-                raise Refused("the making of an image there is not simulated")
+                raise schema.Refused("the making of an image there is not simulated")
             try:
                 image.format(options["size"])
                 node.size = image.size
             except OSError as error:
                 failure = f"Could not write qcow2 header: {error.strerror}"
         elif options["driver"] != "file":
-            raise Refused(f"the making of '{options['driver']}' images is not simulated")
-        self.state.jobs[id] = Job(
+            raise schema.Refused(f"the making of '{options['driver']}' images is not simulated")
+        self.state.jobs[id] = replay_state.Job(
             id, "", "", None, 1, False, status="concluded", error=failure, type="create"
         )
         ends = ("aborting",) if failure else ("waiting", "pending")
         for status in ("created", "running", *ends, "concluded"):
             self._job_event(id, status)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: replay_state.Job) -> None:
         """End a job before its time."""
         self.end_job(job, "Operation canceled")
 
-    def end_job(self, job: Job, error: str) -> None:
+    def end_job(self, job: replay_state.Job, error: str) -> None:
         """End a job with an ERROR, and take its filter away."""
         self._job_event(job.id, "aborting")
         told = {"device": job.id, "len": job.length, "offset": 0, "speed": 0, "type": job.type}
@@ -826,7 +493,7 @@ class BlockLayer:
         if job.auto_dismiss:
             self.dismiss(job)
 
-    def _bypass_filter(self, job: Job) -> None:
+    def _bypass_filter(self, job: replay_state.Job) -> None:
         """Take a job's filter from over its source."""
         assert job.filter is not None
         source = self.state.nodes[job.source]
@@ -837,45 +504,23 @@ class BlockLayer:
         source.bitmaps = [bitmap for bitmap in source.bitmaps if bitmap.name is not None]
         self._drop(source.name)
 
-    def _remove_filter(self, job: Job) -> None:
+    def _remove_filter(self, job: replay_state.Job) -> None:
         if job.filter is not None:
             del self.state.nodes[job.filter]
             job.filter = None
 
-    def dismiss(self, job: Job) -> None:
+    def dismiss(self, job: replay_state.Job) -> None:
         self._remove_filter(job)
         del self.state.jobs[job.id]
         self._job_event(job.id, "null")
 
-    def set_paused(self, job: Job, paused: bool) -> None:
+    def set_paused(self, job: replay_state.Job, paused: bool) -> None:
         if paused == job.paused:
-            raise Refused("Job is already paused" if paused else "Job is not paused")
+            raise schema.Refused("Job is already paused" if paused else "Job is not paused")
         job.paused = paused
         if not self.old_words:  # there it sleeps until the guest writes, and does not notice
             job.status = "paused" if paused else "running"
             self._job_event(job.id, job.status)
-
-    def query_jobs(self) -> list[Message]:
-        return [
-            {
-                "id": job.id, "type": job.type, "status": job.status,
-                "current-progress": 1 if job.type == "create" else 0,
-                "total-progress": job.length, **({"error": job.error} if job.error else {}),
-            }
-            for job in reversed(self.state.jobs.values())
-        ]  # fmt: skip
-
-    def query_block_jobs(self) -> list[Message]:
-        return [
-            {
-                "device": job.id, "type": job.type, "len": job.length, "offset": 0, "speed": 0,
-                "status": job.status, "paused": job.paused, "busy": False,
-                "ready": False, "io-status": "ok", "auto-finalize": True,
-                "auto-dismiss": job.auto_dismiss, **({"error": job.error} if job.error else {}),
-            }
-            for job in reversed(self.state.jobs.values())
-            if job.type == "backup"
-        ]  # fmt: skip
 
     def _job_event(self, id: str, status: str) -> None:
         self.events.append(Event("JOB_STATUS_CHANGE", {"id": id, "status": status}))
@@ -889,22 +534,24 @@ class BlockLayer:
 
     def _bitmap_add(self, data: Message) -> None:
         node, name = self.find(data["node"]), data["name"]
-        granularity = data.get("granularity", _CLUSTER)
+        granularity = data.get("granularity", replay_state.CLUSTER)
         if not name:
-            raise Refused("Bitmap name cannot be empty")
+            raise schema.Refused("Bitmap name cannot be empty")
         if len(name.encode()) > 1023:
-            raise Refused("Bitmap name too long")
+            raise schema.Refused("Bitmap name too long")
         if granularity < 512 or granularity & (granularity - 1):
-            raise Refused("Granularity must be power of 2 and at least 512")
+            raise schema.Refused("Granularity must be power of 2 and at least 512")
         persistent = data.get("persistent", False)
         if persistent and node.driver != "qcow2":
-            raise Refused(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+            raise schema.Refused(
+                f"Can't store persistent bitmaps to {node.name}: Operation not supported"
+            )
         if any(bitmap.name == name for bitmap in node.bitmaps):
-            raise Refused(f"Bitmap already exists: {name}")
+            raise schema.Refused(f"Bitmap already exists: {name}")
         recording = not data.get("disabled", False)
-        node.bitmaps.append(Bitmap(name, granularity, persistent, recording))
+        node.bitmaps.append(replay_state.Bitmap(name, granularity, persistent, recording))
 
-    def _usable_bitmap(self, data: Message, key: str = "name") -> Bitmap:
+    def _usable_bitmap(self, data: Message, key: str = "name") -> replay_state.Bitmap:
         bitmap = self.find(data["node"]).bitmap(data[key])
         _check_free(bitmap)
         return bitmap
@@ -918,31 +565,33 @@ class BlockLayer:
 
     # --- exports ---
 
-    def export(self, export: Export, bitmaps: Iterable[Any]) -> None:
+    def export(self, export: replay_state.Export, bitmaps: Iterable[Any]) -> None:
         """Add EXPORT, whose node was looked up, with BITMAPS."""
         if export.name in {other.name for other in self.state.exports.values()}:
-            raise Refused(f"NBD server already has export named '{export.name}'")
+            raise schema.Refused(f"NBD server already has export named '{export.name}'")
         found = [self._bitmap_below(export.node, given) for given in bitmaps]
         for bitmap in found:
             bitmap.export = export.id
         self.state.exports[export.id] = export
 
-    def _bitmap_below(self, node: str, given: Any) -> Bitmap:
+    def _bitmap_below(self, node: str, given: Any) -> replay_state.Bitmap:
         """A bitmap by its name, of NODE or of what it is over; or by node and name."""
         if isinstance(given, dict):
             bitmap = self.find(given["node"]).bitmap(given["name"])
             chain = [self.find(given["node"])]
         else:
             chain = [self.state.nodes[node]]
-            while (below := self._backing_of(chain[-1])) is not None:
+            while (below := self.state.backing_of(chain[-1])) is not None:
                 chain.append(below)
             named = [b for one in chain for b in one.bitmaps if b.name == given]
             if not named:
-                raise Refused(f"Bitmap '{given}' is not found")
+                raise schema.Refused(f"Bitmap '{given}' is not found")
             bitmap = named[0]
         _check_free(bitmap)
         if bitmap.recording and not self.state.nodes[node].readonly:
-            raise Refused(f"Enabled bitmap '{bitmap.name}' incompatible with readonly export")
+            raise schema.Refused(
+                f"Enabled bitmap '{bitmap.name}' incompatible with readonly export"
+            )
         return bitmap
 
     def unexport(self, id: str) -> None:
@@ -954,12 +603,6 @@ class BlockLayer:
                     bitmap.export = None
         self.events.append(Event("BLOCK_EXPORT_DELETED", {"id": id}))
         self._drop(export.node)
-
-    def query_exports(self) -> list[Message]:
-        return [
-            {"id": export.id, "node-name": export.node, "type": "nbd", "shutting-down": False}
-            for export in reversed(self.state.exports.values())
-        ]
 
     # --- what a client of an export reads ---
 
@@ -1015,12 +658,8 @@ def _children(graph: Any) -> dict[str, dict[str, str]]:
     return found
 
 
-def _check_free(bitmap: Bitmap) -> None:
+def _check_free(bitmap: replay_state.Bitmap) -> None:
     if bitmap.export is not None:
-        raise Refused(
+        raise schema.Refused(
             f"Bitmap '{bitmap.name}' is currently in use by another operation and cannot be used"
         )
-
-
-_QCOW2_FACTS = {"compat": "1.1", "compression-type": "zlib", "corrupt": False,
-                "extended-l2": False, "lazy-refcounts": False, "refcount-bits": 16}  # fmt: skip

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from virtbackup.qemu import faults, nbdwire, qcow2, recording, replay, replay_block
+from virtbackup.qemu import faults, nbdwire, qcow2, recording, replay, replay_state
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class Server:
                 for export in self._replay.layer.state.exports.values()
             }
 
-    def _disk(self, export: replay_block.Export) -> Disk:
+    def _disk(self, export: replay_state.Export) -> Disk:
         layer = self._replay.layer
         source = layer.frozen_source(export.node)
         bitmaps = {
