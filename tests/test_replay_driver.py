@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -421,6 +422,35 @@ def test_monitor_replay(tmp_path: pathlib.Path) -> None:
     client.close()
     thread.join()
     assert not path.exists()
+
+
+def _heed_interrupts() -> None:
+    """Whatever started the tests may have them ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_monitor_replay_ends_when_interrupted(state: pathlib.Path) -> None:
+    recorded = RECORDINGS / "qemu-11.1.3.jsonl"
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "monitor-replay", str(recorded)]
+    with subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=_heed_interrupts,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        path = pathlib.Path(process.stdout.readline().strip())
+        assert path.parent.parent == state
+        client = Wire(path)
+        assert client.receive()["QMP"]["version"]["qemu"]["major"] == 11
+        process.send_signal(signal.SIGINT)
+        assert client.file.read() == b""
+        client.close()
+        assert process.stderr.read() == ""
+        assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,38 @@ def test_a_log_of_a_real_libvirtd() -> None:
     assert traffic.comparable(lines) == traffic.comparable(
         [recording.Line(line.direction, dict(line.message)) for line in lines]
     )
+
+
+def _probe(monitor: str, execute: str) -> str:
+    message = f'{{"execute":"{execute}","id":"libvirt-1"}}\r\n fd=-1\n'
+    return f"1: info : qemuMonitorSend:861 : QEMU_MONITOR_SEND_MSG: mon={monitor} msg={message}"
+
+
+SEVERAL = "".join(
+    _probe(monitor, execute)
+    for monitor, execute in (
+        ("0xa", "qmp_capabilities"), ("0xb", "qmp_capabilities"), ("0xa", "query-kvm"),
+        ("0xa", "qmp_capabilities"), ("0xb", "stop"), ("0xa", "nbd-server-start"),
+    )
+)  # fmt: skip
+"""A log of two addresses, one of which came to be another monitor's."""
+
+
+@pytest.mark.parametrize(
+    ("monitor", "sent"),
+    [
+        (None, ["qmp_capabilities", "nbd-server-start"]),
+        ("0xa", ["qmp_capabilities", "query-kvm"]),
+        ("0xa#2", ["qmp_capabilities", "nbd-server-start"]),
+        ("0xb", ["qmp_capabilities", "stop"]),
+    ],
+)
+def test_one_of_several_monitors(monitor: str | None, sent: list[str]) -> None:
+    assert [line.message["execute"] for line in traffic.parse(SEVERAL, monitor)] == sent
+
+
+def test_several_monitors_of_which_none_is_meant() -> None:
+    with pytest.raises(ValueError, match="several monitors, choose one: 0xa, 0xb, 0xa#2"):
+        traffic.parse(SEVERAL.replace("nbd-server-start", "cont"))
+    with pytest.raises(ValueError, match="no monitor 0xc, only 0xa, 0xb"):
+        traffic.parse(SEVERAL, "0xc")

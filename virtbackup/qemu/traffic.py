@@ -22,36 +22,64 @@ _PROBE = re.compile(
 _DECODER = json.JSONDecoder()
 
 
-def parse(text: str) -> tuple[recording.Line, ...]:
-    """Every message of a recording, a trace or a log, in order. Errors: ValueError."""
+def parse(text: str, monitor: str | None = None) -> tuple[recording.Line, ...]:
+    """Every message of a recording, a trace or a log, in order.
+
+    A log may be of several monitors: then the messages of MONITOR, by its address there; None is
+    the one on which an NBD server was started. Errors: ValueError.
+    """
     first = text.lstrip()[:200]
     if _TRACE.match(first):
         return recording.parse_trace(text).lines
     if "QEMU_MONITOR_" in text:
-        return tuple(_logged(text))
+        return _chosen(list(_logged(text)), monitor)
     if first.startswith("{"):
         return recording.parse(text).lines
     raise ValueError("neither a recording, nor a trace, nor a log of libvirtd's monitor")
 
 
-def _logged(text: str) -> Iterator[recording.Line]:
-    """A log tells of a command when it is queued and again when it is written: one is enough."""
+def _chosen(
+    logged: Sequence[tuple[str, recording.Line]], monitor: str | None
+) -> tuple[recording.Line, ...]:
+    """The messages of one monitor."""
+    monitors = list(dict.fromkeys(address for address, _ in logged))
+    if monitor is None and len(monitors) > 1:
+        started = {a for a, line in logged if line.message.get("execute") == "nbd-server-start"}
+        if len(started) != 1:
+            raise ValueError(f"several monitors, choose one: {', '.join(monitors)}")
+        [monitor] = started
+    if monitor is not None and monitor not in monitors:
+        raise ValueError(f"no monitor {monitor}, only {', '.join(monitors)}")
+    return tuple(line for address, line in logged if monitor in (None, address))
+
+
+def _logged(text: str) -> Iterator[tuple[str, recording.Line]]:
+    """(monitor, message). A log tells of a command when it is queued and again when it is written:
+    one is enough. An address is used again for a later monitor, whose messages begin with the
+    negotiation: it is called ADDRESS#2 then."""
+    times: dict[str, int] = {}
     sent = "SEND_MSG" if "QEMU_MONITOR_SEND_MSG" in text else "IO_WRITE"
+    number, counted = 1, 0
     for probe in _PROBE.finditer(text):
+        number += text.count("\n", counted, probe.start())
+        counted = probe.start()
         if probe[1] in (sent, "RECV_REPLY", "RECV_EVENT"):
             direction: recording.Direction = "->" if probe[1] == sent else "<-"
-            for message in _objects(text, probe.end()):
-                yield recording.Line(direction, message, text.count("\n", 0, probe.start()) + 1)
+            try:
+                for message in _objects(text, probe.end()):
+                    if message.get("execute") == "qmp_capabilities":
+                        times[probe[2]] = times.get(probe[2], 0) + 1
+                    time = times.get(probe[2], 1)
+                    monitor = probe[2] if time == 1 else f"{probe[2]}#{time}"
+                    yield monitor, recording.Line(direction, message, number)
+            except (ValueError, RecursionError) as failure:
+                raise ValueError(f"line {number}: not a whole message: {failure}") from failure
 
 
 def _objects(text: str, start: int) -> Iterator[Mapping[str, Any]]:
-    """The JSON objects from START on, until something else comes."""
+    """The JSON objects from START on, until something else comes. Errors: ValueError."""
     while text.startswith("{", start):
-        try:
-            message, end = _DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError) as failure:
-            number = text.count("\n", 0, start) + 1
-            raise ValueError(f"line {number}: not a whole message: {failure}") from failure
+        message, end = _DECODER.raw_decode(text, start)
         yield message
         start = end + len(text[end : end + 4]) - len(text[end : end + 4].lstrip())
 
@@ -62,7 +90,7 @@ def _objects(text: str, start: int) -> Iterator[Mapping[str, Any]]:
 _ANYWHERE = {
     "node-name": "node", "node": "node", "file": "node", "backing": "node", "target": "node",
     "device": "node", "filter-node-name": "node", "job-id": "job", "fdset-id": "fdset",
-    "fdname": "fd", "filename": "file", "path": "path",
+    "fdname": "fd", "filename": "file", "backing-file": "file", "path": "path",
 }  # fmt: skip
 """Member -> what its text, or number, is the name of."""
 _OF_JOBS = {"id": "job", "device": "job"}
@@ -109,7 +137,9 @@ class _Names:
         return self._told.setdefault((kind, value), f"{kind}{count + 1}")
 
 
-_QUERIES = re.compile(r"(x-debug-|x-)?query-.*|qom-(get|list)|qmp_capabilities")
+_QUERIES = re.compile(
+    r"(x-debug-|x-)?query-.*|qom-(get|list.*)|device-list-properties|qmp_capabilities"
+)
 
 
 def without_queries(lines: Iterable[recording.Line]) -> list[recording.Line]:

@@ -92,7 +92,7 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
 
     args.exclusive("all", "changes")
     paths = args.text("first"), args.text("second")
-    lines = [_traffic(path) for path in paths]
+    lines = [_traffic(path, args.optional("monitor")) for path in paths]
     if args.flag("changes"):
         lines = [traffic.without_queries(said) for said in lines]
     first, second = (
@@ -104,13 +104,15 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     return vsh.FAILED if difference else vsh.DONE
 
 
-def _traffic(path: str) -> "Sequence[recording.Line]":
+def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
     """What was said, by the file at PATH. Errors: UsageError: there is nothing to compare."""
     from virtbackup.qemu import traffic
 
     try:
         # A log may hold anything that a guest or a file was called.
-        return traffic.parse(pathlib.Path(path).read_text(encoding="utf-8", errors="replace"))
+        return traffic.parse(
+            pathlib.Path(path).read_text(encoding="utf-8", errors="replace"), monitor
+        )
     except OSError as error:
         raise vsh.UsageError(f"Failed to open file '{path}': {error.strerror}") from error
     except ValueError as error:
@@ -132,6 +134,9 @@ COMMANDS = (
             vsh.Option(
                 "second", vsh.Kind.DATA, "the file to compare it with", required=True,
                 completer=vsh.complete_files,
+            ),
+            vsh.Option(
+                "monitor", vsh.Kind.STRING, "the monitor's address in a log of several"
             ),
             vsh.Option("all", vsh.Kind.BOOL, "compare replies and events, too"),
             vsh.Option("changes", vsh.Kind.BOOL, "compare only commands that change something"),
