@@ -380,6 +380,58 @@ def test_one_client_at_a_time(server: replay_server.Server) -> None:
     second.close()
 
 
+@pytest.mark.parametrize(
+    ("execute", "arguments", "words"),
+    [
+        ("blockdev-add", {"driver": "file", "node-name": "n", "filename": "a\0b"},
+         "Could not open 'a\0b': Invalid argument"),
+        ("blockdev-add", {"driver": "file", "node-name": "n", "filename": "/"},
+         "Could not open '/': Is a directory"),
+        ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "a\0b"}}},
+         "Failed to bind socket to a\0b: Invalid argument"),
+        ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "/" + "x" * 200}}},
+         f"Failed to bind socket to /{'x' * 200}: AF_UNIX path too long"),
+        ("nbd-server-start", {"addr": {"type": "inet", "data": {"host": "::1", "port": "x"}}},
+         "Failed to bind socket: Invalid argument"),
+        ("nbd-server-start", {"addr": {"type": "inet", "data": {"host": "::1", "port": "99999"}}},
+         "Failed to bind socket: Invalid argument"),
+    ],
+)  # fmt: skip
+def test_what_no_file_and_no_address_can_be(
+    server: replay_server.Server, execute: str, arguments: dict[str, Any], words: str
+) -> None:
+    client = Wire(server.path)
+    client.receive()
+    client.send(execute="qmp_capabilities")
+    client.receive()
+    client.send(execute=execute, arguments=arguments)
+    assert client.receive()["error"]["desc"] == words
+    client.send(execute="query-jobs")
+    assert client.receive() == {"return": []}
+    client.close()
+
+
+def test_a_port(server: replay_server.Server) -> None:
+    """QEMU takes a port that another server has for one of several that might be free."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        client = Wire(server.path)
+        client.receive()
+        client.send(execute="qmp_capabilities")
+        client.receive()
+        address = {"type": "inet", "data": {"host": "127.0.0.1", "port": port}}
+        client.send(execute="nbd-server-start", arguments={"addr": address})
+        words = "Failed to find an available port: Address already in use"
+        assert client.receive()["error"]["desc"] == words
+    client.send(execute="nbd-server-start", arguments={"addr": address})
+    assert client.receive() == {"return": {}}
+    with socket.create_connection(("127.0.0.1", int(port))) as reader:
+        assert reader.recv(8) == b"NBDMAGIC"
+    client.send(execute="nbd-server-stop")
+    assert client.receive() == {"return": {}}
+    client.close()
+
+
 def test_our_own_driver_on_a_served_recording(
     server: replay_server.Server, xml: str, state: pathlib.Path
 ) -> None:

@@ -400,6 +400,8 @@ class Replay:
                 self._host.create_file(options["filename"], options["size"])
             except OSError as error:
                 failure = f"Could not create '{options['filename']}': {error.strerror}"
+            except ValueError:
+                failure = f"Could not create '{options['filename']}': Invalid argument"
         self.layer.create(arguments["job-id"], options, failure)
 
     def _open(self, filename: str, readonly: bool) -> replay_state.Image | str:
@@ -416,6 +418,8 @@ class Replay:
             return self._host.open_image(path, readonly)
         except OSError as failure:
             return f"Could not open '{filename}': {failure.strerror}"
+        except ValueError:  # no file can be called so
+            return f"Could not open '{filename}': Invalid argument"
 
     def _fdset_of(self, filename: str) -> FdSet | None:
         number = filename.removeprefix(_FDSET)
@@ -506,9 +510,8 @@ class Replay:
         try:
             self._host.start_server(address, fd)
         except OSError as failure:
-            raise schema.Refused(
-                f"{_cannot_bind(address, failure)}: {failure.strerror}"
-            ) from failure
+            reason = failure.strerror or failure
+            raise schema.Refused(f"{_cannot_bind(address, failure)}: {reason}") from failure
         self._server = True
 
     def _nbd_server_stop(self) -> None:

@@ -8,6 +8,7 @@ show made-up disks: a pattern that tells disk and sector at the beginning, zeroe
 import array
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -29,7 +30,6 @@ _SECTOR = 512
 _CLUSTER = 1 << 16
 _DATA = 1 << 20
 """Bytes of a made-up disk, at most, that are not zero."""
-_ENOTSUP = 95
 
 
 class File:
@@ -86,7 +86,7 @@ class Disk:
 
     def read(self, offset: int, length: int) -> bytes:
         if not self.readable:
-            raise nbdwire.Unreadable(_ENOTSUP)
+            raise nbdwire.Unreadable(errno.EOPNOTSUPP)
         end = min(offset + length, self.data)
         first = offset // _SECTOR
         sectors = [self._sector(number) for number in range(first, -(-end // _SECTOR))]
@@ -99,10 +99,12 @@ class Disk:
 
     def extents(self, context: str, offset: int, length: int) -> Sequence[nbdwire.Extent]:
         if not self.readable:
-            raise nbdwire.Unreadable(_ENOTSUP)
+            raise nbdwire.Unreadable(errno.EOPNOTSUPP)
         data, rest = 0, nbdwire.HOLE | nbdwire.ZERO
         if context != nbdwire.ALLOCATION:
-            dirty = self.bitmaps[context.removeprefix("qemu:dirty-bitmap:")]
+            dirty = self.bitmaps.get(context.removeprefix("qemu:dirty-bitmap:"))
+            if dirty is None:  # it was there when it was chosen
+                raise nbdwire.Unreadable(errno.EINVAL)
             data, rest = nbdwire.DIRTY if dirty else 0, 0
         before = max(0, min(offset + length, self.data) - offset)
         found = [nbdwire.Extent(before, data), nbdwire.Extent(length - before, rest)]
@@ -166,6 +168,8 @@ class Server:
                         self._speak(client)
                 except (OSError, ValueError) as failure:
                     logger.debug("monitor client: %s", failure)
+                except Exception:  # the next client is served all the same
+                    logger.exception("fake QEMU at %s failed", self.path)
                 self._client = None
         finally:
             self._closed = True
@@ -266,6 +270,7 @@ class _NbdServer:
         self._server = server
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, nbdwire.Server] = {}
+        self._closed = False
         threading.Thread(target=self._accept, name="replay nbd", daemon=True).start()
 
     def close(self) -> None:
@@ -273,6 +278,7 @@ class _NbdServer:
         _shut_down(self._listener)
         self._listener.close()
         with self._lock:
+            self._closed = True
             for connection in self._connections:
                 _shut_down(connection)
         if path is not None:
@@ -293,6 +299,9 @@ class _NbdServer:
             while True:
                 connection, _ = self._listener.accept()
                 with self._lock:
+                    if self._closed:
+                        connection.close()
+                        return
                     self._connections[connection] = nbdwire.Server(self._server.disks)
                 threading.Thread(
                     target=self._speak, args=(connection,), name="replay nbd client", daemon=True
@@ -349,12 +358,14 @@ def _listen(address: Mapping[str, Any], fd: int | None) -> socket.socket:
     if fd is not None:
         return socket.socket(fileno=fd)
     data = address["data"]
-    if address["type"] == "unix":
-        pathlib.Path(data["path"]).unlink(missing_ok=True)  # as QEMU does
-        return _listen_at(socket.AF_UNIX, data["path"])
-    host = data["host"]
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return _listen_at(family, (host, int(data["port"])))
+    try:
+        if address["type"] == "unix":
+            pathlib.Path(data["path"]).unlink(missing_ok=True)  # as QEMU does
+            return _listen_at(socket.AF_UNIX, data["path"])
+        family = socket.AF_INET6 if ":" in data["host"] else socket.AF_INET
+        return _listen_at(family, (data["host"], int(data["port"])))
+    except (ValueError, OverflowError) as failure:  # no path or no port at all
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from failure
 
 
 def _path_of(listener: socket.socket) -> str | None:
