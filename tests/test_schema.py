@@ -223,8 +223,6 @@ def sent_when_refused(
         with contextlib.suppress(errors.Error):
             bench.stop()
         bench.job.cleanup()
-        if refusal.refused == "nbd-server-stop":
-            bench.qemu.server = False  # nobody tries again
         assert bench.qemu.is_clean(), f"{refusal.refused}, command {number}, was refused"
         yield from bench.qemu.sent
         number += 1

@@ -77,6 +77,11 @@ def explain(element: etree._Element, schema: str) -> errors.Error:
     """Why ELEMENT is not valid, as VIR_ERR_XML_INVALID_SCHEMA with line, path and reason."""
     import xmlschema
 
+    for parent in _with_stray_text(element):
+        # XML Schema's white space is ASCII's; xmlschema takes all of Unicode's for it.
+        path = element.getroottree().getpath(parent)
+        text = f"line {parent.sourceline}: {path}: text between elements: expected elements only"
+        return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, text)
     for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(element):
         line = found.sourceline or element.sourceline
         reason = " ".join((found.reason or found.message).split())
@@ -84,6 +89,14 @@ def explain(element: etree._Element, schema: str) -> errors.Error:
             reason = f"{reason.partition(': value')[0].rstrip('.')}: expected {expected}"
         return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, f"line {line}: {found.path}: {reason}")
     raise AssertionError(f"the two schema engines disagree about {schema}")
+
+
+def _with_stray_text(element: etree._Element) -> Iterator[etree._Element]:
+    """The elements, none of which may hold text, that hold white space that is none to XML."""
+    for parent in element.iter():
+        beside = [parent.text, *(child.tail for child in parent)]
+        if any(text and text.strip(" \t\r\n") and not text.strip() for text in beside):
+            yield parent
 
 
 def _documentation(validator: Any) -> str | None:

@@ -21,11 +21,30 @@ _CLOSING = 2.0
 _NAMELESS = " (deleted)"
 """How proc(5) marks files without a name."""
 
-_unanswered: dict[str, subprocess.Popen[bytes]] = {}
+_pending: dict[str, subprocess.Popen[bytes]] = {}
 """Directory -> who still waits for its file system: nobody else needs to."""
-
 _keepers: list[subprocess.Popen[bytes]] = []
 """Processes that wait to close a file."""
+
+
+class Question:
+    """Whether the file systems of directories answer; asked at once, for the answer to be there
+    when it is wanted."""
+
+    def __init__(self, directories: Collection[str]) -> None:
+        self._asked = {name: asked for name in directories if (asked := _ask(name)) is not None}
+
+    def unanswered(self, directories: Collection[str], end: float) -> frozenset[str]:
+        """Those of DIRECTORIES without an answer at END, by the monotonic clock."""
+        asked = {name: one for name, one in self._asked.items() if name in directories}
+        while pending := {name for name, one in asked.items() if one.poll() is None}:
+            if time.monotonic() > end:
+                break
+            time.sleep(_LOOK_AGAIN)
+        for name in pending:
+            _pending[name] = self._asked[name]
+            self._asked[name].kill()  # heeded once the file system lets it
+        return frozenset(pending)
 
 
 def hanging(
@@ -36,40 +55,31 @@ def hanging(
 
     All names are free of symbolic links. Where nothing hangs this takes a few milliseconds.
     """
-    for directory in directories:
-        _ask(directory)
-    under_way = {} if pid is None else _requests(pid, directories, files)
     end = time.monotonic() + limit
-    while True:
-        unanswered = {name for name in directories if not _has_answered(name)}
-        under_way = {thread: was for thread, was in under_way.items() if _call(thread) == was[0]}
-        found = unanswered | {directory for _, directory in under_way.values()}
-        if not found or time.monotonic() > end:
+    question = Question(directories)
+    under_way = {} if pid is None else _requests(pid, directories, files)
+    found = question.unanswered(directories, end)
+    while under_way := {
+        thread: was for thread, was in under_way.items() if _call(thread) == was[0]
+    }:
+        if time.monotonic() > end:
             break
         time.sleep(_LOOK_AGAIN)
-    for name in unanswered:
-        _unanswered[name].kill()  # heeded once the file system lets it
-    return frozenset(found)
+    return found | {directory for _, directory in under_way.values()}
 
 
-def _ask(directory: str) -> None:
+def _ask(directory: str) -> "subprocess.Popen[bytes] | None":
     """Have another process change the directory's access time: a file system that is frozen, too,
     answers only what changes nothing. A process that hangs in it may not be to be killed."""
-    if not _has_answered(directory):
-        return
+    pending = _pending.pop(directory, None)
+    if pending is not None and pending.poll() is None:
+        return pending
     with contextlib.suppress(FileNotFoundError):
-        _unanswered[directory] = subprocess.Popen(
+        return subprocess.Popen(
             ["touch", "-c", "-a", "--", directory],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-
-
-def _has_answered(directory: str) -> bool:
-    process = _unanswered.get(directory)
-    if process is not None and process.poll() is None:
-        return False
-    _unanswered.pop(directory, None)
-    return True
+    return None
 
 
 @contextlib.contextmanager

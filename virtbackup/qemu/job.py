@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import libvirt
 
 from virtbackup import errors, runtime
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
     backup,
     blockjob,
@@ -59,6 +59,8 @@ class BackupJob:
         Its id, and the scratch images to be watched, whose descriptors the caller gets. Nothing
         remains of a start that fails.
         """
+        sources = [disk.source or storage_conf.Source() for disk in definition.disks]
+        asked = scratch.ask([storage_conf.Source(), *sources])
         with self._file.locked(), self._connect() as session:
             state = self._make_room(session)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
@@ -68,7 +70,7 @@ class BackupJob:
             )
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
-            scratch.check(wanted)
+            scratch.check(wanted, asked)
             thresholds = _thresholds(wanted)
             if not session.capabilities.write_threshold:
                 thresholds = {}

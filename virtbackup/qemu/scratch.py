@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import pathlib
+import time
 from collections.abc import Iterable
 
 import libvirt
@@ -134,11 +135,17 @@ def name(source: storage_conf.Source, opaque: str) -> str:
     return source.file or f"{source.dir}/{opaque}.qcow2"
 
 
-def check(images: Iterable[Wanted]) -> None:
+def ask(sources: Iterable[storage_conf.Source]) -> hang.Question:
+    """Whether the file systems answer where images are going to be."""
+    return hang.Question({place(source.placed(default_directory())) for source in sources})
+
+
+def check(images: Iterable[Wanted], asked: hang.Question) -> None:
     """Raise VIR_ERR_INVALID_ARG when one of IMAGES is already there, VIR_ERR_OPERATION_TIMEOUT when
-    a file system does not answer; both name disk and place."""
+    a file system does not answer what was ASKED; both name disk and place."""
     images = list(images)
-    hung = hang.hanging({image.directory for image in images}, (), None, PATIENCE)
+    end = time.monotonic() + PATIENCE
+    hung = asked.unanswered({image.directory for image in images}, end)
     for image in images:
         if image.directory in hung:
             raise errors.error(
