@@ -77,6 +77,11 @@ class BlockLayer:
                 raise TypeError(f"node {node.name!r}")
             for child in node.children.values():
                 self._all_below(child)
+        for template in self._templates:
+            image = template["image"]
+            limits = image.get("limits", {}).values()
+            if not all(type(value) is int for value in (image.get("actual-size", 0), *limits)):
+                raise TypeError(f"image of node {template['node-name']!r}")
         for device in self.state.devices:
             if not isinstance(device.name, str) or not isinstance(device.qdev, str):
                 raise TypeError(f"drive {device.name!r}")
