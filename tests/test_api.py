@@ -190,8 +190,14 @@ def fake_libvirt() -> types.ModuleType:
     return module
 
 
+def nobody(uri: str, readonly: bool) -> hypervisor.Driver:
+    """As where no driver serves a scheme."""
+    raise errors.error(libvirt.VIR_ERR_NO_CONNECT, uri, domain=libvirt.VIR_FROM_NONE)
+
+
 def test_install_on_real_libvirt_and_uninstall() -> None:
     """On libvirt's own test driver, whose scheme a driver of ours has registered for."""
+    hypervisor.register("test", nobody)
     before = dict(vars(libvirt.virDomain)), dict(vars(libvirt))
     dom = libvirt.open("test:///default").lookupByName("test")
     extend.install(libvirt)

@@ -31,8 +31,9 @@ MAY_IMPORT_MORE = {
 PURE = {
     "conf": None,
     "qemu": {
-        "backup", "block", "blockjob", "capabilities", "dialect", "monitor_json", "naming",
-        "normal", "qcow2", "qmp", "recording",
+        "backup", "block", "blockjob", "capabilities", "dialect", "faults", "monitor_json",
+        "naming", "nbdwire", "normal", "qcow2", "qmp", "recording", "replay", "replay_block",
+        "replay_info", "replay_state", "schema", "traffic",
     },
     "nbd": {"extents"},
 }  # fmt: skip

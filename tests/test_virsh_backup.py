@@ -53,7 +53,8 @@ def xmlfile(tmp_path: pathlib.Path) -> str:
 
 # --- misuse, of every command ---------------------------------------------------------------------
 
-REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d", "file": "f"}
+REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d", "file": "f", "first": "f",
+            "second": "g"}  # fmt: skip
 
 
 def _good(command: vsh.Command) -> list[str]:

@@ -56,8 +56,8 @@ def is_alive(process: Process) -> bool:
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[pathlib.Path]:
-    """A directory that only this user reaches, for a socket; gone afterwards, or with the first
-    ``sweep`` after this process was killed. Errors: OSError."""
+    """A directory that only this user reaches, for sockets and files; gone afterwards, or with the
+    first ``sweep`` after this process was killed. Errors: OSError."""
     import tempfile  # brings much with it, and few need it
 
     pid, start = this_process()
@@ -80,7 +80,7 @@ def sweep() -> list[str]:
 
 
 def _remove(path: pathlib.Path) -> bool:
-    """Whether a private directory is gone now; what is in it is a socket at most."""
+    """Whether a private directory is gone now; there are no directories in it."""
     with contextlib.suppress(OSError):
         for inside in path.iterdir():
             inside.unlink()

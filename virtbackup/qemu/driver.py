@@ -63,14 +63,20 @@ def _is_absolute(path: str) -> bool:
 class QmpDriver:
     """The driver for the one QEMU (or qemu-storage-daemon) behind a QMP socket."""
 
-    def __init__(self, path: str, engine: capabilities.Engine | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        engine: capabilities.Engine | None = None,
+        file: status.StatusFile | None = None,
+    ) -> None:
+        """FILE is where the state of PATH's backup is, in place of the user's state directory."""
         self._path = path
         self._engine = engine
         self._watch: watch.Watch | None = None
         self._pid = os.getpid()
         self._trace: TextIO | None = None
         self._identity: domain.Identity | None = None
-        self._file = status.StatusFile(os.path.realpath(path))
+        self._file = file or status.StatusFile(os.path.realpath(path))
         self._job = job.BackupJob(self._file, self._session)
         self._autodestroy: naming.BackupId | None = None
         try:

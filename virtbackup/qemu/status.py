@@ -113,11 +113,12 @@ def format(status: Status) -> str:
 
 
 class StatusFile:
-    """The file and the lock of one domain, KEY being the way to its monitor."""
+    """The file and the lock of one domain, KEY being the way to its monitor; in DIRECTORY, which is
+    the user's state directory where it is not given."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, directory: pathlib.Path | None = None) -> None:
         stem = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
-        self.path = runtime.directory() / f"{stem}.json"
+        self.path = (directory or runtime.directory()) / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
 
     @contextlib.contextmanager

@@ -4,14 +4,16 @@
 They need a driver below libvirt's API, so unlike all other tools this one imports ``qemu``.
 """
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from virtbackup.tools import virsh_connection, vsh
 
 if TYPE_CHECKING:
-    from virtbackup.qemu import recorder
+    from virtbackup.qemu import recorder, recording
 
 GROUP = vsh.Group("monitor", "QEMU monitor")
 
@@ -59,7 +61,89 @@ def _write_new(path: str, text: str) -> None:
         raise
 
 
+def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup import runtime
+    from virtbackup.qemu import replay_driver, replay_server
+
+    given, faults = args.optional("socket"), args.optional("faults")
+    script = replay_driver.load(
+        pathlib.Path(args.text("file")), None if faults is None else pathlib.Path(faults)
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            if given is None:
+                path = stack.enter_context(runtime.private_directory()) / "qmp.sock"
+            else:
+                path = pathlib.Path(given).absolute()
+            server = replay_server.Server(path, script.recorded, script.rules)
+        except OSError as error:
+            raise vsh.Failure(f"cannot listen: {error.strerror}") from error
+        except ValueError as error:
+            raise vsh.Failure(f"'{args.text('file')}': {error}") from error
+        stack.enter_context(server)
+        shell.print(str(path))
+        vsh.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.ended.wait()
+
+
+def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
+    from virtbackup.qemu import traffic
+
+    args.exclusive("all", "changes")
+    paths = args.text("first"), args.text("second")
+    lines = [_traffic(path, args.optional("monitor")) for path in paths]
+    if args.flag("changes"):
+        lines = [traffic.without_queries(said) for said in lines]
+    first, second = (
+        traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
+    )
+    difference = traffic.diff(first, second, paths)
+    for line in difference:
+        shell.print(line)
+    return vsh.FAILED if difference else vsh.DONE
+
+
+def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
+    """What was said, by the file at PATH. Errors: UsageError: there is nothing to compare."""
+    from virtbackup.qemu import traffic
+
+    try:
+        # A log may hold anything that a guest or a file was called.
+        return traffic.parse(
+            pathlib.Path(path).read_text(encoding="utf-8", errors="replace"), monitor
+        )
+    except OSError as error:
+        raise vsh.UsageError(f"Failed to open file '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise vsh.UsageError(f"file '{path}': {error}") from error
+
+
 COMMANDS = (
+    vsh.Command(
+        "monitor-diff", GROUP.keyword, "Compare what was said on two monitors",
+        "Compare the commands in two files, each a recording, a trace (--trace) or a debug log of\n"
+        "libvirtd, leaving out ids, times and numbers of descriptors. Nodes, jobs, exports and\n"
+        "files are called by the order of their first use. Exit status 0: no difference, 1: some,\n"
+        "2: trouble.",
+        (
+            vsh.Option(
+                "first", vsh.Kind.DATA, "the file to compare", required=True,
+                completer=vsh.complete_files,
+            ),
+            vsh.Option(
+                "second", vsh.Kind.DATA, "the file to compare it with", required=True,
+                completer=vsh.complete_files,
+            ),
+            vsh.Option(
+                "monitor", vsh.Kind.STRING, "the monitor's address in a log of several"
+            ),
+            vsh.Option("all", vsh.Kind.BOOL, "compare replies and events, too"),
+            vsh.Option("changes", vsh.Kind.BOOL, "compare only commands that change something"),
+            vsh.Option("names", vsh.Kind.BOOL, "compare names as they are"),
+        ),
+        _diff,
+    ),
     vsh.Command(
         "monitor-record", GROUP.keyword, "Record what a QEMU says on its monitor",
         "Ask the QEMU at a qmp:// URI for all it tells of itself and its disks, take one backup\n"
@@ -72,5 +156,26 @@ COMMANDS = (
             ),
         ),
         _record,
+    ),
+    vsh.Command(
+        "monitor-replay", GROUP.keyword, "Serve a recording on a QMP socket",
+        "Listen on a QMP socket as the QEMU that was recorded, for any QMP client, and print the\n"
+        "socket's path. Nodes, jobs, exports and bitmaps are simulated. Ends when interrupted, or\n"
+        "when told to quit on the monitor.",
+        (
+            vsh.Option(
+                "file", vsh.Kind.DATA, "the recording", required=True,
+                completer=vsh.complete_files,
+            ),
+            vsh.Option(
+                "socket", vsh.Kind.STRING, "where to listen (default: a private directory)",
+                completer=vsh.complete_files,
+            ),
+            vsh.Option(
+                "faults", vsh.Kind.STRING, "faults to have, a JSON file",
+                completer=vsh.complete_files,
+            ),
+        ),
+        _replay,
     ),
 )  # fmt: skip

@@ -104,7 +104,8 @@ class Option:
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One command. The handler gets the shell and the arguments, prints what there is to say,
-    and raises Failure, UsageError or an error that the shell's ``describe`` knows."""
+    and raises Failure, UsageError or an error that the shell's ``describe`` knows; it may give an
+    exit status."""
 
     name: str
     group: str
@@ -114,7 +115,7 @@ class Command:
     desc: str
     """Whole sentences; empty: nothing to add."""
     options: tuple[Option, ...]
-    handler: Callable[[Any, "Args"], None]
+    handler: Callable[[Any, "Args"], int | None]
 
     def option(self, name: str) -> Option | None:
         return next((option for option in self.options if option.name == name), None)

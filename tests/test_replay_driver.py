@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The test driver: all of the API and the shell on a fake QEMU, with none installed."""
+
+import configparser
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import libvirt
+import pytest
+
+import virtbackup
+from virtbackup import hypervisor, runtime
+from virtbackup.conf import domain_conf
+from virtbackup.qemu import replay_driver, replay_server
+from virtbackup.tools import virsh_backup
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECORDINGS = replay_driver.RECORDINGS
+URIS = ("test:///default", "test:///qemu-7.2.22", "test:///qemu-5.2.0", "test:///default?engine=classic",
+        "test:///storage-daemon-10.0.13")  # fmt: skip
+"""Both engines, old and new, with and without devices."""
+
+
+@pytest.fixture(autouse=True)
+def state(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pathlib.Path]:
+    """Where our files live, and scratch images; nothing may be left there."""
+    directory = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(directory))
+    monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(directory))
+    hypervisor.register("test", replay_driver.open)
+    yield directory
+    hypervisor.unregister("test")
+    assert list(directory.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("replay ")]
+
+
+@pytest.fixture(params=URIS)
+def uri(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def xml(tmp_path: pathlib.Path) -> str:
+    return f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
+
+
+def only(connection: virtbackup.Connection) -> virtbackup.Domain:
+    [domain] = connection.listAllDomains()
+    return domain
+
+
+def failure(call: Callable[[], object]) -> virtbackup.Error:
+    with pytest.raises(virtbackup.Error) as caught:
+        call()
+    return caught.value
+
+
+def script(directory: pathlib.Path, *rules: dict[str, Any], name: str = "qemu-7.2.22") -> str:
+    """A directory of one's own; its URI."""
+    (directory / "recording.jsonl").write_bytes((RECORDINGS / f"{name}.jsonl").read_bytes())
+    (directory / "faults.json").write_text(json.dumps(rules))
+    return f"test://{directory}"
+
+
+# --- all is well ---
+
+
+def test_the_entry_point_is_declared() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options.entry_points"]["virtbackup.drivers"].split("\n")
+    assert "test = virtbackup.qemu.replay_driver:open" in lines
+
+
+def test_who_it_is() -> None:
+    with virtbackup.open("test:///default") as connection:
+        domain = only(connection)
+        assert connection.getURI() == "test:///default"
+        assert connection.getType() == "QEMU"
+        assert connection.getVersion() > 11 * 1000000
+        assert connection.isAlive() == 1
+        assert (domain.name(), domain.ID(), domain.isActive()) == ("vm", 1, 1)
+        assert domain.state() == [libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_UNKNOWN]
+        disks = domain_conf.DomainDef.parse(domain.XMLDesc()).disks
+    found = [(disk.target, disk.device, disk.format, disk.readonly) for disk in disks]
+    assert sorted(found) == [
+        ("sdb", "disk", "raw", False),
+        ("sdc", "cdrom", "raw", True),
+        ("sdd", "cdrom", None, False),
+        ("vda", "disk", "qcow2", False),
+    ]
+
+
+def test_a_backup_from_start_to_stop(uri: str, xml: str, tmp_path: pathlib.Path) -> None:
+    with virtbackup.open(uri) as connection:
+        domain = only(connection)
+        assert domain.backupStart(xml) == 0
+        info = domain.backupGetInfo()
+        assert info.state == "running"
+        assert len(info.disks) == 2
+        assert {disk.state for disk in info.disks} == {"running"}
+        assert all(disk.export in domain.backupGetXMLDesc() for disk in info.disks)
+        again = failure(lambda: domain.backupStart(xml))
+        assert again.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        assert domain.backupStop() == 0
+        assert not (tmp_path / "nbd.sock").exists()
+        gone = failure(domain.backupStop)
+        assert gone.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+        assert domain.backupCleanup() == []
+        assert domain.backupStart(xml) == 0
+        assert domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL) == 0
+
+
+def test_engines(xml: str) -> None:
+    for uri, engine in ((URIS[0], "hybrid"), (URIS[1], "classic"), (URIS[3], "classic")):
+        with virtbackup.open(uri) as connection:
+            domain = only(connection)
+            domain.backupStart(xml)
+            assert domain.backupGetInfo().engine == engine
+
+
+def test_a_backup_goes_with_the_last_connection(xml: str, tmp_path: pathlib.Path) -> None:
+    scratch = tmp_path / "scratch.qcow2"
+    named = xml.replace(
+        "</domainbackup>",
+        f'<disks><disk name="vda"><source file="{scratch}"/></disk></disks></domainbackup>',
+    )
+    first, second = (virtbackup.open("test:///default") for _ in range(2))
+    only(first).backupStart(named)
+    assert scratch.exists()
+    first.close()
+    assert only(second).backupGetInfo().state == "running"
+    second.close()
+    assert not scratch.exists()
+    with virtbackup.open("test:///default") as third:
+        gone = failure(only(third).backupGetInfo)
+        assert gone.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+
+
+def test_refusals(xml: str, tmp_path: pathlib.Path) -> None:
+    def of(disk: str) -> str:
+        disks = f'<disks><disk name="{disk}"/></disks></domainbackup>'
+        return xml.replace("</domainbackup>", disks)
+
+    with virtbackup.open("test:///default") as connection:
+        domain = only(connection)
+        for disk, words in (("sdc", "read-only"), ("sdd", "media"), ("nope", "nope")):
+            assert words in str(failure(lambda disk=disk: domain.backupStart(of(disk))))  # type: ignore[misc]
+        text = str(failure(lambda: domain.backupStart(xml.replace(str(tmp_path), "/no/where"))))
+        assert text == (
+            "operation failed: cannot listen on '/no/where/nbd.sock': Failed to bind socket to"
+            " /no/where/nbd.sock: No such file or directory"
+        )
+
+
+def test_unusable_uris(tmp_path: pathlib.Path) -> None:
+    for uri in (
+        "test:///",
+        "test://host/default",
+        "test:///default?x=1",
+        "test:///default?engine=x",
+    ):
+        wrong = failure(lambda uri=uri: virtbackup.open(uri))  # type: ignore[misc]
+        assert wrong.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+    assert "No such file" in str(failure(lambda: virtbackup.open("test:///no/where")))
+    own = f"test://{tmp_path}"
+    assert "has no recording" in str(failure(lambda: virtbackup.open(own)))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"<-": {"QMP": {}}}\nnonsense\n')
+    assert "more than one recording" in str(failure(lambda: virtbackup.open(own)))
+    (tmp_path / "a.jsonl").unlink()
+    assert f"'{tmp_path}/b.jsonl': line 2: not JSON" in str(failure(lambda: virtbackup.open(own)))
+    (tmp_path / "b.jsonl").write_text('{"<-": {"QMP": {}}}\n')
+    assert "the greeting has no version" in str(failure(lambda: virtbackup.open(own)))
+    script(tmp_path, {"command": "x"})
+    text = str(failure(lambda: virtbackup.open(own)))
+    assert text == (f"unsupported configuration: '{tmp_path}/faults.json': rule 1: nothing happens")
+
+
+# --- faults ---
+
+NO = {"class": "GenericError", "desc": "no room"}
+
+
+def test_a_start_that_fails_is_undone(xml: str, tmp_path: pathlib.Path) -> None:
+    rule = {"command": "block-export-add", "nth": 2, "error": NO}
+    with virtbackup.open(script(tmp_path, rule)) as connection:
+        domain = only(connection)
+        text = str(failure(lambda: domain.backupStart(xml)))
+        assert text.endswith("unable to execute QEMU command 'block-export-add': no room")
+        assert domain.backupCleanup() == []
+        assert domain.backupStart(xml) == 0
+        assert domain.backupStop() == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_start_that_loses_the_monitor(xml: str, tmp_path: pathlib.Path, when: str) -> None:
+    rule = {"command": "transaction", "nth": 1, "when": when, "hang-up": True}
+    with virtbackup.open(script(tmp_path, rule)) as connection:
+        domain = only(connection)
+        lost = failure(lambda: domain.backupStart(xml))
+        assert lost.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR
+        assert "monitor '" in str(lost)
+        assert domain.backupCleanup() == []
+        assert domain.backupStart(xml) == 0
+        assert domain.backupStop() == 0
+
+
+@pytest.mark.parametrize("name", ["qemu-7.2.22", "qemu-11.1.3"])
+def test_a_job_that_ends_makes_the_backup_bad(xml: str, tmp_path: pathlib.Path, name: str) -> None:
+    """It ends at the second look at the jobs: after the start's."""
+    rule = {"command": "query-jobs", "nth": 2, "cancel-job": "virtbackup-*-0"}
+    with virtbackup.open(script(tmp_path, rule, name=name)) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        text = str(failure(domain.backupStop))
+    assert text == (
+        "operation failed: the backup is not good: disk 'sdb': its backup job ended:"
+        " Operation canceled"
+    )
+
+
+def test_a_snapshot_that_breaks_unseen(xml: str, tmp_path: pathlib.Path) -> None:
+    rule = {"command": "block-export-add", "nth": 2, "when": "after", "break-snapshot": "*-1"}
+    with virtbackup.open(script(tmp_path, rule, name="qemu-11.1.3")) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        states = {disk.name: disk.state for disk in domain.backupGetInfo().disks}
+        assert states == {"sdb": "running", "vda": "failed"}
+        text = str(failure(domain.backupStop))
+    assert text.endswith("disk 'vda': its snapshot is broken: Operation not supported")
+
+
+def test_a_guest_that_stands_for_our_sake_goes_on(xml: str, tmp_path: pathlib.Path) -> None:
+    rule = {"command": "block-export-add", "nth": 2, "when": "after",
+            "stop": "io-error", "io-status": "nospace"}  # fmt: skip
+    with virtbackup.open(script(tmp_path, rule)) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        assert "a write of the guest failed ('nospace')" in str(failure(domain.backupStop))
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+
+def test_qemu_that_ends(xml: str, tmp_path: pathlib.Path) -> None:
+    rule = {"command": "query-name", "nth": 2, "quit": True}
+    uri = script(tmp_path, {**rule, "command": "query-block-exports", "nth": 2})
+    with virtbackup.open(uri) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        text = str(failure(domain.backupStop))
+        assert "QEMU is gone" in text
+        assert connection.isAlive() == 0
+
+
+# --- the shell ---
+
+
+def shell(tools: pathlib.Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """The program in a process of its own that finds the programs in TOOLS only."""
+    code = (
+        "from virtbackup import hypervisor; from virtbackup.qemu import replay_driver;"
+        " hypervisor.register('test', replay_driver.open);"
+        " from virtbackup.tools import virsh_backup; import sys; sys.exit(virsh_backup.main())"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k.startswith(("VIRTBACKUP", "PYTHON"))}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        check=False, capture_output=True, text=True, cwd=ROOT, timeout=60,
+        env={**inherited, "PATH": str(tools)},
+    )  # fmt: skip
+
+
+def test_the_shell_without_any_qemu(tmp_path: pathlib.Path) -> None:
+    trace = tmp_path / "trace"
+    commands = (
+        f"backup-start-as vm --unix {tmp_path}/nbd.sock; backup-info vm; backup-dumpxml vm;"
+        " backup-stop vm; backup-cleanup vm; domblklist vm"
+    )
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("cat", "touch"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    done = shell(tools, "-c", "test:///default", "--trace", str(trace), commands)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("Domain backup started", "Domain backup stopped", "/images/vda.qcow2"):
+        assert words in done.stdout
+    said = trace.read_text()
+    assert '-> {"execute":"transaction"' in said
+    assert '"event": "JOB_STATUS_CHANGE"' in said
+
+
+def test_every_command_by_itself(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("list", "version", "uri", "dominfo vm", "domblklist vm", "backup-cleanup 1"):
+        assert virsh_backup.main(["-c", "test:///default", command]) == 0
+    assert virsh_backup.main(["-c", "test:///default", "backup-stop", "vm"]) == 1
+    assert capsys.readouterr().err == (
+        "error: Domain backup job id not found: no domain backup job present\n"
+    )
+
+
+def test_the_interactive_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    lines = f"list\nbackup-start-as vm --unix {tmp_path}/nbd.sock\nbackup-stop vm\nquit\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert virsh_backup.main(["-c", "test:///default"]) == 0
+    out = capsys.readouterr().out
+    assert "Domain backup started" in out
+    assert "Domain backup stopped" in out
+
+
+def test_a_pull(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of real bytes over NBD; each disk's sectors tell whose they are."""
+    pytest.importorskip("nbd")
+    words = ["backup-pull", "vm", str(tmp_path / "pulled"), "--format", "raw"]
+    assert virsh_backup.main(["-c", "test:///default", *words]) == 0, capsys.readouterr().err
+    data = (tmp_path / "pulled" / "vda.raw").read_bytes()
+    assert len(data) == 4 << 20
+    assert data[512:].startswith(b"/images/vda.qcow2 sector 1\n")
+    assert data[1 << 20 :] == bytes(3 << 20)
+
+
+# --- monitor-replay ---
+
+
+@pytest.fixture
+def server(tmp_path: pathlib.Path) -> Iterator[replay_server.Server]:
+    script = replay_driver.load(RECORDINGS / "qemu-7.2.22.jsonl")
+    with replay_server.Server(tmp_path / "qmp.sock", script.recorded) as served:
+        yield served
+
+
+class Wire:
+    """A QMP client of a few lines."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(20)
+        self.socket.connect(str(path))
+        self.file = self.socket.makefile("rb")
+
+    def receive(self) -> Any:
+        return json.loads(self.file.readline())
+
+    def send(self, **message: Any) -> None:
+        self.socket.sendall(json.dumps(message).encode())
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+def test_one_client_at_a_time(server: replay_server.Server) -> None:
+    first, second = Wire(server.path), Wire(server.path)
+    assert "QMP" in first.receive()
+    first.send(execute="qmp_capabilities", id="a")
+    assert first.receive() == {"return": {}, "id": "a"}
+    second.socket.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        second.socket.recv(1, socket.MSG_PEEK)
+    second.socket.settimeout(20)
+    first.close()
+    assert "QMP" in second.receive()
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("execute", "arguments", "words"),
+    [
+        ("blockdev-add", {"driver": "file", "node-name": "n", "filename": "a\0b"},
+         "Could not open 'a\0b': Invalid argument"),
+        ("blockdev-add", {"driver": "file", "node-name": "n", "filename": "/"},
+         "Could not open '/': Is a directory"),
+        ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "a\0b"}}},
+         "Failed to bind socket to a\0b: Invalid argument"),
+        ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "/" + "x" * 200}}},
+         f"Failed to bind socket to /{'x' * 200}: AF_UNIX path too long"),
+        ("nbd-server-start", {"addr": {"type": "inet", "data": {"host": "::1", "port": "x"}}},
+         "Failed to bind socket: Invalid argument"),
+        ("nbd-server-start", {"addr": {"type": "inet", "data": {"host": "::1", "port": "99999"}}},
+         "Failed to bind socket: Invalid argument"),
+    ],
+)  # fmt: skip
+def test_what_no_file_and_no_address_can_be(
+    server: replay_server.Server, execute: str, arguments: dict[str, Any], words: str
+) -> None:
+    client = Wire(server.path)
+    client.receive()
+    client.send(execute="qmp_capabilities")
+    client.receive()
+    client.send(execute=execute, arguments=arguments)
+    assert client.receive()["error"]["desc"] == words
+    client.send(execute="query-jobs")
+    assert client.receive() == {"return": []}
+    client.close()
+
+
+def test_a_port(server: replay_server.Server) -> None:
+    """QEMU takes a port that another server has for one of several that might be free."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        client = Wire(server.path)
+        client.receive()
+        client.send(execute="qmp_capabilities")
+        client.receive()
+        address = {"type": "inet", "data": {"host": "127.0.0.1", "port": port}}
+        client.send(execute="nbd-server-start", arguments={"addr": address})
+        words = "Failed to find an available port: Address already in use"
+        assert client.receive()["error"]["desc"] == words
+    client.send(execute="nbd-server-start", arguments={"addr": address})
+    assert client.receive() == {"return": {}}
+    with socket.create_connection(("127.0.0.1", int(port))) as reader:
+        assert reader.recv(8) == b"NBDMAGIC"
+    client.send(execute="nbd-server-stop")
+    assert client.receive() == {"return": {}}
+    client.close()
+
+
+def test_our_own_driver_on_a_served_recording(
+    server: replay_server.Server, xml: str, state: pathlib.Path
+) -> None:
+    with virtbackup.open(f"qmp://{server.path}") as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        assert domain.backupGetInfo().state == "running"
+        assert domain.backupStop() == 0
+    for lock in state.glob("*.lock"):
+        lock.unlink()
+
+
+def test_stopping_with_a_client_connected(server: replay_server.Server) -> None:
+    client = Wire(server.path)
+    client.receive()
+    server.close()
+    assert client.file.read() == b""
+    client.close()
+    assert not server.path.exists()
+
+
+def test_monitor_replay(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "own.sock"
+    rules = tmp_path / "faults.json"
+    rules.write_text('[{"command": "query-status", "error": {"class": "X", "desc": "y"}}]')
+    recorded = RECORDINGS / "qemu-7.2.22.jsonl"
+    argv = ["monitor-replay", str(recorded), "--socket", str(path), "--faults", str(rules)]
+    thread = threading.Thread(target=virsh_backup.main, args=(argv,))
+    thread.start()
+    end = time.monotonic() + 20
+    while not path.is_socket():
+        assert time.monotonic() < end
+    client = Wire(path)
+    client.receive()
+    for execute in ("qmp_capabilities", "query-status", "quit"):
+        client.send(execute=execute)
+    assert client.receive() == {"return": {}}
+    assert client.receive() == {"error": {"class": "X", "desc": "y"}}
+    assert client.receive()["event"] == "SHUTDOWN"
+    client.close()
+    thread.join()
+    assert not path.exists()
+
+
+def _heed_interrupts() -> None:
+    """Whatever started the tests may have them ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_monitor_replay_ends_when_interrupted(state: pathlib.Path) -> None:
+    recorded = RECORDINGS / "qemu-11.1.3.jsonl"
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "monitor-replay", str(recorded)]
+    with subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=_heed_interrupts,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        path = pathlib.Path(process.stdout.readline().strip())
+        assert path.parent.parent == state
+        client = Wire(path)
+        assert client.receive()["QMP"]["version"]["qemu"]["major"] == 11
+        process.send_signal(signal.SIGINT)
+        assert client.file.read() == b""
+        client.close()
+        assert process.stderr.read() == ""
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["/no/where"], "cannot read '/no/where': No such file or directory"),
+        (["setup.cfg"], "'setup.cfg': line 1: not JSON"),
+        (
+            [str(RECORDINGS / "qemu-7.2.22.jsonl"), "--socket", "/no/where/x"],
+            "cannot listen: No such",
+        ),
+    ],
+)
+def test_monitor_replay_that_cannot(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert virsh_backup.main(["monitor-replay", *words]) == 1
+    assert text in capsys.readouterr().err
+
+
+def test_state_of_other_processes_is_not_touched(state: pathlib.Path) -> None:
+    with virtbackup.open("test:///default"):
+        [private] = state.iterdir()
+        assert runtime.sweep() == []
+        assert private.is_dir()

@@ -1,0 +1,680 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A fake QEMU made from a recording of a real one (libvirt's tests/qemumonitortestutils.c). Pure.
+
+What a QEMU says of itself (version, commands, schema, name, ...) is answered as it was recorded;
+nodes, jobs, exports, bitmaps, descriptors and the run state begin as recorded and are simulated
+from there. Commands go in by ``receive``, messages come out; everything outside a program is the
+``Host``'s. A command that is neither simulated nor recorded is refused in words that say so.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from virtbackup.qemu import faults, recording, replay_block, replay_state, schema
+
+Message = dict[str, Any]
+
+_Change = Callable[[Message], Any]
+"""Does a command with its arguments; gives what it returns, None for nothing."""
+
+MAX_MESSAGE = 64 << 20
+"""Bytes; QEMU takes no more either."""
+_COMMAND_NOT_FOUND = "CommandNotFound"
+_FDSET = "/dev/fdset/"
+_QUOTE, _BACKSLASH = b'"\\'
+
+
+class Host(Protocol):
+    """What the fake needs of the world. Methods raise OSError."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+
+    def open_image(self, path: str | int, readonly: bool) -> replay_state.Image:
+        """Open a file by its path, or a duplicate of a descriptor."""
+
+    def create_file(self, path: str, size: int) -> None:
+        """Make a file of SIZE bytes, or empty one that is there."""
+
+    def close_fd(self, fd: int) -> None: ...
+
+    def start_server(self, address: Mapping[str, Any], fd: int | None) -> None:
+        """Listen for NBD clients at a QAPI SocketAddress, or on a descriptor."""
+
+    def stop_server(self) -> None:
+        """Listen no more; all clients are disconnected."""
+
+    def clients(self, export: str) -> int:
+        """How many clients read an export, by its id."""
+
+    def disconnect(self, export: str) -> None:
+        """Cut off the clients of an export."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What comes of a command: messages in their order, and whether that was the end."""
+
+    messages: tuple[Message, ...] = ()
+    hang_up: bool = False
+    """The connection ends."""
+    quit: bool = False
+    """QEMU ends."""
+
+
+@dataclasses.dataclass
+class FdSet:
+    """Descriptors that were handed over, with their notes; nodes that have one open."""
+
+    fds: dict[int, str | None] = dataclasses.field(default_factory=dict)
+    users: set[str] = dataclasses.field(default_factory=set)
+    removed: bool = False
+
+
+class Splitter:
+    """Splits what a client sends into messages: JSON values, however they are spaced and cut."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._at = self._depth = 0
+        self._in_string = self._escaped = False
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes as they came. Errors: ValueError for a message that is too long."""
+        self._buffer += data
+        if len(self._buffer) > MAX_MESSAGE:
+            raise ValueError(f"a message is longer than {MAX_MESSAGE} bytes")
+
+    def next_message(self) -> bytes | None:
+        """The next whole object; or a line that does not begin as one; None until more comes."""
+        if not self._at:
+            self._buffer = self._buffer.lstrip()
+            if self._buffer and not self._buffer.startswith(b"{"):
+                return self._take(self._buffer.find(b"\n") + 1)
+        while self._at < len(self._buffer):
+            byte = self._buffer[self._at]
+            self._at += 1
+            if self._in_string:
+                self._in_string = self._escaped or byte != _QUOTE
+                self._escaped = byte == _BACKSLASH and not self._escaped
+            elif byte == _QUOTE:
+                self._in_string = True
+            elif byte in b"{}":
+                self._depth += 1 if byte == b"{"[0] else -1
+                if not self._depth:
+                    return self._take(self._at)
+        return None
+
+    def _take(self, end: int) -> bytes | None:
+        taken = bytes(self._buffer[:end])
+        del self._buffer[:end]
+        self._at = 0
+        return taken or None
+
+
+class Replay:
+    """One fake QEMU, for one client at a time: ``connect``, then ``receive`` for every message."""
+
+    def __init__(
+        self,
+        recorded: recording.Recording,
+        host: Host,
+        rules: Sequence[faults.Rule] = (),
+    ) -> None:
+        """Errors: ValueError, saying what is missing in the recording."""
+        self._host = host
+        self._recorded = recorded
+        self._replies = _by_command(recorded)
+        self.version = _version(recorded.greeting)
+        self.commands = _names(self._static("query-commands"))
+        found = self._static("query-qmp-schema")
+        self._schema = (
+            None if found is None else schema.Schema.parse(found, self.version < (6, 0, 0))
+        )
+        self.layer = replay_block.BlockLayer(self.version)
+        self.layer.load(
+            self._static("query-block") or [],
+            self._static("query-named-block-nodes") or [],
+            self._static("x-debug-query-block-graph") or {},
+        )
+        if self._static("query-jobs"):
+            raise ValueError("it was recorded while a block job ran")
+        self._status = _run_state(self._static("query-status"))
+        self._rules = faults.Rules(rules)
+        self._fdsets: dict[int, FdSet] = {}
+        self._fds: dict[str, int] = {}
+        self._server = False
+        self._negotiated = False
+        self._received: list[int] = []
+        """Descriptors that came with a message and were not asked for yet."""
+        self._handlers = self._table()
+
+    # --- the wire ---
+
+    def connect(self) -> Message:
+        """A client has come; the greeting."""
+        self._negotiated = False
+        self._keep([])
+        return dict(self._recorded.greeting)
+
+    def _keep(self, fds: Sequence[int]) -> None:
+        """FDS have come; those before that nobody took are closed."""
+        for fd in self._received:
+            self._host.close_fd(fd)
+        self._received = list(fds)
+
+    def receive(self, line: bytes, fds: Sequence[int] = ()) -> Answer:
+        """Carry out one message of the client's; FDS came along and are ours from now on."""
+        if fds:
+            self._keep(fds)
+        message: Any = None
+        try:
+            message = _decode(line)
+            execute, arguments = _dispatch(message)
+            self._check_mode(execute)
+            answer = self._obey(execute, arguments)
+        except schema.Refused as failure:
+            answer = Answer((failure.reply,))
+        id = {"id": message["id"]} if isinstance(message, dict) and "id" in message else {}
+        told = (m if "event" in m else {**m, **id} for m in answer.messages)
+        return dataclasses.replace(answer, messages=tuple(told))
+
+    def _check_mode(self, execute: str) -> None:
+        if execute == "qmp_capabilities":
+            if self._negotiated:
+                raise schema.Refused(
+                    "Capabilities negotiation is already complete, command ignored",
+                    _COMMAND_NOT_FOUND,
+                )
+        elif not self._negotiated:
+            raise schema.Refused(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", _COMMAND_NOT_FOUND
+            )
+        elif execute not in self.commands:
+            raise schema.Refused(f"The command {execute} has not been found", _COMMAND_NOT_FOUND)
+
+    def _obey(self, execute: str, arguments: Message) -> Answer:
+        """Do a command, as the rules for faults let it be done."""
+        before, after = self._rules.take(execute)
+        events = [event for rule in before for event in self._cause(rule)]
+        if any(rule.hang_up for rule in before):
+            return Answer(tuple(events), hang_up=True)
+        refusal = next((rule.error for rule in before if rule.error is not None), None)
+        reply = {"error": dict(refusal)} if refusal else self._try(execute, arguments)
+        events += self._events()
+        replies = [] if any(rule.silent for rule in before) else [reply]
+        late = [event for rule in after for event in self._cause(rule)]
+        hang_up = any(rule.hang_up for rule in after)
+        quit = execute == "quit" and "return" in reply
+        quit = quit or any(rule.quit for rule in (*before, *after))
+        return Answer((*events, *replies, *late), hang_up or quit, quit)
+
+    def _try(self, execute: str, arguments: Message) -> Message:
+        try:
+            if self._schema is not None and self._schema.knows(execute):
+                self._schema.check(execute, arguments)
+            handler = self._handlers.get(execute)
+            if handler is None:
+                return self._recorded_reply(execute, arguments)
+            found = handler(arguments)
+            return {"return": {} if found is None else found}
+        except schema.Refused as failure:
+            return failure.reply
+        except RecursionError:
+            return schema.Refused("JSON nesting depth limit exceeded").reply
+        except (KeyError, TypeError, AttributeError) as failure:
+            if self._schema is not None:
+                raise
+            return schema.Refused(f"arguments that make no sense: {failure!r}").reply
+
+    def _cause(self, rule: faults.Rule) -> Iterator[Message]:
+        """Make happen what a rule says, and the events that come of it."""
+        self._cause_in_jobs(rule)
+        self._cause_in_guest(rule)
+        yield from self._events()
+        if rule.event is not None:
+            yield self._stamped(dict(rule.event))
+
+    def _cause_in_jobs(self, rule: faults.Rule) -> None:
+        for id, job in [*self.layer.state.jobs.items()]:
+            if rule.break_snapshot is not None and faults.matches(rule.break_snapshot, id):
+                job.broken = True
+            wanted = rule.cancel_job is not None and faults.matches(rule.cancel_job, id)
+            if wanted and job.status != "concluded":
+                self.layer.end_job(job, rule.job_error or "Operation canceled")
+
+    def _cause_in_guest(self, rule: faults.Rule) -> None:
+        if rule.unplug is not None:
+            with contextlib.suppress(schema.Refused):  # it may be gone already
+                self._unplug(rule.unplug)
+        if rule.stop is not None:
+            self._set_running(False, rule.stop)
+        if rule.io_status is not None:
+            self.layer.set_io_status(rule.io_status)
+
+    def _events(self) -> list[Message]:
+        found = []
+        for name, data in self.layer.take_events():
+            found.append(self._stamped({"event": name, **({"data": data} if data else {})}))
+        return found
+
+    def _stamped(self, event: Message) -> Message:
+        now = self._host.now()
+        time = {"seconds": int(now), "microseconds": int(now % 1 * 1e6)}
+        return {"timestamp": time, **event}
+
+    # --- what was recorded ---
+
+    def _static(self, execute: str) -> Any:
+        """What a query returned first; None where it is not recorded, or failed."""
+        for _, reply in self._replies.get(execute, ()):
+            if "return" in reply:
+                return reply["return"]
+        return None
+
+    def _recorded_reply(self, execute: str, arguments: Message) -> Message:
+        for given, reply in self._replies.get(execute, ()):
+            if given == arguments:
+                return dict(reply)
+        raise schema.Refused(f"'{execute}' is not simulated, and not in the recording")
+
+    # --- the commands ---
+
+    def _table(self) -> dict[str, _Change]:
+        """Command -> what does it, given its arguments."""
+        layer = self.layer
+        queries: dict[str, Callable[[], Any]] = {
+            "query-status": lambda: self._status,
+            "query-block": lambda: layer.info.block(),
+            "x-debug-query-block-graph": lambda: layer.info.graph(),
+            "query-jobs": lambda: layer.info.jobs(),
+            "query-block-jobs": lambda: layer.info.block_jobs(),
+            "query-block-exports": lambda: layer.info.exports(),
+            "query-fdsets": self._query_fdsets,
+            "stop": lambda: self._set_running(False, "paused"),
+            "cont": lambda: self._set_running(True, "running"),
+            "quit": self._quit,
+            "nbd-server-stop": self._nbd_server_stop,
+        }
+        changes: dict[str, _Change] = {
+            "qmp_capabilities": self._negotiate,
+            "query-named-block-nodes": lambda a: layer.info.named_block_nodes(a.get("flat", False)),
+            "blockdev-add": self._blockdev_add,
+            "blockdev-create": self._blockdev_create,
+            "blockdev-del": lambda a: layer.blockdev_del(a["node-name"]),
+            "x-blockdev-del": lambda a: layer.blockdev_del(str(a.get("node-name") or a.get("id"))),
+            "transaction": lambda a: layer.transaction(a["actions"]),
+            "block-set-write-threshold": lambda a: layer.set_write_threshold(
+                a["node-name"], a["write-threshold"]
+            ),
+            "block-job-cancel": self._block_job_cancel,
+            "job-cancel": lambda a: layer.cancel(layer.job(a["id"], "cancel")),
+            "job-dismiss": lambda a: layer.dismiss(layer.job(a["id"], "dismiss")),
+            "block-job-dismiss": lambda a: layer.dismiss(layer.job(a["id"], "dismiss", True)),
+            "job-pause": lambda a: layer.set_paused(layer.job(a["id"], "pause"), True),
+            "job-resume": lambda a: layer.set_paused(layer.job(a["id"], "resume"), False),
+            "block-job-pause": lambda a: layer.set_paused(
+                layer.job(a["device"], "pause", True), True
+            ),
+            "block-job-resume": lambda a: layer.set_paused(
+                layer.job(a["device"], "resume", True), False
+            ),
+            "block-export-add": self._block_export_add,
+            "block-export-del": lambda a: self._unexport(a["id"], a.get("mode", "safe")),
+            "nbd-server-add": self._nbd_server_add,
+            "nbd-server-remove": lambda a: self._unexport(a["name"], a.get("mode", "safe")),
+            "add-fd": self._add_fd,
+            "remove-fd": self._remove_fd,
+            "getfd": self._getfd,
+            "closefd": self._closefd,
+            "nbd-server-start": self._nbd_server_start,
+            "device_del": lambda a: self._unplug(a["id"]),
+            "qom-list": lambda a: self._qom("qom-list", a),
+            "qom-get": lambda a: self._qom("qom-get", a),
+        }
+        for type in ("blockdev-backup", *_BITMAP_ACTIONS):
+            changes[type] = _single(layer, type)
+        return {**{name: _ignoring(do) for name, do in queries.items()}, **changes}
+
+    def _negotiate(self, arguments: Message) -> None:
+        self._negotiated = True
+
+    def _set_running(self, running: bool, status: str) -> None:
+        if running != self._status["running"]:
+            self.layer.events.append(replay_block.event("RESUME" if running else "STOP"))
+        self._status |= {"running": running, "status": status}
+        if running:
+            self.layer.set_io_status("ok")
+            self._clean_fdsets()
+
+    def _quit(self) -> None:
+        self._end_server()
+        data = {"guest": False, "reason": "host-qmp-quit"}
+        self.layer.events.append(replay_block.event("SHUTDOWN", data))
+
+    def _unplug(self, id: str) -> None:
+        """The guest is taken to let go at once."""
+        path = self.layer.unplug(id)
+        if path is None:
+            raise schema.Refused(f"Device '{id}' not found", "DeviceNotFound")
+        deleted = {"device": id, "path": path}
+        self.layer.events.append(replay_block.event("DEVICE_DELETED", deleted))
+
+    def _qom(self, execute: str, arguments: Message) -> Any:
+        try:
+            reply = self._recorded_reply(execute, arguments)
+        except schema.Refused as failure:
+            missing = f"Device '{arguments['path']}' not found"
+            raise schema.Refused(missing, "DeviceNotFound") from failure
+        if "error" in reply:
+            raise schema.Refused(reply["error"]["desc"], reply["error"]["class"])
+        return reply["return"]
+
+    # --- files and descriptors ---
+
+    def _blockdev_add(self, arguments: Message) -> None:
+        # Before QEMU 2.9 the options were one argument.
+        options = arguments.get("options", arguments)
+        opened = {name: self._open(name, readonly) for name, readonly in _filenames(options)}
+        try:
+            self.layer.blockdev_add(options, opened)
+        finally:
+            for image in opened.values():
+                if not isinstance(image, str) and image not in self.layer.images.values():
+                    image.close()
+        for name in opened:
+            fdset = self._fdset_of(name)
+            if fdset is not None:
+                fdset.users |= {
+                    node for node, image in self.layer.images.items() if image is opened[name]
+                }
+
+    def _blockdev_create(self, arguments: Message) -> None:
+        options, failure = arguments["options"], None
+        if options["driver"] == "file":
+            try:
+                self._host.create_file(options["filename"], options["size"])
+            except OSError as error:
+                failure = f"Could not create '{options['filename']}': {error.strerror}"
+            except ValueError:
+                failure = f"Could not create '{options['filename']}': Invalid argument"
+        self.layer.create(arguments["job-id"], options, failure)
+
+    def _open(self, filename: str, readonly: bool) -> replay_state.Image | str:
+        """The file, or QEMU's words for why not."""
+        path: str | int = filename
+        if filename.startswith(_FDSET):
+            fdset = self._fdset_of(filename)
+            if fdset is None or not fdset.fds:
+                if self.version >= (9, 1, 0):
+                    return f"Failed to find fdset {filename}"
+                return f"Could not dup FD for {filename} flags 2: No such file or directory"
+            path = next(iter(fdset.fds))
+        try:
+            return self._host.open_image(path, readonly)
+        except OSError as failure:
+            return f"Could not open '{filename}': {failure.strerror}"
+        except ValueError:  # no file can be called so
+            return f"Could not open '{filename}': Invalid argument"
+
+    def _fdset_of(self, filename: str) -> FdSet | None:
+        number = filename.removeprefix(_FDSET)
+        if number == filename or not number.isdecimal():
+            return None
+        return self._fdsets.get(int(number))
+
+    def _take_fd(self) -> int:
+        if not self._received:
+            raise schema.Refused("No file descriptor supplied via SCM_RIGHTS")
+        return self._received.pop()
+
+    def _add_fd(self, arguments: Message) -> Message:
+        fd = self._take_fd()
+        id = arguments.get("fdset-id")
+        if id is None:
+            id = next(number for number in range(len(self._fdsets) + 1)
+                      if number not in self._fdsets)  # fmt: skip
+        self._fdsets.setdefault(id, FdSet()).fds[fd] = arguments.get("opaque")
+        return {"fdset-id": id, "fd": fd}
+
+    def _remove_fd(self, arguments: Message) -> None:
+        id = arguments["fdset-id"]
+        if id not in self._fdsets:
+            raise schema.Refused(f"File descriptor named 'fdset-id:{id}' not found")
+        self._fdsets[id].removed = True
+        self._clean_fdsets()
+
+    def _clean_fdsets(self) -> None:
+        """While the guest runs: what was removed goes, and sets that nobody uses."""
+        if not self._status["running"]:
+            return
+        for id, fdset in [*self._fdsets.items()]:
+            if fdset.removed:
+                for fd in fdset.fds:
+                    self._host.close_fd(fd)
+                fdset.fds.clear()
+            fdset.users &= set(self.layer.images)
+            if not fdset.fds and not fdset.users:
+                del self._fdsets[id]
+
+    def _query_fdsets(self) -> list[Message]:
+        self._clean_fdsets()
+        return [
+            {
+                "fdset-id": id,
+                "fds": [
+                    {"fd": fd, **({} if note is None else {"opaque": note})}
+                    for fd, note in fdset.fds.items()
+                ],
+            }
+            for id, fdset in self._fdsets.items()
+        ]
+
+    def _getfd(self, arguments: Message) -> None:
+        fd = self._take_fd()
+        old = self._fds.pop(arguments["fdname"], None)
+        if old is not None:
+            self._host.close_fd(old)
+        self._fds[arguments["fdname"]] = fd
+
+    def _closefd(self, arguments: Message) -> None:
+        name = arguments["fdname"]
+        if name not in self._fds:
+            raise schema.Refused(f"File descriptor named '{name}' not found")
+        self._host.close_fd(self._fds.pop(name))
+
+    # --- jobs ---
+
+    def _block_job_cancel(self, arguments: Message) -> None:
+        id = arguments["device"]
+        job = self.layer.job(id, "cancel", blockjob=True)
+        if job.paused and not arguments.get("force"):
+            raise schema.Refused(f"The block job for device '{id}' is currently paused")
+        self.layer.cancel(job)
+
+    # --- NBD ---
+
+    def _nbd_server_start(self, arguments: Message) -> None:
+        if self._server:
+            raise schema.Refused("NBD server already running")
+        address, fd = arguments["addr"], None
+        if address["type"] == "fd":
+            name = address["data"]["str"]
+            if name not in self._fds:
+                raise schema.Refused(f"File descriptor named '{name}' has not been found")
+            fd = self._fds.pop(name)
+        try:
+            self._host.start_server(address, fd)
+        except OSError as failure:
+            reason = failure.strerror or failure
+            raise schema.Refused(f"{_cannot_bind(address, failure)}: {reason}") from failure
+        self._server = True
+
+    def _nbd_server_stop(self) -> None:
+        if not self._server:
+            raise schema.Refused("NBD server not running")
+        self._end_server()
+
+    def _end_server(self) -> None:
+        if self._server:
+            self._server = False
+            for id in reversed([*self.layer.state.exports]):
+                self.layer.unexport(id)
+            self._host.stop_server()
+
+    def _block_export_add(self, arguments: Message) -> None:
+        if arguments["type"] != "nbd":
+            raise schema.Refused(f"export type '{arguments['type']}' is not simulated")
+        id, node = str(arguments["id"]), str(arguments["node-name"])
+        if id in self.layer.state.exports:
+            raise schema.Refused(f"Block export id '{id}' is already in use")
+        found = self.layer.find(node, device="")
+        self._export(
+            replay_state.Export(
+                id, found.name, str(arguments.get("name", node)), arguments.get("description")
+            ),
+            arguments.get("bitmaps", ()),
+        )
+
+    def _nbd_server_add(self, arguments: Message) -> None:
+        device = str(arguments["device"])
+        name = str(arguments.get("name", device))
+        found = self.layer.find(device)
+        if not self._server:
+            raise schema.Refused("NBD server not running")
+        if name in self.layer.state.exports:
+            raise schema.Refused(f"Block export id '{name}' is already in use")
+        bitmaps = [arguments["bitmap"]] if "bitmap" in arguments else []
+        self._export(replay_state.Export(name, found.name, name), bitmaps)
+
+    def _export(self, export: replay_state.Export, bitmaps: Sequence[Any]) -> None:
+        if not self._server:
+            raise schema.Refused("NBD server not running")
+        self.layer.export(export, bitmaps)
+
+    def _unexport(self, id: str, mode: str) -> None:
+        if id not in self.layer.state.exports:
+            raise schema.Refused(f"Export '{id}' is not found")
+        if mode == "safe" and self._host.clients(id):
+            raise schema.Refused(f"export '{id}' still in use")
+        self._host.disconnect(id)
+        self.layer.unexport(id)
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._end_server()
+        self.layer.close()
+        self._keep([])
+        for fd in [*self._fds.values(), *(fd for s in self._fdsets.values() for fd in s.fds)]:
+            self._host.close_fd(fd)
+        self._fds.clear()
+        self._fdsets.clear()
+
+
+_BITMAP_ACTIONS = tuple(
+    f"block-dirty-bitmap-{verb}" for verb in ("add", "remove", "enable", "disable", "clear",
+                                              "merge")
+)  # fmt: skip
+
+
+def _single(layer: replay_block.BlockLayer, type: str) -> _Change:
+    """A transaction's action as a command of its own."""
+    return lambda arguments: layer.transaction([{"type": type, "data": arguments}])
+
+
+def _ignoring(do: Callable[[], Any]) -> _Change:
+    """A command without arguments that matter."""
+    return lambda arguments: do()
+
+
+def _cannot_bind(address: Mapping[str, Any], failure: OSError) -> str:
+    """QEMU's words, without the reason."""
+    if address["type"] == "unix":
+        return f"Failed to bind socket to {address['data']['path']}"
+    if failure.errno == errno.EADDRINUSE:
+        return "Failed to find an available port"
+    return "Failed to bind socket"
+
+
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as failure:
+        raise schema.Refused("JSON parse error, invalid keyword or value") from failure
+
+
+def _dispatch(message: Any) -> tuple[str, Message]:
+    """A command and its arguments, or QEMU's words for what is no command."""
+    if not isinstance(message, dict):
+        raise schema.Refused("QMP input must be a JSON object")
+    for name, value in message.items():
+        if name in ("execute", "exec-oob"):
+            if not isinstance(value, str):
+                raise schema.Refused(f"QMP input member '{name}' must be a string")
+        elif name == "arguments":
+            if not isinstance(value, dict):
+                raise schema.Refused("QMP input member 'arguments' must be an object")
+        elif name != "id":
+            raise schema.Refused(f"QMP input member '{name}' is unexpected")
+    execute = message.get("execute", message.get("exec-oob"))
+    if execute is None:
+        raise schema.Refused("QMP input lacks member 'execute'")
+    return execute, message.get("arguments", {})
+
+
+def _filenames(options: Any) -> Iterator[tuple[str, bool]]:
+    """The files that blockdev-add's options name: (name, only read)."""
+    if not isinstance(options, dict):
+        return
+    if options.get("driver") == "file":
+        yield options["filename"], options.get("read-only", False)
+    for role in ("file", "target", "backing"):
+        yield from _filenames(options.get(role))
+
+
+def _by_command(
+    recorded: recording.Recording,
+) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
+    """Command -> (arguments, reply) of each time that it was sent."""
+    found: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for exchange in recorded.exchanges():
+        found.setdefault(exchange.execute, []).append((exchange.arguments, exchange.reply))
+    return found
+
+
+def _names(commands: Any) -> frozenset[str]:
+    """Of a ``query-commands`` reply. Errors: ValueError."""
+    match commands:
+        case list() if all(
+            isinstance(c, dict) and isinstance(c.get("name"), str) for c in commands
+        ):
+            return frozenset(command["name"] for command in commands)
+    raise ValueError("the recording has no query-commands")
+
+
+def _run_state(reply: Any) -> Message:
+    """Of a ``query-status`` reply; without one, there is no guest that could stand."""
+    match reply:
+        case {"running": bool(), "status": str()}:
+            return dict(reply)
+        case None:
+            return {"running": True, "status": "running"}
+    raise ValueError("its query-status is not understood")
+
+
+def _version(greeting: Mapping[str, Any]) -> tuple[int, int, int]:
+    match greeting:
+        case {"QMP": {"version": {"qemu": {"major": int(a), "minor": int(b), "micro": int(c)}}}}:
+            return a, b, c
+    raise ValueError("the greeting has no version")
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """A message as a line, as QEMU ends it."""
+    return json.dumps(message).encode() + b"\r\n"

@@ -1,0 +1,670 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The block layer of a fake QEMU: nodes, jobs, exports, bitmaps (QEMU's block.c, blockdev.c). Pure.
+
+It begins as a recording's queries tell it and is changed by QMP commands with QEMU's rules and
+words, which were measured (7.2.22, 10.0.13, 11.1.3; 5.2.0 where ``old_words``). What takes no part
+in a backup is not here. Nothing is ever read or written: contents are the server's affair.
+"""
+
+import copy
+import dataclasses
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from virtbackup.qemu import replay_info, replay_state, schema
+
+Message = dict[str, Any]
+
+SIMULATED = frozenset({"file", "null-co", *replay_state.FORMATS, *replay_state.FILTERS})
+"""The drivers of blockdev-add that the fake knows."""
+
+_NODE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9\-._]*")
+_QCOW2_SIZE = struct.Struct(">24xQ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened; its time is when it is told."""
+
+    name: str
+    data: Message
+
+
+def event(name: str, data: Message | None = None) -> Event:
+    """An event, as a rule without data."""
+    return Event(name, data or {})
+
+
+class BlockLayer:
+    """See the module. A change takes arguments that fit the schema and may raise schema.Refused."""
+
+    def __init__(self, version: tuple[int, int, int]) -> None:
+        self.state = replay_state.State()
+        self.images: dict[str, replay_state.Image] = {}
+        """Node -> the file it has open."""
+        self.events: list[Event] = []
+        """Not fetched yet, see ``take_events``."""
+        self._version = version
+        self._templates: list[Message] = []
+
+    @property
+    def old_words(self) -> bool:
+        return self._version < (6, 0, 0)
+
+    @property
+    def info(self) -> replay_info.Info:
+        """What queries are told now."""
+        return replay_info.Info(self.state, self.images, self._templates, self.old_words)
+
+    # --- how it begins ---
+
+    def load(self, blocks: Any, named: Any, graph: Any) -> None:
+        """Begin as ``query-block``, ``query-named-block-nodes`` and ``x-debug-query-block-graph``
+        say; the latter two may be empty, and are made up then. Errors: ValueError."""
+        try:
+            self._load(blocks, named, graph)
+            self._check_loaded()
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as failure:
+            raise ValueError(f"the recorded block info is not understood: {failure!r}") from failure
+
+    def _check_loaded(self) -> None:
+        """Raise an error where what was recorded would make later answers impossible."""
+        for node in self.state.nodes.values():
+            shapes = (node.name, str), (node.driver, str), (node.filename, str), (node.size, int)
+            if not all(isinstance(value, kind) for value, kind in shapes):
+                raise TypeError(f"node {node.name!r}")
+            for child in node.children.values():
+                self._all_below(child)
+        for template in self._templates:
+            image = template["image"]
+            limits = image.get("limits", {}).values()
+            if not all(type(value) is int for value in (image.get("actual-size", 0), *limits)):
+                raise TypeError(f"image of node {template['node-name']!r}")
+        for device in self.state.devices:
+            if not isinstance(device.name, str) or not isinstance(device.qdev, str):
+                raise TypeError(f"drive {device.name!r}")
+        self.info.block()
+        self.info.named_block_nodes()
+        self.info.graph()
+
+    def _load(self, blocks: Any, named: Any, graph: Any) -> None:
+        children = _children(graph)
+        infos: dict[str, Any] = {info["node-name"]: info for info in reversed(named)}
+        if children:  # the nodes may have been asked for later than the graph was
+            infos = {name: info for name, info in infos.items() if name in children}
+        for drive in blocks:
+            inserted = drive.get("inserted")
+            if inserted is not None:
+                infos.setdefault(inserted["node-name"], inserted)
+            root = None if inserted is None else inserted["node-name"]
+            self.state.devices.append(replay_state.Device(drive, root))
+        self._templates = list(infos.values())
+        for name in children:
+            infos.setdefault(name, None)
+        for name, info in infos.items():
+            self.state.nodes[name] = self._loaded(name, info, children.get(name, {}))
+        for node in self.state.nodes.values():
+            missing = node.driver in replay_state.FORMATS and "file" not in node.children
+            if missing and (below := self._file_of(node)):
+                node.children["file"] = below
+
+    def _loaded(
+        self, name: str, info: Message | None, children: dict[str, str]
+    ) -> replay_state.Node:
+        owned = not name.startswith("#")
+        if info is None:
+            return replay_state.Node(name, "file", "", 0, False, children, owned)
+        bitmaps = [
+            replay_state.Bitmap(
+                bitmap.get("name"), bitmap["granularity"], bitmap.get("persistent", False),
+                bitmap.get("recording", True), bitmap["count"],
+            )
+            for bitmap in info.get("dirty-bitmaps", ())
+        ]  # fmt: skip
+        return replay_state.Node(
+            name, info["drv"], info["file"], info["image"]["virtual-size"], info["ro"], children,
+            owned, info, write_threshold=info.get("write_threshold", 0), bitmaps=bitmaps,
+        )  # fmt: skip
+
+    def _file_of(self, node: replay_state.Node) -> str | None:
+        """The protocol node of a format NODE, where no graph was recorded: by the file's name."""
+        for other in self.state.nodes.values():
+            if other.driver == "file" and other.filename == node.filename:
+                return other.name
+        return None
+
+    # --- nodes ---
+
+    def find(self, name: str, device: str | None = None) -> replay_state.Node:
+        """The node, or what is in the drive, of that NAME."""
+        for drive in self.state.devices:
+            if name and drive.recorded.get("device") == name and drive.root is not None:
+                return self.state.nodes[drive.root]
+        if name in self.state.nodes:
+            return self.state.nodes[name]
+        device = name if device is None else device
+        if self.old_words:
+            raise schema.Refused(f"Cannot find device={device} nor node_name={name}")
+        raise schema.Refused(f"Cannot find device='{device}' nor node-name='{name}'")
+
+    def blockdev_add(
+        self, options: Message, opened: Mapping[str, replay_state.Image | str]
+    ) -> None:
+        """Add a node. OPENED has the files that OPTIONS name: open, or why they cannot be."""
+        if "node-name" not in options and "id" not in options:
+            raise schema.Refused("'node-name' must be specified for the root node")
+        with _TakenBack(self):
+            self._open(options, opened, owned=True)
+
+    def _open(
+        self,
+        options: Any,
+        opened: Mapping[str, replay_state.Image | str],
+        owned: bool = False,
+        no_flush: bool = False,
+    ) -> str:
+        """The name of the node that OPTIONS describe or refer to; NO_FLUSH is what a node that is
+        described within another has from that one."""
+        if isinstance(options, str):
+            return self.find(options).name
+        driver = options["driver"]
+        if driver not in SIMULATED:
+            raise schema.Refused(f"driver '{driver}' is not simulated")
+        # Before QEMU 2.9 an id, a drive's, could be all that a node had.
+        name = options.get("node-name") or options.get("id") or self._automatic_name()
+        self._check_name(name)
+        no_flush = options.get("cache", {}).get("no-flush", no_flush)
+        children = {}
+        for role in ("file", "target"):
+            if role in options:
+                children[role] = self._open(options[role], opened, no_flush=no_flush)
+        if name in self.state.nodes:
+            raise self._duplicate(name)
+        node = replay_state.Node(
+            name, driver, options.get("filename", ""), 0, options.get("read-only", False), children,
+            owned, limit=options.get("size") if driver == "raw" else None,
+            no_flush=no_flush,
+        )  # fmt: skip
+        self._open_driver(node, options, opened)
+        self.state.nodes[name] = node
+        return name
+
+    def _open_driver(
+        self,
+        node: replay_state.Node,
+        options: Message,
+        opened: Mapping[str, replay_state.Image | str],
+    ) -> None:
+        if node.driver == "file":
+            self._open_file(node, opened[node.filename])
+        elif node.driver != "null-co":
+            below = self.state.nodes[node.children["file"]]
+            node.size = below.size if node.limit is None else node.limit
+            node.filename = below.filename
+        if node.driver == "bochs":
+            if self.frozen_source(node.children["file"]) is None:
+                raise schema.Refused(f"Could not open '{node.filename}': Operation not supported")
+            raise schema.Refused("Image not in Bochs format")
+        if node.driver == "qcow2":
+            image = self.images.get(node.children["file"])
+            if image is None or not image.header.startswith(b"QFI\xfb"):
+                raise schema.Refused("Image is not in qcow2 format")
+            (node.size,) = _QCOW2_SIZE.unpack_from(image.header)
+            if options.get("backing") is not None:
+                try:
+                    node.children["backing"] = self._open(
+                        options["backing"], opened, no_flush=node.no_flush
+                    )
+                except schema.Refused as failure:
+                    raise schema.Refused(
+                        f"Could not open backing file: {failure.desc}"
+                    ) from failure
+
+    def _open_file(self, node: replay_state.Node, image: replay_state.Image | str) -> None:
+        if isinstance(image, str):
+            raise schema.Refused(image)
+        writers = {self.images[name].key for name in self.images if self._writes(name)}
+        if not node.readonly and image.key in writers:
+            raise schema.Refused('Failed to get "write" lock')
+        node.size = image.size
+        self.images[node.name] = image
+
+    def _writes(self, name: str) -> bool:
+        return name in self.state.nodes and not self.state.nodes[name].readonly
+
+    def _automatic_name(self) -> str:
+        self.state.last_number += 1
+        return f"#block{self.state.last_number}"
+
+    def _check_name(self, name: str) -> None:
+        if not name.startswith("#") and not _NODE_NAME.fullmatch(name):
+            raise schema.Refused(
+                "Invalid node name" if self.old_words else f"Invalid node-name: '{name}'"
+            )
+        if len(name.encode()) > 31:
+            raise schema.Refused("Node name too long")
+
+    def _duplicate(self, name: str) -> schema.Refused:
+        if self.old_words:
+            return schema.Refused("Duplicate node name")
+        return schema.Refused(f"Duplicate nodes with node-name='{name}'")
+
+    def blockdev_del(self, name: str) -> None:
+        node = self.state.nodes.get(name)
+        if node is None:
+            if self.old_words:
+                raise schema.Refused(f"Cannot find node {name}")
+            raise schema.Refused(f"Failed to find node with node-name='{name}'")
+        users = [*self.state.devices, *self.state.exports.values()]
+        if any(name in (getattr(user, "root", None), getattr(user, "node", None))
+               for user in users):  # fmt: skip
+            raise schema.Refused(f"Node {name} is in use")
+        self._check_not_busy(name)
+        if not node.owned:
+            raise schema.Refused(f"Node {name} is not owned by the monitor")
+        if self._parents(name):
+            raise schema.Refused(f"Block device {name} is in use")
+        node.owned = False
+        self._drop(name)
+
+    def _check_not_busy(self, name: str) -> None:
+        """Against QEMU's operation blockers."""
+        for node in self.state.nodes.values():
+            if node.children.get("backing") == name and not node.name.startswith("#"):
+                raise schema.Refused(
+                    f"Node '{name}' is busy: node is used as backing hd of '{node.name}'"
+                )
+        self._check_no_job(name)
+
+    def _check_no_job(self, name: str) -> None:
+        for job in self.state.jobs.values():
+            if job.filter is not None and name in (job.filter, job.target):
+                raise schema.Refused(
+                    f"Node '{name}' is busy: block device is in use by block job: {job.type}"
+                )
+
+    def _parents(self, name: str) -> list[tuple[replay_state.Node, str]]:
+        """(who has it below, in which role)."""
+        return [
+            (node, role)
+            for node in self.state.nodes.values()
+            for role, child in node.children.items()
+            if child == name
+        ]
+
+    def _drop(self, name: str) -> None:
+        """Let go of a node: it goes, and what is below it, unless somebody else holds it."""
+        node = self.state.nodes[name]
+        users = {device.root for device in self.state.devices}
+        users |= {export.node for export in self.state.exports.values()}
+        users |= {job.filter for job in self.state.jobs.values()}
+        if node.owned or self._parents(name) or name in users:
+            return
+        del self.state.nodes[name]
+        if name in self.images:
+            self.images.pop(name).close()
+        for child in set(node.children.values()):
+            self._drop(child)
+
+    def set_write_threshold(self, name: str, threshold: int) -> None:
+        if name not in self.state.nodes:
+            raise schema.Refused(f"Device '{name}' not found")
+        self.state.nodes[name].write_threshold = threshold
+
+    def unplug(self, id: str) -> str | None:
+        """Take a device out of the guest; its place in the object tree, None where there is none
+        of that ID."""
+        for device in self.state.devices:
+            qdev = device.qdev
+            path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+            if path.removesuffix("/virtio-backend") == f"/machine/peripheral/{id}":
+                self.state.devices.remove(device)
+                return path.removesuffix("/virtio-backend")
+        return None
+
+    def set_io_status(self, status: str) -> None:
+        """Of every drive that tells one."""
+        for device in self.state.devices:
+            if "io-status" in device.recorded:
+                device.recorded = {**device.recorded, "io-status": status}
+
+    # --- transactions and jobs ---
+
+    def transaction(self, actions: Iterable[Message]) -> None:
+        """All ACTIONS, or none."""
+        begun: list[replay_state.Job] = []
+        try:
+            with _TakenBack(self):
+                for action in actions:
+                    job = self._act(action["type"], action["data"])
+                    if job is not None:
+                        begun.append(job)
+                        self._job_event(job.id, "created")
+        except schema.Refused:
+            for job in reversed(begun):
+                for status in ("aborting", "concluded", "null"):
+                    self._job_event(job.id, status)
+            raise
+        for node in self.state.nodes.values():
+            node.bitmaps = [bitmap for bitmap in node.bitmaps if not bitmap.doomed]
+        for status in ("running", "paused", "running"):
+            for job in begun:
+                self._job_event(job.id, status)
+
+    def _act(self, type: str, data: Message) -> replay_state.Job | None:
+        match type:
+            case "blockdev-backup":
+                return self._backup(data)
+            case "block-dirty-bitmap-add":
+                self._bitmap_add(data)
+            case "block-dirty-bitmap-remove":
+                self._usable_bitmap(data).doomed = True
+            case "block-dirty-bitmap-enable" | "block-dirty-bitmap-disable":
+                self._usable_bitmap(data).recording = type.endswith("enable")
+            case "block-dirty-bitmap-clear":
+                self._usable_bitmap(data).count = 0
+            case "block-dirty-bitmap-merge":
+                self._bitmap_merge(data)
+            case "abort":
+                raise schema.Refused("Transaction aborted using Abort action")
+            case _:
+                raise schema.Refused(f"transaction action '{type}' is not simulated")
+        return None
+
+    def _backup(self, data: Message) -> replay_state.Job:
+        source, target = self.find(data["device"]), self.find(data["target"])
+        if "bitmap" in data and "bitmap-mode" not in data:
+            raise schema.Refused("Bitmap sync mode must be given when providing a bitmap")
+        if data["sync"] != "none":
+            raise schema.Refused(f"sync mode '{data['sync']}' of a backup is not simulated")
+        if source is target:
+            raise schema.Refused("Source and target cannot be the same")
+        self._check_no_job(source.name)
+        self._check_no_job(target.name)
+        if source.size != target.size:
+            raise schema.Refused("Source and target image have different sizes")
+        name = data.get("filter-node-name") or self._automatic_name()
+        if name in self.state.nodes:
+            words = self._duplicate(name).desc
+            raise schema.Refused(words if self.old_words else f"Could not create node: {words}")
+        self._check_name(name)
+        id = data.get("job-id") or self._drive_of(source.name)
+        if not id:
+            raise schema.Refused("Invalid job ID ''")
+        if id in self.state.jobs:
+            raise schema.Refused(f"Job ID '{id}' already in use")
+        self._insert_filter(name, source, target)
+        auto_dismiss = data.get("auto-dismiss", True)
+        job = replay_state.Job(id, source.name, target.name, name, source.size, auto_dismiss)
+        self.state.jobs[id] = job
+        return job
+
+    def _drive_of(self, node: str) -> str:
+        """The drive's id by which a job is called that was given none; empty without a drive."""
+        for device in self.state.devices:
+            if device.root == node:
+                return str(device.recorded.get("device", ""))
+        return ""
+
+    def _insert_filter(
+        self, name: str, source: replay_state.Node, target: replay_state.Node
+    ) -> None:
+        """Put a job's filter over SOURCE: under all that is there, but for what TARGET is over."""
+        below = self._all_below(target.name)
+        driver = replay_state.JOB_FILTERS[1 if self.old_words else 0]
+        self._move_parents(source.name, name, but=below)
+        children = {"backing" if self.old_words else "file": source.name, "target": target.name}
+        saved = replay_state.Bitmap(None, replay_state.CLUSTER, False, False, source.size)
+        done = replay_state.Bitmap(None, replay_state.CLUSTER, False, False)
+        source.bitmaps.append(dataclasses.replace(saved))
+        self.state.nodes[name] = replay_state.Node(
+            name, driver, source.filename, source.size, source.readonly, children, owned=False,
+            bitmaps=[] if self.old_words else [done, saved],
+        )  # fmt: skip
+
+    def _all_below(self, name: str) -> set[str]:
+        found = {name}
+        for child in self.state.nodes[name].children.values():
+            found |= self._all_below(child)
+        return found
+
+    def _move_parents(self, old: str, new: str, but: set[str]) -> None:
+        for parent, role in self._parents(old):
+            if parent.name not in but:
+                parent.children[role] = new
+        for device in self.state.devices:
+            if device.root == old:
+                device.root = new
+        for export in self.state.exports.values():
+            if export.node == old:
+                export.node = new
+
+    def job(self, id: str, verb: str, blockjob: bool = False) -> replay_state.Job:
+        """The job, where VERB can be done to it."""
+        job = self.state.jobs.get(id)
+        if blockjob and (job is None or job.type != "backup"):
+            raise schema.Refused(f"Block job '{id}' not found", "DeviceNotActive")
+        if job is None:
+            raise schema.Refused("Job not found")
+        allowed = ("concluded",) if verb == "dismiss" else ("running", "paused")
+        if job.status not in allowed:
+            raise schema.Refused(
+                f"Job '{id}' in state '{job.status}' cannot accept command verb '{verb}'"
+            )
+        return job
+
+    def create(self, id: str, options: Message, failure: str | None) -> None:
+        """Make an image, the file of which is made already, or not for a FAILURE; as a job."""
+        if id in self.state.jobs:
+            raise schema.Refused(f"Job ID '{id}' already in use")
+        if options["driver"] == "qcow2":
+            node = self.find(options["file"]) if isinstance(options["file"], str) else None
+            image = None if node is None else self.images.get(node.name)
+            if node is None or image is None:
+                raise schema.Refused("the making of an image there is not simulated")
+            try:
+                image.format(options["size"])
+                node.size = image.size
+            except OSError as error:
+                failure = f"Could not write qcow2 header: {error.strerror}"
+        elif options["driver"] != "file":
+            raise schema.Refused(f"the making of '{options['driver']}' images is not simulated")
+        self.state.jobs[id] = replay_state.Job(
+            id, "", "", None, 1, False, status="concluded", error=failure, type="create"
+        )
+        ends = ("aborting",) if failure else ("waiting", "pending")
+        for status in ("created", "running", *ends, "concluded"):
+            self._job_event(id, status)
+
+    def cancel(self, job: replay_state.Job) -> None:
+        """End a job before its time."""
+        self.end_job(job, "Operation canceled")
+
+    def end_job(self, job: replay_state.Job, error: str) -> None:
+        """End a job with an ERROR, and take its filter away."""
+        self._job_event(job.id, "aborting")
+        told = {"device": job.id, "len": job.length, "offset": 0, "speed": 0, "type": job.type}
+        if error == "Operation canceled":
+            self.events.append(Event("BLOCK_JOB_CANCELLED", told))
+        else:
+            self.events.append(Event("BLOCK_JOB_COMPLETED", {**told, "error": error}))
+        job.status, job.error = "concluded", error
+        self._bypass_filter(job)
+        if not self.old_words:  # those keep it, aside, until the job is dismissed
+            self._remove_filter(job)
+        self._job_event(job.id, "concluded")
+        if job.auto_dismiss:
+            self.dismiss(job)
+
+    def _bypass_filter(self, job: replay_state.Job) -> None:
+        """Take a job's filter from over its source."""
+        assert job.filter is not None
+        source = self.state.nodes[job.source]
+        self._move_parents(job.filter, source.name, but=set())
+        children = self.state.nodes[job.filter].children
+        children.pop("file", None)
+        children.pop("backing", None)
+        source.bitmaps = [bitmap for bitmap in source.bitmaps if bitmap.name is not None]
+        self._drop(source.name)
+
+    def _remove_filter(self, job: replay_state.Job) -> None:
+        if job.filter is not None:
+            del self.state.nodes[job.filter]
+            job.filter = None
+
+    def dismiss(self, job: replay_state.Job) -> None:
+        self._remove_filter(job)
+        del self.state.jobs[job.id]
+        self._job_event(job.id, "null")
+
+    def set_paused(self, job: replay_state.Job, paused: bool) -> None:
+        if paused == job.paused:
+            raise schema.Refused("Job is already paused" if paused else "Job is not paused")
+        job.paused = paused
+        if not self.old_words:  # there it sleeps until the guest writes, and does not notice
+            job.status = "paused" if paused else "running"
+            self._job_event(job.id, job.status)
+
+    def _job_event(self, id: str, status: str) -> None:
+        self.events.append(Event("JOB_STATUS_CHANGE", {"id": id, "status": status}))
+
+    def take_events(self) -> list[tuple[str, Message]]:
+        """What happened since the last time: (event, data)."""
+        taken, self.events = self.events, []
+        return [(event.name, event.data) for event in taken]
+
+    # --- bitmaps ---
+
+    def _bitmap_add(self, data: Message) -> None:
+        node, name = self.find(data["node"]), data["name"]
+        granularity = data.get("granularity", replay_state.CLUSTER)
+        if not name:
+            raise schema.Refused("Bitmap name cannot be empty")
+        if len(name.encode()) > 1023:
+            raise schema.Refused("Bitmap name too long")
+        if granularity < 512 or granularity & (granularity - 1):
+            raise schema.Refused("Granularity must be power of 2 and at least 512")
+        persistent = data.get("persistent", False)
+        if persistent and node.driver != "qcow2":
+            raise schema.Refused(
+                f"Can't store persistent bitmaps to {node.name}: Operation not supported"
+            )
+        if any(bitmap.name == name for bitmap in node.bitmaps):
+            raise schema.Refused(f"Bitmap already exists: {name}")
+        recording = not data.get("disabled", False)
+        node.bitmaps.append(replay_state.Bitmap(name, granularity, persistent, recording))
+
+    def _usable_bitmap(self, data: Message, key: str = "name") -> replay_state.Bitmap:
+        bitmap = self.find(data["node"]).bitmap(data[key])
+        _check_free(bitmap)
+        return bitmap
+
+    def _bitmap_merge(self, data: Message) -> None:
+        target = self._usable_bitmap(data, "target")
+        for given in data["bitmaps"]:
+            if isinstance(given, str):
+                given = {"node": data["node"], "name": given}
+            target.count = max(target.count, self.find(given["node"]).bitmap(given["name"]).count)
+
+    # --- exports ---
+
+    def export(self, export: replay_state.Export, bitmaps: Iterable[Any]) -> None:
+        """Add EXPORT, whose node was looked up, with BITMAPS."""
+        if export.name in {other.name for other in self.state.exports.values()}:
+            raise schema.Refused(f"NBD server already has export named '{export.name}'")
+        found = [self._bitmap_below(export.node, given) for given in bitmaps]
+        for bitmap in found:
+            bitmap.export = export.id
+        self.state.exports[export.id] = export
+
+    def _bitmap_below(self, node: str, given: Any) -> replay_state.Bitmap:
+        """A bitmap by its name, of NODE or of what it is over; or by node and name."""
+        if isinstance(given, dict):
+            bitmap = self.find(given["node"]).bitmap(given["name"])
+            chain = [self.find(given["node"])]
+        else:
+            chain = [self.state.nodes[node]]
+            while (below := self.state.backing_of(chain[-1])) is not None:
+                chain.append(below)
+            named = [b for one in chain for b in one.bitmaps if b.name == given]
+            if not named:
+                raise schema.Refused(f"Bitmap '{given}' is not found")
+            bitmap = named[0]
+        _check_free(bitmap)
+        if bitmap.recording and not self.state.nodes[node].readonly:
+            raise schema.Refused(
+                f"Enabled bitmap '{bitmap.name}' incompatible with readonly export"
+            )
+        return bitmap
+
+    def unexport(self, id: str) -> None:
+        """Remove an export that is there."""
+        export = self.state.exports.pop(id)
+        for node in self.state.nodes.values():
+            for bitmap in node.bitmaps:
+                if bitmap.export == id:
+                    bitmap.export = None
+        self.events.append(Event("BLOCK_EXPORT_DELETED", {"id": id}))
+        self._drop(export.node)
+
+    # --- what a client of an export reads ---
+
+    def frozen_source(self, node: str) -> str | None:
+        """The disk whose contents NODE shows, None where they can be read no more: by name of the
+        lowest node that holds data."""
+        found = self.state.nodes[node]
+        if found.driver == "snapshot-access":
+            below = self.state.nodes[found.children["file"]]
+            broken = {job.filter for job in self.state.jobs.values() if job.broken}
+            if below.driver != "copy-before-write" or below.name in broken:
+                return None
+        for role in ("backing", "file"):
+            child = found.children.get(role)
+            if child is not None and found.recorded is None:
+                return self.frozen_source(child)
+        return node
+
+    def close(self) -> None:
+        """Close every file."""
+        while self.images:
+            self.images.popitem()[1].close()
+
+
+class _TakenBack:
+    """What is done within is undone where it is refused."""
+
+    def __init__(self, layer: BlockLayer) -> None:
+        self._layer = layer
+        self._saved = copy.deepcopy(layer.state)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if value is None:
+            return
+        self._layer.state = self._saved
+        for name in [name for name in self._layer.images if name not in self._saved.nodes]:
+            del self._layer.images[name]  # closed by whoever opened it for the command
+
+
+def _children(graph: Any) -> dict[str, dict[str, str]]:
+    """Node -> (role -> node) of a block graph."""
+    kinds = {node["id"]: (node["type"], node["name"]) for node in graph.get("nodes", ())}
+    found: dict[str, dict[str, str]] = {
+        name: {} for kind, name in reversed(kinds.values()) if kind == "block-driver"
+    }
+    for edge in graph.get("edges", ()):
+        (kind, parent), (_, child) = kinds[edge["parent"]], kinds[edge["child"]]
+        if kind == "block-driver":
+            found[parent][edge["name"]] = child
+    return found
+
+
+def _check_free(bitmap: replay_state.Bitmap) -> None:
+    if bitmap.export is not None:
+        raise schema.Refused(
+            f"Bitmap '{bitmap.name}' is currently in use by another operation and cannot be used"
+        )
