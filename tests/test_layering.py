@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "extend": {"errors", "conf", "hypervisor", "api"},
     "runtime": set(),
     "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "qemu"},
+    "test": {"errors", "hypervisor", "runtime", "qemu", "test"},
     "remote": {"errors", "hypervisor", "access", "remote"},
     "tools": {"api", "conf", "nbd", "errors", "runtime", "tools"},
     "__init__": {"api", "errors"},
@@ -25,16 +26,16 @@ MAY_IMPORT = {
 
 MAY_IMPORT_MORE = {
     # What is said on a monitor is below any driver interface.
-    "tools/monitor_tools.py": {"qemu"},
+    "tools/monitor_tools.py": {"qemu", "test"},
 }
 
 PURE = {
     "conf": None,
     "qemu": {
-        "backup", "block", "blockjob", "capabilities", "dialect", "faults", "monitor_json",
-        "naming", "nbdwire", "normal", "qcow2", "qmp", "recording", "replay", "replay_block",
-        "replay_info", "replay_state", "schema", "traffic",
+        "backup", "block", "blockjob", "capabilities", "dialect", "monitor_json", "naming",
+        "normal", "qcow2", "qmp", "recording", "traffic",
     },
+    "test": {"fake", "fake_info", "fake_layer", "fake_state", "faults", "nbdwire", "schema"},
     "nbd": {"extents"},
 }  # fmt: skip
 

@@ -13,11 +13,11 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from virtbackup.qemu import nbdwire, replay_server
+from virtbackup.test import fake_server, nbdwire
 
 OPTION_MAGIC = b"IHAVEOPT"
-DISK = replay_server.Disk("/images/a", 1 << 20, "words", {"b": True, "clean": False})
-BROKEN = replay_server.Disk("", 1 << 20, readable=False)
+DISK = fake_server.Disk("/images/a", 1 << 20, "words", {"b": True, "clean": False})
+BROKEN = fake_server.Disk("", 1 << 20, readable=False)
 GREETED = struct.pack(">I", 3)
 
 

@@ -63,10 +63,10 @@ def _write_new(path: str, text: str) -> None:
 
 def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup import runtime
-    from virtbackup.qemu import replay_driver, replay_server
+    from virtbackup.test import fake_server, test_driver
 
     given, faults = args.optional("socket"), args.optional("faults")
-    script = replay_driver.load(
+    script = test_driver.load(
         pathlib.Path(args.text("file")), None if faults is None else pathlib.Path(faults)
     )
     with contextlib.ExitStack() as stack:
@@ -75,7 +75,7 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
                 path = stack.enter_context(runtime.private_directory()) / "qmp.sock"
             else:
                 path = pathlib.Path(given).absolute()
-            server = replay_server.Server(path, script.recorded, script.rules)
+            server = fake_server.Server(path, script.recorded, script.rules)
         except OSError as error:
             raise vsh.Failure(f"cannot listen: {error.strerror}") from error
         except ValueError as error:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from virtbackup.qemu import replay_state
+from virtbackup.test import fake_state
 
 Message = dict[str, Any]
 
@@ -24,8 +24,8 @@ class Info:
 
     def __init__(
         self,
-        state: replay_state.State,
-        images: Mapping[str, replay_state.Image],
+        state: fake_state.State,
+        images: Mapping[str, fake_state.Image],
         templates: Sequence[Message],
         old_words: bool,
     ) -> None:
@@ -37,7 +37,7 @@ class Info:
     def block(self) -> list[Message]:
         return [self._drive(device) for device in self._state.devices]
 
-    def _drive(self, device: replay_state.Device) -> Message:
+    def _drive(self, device: fake_state.Device) -> Message:
         drive = {key: value for key, value in device.recorded.items() if key != "inserted"}
         if device.root is None:
             return drive
@@ -62,7 +62,7 @@ class Info:
                 info["backing_file_depth"] = 0
         return found
 
-    def info(self, node: replay_state.Node) -> Message:
+    def info(self, node: fake_state.Node) -> Message:
         """QAPI's BlockDeviceInfo."""
         found = copy.deepcopy(node.recorded) if node.recorded else self._made_up(node)
         found["image"] = self._image(node, self._filename(node))
@@ -70,7 +70,7 @@ class Info:
         self._renew(found, node)
         return found
 
-    def _made_up(self, node: replay_state.Node) -> Message:
+    def _made_up(self, node: fake_state.Node) -> Message:
         """The info of a node that was not recorded, with the members that this QEMU's have."""
         plain = self._templates[0] if self._templates else {}
         left_out = ("backing_file", "dirty-bitmaps", "image")
@@ -84,7 +84,7 @@ class Info:
             found["backing_file"] = self._state.nodes[node.children["backing"]].filename
         return found
 
-    def _image(self, node: replay_state.Node, filename: str) -> Message:
+    def _image(self, node: fake_state.Node, filename: str) -> Message:
         """QAPI's ImageInfo."""
         if node.recorded is not None:
             image = dict(node.recorded["image"])
@@ -95,7 +95,7 @@ class Info:
             image["backing-image"] = self._image(below, self._filename(below))
         return image
 
-    def _made_up_image(self, node: replay_state.Node, filename: str) -> Message:
+    def _made_up_image(self, node: fake_state.Node, filename: str) -> Message:
         """The image of a node that was not recorded, what is below it left out."""
         image: Message = {
             "filename": filename, "format": node.driver, "virtual-size": node.size,
@@ -105,8 +105,8 @@ class Info:
             image["dirty-flag"] = False
         image |= self._as_others(node.driver)
         if self._in_clusters(node):
-            image["cluster-size"] = replay_state.CLUSTER
-        if node.driver in ("raw", *replay_state.FILTERS):
+            image["cluster-size"] = fake_state.CLUSTER
+        if node.driver in ("raw", *fake_state.FILTERS):
             self._inherit_limits(image, node)
         return image
 
@@ -121,7 +121,7 @@ class Info:
             found["format-specific"] = {"type": "qcow2", "data": _QCOW2_FACTS}
         return found | {key: like[key] for key in ("format-specific",) if key in like}
 
-    def _inherit_limits(self, image: Message, node: replay_state.Node) -> None:
+    def _inherit_limits(self, image: Message, node: fake_state.Node) -> None:
         """The strictest of what is below, but for how zeroes are written."""
         found: dict[str, int] = {}
         for child in node.children.values():
@@ -131,12 +131,12 @@ class Info:
         if found:
             image["limits"] = found
 
-    def _in_clusters(self, node: replay_state.Node) -> bool:
-        if node.driver in ("raw", *replay_state.JOB_FILTERS):
+    def _in_clusters(self, node: fake_state.Node) -> bool:
+        if node.driver in ("raw", *fake_state.JOB_FILTERS):
             return self._in_clusters(self._state.nodes[next(iter(node.children.values()))])
         return node.driver == "qcow2"
 
-    def _renew(self, info: Message, node: replay_state.Node) -> None:
+    def _renew(self, info: Message, node: fake_state.Node) -> None:
         """What changes while a node is there."""
         info["write_threshold"] = node.write_threshold
         info.pop("dirty-bitmaps", None)
@@ -150,7 +150,7 @@ class Info:
                 for role, child in reversed(node.children.items())
             ]
 
-    def _actual_size(self, node: replay_state.Node) -> int:
+    def _actual_size(self, node: fake_state.Node) -> int:
         if node.name in self._images:
             return self._images[node.name].actual_size()
         if node.recorded is not None:
@@ -158,23 +158,23 @@ class Info:
         below = node.children.get("file")
         return 0 if below is None else self._actual_size(self._state.nodes[below])
 
-    def _depth(self, node: replay_state.Node) -> int:
+    def _depth(self, node: fake_state.Node) -> int:
         below = self._state.backing_of(node)
         if below is not None:
             return 1 + self._depth(below)
         return 0 if node.recorded is None else int(node.recorded.get("backing_file_depth", 0))
 
-    def _filename(self, node: replay_state.Node) -> str:
+    def _filename(self, node: fake_state.Node) -> str:
         """How QEMU calls a node: by its file where that says it all, else by its options."""
         if node.recorded is not None or node.driver == "file":
             return node.filename
-        overlay = "backing" in node.children and node.driver not in replay_state.JOB_FILTERS
+        overlay = "backing" in node.children and node.driver not in fake_state.JOB_FILTERS
         if overlay or node.limit is not None:
             return "json:" + json.dumps(self._options(node), sort_keys=True)
         below = next(iter(node.children.values()), None)
         return node.filename if below is None else self._filename(self._state.nodes[below])
 
-    def _options(self, node: replay_state.Node) -> Message:
+    def _options(self, node: fake_state.Node) -> Message:
         if node.driver == "file":
             return {"driver": "file", "filename": node.filename}
         found: Message = {"driver": node.driver}

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from virtbackup.qemu import faults, nbdwire, qcow2, recording, replay, replay_state
+from virtbackup.qemu import qcow2, recording
+from virtbackup.test import fake, fake_state, faults, nbdwire
 
 logger = logging.getLogger(__name__)
 
@@ -123,14 +124,14 @@ class Server:
         """Errors: OSError; ValueError for a recording that is no beginning."""
         self.path = path
         self._lock = threading.RLock()
-        self._replay = replay.Replay(recorded, self, rules)
+        self._fake = fake.Fake(recorded, self, rules)
         self._nbd: _NbdServer | None = None
         self._client: socket.socket | None = None
         self._closed = False
         self.ended = threading.Event()
         """Set once nothing is served any more."""
         self._listener = _listen_at(socket.AF_UNIX, str(path))
-        self._thread = threading.Thread(target=self._serve, name=f"replay {path}", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=f"fake {path}", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "Server":
@@ -175,7 +176,7 @@ class Server:
             self._closed = True
             self._stop_listening()
             with self._lock:
-                self._replay.close()
+                self._fake.close()
             self.ended.set()
 
     def _stop_listening(self) -> None:
@@ -185,9 +186,9 @@ class Server:
     def _speak(self, client: socket.socket) -> None:
         """Serve one client to its end."""
         with self._lock:
-            greeting = self._replay.connect()
+            greeting = self._fake.connect()
         _send(client, [greeting])
-        splitter = replay.Splitter()
+        splitter = fake.Splitter()
         while not self._closed:
             data, fds = _receive(client)
             if not data:
@@ -195,7 +196,7 @@ class Server:
             splitter.receive_data(data)
             while (line := splitter.next_message()) is not None:
                 with self._lock:
-                    answer = self._replay.receive(line, fds)
+                    answer = self._fake.receive(line, fds)
                 fds = []
                 if answer.quit:  # whether or not the client is still there to be told
                     self._closed = True
@@ -204,7 +205,7 @@ class Server:
                 if answer.hang_up:
                     return
 
-    # --- what the fake needs of the world: replay.Host ---
+    # --- what the fake needs of the world: fake.Host ---
 
     def now(self) -> float:
         return time.time()
@@ -238,18 +239,18 @@ class Server:
             self._nbd.disconnect(self._name_of(export))
 
     def _name_of(self, export: str) -> str:
-        return self._replay.layer.state.exports[export].name
+        return self._fake.layer.state.exports[export].name
 
     def disks(self) -> dict[str, nbdwire.Export]:
         """What can be read over NBD now, by export name."""
         with self._lock:
             return {
                 export.name: self._disk(export)
-                for export in self._replay.layer.state.exports.values()
+                for export in self._fake.layer.state.exports.values()
             }
 
-    def _disk(self, export: replay_state.Export) -> Disk:
-        layer = self._replay.layer
+    def _disk(self, export: fake_state.Export) -> Disk:
+        layer = self._fake.layer
         source = layer.frozen_source(export.node)
         bitmaps = {
             bitmap.name: bitmap.count > 0
@@ -271,7 +272,7 @@ class _NbdServer:
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, nbdwire.Server] = {}
         self._closed = False
-        threading.Thread(target=self._accept, name="replay nbd", daemon=True).start()
+        threading.Thread(target=self._accept, name="fake nbd", daemon=True).start()
 
     def close(self) -> None:
         path = _path_of(self._listener)
@@ -304,7 +305,7 @@ class _NbdServer:
                         return
                     self._connections[connection] = nbdwire.Server(self._server.disks)
                 threading.Thread(
-                    target=self._speak, args=(connection,), name="replay nbd client", daemon=True
+                    target=self._speak, args=(connection,), name="fake nbd client", daemon=True
                 ).start()
 
     def _speak(self, connection: socket.socket) -> None:
@@ -338,7 +339,7 @@ def _receive(client: socket.socket) -> tuple[bytes, list[int]]:
 
 def _send(client: socket.socket, messages: Iterator[Any] | Sequence[Any]) -> None:
     for message in messages:
-        client.sendall(replay.encode(message))
+        client.sendall(fake.encode(message))
 
 
 def _listen_at(family: socket.AddressFamily, where: str | tuple[str, int]) -> socket.socket:

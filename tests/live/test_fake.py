@@ -15,11 +15,12 @@ import pytest
 import virtbackup
 from tests import recordings, replayed
 from tests.live import machines
-from virtbackup.qemu import recorder, recording, replay_server, traffic
+from virtbackup.qemu import recorder, recording, traffic
+from virtbackup.test import fake_server
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
 
-DATA = pathlib.Path(__file__).parents[1] / "replaydata"
+DATA = pathlib.Path(__file__).parents[1] / "fakedata"
 CONVERSATIONS = sorted(DATA.glob("*.jsonl"))
 SIZE = 64 << 20
 QUERIES = (
@@ -126,7 +127,7 @@ def test_answers_are_those_of_a_real_qemu(
     expected = [[command, replayed.comparable(real(command))] for command in commands]
     real.close()
     machine.close()
-    with replay_server.Server(tmp_path / "fake.sock", start) as server:
+    with fake_server.Server(tmp_path / "fake.sock", start) as server:
         fake = Client(server.path)
         fake({"execute": "qmp_capabilities"})
         found = [[command, replayed.comparable(fake(command))] for command in commands]
@@ -152,7 +153,7 @@ def test_a_fake_is_recorded_as_the_qemu_that_it_was_made_from(
 ) -> None:
     """The driver says the same to it, and it answers the same."""
     real = recordings.record(binary)
-    with replay_server.Server(tmp_path / "fake.sock", real) as server:
+    with fake_server.Server(tmp_path / "fake.sock", real) as server:
         fake = recorder.Recorder(str(server.path)).record()
     commands = [traffic.comparable(found.lines) for found in (real, fake)]
     assert traffic.diff(commands[0], commands[1], ("real", "fake")) == []

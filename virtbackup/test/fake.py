@@ -14,7 +14,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from virtbackup.qemu import faults, recording, replay_block, replay_state, schema
+from virtbackup.qemu import recording
+from virtbackup.test import fake_layer, fake_state, faults, schema
 
 Message = dict[str, Any]
 
@@ -34,7 +35,7 @@ class Host(Protocol):
     def now(self) -> float:
         """Seconds since the epoch."""
 
-    def open_image(self, path: str | int, readonly: bool) -> replay_state.Image:
+    def open_image(self, path: str | int, readonly: bool) -> fake_state.Image:
         """Open a file by its path, or a duplicate of a descriptor."""
 
     def create_file(self, path: str, size: int) -> None:
@@ -116,7 +117,7 @@ class Splitter:
         return taken or None
 
 
-class Replay:
+class Fake:
     """One fake QEMU, for one client at a time: ``connect``, then ``receive`` for every message."""
 
     def __init__(
@@ -135,7 +136,7 @@ class Replay:
         self._schema = (
             None if found is None else schema.Schema.parse(found, self.version < (6, 0, 0))
         )
-        self.layer = replay_block.BlockLayer(self.version)
+        self.layer = fake_layer.BlockLayer(self.version)
         self.layer.load(
             self._static("query-block") or [],
             self._static("query-named-block-nodes") or [],
@@ -345,7 +346,7 @@ class Replay:
 
     def _set_running(self, running: bool, status: str) -> None:
         if running != self._status["running"]:
-            self.layer.events.append(replay_block.event("RESUME" if running else "STOP"))
+            self.layer.events.append(fake_layer.event("RESUME" if running else "STOP"))
         self._status |= {"running": running, "status": status}
         if running:
             self.layer.set_io_status("ok")
@@ -354,7 +355,7 @@ class Replay:
     def _quit(self) -> None:
         self._end_server()
         data = {"guest": False, "reason": "host-qmp-quit"}
-        self.layer.events.append(replay_block.event("SHUTDOWN", data))
+        self.layer.events.append(fake_layer.event("SHUTDOWN", data))
 
     def _unplug(self, id: str) -> None:
         """The guest is taken to let go at once."""
@@ -362,7 +363,7 @@ class Replay:
         if path is None:
             raise schema.Refused(f"Device '{id}' not found", "DeviceNotFound")
         deleted = {"device": id, "path": path}
-        self.layer.events.append(replay_block.event("DEVICE_DELETED", deleted))
+        self.layer.events.append(fake_layer.event("DEVICE_DELETED", deleted))
 
     def _qom(self, execute: str, arguments: Message) -> Any:
         try:
@@ -404,7 +405,7 @@ class Replay:
                 failure = f"Could not create '{options['filename']}': Invalid argument"
         self.layer.create(arguments["job-id"], options, failure)
 
-    def _open(self, filename: str, readonly: bool) -> replay_state.Image | str:
+    def _open(self, filename: str, readonly: bool) -> fake_state.Image | str:
         """The file, or QEMU's words for why not."""
         path: str | int = filename
         if filename.startswith(_FDSET):
@@ -534,7 +535,7 @@ class Replay:
             raise schema.Refused(f"Block export id '{id}' is already in use")
         found = self.layer.find(node, device="")
         self._export(
-            replay_state.Export(
+            fake_state.Export(
                 id, found.name, str(arguments.get("name", node)), arguments.get("description")
             ),
             arguments.get("bitmaps", ()),
@@ -549,9 +550,9 @@ class Replay:
         if name in self.layer.state.exports:
             raise schema.Refused(f"Block export id '{name}' is already in use")
         bitmaps = [arguments["bitmap"]] if "bitmap" in arguments else []
-        self._export(replay_state.Export(name, found.name, name), bitmaps)
+        self._export(fake_state.Export(name, found.name, name), bitmaps)
 
-    def _export(self, export: replay_state.Export, bitmaps: Sequence[Any]) -> None:
+    def _export(self, export: fake_state.Export, bitmaps: Sequence[Any]) -> None:
         if not self._server:
             raise schema.Refused("NBD server not running")
         self.layer.export(export, bitmaps)
@@ -583,7 +584,7 @@ _BITMAP_ACTIONS = tuple(
 )  # fmt: skip
 
 
-def _single(layer: replay_block.BlockLayer, type: str) -> _Change:
+def _single(layer: fake_layer.BlockLayer, type: str) -> _Change:
     """A transaction's action as a command of its own."""
     return lambda arguments: layer.transaction([{"type": type, "data": arguments}])
 

@@ -22,11 +22,11 @@ import pytest
 import virtbackup
 from virtbackup import hypervisor, runtime
 from virtbackup.conf import domain_conf
-from virtbackup.qemu import replay_driver, replay_server
+from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
 ROOT = pathlib.Path(__file__).parents[1]
-RECORDINGS = replay_driver.RECORDINGS
+RECORDINGS = test_driver.RECORDINGS
 URIS = ("test:///default", "test:///qemu-7.2.22", "test:///qemu-5.2.0", "test:///default?engine=classic",
         "test:///storage-daemon-10.0.13")  # fmt: skip
 """Both engines, old and new, with and without devices."""
@@ -40,11 +40,11 @@ def state(
     directory = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(directory))
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(directory))
-    hypervisor.register("test", replay_driver.open)
+    hypervisor.register("test", test_driver.open)
     yield directory
     hypervisor.unregister("test")
     assert list(directory.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("replay ")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fake ")]
 
 
 @pytest.fixture(params=URIS)
@@ -82,7 +82,7 @@ def test_the_entry_point_is_declared() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     lines = config["options.entry_points"]["virtbackup.drivers"].split("\n")
-    assert "test = virtbackup.qemu.replay_driver:open" in lines
+    assert "test = virtbackup.test.test_driver:open" in lines
 
 
 def test_who_it_is() -> None:
@@ -271,8 +271,8 @@ def test_qemu_that_ends(xml: str, tmp_path: pathlib.Path) -> None:
 def shell(tools: pathlib.Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """The program in a process of its own that finds the programs in TOOLS only."""
     code = (
-        "from virtbackup import hypervisor; from virtbackup.qemu import replay_driver;"
-        " hypervisor.register('test', replay_driver.open);"
+        "from virtbackup import hypervisor; from virtbackup.test import test_driver;"
+        " hypervisor.register('test', test_driver.open);"
         " from virtbackup.tools import virsh_backup; import sys; sys.exit(virsh_backup.main())"
     )
     inherited = {k: v for k, v in os.environ.items() if k.startswith(("VIRTBACKUP", "PYTHON"))}
@@ -340,9 +340,9 @@ def test_a_pull(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.fixture
-def server(tmp_path: pathlib.Path) -> Iterator[replay_server.Server]:
-    script = replay_driver.load(RECORDINGS / "qemu-7.2.22.jsonl")
-    with replay_server.Server(tmp_path / "qmp.sock", script.recorded) as served:
+def server(tmp_path: pathlib.Path) -> Iterator[fake_server.Server]:
+    script = test_driver.load(RECORDINGS / "qemu-7.2.22.jsonl")
+    with fake_server.Server(tmp_path / "qmp.sock", script.recorded) as served:
         yield served
 
 
@@ -366,7 +366,7 @@ class Wire:
         self.socket.close()
 
 
-def test_one_client_at_a_time(server: replay_server.Server) -> None:
+def test_one_client_at_a_time(server: fake_server.Server) -> None:
     first, second = Wire(server.path), Wire(server.path)
     assert "QMP" in first.receive()
     first.send(execute="qmp_capabilities", id="a")
@@ -398,7 +398,7 @@ def test_one_client_at_a_time(server: replay_server.Server) -> None:
     ],
 )  # fmt: skip
 def test_what_no_file_and_no_address_can_be(
-    server: replay_server.Server, execute: str, arguments: dict[str, Any], words: str
+    server: fake_server.Server, execute: str, arguments: dict[str, Any], words: str
 ) -> None:
     client = Wire(server.path)
     client.receive()
@@ -411,7 +411,7 @@ def test_what_no_file_and_no_address_can_be(
     client.close()
 
 
-def test_a_port(server: replay_server.Server) -> None:
+def test_a_port(server: fake_server.Server) -> None:
     """QEMU takes a port that another server has for one of several that might be free."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
@@ -433,7 +433,7 @@ def test_a_port(server: replay_server.Server) -> None:
 
 
 def test_our_own_driver_on_a_served_recording(
-    server: replay_server.Server, xml: str, state: pathlib.Path
+    server: fake_server.Server, xml: str, state: pathlib.Path
 ) -> None:
     with virtbackup.open(f"qmp://{server.path}") as connection:
         domain = only(connection)
@@ -444,7 +444,7 @@ def test_our_own_driver_on_a_served_recording(
         lock.unlink()
 
 
-def test_stopping_with_a_client_connected(server: replay_server.Server) -> None:
+def test_stopping_with_a_client_connected(server: fake_server.Server) -> None:
     client = Wire(server.path)
     client.receive()
     server.close()

@@ -20,14 +20,8 @@ from typing import TypeVar
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.qemu import (
-    capabilities,
-    driver,
-    faults,
-    recording,
-    replay_server,
-    status,
-)
+from virtbackup.qemu import capabilities, driver, recording, status
+from virtbackup.test import fake_server, faults
 
 _T = TypeVar("_T")
 
@@ -126,7 +120,7 @@ class Shared:
             try:
                 self.directory = stack.enter_context(runtime.private_directory())
                 self.socket = self.directory / "qmp.sock"
-                server = replay_server.Server(self.socket, script.recorded, script.rules)
+                server = fake_server.Server(self.socket, script.recorded, script.rules)
                 stack.enter_context(server)
             except OSError as failure:
                 raise errors.system_error(failure, "cannot listen for the monitor") from failure

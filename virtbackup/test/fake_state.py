@@ -4,7 +4,7 @@
 import dataclasses
 from typing import Any, Protocol
 
-from virtbackup.qemu import schema
+from virtbackup.test import schema
 
 Message = dict[str, Any]
 

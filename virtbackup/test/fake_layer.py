@@ -13,11 +13,11 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from virtbackup.qemu import replay_info, replay_state, schema
+from virtbackup.test import fake_info, fake_state, schema
 
 Message = dict[str, Any]
 
-SIMULATED = frozenset({"file", "null-co", *replay_state.FORMATS, *replay_state.FILTERS})
+SIMULATED = frozenset({"file", "null-co", *fake_state.FORMATS, *fake_state.FILTERS})
 """The drivers of blockdev-add that the fake knows."""
 
 _NODE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9\-._]*")
@@ -41,8 +41,8 @@ class BlockLayer:
     """See the module. A change takes arguments that fit the schema and may raise schema.Refused."""
 
     def __init__(self, version: tuple[int, int, int]) -> None:
-        self.state = replay_state.State()
-        self.images: dict[str, replay_state.Image] = {}
+        self.state = fake_state.State()
+        self.images: dict[str, fake_state.Image] = {}
         """Node -> the file it has open."""
         self.events: list[Event] = []
         """Not fetched yet, see ``take_events``."""
@@ -54,9 +54,9 @@ class BlockLayer:
         return self._version < (6, 0, 0)
 
     @property
-    def info(self) -> replay_info.Info:
+    def info(self) -> fake_info.Info:
         """What queries are told now."""
-        return replay_info.Info(self.state, self.images, self._templates, self.old_words)
+        return fake_info.Info(self.state, self.images, self._templates, self.old_words)
 
     # --- how it begins ---
 
@@ -99,36 +99,34 @@ class BlockLayer:
             if inserted is not None:
                 infos.setdefault(inserted["node-name"], inserted)
             root = None if inserted is None else inserted["node-name"]
-            self.state.devices.append(replay_state.Device(drive, root))
+            self.state.devices.append(fake_state.Device(drive, root))
         self._templates = list(infos.values())
         for name in children:
             infos.setdefault(name, None)
         for name, info in infos.items():
             self.state.nodes[name] = self._loaded(name, info, children.get(name, {}))
         for node in self.state.nodes.values():
-            missing = node.driver in replay_state.FORMATS and "file" not in node.children
+            missing = node.driver in fake_state.FORMATS and "file" not in node.children
             if missing and (below := self._file_of(node)):
                 node.children["file"] = below
 
-    def _loaded(
-        self, name: str, info: Message | None, children: dict[str, str]
-    ) -> replay_state.Node:
+    def _loaded(self, name: str, info: Message | None, children: dict[str, str]) -> fake_state.Node:
         owned = not name.startswith("#")
         if info is None:
-            return replay_state.Node(name, "file", "", 0, False, children, owned)
+            return fake_state.Node(name, "file", "", 0, False, children, owned)
         bitmaps = [
-            replay_state.Bitmap(
+            fake_state.Bitmap(
                 bitmap.get("name"), bitmap["granularity"], bitmap.get("persistent", False),
                 bitmap.get("recording", True), bitmap["count"],
             )
             for bitmap in info.get("dirty-bitmaps", ())
         ]  # fmt: skip
-        return replay_state.Node(
+        return fake_state.Node(
             name, info["drv"], info["file"], info["image"]["virtual-size"], info["ro"], children,
             owned, info, write_threshold=info.get("write_threshold", 0), bitmaps=bitmaps,
         )  # fmt: skip
 
-    def _file_of(self, node: replay_state.Node) -> str | None:
+    def _file_of(self, node: fake_state.Node) -> str | None:
         """The protocol node of a format NODE, where no graph was recorded: by the file's name."""
         for other in self.state.nodes.values():
             if other.driver == "file" and other.filename == node.filename:
@@ -137,7 +135,7 @@ class BlockLayer:
 
     # --- nodes ---
 
-    def find(self, name: str, device: str | None = None) -> replay_state.Node:
+    def find(self, name: str, device: str | None = None) -> fake_state.Node:
         """The node, or what is in the drive, of that NAME."""
         for drive in self.state.devices:
             if name and drive.recorded.get("device") == name and drive.root is not None:
@@ -149,9 +147,7 @@ class BlockLayer:
             raise schema.Refused(f"Cannot find device={device} nor node_name={name}")
         raise schema.Refused(f"Cannot find device='{device}' nor node-name='{name}'")
 
-    def blockdev_add(
-        self, options: Message, opened: Mapping[str, replay_state.Image | str]
-    ) -> None:
+    def blockdev_add(self, options: Message, opened: Mapping[str, fake_state.Image | str]) -> None:
         """Add a node. OPENED has the files that OPTIONS name: open, or why they cannot be."""
         if "node-name" not in options and "id" not in options:
             raise schema.Refused("'node-name' must be specified for the root node")
@@ -161,7 +157,7 @@ class BlockLayer:
     def _open(
         self,
         options: Any,
-        opened: Mapping[str, replay_state.Image | str],
+        opened: Mapping[str, fake_state.Image | str],
         owned: bool = False,
         no_flush: bool = False,
     ) -> str:
@@ -182,7 +178,7 @@ class BlockLayer:
                 children[role] = self._open(options[role], opened, no_flush=no_flush)
         if name in self.state.nodes:
             raise self._duplicate(name)
-        node = replay_state.Node(
+        node = fake_state.Node(
             name, driver, options.get("filename", ""), 0, options.get("read-only", False), children,
             owned, limit=options.get("size") if driver == "raw" else None,
             no_flush=no_flush,
@@ -193,9 +189,9 @@ class BlockLayer:
 
     def _open_driver(
         self,
-        node: replay_state.Node,
+        node: fake_state.Node,
         options: Message,
-        opened: Mapping[str, replay_state.Image | str],
+        opened: Mapping[str, fake_state.Image | str],
     ) -> None:
         if node.driver == "file":
             self._open_file(node, opened[node.filename])
@@ -222,7 +218,7 @@ class BlockLayer:
                         f"Could not open backing file: {failure.desc}"
                     ) from failure
 
-    def _open_file(self, node: replay_state.Node, image: replay_state.Image | str) -> None:
+    def _open_file(self, node: fake_state.Node, image: fake_state.Image | str) -> None:
         if isinstance(image, str):
             raise schema.Refused(image)
         writers = {self.images[name].key for name in self.images if self._writes(name)}
@@ -285,7 +281,7 @@ class BlockLayer:
                     f"Node '{name}' is busy: block device is in use by block job: {job.type}"
                 )
 
-    def _parents(self, name: str) -> list[tuple[replay_state.Node, str]]:
+    def _parents(self, name: str) -> list[tuple[fake_state.Node, str]]:
         """(who has it below, in which role)."""
         return [
             (node, role)
@@ -334,7 +330,7 @@ class BlockLayer:
 
     def transaction(self, actions: Iterable[Message]) -> None:
         """All ACTIONS, or none."""
-        begun: list[replay_state.Job] = []
+        begun: list[fake_state.Job] = []
         try:
             with _TakenBack(self):
                 for action in actions:
@@ -353,7 +349,7 @@ class BlockLayer:
             for job in begun:
                 self._job_event(job.id, status)
 
-    def _act(self, type: str, data: Message) -> replay_state.Job | None:
+    def _act(self, type: str, data: Message) -> fake_state.Job | None:
         match type:
             case "blockdev-backup":
                 return self._backup(data)
@@ -373,7 +369,7 @@ class BlockLayer:
                 raise schema.Refused(f"transaction action '{type}' is not simulated")
         return None
 
-    def _backup(self, data: Message) -> replay_state.Job:
+    def _backup(self, data: Message) -> fake_state.Job:
         source, target = self.find(data["device"]), self.find(data["target"])
         if "bitmap" in data and "bitmap-mode" not in data:
             raise schema.Refused("Bitmap sync mode must be given when providing a bitmap")
@@ -397,7 +393,7 @@ class BlockLayer:
             raise schema.Refused(f"Job ID '{id}' already in use")
         self._insert_filter(name, source, target)
         auto_dismiss = data.get("auto-dismiss", True)
-        job = replay_state.Job(id, source.name, target.name, name, source.size, auto_dismiss)
+        job = fake_state.Job(id, source.name, target.name, name, source.size, auto_dismiss)
         self.state.jobs[id] = job
         return job
 
@@ -408,18 +404,16 @@ class BlockLayer:
                 return str(device.recorded.get("device", ""))
         return ""
 
-    def _insert_filter(
-        self, name: str, source: replay_state.Node, target: replay_state.Node
-    ) -> None:
+    def _insert_filter(self, name: str, source: fake_state.Node, target: fake_state.Node) -> None:
         """Put a job's filter over SOURCE: under all that is there, but for what TARGET is over."""
         below = self._all_below(target.name)
-        driver = replay_state.JOB_FILTERS[1 if self.old_words else 0]
+        driver = fake_state.JOB_FILTERS[1 if self.old_words else 0]
         self._move_parents(source.name, name, but=below)
         children = {"backing" if self.old_words else "file": source.name, "target": target.name}
-        saved = replay_state.Bitmap(None, replay_state.CLUSTER, False, False, source.size)
-        done = replay_state.Bitmap(None, replay_state.CLUSTER, False, False)
+        saved = fake_state.Bitmap(None, fake_state.CLUSTER, False, False, source.size)
+        done = fake_state.Bitmap(None, fake_state.CLUSTER, False, False)
         source.bitmaps.append(dataclasses.replace(saved))
-        self.state.nodes[name] = replay_state.Node(
+        self.state.nodes[name] = fake_state.Node(
             name, driver, source.filename, source.size, source.readonly, children, owned=False,
             bitmaps=[] if self.old_words else [done, saved],
         )  # fmt: skip
@@ -441,7 +435,7 @@ class BlockLayer:
             if export.node == old:
                 export.node = new
 
-    def job(self, id: str, verb: str, blockjob: bool = False) -> replay_state.Job:
+    def job(self, id: str, verb: str, blockjob: bool = False) -> fake_state.Job:
         """The job, where VERB can be done to it."""
         job = self.state.jobs.get(id)
         if blockjob and (job is None or job.type != "backup"):
@@ -471,18 +465,18 @@ class BlockLayer:
                 failure = f"Could not write qcow2 header: {error.strerror}"
         elif options["driver"] != "file":
             raise schema.Refused(f"the making of '{options['driver']}' images is not simulated")
-        self.state.jobs[id] = replay_state.Job(
+        self.state.jobs[id] = fake_state.Job(
             id, "", "", None, 1, False, status="concluded", error=failure, type="create"
         )
         ends = ("aborting",) if failure else ("waiting", "pending")
         for status in ("created", "running", *ends, "concluded"):
             self._job_event(id, status)
 
-    def cancel(self, job: replay_state.Job) -> None:
+    def cancel(self, job: fake_state.Job) -> None:
         """End a job before its time."""
         self.end_job(job, "Operation canceled")
 
-    def end_job(self, job: replay_state.Job, error: str) -> None:
+    def end_job(self, job: fake_state.Job, error: str) -> None:
         """End a job with an ERROR, and take its filter away."""
         self._job_event(job.id, "aborting")
         told = {"device": job.id, "len": job.length, "offset": 0, "speed": 0, "type": job.type}
@@ -498,7 +492,7 @@ class BlockLayer:
         if job.auto_dismiss:
             self.dismiss(job)
 
-    def _bypass_filter(self, job: replay_state.Job) -> None:
+    def _bypass_filter(self, job: fake_state.Job) -> None:
         """Take a job's filter from over its source."""
         assert job.filter is not None
         source = self.state.nodes[job.source]
@@ -509,17 +503,17 @@ class BlockLayer:
         source.bitmaps = [bitmap for bitmap in source.bitmaps if bitmap.name is not None]
         self._drop(source.name)
 
-    def _remove_filter(self, job: replay_state.Job) -> None:
+    def _remove_filter(self, job: fake_state.Job) -> None:
         if job.filter is not None:
             del self.state.nodes[job.filter]
             job.filter = None
 
-    def dismiss(self, job: replay_state.Job) -> None:
+    def dismiss(self, job: fake_state.Job) -> None:
         self._remove_filter(job)
         del self.state.jobs[job.id]
         self._job_event(job.id, "null")
 
-    def set_paused(self, job: replay_state.Job, paused: bool) -> None:
+    def set_paused(self, job: fake_state.Job, paused: bool) -> None:
         if paused == job.paused:
             raise schema.Refused("Job is already paused" if paused else "Job is not paused")
         job.paused = paused
@@ -539,7 +533,7 @@ class BlockLayer:
 
     def _bitmap_add(self, data: Message) -> None:
         node, name = self.find(data["node"]), data["name"]
-        granularity = data.get("granularity", replay_state.CLUSTER)
+        granularity = data.get("granularity", fake_state.CLUSTER)
         if not name:
             raise schema.Refused("Bitmap name cannot be empty")
         if len(name.encode()) > 1023:
@@ -554,9 +548,9 @@ class BlockLayer:
         if any(bitmap.name == name for bitmap in node.bitmaps):
             raise schema.Refused(f"Bitmap already exists: {name}")
         recording = not data.get("disabled", False)
-        node.bitmaps.append(replay_state.Bitmap(name, granularity, persistent, recording))
+        node.bitmaps.append(fake_state.Bitmap(name, granularity, persistent, recording))
 
-    def _usable_bitmap(self, data: Message, key: str = "name") -> replay_state.Bitmap:
+    def _usable_bitmap(self, data: Message, key: str = "name") -> fake_state.Bitmap:
         bitmap = self.find(data["node"]).bitmap(data[key])
         _check_free(bitmap)
         return bitmap
@@ -570,7 +564,7 @@ class BlockLayer:
 
     # --- exports ---
 
-    def export(self, export: replay_state.Export, bitmaps: Iterable[Any]) -> None:
+    def export(self, export: fake_state.Export, bitmaps: Iterable[Any]) -> None:
         """Add EXPORT, whose node was looked up, with BITMAPS."""
         if export.name in {other.name for other in self.state.exports.values()}:
             raise schema.Refused(f"NBD server already has export named '{export.name}'")
@@ -579,7 +573,7 @@ class BlockLayer:
             bitmap.export = export.id
         self.state.exports[export.id] = export
 
-    def _bitmap_below(self, node: str, given: Any) -> replay_state.Bitmap:
+    def _bitmap_below(self, node: str, given: Any) -> fake_state.Bitmap:
         """A bitmap by its name, of NODE or of what it is over; or by node and name."""
         if isinstance(given, dict):
             bitmap = self.find(given["node"]).bitmap(given["name"])
@@ -663,7 +657,7 @@ def _children(graph: Any) -> dict[str, dict[str, str]]:
     return found
 
 
-def _check_free(bitmap: replay_state.Bitmap) -> None:
+def _check_free(bitmap: fake_state.Bitmap) -> None:
     if bitmap.export is not None:
         raise schema.Refused(
             f"Bitmap '{bitmap.name}' is currently in use by another operation and cannot be used"

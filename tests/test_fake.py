@@ -17,7 +17,8 @@ import pytest
 from hypothesis import strategies
 
 from tests import json_mutations, replayed
-from virtbackup.qemu import faults, qcow2, recording, replay, replay_state, traffic
+from virtbackup.qemu import qcow2, recording, traffic
+from virtbackup.test import fake, fake_state, faults
 
 HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent / "virtbackup"
@@ -57,7 +58,7 @@ class Host:
     def now(self) -> float:
         return 0.5
 
-    def open_image(self, path: str | int, readonly: bool) -> replay_state.Image:
+    def open_image(self, path: str | int, readonly: bool) -> fake_state.Image:
         if str(path).startswith("/nothere"):
             raise FileNotFoundError(2, "No such file or directory")
         return Image(path)
@@ -87,9 +88,9 @@ class Client:
 
     def __init__(self, recorded: recording.Recording, rules: tuple[faults.Rule, ...] = ()) -> None:
         self.host = Host()
-        self.replay = replay.Replay(recorded, self.host, rules)
-        self.replay.connect()
-        self.ends: list[replay.Answer] = []
+        self.fake = fake.Fake(recorded, self.host, rules)
+        self.fake.connect()
+        self.ends: list[fake.Answer] = []
         self.events: list[Message] = []
 
     def __call__(self, execute: str, *fds: int, **arguments: Any) -> Message | None:
@@ -98,7 +99,7 @@ class Client:
         return self.send({"execute": execute, "arguments": names}, *fds)
 
     def send(self, message: Any, *fds: int) -> Message | None:
-        answer = self.replay.receive(json.dumps(message).encode(), fds)
+        answer = self.fake.receive(json.dumps(message).encode(), fds)
         self.ends.append(answer)
         self.events += [told for told in answer.messages if "event" in told]
         replies = [dict(told) for told in answer.messages if "event" not in told]
@@ -140,7 +141,7 @@ def test_the_fake_answers_as_the_recorded_qemu_did(path: pathlib.Path) -> None:
     fake = Client(recorded)
     for number, exchange in enumerate(recorded.exchanges()):
         if exchange.execute == "qmp_capabilities":
-            fake.replay.connect()
+            fake.fake.connect()
         fds = (1000 + number,) if exchange.execute == "add-fd" else ()
         message = {"execute": exchange.execute, "arguments": exchange.arguments, "id": "x"}
         reply = fake.send(message, *fds)
@@ -164,7 +165,7 @@ def test_recordings_of_an_earlier_make() -> None:
     fake = Client(recorded)
     for number, exchange in enumerate(recorded.exchanges()):
         if exchange.execute == "qmp_capabilities":
-            fake.replay.connect()
+            fake.fake.connect()
         fds = (1000 + number,) if exchange.execute == "add-fd" else ()
         reply = fake.send({"execute": exchange.execute, "arguments": exchange.arguments}, *fds)
         assert replayed.comparable(reply) == replayed.comparable(exchange.reply)
@@ -225,8 +226,8 @@ def test_descriptors_that_nobody_takes_are_closed(client: Client) -> None:
     client.done("query-status", 7)
     client.done("getfd", 8, fdname="x")
     client.done("getfd", 9, fdname="x")
-    client.replay.connect()
-    client.replay.close()
+    client.fake.connect()
+    client.fake.close()
     assert client.host.closed == [7, 8, 9]
 
 
@@ -302,12 +303,12 @@ def test_wrong_messages(client: Client, message: Any, words: str) -> None:
 def test_deep_messages(client: Client, depth: int) -> None:
     nodes = '{"driver": "raw", "node-name": "n", "file": ' * depth + '"x"' + "}" * depth
     line = f'{{"execute": "blockdev-add", "arguments": {nodes}}}'
-    [reply] = client.replay.receive(line.encode()).messages
+    [reply] = client.fake.receive(line.encode()).messages
     assert "error" in reply
 
 
 def test_endless_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MAX_MESSAGE", 1000)
+    monkeypatch.setattr(fake, "MAX_MESSAGE", 1000)
     with pytest.raises(ValueError, match="longer than 1000 bytes"):
         split(b'{"' + b"x" * 2000)
 
@@ -336,7 +337,7 @@ def test_commands_of_libvirts_own_backup(client: Client) -> None:
 
 
 def split(*pieces: bytes) -> list[bytes]:
-    splitter = replay.Splitter()
+    splitter = fake.Splitter()
     found = []
     for piece in pieces:
         splitter.receive_data(piece)
@@ -388,7 +389,7 @@ def test_recordings_that_no_fake_can_be_made_from(
     exchanges: list[tuple[str, Any]], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        replay.Replay(recording.parse(_lines(*exchanges)), Host())
+        fake.Fake(recording.parse(_lines(*exchanges)), Host())
 
 
 SOUND = load(PACKAGE / "recordings" / "qemu-7.2.22.jsonl").lines[:31]
