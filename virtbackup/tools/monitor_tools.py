@@ -81,9 +81,9 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         except ValueError as error:
             raise vsh.Failure(f"'{args.text('file')}': {error}") from error
         stack.enter_context(server)
-        shell.print(str(path))
-        vsh.flush()
         with contextlib.suppress(KeyboardInterrupt):
+            shell.print(str(path))
+            vsh.flush()
             server.ended.wait()
 
 
