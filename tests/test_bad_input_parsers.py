@@ -239,7 +239,7 @@ PARSERS: dict[str, tuple[Parser, list[Any]]] = {
     "parse_jobs": (monitor_json.parse_jobs, _recorded("query-jobs")),
     "parse_block_jobs": (
         monitor_json.parse_block_jobs,
-        [[{"device": "j", "type": "backup", "status": "running", "error": "e", "len": 0}]],
+        [[{"device": "j", "type": "backup", "status": "running", "error": "e", "speed": 0}]],
     ),
     "parse_exports": (monitor_json.parse_exports, _recorded("query-block-exports")),
     "parse_features": (capabilities.parse_features, [SCHEMA]),

@@ -15,7 +15,7 @@ import pytest
 from tests import test_plan
 from tests.live import older
 from virtbackup import errors
-from virtbackup.qemu import capabilities, dialect, monitor_json
+from virtbackup.qemu import capabilities, dialect, monitor_json, naming
 
 HERE = pathlib.Path(__file__).parent / "dialectdata"
 
@@ -41,14 +41,16 @@ def conversation(caps: capabilities.Capabilities) -> list[monitor_json.Command]:
     plan = test_plan.plan(test_plan.state(), caps, disks=left_out)
     [disk] = plan.disks
     spoken = dialect.Dialect(caps)
+    drive = "" if caps.job_ids else disk.source_name
+    job = monitor_json.Job(disk.job, "backup", "running", None, drive)
     return [
         plan.server_command(),
         plan.scratch_command(disk, "/dev/fdset/0"),
         plan.transaction(),
         *plan.export_commands(disk),
         spoken.query_jobs(),
-        spoken.job_cancel(disk.job),
-        spoken.job_dismiss(disk.job),
+        spoken.job_cancel(job),
+        spoken.job_dismiss(job),
         spoken.blockdev_del(disk.scratch),
     ]
 
@@ -65,6 +67,16 @@ def test_what_is_sent(age: older.Age) -> None:
         path.write_text(text)
         pytest.fail(f"{path} written anew: read it, then run again")
     assert text == path.read_text()
+
+
+def test_a_job_without_an_id_is_known_by_its_speed() -> None:
+    backup = naming.BackupId("fedcba98")
+    for number in (0, 1, 65535):
+        job = naming.backup_job(backup, number)
+        assert naming.job_of_speed(naming.job_speed(job)) == job
+        assert naming.job_speed(job) < 1 << 63
+    for speed in (0, 1 << 20, (1 << 61) - 1, (1 << 61) + (1 << 48), (1 << 63) - 1):
+        assert naming.job_of_speed(speed) is None
 
 
 @pytest.mark.parametrize("age", older.AGES, ids=lambda age: age.name)

@@ -9,8 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-import pytest
-
 from virtbackup.qemu import hang
 
 
@@ -29,27 +27,45 @@ def reader_of(fifo: pathlib.Path) -> Iterator[int]:
             process.kill()
 
 
+def image(path: pathlib.Path, inode: int | None = None) -> hang.Image:
+    return hang.Image(str(path), inode)
+
+
 def test_a_file_system_that_answers_and_one_that_is_not_there(tmp_path: pathlib.Path) -> None:
     start = time.monotonic()
-    assert hang.hanging({str(tmp_path), str(tmp_path / "none")}, (), os.getpid(), 60) == set()
+    images = {"a": image(tmp_path), "b": image(tmp_path / "none")}
+    assert hang.hanging(images, os.getpid(), 60) == set()
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize("nameless", [False, True])
-def test_a_process_that_waits_for_a_file(tmp_path: pathlib.Path, nameless: bool) -> None:
-    here, other = tmp_path / "here", tmp_path / "other"
-    here.mkdir()
-    other.mkdir()
-    fifo = here / "fifo"
+def test_a_process_that_waits_for_a_file_whatever_its_name(tmp_path: pathlib.Path) -> None:
+    fifo = tmp_path / "fifo"
     with reader_of(fifo) as pid:
-        files = [] if nameless else [str(fifo)]
-        if nameless:
-            fifo.unlink()
-        while hang.hanging([str(here), str(other)], files, pid, 0.05) != {str(here)}:
+        images = {"it": image(tmp_path, fifo.stat().st_ino), "other": image(tmp_path, 1)}
+        fifo.unlink()
+        while hang.hanging(images, pid, 0.05) != {"it"}:
             pass  # it has not come to read yet; the test's own time limit applies
-        assert hang.hanging([str(other)], files, pid, 0.05) == set()
-        if not nameless:
-            assert hang.hanging([str(here)], [], pid, 0.05) == set()
+        assert hang.hanging({"other": images["other"]}, pid, 0.05) == set()
+
+
+def test_what_an_image_takes(tmp_path: pathlib.Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * 100_000)
+        file.flush()
+        os.fsync(file.fileno())
+        images = {"it": image(tmp_path, os.fstat(file.fileno()).st_ino), "no": image(tmp_path)}
+        assert hang.used(images, os.getpid()) == {"it": os.fstat(file.fileno()).st_blocks * 512}
+        assert hang.used(images, None) == {}
+
+
+def test_a_question_that_nobody_waits_for_leaves_no_process(tmp_path: pathlib.Path) -> None:
+    with hang.Question([str(tmp_path)]) as question:
+        assert question.unanswered([str(tmp_path)], time.monotonic() + 30) == set()
+    with hang.Question([str(tmp_path)]):
+        pass
+    end = time.monotonic() + 30
+    with hang.Question([str(tmp_path)]) as again:
+        assert again.unanswered([str(tmp_path)], end) == set()
 
 
 def test_another_process_closes_last(tmp_path: pathlib.Path) -> None:
@@ -58,10 +74,11 @@ def test_another_process_closes_last(tmp_path: pathlib.Path) -> None:
     with path.open("wb") as file:
         path.unlink()
         fd = os.dup(file.fileno())
-        status = pathlib.Path(f"/proc/self/fd/{fd}")
-        with hang.closed_by_another(os.getpid()):
-            keeper = files_of_children()
-            assert str(status.readlink()) in keeper
+        name = str(pathlib.Path(f"/proc/self/fd/{fd}").readlink())
+        with hang.closed_by_another(os.getpid(), [os.fstat(fd).st_ino]):
+            assert name in files_of_children()
+        with hang.closed_by_another(os.getpid(), []):
+            assert name not in files_of_children()
         os.close(fd)
     assert not files_of_children()
 

@@ -205,7 +205,7 @@ def test_judgement_is_by_disk() -> None:
             export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
             scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
-            directory="/scratch", threshold=None, path=None,
+            directory="/scratch", threshold=None, path=None, inode=None,
         )  # fmt: skip
 
     jobs = {

@@ -26,6 +26,7 @@ RECORDINGS = pathlib.Path(job.__file__).parents[1] / "recordings"
 REPLIES = os.environ.get("VIRTBACKUP_REPLIES")
 SHIPPED = sorted(RECORDINGS.glob("*.jsonl"))
 THEIRS = sorted(pathlib.Path(REPLIES).glob("*.replies")) if REPLIES else []
+assert THEIRS or not REPLIES, f"no *.replies in VIRTBACKUP_REPLIES={REPLIES}"
 FILES = [*SHIPPED, *THEIRS]
 
 QUERIES = ("query-", "x-debug-query-", "qom-list", "qom-get", "qmp_capabilities")

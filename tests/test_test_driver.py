@@ -512,7 +512,7 @@ def test_monitor_replay_ends_when_interrupted(state: pathlib.Path) -> None:
         (["setup.cfg"], "'setup.cfg': line 1: not JSON"),
         (
             [str(RECORDINGS / "qemu-7.2.22.jsonl"), "--socket", "/no/where/x"],
-            "cannot listen: No such",
+            "cannot listen on '/no/where/x': No such",
         ),
     ],
 )

@@ -78,6 +78,12 @@ def _domain(domain: Any, function: str) -> api.Domain:
     ours: api.Connection | None = getattr(connection, "_virtbackup", None)
     if ours is None:
         ours = connection._virtbackup = _connect(connection.getURI(), function)
+    try:
+        ours.lookupByUUIDString(domain.UUIDString())
+    except errors.Error as failure:  # what our driver serves is not what libvirt's does
+        if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        raise _unsupported(function) from failure
     id = domain.ID()
     ref = hypervisor.DomainRef(domain.name(), domain.UUIDString(), None if id < 0 else id)
     return api.Domain(ours, ref)
@@ -89,6 +95,8 @@ def _connect(uri: str, function: str) -> api.Connection:
     except errors.Error as failure:
         if failure.get_error_code() != libvirt.VIR_ERR_NO_CONNECT:
             raise
-        raise errors.error(
-            libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN
-        ) from failure
+        raise _unsupported(function) from failure
+
+
+def _unsupported(function: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)

@@ -40,7 +40,10 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     # The command's name may hold anything; what follows its last bracket is orderly.
-    return int(text[text.rindex(b")") + 2 :].split()[19])
+    fields = text[text.rindex(b")") + 2 :].split()
+    if fields[0] in (b"Z", b"X"):
+        return None  # it has ended, and its parent has not looked yet
+    return int(fields[19])
 
 
 def this_process() -> Process:

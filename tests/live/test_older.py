@@ -97,6 +97,45 @@ def test_a_job_that_was_lost_is_told(
     assert machine.state() == before
 
 
+def test_a_server_that_was_replaced_is_told_and_left_alone(
+    tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor
+) -> None:
+    address = {"type": "unix", "data": {"path": f"{tmp_path}/theirs.sock"}}
+    with virtbackup.open(monitor.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(document(tmp_path))
+        machine.probe("nbd-server-stop")
+        machine.probe("nbd-server-start", addr=address)
+        machine.probe("nbd-server-add", device="drive1", name="theirs")
+        with pytest.raises(virtbackup.Error, match="disk 'vda': its export was removed"):
+            dom.backupStop()
+    client = nbd.NBD()
+    client.set_export_name("theirs")
+    client.connect_unix(f"{tmp_path}/theirs.sock")
+    client.shutdown()
+    machine.probe("nbd-server-stop")
+
+
+def test_a_job_in_place_of_ours_is_told_and_left_alone(
+    tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor
+) -> None:
+    """It is called as ours was where jobs are called as their drives."""
+    with virtbackup.open(monitor.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(document(tmp_path))
+        ours = sorted(job["device"] for job in machine.probe("query-block-jobs"))[0]
+        machine.probe("block-job-cancel", device=ours)
+        machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+        theirs = {"job_id": ours, "device": "drive0", "target": f"{tmp_path}/theirs", "speed": 1}
+        if ours != "drive0":
+            theirs["job_id"] = "drive0"
+        machine.probe("drive-backup", sync="full", format="raw", **theirs)
+        assert dom.backupGetInfo().state == "failed"
+        with pytest.raises(virtbackup.Error, match="the backup is not good: disk 'vda': its"):
+            dom.backupStop()
+    assert [job["id"] for job in machine.probe("query-jobs")] == ["drive0"]
+
+
 @pytest.mark.parametrize("ends", ["cleanup", "start"])
 def test_what_a_crash_leaves_is_removed(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor, ends: str

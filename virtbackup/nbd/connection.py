@@ -6,6 +6,7 @@ Nothing waits: commands are issued, their answers collected when poll says so.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import select
 import time
@@ -19,6 +20,8 @@ from virtbackup import errors
 from virtbackup.nbd import store
 
 _SECTOR = 512
+_OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
+"""libnbd's error numbers for what no server said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +201,9 @@ def unreadable(export: Export, timeout: float) -> str | None:
         while not handle.aio_command_completed(read):
             _wait(handle, export, end)
     except nbd.Error as failure:
-        return os.strerror(failure.errnum) if failure.errnum else str(failure.string)
+        if failure.errnum in _OF_CONNECTION:
+            raise failed(export, "read", failure.string, 0) from failure
+        return os.strerror(failure.errnum)
     return None
 
 

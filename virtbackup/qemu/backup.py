@@ -208,9 +208,7 @@ def _disk(
         source=wanted.source,
         scratch_file=naming.scratch_file_node(backup, number),
         scratch=naming.scratch_node(backup, number),
-        job=naming.backup_job(backup, number)
-        if caps.job_ids
-        else naming.JobId(disk.drive or disk.medium.node),
+        job=naming.backup_job(backup, number),
         filter=naming.filter_node(backup, number) if hybrid else None,
         access=naming.access_node(backup, number) if hybrid else None,
         breaks_snapshot=hybrid and caps.breaks_snapshot,

@@ -225,9 +225,11 @@ class Capabilities:
         """The block graph can be asked for."""
         return "x-debug-query-block-graph" in self.commands
 
-    def named_nodes_are_safe(self, jobs: Iterable[monitor_json.Job]) -> bool:
-        """Whether this QEMU survives query-named-block-nodes while it has JOBS."""
-        ended = any(job.type == "backup" and job.status == "concluded" for job in jobs)
+    def named_nodes_are_safe(self, jobs: Iterable[monitor_json.Job] | None = None) -> bool:
+        """Whether this QEMU survives query-named-block-nodes while it has JOBS; None: whichever."""
+        ended = jobs is None or any(
+            job.type == "backup" and job.status == "concluded" for job in jobs
+        )
         return not (ended and NAMED_NODES_CRASH.affects(self.version))
 
     def check_engine(self, engine: Engine) -> None:

@@ -45,7 +45,7 @@ def check_scratch(session: domain.Session, left: status.Status) -> None:
     """Raise VIR_ERR_OPERATION_TIMEOUT where a scratch image of LEFT hangs: if its backup were ended
     then, all of QEMU would stand still until it hangs no more."""
     if hung := verdict.hanging(session, left, PATIENCE):
-        names = ", ".join(f"'{target}'" for target in hung)
+        names = ", ".join(f"'{disk.target}'" for disk in left.disks if disk.target in hung)
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_TIMEOUT,
             f"the scratch image of disk {names} hangs, and all of the guest would wait for it if"
@@ -55,11 +55,11 @@ def check_scratch(session: domain.Session, left: status.Status) -> None:
 
 def clean(
     session: domain.Session, left: status.Status | None, file: status.StatusFile
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Take the backup LEFT out of QEMU, then its files; without a status, all that is ours by name.
 
-    A line for each thing done. Where not all of it could be taken out, the status stays, for the
-    next clean to finish. Errors: sweep.ClientStuck, before anything is deleted.
+    (A line for each thing done, what is still there.) Where not all of it could be taken out, the
+    status stays, for the next clean to finish. Errors: as ``take_out``.
     """
     if left is not None and _started_server(session, left):
         # Noted before it is cut off, as then it is no longer seen to listen.
@@ -72,7 +72,7 @@ def clean(
         file.save(dataclasses.replace(left, phase="stopping", told=True))
     elif left is not None:
         removed += forget(left, file)
-    return removed
+    return removed, rest
 
 
 def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[str], list[str]]:
@@ -119,11 +119,9 @@ def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Swe
     """What takes the backup LEFT, or all that is ours by name, out of QEMU."""
     if left is None:
         return sweep.Sweeper(session.qemu, session.capabilities, None)
-    by_drive = frozenset(disk.job for disk in left.disks if naming.backup_of(disk.job) is None)
-    if session.restarted_since(left.qemu):
-        by_drive = frozenset()  # another QEMU's jobs have the same names
+    inodes = frozenset(disk.inode for disk in left.disks if disk.inode is not None)
     return sweep.Sweeper(
-        session.qemu, session.capabilities, left.id, session.pid, _address(left), by_drive
+        session.qemu, session.capabilities, left.id, session.pid, _address(left), inodes
     )
 
 
@@ -140,8 +138,21 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
 
 def remove_files(left: status.Status) -> list[str]:
     """Remove the scratch images that have a name; a line for each."""
-    paths = [disk.path for disk in left.disks if disk.path is not None]
+    paths = [disk.path for disk in left.disks if disk.path is not None and _is_image_of(disk)]
     return [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+
+
+def _is_image_of(disk: status.DiskStatus) -> bool:
+    """Whether what lies at the path of DISK's scratch image is that, and nothing of the user's."""
+    path = pathlib.Path(str(disk.path))
+    if naming.backup_of(path.stem):
+        return True
+    if disk.inode is None:  # the start did not come to note it
+        return scratch.is_unused_image(str(path), disk.size)
+    try:
+        return path.lstat().st_ino == disk.inode
+    except OSError:
+        return False
 
 
 def socket_inode(address: backup_conf.Address) -> int | None:
@@ -205,13 +216,21 @@ def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweepe
 def _owns_server(session: domain.Session, left: status.Status | None, had_exports: bool) -> bool:
     """Whether an NBD server runs that is ours to stop: nobody else may export on it."""
     if not session.capabilities.block_exports:
-        return left is not None and bool(left.server) and not session.restarted_since(left.qemu)
+        return left is not None and still_serves(session, left)
     reply = session.qemu.execute(monitor_json.query_block_exports())
     if any(export.type == "nbd" for export in monitor_json.parse_exports(reply).values()):
         return False
     if left is None:
         return had_exports
     return bool(left.server) and not session.restarted_since(left.qemu)
+
+
+def still_serves(session: domain.Session, left: status.Status) -> bool:
+    """Whether the NBD server that LEFT started still listens, as far as can be seen: where exports
+    cannot be asked for, all that tells whether somebody stopped it."""
+    if not left.server or session.restarted_since(left.qemu):
+        return False
+    return session.pid is None or nbdserver.listens(session.pid, _address(left))
 
 
 def _started_server(session: domain.Session, left: status.Status) -> bool:

@@ -59,6 +59,7 @@ class Dialect:
             filter,
             "break-snapshot" if breaks_snapshot else None,
             False if self.caps.auto_dismiss else None,
+            None if self.caps.job_ids else naming.job_speed(job),
         )
 
     def query_jobs(self) -> monitor_json.Command:
@@ -72,16 +73,16 @@ class Dialect:
             return monitor_json.parse_jobs(reply)
         return monitor_json.parse_block_jobs(reply)
 
-    def job_cancel(self, job: naming.JobId) -> monitor_json.Command:
+    def job_cancel(self, job: monitor_json.Job) -> monitor_json.Command:
         if self.caps.query_jobs:
-            return monitor_json.job_cancel(job)
-        return monitor_json.block_job_cancel(job)
+            return monitor_json.job_cancel(job.id)
+        return monitor_json.block_job_cancel(job.device or job.id)
 
-    def job_dismiss(self, job: naming.JobId) -> monitor_json.Command:
+    def job_dismiss(self, job: monitor_json.Job) -> monitor_json.Command:
         """Of a job that has ended and is still there."""
         if self.caps.query_jobs:
-            return monitor_json.job_dismiss(job)
-        return monitor_json.block_job_dismiss(job)
+            return monitor_json.job_dismiss(job.id)
+        return monitor_json.block_job_dismiss(job.device or job.id)
 
     # --- NBD ---
 

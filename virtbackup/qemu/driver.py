@@ -151,8 +151,7 @@ class QmpDriver:
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         with self._session() as session:
-            disks = domain.ask(session.qemu, session.capabilities).disks
-            return domain.definition(session.ref, disks).format()
+            return domain.definition(session.ref, self._job.disks(session)).format()
 
     # --- backup ---
 

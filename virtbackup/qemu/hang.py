@@ -9,87 +9,124 @@ is asked, from outside, and what a close waits for is left to others.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 _LOOK_AGAIN = 0.002
 _CLOSING = 2.0
 """Seconds to wait for a file to be closed."""
-_NAMELESS = " (deleted)"
-"""How proc(5) marks files without a name."""
+_INODE = re.compile(r"^ino:\s*(\d+)$", re.MULTILINE)
 
 _pending: dict[str, subprocess.Popen[bytes]] = {}
-"""Directory -> who still waits for its file system: nobody else needs to."""
+"""Path -> who still waits for its file system: nobody else needs to."""
 _keepers: list[subprocess.Popen[bytes]] = []
 """Processes that wait to close a file."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A scratch image: what is known of it without looking at its file system."""
+
+    directory: str
+    """Where it was made."""
+    inode: int | None
+    """None while it has none, and where that is not known."""
+
+
 class Question:
-    """Whether the file systems of directories answer; asked at once, for the answer to be there
-    when it is wanted."""
+    """Whether file systems answer that files or directories are on; asked at once, for the answer
+    to be there when it is wanted. A context: who has not answered by its end is not waited for."""
 
-    def __init__(self, directories: Collection[str]) -> None:
-        self._asked = {name: asked for name in directories if (asked := _ask(name)) is not None}
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._asked = {path: asked for path in paths if (asked := _ask(path)) is not None}
 
-    def unanswered(self, directories: Collection[str], end: float) -> frozenset[str]:
-        """Those of DIRECTORIES without an answer at END, by the monotonic clock."""
-        asked = {name: one for name, one in self._asked.items() if name in directories}
-        while pending := {name for name, one in asked.items() if one.poll() is None}:
+    def unanswered(self, paths: Collection[str], end: float) -> frozenset[str]:
+        """Those of PATHS without an answer at END, by the monotonic clock."""
+        asked = {path: one for path, one in self._asked.items() if path in paths}
+        while pending := {path for path, one in asked.items() if one.poll() is None}:
             if time.monotonic() > end:
                 break
             time.sleep(_LOOK_AGAIN)
-        for name in pending:
-            _pending[name] = self._asked[name]
-            self._asked[name].kill()  # heeded once the file system lets it
         return frozenset(pending)
 
+    def __enter__(self) -> "Question":
+        return self
 
-def hanging(
-    directories: Collection[str], files: Collection[str], pid: int | None, limit: float
-) -> frozenset[str]:
-    """Those of DIRECTORIES whose file system does not answer within LIMIT seconds, or in which a
-    request of process PID is under way for that long: for a file without a name, or one of FILES.
+    def __exit__(self, *_: object) -> None:
+        for path, one in self._asked.items():
+            if one.poll() is None:
+                _pending[path] = one
+                one.kill()  # heeded once the file system lets it
 
-    All names are free of symbolic links. Where nothing hangs this takes a few milliseconds.
+
+def hanging(images: Mapping[str, Image], pid: int | None, limit: float) -> frozenset[str]:
+    """Those of IMAGES, by their keys, whose file system does not answer within LIMIT seconds, or
+    for which a request of process PID is under way for that long.
+
+    The images are asked by PID's own descriptors, as a name may lead elsewhere by now; where those
+    cannot be seen, by their directories. Where nothing hangs this takes a few milliseconds.
     """
     end = time.monotonic() + limit
-    question = Question(directories)
-    under_way = {} if pid is None else _requests(pid, directories, files)
-    found = question.unanswered(directories, end)
+    opened = _opened(pid, {image.inode for image in images.values()})
+    paths = {
+        key: [f"/proc/{pid}/fd/{fd}" for fd, inode in opened.items() if inode == image.inode]
+        or [image.directory]
+        for key, image in images.items()
+    }
+    with Question({path for some in paths.values() for path in some}) as question:
+        under_way = _requests(pid, opened)
+        silent = question.unanswered({path for some in paths.values() for path in some}, end)
     while under_way := {
         thread: was for thread, was in under_way.items() if _call(thread) == was[0]
     }:
         if time.monotonic() > end:
             break
         time.sleep(_LOOK_AGAIN)
-    return found | {directory for _, directory in under_way.values()}
+    waited_for = {inode for _, inode in under_way.values()}
+    return frozenset(
+        key
+        for key, image in images.items()
+        if not silent.isdisjoint(paths[key]) or image.inode in waited_for
+    )
 
 
-def _ask(directory: str) -> "subprocess.Popen[bytes] | None":
-    """Have another process change the directory's access time: a file system that is frozen, too,
-    answers only what changes nothing. A process that hangs in it may not be to be killed."""
-    pending = _pending.pop(directory, None)
+def used(images: Mapping[str, Image], pid: int | None) -> dict[str, int]:
+    """Key -> bytes that an image takes on its file system, which must answer; only those that
+    process PID is seen to have open."""
+    sizes = {}
+    for fd, inode in _opened(pid, {image.inode for image in images.values()}).items():
+        with contextlib.suppress(OSError):
+            sizes[inode] = pathlib.Path(f"/proc/{pid}/fd/{fd}").stat().st_blocks * 512
+    return {key: sizes[image.inode] for key, image in images.items() if image.inode in sizes}
+
+
+def _ask(path: str) -> "subprocess.Popen[bytes] | None":
+    """Have another process change the access time of what is at PATH: a file system that is frozen,
+    too, answers only what changes nothing. A process that hangs in it may not be to be killed."""
+    pending = _pending.pop(path, None)
     if pending is not None and pending.poll() is None:
         return pending
-    return _run("touch", "-c", "-a", "--", directory)
+    return _run("touch", "-c", "-a", "--", path)
 
 
 @contextlib.contextmanager
-def closed_by_another(pid: int | None) -> Iterator[None]:
-    """Keep process PID from being the last to close its files without a name.
+def closed_by_another(pid: int | None, inodes: Collection[int]) -> Iterator[None]:
+    """Keep process PID from being the last to close the files with INODES.
 
     Who is waits for what is still being written to the file, and for its blocks to be freed. So
     that is another process, when this ends; it may outlive us.
     """
     with contextlib.ExitStack() as ours:
         fds = []
-        for entry, _ in [] if pid is None else _files(pid, ()):
+        for fd in _opened(pid, inodes):
             with contextlib.suppress(OSError):
-                fds.append(os.open(entry, os.O_PATH | os.O_CLOEXEC))
+                fds.append(os.open(f"/proc/{pid}/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
                 ours.callback(os.close, fds[-1])
         keeper = _run("cat", pass_fds=fds, stdin=subprocess.PIPE) if fds else None
     try:
@@ -109,38 +146,32 @@ def _run(*argv: str, **options: Any) -> "subprocess.Popen[bytes] | None":
     return None
 
 
-def _files(pid: int, files: Collection[str]) -> Iterator[tuple[pathlib.Path, str]]:
-    """Descriptors of process PID, as proc(5) has them, that are of a file without a name or of one
-    of FILES, and the file's last name. None where ptrace(2) is not allowed us."""
+def _opened(pid: int | None, inodes: Collection[int | None]) -> dict[int, int]:
+    """Descriptor of process PID -> which of the files with INODES it is of. Empty where ptrace(2)
+    is not allowed us, on which proc(5) makes this depend."""
+    found = {}
     with contextlib.suppress(OSError):
-        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        for entry in pathlib.Path(f"/proc/{pid}/fdinfo").iterdir():
             with contextlib.suppress(OSError):
-                name = str(entry.readlink())
-                if name.endswith(_NAMELESS) or name in files:
-                    yield entry, name
+                match = _INODE.search(entry.read_text())
+                if match and int(match[1]) in inodes:
+                    found[int(entry.name)] = int(match[1])
+    return found
 
 
 def _requests(
-    pid: int, directories: Collection[str], files: Collection[str]
-) -> dict[pathlib.Path, tuple[list[str], str]]:
-    """Thread of process PID -> (the system call it is in, the directory of the file it is for).
-
-    Empty where ptrace(2) is not allowed us.
-    """
-    opened = {}
-    for entry, name in _files(pid, files):
-        directory = str(pathlib.Path(name).parent)
-        if directory in directories:
-            opened[int(entry.name)] = directory
+    pid: int | None, opened: Mapping[int, int]
+) -> dict[pathlib.Path, tuple[list[str], int]]:
+    """Thread of process PID -> (the system call it is in, the inode of the file it is for)."""
+    found: dict[pathlib.Path, tuple[list[str], int]] = {}
     if not opened:
-        return {}
-    found = {}
+        return found
     with contextlib.suppress(OSError):
         for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
             call = _call(thread)
             # Its number and first argument; a thread that runs has neither.
-            if len(call) > 1 and (place := opened.get(int(call[1], 16))):
-                found[thread] = (call, place)
+            if len(call) > 1 and (inode := opened.get(int(call[1], 16))):
+                found[thread] = (call, inode)
     return found
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import libvirt
 
@@ -18,6 +18,7 @@ from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
     backup,
+    block,
     blockjob,
     capabilities,
     cleanup,
@@ -60,8 +61,11 @@ class BackupJob:
         remains of a start that fails.
         """
         sources = [disk.source or storage_conf.Source() for disk in definition.disks]
-        asked = scratch.ask([storage_conf.Source(), *sources])
-        with self._file.locked(), self._connect() as session:
+        with (
+            scratch.ask([storage_conf.Source(), *sources]) as asked,
+            self._file.locked(),
+            self._connect() as session,
+        ):
             state = self._make_room(session)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
@@ -175,7 +179,11 @@ class BackupJob:
                 with self._connect() as session:
                     return verdict.look(session, running)
             except monitor.NotListening:
-                return verdict.info(running, verdict.of_all(running, _GONE), [])
+                return verdict.info(running, verdict.of_all(running, _GONE))
+
+    def disks(self, session: domain.Session) -> tuple[block.Disk, ...]:
+        """The domain's disks. Errors: ``cleanup.check_scratch``'s."""
+        return _ask(session, self._file.load()).disks
 
     def cleanup(self) -> list[str]:
         """Remove what a crash left; a line for each thing. Errors: VIR_ERR_OPERATION_INVALID
@@ -191,7 +199,8 @@ class BackupJob:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
-                    removed = cleanup.clean(session, left, self._file)
+                    removed, rest = cleanup.clean(session, left, self._file)
+                    _check_removed(rest)
             except monitor.NotListening:
                 removed = cleanup.forget(left, self._file) if left is not None else []
             return removed + runtime.sweep()
@@ -217,8 +226,10 @@ class BackupJob:
             logger.info("left by a process that is gone, removed: %s", line)
         if left is None and not state.backups():
             return state
-        for line in cleanup.clean(session, left, self._file):
+        removed, rest = cleanup.clean(session, left, self._file)
+        for line in removed:
             logger.info("left by an earlier backup, removed: %s", line)
+        _check_removed(rest)
         return domain.ask(session.qemu, session.capabilities)
 
     def _run(self, run: process.Run, session: domain.Session, starting: status.Status) -> None:
@@ -229,14 +240,17 @@ class BackupJob:
             socket = cleanup.socket_inode(run.plan.address)
             starting = dataclasses.replace(starting, server=True, socket=socket)
             run.scratch_images()
+            starting = _with_inodes(starting, run.inodes)
+            self._file.save(starting)
             run.freeze()
             run.exports()
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
             for image in run.images:
                 os.close(image.fd)
-            if isinstance(failure, process.ServerInUse):
+            if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
+            starting = _with_inodes(starting, run.inodes)
             self._undo(session, _without_others_files(starting, run.created))
             raise
         logger.info("backup=%s started disks=%d", starting.id, len(starting.disks))
@@ -274,6 +288,9 @@ class BackupJob:
             return running.verdict
         cleanup.check_scratch(session, running)
         before = verdict.look_at(session, running)
+        if not session.capabilities.block_exports and not cleanup.still_serves(session, running):
+            before = dataclasses.replace(before, exports={})
+            running = dataclasses.replace(running, server=False)
         sweeper = cleanup.sweeper_of(session, running)
         sweeper.end_clients()
         self._file.save(dataclasses.replace(running, phase="stopping"))
@@ -281,6 +298,7 @@ class BackupJob:
             sweeper.exports()
         elif running.server:
             sweeper.server()
+            running = dataclasses.replace(running, server=False)
         sight = verdict.look_at(session, running)
         sight = dataclasses.replace(
             sight,
@@ -330,12 +348,21 @@ def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     return nbdserver.send_clients_away(pid, address, nbdserver.pause) == 0
 
 
+def _check_removed(rest: Sequence[str]) -> None:
+    if rest:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            f"what is left of a backup cannot be removed, as it is in use: {', '.join(rest)}",
+        )
+
+
 def _ask(session: domain.Session, left: status.Status | None) -> backup.BlockState:
     """What a plan needs to know, with backup LEFT in QEMU or not.
 
-    Errors: without devices ``cleanup.check_scratch``'s, as QEMU looks at all nodes' files then.
+    Errors: where QEMU has to look at all nodes' files for it, ``cleanup.check_scratch``'s.
     """
-    if left is not None and not session.capabilities.devices:
+    caps = session.capabilities
+    if left is not None and not (caps.devices and caps.block_graph):
         cleanup.check_scratch(session, left)
     return domain.ask(session.qemu, session.capabilities)
 
@@ -395,10 +422,16 @@ def _starting(
                 directory=os.path.realpath(scratch.place(disk.source)),
                 threshold=thresholds.get(disk.target),
                 path=scratch.name(disk.source, disk.opaque),
+                inode=None,
             )
             for disk in plan.disks
         ),
     )
+
+
+def _with_inodes(starting: status.Status, inodes: Mapping[str, int]) -> status.Status:
+    disks = (dataclasses.replace(disk, inode=inodes.get(disk.target)) for disk in starting.disks)
+    return dataclasses.replace(starting, disks=tuple(disks))
 
 
 def _without_others_files(starting: status.Status, created: list[str]) -> status.Status:

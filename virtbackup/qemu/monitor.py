@@ -339,7 +339,8 @@ class Monitor:
 
     def _record(self, direction: str, line: bytes) -> None:
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("monitor=%s %s %s", self.path, direction, line.decode(errors="replace"))
+            text = line.decode(errors="replace").strip()
+            logger.debug("monitor=%s %s %s", self.path, direction, text)
         if self._trace is None:
             return
         now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)

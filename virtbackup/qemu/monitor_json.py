@@ -277,11 +277,12 @@ def blockdev_backup(
     filter: naming.NodeName | None = None,
     on_cbw_error: Literal["break-snapshot"] | None = None,
     auto_dismiss: bool | None = False,
+    speed: int | None = None,
 ) -> dict[str, Any]:
     """The transaction action: from now on, old data of DEVICE goes to TARGET before it is lost.
 
-    JOB None: the job has the id of its device. ON_CBW_ERROR says what breaks when TARGET fails;
-    None is the guest's write.
+    JOB None: the job has the id of its device. SPEED, in bytes a second, limits nothing here.
+    ON_CBW_ERROR says what breaks when TARGET fails; None is the guest's write.
     """
     data = {
         "job-id": job,
@@ -289,6 +290,7 @@ def blockdev_backup(
         "target": target,
         "sync": "none",
         "auto-dismiss": auto_dismiss,
+        "speed": speed,
         "filter-node-name": filter,
         "on-cbw-error": on_cbw_error,
     }
@@ -316,6 +318,8 @@ class Job:
     type: str
     status: str
     error: str | None
+    device: str = ""
+    """By what QEMU calls a job that could not be given an id of ours; else empty."""
 
 
 def parse_jobs(reply: Any) -> dict[naming.JobId, Job]:
@@ -328,22 +332,25 @@ def parse_jobs(reply: Any) -> dict[naming.JobId, Job]:
 
 
 def parse_block_jobs(reply: Any) -> dict[naming.JobId, Job]:
-    """``query-block-jobs``: before QEMU 2.12 a job has no status, and is gone when it ends."""
+    """``query-block-jobs``: before QEMU 2.12 a job has no status, and is gone when it ends. A job
+    that has its drive's id and the speed of one of ours goes by our name for it."""
     jobs = {}
     for item in _list(reply):
-        id = naming.JobId(_str(item, "device"))
+        device = _str(item, "device")
+        ours = naming.job_of_speed(_int(item, "speed"))
+        id = ours or naming.JobId(device)
         status = _str(item, "status") if "status" in item else "running"
         error = qmp.one_line(_str(item, "error")) if "error" in item else None
-        jobs[id] = Job(id, _str(item, "type"), status, error)
+        jobs[id] = Job(id, _str(item, "type"), status, error, device if ours else "")
     return jobs
 
 
-def block_job_cancel(job: naming.JobId) -> Command:
+def block_job_cancel(job: str) -> Command:
     """Also of a job that somebody has paused. Fails as JobNotFound when the job is gone."""
     return _command("block-job-cancel", device=job, force=True)
 
 
-def block_job_dismiss(job: naming.JobId) -> Command:
+def block_job_dismiss(job: str) -> Command:
     return _command("block-job-dismiss", id=job)
 
 

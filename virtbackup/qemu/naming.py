@@ -14,6 +14,8 @@ ExportId = NewType("ExportId", str)
 BackupId = NewType("BackupId", str)
 
 PREFIX = "virtbackup-"
+_JOB = re.compile(PREFIX + r"([0-9a-f]{8})-(\d+)")
+_SPEED = 1 << 61
 _OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*")
 
 
@@ -67,6 +69,21 @@ def is_image(node: NodeName) -> bool:
 def backup_job(backup: BackupId, number: int) -> JobId:
     """The job that copies old data before the guest's writes."""
     return JobId(f"{PREFIX}{backup}-{number}")
+
+
+def job_speed(job: JobId) -> int:
+    """A speed, bytes a second, that no other job has: for a QEMU where a job has no id of ours."""
+    match = _JOB.fullmatch(job)
+    assert match is not None
+    return _SPEED + (int(match[1], 16) << 16) + int(match[2])
+
+
+def job_of_speed(speed: int) -> JobId | None:
+    """Our job that has SPEED; None: it is none of ours."""
+    number = speed - _SPEED
+    if not 0 <= number < 1 << 48:
+        return None
+    return backup_job(BackupId(f"{number >> 16:08x}"), number & 0xFFFF)
 
 
 def export(backup: BackupId, number: int) -> ExportId:

@@ -10,6 +10,7 @@ down, while QEMU's loop runs.
 
 import contextlib
 import fcntl
+import ipaddress
 import logging
 import os
 import pathlib
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 3.0
 """Seconds for QEMU to notice that its clients are gone."""
+
+IpNumber = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _PIDFD_GETFD = 438
 _SO_SNDBUFFORCE = 32
@@ -118,6 +121,26 @@ def listens(pid: int, address: backup_conf.Address) -> bool:
     return bool(_inodes(pid, address)[0])
 
 
+def is_reached(pid: int | None, address: backup_conf.Address) -> bool:
+    """Whether who connects to ADDRESS from here comes to process PID's server, as far as can be
+    seen: the same network and file systems, and a socket of that process listens there. Not by a
+    host's name, which would have to be looked up."""
+    if pid is None:
+        return False
+    if isinstance(address, backup_conf.IpAddress) and _number(address.host) is None:
+        return False
+    try:
+        for kind in ("net", "mnt"):
+            ours, theirs = (
+                pathlib.Path(f"/proc/{who}/ns/{kind}").readlink() for who in ("self", pid)
+            )
+            if ours != theirs:
+                return False
+    except OSError:
+        return False
+    return any(_descriptors(pid, inode) for inode in _inodes(pid, address)[0])
+
+
 def answers(address: backup_conf.Address) -> bool:
     """Whether anybody listens on ADDRESS."""
     try:
@@ -172,8 +195,13 @@ def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int
     match address:
         case backup_conf.UnixAddress(path):
             return _unix_inodes(_lines(pid, "unix"), path)
-        case backup_conf.IpAddress(_, port):
-            return _tcp_inodes([*_lines(pid, "tcp"), *_lines(pid, "tcp6")], port)
+        case backup_conf.IpAddress(host, port):
+            lines = [*_lines(pid, "tcp"), *_lines(pid, "tcp6")]
+            listening, connected = _tcp_inodes(lines, _number(host), port)
+            if any(_descriptors(pid, inode) for inode in listening):
+                # Others may serve the same port of other addresses.
+                connected = [inode for inode in connected if _descriptors(pid, inode)]
+            return listening, connected
 
 
 def _unix_inodes(lines: list[str], path: str) -> tuple[list[int], list[int]]:
@@ -186,15 +214,39 @@ def _unix_inodes(lines: list[str], path: str) -> tuple[list[int], list[int]]:
     return listening, connected
 
 
-def _tcp_inodes(lines: list[str], port: int) -> tuple[list[int], list[int]]:
+def _tcp_inodes(lines: list[str], host: IpNumber | None, port: int) -> tuple[list[int], list[int]]:
+    """Those at HOST; with None at any."""
     listening: list[int] = []
     connected: list[int] = []
     for line in lines:
         fields = line.split()
+        here, _, there = fields[1].partition(":")
         inode = int(fields[9])
-        if inode and fields[1].endswith(f":{port:04X}"):
-            (listening if fields[3] == _TCP_LISTEN else connected).append(inode)
+        if not inode or int(there, 16) != port:
+            continue
+        number = _parse_number(here)
+        if fields[3] == _TCP_LISTEN:
+            if host in (None, number):
+                listening.append(inode)
+        elif host is None or host.is_unspecified or number == host:
+            connected.append(inode)
     return listening, connected
+
+
+def _number(host: str) -> IpNumber | None:
+    """The address that HOST is, if it is no name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _parse_number(text: str) -> IpNumber:
+    """An address as proc(5) has it: words in the machine's byte order. What is IPv4 is told so."""
+    words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
+    number = ipaddress.ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+    mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
+    return mapped or number
 
 
 def _lines(pid: int, table: str) -> list[str]:

@@ -18,16 +18,11 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, qcow2, scratch, watch
 
 
-class ServerInUse(errors.Error):
-    """QEMU's one NBD server was started by somebody else."""
+class ServerRefused(errors.Error):
+    """QEMU did not start the NBD server."""
 
-    def __init__(self) -> None:
-        text = "the domain's NBD server is already in use by another job or client"
-        super().__init__(
-            libvirt.VIR_ERR_OPERATION_INVALID,
-            f"Requested operation is not valid: {text}",
-            strings=("Requested operation is not valid: %s", text, None),
-        )
+    def __init__(self, code: int, text: str, detail: str) -> None:
+        super().__init__(code, text % detail, strings=(text, detail, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +36,29 @@ class Run:
     thresholds: Mapping[str, int]
     created: list[str] = dataclasses.field(default_factory=list)
     """Files with a name that this run has made, so far."""
+    inodes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Disk -> the inode of its scratch image, so far."""
     images: list[watch.Image] = dataclasses.field(default_factory=list)
     """The scratch images that may grow, so far; the descriptors are the caller's to close."""
 
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
 
-        Errors: ServerInUse, VIR_ERR_OPERATION_FAILED with the address.
+        Errors: ServerRefused: VIR_ERR_OPERATION_INVALID when somebody else has started it, else
+        VIR_ERR_OPERATION_FAILED with the address.
         """
         try:
             self.qemu.execute(self.plan.server_command())
         except monitor_json.CommandFailed as failure:
             if failure.desc == "NBD server already running":
-                raise ServerInUse from failure
-            raise errors.error(
+                raise ServerRefused(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    "Requested operation is not valid: %s",
+                    "the domain's NBD server is already in use by another job or client",
+                ) from failure
+            raise ServerRefused(
                 libvirt.VIR_ERR_OPERATION_FAILED,
+                "operation failed: %s",
                 f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}",
             ) from failure
 
@@ -110,6 +113,7 @@ class Run:
             fd = scratch.create(path, disk.target, self.qemu.peer_uid())
             self.created.append(path)
         try:
+            self.inodes[disk.target] = os.fstat(fd).st_ino
             scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve))
             if not disk.source.reserve:
                 worst_case = qcow2.full_size(disk.size)

@@ -101,10 +101,11 @@ def spaces(images: Iterable[Wanted]) -> list[Space]:
         least = reserved + sum(min(LEAST_FREE, image.worst_case) for image in growing)
         if space.free < least:
             targets = ", ".join(f"'{image.target}'" for image in group)
+            disks = "disks" if len(group) > 1 else "disk"
             raise errors.system_error(
                 OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-                f"scratch space for disk {targets} in '{group[0].directory}' needs at least"
-                f" {_mib(least)}, {_mib(space.free)} are free",
+                f"scratch space for {disks} {targets} in '{group[0].directory}' needs at least"
+                f" {_mib(least)}, {space.free >> 10} KiB are free",
             )
         found.append(dataclasses.replace(space, free=space.free - reserved))
     return found
@@ -122,7 +123,7 @@ def _mib(size: int) -> str:
 
 def default_directory() -> str:
     """Where images go for which nobody named a place: $VIRTBACKUP_SCRATCH_DIR or /var/tmp."""
-    return os.environ.get("VIRTBACKUP_SCRATCH_DIR") or "/var/tmp"
+    return str(pathlib.Path(os.environ.get("VIRTBACKUP_SCRATCH_DIR") or "/var/tmp").absolute())
 
 
 def place(source: storage_conf.Source) -> str:
@@ -136,7 +137,7 @@ def name(source: storage_conf.Source, opaque: str) -> str:
 
 
 def ask(sources: Iterable[storage_conf.Source]) -> hang.Question:
-    """Whether the file systems answer where images are going to be."""
+    """Whether the file systems answer where images may be going to be."""
     return hang.Question({place(source.placed(default_directory())) for source in sources})
 
 
@@ -204,6 +205,26 @@ def format(fd: int, size: int, target: str, reserve: bool = False) -> None:
         raise errors.system_error(
             failure, f"cannot format the scratch image of disk '{target}'"
         ) from failure
+
+
+def is_unused_image(path: str, size: int) -> bool:
+    """Whether what is at PATH is an image of SIZE guest-visible bytes as ``create`` and ``format``
+    make it or were just making it, and nothing else that somebody put there."""
+    try:
+        with pathlib.Path(path).open("rb") as file:
+            found = os.fstat(file.fileno())
+            if not found.st_size:
+                return found.st_mode & 0o7777 == 0o600
+            if found.st_size > qcow2.full_size(size):
+                return False
+            for offset, data in qcow2.empty_image(size):
+                file.seek(offset)
+                here = file.read(len(data))
+                if here.rstrip(b"\0") != data[: len(here)].rstrip(b"\0") and any(here):
+                    return False
+    except OSError:
+        return False
+    return True
 
 
 def remove(path: str) -> bool:

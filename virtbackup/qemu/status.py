@@ -24,7 +24,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -56,6 +56,8 @@ class DiskStatus:
     """Bytes of the scratch image beyond which QEMU took a note; None: no need to."""
     path: str | None
     """A file of ours that has a name for now; None once it has none."""
+    inode: int | None
+    """The scratch image's, once it is made."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Sweeper:
     """QEMU's process, where it can be seen."""
     address: backup_conf.Address | None = None
     """Of our NBD server, where it is known."""
-    jobs_by_drive: frozenset[naming.JobId] = frozenset()
-    """Jobs of ours that have no name of ours, where a job cannot be given one."""
+    inodes: frozenset[int] = frozenset()
+    """Of our scratch images, where they are known."""
 
     @property
     def _dialect(self) -> dialect.Dialect:
@@ -140,9 +140,9 @@ class Sweeper:
                 break
             for job in jobs:
                 if job.status == _CONCLUDED:
-                    self._execute(self._dialect.job_dismiss(job.id))
+                    self._execute(self._dialect.job_dismiss(job))
                 elif job.id not in ended:
-                    self._execute(self._dialect.job_cancel(job.id))
+                    self._execute(self._dialect.job_cancel(job))
                 ended[job.id] = None
             if any(job.status != _CONCLUDED for job in jobs):
                 self._wait("JOB_STATUS_CHANGE")
@@ -162,7 +162,7 @@ class Sweeper:
 
     def scratch_images(self) -> list[str]:
         """Delete our scratch images, after the jobs; the node of an image's file goes with it."""
-        with hang.closed_by_another(self.pid):
+        with hang.closed_by_another(self.pid, self.inodes):
             return self._delete(filter(naming.is_image, self._own_nodes()))
 
     def delete_node(self, node: naming.NodeName) -> bool:
@@ -179,7 +179,7 @@ class Sweeper:
         jobs, without waiting for either. What is read from now on is not the frozen disk."""
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
-            *(self._dialect.job_cancel(job.id) for job in self._own_jobs()),
+            *(self._dialect.job_cancel(job) for job in self._own_jobs()),
         ]
         try:
             self.qemu.execute_all(commands)
@@ -217,11 +217,7 @@ class Sweeper:
 
     def _own_jobs(self) -> list[monitor_json.Job]:
         jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
-        return [
-            job
-            for id, job in jobs.items()
-            if self._is_ours(id) or (id in self.jobs_by_drive and job.type == "backup")
-        ]
+        return [job for id, job in jobs.items() if self._is_ours(id)]
 
     def _own_nodes(self) -> list[naming.NodeName]:
         nodes = self._node_names()

@@ -3,8 +3,8 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
@@ -15,6 +15,7 @@ from virtbackup.qemu import (
     hang,
     monitor_json,
     naming,
+    nbdserver,
     probe,
     qcow2,
     scratch,
@@ -31,23 +32,35 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     sight = look_at(session, running)
     hung = hanging(session, running, PATIENCE)
     if not hung:
-        sight = dataclasses.replace(sight, unreadable=_seen_by_client(running, sight))
+        sight = dataclasses.replace(sight, unreadable=_seen_by_client(session, running, sight))
     reasons = judge(session, running, sight)
-    nodes: Any = []
-    if not hung and caps.named_nodes_are_safe(sight.jobs.values()):
+    if hung:
+        return info(running, reasons, hung=hung)
+    used = hang.used(_images(running), session.pid)
+    thresholds: Mapping[naming.NodeName, int] = {}
+    if caps.named_nodes_are_safe():
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
-    return info(running, reasons, nodes, hung)
+        thresholds = block.parse_write_thresholds(nodes)
+        sizes = block.parse_actual_sizes(nodes)
+        used = {
+            disk.target: sizes[disk.scratch_file]
+            for disk in running.disks
+            if disk.scratch_file in sizes
+        }
+    return info(running, reasons, used, thresholds)
 
 
-def hanging(session: domain.Session, running: status.Status, limit: float) -> tuple[str, ...]:
+def hanging(session: domain.Session, running: status.Status, limit: float) -> frozenset[str]:
     """The disks whose scratch image has not taken a request for LIMIT seconds: QEMU would stand
     still if it were to look at the image, or to wait for the guest's writes."""
     if session.restarted_since(running.qemu):
-        return ()
-    directories = {disk.directory for disk in running.disks}
-    files = {disk.path for disk in running.disks if disk.path is not None}
-    found = hang.hanging(directories, files, session.pid, limit)
-    return tuple(disk.target for disk in running.disks if disk.directory in found)
+        return frozenset()
+    return hang.hanging(_images(running), session.pid, limit)
+
+
+def _images(running: status.Status) -> dict[str, hang.Image]:
+    """Disk -> its scratch image."""
+    return {disk.target: hang.Image(disk.directory, disk.inode) for disk in running.disks}
 
 
 def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
@@ -56,25 +69,31 @@ def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
     return dataclasses.replace(sight, io_error=sight.io_error and not running.was_stopped)
 
 
-def _seen_by_client(running: status.Status, sight: blockjob.Sight) -> dict[naming.NodeName, str]:
+def _seen_by_client(
+    session: domain.Session, running: status.Status, sight: blockjob.Sight
+) -> dict[naming.NodeName, str]:
     """The frozen disks that broke unseen, as an NBD client sees it: nothing in QEMU has to wait for
     that, as it does for ``unreadable``. What cannot be told so is left to the stop."""
     disks = [disk for _, disk in _may_have_broken(running, sight)]
-    if not disks:
+    address = backup_conf.BackupDef.parse(running.definition).address
+    if not disks or not nbdserver.is_reached(session.pid, address):
         return {}
-    from virtbackup.nbd import connection  # libnbd, of which few calls have need
-
-    match backup_conf.BackupDef.parse(running.definition).address:
+    try:
+        from virtbackup.nbd import connection  # libnbd, of which few calls have need
+    except ImportError:
+        return {}
+    match address:
         case backup_conf.IpAddress(host, port):
             server: str | tuple[str, int] = (host, port)
         case backup_conf.UnixAddress(path):
             server = path
     broken = {}
-    for disk in disks:
-        assert disk.access is not None
-        with contextlib.suppress(errors.Error):
+    end = time.monotonic() + PATIENCE
+    with contextlib.suppress(errors.Error):  # the next could not be told either
+        for disk in disks:
+            assert disk.access is not None
             export = connection.Export(server, disk.exportname)
-            if reason := connection.unreadable(export, PATIENCE):
+            if reason := connection.unreadable(export, end - time.monotonic()):
                 broken[disk.access] = reason
     return broken
 
@@ -119,12 +138,15 @@ def of_all(running: status.Status, reason: str) -> dict[str, str]:
 
 
 def info(
-    running: status.Status, reasons: Mapping[str, str], nodes: Any, hung: Collection[str] = ()
+    running: status.Status,
+    reasons: Mapping[str, str],
+    used: Mapping[str, int] | None = None,
+    thresholds: Mapping[naming.NodeName, int] | None = None,
+    hung: Collection[str] = (),
 ) -> backup_conf.BackupInfo:
-    """As backupGetInfo tells it. NODES is a ``query-named-block-nodes`` reply, empty where it was
-    not asked for; HUNG are disks whose scratch image hangs."""
-    used = block.parse_actual_sizes(nodes)
-    thresholds = block.parse_write_thresholds(nodes)
+    """As backupGetInfo tells it. USED: disk -> bytes of its scratch image; THRESHOLDS: a scratch
+    file's node -> its write threshold, 0 once it was passed; HUNG are disks whose scratch image
+    hangs. Each as far as it is known."""
     breaks = all(disk.breaks_snapshot for disk in running.disks)
     return backup_conf.BackupInfo(
         state="failed" if reasons else "running",
@@ -139,18 +161,25 @@ def info(
                 state="failed" if disk.target in reasons else "running",
                 reason=reasons.get(disk.target),
                 capacity=disk.size,
-                scratch_used=used.get(disk.scratch_file),
+                scratch_used=(used or {}).get(disk.target),
                 scratch_worst_case=qcow2.full_size(disk.size),
                 scratch_free=None if hung else _free(disk.directory),
                 scratch_hangs=disk.target in hung,
-                warning=_warning(disk, thresholds.get(disk.scratch_file), disk.target in hung),
+                warning=_warning(
+                    disk,
+                    (used or {}).get(disk.target),
+                    (thresholds or {}).get(disk.scratch_file),
+                    disk.target in hung,
+                ),
             )
             for disk in running.disks
         ),
     )
 
 
-def _warning(disk: status.DiskStatus, threshold: int | None, hangs: bool) -> str | None:
+def _warning(
+    disk: status.DiskStatus, used: int | None, threshold: int | None, hangs: bool
+) -> str | None:
     """Words about a scratch image that hangs or might fill its file system; QEMU's THRESHOLD is 0
     once the image has outgrown it."""
     if hangs:
@@ -164,7 +193,7 @@ def _warning(disk: status.DiskStatus, threshold: int | None, hangs: bool) -> str
         f"if the guest overwrites the whole disk, its scratch image in '{disk.directory}' does not"
         " fit"
     )
-    if threshold == 0:
+    if threshold == 0 or (used or 0) > disk.threshold:
         return f"the scratch image has grown beyond {disk.threshold} bytes; {worst}"
     return worst
 

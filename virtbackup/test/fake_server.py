@@ -130,6 +130,7 @@ class Server:
         self._closed = False
         self.ended = threading.Event()
         """Set once nothing is served any more."""
+        _remove_abandoned(path)
         self._listener = _listen_at(socket.AF_UNIX, str(path))
         self._thread = threading.Thread(target=self._serve, name=f"fake {path}", daemon=True)
         self._thread.start()
@@ -340,6 +341,17 @@ def _receive(client: socket.socket) -> tuple[bytes, list[int]]:
 def _send(client: socket.socket, messages: Iterator[Any] | Sequence[Any]) -> None:
     for message in messages:
         client.sendall(fake.encode(message))
+
+
+def _remove_abandoned(path: pathlib.Path) -> None:
+    """A socket on which nobody listens any more."""
+    with contextlib.suppress(OSError):
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
 
 
 def _listen_at(family: socket.AddressFamily, where: str | tuple[str, int]) -> socket.socket:

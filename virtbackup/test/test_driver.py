@@ -12,8 +12,10 @@ import dataclasses
 import os
 import pathlib
 import re
+import sys
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,7 +34,8 @@ RECORDING = "recording.jsonl"
 FAULTS = "faults.json"
 
 _SHAPE = (
-    "expected test:///default, test:///NAME of a shipped recording or test:///absolute/directory"
+    "expected test:///default, test:///NAME of a shipped recording or test:///absolute/directory,"
+    " with [?engine=classic|hybrid]"
 )
 
 
@@ -160,7 +163,7 @@ def _release(shared: Shared) -> bool:
         return True
 
 
-_open: "set[TestDriver]" = set()
+_open: "weakref.WeakSet[TestDriver]" = weakref.WeakSet()
 """Those that nobody has closed."""
 
 
@@ -189,6 +192,10 @@ class TestDriver(driver.QmpDriver):
             self._let_go()
             raise
         _open.add(self)
+
+    def __del__(self) -> None:
+        if "_shared" in vars(self) and not sys.is_finalizing():
+            self.close()
 
     def close(self) -> None:
         super().close()

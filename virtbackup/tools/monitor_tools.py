@@ -7,7 +7,9 @@ They need a driver below libvirt's API, so unlike all other tools this one impor
 import contextlib
 import os
 import pathlib
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from virtbackup.tools import virsh_connection, vsh
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from virtbackup.qemu import recorder, recording
 
 GROUP = vsh.Group("monitor", "QEMU monitor")
+MAX_FILE = 256 << 20
+"""Bytes of what is compared."""
 
 
 def _record(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -24,12 +28,11 @@ def _record(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     path = args.text("file")
     if path != "-" and os.path.lexists(path):
         raise vsh.Failure(f"file '{path}' exists")
-    found = _recorder(shell.control).record()
-    text = recording.format(found.lines)
+    recorder = _recorder(shell.control)
     if path == "-":
-        shell.print_document(text)
+        shell.print_document(recording.format(recorder.record().lines))
         return
-    _write_new(path, text)
+    _write_new(path, lambda: recording.format(recorder.record().lines))
     shell.extra(f"Monitor recorded to {path}")
 
 
@@ -45,15 +48,15 @@ def _recorder(control: virsh_connection.Control) -> "recorder.Recorder":
     return recorder.Recorder(path, engine, control.trace)
 
 
-def _write_new(path: str, text: str) -> None:
-    """Write TEXT to a file that is new; where that fails, there is none."""
+def _write_new(path: str, text: Callable[[], str]) -> None:
+    """Write what TEXT gives to a file that is new; where that fails, there is none."""
     try:
         file = pathlib.Path(path).open("x", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise vsh.Failure(f"Failed to create file '{path}': {error.strerror}") from error
     try:
         with file:
-            file.write(text)
+            file.write(text())
     except BaseException as error:
         pathlib.Path(path).unlink()
         if isinstance(error, OSError):
@@ -70,17 +73,20 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         pathlib.Path(args.text("file")), None if faults is None else pathlib.Path(faults)
     )
     with contextlib.ExitStack() as stack:
+        path = pathlib.Path(given or "").absolute()
         try:
             if given is None:
                 path = stack.enter_context(runtime.private_directory()) / "qmp.sock"
-            else:
-                path = pathlib.Path(given).absolute()
             server = fake_server.Server(path, script.recorded, script.rules)
         except OSError as error:
-            raise vsh.Failure(f"cannot listen: {error.strerror}") from error
+            raise vsh.Failure(f"cannot listen on '{path}': {error.strerror or error}") from error
         except ValueError as error:
             raise vsh.Failure(f"'{args.text('file')}': {error}") from error
         stack.enter_context(server)
+        if threading.current_thread() is threading.main_thread():
+            for ending in (signal.SIGTERM, signal.SIGHUP):
+                before = signal.signal(ending, signal.default_int_handler)
+                stack.callback(signal.signal, ending, before)
         with contextlib.suppress(KeyboardInterrupt):
             shell.print(str(path))
             vsh.flush()
@@ -95,9 +101,12 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     lines = [_traffic(path, args.optional("monitor")) for path in paths]
     if args.flag("changes"):
         lines = [traffic.without_queries(said) for said in lines]
-    first, second = (
-        traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
-    )
+    try:
+        first, second = (
+            traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
+        )
+    except RecursionError as error:
+        raise vsh.UsageError(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
     difference = traffic.diff(first, second, paths)
     for line in difference:
         shell.print(line)
@@ -109,13 +118,15 @@ def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
     from virtbackup.qemu import traffic
 
     try:
+        with pathlib.Path(path).open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise vsh.UsageError(f"file '{path}' is larger than {MAX_FILE} bytes")
         # A log may hold anything that a guest or a file was called.
-        return traffic.parse(
-            pathlib.Path(path).read_text(encoding="utf-8", errors="replace"), monitor
-        )
+        return traffic.parse(data.decode(errors="replace").replace("\r\n", "\n"), monitor)
     except OSError as error:
         raise vsh.UsageError(f"Failed to open file '{path}': {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise vsh.UsageError(f"file '{path}': {error}") from error
 
 

@@ -123,7 +123,9 @@ def _claim(
     """Make DIRECTORY, and in it the first of PATHS, so that no other pull goes there; UNDO removes
     all PATHS. Errors: one of them exists, by its path."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            undo.callback(_remove_empty, directory)
         for path in paths:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "", os.fspath(path))
@@ -135,6 +137,12 @@ def _claim(
     except OSError as failure:
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
     undo.callback(_remove, paths)
+
+
+def _remove_empty(directory: pathlib.Path) -> None:
+    """Unless somebody has put something there."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 # --- during ---------------------------------------------------------------------------------------
