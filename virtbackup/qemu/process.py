@@ -19,7 +19,7 @@ from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, qcow2, scr
 
 
 class ServerRefused(errors.Error):
-    """QEMU did not start the NBD server."""
+    """QEMU did not start the NBD server, by its own words."""
 
     def __init__(self, code: int, text: str, detail: str) -> None:
         super().__init__(code, text % detail, strings=(text, detail, None))
@@ -44,8 +44,8 @@ class Run:
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
 
-        Errors: ServerRefused: VIR_ERR_OPERATION_INVALID when somebody else has started it, else
-        VIR_ERR_OPERATION_FAILED with the address.
+        Errors: VIR_ERR_OPERATION_INVALID when somebody else has started it, else
+        VIR_ERR_OPERATION_FAILED with the address; ServerRefused where it is sure that it was not.
         """
         try:
             self.qemu.execute(self.plan.server_command())
@@ -56,11 +56,12 @@ class Run:
                     "Requested operation is not valid: %s",
                     "the domain's NBD server is already in use by another job or client",
                 ) from failure
-            raise ServerRefused(
-                libvirt.VIR_ERR_OPERATION_FAILED,
-                "operation failed: %s",
-                f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}",
-            ) from failure
+            detail = f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}"
+            if failure.desc.startswith("Failed to "):  # find a port, bind a socket
+                raise ServerRefused(
+                    libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: %s", detail
+                ) from failure
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, detail) from failure
 
     def scratch_images(self) -> None:
         """Make every disk's scratch image and open it over the live disk."""
