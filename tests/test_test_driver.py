@@ -2,6 +2,7 @@
 """The test driver: all of the API and the shell on a fake QEMU, with none installed."""
 
 import configparser
+import gc
 import io
 import json
 import os
@@ -20,8 +21,9 @@ import libvirt
 import pytest
 
 import virtbackup
-from virtbackup import hypervisor, runtime
+from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import domain_conf
+from virtbackup.qemu import recording
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -148,6 +150,31 @@ def test_a_backup_goes_with_the_last_connection(xml: str, tmp_path: pathlib.Path
     with virtbackup.open("test:///default") as third:
         gone = failure(only(third).backupGetInfo)
         assert gone.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+
+
+def test_a_connection_that_is_forgotten_is_closed(
+    xml: str, tmp_path: pathlib.Path, state: pathlib.Path
+) -> None:
+    for _ in range(3):
+        conn = virtbackup.open("test:///default")
+        conn.lookupByID(1)
+        del conn
+        gc.collect()
+    assert list(state.glob("private-*")) == []
+    for _ in range(2):
+        with virtbackup.open("test:///default") as conn:
+            conn.lookupByID(1).backupStart(xml)
+
+
+def test_a_domain_of_libvirts_own_test_driver_is_not_ours(xml: str) -> None:
+    extend.install(libvirt)
+    try:
+        dom = libvirt.open("test:///default").lookupByName("test")
+        with pytest.raises(libvirt.libvirtError) as refusal:
+            dom.backupStart(xml)
+        assert refusal.value.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT
+    finally:
+        extend.uninstall(libvirt)
 
 
 def test_refusals(xml: str, tmp_path: pathlib.Path) -> None:
@@ -481,7 +508,8 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_monitor_replay_ends_when_interrupted(state: pathlib.Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_monitor_replay_ends_when_interrupted(state: pathlib.Path, by: signal.Signals) -> None:
     recorded = RECORDINGS / "qemu-11.1.3.jsonl"
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "monitor-replay", str(recorded)]
     with subprocess.Popen(
@@ -498,7 +526,7 @@ def test_monitor_replay_ends_when_interrupted(state: pathlib.Path) -> None:
         assert path.parent.parent == state
         client = Wire(path)
         assert client.receive()["QMP"]["version"]["qemu"]["major"] == 11
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         assert client.file.read() == b""
         client.close()
         assert process.stderr.read() == ""
@@ -521,6 +549,19 @@ def test_monitor_replay_that_cannot(
 ) -> None:
     assert virsh_backup.main(["monitor-replay", *words]) == 1
     assert text in capsys.readouterr().err
+
+
+def test_a_socket_that_nobody_listens_on_is_replaced(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "qmp.sock"
+    recorded = recording.parse((RECORDINGS / "qemu-7.2.22.jsonl").read_text())
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with fake_server.Server(path, recorded):
+        with pytest.raises(OSError, match="in use"):
+            fake_server.Server(path, recorded)
+        client = Wire(path)
+        assert "QMP" in client.receive()
+        client.close()
 
 
 def test_state_of_other_processes_is_not_touched(state: pathlib.Path) -> None:

@@ -75,15 +75,18 @@ def _method(name: str) -> Callable[..., Any]:
 def _domain(domain: Any, function: str) -> api.Domain:
     """Our Domain for a virDomain. The driver stays open as long as the virConnect it serves."""
     connection = domain.connect()
-    ours: api.Connection | None = getattr(connection, "_virtbackup", None)
-    if ours is None:
-        ours = connection._virtbackup = _connect(connection.getURI(), function)
+    ours: api.Connection = getattr(connection, "_virtbackup", None) or _connect(
+        connection.getURI(), function
+    )
     try:
         ours.lookupByUUIDString(domain.UUIDString())
-    except errors.Error as failure:  # what our driver serves is not what libvirt's does
+    except errors.Error as failure:
         if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
             raise
+        # What our driver serves at that URI is not what libvirt's does.
+        ours.close()
         raise _unsupported(function) from failure
+    connection._virtbackup = ours
     id = domain.ID()
     ref = hypervisor.DomainRef(domain.name(), domain.UUIDString(), None if id < 0 else id)
     return api.Domain(ours, ref)
