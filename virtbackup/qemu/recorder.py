@@ -20,6 +20,7 @@ from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     capabilities,
+    dialect,
     domain,
     job,
     monitor,
@@ -169,8 +170,8 @@ def _ask_everything(session: domain.Session) -> None:
     ask(monitor_json.query_uuid())
     ask(monitor_json.query_status())
     ask(monitor_json.query_block())
-    jobs = monitor_json.parse_jobs(ask(monitor_json.query_jobs()) or [])
-    if caps.named_nodes_are_safe(jobs.values()):
+    spoken = dialect.Dialect(caps)
+    if caps.named_nodes_are_safe(spoken.parse_jobs(ask(spoken.query_jobs()) or []).values()):
         ask(_query_named_block_nodes(schema))
     ask(monitor_json.query_block_exports())
     ask(monitor_json.query_block_graph())
