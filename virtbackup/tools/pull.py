@@ -123,7 +123,7 @@ def _claim(
     """Make DIRECTORY, and in it the first of PATHS, so that no other pull goes there; UNDO removes
     all PATHS. Errors: one of them exists, by its path."""
     try:
-        if not directory.exists():
+        if not directory.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
             undo.callback(_remove_empty, directory)
         for path in paths:
