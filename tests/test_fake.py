@@ -540,17 +540,30 @@ def test_qemu_ends_and_devices_go() -> None:
         ('[{"command": "a", "quit": false}]', "rule 1: 'quit' is not true"),
         ('[{"command": "a", "quit": 1}]', "rule 1: 'quit' is not true"),
         ('[{"command": "a", "nth": 0, "quit": true}]', "rule 1: 'nth' is no number"),
-        ('[{"command": "a", "when": "now", "quit": true}]', "rule 1: 'when' is not before"),
+        ('[{"command": "a", "when": "now", "quit": true}]', "rule 1: 'when' is none of before"),
         ('[{"command": "a", "error": {"desc": "x"}}]', "rule 1: 'error' is no object"),
         ('[{"command": "a", "event": {"data": {}}}]', "rule 1: 'event' is no object"),
         ('[{"command": "a", "event": {"event": "E", "x": 1}}]', "rule 1: 'event' has more"),
         ('[{"command": "a", "when": "after", "silent": true}]', "rule 1: a reply cannot"),
+        ('[{"command": "a", "stop": "x"}]', "rule 1: 'stop' is none of debug, inmigrate"),
+        ('[{"command": "a", "io-status": "x"}]', "rule 1: 'io-status' is none of ok, failed"),
+        ('[{"command": "a", "unplug": "\\ud800"}]', "not JSON: 'utf-8' codec can't encode"),
         ('[{"command": "a", "cancel_job": "x"}]', "rule 1: 'cancel_job' is not known"),
     ],
 )
 def test_rules_that_are_refused_by_number(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         faults.parse(text)
+
+
+def test_a_rule_for_no_command_is_refused_by_number() -> None:
+    path = pathlib.Path(recording.__file__).parents[1] / "recordings" / "qemu-7.2.22.jsonl"
+    recorded = recording.parse(path.read_text())
+    rules = faults.parse(
+        '[{"command": "query-*", "quit": true}, {"command": "quer", "quit": true}]'
+    )
+    with pytest.raises(ValueError, match="rule 2: no command is called 'quer'"):
+        fake.Fake(recorded, Host(), rules)
 
 
 def test_the_rules_in_the_documentation() -> None:

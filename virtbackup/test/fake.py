@@ -126,7 +126,8 @@ class Fake:
         host: Host,
         rules: Sequence[faults.Rule] = (),
     ) -> None:
-        """Errors: ValueError, saying what is missing in the recording."""
+        """Errors: ValueError, saying what is missing in the recording, or what is wrong with a
+        rule."""
         self._host = host
         self._recorded = recorded
         self._replies = _by_command(recorded)
@@ -146,6 +147,7 @@ class Fake:
             raise ValueError("it was recorded while a block job ran")
         self._status = _run_state(self._static("query-status"))
         self._rules = faults.Rules(rules)
+        self._rules.check(self.commands)
         self._fdsets: dict[int, FdSet] = {}
         self._fds: dict[str, int] = {}
         self._server = False

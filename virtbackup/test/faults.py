@@ -49,6 +49,16 @@ class Rule:
 
 
 _TEXTS = ("command", "cancel_job", "job_error", "break_snapshot", "unplug", "stop", "io_status")
+_ONE_OF = {
+    "when": ("before", "after"),
+    "stop": (
+        "debug", "inmigrate", "internal-error", "io-error", "paused", "postmigrate", "prelaunch",
+        "finish-migrate", "restore-vm", "shutdown", "suspended", "watchdog", "guest-panicked",
+        "colo",
+    ),
+    "io_status": ("ok", "failed", "nospace"),
+}  # fmt: skip
+"""QAPI's RunState, of a guest that does not run, and BlockDeviceIoStatus."""
 _FLAGS = ("silent", "hang_up", "quit")
 _ONLY_BEFORE = ("error", "silent")
 
@@ -57,6 +67,7 @@ def parse(text: str) -> tuple[Rule, ...]:
     """Read a file. Errors: ValueError, naming the rule by its number from 1."""
     try:
         found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # not with half a character in it
     except (ValueError, RecursionError) as failure:
         raise ValueError(f"not JSON: {failure}") from failure
     if not isinstance(found, list):
@@ -88,12 +99,12 @@ def _wrong(name: str, value: Any) -> str | None:
     """Why VALUE is none for the field NAME."""
     if name in _TEXTS and not isinstance(value, str):
         return "is no string"
+    if name in _ONE_OF and value not in _ONE_OF[name]:
+        return f"is none of {', '.join(_ONE_OF[name])}"
     if name in _FLAGS and value is not True:
         return "is not true"
     if name == "nth" and (type(value) is not int or value < 1):
         return "is no number from 1 on"
-    if name == "when" and value not in ("before", "after"):
-        return "is not before or after"
     if name == "error":
         match value:
             case {"class": str(), "desc": str()} if len(value) == 2:
@@ -118,6 +129,13 @@ class Rules:
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules = tuple(rules)
         self._seen = [0] * len(self._rules)
+
+    def check(self, commands: Iterable[str]) -> None:
+        """Raise ValueError for a rule, by its number, that means none of COMMANDS."""
+        names = list(commands)
+        for number, rule in enumerate(self._rules, 1):
+            if not any(matches(rule.command, name) for name in names):
+                raise ValueError(f"rule {number}: no command is called '{rule.command}'")
 
     def take(self, command: str) -> tuple[list[Rule], list[Rule]]:
         """COMMAND came: the rules that apply to it (before it is done, after its reply)."""
