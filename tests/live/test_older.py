@@ -16,6 +16,11 @@ MIB = 1 << 20
 SIZE = 4 * MIB
 
 
+FEW = [age for age in older.AGES if age.name in ("5.1", "2.11", "2.5")]
+"""Those between which the most changes."""
+few = pytest.mark.parametrize("monitor", FEW, ids=lambda age: age.name, indirect=True)
+
+
 @pytest.fixture(params=older.AGES, ids=lambda age: age.name)
 def monitor(request: pytest.FixtureRequest, machine: machines.Machine) -> Iterator[older.Monitor]:
     """What speaks as a QEMU of that age."""
@@ -81,6 +86,7 @@ def test_a_whole_backup(
             assert machine.state() == before
 
 
+@few
 def test_a_job_that_was_lost_is_told(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor
 ) -> None:
@@ -97,6 +103,7 @@ def test_a_job_that_was_lost_is_told(
     assert machine.state() == before
 
 
+@few
 def test_a_server_that_was_replaced_is_told_and_left_alone(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor
 ) -> None:
@@ -116,6 +123,7 @@ def test_a_server_that_was_replaced_is_told_and_left_alone(
     machine.probe("nbd-server-stop")
 
 
+@few
 def test_a_job_in_place_of_ours_is_told_and_left_alone(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor
 ) -> None:
@@ -136,6 +144,7 @@ def test_a_job_in_place_of_ours_is_told_and_left_alone(
     assert [job["id"] for job in machine.probe("query-jobs")] == ["drive0"]
 
 
+@few
 @pytest.mark.parametrize("ends", ["cleanup", "start"])
 def test_what_a_crash_leaves_is_removed(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor, ends: str
@@ -153,6 +162,7 @@ def test_what_a_crash_leaves_is_removed(
     assert machine.state() == before
 
 
+@few
 def test_a_start_that_fails_leaves_nothing(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor
 ) -> None:
