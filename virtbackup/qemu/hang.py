@@ -79,9 +79,10 @@ def hanging(images: Mapping[str, Image], pid: int | None, limit: float) -> froze
         or [image.directory]
         for key, image in images.items()
     }
-    with Question({path for some in paths.values() for path in some}) as question:
+    every = {path for some in paths.values() for path in some}
+    with Question(every) as question:
         under_way = _requests(pid, opened)
-        silent = question.unanswered({path for some in paths.values() for path in some}, end)
+        silent = question.unanswered(every, end)
     while under_way := {
         thread: was for thread, was in under_way.items() if _call(thread) == was[0]
     }:
