@@ -110,7 +110,8 @@ NBD_STUCK_CLIENT = Defect(
     "an export whose client has stopped reading while answers wait for it is never deleted;"
     " nbd-server-stop, or on 11.1 already the deletion of another export, then never returns, and"
     " the guest stands still",
-    "clients are disconnected first; where one cannot be, nothing is deleted, and the stop says so",
+    "clients are disconnected first; where one is seen to hold on, nothing is deleted, and the stop"
+    " says so",
 )
 """Seen on 5.2.0, 7.2.22, 10.0.13 and 11.1.3, over a unix socket: QEMU waits for room in a socket
 that it has itself shut down."""

@@ -85,7 +85,8 @@ class Recorder:
         self._job = job.BackupJob(status.StatusFile(os.path.realpath(path)), self._session)
 
     def record(self) -> recording.Recording:
-        """Everything, in its normal form. The guest is as before, also when this fails.
+        """Everything, in its normal form. The guest is as before, also when this fails, unless the
+        stop is refused: the backup runs on then, as the error says.
 
         Errors: those of a start; VIR_ERR_OPERATION_FAILED when the backup was not good.
         """
