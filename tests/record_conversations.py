@@ -27,8 +27,17 @@ CALLS: dict[str, Callable[[virtbackup.Domain, str], object]] = {
     "backup-info": lambda domain, document: domain.backupGetInfo(),
     "backup-stop": lambda domain, document: domain.backupStop(),
     "backup-cleanup": lambda domain, document: domain.backupCleanup(),
+    "branch-start": lambda domain, document: domain.backupStart(_of_branch(document)),
+    "branch-stop": lambda domain, document: domain.backupStop(),
+    "branch-list": lambda domain, document: domain.branchList(),
+    "branch-delete": lambda domain, document: domain.branchDelete("nightly"),
 }
 """In the order in which they are recorded."""
+
+
+def _of_branch(document: str) -> str:
+    return document.replace("</domainbackup>", '<branch name="nightly"/></domainbackup>')
+
 
 BACKUP_ID = "00000000"
 """Stands for the backup's id, which differs from start to start."""

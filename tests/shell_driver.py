@@ -117,6 +117,32 @@ class Driver:
     def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         return ["node scratch-vda", "file /images/x"] if self.trouble == "bad" else []
 
+    def domain_branch_list(
+        self, domain: hypervisor.DomainRef, flags: int
+    ) -> Sequence[backup_conf.Branch]:
+        if self.trouble == "bad":
+            return []
+        point = backup_conf.Point("0123abcd", 1700000000)
+        return [
+            backup_conf.Branch(
+                "nightly",
+                False,
+                (
+                    backup_conf.BranchDisk("vda", 65536, 1 << 20, True, None, point),
+                    backup_conf.BranchDisk(
+                        "sdb", 512, None, False, "it was resized", point, "lost when it ends"
+                    ),
+                ),
+            ),
+            backup_conf.Branch(
+                "cp1", True, (backup_conf.BranchDisk("vda", 4096, 0, True, "theirs", None),)
+            ),
+        ]
+
+    def domain_branch_delete(self, domain: hypervisor.DomainRef, name: str, flags: int) -> None:
+        if name != "nightly":
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, f"no branch named '{name}'")
+
     def _running(self) -> backup_conf.BackupDef:
         if self.backup is None:
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")

@@ -80,7 +80,12 @@ def _document(hostile: hostile_monitor.HostileMonitor) -> str:
 
 
 CALLS = record_conversations.CALLS
-NEED_BACKUP = ("backup-info", "backup-stop")
+NEED_BACKUP = {
+    "backup-info": "backup-start",
+    "backup-stop": "backup-start",
+    "branch-stop": "branch-start",
+}
+"""Call -> the start of the backup that it is about."""
 
 
 def call(hostile: hostile_monitor.HostileMonitor, name: str) -> object:
@@ -94,10 +99,10 @@ def prepare(hostile: hostile_monitor.HostileMonitor, name: str) -> None:
     for path in state.glob("*.json") if state.is_dir() else ():
         path.unlink()
     if name in NEED_BACKUP:
-        hostile.play("backup-start")
+        hostile.play(NEED_BACKUP[name])
         with pytest.MonkeyPatch.context() as patch:
             _be_patient(patch)
-            call(hostile, "backup-start")
+            call(hostile, NEED_BACKUP[name])
 
 
 def outcome(hostile: hostile_monitor.HostileMonitor, name: str) -> str | None:

@@ -115,7 +115,6 @@ def test_names_are_ours_unique_and_short() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"branch": "b"}, "branch 'b': only full backups"),
     ({"disks": (disk("vda", type="auto"),)}, "disk 'vda': backup type 'auto' needs a branch"),
     ({"disks": (disk("vda", granularity=512),)}, "disk 'vda': a bitmap needs a branch"),
     (
@@ -205,7 +204,8 @@ def test_judgement_is_by_disk() -> None:
             export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
             scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
-            directory="/scratch", threshold=None, path=None, inode=None,
+            directory="/scratch", threshold=None, path=None, inode=None, type="full",
+            type_reason=None, branch=None,
         )  # fmt: skip
 
     jobs = {
@@ -285,11 +285,24 @@ def test_an_empty_image_is_consistent(size: int) -> None:
     assert set(struct.unpack(f">{clusters}H", parts[block_offset])) == {1}
 
 
+def _disk_status() -> status.DiskStatus:
+    point = naming.Point(ID, 1700000000, 1 << 20)
+    line = status.BranchStatus(naming.NodeName("n"), keeps=True, since=point, dirty=512)
+    return status.DiskStatus(
+        target="vda", size=1, node=naming.NodeName("n"), device=None, export=naming.export(ID, 0),
+        exportname="vda", job=naming.backup_job(ID, 0),
+        scratch_file=naming.scratch_file_node(ID, 0), access=None, breaks_snapshot=False,
+        directory="/scratch", threshold=None, path=None, inode=None, type="incremental",
+        type_reason="why", branch=line,
+    )  # fmt: skip
+
+
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
         id=ID, phase="running", name="vm", uuid="u", definition="<x/>", engine="classic",
         started=1.5, server=True, socket=None, qemu=(1, 2), owner=None, given_up=None,
-        was_stopped=False, verdict=None, told=False, disks=(),
+        was_stopped=False, cancelled=False, advanced=False, verdict=None, told=False, branch="b",
+        disks=(_disk_status(),),
     )  # fmt: skip
     assert status.parse(status.format(whole)) == whole
     for text in ("", "[]", "{}", "7", '{"version": 2}', status.format(whole)[:-20]):

@@ -54,7 +54,7 @@ def xmlfile(tmp_path: pathlib.Path) -> str:
 # --- misuse, of every command ---------------------------------------------------------------------
 
 REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d", "file": "f", "first": "f",
-            "second": "g"}  # fmt: skip
+            "second": "g", "branch": "nightly"}  # fmt: skip
 
 
 def _good(command: vsh.Command) -> list[str]:
@@ -469,6 +469,8 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
     out = run("-q", f"backup-start vm1 {xmlfile}; backup-info vm1 --json", uri="fake:///bad")[1]
     assert json.loads(out) == {
         "domain": "vm1",
+        "id": None,
+        "branch": None,
         "state": "failed",
         "started": 1700000000.5,
         "address": {"type": "unix", "path": "/run/x.sock"},
@@ -482,6 +484,9 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
                 "uri": "nbd+unix:///vda?socket=/run/x.sock",
                 "state": "failed",
                 "reason": "No space\nleft",
+                "type": "full",
+                "type_reason": None,
+                "since": None,
                 "capacity": 64 << 20,
                 "scratch_used": 196608,
                 "dirty": 1000,
@@ -496,6 +501,9 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
                 "uri": "nbd+unix:///s%2Fb?socket=/run/x.sock",
                 "state": "running",
                 "reason": None,
+                "type": "full",
+                "type_reason": None,
+                "since": None,
                 "capacity": 1 << 40,
                 "scratch_used": None,
                 "dirty": None,

@@ -245,6 +245,28 @@ class Domain:
         _check_flags(function, flags, 0)
         return list(cleanup(self._ref, flags))
 
+    def branchList(self, flags: int = 0) -> list[backup_conf.Branch]:
+        """The branches of incremental backups, and dirty bitmaps of others (foreign).
+
+        Errors: VIR_ERR_OPERATION_UNSUPPORTED where the hypervisor cannot have any."""
+        function = "virDomainBranchList"
+        get = self._call(function, "domain_branch_list")
+        _check_flags(function, flags, 0)
+        return list(get(self._ref, flags))
+
+    def branchDelete(self, name: str, flags: int = 0) -> int:
+        """Forget branch NAME on every disk; 0. Its next backup is a full one.
+
+        Errors: VIR_ERR_NO_DOMAIN_CHECKPOINT where there is none; VIR_ERR_OPERATION_INVALID while a
+        backup of it runs, and for a bitmap that somebody else made.
+        """
+        function = "virDomainBranchDelete"
+        delete = self._call(function, "domain_branch_delete")
+        _check_flags(function, flags, 0)
+        _check_not_none(function, name=name)
+        delete(self._ref, name, flags)
+        return 0
+
     def _call(self, function: str, method: str) -> Callable[..., Any]:
         """The driver's METHOD, where the connection may use it and the driver has it."""
         driver = self._connection._open(function)

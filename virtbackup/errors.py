@@ -7,6 +7,9 @@
 
 import libvirt
 
+CHECKPOINT_INCONSISTENT = 109
+"""VIR_ERR_CHECKPOINT_INCONSISTENT, which libvirt-python does not have before 8.1."""
+
 # Code -> libvirt's text with a detail, and without one (virerror.c, virErrorMsg).
 _TEXTS = {
     libvirt.VIR_ERR_INTERNAL_ERROR: ("internal error: %s", "internal error"),
@@ -53,9 +56,17 @@ _TEXTS = {
         "XML document failed to validate against schema: %s",
         "XML document failed to validate against schema",
     ),
+    libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT: (
+        "Domain checkpoint not found: %s",
+        "Domain checkpoint not found",
+    ),
     libvirt.VIR_ERR_NO_DOMAIN_BACKUP: (
         "Domain backup job id not found: %s",
         "Domain backup job id not found",
+    ),
+    CHECKPOINT_INCONSISTENT: (
+        "checkpoint inconsistent: %s",
+        "checkpoint inconsistent",
     ),
 }
 

@@ -73,6 +73,10 @@ class BackupDriver(Driver, Protocol):
 
     def domain_backup_cleanup(self, domain: DomainRef, flags: int) -> Sequence[str]: ...
 
+    def domain_branch_list(self, domain: DomainRef, flags: int) -> Sequence[backup_conf.Branch]: ...
+
+    def domain_branch_delete(self, domain: DomainRef, name: str, flags: int) -> None: ...
+
 
 Opener = Callable[[str, bool], Driver]
 """(uri, readonly) -> an open driver."""

@@ -513,7 +513,12 @@ def take_over_the_server(round: Round) -> None:
     address = {"type": "unix", "data": {"path": f"{round.one.directory}/theirs.sock"}}
     if "error" not in round.one.probe.reply("nbd-server-start", addr=address):
         round.one.probe("block-export-add", type="nbd", id="theirs", node_name="base", name="t")
-        round.undo.callback(lambda: round.one.probe.reply("nbd-server-stop"))
+        round.undo.callback(_stop_their_server, round)
+
+
+def _stop_their_server(round: Round) -> None:
+    if round.one.machine.process.poll() is None:
+        round.one.probe.reply("nbd-server-stop")
 
 
 @weighing(0.5)

@@ -25,6 +25,9 @@ MAX_EXPORT_NAME = 4096
 MAX_BITMAP_NAME = 1023
 """Bytes of a dirty bitmap's name (BDRV_BITMAP_MAX_NAME_SIZE), and so of a branch's."""
 
+OWN_PREFIX = "virtbackup-"
+"""How the names of what a backup makes in QEMU begin, and so no branch's name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class IpAddress:
@@ -49,7 +52,7 @@ DiskType = typing.Literal["full", "incremental", "auto"]
 @dataclasses.dataclass(frozen=True)
 class BackupDiskDef:
     """One ``<disk>``. None is what the document left out; after align_disks only
-    ``source`` and ``granularity`` may be None."""
+    ``source``, ``granularity`` and ``reason`` may be None."""
 
     name: str
     present: bool | None = None
@@ -58,6 +61,8 @@ class BackupDiskDef:
     granularity: int | None = None
     """Bytes, a power of two from 512 to 2 GiB."""
     exportname: str | None = None
+    reason: str | None = None
+    """Of a running backup: why an ``auto`` disk has the type it has. A start takes no notice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +150,11 @@ def _align(disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef) -> Back
     if not present:
         return BackupDiskDef(disk.name, present=False)
     return dataclasses.replace(
-        disk, present=True, type=disk.type or "full", exportname=disk.exportname or disk.name
+        disk,
+        present=True,
+        type=disk.type or "full",
+        exportname=disk.exportname or disk.name,
+        reason=None,
     )
 
 
@@ -183,6 +192,10 @@ def _parse_branch(element: etree._Element) -> str:
     name = str(element.get("name"))
     if len(name.encode()) > MAX_BITMAP_NAME:
         raise xml.xml_error(f"branch name is longer than {MAX_BITMAP_NAME} bytes", element)
+    if name.startswith(OWN_PREFIX):
+        raise xml.xml_error(
+            f"branch name '{name}' begins with '{OWN_PREFIX}', which is reserved", element
+        )
     return name
 
 
@@ -203,6 +216,7 @@ def _parse_disk(element: etree._Element) -> BackupDiskDef:
         source=None if source is None else storage_conf.Source.parse(source),
         granularity=None if bitmap is None else _parse_granularity(bitmap, name),
         exportname=exportname,
+        reason=element.get("reason"),
     )
 
 
@@ -294,6 +308,8 @@ def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:
         element.set("present", "yes" if disk.present else "no")
     if disk.type is not None:
         element.set("type", disk.type)
+    if disk.reason is not None:
+        element.set("reason", disk.reason)
     if disk.exportname is not None:
         element.set("exportname", disk.exportname)
     if disk.source is not None:
@@ -329,6 +345,22 @@ class DiskInfo:
     """The scratch image does not take what is written to it, and the guest's writes wait for it."""
     warning: str | None = None
     """What is or may go wrong with the disk's scratch image, in words."""
+    type: DiskType = "full"
+    """``full`` or ``incremental``: what the backup has of this disk."""
+    type_reason: str | None = None
+    """Why, where the choice was left to us (``auto``)."""
+    since: "Point | None" = None
+    """The point since which an incremental backup has all changes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """An instant at which a branch had a good backup."""
+
+    id: str
+    """The backup's; tells it from every other point."""
+    time: float
+    """Seconds since the epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,3 +379,42 @@ class BackupInfo:
     scratch_timeout: float | None = None
     """Seconds after which a scratch image that hangs has failed; None: the guest's writes hang as
     long as it does."""
+    id: str | None = None
+    """Tells the backup from every other; the id of its point once it was stopped and good."""
+    branch: str | None = None
+
+
+# --- branches, as branchList tells them ---
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchDisk:
+    """What one disk has of a branch. Sizes are bytes."""
+
+    name: str
+    granularity: int | None
+    """None where its bitmap is gone."""
+    dirty: int | None
+    """Changed since the last point, or up to that much; None where that is not known."""
+    persistent: bool
+    """Whether it outlives the guest's end: the image can hold it."""
+    reason: str | None
+    """Why the next backup of this disk cannot be incremental; None: it can."""
+    point: Point | None
+    """The last good backup."""
+    note: str | None = None
+    """What else is worth knowing, in words."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether the next backup of this disk can be incremental."""
+        return self.reason is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A line of incremental backups; a foreign one is somebody else's bitmap, never touched."""
+
+    name: str
+    foreign: bool
+    disks: tuple[BranchDisk, ...]

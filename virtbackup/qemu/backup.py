@@ -14,6 +14,7 @@ from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
     block,
     blockjob,
+    branch,
     capabilities,
     dialect,
     monitor_json,
@@ -57,6 +58,20 @@ class DiskPlan:
     """When the scratch image fails, the backup breaks and not the guest's write."""
     export: naming.ExportId
     opaque: str
+    step: branch.Step | None = None
+    """What is done to the bitmaps of the backup's branch, if it has one."""
+    since: naming.Point | None = None
+    """The point since which the changes are told along with the disk; None: they are not."""
+
+    @property
+    def changes(self) -> monitor_json.BitmapOf | None:
+        """The bitmap that is exported with the disk."""
+        if self.since is None:
+            return None
+        assert self.step is not None
+        # Found from an overlay over the disk; not from a node over its filter, which is no image.
+        node = None if self.access is None else self.step.node
+        return dataclasses.replace(self.step.own, node=node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +102,19 @@ class BackupPlan:
         return self.dialect.blockdev_add(monitor_json.blockdev_add_overlay(*names, disk.node))
 
     def transaction(self) -> monitor_json.Command:
-        """The instant: all jobs begin, or none."""
+        """The instant: all jobs begin, or none. The bitmaps that record from then on begin before
+        it, those that have what changed up to it end after it: in an iothread the guest may write
+        between two actions, and such a write is noted twice rather than not at all."""
+        steps = [disk.step for disk in self.disks if disk.step]
+        jobs = [
+            self.dialect.backup_action(
+                disk.job, disk.source_name, disk.scratch, disk.filter, disk.breaks_snapshot
+            )
+            for disk in self.disks
+        ]
+        before = [action for step in steps for action in step.before()]
         return monitor_json.transaction(
-            [
-                self.dialect.backup_action(
-                    disk.job, disk.source_name, disk.scratch, disk.filter, disk.breaks_snapshot
-                )
-                for disk in self.disks
-            ]
+            [*before, *jobs, *(action for step in steps for action in step.after())]
         )
 
     def export_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
@@ -104,7 +124,8 @@ class BackupPlan:
             assert disk.filter is not None
             commands.append(monitor_json.blockdev_add_snapshot_access(disk.access, disk.filter))
         frozen = disk.access or disk.scratch
-        commands.append(self.dialect.export_add(disk.export, frozen, disk.exportname))
+        export = self.dialect.export_add(disk.export, frozen, disk.exportname, disk.changes)
+        commands.append(export)
         return commands
 
 
@@ -122,14 +143,24 @@ class BlockState:
     """Disk -> the iothread it runs in; asked only of QEMUs where that matters."""
     io_error: bool = False
     """The guest is paused since a drive met an error."""
-    nodes: frozenset[naming.NodeName] = frozenset()
-    """Every node, where there is no graph that has them."""
+    nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
+    """Every node, where they were asked for."""
 
     def backups(self) -> frozenset[naming.BackupId]:
         """The backups of which QEMU shows a job, an export or a node."""
         nodes = self.graph.nodes() if self.graph else self.nodes
         names = {*self.jobs, *self.exports, *nodes}
         return frozenset(id for name in names if (id := naming.backup_of(name)))
+
+    def traces(self) -> frozenset[naming.BackupId]:
+        """These, and the backups that are not there any more but have a bitmap in an image."""
+        media = [*self.nodes.values(), *(disk.medium for disk in self.disks if disk.medium)]
+        names = (bitmap.name for medium in media for bitmap in medium.bitmaps)
+        return self.backups() | {id for name in names if (id := naming.backup_of(name))}
+
+    def images(self, root: naming.NodeName) -> branch.Images | None:
+        """What is below the node that a disk has at its root."""
+        return branch.images(root, self.nodes, self.graph) if self.graph else None
 
     def running_jobs(self) -> tuple[naming.JobId, ...]:
         """Backup jobs of ours that still save old data."""
@@ -157,8 +188,10 @@ def plan(
     caps.check_backup()
     engine = engine or caps.engine
     caps.check_engine(engine)
-    _check_full(definition, caps)
+    _check_branch(definition, caps)
     _check_sources(definition.disks)
+    lines = _lines(definition, state)
+    _check_sound(definition, lines)
     spoken = dialect.Dialect(caps)
     found = {disk.target: disk for disk in state.disks}
     disks: list[DiskPlan] = []
@@ -180,8 +213,15 @@ def plan(
             source=(wanted.source or storage_conf.Source()).placed(scratch_dir),
             exportname=spoken.export_name(scratch, wanted.exportname or wanted.name),
         )
+        line = lines.get(wanted.name)
+        if line is not None:
+            wanted = _choose(wanted, line)
         placed.append(wanted)
-        disks.append(_disk(wanted, found[wanted.name], engine, caps, backup, len(disks)))
+        plan = _disk(wanted, found[wanted.name], engine, caps, backup, len(disks))
+        if line is not None:
+            assert definition.branch is not None
+            plan = _with_branch(plan, definition.branch, wanted, line, backup, len(disks))
+        disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken)
 
@@ -217,20 +257,114 @@ def _disk(
     )
 
 
-def _check_full(definition: backup_conf.BackupDef, caps: capabilities.Capabilities) -> None:
-    if definition.branch is not None and not caps.exports_bitmaps:
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-            f"branch '{definition.branch}': QEMU {capabilities.dotted(caps.version)} cannot export"
-            " what has changed: full backups only",
-        )
+def _with_branch(
+    plan: DiskPlan,
+    name: str,
+    wanted: backup_conf.BackupDiskDef,
+    line: branch.Line,
+    backup: naming.BackupId,
+    number: int,
+) -> DiskPlan:
+    assert wanted.granularity is not None
+    keeps = line.bitmap is not None and line.unsound is None
+    useless = (line.bitmap.name if line.bitmap else None, line.marker)
+    step = branch.Step(
+        branch=name,
+        node=line.node,
+        next=naming.next_bitmap(backup, number, name),
+        granularity=wanted.granularity,
+        persistent=line.persistent,
+        keeps=keeps,
+        remove=() if keeps else tuple(bitmap for bitmap in useless if bitmap is not None),
+        join=line.below if keeps else (),
+    )
+    since = line.point if wanted.type == "incremental" else None
+    return dataclasses.replace(plan, step=step, since=since)
+
+
+def _choose(wanted: backup_conf.BackupDiskDef, line: branch.Line) -> backup_conf.BackupDiskDef:
+    """WANTED with the type and granularity that it is going to have."""
+    granularity = wanted.granularity or (
+        line.bitmap.granularity if line.bitmap else branch.DEFAULT_GRANULARITY
+    )
+    wanted = dataclasses.replace(wanted, granularity=granularity)
+    if wanted.type != "auto":
+        return wanted
+    if line.unsound is not None:
+        return dataclasses.replace(wanted, type="full", reason=line.unsound)
+    assert line.point is not None
+    reason = f"its changes since the backup '{line.point.backup}' are known"
+    return dataclasses.replace(wanted, type="incremental", reason=reason)
+
+
+def _lines(definition: backup_conf.BackupDef, state: BlockState) -> dict[str, branch.Line]:
+    """What every disk of the backup has of its branch; empty without one."""
+    if definition.branch is None:
+        return {}
+    media = {disk.target: disk.medium for disk in state.disks}
+    lines = {}
+    for disk in definition.disks:
+        if not disk.present:
+            continue
+        medium = media[disk.name]
+        assert medium is not None
+        images = state.images(medium.node)
+        if images is None:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"disk '{disk.name}': QEMU does not tell which image the guest writes to",
+            )
+        lines[disk.name] = branch.line(definition.branch, images, medium.size)
+    return lines
+
+
+def _check_branch(definition: backup_conf.BackupDef, caps: capabilities.Capabilities) -> None:
     if definition.branch is not None:
-        raise _unsupported(f"branch '{definition.branch}': only full backups are supported")
+        if not caps.branches:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"branch '{definition.branch}': QEMU {capabilities.dotted(caps.version)} cannot"
+                " begin, end and export dirty bitmaps at one instant: full backups only",
+            )
+        return
     for disk in definition.disks:
         if disk.present and disk.type != "full":
             raise _unsupported(f"disk '{disk.name}': backup type '{disk.type}' needs a branch")
         if disk.granularity is not None:
             raise _unsupported(f"disk '{disk.name}': a bitmap needs a branch")
+
+
+def _check_sound(definition: backup_conf.BackupDef, lines: Mapping[str, branch.Line]) -> None:
+    """Refuse what the bitmaps that are there forbid."""
+    wanted = {disk.name: disk for disk in definition.disks}
+    for name, line in lines.items():
+        if line.foreign:
+            raise _unsupported(
+                f"disk '{name}' has a bitmap '{definition.branch}' that was made by somebody else:"
+                " choose another name for the branch"
+            )
+        given = wanted[name].granularity
+        if given is not None and line.bitmap and line.bitmap.granularity != given:
+            raise _unsupported(
+                f"disk '{name}': the bitmap of branch '{definition.branch}' has granularity"
+                f" {line.bitmap.granularity}, not {given}"
+            )
+        if line.bitmap is not None and line.bitmap.busy:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"disk '{name}': the bitmap '{definition.branch}' is in use by somebody else",
+            )
+    reasons = [
+        f"disk '{name}': {line.unsound}"
+        for name, line in lines.items()
+        if wanted[name].type == "incremental" and line.unsound is not None
+    ]
+    if reasons:
+        raise errors.error(
+            errors.CHECKPOINT_INCONSISTENT,
+            f"branch '{definition.branch}' has no sound point to be incremental from:"
+            f" {'; '.join(reasons)}",
+        )
 
 
 def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:

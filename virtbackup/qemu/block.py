@@ -16,6 +16,22 @@ from virtbackup.qemu import naming, qmp
 
 
 @dataclasses.dataclass(frozen=True)
+class Bitmap:
+    """A dirty bitmap that has a name (QAPI's BlockDirtyInfo)."""
+
+    name: naming.BitmapName
+    granularity: int
+    """Bytes."""
+    count: int
+    """Bytes that it knows to have changed."""
+    recording: bool
+    persistent: bool
+    busy: bool
+    inconsistent: bool
+    """Not stored when the image was last closed: nothing but its name is known."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Medium:
     """What is in a drive: the node at its root."""
 
@@ -25,6 +41,12 @@ class Medium:
     size: int
     """Guest-visible, bytes; a multiple of 512."""
     readonly: bool
+    bitmaps: tuple[Bitmap, ...] = ()
+    stores_bitmaps: bool = False
+    """Whether the image can hold persistent bitmaps."""
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +144,50 @@ def _parse_medium(inserted: Any) -> Medium:
             "drv": str(driver),
             "ro": bool(readonly),
             "file": str(filename),
-            "image": {"virtual-size": size},
+            "image": {"virtual-size": size, **image},
         } if qmp.is_plain(node) and qmp.is_plain(driver) and _is_size(size):
-            return Medium(naming.NodeName(node), driver, filename, size, readonly)
+            return Medium(
+                naming.NodeName(node),
+                driver,
+                filename,
+                size,
+                readonly,
+                _parse_bitmaps(inserted.get("dirty-bitmaps", [])),
+                driver == "qcow2" and _stores_bitmaps(image),
+            )
     raise _unexpected("info", inserted)
+
+
+def _stores_bitmaps(image: Any) -> bool:
+    """Whether a qcow2 IMAGE is of version 3, and its data is not to be a raw image by itself."""
+    match image:
+        case {"format-specific": {"data": {"compat": str(compat), **data}}}:
+            return compat != "0.10" and data.get("data-file-raw") is not True
+    return False
+
+
+def _parse_bitmaps(reply: Any) -> tuple[Bitmap, ...]:
+    """The bitmaps that have a name: those without are jobs'."""
+    return tuple(_parse_bitmap(item) for item in _items(reply) if "name" in item)
+
+
+def _parse_bitmap(item: Mapping[str, Any]) -> Bitmap:
+    """Before QEMU 4.0 there is a status in place of what is left out here."""
+    match item:
+        case {"name": str(name), "granularity": granularity, "count": count} if _is_size(
+            granularity
+        ) and _is_size(count):
+            status = item.get("status")
+            return Bitmap(
+                naming.BitmapName(name),
+                granularity,
+                count,
+                recording=item.get("recording", status == "active") is True,
+                persistent=item.get("persistent") is True,
+                busy=item.get("busy", status in ("frozen", "locked")) is True,
+                inconsistent=item.get("inconsistent") is True,
+            )
+    raise _unexpected("bitmap", item)
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
@@ -175,6 +237,10 @@ class Graph:
     XDbgBlockGraphNodeType (block-backend, block-job, block-driver)."""
 
     children: Mapping[tuple[str, str], frozenset[tuple[str, str]]]
+    roles: Mapping[tuple[naming.NodeName, str], naming.NodeName] = dataclasses.field(
+        default_factory=dict
+    )
+    """(a node, ``file`` or ``backing``) -> the node that it has below it as that."""
 
     def nodes(self) -> frozenset[naming.NodeName]:
         """Every node."""
@@ -244,8 +310,13 @@ def parse_graph(reply: Any) -> Graph:
         case _:
             raise _unexpected("graph", reply)
     vertices = dict(map(_parse_vertex, nodes))
-    pairs = [_parse_edge(edge, vertices) for edge in edges]
-    return Graph(_group(vertices.values(), pairs))
+    found = [_parse_edge(edge, vertices) for edge in edges]
+    roles = {
+        (naming.NodeName(parent[1]), role): naming.NodeName(child[1])
+        for parent, child, role in found
+        if parent[0] == child[0] == "block-driver"
+    }
+    return Graph(_group(vertices.values(), [edge[:2] for edge in found]), roles)
 
 
 def _parse_vertex(node: Any) -> tuple[int, tuple[str, str]]:
@@ -257,11 +328,12 @@ def _parse_vertex(node: Any) -> tuple[int, tuple[str, str]]:
 
 def _parse_edge(
     edge: Any, vertices: Mapping[int, tuple[str, str]]
-) -> tuple[tuple[str, str], tuple[str, str]]:
+) -> tuple[tuple[str, str], tuple[str, str], str]:
+    """(parent, child, what the child is to the parent)."""
     match edge:
-        case {"parent": int(parent), "child": int(child)}:
+        case {"parent": int(parent), "child": int(child), "name": str(role)}:
             if parent in vertices and child in vertices:
-                return vertices[parent], vertices[child]
+                return vertices[parent], vertices[child], role
     raise _unexpected("graph", edge)
 
 

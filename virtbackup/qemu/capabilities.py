@@ -38,7 +38,8 @@ FEATURES: Mapping[str, str] = {
     "block-export-add.bitmaps": "block-export-add/+nbd/bitmaps",
     "transaction.bitmap-add": "transaction/actions/+block-dirty-bitmap-add",
     "transaction.bitmap-disable": "transaction/actions/+block-dirty-bitmap-disable",
-    "transaction.x-bitmap-disable": "transaction/actions/+x-block-dirty-bitmap-disable",
+    "transaction.bitmap-merge": "transaction/actions/+block-dirty-bitmap-merge",
+    "transaction.bitmap-remove": "transaction/actions/+block-dirty-bitmap-remove",
 }
 """What is looked up in the schema: a command, then what is below its arguments, step by step: a
 member's name, or +CASE of a union. Lists and alternates are looked through."""
@@ -200,16 +201,13 @@ class Capabilities:
         return self.block_exports or "nbd-server-add.name" in self.features
 
     @property
-    def exports_bitmaps(self) -> bool:
-        """A disk's dirty bitmap can be begun and ended at the instant of a start, and be exported:
-        what an incremental backup takes (3.0)."""
-        begun_and_ended = "transaction.bitmap-add" in self.features and bool(
-            {"transaction.bitmap-disable", "transaction.x-bitmap-disable"} & self.features
-        )
-        exported = "x-nbd-server-add-bitmap" in self.commands or bool(
-            {"block-export-add.bitmaps", "nbd-server-add.bitmap"} & self.features
-        )
-        return begun_and_ended and exported
+    def branches(self) -> bool:
+        """What a branch takes: dirty bitmaps that are begun and ended at the instant of a start,
+        exported, and joined and removed at one instant, too (4.2)."""
+        verbs = ("add", "disable", "merge", "remove")
+        at_once = {f"transaction.bitmap-{verb}" for verb in verbs} <= self.features
+        exported = {"block-export-add.bitmaps", "nbd-server-add.bitmap"} & self.features
+        return at_once and bool(exported) and self.block_graph
 
     @property
     def max_connections(self) -> bool:

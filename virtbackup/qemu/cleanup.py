@@ -20,6 +20,7 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
+    branches,
     dialect,
     domain,
     monitor_json,
@@ -99,9 +100,24 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
         removed += stopped_server
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.fdsets()
+    joined, divided = _join_branches(session, left)
+    removed += joined
     if left is not None and ours:
         removed += _orphans(session, left, sweeper)
-    return removed, ([NBD_SERVER] if server_left else []) + sweeper.remaining()
+    rest = [NBD_SERVER] if server_left else []
+    return removed, rest + sweeper.remaining() + divided
+
+
+def _join_branches(
+    session: domain.Session, left: status.Status | None
+) -> tuple[list[str], list[str]]:
+    """As ``branches.roll_back``: what a stop that was good has not brought forward by now, is not
+    to be."""
+    if not session.capabilities.branches or (left is not None and left.branch is None):
+        return [], []
+    if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
+        return [], ["bitmaps of a branch, as a backup job has not been dismissed"]
+    return branches.roll_back(session, None if left is None else left.id)
 
 
 def _go_on(session: domain.Session) -> list[str]:

@@ -90,13 +90,20 @@ class Dialect:
         return monitor_json.nbd_server_start(address, 0 if self.caps.max_connections else None)
 
     def export_add(
-        self, id: naming.ExportId, node: naming.NodeName, name: str
+        self,
+        id: naming.ExportId,
+        node: naming.NodeName,
+        name: str,
+        bitmap: monitor_json.BitmapOf | None = None,
     ) -> monitor_json.Command:
-        """Show one of our nodes, read-only, under NAME, which is ``export_name``'s."""
+        """Show one of our nodes, read-only, under NAME, which is ``export_name``'s; with BITMAP, of
+        a node that it is over or, where it is no such node's, by that node's name."""
         if self.caps.block_exports:
-            return monitor_json.block_export_add_nbd(id, node, name)
+            return monitor_json.block_export_add_nbd(id, node, name, bitmap)
         given = name if self.caps.export_names else None
-        return monitor_json.nbd_server_add(self.name(node), given)
+        return monitor_json.nbd_server_add(
+            self.name(node), given, None if bitmap is None else bitmap.name
+        )
 
     def export_name(self, node: naming.NodeName, wanted: str) -> str:
         """The name under which a node can be exported that is WANTED to have another."""

@@ -110,8 +110,13 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
     return _STATES.get(now.status, (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER))
 
 
-def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockState:
-    """Everything a plan needs to know of QEMU's block layer."""
+def ask(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, bitmaps: bool = False
+) -> backup.BlockState:
+    """Everything a plan needs to know of QEMU's block layer; BITMAPS: of every image, too.
+
+    Errors: ``named_nodes``'s.
+    """
     spoken = dialect.Dialect(caps)
     queries = [spoken.query_jobs()]
     if caps.block_exports:
@@ -121,7 +126,7 @@ def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockS
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
     replies = iter(qemu.execute_all(queries))
-    jobs = spoken.parse_jobs(next(replies))
+    running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
     if caps.devices:
@@ -129,17 +134,21 @@ def ask(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> backup.BlockS
         run_state = monitor_json.parse_status(next(replies))
         runs, io_error = run_state.running, run_state.status == "io-error"
     else:
-        disks = block.disks_of_nodes(named_nodes(qemu, caps, jobs.values()), graph)
+        disks = block.disks_of_nodes(named_nodes(qemu, caps, running.values()), graph)
         runs = io_error = False
     iothreads = {}
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
-    nodes: Iterable[naming.NodeName] = ()
-    if graph is None and caps.named_nodes_are_safe(jobs.values()):
-        nodes = block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
-    return backup.BlockState(
-        disks, jobs, exports, graph, runs, iothreads, io_error, frozenset(nodes)
-    )
+    nodes: dict[naming.NodeName, block.Medium] = {}
+    if bitmaps or (graph is None and caps.named_nodes_are_safe(running.values())):
+        nodes = named_nodes(qemu, caps, running.values())
+    return backup.BlockState(disks, running, exports, graph, runs, iothreads, io_error, nodes)
+
+
+def jobs(session: Session) -> dict[naming.JobId, monitor_json.Job]:
+    """All jobs."""
+    spoken = dialect.Dialect(session.capabilities)
+    return spoken.parse_jobs(session.qemu.execute(spoken.query_jobs()))
 
 
 def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:
@@ -151,14 +160,14 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
     replies = iter(qemu.execute_all(queries))
-    jobs = spoken.parse_jobs(next(replies))
+    running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else None
     if not caps.devices:
-        return blockjob.Sight(jobs, exports, None, io_error=False)
+        return blockjob.Sight(running, exports, None, io_error=False)
     disks = block.parse_block(next(replies))
     drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
     now = monitor_json.parse_status(next(replies))
-    return blockjob.Sight(jobs, exports, drives, io_error=now.status == "io-error")
+    return blockjob.Sight(running, exports, drives, io_error=now.status == "io-error")
 
 
 def named_nodes(

@@ -99,7 +99,7 @@ class QmpDriver:
         if id is None or running is None or running.id != id:
             return
         try:
-            self._job.stop(id)
+            self._job.stop(id, cancel=True)
         except errors.Error as failure:
             logger.warning("backup=%s could not be ended on close: %s", id, failure)
 
@@ -177,7 +177,7 @@ class QmpDriver:
         except BaseException:
             for image in images:
                 os.close(image.fd)
-            self._job.stop(id)
+            self._job.stop(id, cancel=True)
             raise
 
     def _stop_watching(self) -> None:
@@ -188,7 +188,7 @@ class QmpDriver:
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         # Where we started a backup that is to end with us, that one is meant and no other.
         try:
-            reasons = self._job.stop(self._autodestroy)
+            reasons = self._job.stop(self._autodestroy, bool(flags & STOP_CANCEL))
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 self._autodestroy = None
@@ -209,6 +209,14 @@ class QmpDriver:
 
     def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         return self._job.cleanup()
+
+    def domain_branch_list(
+        self, ref: hypervisor.DomainRef, flags: int
+    ) -> Sequence[backup_conf.Branch]:
+        return self._job.branches()
+
+    def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._job.delete_branch(name)
 
 
 @contextlib.contextmanager

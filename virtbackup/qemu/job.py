@@ -20,6 +20,7 @@ from virtbackup.qemu import (
     backup,
     block,
     blockjob,
+    branches,
     capabilities,
     cleanup,
     domain,
@@ -66,7 +67,7 @@ class BackupJob:
             self._file.locked(),
             self._connect() as session,
         ):
-            state = self._make_room(session)
+            state = self._make_room(session, bitmaps=definition.branch is not None)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
             plan = backup.plan(
@@ -130,17 +131,19 @@ class BackupJob:
             self._file.save(ended)
         logger.warning("backup=%s %s", id, reason)
 
-    def stop(self, only: naming.BackupId | None = None) -> dict[str, str]:
+    def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
 
-        ONLY is the backup that is meant; None: whichever runs. Errors: VIR_ERR_NO_DOMAIN_BACKUP
-        when there is none, or another one.
+        ONLY is the backup that is meant; None: whichever runs. Where all of it is good, it is the
+        last point of its branch from now on, but with CANCEL. Errors: VIR_ERR_NO_DOMAIN_BACKUP when
+        there is none, or another one.
         """
         with self._file.locked():
             running = self._file.load()
             if running is None:
                 raise _no_backup()
             _check_is(running, only)
+            running = dataclasses.replace(running, cancelled=running.cancelled or cancel)
             try:
                 reasons = self._stop(running)
             except monitor.NoAnswer as failure:
@@ -157,6 +160,9 @@ class BackupJob:
             with self._connect() as session:
                 reasons = self._end(session, running)
                 judged = dataclasses.replace(running, verdict=reasons)
+                if not reasons and not judged.cancelled:
+                    judged = self._advance(session, judged)
+                    reasons = judged.verdict or {}
                 cleanup.clean(session, judged, self._file)
         except monitor.NotListening:
             return self._gone(running)
@@ -180,6 +186,32 @@ class BackupJob:
                     return verdict.look(session, running)
             except monitor.NotListening:
                 return verdict.info(running, verdict.of_all(running, _GONE))
+
+    def branches(self) -> list[backup_conf.Branch]:
+        """Every branch of the domain, and bitmaps of others. Errors: VIR_ERR_OPERATION_UNSUPPORTED,
+        ``cleanup.check_scratch``'s."""
+        with self._file.locked(), self._connect() as session:
+            _check_branches(session)
+            left = self._file.load()
+            state = _ask(session, left, bitmaps=True)
+            here = left is not None and not session.restarted_since(left.qemu)
+            return branches.told(state, left if here else None)
+
+    def delete_branch(self, name: str) -> None:
+        """Remove a branch from every disk. Errors: those of ``branches.delete``, and
+        VIR_ERR_OPERATION_INVALID while a backup of it runs."""
+        with self._file.locked(), self._connect() as session:
+            _check_branches(session)
+            left = self._file.load()
+            state = _ask(session, left, bitmaps=True)
+            if left is not None and left.branch == name and not _is_stale(session, state, left):
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    f"a backup of branch '{name}' is running: stop it first",
+                )
+            if (left is None and state.traces()) or (left and _is_stale(session, state, left)):
+                state = self._clear(session, left, bitmaps=True)
+            branches.delete(session, state, name)
 
     def disks(self, session: domain.Session) -> tuple[block.Disk, ...]:
         """The domain's disks. Errors: ``cleanup.check_scratch``'s."""
@@ -207,30 +239,36 @@ class BackupJob:
 
     # --- start ---
 
-    def _make_room(self, session: domain.Session) -> backup.BlockState:
-        """Refuse while a backup runs; clear away what a crash left of an earlier one."""
+    def _make_room(self, session: domain.Session, bitmaps: bool) -> backup.BlockState:
+        """Refuse while a backup runs; clear away what a crash left of an earlier one. What QEMU has
+        then, and with BITMAPS of every image."""
         left = self._file.load()
-        state = _ask(session, left)
+        state = _ask(session, left, bitmaps)
         if left is not None and not _is_stale(session, state, left):
             text = "another backup job is already running"
             if left.given_up is not None:
                 text = f"another backup job is not stopped yet, it was {left.given_up}"
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
-        if left is None and (jobs := state.running_jobs()):
+        for line in runtime.sweep():
+            logger.info("left by a process that is gone, removed: %s", line)
+        if left is not None:
+            state = self._clear(session, left, bitmaps)
+        if jobs := state.running_jobs():
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
                 f"another backup job is already running ('{jobs[0]}'), but there is no status of"
                 f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
             )
-        for line in runtime.sweep():
-            logger.info("left by a process that is gone, removed: %s", line)
-        if left is None and not state.backups():
-            return state
+        return self._clear(session, None, bitmaps) if state.traces() else state
+
+    def _clear(
+        self, session: domain.Session, left: status.Status | None, bitmaps: bool
+    ) -> backup.BlockState:
         removed, rest = cleanup.clean(session, left, self._file)
         for line in removed:
             logger.info("left by an earlier backup, removed: %s", line)
         _check_removed(rest)
-        return domain.ask(session.qemu, session.capabilities)
+        return domain.ask(session.qemu, session.capabilities, bitmaps)
 
     def _run(self, run: process.Run, session: domain.Session, starting: status.Status) -> None:
         """Do the plan, or undo all of it."""
@@ -244,6 +282,7 @@ class BackupJob:
             self._file.save(starting)
             run.freeze()
             run.exports()
+            starting = _with_changed(starting, run.changed())
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
             for image in run.images:
@@ -310,9 +349,25 @@ class BackupJob:
         self._file.save(dataclasses.replace(running, phase="stopping", verdict=reasons))
         return reasons
 
+    def _advance(self, session: domain.Session, judged: status.Status) -> status.Status:
+        """A backup that was good, as the last point of its branch."""
+        if judged.branch is None or judged.advanced:
+            return judged
+        if failure := branches.advance(session, judged):
+            text = f"branch '{judged.branch}' stays at its last point: {failure}"
+            return dataclasses.replace(judged, verdict=verdict.of_all(judged, text))
+        judged = dataclasses.replace(judged, phase="stopping", advanced=True)
+        self._file.save(judged)
+        return judged
+
     def _gone(self, running: status.Status) -> dict[str, str]:
-        """After QEMU's end."""
+        """After QEMU's end. A verdict that was reached before it stands, unless the branch was to
+        follow and did not."""
+        last = self._file.load() or running
         cleanup.forget(running, self._file)
+        done = last.branch is None or last.advanced or last.cancelled
+        if last.verdict is not None and (last.verdict or done):
+            return last.verdict
         return verdict.of_all(running, _GONE)
 
     def _listening(self) -> bool:
@@ -348,6 +403,14 @@ def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     return nbdserver.send_clients_away(pid, address, nbdserver.pause) == 0
 
 
+def _check_branches(session: domain.Session) -> None:
+    if not session.capabilities.branches:
+        version = capabilities.dotted(session.capabilities.version)
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED, f"QEMU {version} cannot have branches"
+        )
+
+
 def _check_removed(rest: Sequence[str]) -> None:
     if rest:
         raise errors.error(
@@ -356,15 +419,17 @@ def _check_removed(rest: Sequence[str]) -> None:
         )
 
 
-def _ask(session: domain.Session, left: status.Status | None) -> backup.BlockState:
-    """What a plan needs to know, with backup LEFT in QEMU or not.
+def _ask(
+    session: domain.Session, left: status.Status | None, bitmaps: bool = False
+) -> backup.BlockState:
+    """What a plan needs to know, with backup LEFT in QEMU or not; with BITMAPS, of every image.
 
     Errors: where QEMU has to look at all nodes' files for it, ``cleanup.check_scratch``'s.
     """
     caps = session.capabilities
-    if left is not None and not (caps.devices and caps.block_graph):
+    if left is not None and (bitmaps or not (caps.devices and caps.block_graph)):
         cleanup.check_scratch(session, left)
-    return domain.ask(session.qemu, session.capabilities)
+    return domain.ask(session.qemu, session.capabilities, bitmaps)
 
 
 def _thresholds(wanted: Iterable[scratch.Wanted]) -> dict[str, int]:
@@ -391,6 +456,7 @@ def _starting(
     was_stopped: bool,
 ) -> status.Status:
     """What is on disk while PLAN is being carried out."""
+    wanted = {disk.name: disk for disk in plan.definition.disks}
     return status.Status(
         id=plan.id,
         phase="starting",
@@ -405,8 +471,11 @@ def _starting(
         owner=owner,
         given_up=None,
         was_stopped=was_stopped,
+        cancelled=False,
+        advanced=False,
         verdict=None,
         told=False,
+        branch=plan.definition.branch,
         disks=tuple(
             status.DiskStatus(
                 target=disk.target,
@@ -423,6 +492,9 @@ def _starting(
                 threshold=thresholds.get(disk.target),
                 path=scratch.name(disk.source, disk.opaque),
                 inode=None,
+                type=wanted[disk.target].type or "full",
+                type_reason=wanted[disk.target].reason,
+                branch=_branch(disk),
             )
             for disk in plan.disks
         ),
@@ -432,6 +504,25 @@ def _starting(
 def _with_inodes(starting: status.Status, inodes: Mapping[str, int]) -> status.Status:
     disks = (dataclasses.replace(disk, inode=inodes.get(disk.target)) for disk in starting.disks)
     return dataclasses.replace(starting, disks=tuple(disks))
+
+
+def _branch(disk: backup.DiskPlan) -> status.BranchStatus | None:
+    if disk.step is None:
+        return None
+    return status.BranchStatus(disk.step.node, disk.step.keeps, disk.since, dirty=None)
+
+
+def _with_changed(starting: status.Status, changed: Mapping[str, int]) -> status.Status:
+    """Noted how many bytes of a disk have changed since its branch's last point."""
+    disks = tuple(
+        dataclasses.replace(
+            disk, branch=dataclasses.replace(disk.branch, dirty=changed[disk.target])
+        )
+        if disk.branch and disk.target in changed
+        else disk
+        for disk in starting.disks
+    )
+    return dataclasses.replace(starting, disks=disks)
 
 
 def _without_others_files(starting: status.Status, created: list[str]) -> status.Status:

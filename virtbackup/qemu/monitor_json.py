@@ -298,6 +298,55 @@ def blockdev_backup(
     return {"type": "blockdev-backup", "data": given}
 
 
+@dataclasses.dataclass(frozen=True)
+class BitmapOf:
+    """A dirty bitmap by its node and name; NODE None is looked for from the export's node down."""
+
+    node: naming.NodeName | None
+    name: naming.BitmapName
+
+    def data(self) -> Any:
+        """QAPI's BlockDirtyBitmapOrStr."""
+        return self.name if self.node is None else {"node": self.node, "name": self.name}
+
+
+def bitmap_add(
+    bitmap: BitmapOf, granularity: int, persistent: bool, disabled: bool = False
+) -> dict[str, Any]:
+    """The transaction action: from now on BITMAP notes what is written; GRANULARITY in bytes."""
+    return _bitmap_action(
+        "add", bitmap, granularity=granularity, persistent=persistent, disabled=disabled
+    )
+
+
+def bitmap_remove(bitmap: BitmapOf) -> dict[str, Any]:
+    """The transaction action, which takes effect when the whole transaction does."""
+    return _bitmap_action("remove", bitmap)
+
+
+def bitmap_enable(bitmap: BitmapOf) -> dict[str, Any]:
+    return _bitmap_action("enable", bitmap)
+
+
+def bitmap_disable(bitmap: BitmapOf) -> dict[str, Any]:
+    return _bitmap_action("disable", bitmap)
+
+
+def bitmap_clear(bitmap: BitmapOf) -> dict[str, Any]:
+    return _bitmap_action("clear", bitmap)
+
+
+def bitmap_merge(target: BitmapOf, source: BitmapOf) -> dict[str, Any]:
+    """The transaction action: TARGET knows, too, what SOURCE knows."""
+    data = {"node": target.node, "target": target.name, "bitmaps": [source.data()]}
+    return {"type": "block-dirty-bitmap-merge", "data": data}
+
+
+def _bitmap_action(verb: str, bitmap: BitmapOf, **more: Any) -> dict[str, Any]:
+    data = {"node": bitmap.node, "name": bitmap.name, **more}
+    return {"type": f"block-dirty-bitmap-{verb}", "data": data}
+
+
 def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:
     return _command("transaction", actions=list(actions))
 
@@ -381,16 +430,20 @@ def nbd_server_stop() -> Command:
     return _command("nbd-server-stop")
 
 
-def block_export_add_nbd(id: naming.ExportId, node: naming.NodeName, name: str) -> Command:
+def block_export_add_nbd(
+    id: naming.ExportId, node: naming.NodeName, name: str, bitmap: BitmapOf | None = None
+) -> Command:
+    bitmaps = None if bitmap is None else [bitmap.data()]
     return _command(
-        "block-export-add", type="nbd", id=id, node_name=node, name=name, writable=False
-    )
+        "block-export-add",
+        type="nbd", id=id, node_name=node, name=name, writable=False, bitmaps=bitmaps,
+    )  # fmt: skip
 
 
-def nbd_server_add(device: str, name: str | None) -> Command:
+def nbd_server_add(device: str, name: str | None, bitmap: str | None = None) -> Command:
     """As exports were made before ``block-export-add``: of a node or drive, read-only, under NAME
-    or the device's own."""
-    return _command("nbd-server-add", device=device, name=name)
+    or the device's own; with a BITMAP of it or of what it is over."""
+    return _command("nbd-server-add", device=device, name=name, bitmap=bitmap)
 
 
 def block_export_del(id: naming.ExportId, mode: Literal["safe", "hard"]) -> Command:

@@ -5,6 +5,8 @@ Everything is named ``virtbackup-ID-N[-PART]``: ID is the backup's, eight hex di
 number. QEMU wants identifiers that begin with a letter and node names of at most 31 bytes.
 """
 
+import dataclasses
+import hashlib
 import re
 from typing import NewType
 
@@ -12,11 +14,14 @@ NodeName = NewType("NodeName", str)
 JobId = NewType("JobId", str)
 ExportId = NewType("ExportId", str)
 BackupId = NewType("BackupId", str)
+BitmapName = NewType("BitmapName", str)
 
 PREFIX = "virtbackup-"
 _JOB = re.compile(PREFIX + r"([0-9a-f]{8})-(\d+)")
 _SPEED = 1 << 61
-_OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*")
+_OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*(?:-next-[0-9a-f]{16})?")
+_NEXT = re.compile(PREFIX + r"([0-9a-f]{8})-\d+-next-([0-9a-f]{16})")
+_POINT = re.compile(PREFIX + r"point-([0-9a-f]{16})-([0-9a-f]{8})-(\d{1,12})-(\d{1,19})")
 
 
 def scratch_file_node(backup: BackupId, number: int) -> NodeName:
@@ -100,3 +105,46 @@ def backup_of(name: str) -> BackupId | None:
     """Whose backup's thing NAME is, or None when it is none of ours."""
     match = _OURS.fullmatch(name)
     return BackupId(match[1]) if match else None
+
+
+# --- bitmaps of a branch: one bears the branch's own name; these are beside it -------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """The instant from which on a branch's bitmap knows what has changed: a good backup's start."""
+
+    backup: BackupId
+    time: int
+    """Seconds since the epoch."""
+    size: int
+    """Guest-visible bytes that the disk had."""
+
+
+def branch_key(branch: str) -> str:
+    """A branch's name of up to 1023 bytes, short enough to be a part of another name."""
+    return hashlib.sha256(branch.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def next_bitmap(backup: BackupId, number: int, branch: str) -> BitmapName:
+    """What records during a backup, while the branch's own bitmap stands still to be read."""
+    return BitmapName(f"{PREFIX}{backup}-{number}-next-{branch_key(branch)}")
+
+
+def next_of(name: str) -> tuple[BackupId, str] | None:
+    """Of which backup, and branch by its key, NAME is the ``next_bitmap``; None: it is none."""
+    match = _NEXT.fullmatch(name)
+    return (BackupId(match[1]), match[2]) if match else None
+
+
+def point_bitmap(branch: str, point: Point) -> BitmapName:
+    """An empty bitmap beside the branch's, that by its name says what the branch's is relative to,
+    wherever the image goes."""
+    key = branch_key(branch)
+    return BitmapName(f"{PREFIX}point-{key}-{point.backup}-{point.time}-{point.size}")
+
+
+def point_of(name: str) -> tuple[str, Point] | None:
+    """The branch, by its key, and the point of which NAME is the ``point_bitmap``, or None."""
+    match = _POINT.fullmatch(name)
+    return (match[1], Point(BackupId(match[2]), int(match[3]), int(match[4]))) if match else None

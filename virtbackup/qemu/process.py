@@ -15,7 +15,7 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import backup, monitor, monitor_json, nbdserver, qcow2, scratch, watch
+from virtbackup.qemu import backup, block, monitor, monitor_json, nbdserver, qcow2, scratch, watch
 
 
 class ServerRefused(errors.Error):
@@ -81,9 +81,23 @@ class Run:
             self.qemu.execute(self.plan.transaction())
         except monitor_json.CommandFailed as failure:
             for disk in self.plan.disks:
-                if f"'{disk.node}'" in failure.desc or f"'{disk.job}'" in failure.desc:
+                names = [disk.node, disk.job, *([disk.step.node] if disk.step else [])]
+                if any(f"'{name}'" in failure.desc for name in names):
                     raise _of_disk(disk.target, failure) from failure
             raise
+
+    def changed(self) -> dict[str, int]:
+        """Disk -> bytes changed since its branch's last point; after the instant, and only of disks
+        whose changes are told."""
+        told = {disk.target: disk.step for disk in self.plan.disks if disk.since and disk.step}
+        if not told:
+            return {}
+        nodes = block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
+        return {
+            target: bitmap.count
+            for target, step in told.items()
+            if step.node in nodes and (bitmap := nodes[step.node].bitmap(step.branch))
+        }
 
     def exports(self) -> None:
         """Show every frozen disk under its export name."""

@@ -20,11 +20,12 @@ from typing import Any, Literal
 import libvirt
 
 from virtbackup import errors, runtime
+from virtbackup.conf import backup_conf
 from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -58,6 +59,24 @@ class DiskStatus:
     """A file of ours that has a name for now; None once it has none."""
     inode: int | None
     """The scratch image's, once it is made."""
+    type: backup_conf.DiskType
+    type_reason: str | None
+    branch: "BranchStatus | None"
+    """What the backup's branch has on this disk; None without a branch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchStatus:
+    """What was begun with one disk's bitmaps."""
+
+    node: naming.NodeName
+    """The image that has them."""
+    keeps: bool
+    """Its own bitmap stood still during the backup; else it is made when that was good."""
+    since: naming.Point | None
+    """The point since which the changes are told along with the disk; None: they are not."""
+    dirty: int | None
+    """Bytes that have changed since then, once that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +103,15 @@ class Status:
     """Why the backup was ended before its time, to be told by the stop; None while it runs."""
     was_stopped: bool
     """The guest was paused for an I/O error already at the start: that is not for us to end."""
+    cancelled: bool
+    """A stop was told that the backup is not wanted: its branch stays where it was."""
+    advanced: bool
+    """The backup is the last point of its branch."""
     verdict: dict[str, str] | None
     """Disk -> why it is not good, once a stop has judged; None before."""
     told: bool
     """The verdict was told: all that is left is to be cleaned up."""
+    branch: str | None
     disks: tuple[DiskStatus, ...]
 
 
@@ -97,7 +121,7 @@ def parse(text: str) -> Status:
         fields: dict[str, Any] = json.loads(text)
         if fields.pop("version") != VERSION:
             raise ValueError("another version")
-        disks = tuple(DiskStatus(**disk) for disk in fields.pop("disks"))
+        disks = tuple(_parse_disk(disk) for disk in fields.pop("disks"))
         qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
         return Status(
             disks=disks,
@@ -107,6 +131,15 @@ def parse(text: str) -> Status:
         )
     except (KeyError, TypeError, AttributeError, IndexError) as failure:
         raise ValueError(f"not a status: {failure!r}") from failure
+
+
+def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
+    branch = fields.pop("branch")
+    if branch is not None:
+        since = branch.pop("since")
+        point = None if since is None else naming.Point(**since)
+        branch = BranchStatus(since=point, **branch)
+    return DiskStatus(branch=branch, **fields)
 
 
 def format(status: Status) -> str:

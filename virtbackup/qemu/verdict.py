@@ -153,6 +153,8 @@ def info(
         started=running.started,
         address=backup_conf.BackupDef.parse(running.definition).address,
         engine=running.engine,
+        id=running.id,
+        branch=running.branch,
         scratch_failure="backup" if breaks else "guest",
         disks=tuple(
             backup_conf.DiskInfo(
@@ -161,6 +163,10 @@ def info(
                 state="failed" if disk.target in reasons else "running",
                 reason=reasons.get(disk.target),
                 capacity=disk.size,
+                type=disk.type,
+                type_reason=disk.type_reason,
+                since=_since(disk),
+                dirty=disk.branch.dirty if disk.branch else None,
                 scratch_used=(used or {}).get(disk.target),
                 scratch_worst_case=qcow2.full_size(disk.size),
                 scratch_free=None if hung else _free(disk.directory),
@@ -175,6 +181,11 @@ def info(
             for disk in running.disks
         ),
     )
+
+
+def _since(disk: status.DiskStatus) -> backup_conf.Point | None:
+    point = disk.branch.since if disk.branch else None
+    return None if point is None else backup_conf.Point(point.backup, point.time)
 
 
 def _warning(

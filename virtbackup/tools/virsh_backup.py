@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import virtbackup
 from virtbackup.tools import (
     monitor_tools,
+    virsh_branch,
     virsh_connection,
     virsh_domain,
     virsh_host,
@@ -180,27 +181,42 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(info.started))
     addresses = [("Address", nbd_uri(info.address, disk.export)) for disk in info.disks]
-    facts = [("State", info.state), ("Started", started), *_scratch_facts(info), *addresses]
+    branch = [] if info.branch is None else [("Branch", info.branch)]
+    facts = [
+        ("State", info.state),
+        ("Started", started),
+        *branch,
+        *_scratch_facts(info),
+        *addresses,
+    ]
     virsh_connection.print_pairs(shell, facts)
     shell.extra("")
-    size = virsh_connection.human_size
-    shell.print_table(
-        ("Disk", "Export", "State", "Capacity", "Scratch used", "Dirty", "Reason"),
-        [
-            (
-                disk.name,
-                disk.export,
-                disk.state,
-                size(disk.capacity),
-                size(disk.scratch_used),
-                size(disk.dirty),
-                " ".join((disk.reason or "-").split()),
-            )
-            for disk in info.disks
-        ],
-    )
+    shell.print_table(*_info_table(info))
     for warning in _warnings(info):
         shell.warn(warning)
+
+
+def _info_table(
+    info: "backup_conf.BackupInfo",
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The header, and a row for each disk; of what type its backup is only where there may be
+    several."""
+    size = virsh_connection.human_size
+    of_branch = info.branch is not None
+    header = ("Disk", "Export", "State", "Capacity", "Scratch used", "Dirty", "Reason")
+    return (*header[:3], "Type", *header[3:]) if of_branch else header, [
+        (
+            disk.name,
+            disk.export,
+            disk.state,
+            *((disk.type,) if of_branch else ()),
+            size(disk.capacity),
+            size(disk.scratch_used),
+            size(disk.dirty),
+            " ".join((disk.reason or disk.type_reason or "-").split()),
+        )
+        for disk in info.disks
+    ]
 
 
 _SCRATCH_FAILURE = {
@@ -233,6 +249,9 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
             "reason": disk.reason,
             "capacity": disk.capacity,
             "scratch_used": disk.scratch_used,
+            "type": disk.type,
+            "type_reason": disk.type_reason,
+            "since": virsh_branch.point_facts(disk.since),
             "dirty": disk.dirty,
             "scratch_worst_case": disk.scratch_worst_case,
             "scratch_free": disk.scratch_free,
@@ -243,6 +262,8 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
     ]
     return {
         "domain": name,
+        "id": info.id,
+        "branch": info.branch,
         "state": info.state,
         "started": info.started,
         "address": _address_facts(info.address),
@@ -324,7 +345,7 @@ COMMANDS = (
                 "[,type=full|incremental|auto][,granularity=SIZE]; a comma within is written twice",
                 multi=True, completer=_complete_diskspec,
             ),
-            vsh.Option("branch", vsh.Kind.STRING, "branch of incremental backups"),
+            virsh_branch.BRANCH,
             virsh_connection.QUIESCE,
             vsh.Option("print-xml", vsh.Kind.BOOL, "print the XML document, start nothing"),
         ),
@@ -346,6 +367,7 @@ TABLE = vsh.Table(
         virsh_domain.GROUP,
         virsh_host.GROUP,
         GROUP,
+        virsh_branch.GROUP,
         monitor_tools.GROUP,
         vsh.Group(vsh.GROUP, "Virsh-backup itself"),
     ),
@@ -355,6 +377,7 @@ TABLE = vsh.Table(
                 *virsh_domain.COMMANDS,
                 *virsh_host.COMMANDS,
                 *COMMANDS,
+                *virsh_branch.COMMANDS,
                 *monitor_tools.COMMANDS,
                 virsh_pull.PULL,
                 virsh_host.CONNECT,
