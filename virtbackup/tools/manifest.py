@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a pulled backup says of itself: ``manifest.json`` beside the disks.
 
-It is written last, so a directory that has one has a whole backup.
+It is written last, so a directory that has one has a whole backup. Where backups of a branch follow
+one another each has its own, ``manifest.NUMBER.json``, and ``manifest.json`` is the newest of them.
 """
 
 import dataclasses
@@ -41,6 +42,14 @@ class Disk:
     checksum: Checksum
     stored: int
     """What the file took on its file system when it was written."""
+    kind: str = "full"
+    """``full``, or ``incremental``: the file has what changed since ``since``, over ``backing``."""
+    backing: str | None = None
+    """The file below an increment, in the manifest's directory."""
+    since: str | None = None
+    """The id of the backup that an increment follows."""
+    reason: str | None = None
+    """Why the disk's backup is of this kind, where that was not the user's choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +67,18 @@ class Manifest:
     version: int
     domain: Domain
     kind: str
-    """``full``."""
+    """``full`` when that of every disk is, else ``incremental``."""
     time: str
     """The instant that the backup shows, ISO 8601, UTC."""
     disks: tuple[Disk, ...]
     backup_xml: str
     """The ``<domainbackup>`` that ran, every default filled in."""
     domain_xml: str
+    id: str | None = None
+    """Tells the backup from every other, and its branch's point by that name."""
+    branch: str | None = None
+    number: int | None = None
+    """Of the backups of a branch in one directory, from 1 on."""
 
     def to_json(self) -> str:
         """The file's text."""
@@ -92,6 +106,9 @@ class Manifest:
                 disks=tuple(_disk(disk) for disk in _get(fields, "disks", list)),
                 backup_xml=_get(fields, "backup_xml", str),
                 domain_xml=_get(fields, "domain_xml", str),
+                id=_optional(fields, "id", str),
+                branch=_optional(fields, "branch", str),
+                number=_optional(fields, "number", int),
             )
         except (ValueError, RecursionError) as failure:  # json's, and _Bad
             raise errors.invalid_arg(
@@ -128,7 +145,22 @@ def _disk(fields: Any) -> Disk:
             _get(checksum, "value", str),
         ),
         stored=_get(fields, "stored", int),
+        kind=_optional(fields, "kind", str) or "full",
+        backing=_file(fields, "backing"),
+        since=_optional(fields, "since", str),
+        reason=_optional(fields, "reason", str),
     )
+
+
+def _file(fields: dict[str, Any], name: str) -> str | None:
+    file = _optional(fields, name, str)
+    if file is not None and (problem := file_name_problem(file)):
+        raise _Bad(problem)
+    return file
+
+
+def _optional(fields: dict[str, Any], name: str, kind: type[_T]) -> _T | None:
+    return None if fields.get(name) is None else _get(fields, name, kind)
 
 
 def _get(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
@@ -140,9 +172,9 @@ def _get(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
     return value
 
 
-def read(directory: pathlib.Path) -> Manifest:
+def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
     """The manifest in DIRECTORY. Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
-    path = directory / FILE
+    path = directory / file
     try:
         text = path.read_text("utf-8")
     except OSError as failure:

@@ -4,9 +4,14 @@
 What is not known to be good has no name in the directory: disks are ``NAME.FORMAT.partial`` until
 the stop said that the backup was good, and the manifest comes last. Whatever ends a pull before,
 SIGINT and SIGTERM included, the backup is cancelled and no file remains.
+
+Backups of a branch follow one another in the same directory, see ``chain``. There the stop has an
+effect on the guest, too, the branch moves on; so all files are durable before it, and from then on
+the backup is kept whatever happens.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import logging
@@ -14,20 +19,20 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import libvirt
 
 from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.nbd import checksum, connection, copy
-from virtbackup.tools import manifest
+from virtbackup.tools import chain, manifest
 
 logger = logging.getLogger(__name__)
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
-PARTIAL = ".partial"
+PARTIAL = chain.PARTIAL
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -39,19 +44,26 @@ def pull(
     directory: pathlib.Path,
     *,
     xml: str | None = None,
-    fmt: copy.Format = "qcow2",
+    fmt: copy.Format | None = None,
     quiesce: bool = False,
     progress: copy.Progress | None = None,
+    branch: str | None = None,
+    kind: backup_conf.DiskType | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
     XML is a ``<domainbackup>``; without one all writable disks are exported on a unix socket in a
-    private directory. Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, those of
-    ``BackupDef``, before the guest is touched; then those of ``backupStart``, ``copy.copy`` and
-    ``backupStop``. On any error the backup is ended and DIRECTORY has no new file. SIGINT ends as
-    KeyboardInterrupt, SIGTERM as SystemExit, both after the same clean-up; in the main thread.
+    private directory. FMT is of what is no increment; None: qcow2. BRANCH and KIND, where given,
+    take the place of what XML says; an ``auto`` disk is pulled whole where DIRECTORY or the guest
+    has not what an increment needs, and the manifest says why.
+
+    Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
+    branch, an increment that would leave a gap, those of ``BackupDef``, before the guest is
+    touched; then those of ``backupStart``, ``copy.copy`` and ``backupStop``. On any error the
+    backup is ended and DIRECTORY has no new file. SIGINT ends as KeyboardInterrupt, SIGTERM as
+    SystemExit, both after the same clean-up; in the main thread.
     """
-    if fmt not in FORMATS:
+    if fmt not in (None, *FORMATS):
         raise errors.invalid_arg("backupPull", "fmt", f"unknown format '{fmt}'")
     domain_xml = domain.XMLDesc()
     with (
@@ -59,29 +71,41 @@ def pull(
         contextlib.ExitStack() as undo,
         contextlib.ExitStack() as files,
     ):
-        if xml is None:
-            xml = _private_document(undo)
-        names = _names(xml, domain_xml)
-        _claim(directory, _files(directory, names, fmt), files)
+        wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
+        if wanted.branch is None:
+            plan = _plan_alone(wanted, fmt or "qcow2")
+        else:
+            _make(directory, files)
+            undo.enter_context(chain.locked(directory))
+            plan = _plan_next(domain, directory, wanted, fmt)
+        _claim(directory, plan.paths(directory), files)
         cancel.check()
-        with _started(domain, xml, quiesce) as live_xml:
-            started = domain.backupGetInfo().started
-            jobs = _jobs(backup_conf.BackupDef.parse(live_xml), directory, fmt)
+        with _started(domain, plan.definition.format(), quiesce) as live_xml:
+            info = domain.backupGetInfo()
+            plan.check_start(info)
+            live = backup_conf.BackupDef.parse(live_xml)
+            jobs = _jobs(live, directory, plan)
             cancel.check()
             results = copy.copy(list(jobs.values()), progress=progress, cancel=cancel)
+            made = manifest.Manifest(
+                version=manifest.VERSION,
+                domain=manifest.Domain(domain.name(), domain.UUIDString()),
+                kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
+                time=_time(info.started),
+                disks=tuple(map(_describe, plan.disks, results)),
+                backup_xml=live_xml,
+                domain_xml=domain_xml,
+                id=info.id,
+                branch=plan.definition.branch,
+                number=plan.number,
+            )
+            _write_manifest(directory, plan, made)
             cancel.check()
         _stop(domain, directory)
+        if plan.number is not None:
+            files.pop_all()  # the branch has moved on: it is kept, if not now by the next pull
         cancel.check()
-        made = manifest.Manifest(
-            version=manifest.VERSION,
-            domain=manifest.Domain(domain.name(), domain.UUIDString()),
-            kind="full",
-            time=datetime.datetime.fromtimestamp(started, datetime.timezone.utc).isoformat(),
-            disks=tuple(_describe(*pair, fmt) for pair in zip(jobs, results, strict=True)),
-            backup_xml=live_xml,
-            domain_xml=domain_xml,
-        )
-        _name_good(directory, made)
+        chain.finish(directory, made)
         files.pop_all()
     return made
 
@@ -100,21 +124,154 @@ def _private_document(undo: contextlib.ExitStack) -> str:
     return backup_conf.BackupDef(backup_conf.UnixAddress(str(socket))).format()
 
 
-def _names(xml: str, domain_xml: str) -> list[str]:
-    """The disks that a backup by XML is going to have. Errors: those of BackupDef."""
-    wanted = backup_conf.BackupDef.parse(xml)
-    aligned = wanted.align_disks(domain_conf.DomainDef.parse(domain_xml))
-    names = [disk.name for disk in aligned.disks if disk.present]
-    for name in names:
-        if problem := manifest.file_name_problem(name):
+@dataclasses.dataclass(frozen=True)
+class _Disk:
+    """One disk of the backup that is going to be."""
+
+    name: str
+    file: str
+    format: copy.Format
+    backing: manifest.Disk | None = None
+    """What an increment goes over; None for a whole disk."""
+    since: str | None = None
+    """The id of the backup that an increment follows."""
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is going to be pulled, and where to."""
+
+    definition: backup_conf.BackupDef
+    disks: tuple[_Disk, ...]
+    number: int | None = None
+    """Of a backup in a chain."""
+
+    @property
+    def manifest_file(self) -> str:
+        return manifest.FILE if self.number is None else chain.manifest_file(self.number)
+
+    def paths(self, directory: pathlib.Path) -> list[pathlib.Path]:
+        """Every file of the backup, under its partial name and its final one."""
+        files = [self.manifest_file, *(disk.file for disk in self.disks)]
+        return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
+
+    def check_start(self, info: backup_conf.BackupInfo) -> None:
+        """Raise VIR_ERR_OPERATION_INVALID where the guest's changes are not those that are wanted:
+        somebody was faster."""
+        since = {disk.name: disk.since.id if disk.since else None for disk in info.disks}
+        for disk in self.disks:
+            if since.get(disk.name) != disk.since:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    f"disk '{disk.name}': another backup of branch '{self.definition.branch}' was"
+                    " made just now",
+                )
+
+
+def _wanted(
+    xml: str, domain_xml: str, branch: str | None, kind: backup_conf.DiskType | None
+) -> backup_conf.BackupDef:
+    """The backup that is asked for, aligned. Errors: those of BackupDef."""
+    given = backup_conf.BackupDef.parse(xml)
+    given = dataclasses.replace(given, branch=branch or given.branch)
+    # What BRANCH may be called, the parser says.
+    given = backup_conf.BackupDef.parse(given.format())
+    aligned = given.align_disks(domain_conf.DomainDef.parse(domain_xml))
+    disks = tuple(
+        dataclasses.replace(disk, type=kind) if kind is not None and disk.present else disk
+        for disk in aligned.disks
+    )
+    for disk in disks:
+        if disk.present and (problem := manifest.file_name_problem(disk.name)):
             raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, f"disk {problem}")
-    return names
+    return dataclasses.replace(aligned, disks=disks)
 
 
-def _files(directory: pathlib.Path, names: Iterable[str], fmt: str) -> list[pathlib.Path]:
-    """Every file of a backup, under its partial name and its final one."""
-    files = [manifest.FILE, *(f"{name}.{fmt}" for name in names)]
-    return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
+def _plan_alone(wanted: backup_conf.BackupDef, fmt: copy.Format) -> _Plan:
+    """A backup without a branch."""
+    for disk in wanted.disks:
+        if disk.present and disk.type != "full":
+            raise errors.error(
+                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                f"disk '{disk.name}': backup type '{disk.type}' needs a branch",
+            )
+    disks = (_Disk(disk.name, f"{disk.name}.{fmt}", fmt) for disk in wanted.disks if disk.present)
+    return _Plan(wanted, tuple(disks))
+
+
+def _plan_next(
+    domain: api.Domain,
+    directory: pathlib.Path,
+    wanted: backup_conf.BackupDef,
+    fmt: copy.Format | None,
+) -> _Plan:
+    """The next backup of a branch in DIRECTORY, which is locked."""
+    assert wanted.branch is not None
+    known = chain.read(directory, domain, wanted.branch)
+    found = chain.lines(domain, wanted.branch)
+    if chain.recover(directory, found, known):
+        known = chain.read(directory, domain, wanted.branch)
+    gaps = {
+        disk.name: known.gap(disk.name, found.get(disk.name))
+        for disk in wanted.disks
+        if disk.present and disk.type != "full"
+    }
+    _check_gaps(wanted, gaps)
+    disks = []
+    definition = []
+    for disk in wanted.disks:
+        if disk.present:
+            disks.append(_next_disk(disk, known, gaps.get(disk.name, ""), fmt))
+            kind: backup_conf.DiskType = "incremental" if disks[-1].backing else "full"
+            disk = dataclasses.replace(disk, type=kind)
+        definition.append(disk)
+    return _Plan(
+        dataclasses.replace(wanted, disks=tuple(definition)), tuple(disks), known.next_number
+    )
+
+
+def _check_gaps(wanted: backup_conf.BackupDef, gaps: Mapping[str, str | None]) -> None:
+    reasons = [
+        f"disk '{disk.name}': {gaps[disk.name]}"
+        for disk in wanted.disks
+        if disk.type == "incremental" and gaps.get(disk.name) is not None
+    ]
+    if reasons:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"no increment of branch '{wanted.branch}' can follow: {'; '.join(reasons)}",
+        )
+
+
+def _next_disk(
+    disk: backup_conf.BackupDiskDef, known: chain.Chain, gap: str | None, fmt: copy.Format | None
+) -> _Disk:
+    """GAP is why it cannot be an increment, empty where it is not to be one."""
+    last = known.last(disk.name)
+    if gap is not None or last is None:
+        whole = fmt or "qcow2"
+        file = chain.disk_file(disk.name, known.next_number, whole)
+        return _Disk(disk.name, file, whole, reason=gap or None)
+    if fmt not in (None, "qcow2"):
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"disk '{disk.name}': an increment is qcow2, not {fmt}",
+        )
+    file = chain.disk_file(disk.name, known.next_number, "qcow2")
+    return _Disk(disk.name, file, "qcow2", backing=last[1], since=last[0].id)
+
+
+def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
+    """Make DIRECTORY where it is absent; UNDO removes it. Errors: it cannot be."""
+    try:
+        if not directory.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            undo.callback(_remove_empty, directory)
+    except FileExistsError as failure:
+        raise _exists(failure) from failure
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
 
 
 def _claim(
@@ -122,21 +279,21 @@ def _claim(
 ) -> None:
     """Make DIRECTORY, and in it the first of PATHS, so that no other pull goes there; UNDO removes
     all PATHS. Errors: one of them exists, by its path."""
+    _make(directory, undo)
     try:
-        if not directory.is_dir():
-            directory.mkdir(parents=True, exist_ok=True)
-            undo.callback(_remove_empty, directory)
         for path in paths:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "", os.fspath(path))
         paths[0].touch(exist_ok=False)
     except FileExistsError as failure:
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_INVALID, f"{failure.filename} exists already"
-        ) from failure
+        raise _exists(failure) from failure
     except OSError as failure:
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
     undo.callback(_remove, paths)
+
+
+def _exists(failure: FileExistsError) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{failure.filename} exists already")
 
 
 def _remove_empty(directory: pathlib.Path) -> None:
@@ -201,19 +358,20 @@ def _stop(domain: api.Domain, directory: pathlib.Path) -> None:
         ) from failure
 
 
-def _jobs(
-    live: backup_conf.BackupDef, directory: pathlib.Path, fmt: copy.Format
-) -> dict[str, copy.Job]:
+def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> dict[str, copy.Job]:
     """What to copy, by the disk's name."""
     server = _server(live.address)
+    exports = {disk.name: disk.exportname or disk.name for disk in live.disks}
     return {
         disk.name: copy.Job(
-            connection.Export(server, disk.exportname or disk.name),
-            directory / f"{disk.name}.{fmt}{PARTIAL}",
-            fmt,
+            connection.Export(server, exports[disk.name]),
+            directory / (disk.file + PARTIAL),
+            disk.format,
+            dirty=f"qemu:dirty-bitmap:{live.branch}" if disk.backing else None,
+            backing=disk.backing
+            and copy.Backing(disk.backing.file, cast("copy.Format", disk.backing.format)),
         )
-        for disk in live.disks
-        if disk.present
+        for disk in plan.disks
     }
 
 
@@ -226,39 +384,31 @@ def _server(address: backup_conf.Address) -> str | tuple[str, int]:
 # --- after ----------------------------------------------------------------------------------------
 
 
-def _describe(name: str, result: copy.Result, fmt: str) -> manifest.Disk:
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat()
+
+
+def _describe(disk: _Disk, result: copy.Result) -> manifest.Disk:
     return manifest.Disk(
-        name=name,
-        file=f"{name}.{fmt}",
-        format=fmt,
+        name=disk.name,
+        file=disk.file,
+        format=disk.format,
         size=result.size,
-        checksum=manifest.Checksum(checksum.ALGORITHM, checksum.BLOCK, result.checksum),
+        checksum=manifest.Checksum(result.algorithm, checksum.BLOCK, result.checksum),
         stored=result.stored,
+        kind="incremental" if disk.backing else "full",
+        backing=disk.backing.file if disk.backing else None,
+        since=disk.since,
+        reason=disk.reason,
     )
 
 
-def _name_good(directory: pathlib.Path, made: manifest.Manifest) -> None:
-    """Give the files of a good backup their names, the manifest last; durable when it returns."""
-    files = [*(disk.file for disk in made.disks), manifest.FILE]
+def _write_manifest(directory: pathlib.Path, plan: _Plan, made: manifest.Manifest) -> None:
+    """Under its partial name; durable, with all files' names, when it returns."""
     try:
-        with (directory / (manifest.FILE + PARTIAL)).open("w", encoding="utf-8") as file:
-            file.write(made.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        for name in files:
-            (directory / (name + PARTIAL)).rename(directory / name)
-        for path in (directory, directory.absolute().parent):
-            _sync_directory(path)
+        chain.write(directory, plan.manifest_file, made)
     except OSError as failure:
-        raise errors.system_error(failure, f"cannot finish the backup in {directory}") from failure
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        raise errors.system_error(failure, f"cannot write to {directory}") from failure
 
 
 def _remove(paths: Iterable[pathlib.Path]) -> None:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from virtbackup.tools import virsh_connection, vsh
+from virtbackup.tools import virsh_branch, virsh_connection, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
+    from virtbackup.conf import backup_conf
     from virtbackup.nbd import copy
 
 
@@ -54,9 +55,11 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             domain,
             directory,
             xml=document,
-            fmt=cast("copy.Format", args.optional("format") or "qcow2"),
+            fmt=cast("copy.Format | None", args.optional("format")),
             quiesce=args.flag("quiesce"),
             progress=progress,
+            branch=args.optional("branch"),
+            kind=_kind(args),
         )
     if args.flag("json"):
         shell.print_document(made.to_json())
@@ -64,14 +67,29 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     size = virsh_connection.human_size
     for disk in made.disks:
         path = directory / disk.file
-        shell.extra(f"{disk.name}: {path} ({size(disk.size)}, {size(disk.stored)} stored)")
+        why = f"; {disk.reason}" if disk.reason else ""
+        kind = f"{disk.kind}, " if made.branch else ""
+        shell.extra(
+            f"{disk.name}: {path} ({kind}{size(disk.size)}, {size(disk.stored)} stored{why})"
+        )
     shell.extra("Domain backup pulled")
+
+
+def _kind(args: vsh.Args) -> "backup_conf.DiskType | None":
+    """What the backup is to be of each disk; None: as the XML says, and full by default."""
+    kinds: tuple[backup_conf.DiskType, ...] = ("full", "incremental", "auto")
+    for kind in kinds:
+        for other in kinds[kinds.index(kind) + 1 :]:
+            args.exclusive(kind, other)
+    return next((kind for kind in kinds if args.flag(kind)), None)
 
 
 PULL = vsh.Command(
     "backup-pull", "backup", "Pull a whole backup into a directory",
     "Start a backup, copy its disks into a directory, check and stop it.\n"
-    "The directory holds a manifest.json when, and only when, the backup is good.",
+    "The directory holds a manifest.json when, and only when, the backup is good.\n"
+    "With a branch, backups follow one another in the directory: an incremental one has what\n"
+    "changed since the last, as a qcow2 overlay over its file.",
     (
         virsh_connection.DOMAIN,
         vsh.Option(
@@ -83,6 +101,10 @@ PULL = vsh.Command(
             "domainbackup XML; - is standard input (default: all writable disks)",
             completer=vsh.complete_files,
         ),
+        virsh_branch.BRANCH,
+        vsh.Option("full", vsh.Kind.BOOL, "pull whole disks, which start the branch anew"),
+        vsh.Option("incremental", vsh.Kind.BOOL, "pull what changed since the last backup"),
+        vsh.Option("auto", vsh.Kind.BOOL, "incremental disk by disk where that is possible"),
         vsh.Option(
             "format", vsh.Kind.STRING, "qcow2 (default) or raw", choices=("qcow2", "raw")
         ),

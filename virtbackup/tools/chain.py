@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A directory with the backups of one branch of one guest: what is there, and what may follow.
+
+Backup NUMBER (from 1 on) of disk NAME is ``NAME.NUMBER.FORMAT``; an increment is a qcow2 overlay
+over an earlier file of the same disk, so any file of a disk opens as what the disk was then. A pull
+that was cut off between the backup's verdict and its last rename leaves all it needs under partial
+names: whether the branch moved on to it tells the next pull whether to keep it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+
+import libvirt
+
+from virtbackup import api, errors
+from virtbackup.conf import backup_conf
+from virtbackup.tools import manifest
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+
+_MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
+_PARTIAL = re.compile(r".+\.(\d{4,9})\.(qcow2|raw|json)" + re.escape(PARTIAL))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """The backups that DIRECTORY has, the oldest first."""
+
+    directory: pathlib.Path
+    backups: tuple[manifest.Manifest, ...]
+
+    @property
+    def next_number(self) -> int:
+        return 1 + max((backup.number or 0 for backup in self.backups), default=0)
+
+    def last(self, disk: str) -> tuple[manifest.Manifest, manifest.Disk] | None:
+        """The newest backup that has a DISK of that name."""
+        for backup in reversed(self.backups):
+            for found in backup.disks:
+                if found.name == disk:
+                    return backup, found
+        return None
+
+    def gap(self, disk: str, line: backup_conf.BranchDisk | None) -> str | None:
+        """Why DISK, of which LINE is what the guest has of the branch, cannot have an increment
+        here; None: it can."""
+        if (last := self.last(disk)) is None:
+            return f"{self.directory} has no backup of it"
+        backup, found = last
+        if line is None:
+            return "the guest has nothing of the branch on it"
+        if line.reason is not None:
+            return line.reason
+        if line.point is None or line.point.id != backup.id:
+            point = "none" if line.point is None else f"'{line.point.id}'"
+            return (
+                f"the last backup of the branch is {point}, and '{backup.id}' that in"
+                f" {self.directory}: what changed between them is not known"
+            )
+        return self._broken(found)
+
+    def _broken(self, disk: manifest.Disk) -> str | None:
+        """Why the files that DISK's last backup is made of are not all there."""
+        by_file = {found.file: found for backup in self.backups for found in backup.disks}
+        file: str | None = disk.file
+        while file is not None:
+            if not (self.directory / file).is_file():
+                return f"{self.directory / file} is missing"
+            if file not in by_file:
+                return f"{self.directory} has no manifest of {file}"
+            file = by_file[file].backing
+        return None
+
+
+@contextlib.contextmanager
+def locked(directory: pathlib.Path) -> Iterator[None]:
+    """Hold DIRECTORY against other pulls. Errors: VIR_ERR_OPERATION_INVALID when one is there."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as failure:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID, f"another backup is pulled into {directory}"
+            ) from failure
+        yield
+    finally:
+        os.close(fd)
+
+
+def manifest_file(number: int) -> str:
+    return f"manifest.{number:04}.json"
+
+
+def disk_file(name: str, number: int, fmt: str) -> str:
+    return f"{name}.{number:04}.{fmt}"
+
+
+def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
+    """The backups of DOMAIN's BRANCH in DIRECTORY.
+
+    Errors: VIR_ERR_OPERATION_INVALID when it has those of another guest or branch, or a backup
+    without one; those of ``manifest.read``.
+    """
+    numbers = sorted(
+        (int(match[1]), path.name)
+        for path in directory.iterdir()
+        if (match := _MANIFEST.fullmatch(path.name))
+    )
+    backups = tuple(manifest.read(directory, file) for _, file in numbers)
+    if not backups and (directory / manifest.FILE).exists():
+        backups = (manifest.read(directory),)
+    for backup in backups:
+        _check(directory, backup, domain, branch)
+    return Chain(directory, backups)
+
+
+def _check(
+    directory: pathlib.Path, backup: manifest.Manifest, domain: api.Domain, branch: str
+) -> None:
+    if backup.domain.uuid != domain.UUIDString():
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"{directory} has backups of guest '{backup.domain.name}' ({backup.domain.uuid}), not"
+            f" of '{domain.name()}' ({domain.UUIDString()})",
+        )
+    if backup.branch != branch:
+        found = (
+            "a backup without a branch"
+            if backup.branch is None
+            else (f"backups of branch '{backup.branch}'")
+        )
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID, f"{directory} has {found}, not of '{branch}'"
+        )
+
+
+def lines(domain: api.Domain, branch: str) -> dict[str, backup_conf.BranchDisk]:
+    """Disk -> what DOMAIN has of BRANCH. Errors: those of ``branchList``."""
+    return {
+        disk.name: disk
+        for found in domain.branchList()
+        if found.name == branch and not found.foreign
+        for disk in found.disks
+    }
+
+
+def recover(
+    directory: pathlib.Path, found: Mapping[str, backup_conf.BranchDisk], known: Chain
+) -> bool:
+    """Finish or remove what an earlier pull left when it was cut off; whether it was finished.
+
+    FOUND is what the guest has of the branch. Errors: VIR_ERR_SYSTEM_ERROR.
+    """
+    number = known.next_number
+    (directory / (manifest.FILE + PARTIAL)).unlink(missing_ok=True)
+    left = [
+        path
+        for path in directory.iterdir()
+        if (match := _PARTIAL.fullmatch(path.name)) and int(match[1]) == number
+    ]
+    if not left:
+        return False
+    try:
+        pending = manifest.read(directory, manifest_file(number) + PARTIAL)
+    except errors.Error:
+        pending = None
+    if pending is not None:
+        if _is_last_point(pending, found):
+            finish(directory, pending)
+            logger.warning("directory=%s backup=%s of a pull cut off, kept", directory, pending.id)
+            return True
+        left += [directory / disk.file for disk in pending.disks]
+    for path in left:
+        path.unlink(missing_ok=True)
+    logger.warning("directory=%s removed files of a pull cut off: %d", directory, len(left))
+    return False
+
+
+def _is_last_point(pending: manifest.Manifest, found: Mapping[str, backup_conf.BranchDisk]) -> bool:
+    """Whether the branch moved on to PENDING, so that its stop had called it good."""
+    points = [found[disk.name].point if disk.name in found else None for disk in pending.disks]
+    return bool(points) and all(point is not None and point.id == pending.id for point in points)
+
+
+def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
+    """Give the files of a good backup, whose manifest is written, their names, the manifest last;
+    durable when it returns. Errors: VIR_ERR_SYSTEM_ERROR."""
+    own = manifest.FILE if made.number is None else manifest_file(made.number)
+    try:
+        for name in (*(disk.file for disk in made.disks), own):
+            with contextlib.suppress(FileNotFoundError):  # an earlier attempt came so far
+                (directory / (name + PARTIAL)).rename(directory / name)
+        if made.number is not None:
+            write(directory, manifest.FILE, made)
+            (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)
+        for path in (directory, directory.absolute().parent):
+            _sync_directory(path)
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot finish the backup in {directory}") from failure
+
+
+def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
+    """A manifest under FILE's partial name, durable. Errors: OSError."""
+    with (directory / (file + PARTIAL)).open("w", encoding="utf-8") as opened:
+        opened.write(made.to_json())
+        opened.flush()
+        os.fsync(opened.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
