@@ -33,11 +33,18 @@ manifests = st.builds(
             size=sizes,
             checksum=st.builds(manifest.Checksum, texts, sizes, texts),
             stored=sizes,
+            kind=st.sampled_from(["full", "incremental"]),
+            backing=st.none() | names,
+            since=st.none() | texts,
+            reason=st.none() | texts,
         ),
         max_size=3,
     ).map(tuple),
     backup_xml=texts,
     domain_xml=texts,
+    id=st.none() | texts,
+    branch=st.none() | texts,
+    number=st.none() | sizes,
 )
 
 GOOD = manifest.Manifest(
@@ -114,5 +121,6 @@ def test_every_field_is_in_the_file() -> None:
     """A reader in another language finds these."""
     written = typing.cast("dict[str, object]", json.loads(GOOD.to_json()))
     assert sorted(written) == [
-        "backup_xml", "disks", "domain", "domain_xml", "kind", "time", "version"
+        "backup_xml", "branch", "disks", "domain", "domain_xml", "id", "kind", "number", "time",
+        "version",
     ]  # fmt: skip

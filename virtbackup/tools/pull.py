@@ -102,9 +102,10 @@ def pull(
             _write_manifest(directory, plan, made)
             cancel.check()
         _stop(domain, directory)
-        if plan.number is not None:
+        if plan.number is None:
+            cancel.check()
+        else:
             files.pop_all()  # the branch has moved on: it is kept, if not now by the next pull
-        cancel.check()
         chain.finish(directory, made)
         files.pop_all()
     return made

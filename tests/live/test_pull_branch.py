@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Backups of a branch in one directory: what follows what, what is refused, what a crash leaves.
+
+That every chain holds the right bytes, random rounds show (test_branch_rounds).
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+
+import libvirt
+import pytest
+
+import virtbackup
+from tests.live import machines
+from virtbackup.nbd import copy
+from virtbackup.tools import chain, manifest, pull
+
+pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(120)]
+
+SIZE = 4 << 20
+UUID = "6a1b5b0c-0000-4000-8000-00000000000{}"
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> Iterator[machines.Machine]:
+    with machines.two_disks(tmp_path, "-name", "vm", "-uuid", UUID.format(1), size=SIZE) as one:
+        for disk in ("vda", "sdb"):
+            one.io(disk, "write -P 1 0 1M")
+        yield one
+
+
+@pytest.fixture
+def domain(machine: machines.Machine) -> Iterator[virtbackup.Domain]:
+    with virtbackup.open(machine.uri) as connection:
+        yield connection.lookupByName("vm")
+
+
+@pytest.fixture
+def out(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "out"
+
+
+def names(directory: pathlib.Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def kinds(made: manifest.Manifest) -> dict[str, str]:
+    return {disk.name: disk.kind for disk in made.disks}
+
+
+def live(machine: machines.Machine) -> dict[str, bytes]:
+    return {
+        "vda": machines.contents(machine.directory / "a.qcow2", "qcow2"),
+        "sdb": machines.contents(machine.directory / "b.raw", "raw"),
+    }
+
+
+def refused(call: Callable[[], object], machine: machines.Machine, code: int) -> str:
+    """The text of the error of CALL, which left QEMU as it was."""
+    before = machine.state()
+    with pytest.raises(virtbackup.Error) as raised:
+        call()
+    assert raised.value.get_error_code() == code
+    assert machine.state() == before
+    return str(raised.value)
+
+
+def test_a_chain(machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path) -> None:
+    first = pull.pull(domain, out, branch="daily", kind="auto")
+    assert kinds(first) == {"vda": "full", "sdb": "full"}
+    assert first.disks[0].reason == f"{out} has no backup of it"
+    machine.io("vda", "write -P 2 64k 4k")
+    machine.io("vda", "write -z 512k 128k")
+    machine.io("sdb", "write -P 3 3M 1k")
+    want = live(machine)
+    second = pull.pull(domain, out, branch="daily", kind="incremental")
+    machine.io("vda", "write -P 4 0 2M")
+    third = pull.pull(domain, out, branch="daily", kind="auto")
+    assert kinds(second) == kinds(third) == {"vda": "incremental", "sdb": "incremental"}
+    assert names(out) == {
+        "manifest.json", *(f"manifest.000{n}.json" for n in (1, 2, 3)),
+        *(f"{disk}.000{n}.qcow2" for disk in ("vda", "sdb") for n in (1, 2, 3)),
+    }  # fmt: skip
+    assert manifest.read(out) == third
+    assert [made.number for made in (first, second, third)] == [1, 2, 3]
+    assert [disk.since for disk in third.disks] == [second.id] * 2
+    for name, content in want.items():
+        path = out / f"{name}.0002.qcow2"
+        assert machines.contents(path, "qcow2") == content
+        info = subprocess.run(
+            ["qemu-img", "info", "--output=json", str(path)], check=True, capture_output=True
+        )
+        told = json.loads(info.stdout)
+        assert told["backing-filename"] == f"{name}.0001.qcow2"
+        assert told["backing-filename-format"] == "qcow2"
+        subprocess.run(["qemu-img", "check", "-q", str(path)], check=True)
+    # Only what changed is there: 64 KiB of data, and zeroes that take no room.
+    [vda, _] = second.disks
+    assert vda.stored < 1 << 20
+    zeroes = json.loads(
+        subprocess.run(
+            ["qemu-img", "map", "--output=json", str(out / vda.file)],
+            check=True, capture_output=True,
+        ).stdout
+    )  # fmt: skip
+    own = [(e["start"], e["length"], e["zero"]) for e in zeroes if e["depth"] == 0]
+    assert own == [(64 << 10, 64 << 10, False), (512 << 10, 128 << 10, True)]
+    assert copy.checksum_of_increment(out / vda.file) == vda.checksum.value
+
+
+def test_a_full_one_begins_a_new_chain(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    pull.pull(domain, out, branch="daily", fmt="raw")
+    text = refused(
+        lambda: pull.pull(domain, out, branch="daily", kind="incremental", fmt="raw"),
+        machine,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+    )
+    assert "disk 'vda': an increment is qcow2, not raw" in text
+    machine.io("vda", "write -P 2 64k 4k")
+    over_raw = pull.pull(domain, out, branch="daily", kind="incremental")
+    assert machines.contents(out / over_raw.disks[0].file, "qcow2") == live(machine)["vda"]
+    full = pull.pull(domain, out, branch="daily")
+    assert kinds(full) == {"vda": "full", "sdb": "full"}
+    assert [disk.backing for disk in full.disks] == [None, None]
+    after = pull.pull(domain, out, branch="daily", kind="incremental")
+    assert [disk.backing for disk in after.disks] == [disk.file for disk in full.disks]
+
+
+def test_another_guest_branch_or_kind_of_directory(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    made = pull.pull(domain, out, branch="daily")
+    before = names(out)
+    invalid = libvirt.VIR_ERR_OPERATION_INVALID
+    text = refused(lambda: pull.pull(domain, out, branch="weekly"), machine, invalid)
+    assert f"{out} has backups of branch 'daily', not of 'weekly'" in text
+    text = refused(lambda: pull.pull(domain, out), machine, invalid)
+    assert "manifest.json exists already" in text
+    alone = tmp_path / "alone"
+    pull.pull(domain, alone)
+    text = refused(lambda: pull.pull(domain, alone, branch="daily"), machine, invalid)
+    assert f"{alone} has a backup without a branch, not of 'daily'" in text
+    for path in out.glob("manifest*.json"):
+        path.write_text(path.read_text().replace(UUID.format(1), UUID.format(2)))
+    text = refused(lambda: pull.pull(domain, out, branch="daily", kind="auto"), machine, invalid)
+    assert f"has backups of guest 'vm' ({UUID.format(2)}), not of 'vm' ({UUID.format(1)})" in text
+    assert names(out) == before
+    assert made.branch == "daily"
+
+
+def test_a_gap(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    """The branch went on elsewhere: an increment here would lack what changed before that."""
+    pull.pull(domain, out, branch="daily")
+    machine.io("vda", "write -P 9 0 64k")
+    elsewhere = pull.pull(domain, tmp_path / "elsewhere", branch="daily", kind="full")
+    text = refused(
+        lambda: pull.pull(domain, out, branch="daily", kind="incremental"),
+        machine,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+    )
+    assert f"disk 'vda': the last backup of the branch is '{elsewhere.id}'" in text
+    made = pull.pull(domain, out, branch="daily", kind="auto")
+    assert kinds(made) == {"vda": "full", "sdb": "full"}
+    assert str(made.disks[0].reason).startswith("the last backup of the branch is")
+
+
+@pytest.mark.parametrize("missing", ["vda.0001.qcow2", "vda.0002.qcow2", "manifest.0001.json"])
+def test_a_link_of_the_chain_is_missing(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, missing: str
+) -> None:
+    pull.pull(domain, out, branch="daily")
+    pull.pull(domain, out, branch="daily", kind="incremental")
+    (out / missing).unlink()
+    text = refused(
+        lambda: pull.pull(domain, out, branch="daily", kind="incremental"),
+        machine,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+    )
+    words = (
+        "has no manifest of vda.0001.qcow2" if "manifest" in missing else f"{missing} is missing"
+    )
+    assert words in text
+    made = pull.pull(domain, out, branch="daily", kind="auto")
+    sdb = "full" if "manifest" in missing else "incremental"
+    assert kinds(made) == {"vda": "full", "sdb": sdb}
+
+
+def test_one_pull_at_a_time(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    out.mkdir()
+    with chain.locked(out):
+        text = refused(
+            lambda: pull.pull(domain, out, branch="daily"),
+            machine,
+            libvirt.VIR_ERR_OPERATION_INVALID,
+        )
+    assert f"another backup is pulled into {out}" in text
+    assert names(out) == set()
+
+
+def test_files_of_the_users_are_not_touched(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    out.mkdir()
+    (out / "notes.0001.raw").write_text("mine")
+    (out / "sdb.0002.qcow2").write_text("mine")
+    pull.pull(domain, out, branch="daily")
+    text = refused(
+        lambda: pull.pull(domain, out, branch="daily", kind="incremental"),
+        machine,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+    )
+    assert f"{out}/sdb.0002.qcow2 exists already" in text
+    assert (out / "notes.0001.raw").read_text() == (out / "sdb.0002.qcow2").read_text() == "mine"
+
+
+# --- cut off --------------------------------------------------------------------------------------
+
+
+def die_in(uri: str, out: pathlib.Path, where: Callable[[pytest.MonkeyPatch], None]) -> None:
+    """A pull in a process of its own that dies where WHERE has put it."""
+    child = os.fork()
+    if not child:
+        try:
+            with pytest.MonkeyPatch.context() as patch, virtbackup.open(uri) as connection:
+                where(patch)
+                pull.pull(connection.lookupByName("vm"), out, branch="daily", kind="auto")
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_the_stop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pull, "_stop", _die)
+
+
+def after_the_stop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(chain, "finish", _die)
+
+
+def among_the_names(patch: pytest.MonkeyPatch) -> None:
+    rename = pathlib.Path.rename
+
+    def last(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if path.name.startswith("manifest"):
+            _die()
+        return rename(path, target)
+
+    patch.setattr(pathlib.Path, "rename", last)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("where", [before_the_stop, after_the_stop, among_the_names])
+def test_killed(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    where: Callable[[pytest.MonkeyPatch], None],
+    first: bool,
+) -> None:
+    """What was called good is kept, what was not is gone; the next increment lacks nothing."""
+    if not first:
+        pull.pull(domain, out, branch="daily")
+    machine.io("vda", "write -P 5 1M 128k")
+    then = live(machine)
+    die_in(machine.uri, out, where)
+    machine.io("sdb", "write -P 6 2M 128k")
+    now = live(machine)
+    made = pull.pull(domain, out, branch="daily", kind="auto")
+    good = where is not before_the_stop
+    assert made.number == 1 + good + (not first)
+    assert kinds(made) == dict.fromkeys(
+        ("vda", "sdb"), "incremental" if good or not first else "full"
+    )
+    for name in ("vda", "sdb"):
+        assert machines.contents(out / f"{name}.{made.number:04}.qcow2", "qcow2") == now[name]
+        if good:
+            cut_off = out / f"{name}.{made.number - 1:04}.qcow2"
+            assert machines.contents(cut_off, "qcow2") == then[name]
+    assert not [name for name in names(out) if name.endswith(".partial")]
+    assert manifest.read(out) == made
+
+
+def test_a_signal_after_the_verdict(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The branch has moved on by then, so the backup is kept."""
+    stop = pull._stop
+
+    def stop_and_signal(*args: object) -> None:
+        stop(*args)  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(pull, "_stop", stop_and_signal)
+    with pytest.raises(SystemExit):
+        pull.pull(domain, out, branch="daily")
+    monkeypatch.undo()
+    assert manifest.read(out).number == 1
+    made = pull.pull(domain, out, branch="daily", kind="incremental")
+    assert made.number == 2
