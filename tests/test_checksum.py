@@ -3,6 +3,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 import xxhash
@@ -92,6 +93,76 @@ def test_many_zero_blocks_are_counted_exactly() -> None:
     tree.add_zeroes(0, size)
     digests = xxhash.xxh3_128_digest(bytes(BLOCK)) * 10_000 + xxhash.xxh3_128_digest(bytes(7))
     assert tree.hexdigest() == xxhash.xxh3_128_hexdigest(digests)
+
+
+def defined_increment(disk: bytes, held: Sequence[bool]) -> str:
+    """The definition in the module's words; HELD says it of each block."""
+    entries = []
+    blocks = range(0, len(disk), BLOCK)
+    for holds, run in itertools.groupby(blocks, lambda i: held[i // BLOCK]):
+        if holds:
+            entries += [xxhash.xxh3_128_digest(disk[i : i + BLOCK]) for i in run]
+        else:
+            entries.append(len(list(run)).to_bytes(16, "big"))
+    value: str = xxhash.xxh3_128_hexdigest(b"".join(entries))
+    return value
+
+
+@given(st.lists(st.sampled_from([None, False, True]), max_size=9), st.booleans(), st.data())
+def test_an_increment_in_any_order_and_cut_gives_the_definition(
+    pattern: list[bool | None], tail: bool, data: st.DataObject
+) -> None:
+    """None is a block that is not held; a tail is a last block of 100 bytes, held or not."""
+    disk = disk_of([bool(block) for block in pattern], 100 if tail else 0)
+    held = [block is not None for block in pattern] + [data.draw(st.booleans())] * tail
+    parts = []
+    for holds, run in itertools.groupby(range(len(held)), held.__getitem__):
+        blocks = list(run)
+        cut = data.draw(st.integers(0, len(blocks)))
+        parts += [(holds, part) for part in (blocks[:cut], blocks[cut:]) if part]
+    tree = checksum.Tree(len(disk))
+    for holds, part in data.draw(st.permutations(parts)):
+        start, end = part[0] * BLOCK, min(len(disk), (part[-1] + 1) * BLOCK)
+        if not holds:
+            tree.add_absent(start, end - start)
+        elif disk[start:end] == bytes(end - start):
+            tree.add_zeroes(start, end - start)
+        else:
+            tree.add(start, end - start, checksum.scan(memoryview(disk[start:end]))[0])
+    assert tree.hexdigest() == defined_increment(disk, held)
+    assert tree.early == 0
+
+
+def test_known_values_of_increments() -> None:
+    tree = checksum.Tree(5 * BLOCK + 1)
+    tree.add_absent(0, 2 * BLOCK)
+    tree.add_zeroes(2 * BLOCK, BLOCK)
+    tree.add_absent(3 * BLOCK, 2 * BLOCK + 1)
+    zero = xxhash.xxh3_128_digest(bytes(BLOCK))
+    defined = bytes(15) + b"\2" + zero + bytes(15) + b"\3"
+    assert (
+        tree.hexdigest() == xxhash.xxh3_128_hexdigest(defined) == "4210b305c048effb84eecd73aa881204"
+    )
+
+
+def test_what_an_increment_holds_matters() -> None:
+    """Two with the same digests in other places, and zeroes against nothing."""
+    sums = set()
+    for pattern in itertools.product((False, True), repeat=4):
+        tree = checksum.Tree(4 * BLOCK)
+        for block, held in enumerate(pattern):
+            (tree.add_zeroes if held else tree.add_absent)(block * BLOCK, BLOCK)
+        sums.add(tree.hexdigest())
+    assert len(sums) == 16
+
+
+def test_parts_that_came_early_are_counted() -> None:
+    tree = checksum.Tree(3 * BLOCK)
+    tree.add_absent(2 * BLOCK, BLOCK)
+    tree.add_zeroes(BLOCK, BLOCK)
+    assert tree.early == 2
+    tree.add_absent(0, BLOCK)
+    assert tree.early == 0
 
 
 def test_a_sum_with_a_gap_is_refused() -> None:

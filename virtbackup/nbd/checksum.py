@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The checksum of a disk: of what a guest reads, however it is stored.
+"""The checksum of a disk: of what a guest reads, however it is stored. And that of an increment.
 
 Definition, algorithm ``xxh3-128-tree``, block 65536: cut the disk's bytes at multiples of 65536
 (the last block is as long as the disk leaves it, and absent when that is 0); take the XXH3-128
@@ -11,11 +11,31 @@ the digests put one behind the other in order, in hexadecimal. In Python:
 
 Blocks may be hashed in any order and a block known to be zero need not be read, so how a disk was
 cut into extents and requests, and what is hole or stored zeroes, does not matter.
+
+Definition, algorithm ``xxh3-128-tree-increment``, block 65536: an increment holds some blocks of a
+disk, of data or of zeroes, and leaves the others to the image behind it. As above, but every
+longest run of blocks that the increment does not hold has, in place of their digests, one entry of
+16 bytes: the number of the blocks, big endian. In Python, where ``held`` says it of a block:
+
+    entries = []
+    for holds, run in itertools.groupby(range(0, len(disk), 65536), held):
+        if holds:
+            entries += [xxhash.xxh3_128_digest(disk[i : i + 65536]) for i in run]
+        else:
+            entries.append(len(list(run)).to_bytes(16, "big"))
+    checksum = xxhash.xxh3_128_hexdigest(b"".join(entries))
+
+So it costs what the increment holds, not what the disk has, and is made anew from the increment's
+file alone: a qcow2 file tells what it holds (allocated clusters of data and of zeroes, not those of
+its backing file) and its size, if not in which place of the last sector the disk ended.
 """
+
+from collections.abc import Callable
 
 import xxhash
 
 ALGORITHM = "xxh3-128-tree"
+INCREMENT = "xxh3-128-tree-increment"
 BLOCK = 1 << 16
 """Bytes; also the grain at which zeroes are found and files are kept sparse."""
 
@@ -62,35 +82,49 @@ class Tree:
         self._size = size
         self._state = xxhash.xxh3_128()
         self._next = 0
-        # What came too early: offset -> (end, digests; None for zeroes).
-        self._early: dict[int, tuple[int, bytes | None]] = {}
+        self._absent = 0
+        """Bytes before ``_next`` that are absent and not yet in the state."""
+        # What came too early: offset -> (end, what puts it into the state).
+        self._early: dict[int, tuple[int, Callable[[], None]]] = {}
+
+    @property
+    def early(self) -> int:
+        """Parts that wait for one before them."""
+        return len(self._early)
 
     def add(self, offset: int, length: int, digests: bytes) -> None:
         """The DIGESTS of the blocks of LENGTH bytes at OFFSET, a multiple of a block."""
-        self._put(offset, offset + length, digests)
+        self._put(offset, offset + length, lambda: self._update(digests))
 
     def add_zeroes(self, offset: int, length: int) -> None:
         """LENGTH bytes at OFFSET, a multiple of a block, read as zeroes."""
-        self._put(offset, offset + length, None)
+        self._put(offset, offset + length, lambda: self._update_zeroes(length))
+
+    def add_absent(self, offset: int, length: int) -> None:
+        """LENGTH bytes at OFFSET, a multiple of a block, are not held by the increment."""
+        self._put(offset, offset + length, lambda: self._skip(length))
 
     def hexdigest(self) -> str:
         """The checksum, when every block of the disk was added."""
         assert self._next == self._size, (self._next, self._size)
+        self._end_absent()
         text: str = self._state.hexdigest()
         return text
 
-    def _put(self, offset: int, end: int, digests: bytes | None) -> None:
+    def _put(self, offset: int, end: int, update: Callable[[], None]) -> None:
         assert offset % BLOCK == 0, offset
         assert end % BLOCK == 0 or end == self._size, end
-        self._early[offset] = (end, digests)
+        self._early[offset] = (end, update)
         while (part := self._early.pop(self._next, None)) is not None:
-            start, (self._next, digests) = self._next, part
-            if digests is None:
-                self._update_zeroes(self._next - start)
-            else:
-                self._state.update(digests)
+            self._next, update = part
+            update()
+
+    def _update(self, digests: bytes) -> None:
+        self._end_absent()
+        self._state.update(digests)
 
     def _update_zeroes(self, length: int) -> None:
+        self._end_absent()
         blocks, rest = divmod(length, BLOCK)
         size = len(_ZERO_DIGEST)
         while blocks:
@@ -99,3 +133,11 @@ class Tree:
             blocks -= count
         if rest:
             self._state.update(_digest_of_zeroes(rest))
+
+    def _skip(self, length: int) -> None:
+        self._absent += length
+
+    def _end_absent(self) -> None:
+        if self._absent:
+            blocks, self._absent = -(-self._absent // BLOCK), 0
+            self._state.update(blocks.to_bytes(len(_ZERO_DIGEST), "big"))
