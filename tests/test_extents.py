@@ -2,6 +2,7 @@
 """Block status replies, good and bad, against a model that marks every byte."""
 
 import itertools
+from collections.abc import Iterable, Mapping
 
 import pytest
 from hypothesis import given
@@ -11,10 +12,18 @@ from virtbackup.nbd import extents
 
 GRAIN = 8
 
-runs = st.lists(
-    st.tuples(st.integers(1, 30), st.sampled_from(list(extents.Kind))), min_size=1, max_size=40
-)
 FLAGS = {extents.Kind.DATA: (0, 1), extents.Kind.ZERO: (2,), extents.Kind.HOLE: (3,)}
+CHANGES = {extents.Kind.DATA: (1, 3), extents.Kind.SKIP: (0, 2)}
+
+
+def runs_of(kinds: Iterable[extents.Kind]) -> st.SearchStrategy[list[tuple[int, extents.Kind]]]:
+    pairs = st.tuples(st.integers(1, 30), st.sampled_from(list(kinds)))
+    return st.lists(pairs, min_size=1, max_size=40)
+
+
+runs = runs_of(FLAGS)
+mixed_runs = runs_of(extents.Kind)
+change_runs = runs_of(CHANGES)
 
 
 def adjoining(pairs: list[tuple[int, extents.Kind]]) -> list[extents.Extent]:
@@ -56,6 +65,19 @@ def test_only_the_zero_bit_vouches_for_zeroes(flags: int, kind: extents.Kind) ->
     assert extents.kind_of(flags) is kind
 
 
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (0, extents.Kind.SKIP),
+        (1, extents.Kind.DATA),
+        (2, extents.Kind.SKIP),
+        (3, extents.Kind.DATA),
+    ],
+)
+def test_only_the_lowest_bit_tells_a_change(flags: int, kind: extents.Kind) -> None:
+    assert extents.change_of(flags) is kind
+
+
 def test_kinds_meet_the_protocols_bits() -> None:
     nbd = pytest.importorskip("nbd")
     assert (extents.STATE_HOLE, extents.STATE_ZERO) == (nbd.STATE_HOLE, nbd.STATE_ZERO)
@@ -86,7 +108,14 @@ def test_parse_keeps_every_byte(pairs: list[tuple[int, extents.Kind]]) -> None:
     assert list(extents.parse(entries, 0, expected[-1].end)) == expected
 
 
-@given(runs)
+@given(change_runs)
+def test_parse_of_changes_keeps_every_byte(pairs: list[tuple[int, extents.Kind]]) -> None:
+    expected = adjoining(pairs)
+    entries = [number for length, kind in pairs for number in (length, CHANGES[kind][0])]
+    assert list(extents.parse(entries, 0, expected[-1].end, extents.change_of)) == expected
+
+
+@given(mixed_runs)
 def test_merge_joins_and_changes_nothing(pairs: list[tuple[int, extents.Kind]]) -> None:
     known = adjoining(pairs)
     merged = list(extents.merge(known))
@@ -107,7 +136,7 @@ def test_merge_refuses_gaps_and_overlaps(offset: int) -> None:
         )
 
 
-@given(runs)
+@given(mixed_runs)
 def test_align_is_the_highest_kind_of_each_grain(pairs: list[tuple[int, extents.Kind]]) -> None:
     known = adjoining(pairs)
     aligned = list(extents.align(known, GRAIN))
@@ -133,6 +162,29 @@ def test_split_covers_in_order_and_in_bounds(offset: int, length: int, most: int
                for start, count in pieces)  # fmt: skip
 
 
+def ask_all(
+    allocation: extents.Allocation,
+    marks: list[extents.Kind],
+    flags: Mapping[extents.Kind, tuple[int, ...]],
+    data: st.DataObject,
+) -> list[extents.Extent]:
+    """What a server says that answers as short or as long as it likes about MARKS."""
+    found: list[extents.Extent] = []
+    while not allocation.complete:
+        offset, count = allocation.next_request()
+        assert 0 < count <= len(marks) - offset
+        length = data.draw(st.integers(1, len(marks) - offset), label="answered")
+        entries = [
+            number
+            for kind, group in itertools.groupby(marks[offset : offset + length])
+            for number in (len(list(group)), data.draw(st.sampled_from(flags[kind])))
+        ]
+        certain = allocation.receive(offset, entries)
+        found += certain
+        assert all(e.end % GRAIN == 0 or allocation.complete for e in certain)
+    return found
+
+
 @given(runs, st.data())
 def test_replies_cut_anywhere_give_the_same_extents(
     pairs: list[tuple[int, extents.Kind]], data: st.DataObject
@@ -140,22 +192,49 @@ def test_replies_cut_anywhere_give_the_same_extents(
     """However short or long the server answers, the result is that of one whole answer."""
     whole = adjoining(pairs)
     marks, size = every_byte(whole), whole[-1].end
-    allocation = extents.Allocation(size, GRAIN)
-    found: list[extents.Extent] = []
-    while not allocation.complete:
-        offset, count = allocation.next_request()
-        assert 0 < count <= size - offset
-        length = data.draw(st.integers(1, size - offset), label="answered")
-        entries = [
-            number
-            for kind, group in itertools.groupby(marks[offset : offset + length])
-            for number in (len(list(group)), data.draw(st.sampled_from(FLAGS[kind])))
-        ]
-        certain = allocation.receive(offset, entries)
-        found += certain
-        assert all(extent.end % GRAIN == 0 or extent.end == size for extent in certain)
+    found = ask_all(extents.Allocation(size, GRAIN), marks, FLAGS, data)
     assert every_byte(found) == by_grain(marks, GRAIN)
     assert_adjoining(found, size)
+
+
+@given(runs, change_runs, st.data())
+def test_changes_and_then_their_allocation(
+    allocated: list[tuple[int, extents.Kind]],
+    changed: list[tuple[int, extents.Kind]],
+    data: st.DataObject,
+) -> None:
+    """Against every byte: a grain is held when any byte of it has changed, and has the highest kind
+    that allocation tells of any byte of it."""
+    kinds, marks = every_byte(adjoining(allocated)), every_byte(adjoining(changed))
+    size = min(len(kinds), len(marks))
+    kinds, marks = kinds[:size], marks[:size]
+    changes = extents.Allocation(size, GRAIN, kind=extents.change_of)
+    found = []
+    for extent in ask_all(changes, marks, CHANGES, data):
+        if extent.kind is extents.Kind.SKIP:
+            found.append(extent)
+        else:
+            part = extents.Allocation(size, GRAIN, (extent.offset, extent.end))
+            found += ask_all(part, kinds, FLAGS, data)
+    assert_adjoining(found, size)
+    held = by_grain(marks, GRAIN)
+    expected = [
+        extents.Kind.SKIP if change is extents.Kind.SKIP else kind
+        for change, kind in zip(held, by_grain(kinds, GRAIN), strict=True)
+    ]
+    assert every_byte(found) == expected
+
+
+@given(runs, st.integers(0, 40), st.integers(0, 40), st.integers(0, GRAIN - 1), st.data())
+def test_a_part_is_that_of_the_whole(
+    pairs: list[tuple[int, extents.Kind]], first: int, grains: int, rest: int, data: st.DataObject
+) -> None:
+    marks = every_byte(adjoining(pairs))
+    start = min(first * GRAIN, len(marks) // GRAIN * GRAIN)
+    end = min(start + grains * GRAIN + rest, len(marks))
+    found = ask_all(extents.Allocation(len(marks), GRAIN, (start, end)), marks, FLAGS, data)
+    assert every_byte(found) == by_grain(marks[start:end], GRAIN)
+    assert all(extent.offset >= start for extent in found)
 
 
 def test_an_answer_about_another_offset_is_refused() -> None:

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where an export has data, from what the server says of it. Pure.
+"""Where an export has data, or has changed, from what the server says of it. Pure.
 
 A server answers a block status request with a flat array of (length, flags) pairs; the NBD
 protocol document, NBD_REPLY_TYPE_BLOCK_STATUS, says what a correct one looks like. ``Allocation``
 checks the answers and joins them into extents whose borders are multiples of a grain.
+
+Of an increment two questions are asked, one after the other: what has changed, of all the disk,
+and how the long changes are allocated. In one question for both, a server would go through the
+allocation of all that has not changed: 20 ms of QEMU's time for 256 GiB of qcow2 without any data.
 """
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 STATE_HOLE = 1
 """Bit of a base:allocation flag: not allocated."""
 STATE_ZERO = 2
 """Bit of a base:allocation flag: reads as zeroes. The only one that vouches for contents."""
+STATE_CHANGED = 1
+"""Bit of a flag of a context that tells changes: of ``qemu:dirty-bitmap:NAME``, changed since the
+bitmap began; of ``qemu:allocation-depth`` for an image without a backing file, held by the image.
+"""
 
 
 class BadStatus(Exception):
@@ -23,6 +31,8 @@ class BadStatus(Exception):
 class Kind(enum.IntEnum):
     """What a reader needs to know of a range; the higher wins where two share a grain."""
 
+    SKIP = -1
+    """Has not changed: the backing file has it, whatever it is."""
     HOLE = 0
     """Reads as zeroes and takes no space."""
     ZERO = 1
@@ -51,8 +61,15 @@ def kind_of(flags: int) -> Kind:
     return Kind.HOLE if flags & STATE_HOLE else Kind.ZERO
 
 
-def parse(entries: Sequence[int], offset: int, size: int) -> Iterator[Extent]:
-    """The extents of one reply about OFFSET of an export of SIZE bytes.
+def change_of(flags: int) -> Kind:
+    """The kind of FLAGS of a context that tells changes: what has changed has to be read."""
+    return Kind.DATA if flags & STATE_CHANGED else Kind.SKIP
+
+
+def parse(
+    entries: Sequence[int], offset: int, size: int, kind: Callable[[int], Kind] = kind_of
+) -> Iterator[Extent]:
+    """The extents of one reply about OFFSET of an export of SIZE bytes; KIND reads the flags.
 
     ENTRIES is [length, flags, ...] as libnbd hands it on. The reply may end before what was asked
     (ask again from there) or after it. Errors: BadStatus for an empty reply, half a pair,
@@ -67,7 +84,7 @@ def parse(entries: Sequence[int], offset: int, size: int) -> Iterator[Extent]:
             raise BadStatus(f"an extent of {length} bytes at {offset}")
         if length > size - offset:
             raise BadStatus(f"an extent of {length} bytes at {offset}, past the end at {size}")
-        yield Extent(offset, length, kind_of(flags))
+        yield Extent(offset, length, kind(flags))
         offset += length
 
 
@@ -92,7 +109,7 @@ def align(extents: Iterable[Extent], grain: int) -> Iterator[Extent]:
     """The same with every border a multiple of GRAIN, the first offset and last end excepted.
 
     EXTENTS are adjoining. A grain that several extents share gets the highest of their kinds, so
-    data only grows.
+    data only grows, and a grain of which any byte has changed has changed.
     """
     return merge(_whole_grains(extents, grain))
 
@@ -137,7 +154,8 @@ def split(extent: Extent, most: int) -> Iterator[tuple[int, int]]:
 
 
 class Allocation:
-    """Asks its way through an export: what to ask next, and the aligned extents known so far.
+    """Asks its way through a part of an export: what to ask next, and the aligned extents that are
+    known so far. For what has changed as well as for what is allocated.
 
     The step adapts: it grows while the answers are short and shrinks when they are long, because
     one answer about a fragmented disk keeps the server busy and fills our memory.
@@ -145,25 +163,34 @@ class Allocation:
 
     FIRST_STEP = 64 << 20
     LEAST_STEP = 16 << 20
-    MOST_STEP = 1 << 31
+    MOST_STEP = (1 << 32) - (1 << 16)
     FEW = 64
     MANY = 2048
 
-    def __init__(self, size: int, grain: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        grain: int,
+        part: tuple[int, int] | None = None,
+        kind: Callable[[int], Kind] = kind_of,
+    ) -> None:
+        """Through PART, (start, end), of an export of SIZE bytes, or all of it; START and END are
+        multiples of GRAIN, END may be the export's. KIND is as for ``parse``."""
         self._size = size
         self._grain = grain
+        self._kind = kind
         self._step = self.FIRST_STEP
         self._tail: list[Extent] = []
-        self.offset = 0
+        self.offset, self._end = part or (0, size)
         """Everything before is known."""
 
     @property
     def complete(self) -> bool:
-        return self.offset >= self._size
+        return self.offset >= self._end
 
     def next_request(self) -> tuple[int, int]:
         """(offset, count) to ask for; not when complete."""
-        return self.offset, min(self._step, self._size - self.offset)
+        return self.offset, min(self._step, self._end - self.offset)
 
     def receive(self, offset: int, entries: Sequence[int]) -> list[Extent]:
         """Take the reply to the request at OFFSET; the aligned extents that it made certain.
@@ -172,11 +199,11 @@ class Allocation:
         """
         if offset != self.offset:
             raise BadStatus(f"an answer about {offset}, expected one about {self.offset}")
-        known = list(merge([*self._tail, *parse(entries, offset, self._size)]))
+        known = list(merge([*self._tail, *parse(entries, offset, self._size, self._kind)]))
         self._adapt(len(known))
         self.offset = known[-1].end
         self._tail = []
-        aligned = list(align(known, self._grain))
+        aligned = list(align(clip(known, self._end), self._grain))
         if not self.complete and self.offset % self._grain:
             self._keep_tail(aligned)
         return aligned
