@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The layout of a qcow2 image that is too large to be written in a test."""
 
+import libvirt
 import pytest
 
+import virtbackup
 from virtbackup.nbd import qcow2
 
 CLUSTER = qcow2.CLUSTER
@@ -42,3 +44,39 @@ def test_l1_entries_are_where_their_tables_cover() -> None:
 @pytest.mark.parametrize(("size", "rounded"), [(0, 0), (1, 512), (512, 512), (513, 1024)])
 def test_a_size_is_whole_sectors(size: int, rounded: int) -> None:
     assert qcow2.virtual_size(size) == rounded
+
+
+def test_a_backing_file_is_in_the_header() -> None:
+    """As docs/interop/qcow2.txt has it: the extension of the format, the end of extensions, then
+    the name where the header says."""
+    header = qcow2.ending(1 << 30, 9, {}, qcow2.Backing("vda.0001.qcow2", "qcow2")).header
+    place, length = (int.from_bytes(header[i : i + n], "big") for i, n in ((8, 8), (16, 4)))
+    assert header[104:112] == bytes.fromhex("e2792aca00000005")
+    assert header[112:128] == b"qcow2\0\0\0" + bytes(8)
+    assert (place, length) == (128, 14)
+    assert header[128:] == b"vda.0001.qcow2"
+
+
+def test_without_one_the_header_is_as_it_was() -> None:
+    header = qcow2.ending(1 << 30, 9, {}).header
+    assert len(header) == 104
+    assert header[8:20] == bytes(12)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 1024, "nbd:unix:/s", "json:{}", "a:b/c"])
+def test_a_name_that_is_none_for_qemu(name: str) -> None:
+    with pytest.raises(virtbackup.Error) as raised:
+        qcow2.Backing(name, "raw")
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+
+
+@pytest.mark.parametrize("name", ["x" * 1023, "./a:b", "a/b:c", "\u00e4.raw"])
+def test_a_name_that_is_one(name: str) -> None:
+    header = qcow2.ending(0, 1, {}, qcow2.Backing(name, "raw")).header
+    assert header.endswith(name.encode())
+    assert len(header) < CLUSTER
+
+
+def test_entries() -> None:
+    assert qcow2.entries(5, 2) == bytes.fromhex("8000000000050000 8000000000060000")
+    assert qcow2.zeroes(2) == bytes.fromhex("0000000000000001 0000000000000001")

@@ -14,18 +14,22 @@ from virtbackup.nbd import checksum, target
 
 
 class Chunk:
-    """A buffer of SPACE bytes on its way: OFFSET and LENGTH say which part of the disk it has."""
+    """A buffer of SPACE bytes on its way: OFFSET and LENGTH say which part of the disk it has.
+
+    Or it says of that part that all of it is ZERO, and stands for more than it has space for.
+    """
 
     def __init__(self, space: int) -> None:
         self._memory = memoryview(bytearray(space))
         self.offset = self.length = 0
+        self.zero = False
         self.pending = 0
         """Reads of it that are in flight."""
         self.digests = b""
         """Of its blocks, once it is stored."""
 
-    def aim(self, offset: int, length: int) -> None:
-        self.offset, self.length = offset, length
+    def aim(self, offset: int, length: int, *, zero: bool = False) -> None:
+        self.offset, self.length, self.zero = offset, length, zero
 
     def part(self, offset: int, length: int) -> memoryview:
         """Where LENGTH bytes at OFFSET of the disk go."""
@@ -111,9 +115,22 @@ class Store(threading.Thread):
             self._wake.set()
 
     def _store(self, chunk: Chunk) -> None:
-        data = chunk.data
-        chunk.digests, runs = checksum.scan(data)
-        for start, end in runs:
-            self._target.write(chunk.offset + start, data[start:end])
+        if chunk.zero:
+            self._target.write_zeroes(chunk.offset, chunk.length)
+        else:
+            self._store_data(chunk)
         self._done.append(chunk)
         self._wake.set()
+
+    def _store_data(self, chunk: Chunk) -> None:
+        data, zeroes_from = chunk.data, 0
+        chunk.digests, runs = checksum.scan(data)
+        for start, end in runs:
+            self._zeroes(chunk, zeroes_from, start)
+            self._target.write(chunk.offset + start, data[start:end])
+            zeroes_from = end
+        self._zeroes(chunk, zeroes_from, chunk.length)
+
+    def _zeroes(self, chunk: Chunk, start: int, end: int) -> None:
+        if start < end:
+            self._target.write_zeroes(chunk.offset + start, end - start)
