@@ -10,7 +10,7 @@ import errno
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import libvirt
@@ -22,6 +22,9 @@ from virtbackup.nbd import store
 _SECTOR = 512
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """libnbd's error numbers for what no server said."""
+
+ALLOCATION: str = nbd.CONTEXT_BASE_ALLOCATION
+"""The context that tells where data is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +54,29 @@ class Export:
 
 @dataclasses.dataclass
 class Request:
-    """A command in flight: a read into CHUNK, or a question about allocation (CHUNK None)."""
+    """A command in flight: a read into CHUNK, or a question in CONTEXT (CHUNK None)."""
 
     offset: int
     chunk: store.Chunk | None
+    context: str = ""
     answers: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class Connection:
     """A libnbd handle with what is in flight on it."""
 
-    def __init__(self, export: Export, chunk: int) -> None:
-        """Begin to connect; reads will be of CHUNK bytes at most."""
+    def __init__(self, export: Export, chunk: int, contexts: Sequence[str]) -> None:
+        """Begin to connect; reads will be of CHUNK bytes at most, questions in CONTEXTS."""
         self._export = export
         self._chunk = chunk
+        self._contexts = contexts
         self._in_flight: dict[int, Request] = {}
         self._doing = "connect to"
         self._handle: Any = nbd.NBD()
         with self._naming(self._doing):
             self._handle.set_export_name(export.name)
-            self._handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            for context in contexts:
+                self._handle.add_meta_context(context)
             # A buffer is looked at only when its read succeeded.
             self._handle.set_pread_initialize(False)
             # libnbd knows DF for structured reads alone; it holds for every read.
@@ -85,7 +91,8 @@ class Connection:
             self.size: int = handle.get_size()
             one_only = isinstance(self._export.server, Program)
             self.multi: bool = handle.can_multi_conn() and not one_only
-            self.tells_allocation: bool = handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            self.tells = frozenset(filter(handle.can_meta_context, self._contexts))
+            """Those of the contexts that the server has."""
             most = handle.get_block_size(nbd.SIZE_MAXIMUM)
             self.most: int = min(self._chunk, most or self._chunk)
             # An unfragmented answer is faster, and QEMU sends an error in it instead of hanging up.
@@ -127,12 +134,12 @@ class Connection:
         chunk.pending += 1
         self._in_flight[cookie] = Request(offset, chunk)
 
-    def ask(self, offset: int, count: int) -> None:
-        """Ask for the allocation of COUNT bytes at OFFSET."""
-        request = Request(offset, None)
+    def ask(self, context: str, offset: int, count: int) -> None:
+        """Ask for the status of COUNT bytes at OFFSET; what is said in others is passed over."""
+        request = Request(offset, None, context)
 
-        def extent(context: str, _offset: int, entries: list[int], _error: object) -> int:
-            if context == nbd.CONTEXT_BASE_ALLOCATION:
+        def extent(said: str, _offset: int, entries: list[int], _error: object) -> int:
+            if said == context:
                 request.answers.append(entries)
             return 0
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The data mover: NBD exports to files, all disks at once, checksummed on the way. On libnbd.
 
+A copy is full, or an increment: what has changed since an earlier copy, in a qcow2 file with that
+copy behind it.
+
 One thread with one poll receives from every connection of every disk, and a thread for each disk
 hashes and writes. Reads are in flight on each connection all the while, and the server is asked
 ahead where it has data. Buffers are made once: memory has a bound whatever the disks' sizes.
@@ -12,17 +15,19 @@ an error that names the export and the offset, and no file of the copy is left.
 import collections
 import contextlib
 import dataclasses
+import json
 import pathlib
 import select
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, extents, store, target
+from virtbackup.nbd import checksum, connection, extents, qcow2, store, target
 
 Format = Literal["qcow2", "raw"]
+Backing = qcow2.Backing
 
 CHUNK = 512 << 10
 """Bytes of a buffer, and of a read where the server allows it."""
@@ -34,6 +39,12 @@ CONNECTIONS = 2
 """To a server that says that several clients see the same."""
 _LOOK_AHEAD = 256
 """Extents known and not yet read below which the server is asked for more."""
+_MOST_EARLY = 1024
+"""Extents passed over while an earlier one is being read or stored."""
+_WORTH_ASKING = 4 << 20
+"""Bytes that have changed of which the server is asked whether they are zero; less is read."""
+_HELD = "qemu:allocation-depth"
+"""The context that tells what an image holds itself, when it is opened without its backing file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,11 @@ class Job:
     format: Format = "raw"
     size: int | None = None
     """Only so many bytes of an export that has at least those; None is all of it."""
+    dirty: str | None = None
+    """The context that tells what has changed, ``qemu:dirty-bitmap:NAME``: the copy is an increment
+    of that. None: it is full."""
+    backing: Backing | None = None
+    """What an increment is written on top of, and nothing else: FORMAT is qcow2 then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +71,13 @@ class Result:
     checksum: str
     """As virtbackup.nbd.checksum defines it."""
     read: int
-    """What was transferred; the rest the server said to be zero."""
+    """What was transferred; the rest the server said to be zero, or unchanged."""
     stored: int
     """What the file takes on its file system."""
+    changed: int
+    """What the copy holds, in whole blocks, data or zero: all of a disk that was copied in full."""
+    algorithm: str
+    """Of the checksum: ``checksum.ALGORITHM``, or of an increment ``checksum.INCREMENT``."""
 
 
 class Progress(Protocol):
@@ -100,10 +120,13 @@ def copy(
 ) -> list[Result]:
     """Copy every disk; when this returns, all files are whole and on disk.
 
-    Errors: VIR_ERR_OPERATION_FAILED for a server that cannot be reached, refuses or answers wrong,
-    VIR_ERR_SYSTEM_ERROR for a file, VIR_ERR_OPERATION_ABORTED when cancelled. On any error no file
-    of these jobs remains.
+    Errors: VIR_ERR_OPERATION_FAILED for a server that cannot be reached, refuses, answers wrong or
+    does not tell what has changed; VIR_ERR_SYSTEM_ERROR for a file; VIR_ERR_OPERATION_ABORTED when
+    cancelled. On any error no file of these jobs remains.
     """
+    for job in jobs:
+        assert job.path is None or (job.dirty is None) == (job.backing is None), job
+        assert job.backing is None or job.format == "qcow2", job
     buffers = min(BUFFERS, max(1, MAX_BUFFERS // max(1, len(jobs))))
     with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
         if cancel is None:
@@ -135,13 +158,31 @@ def checksum_of_file(
 
     QEMU's qemu-nbd reads the image, so this also proves that QEMU can. Errors: as ``copy``.
     """
-    # Options, as a file's name alone could be taken for a protocol's; a comma is doubled in them.
-    filename = str(path.absolute()).replace(",", ",,")
-    options = f"driver={fmt},file.driver=file,file.filename={filename}"
-    argv = ("qemu-nbd", "--read-only", "--image-opts", options)
-    server = connection.Program(argv, f"image {path}")
-    export = connection.Export(server, "")
+    export = _image(path, {"driver": fmt, "file": _file(path)})
     return copy([Job(export, None, size=size)], cancel=cancel)[0].checksum
+
+
+def checksum_of_increment(
+    path: pathlib.Path, size: int | None = None, *, cancel: Cancel | None = None
+) -> str:
+    """The checksum of the increment in a qcow2 image, of a disk of SIZE bytes.
+
+    The image alone is read, nothing of what is behind it. SIZE None is the image's, which is that
+    of a disk of whole sectors. Errors: as ``copy``.
+    """
+    export = _image(path, {"driver": "qcow2", "file": _file(path), "backing": None}, "-A")
+    return copy([Job(export, None, size=size, dirty=_HELD)], cancel=cancel)[0].checksum
+
+
+def _image(path: pathlib.Path, node: dict[str, Any], *options: str) -> connection.Export:
+    """The export of a qemu-nbd that opens an image as NODE says, for one connection."""
+    # Not its name alone: that could be taken for a protocol's.
+    argv = ("qemu-nbd", "--read-only", *options, f"json:{json.dumps(node)}")
+    return connection.Export(connection.Program(argv, f"image {path}"), "")
+
+
+def _file(path: pathlib.Path) -> dict[str, str]:
+    return {"driver": "file", "filename": str(path.absolute())}
 
 
 class _Loop:
@@ -156,9 +197,11 @@ class _Loop:
         self._connections: dict[int, connection.Connection] = {}
         self._masks: dict[int, int] = {}
 
-    def connect(self, export: connection.Export) -> connection.Connection:
+    def connect(
+        self, export: connection.Export, contexts: Sequence[str] = (connection.ALLOCATION,)
+    ) -> connection.Connection:
         """A connection that is past the handshake."""
-        made = connection.Connection(export, CHUNK)
+        made = connection.Connection(export, CHUNK, contexts)
         self._connections[made.fileno()] = made
         while not made.ready:
             self.wait()
@@ -205,6 +248,36 @@ class _Loop:
         self.stored.close()
 
 
+class _Walk:
+    """A way through a part of a disk: what is known of it and not seen to, and what to ask next."""
+
+    def __init__(
+        self, one: connection.Connection, context: str, allocation: extents.Allocation
+    ) -> None:
+        self.context = context
+        self.todo: collections.deque[extents.Extent] = collections.deque()
+        self._connection = one
+        self._allocation = allocation
+        self._asking = False
+
+    @property
+    def done(self) -> bool:
+        return self._allocation.complete and not self.todo
+
+    def ask(self) -> None:
+        """When little is known, and no answer is under way."""
+        if not self._asking and not self._allocation.complete and len(self.todo) < _LOOK_AHEAD:
+            self._connection.ask(self.context, *self._allocation.next_request())
+            self._asking = True
+
+    def learn(self, request: connection.Request) -> None:
+        """Take the answer. Errors: BadStatus."""
+        self._asking = False
+        if len(request.answers) != 1:
+            raise extents.BadStatus(f"{len(request.answers)} answers in {self.context}")
+        self.todo.extend(self._allocation.receive(request.offset, request.answers[0]))
+
+
 class _Disk:
     """One job under way: what is known and not read, what is in flight, where it goes."""
 
@@ -215,22 +288,19 @@ class _Disk:
         self._index = index
         self._loop = loop
         self._progress = progress
-        first = loop.connect(job.export)
+        first = loop.connect(job.export, _contexts(job))
         self.connections = [first]
-        if first.multi and buffers > 1:
+        if first.multi and (buffers > 1 or job.dirty is not None):
             self.connections += [loop.connect(job.export) for _ in range(CONNECTIONS - 1)]
         self._size = first.size if job.size is None else job.size
         if self._size > first.size:
             reason = f"it has {first.size} bytes, expected {self._size}"
             raise connection.failed(job.export, "read", reason)
-        self._left = self._size
+        self._left = self._changed = self._size
         self._read = 0
         self._tree = checksum.Tree(self._size)
-        self._allocation = extents.Allocation(first.size, checksum.BLOCK)
-        self._asking = False
-        self._todo: collections.deque[extents.Extent] = collections.deque()
-        if not first.tells_allocation and self._size:
-            self._todo.append(extents.Extent(0, self._size, extents.Kind.DATA))
+        # The way through all of the disk, and on top one through a part whose turn it is.
+        self._walks = [self._first_walk()]
         self._free = [store.Chunk(CHUNK) for _ in range(buffers)]
         self._finishing = False
         self.store = store.Store(_open(job, self._size), loop.stored)
@@ -246,8 +316,11 @@ class _Disk:
         Errors: what storing met.
         """
         for chunk in self.store.collect():
-            self._tree.add(chunk.offset, chunk.length, chunk.digests)
-            self._read += chunk.length
+            if chunk.zero:
+                self._tree.add_zeroes(chunk.offset, chunk.length)
+            else:
+                self._tree.add(chunk.offset, chunk.length, chunk.digests)
+                self._read += chunk.length
             self._advance(chunk.length)
             self._free.append(chunk)
         if self._left:
@@ -274,50 +347,100 @@ class _Disk:
         """Of a disk that is done; its thread has ended when this returns."""
         self.store.join()
         assert self.store.stored is not None
-        return Result(self._size, self._tree.hexdigest(), self._read, self.store.stored)
+        return Result(
+            size=self._size,
+            checksum=self._tree.hexdigest(),
+            read=self._read,
+            stored=self.store.stored,
+            changed=self._changed,
+            algorithm=checksum.ALGORITHM if self._job.dirty is None else checksum.INCREMENT,
+        )
+
+    def _first_walk(self) -> _Walk:
+        """Errors: the server does not tell what has changed."""
+        whole, first, context = (0, self._size), self.connections[0], self._job.dirty
+        if context is None:
+            return self._walk_allocation(first, whole)
+        if context not in first.tells:
+            reason = f"it has no context {context}"
+            raise connection.failed(self._job.export, "read changes of", reason)
+        kind = extents.change_of
+        return _Walk(first, context, extents.Allocation(first.size, checksum.BLOCK, whole, kind))
+
+    def _walk_allocation(self, one: connection.Connection, part: tuple[int, int]) -> _Walk:
+        """All of PART is data where the server cannot tell."""
+        start, end = part
+        told = connection.ALLOCATION in one.tells
+        known = extents.Allocation(one.size, checksum.BLOCK, part if told else (end, end))
+        walk = _Walk(one, connection.ALLOCATION, known)
+        if not told and start < end:
+            walk.todo.append(extents.Extent(start, end - start, extents.Kind.DATA))
+        return walk
 
     def _fill(self) -> None:
         while True:
-            self._ask()
-            if not self._todo:
-                return
-            extent = self._todo[0]
-            if extent.kind is not extents.Kind.DATA:
-                self._todo.popleft()
-                self._tree.add_zeroes(extent.offset, extent.length)
-                self._advance(extent.length)
-            elif self._free:
-                self._start(self._free.pop(), self._next_piece())
-            else:
+            for walk in self._walks:
+                walk.ask()
+            walk = self._walks[-1]
+            if walk.done and len(self._walks) > 1:
+                self._walks.pop()
+            elif not walk.todo or not self._take(walk):
                 return
 
-    def _ask(self) -> None:
-        one = self.connections[0]
-        if not one.tells_allocation or self._asking or self._allocation.complete:
-            return
-        if len(self._todo) < _LOOK_AHEAD:
-            one.ask(*self._allocation.next_request())
-            self._asking = True
+    def _take(self, walk: _Walk) -> bool:
+        """See to the first extent of WALK, or to a part; whether there was room for it."""
+        extent = walk.todo[0]
+        if self._worth_asking(extent, walk):
+            walk.todo.popleft()
+            part = extent.offset, extent.end
+            self._walks.append(self._walk_allocation(self.connections[-1], part))
+        elif not self._to_store(extent.kind):
+            if self._tree.early >= _MOST_EARLY:
+                return False
+            self._pass_over(walk.todo.popleft())
+        elif not self._free:
+            return False
+        elif extent.kind is extents.Kind.DATA:
+            self._start(self._free.pop(), _next_piece(walk.todo))
+        else:
+            self._store_zeroes(self._free.pop(), walk.todo.popleft())
+        return True
+
+    def _worth_asking(self, extent: extents.Extent, walk: _Walk) -> bool:
+        """Whether EXTENT, which has changed, may be zeroes, and many of them."""
+        return (
+            walk.context == self._job.dirty
+            and extent.kind is extents.Kind.DATA
+            and extent.length >= _WORTH_ASKING
+        )
+
+    def _to_store(self, kind: extents.Kind) -> bool:
+        """Zeroes are, where a backing file would show through else."""
+        if kind is extents.Kind.DATA:
+            return True
+        return kind is not extents.Kind.SKIP and self._job.backing is not None
+
+    def _store_zeroes(self, chunk: store.Chunk, extent: extents.Extent) -> None:
+        chunk.aim(extent.offset, extent.length, zero=True)
+        self.store.put(chunk)
+
+    def _pass_over(self, extent: extents.Extent) -> None:
+        """Nothing of the extent is read or written."""
+        if extent.kind is extents.Kind.SKIP:
+            self._tree.add_absent(extent.offset, extent.length)
+            self._changed -= extent.length
+        else:
+            self._tree.add_zeroes(extent.offset, extent.length)
+        self._advance(extent.length)
 
     def _learn(self, request: connection.Request) -> None:
-        self._asking = False
+        walk = next(walk for walk in self._walks if walk.context == request.context)
         try:
-            if len(request.answers) != 1:
-                raise extents.BadStatus(f"{len(request.answers)} answers")
-            known = self._allocation.receive(request.offset, request.answers[0])
+            walk.learn(request)
         except extents.BadStatus as failure:
             raise connection.failed(
                 self._job.export, "read allocation of", str(failure), request.offset
             ) from failure
-        self._todo.extend(extents.clip(known, self._size))
-
-    def _next_piece(self) -> extents.Extent:
-        """The first part of the first extent, up to the next border of a chunk."""
-        extent = self._todo.popleft()
-        end = min(extent.end, (extent.offset // CHUNK + 1) * CHUNK)
-        if end < extent.end:
-            self._todo.appendleft(extents.Extent(end, extent.end - end, extent.kind))
-        return extents.Extent(extent.offset, end - extent.offset, extent.kind)
 
     def _start(self, chunk: store.Chunk, piece: extents.Extent) -> None:
         chunk.aim(piece.offset, piece.length)
@@ -331,7 +454,31 @@ class _Disk:
             self._progress.advance(self._index, count)
 
 
+def _contexts(job: Job) -> tuple[str, ...]:
+    """What the first connection is asked about; the second, if there is one, allocation.
+
+    A server answers in every context that a connection has, and allocation of all the disk costs
+    it more than an increment is worth.
+    """
+    if job.dirty is None:
+        return (connection.ALLOCATION,)
+    if isinstance(job.export.server, connection.Program):
+        return (job.dirty, connection.ALLOCATION)
+    return (job.dirty,)
+
+
+def _next_piece(todo: collections.deque[extents.Extent]) -> extents.Extent:
+    """The first part of the first extent, up to the next border of a chunk."""
+    extent = todo.popleft()
+    end = min(extent.end, (extent.offset // CHUNK + 1) * CHUNK)
+    if end < extent.end:
+        todo.appendleft(extents.Extent(end, extent.end - end, extent.kind))
+    return extents.Extent(extent.offset, end - extent.offset, extent.kind)
+
+
 def _open(job: Job, size: int) -> target.Target:
     if job.path is None:
         return target.Nowhere()
-    return (target.Qcow2 if job.format == "qcow2" else target.Raw)(job.path, size)
+    if job.format == "raw":
+        return target.Raw(job.path, size)
+    return target.Qcow2(job.path, size, job.backing)
