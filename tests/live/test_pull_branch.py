@@ -53,6 +53,8 @@ def kinds(made: manifest.Manifest) -> dict[str, str]:
 
 
 def live(machine: machines.Machine) -> dict[str, bytes]:
+    for disk in ("vda", "sdb"):
+        machine.io(disk, "flush")
     return {
         "vda": machines.contents(machine.directory / "a.qcow2", "qcow2"),
         "sdb": machines.contents(machine.directory / "b.raw", "raw"),

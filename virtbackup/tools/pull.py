@@ -369,11 +369,16 @@ def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> 
             directory / (disk.file + PARTIAL),
             disk.format,
             dirty=f"qemu:dirty-bitmap:{live.branch}" if disk.backing else None,
-            backing=disk.backing
-            and copy.Backing(disk.backing.file, cast("copy.Format", disk.backing.format)),
+            backing=_backing(disk),
         )
         for disk in plan.disks
     }
+
+
+def _backing(disk: _Disk) -> copy.Backing | None:
+    if disk.backing is None:
+        return None
+    return copy.Backing(disk.backing.file, cast("copy.Format", disk.backing.format))
 
 
 def _server(address: backup_conf.Address) -> str | tuple[str, int]:
