@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's monitor by way of libvirt (virDomainQemuMonitorCommand): what ``monitor`` is to a socket.
+
+libvirt has its own client on the monitor, passes on one command at a time, and marks the domain as
+tainted with the first. Events stay with libvirt; whoever waits for one asks again instead.
+"""
+
+import datetime
+import json
+import logging
+import os
+import pathlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+import libvirt
+import libvirt_qemu
+
+from virtbackup import errors
+from virtbackup.qemu import monitor, monitor_json, qmp
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds until a command must be answered: libvirt itself waits for as long as it takes."""
+LOOK_AGAIN = 0.01
+"""Seconds between two looks at what would have come as an event."""
+
+_GONE = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN})
+"""What libvirt says of a domain that is not running, or not there."""
+
+
+class LibvirtMonitor:
+    """A ``monitor.Monitor`` for the length of one call."""
+
+    def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
+        """Errors: monitor.NotListening when DOMAIN does not run; monitor.MonitorLost."""
+        self._domain = domain
+        self._trace = trace
+        self._calls = _Calls(f"libvirt {domain.name()}")
+        self.path = f"{domain.connect().getURI()} {domain.name()}"
+        try:
+            self.greeting = self._ask_version()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "LibvirtMonitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._calls.close()
+
+    def peer_pid(self) -> int | None:
+        """QEMU's process; None where libvirt's note of it cannot be read."""
+        return pid_of(self._domain)
+
+    def peer_uid(self) -> int:
+        """QEMU's user; ours, where it is not known."""
+        pid = self.peer_pid()
+        try:
+            return os.getuid() if pid is None else pathlib.Path(f"/proc/{pid}").stat().st_uid
+        except OSError:
+            return os.getuid()
+
+    def execute(self, command: monitor_json.Command) -> Any:
+        """As ``monitor.Monitor.execute``."""
+        return self.execute_all([command])[0]
+
+    def execute_all(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``monitor.Monitor.execute_all``, one command after the other."""
+        replies = [(command, self._ask(command)) for command in commands]
+        for command, reply in replies:
+            if isinstance(reply, qmp.Failure):
+                raise monitor_json.command_failed(command, reply)
+        return [reply.value for _, reply in replies if isinstance(reply, qmp.Success)]
+
+    def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
+        """No event comes this way: a moment to wait before looking again."""
+        time.sleep(min(timeout, LOOK_AGAIN))
+        return None
+
+    def _ask_version(self) -> qmp.Greeting:
+        """What a socket's greeting would have told."""
+        version = self.execute(monitor_json.query_version())
+        greeting = qmp.decode(json.dumps({"QMP": {"version": version}}).encode())
+        if isinstance(greeting, qmp.Greeting):
+            return greeting
+        raise qmp.ProtocolError(f"unexpected version: {qmp.shown(version)}")
+
+    def _ask(self, command: monitor_json.Command) -> qmp.Success | qmp.Failure:
+        line = json.dumps({"execute": command.execute, "arguments": dict(command.arguments)})
+        self._record("->", line)
+        try:
+            reply = self._calls.call(lambda: self._pass_on(line, command.fds), PATIENCE)
+        except TimeoutError as failure:
+            raise monitor.NoAnswer(
+                f"no reply to '{command.execute}' within {PATIENCE:g} seconds"
+            ) from failure
+        except libvirt.libvirtError as failure:
+            raise self._lost(failure) from failure
+        self._record("<-", reply)
+        message = qmp.decode(_with_id(reply))
+        if isinstance(message, qmp.Success | qmp.Failure):
+            return message
+        raise qmp.ProtocolError(f"unexpected reply: {qmp.shown(reply)}")
+
+    def _pass_on(self, line: str, fds: Sequence[int]) -> str:
+        if not fds:
+            return str(libvirt_qemu.qemuMonitorCommand(self._domain, line, 0))
+        reply, _ = libvirt_qemu.qemuMonitorCommandWithFiles(self._domain, line, list(fds), 0)
+        return str(reply)
+
+    def _lost(self, failure: "libvirt.libvirtError") -> errors.Error:
+        text = failure.get_error_message() or str(failure)
+        if failure.get_error_code() in _GONE and not self._runs():
+            gone = OSError(0, text)
+            return monitor.NotListening(gone, self.path)
+        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED:
+            return errors.error(libvirt.VIR_ERR_OPERATION_DENIED, text)
+        return monitor.MonitorLost(text)
+
+    def _runs(self) -> bool:
+        try:
+            return bool(self._domain.isActive())
+        except libvirt.libvirtError:
+            return False
+
+    def _record(self, direction: str, line: str) -> None:
+        logger.debug("monitor=%s %s %s", self.path, direction, line)
+        if self._trace is None:
+            return
+        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
+        try:
+            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {line}\n")
+            self._trace.flush()
+        except (OSError, ValueError) as failure:
+            logger.warning("monitor=%s trace ends: %s", self.path, failure)
+            self._trace = None
+
+
+def passes_files() -> bool:
+    """Whether this libvirt hands descriptors to QEMU (8.2)."""
+    return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
+
+
+def pid_of(domain: "libvirt.virDomain") -> int | None:
+    """The process of a running DOMAIN, by libvirt's own note; None where that cannot be read, or
+    the process is none of that domain's."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
+    name = domain.name()
+    for place in ("/run/libvirt/qemu", f"{runtime}/libvirt/qemu/run"):
+        try:
+            pid = int(pathlib.Path(place, f"{name}.pid").read_text())
+            argv = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if domain.UUIDString().encode() in argv:
+            return pid
+    return None
+
+
+def _with_id(reply: str) -> bytes:
+    """A reply as it comes from a socket: libvirt's id is a text of its own."""
+    message = json.loads(reply)
+    if not isinstance(message, dict):
+        raise qmp.ProtocolError(f"unexpected reply: {qmp.shown(reply)}")
+    return json.dumps({**message, "id": 0}).encode()
+
+
+class _Calls:
+    """A thread for calls that may never return, which is then left to itself."""
+
+    def __init__(self, name: str) -> None:
+        self._todo: queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        self._stuck = False
+
+    def call(self, what: Callable[[], str], timeout: float) -> str:
+        """What WHAT returns or raises. Errors: TimeoutError, from then on at once."""
+        if self._stuck:
+            raise TimeoutError
+        answer = _Answer()
+        self._todo.put((what, answer))
+        if not answer.done.wait(timeout):
+            self._stuck = True
+            raise TimeoutError
+        if answer.failure is not None:
+            raise answer.failure
+        return answer.value
+
+    def close(self) -> None:
+        self._todo.put(None)
+        if not self._stuck:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (todo := self._todo.get()) is not None:
+            what, answer = todo
+            try:
+                answer.value = what()
+            except BaseException as failure:  # noqa: BLE001  (raised again, by call)
+                answer.failure = failure
+            answer.done.set()
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.value = ""
+        self.failure: BaseException | None = None
