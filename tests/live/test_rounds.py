@@ -205,6 +205,8 @@ class Round:
         offset = self.rng.randrange(0, scene.SIZE - length + 1) // 512 * 512
         byte = self.rng.choice([0, self.rng.randrange(1, 256)])
         command = f"write -P {byte}" if byte else self.rng.choice(["write -z", "discard"])
+        if command == "discard" and machines.version() < (7, 2, 0):
+            command = "write -z -u"  # can be done in the background
         self.log.append(f"{disk} {command} {offset} {length}")
         try:
             self.one.machine.io(disk, f"{command} {offset} {length}")
