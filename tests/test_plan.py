@@ -167,6 +167,19 @@ def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) ->
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
+@pytest.mark.parametrize(("version", "dies"), [((2, 5, 0), True), ((5, 2, 0), True),
+                                               ((7, 2, 0), False), ((7, 2, 22), False)])  # fmt: skip
+def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: bool) -> None:
+    caps = dataclasses.replace(CAPS, version=version)
+    asked = state(synchronous=frozenset({"sdc"}))
+    if not dies:
+        assert plan(asked, caps)
+        return
+    with pytest.raises(errors.Error, match="disk 'sdc' is a floppy or an SD card"):
+        plan(asked, caps)
+    assert plan(asked, caps, disks=(disk("sdc", present=False),))
+
+
 def test_what_qemu_shows_of_us() -> None:
     assert state().backups() == frozenset()
     job = naming.backup_job(ID, 3)

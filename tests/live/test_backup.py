@@ -174,6 +174,30 @@ def test_firmware_flash_is_no_disk(tmp_path: pathlib.Path) -> None:
         dom.backupStop()
 
 
+def test_a_floppy(tmp_path: pathlib.Path) -> None:
+    """Refused by name where QEMU would stand still for it; elsewhere as any disk."""
+    machines.image(tmp_path / "f.raw", 1440 << 10)
+    floppy = (
+        "-blockdev", f"raw,node-name=F,file.driver=file,file.filename={tmp_path}/f.raw",
+        "-device", "isa-fdc,id=fdc", "-device", "floppy,drive=F,id=fd0",
+    )  # fmt: skip
+    with (
+        machines.two_disks(tmp_path, *floppy) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):
+        dom = conn.lookupByID(1)
+        if machines.version() < (7, 2, 0):
+            before = machine.state()
+            with pytest.raises(virtbackup.Error, match="disk 'fd0' is a floppy or an SD card"):
+                dom.backupStart(unix(tmp_path))
+            assert machine.state() == before
+            dom.backupStart(unix(tmp_path, '<disk name="fd0" present="no"/>'))
+        else:
+            dom.backupStart(unix(tmp_path))
+            assert "fd0" in nbdclient.exports(tmp_path / "nbd.sock")
+        dom.backupStop()
+
+
 def test_disk_in_an_iothread(tmp_path: pathlib.Path) -> None:
     """Refused by name where QEMU would die of it; elsewhere as any disk."""
     machines.image(tmp_path / "a.raw", 1 << 20)

@@ -143,6 +143,9 @@ class BlockState:
     """Disk -> the iothread it runs in; asked only of QEMUs where that matters."""
     io_error: bool = False
     """The guest is paused since a drive met an error."""
+    synchronous: frozenset[str] = frozenset()
+    """The disks that the guest writes in a way that some QEMUs do not survive; asked only of those.
+    """
     nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
     """Every node, where they were asked for."""
 
@@ -206,6 +209,7 @@ def plan(
         _check_drive(found[wanted.name], caps)
         _check_jobs(found[wanted.name], medium, state)
         _check_iothread(wanted.name, state, caps)
+        _check_synchronous(wanted.name, state, caps)
         _check_export_name(wanted, caps)
         scratch = naming.scratch_node(backup, len(disks))
         wanted = dataclasses.replace(
@@ -429,6 +433,17 @@ def _check_iothread(target: str, state: BlockState, caps: capabilities.Capabilit
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
             f"disk '{target}' runs in iothread '{state.iothreads[target]}', which QEMU {version}"
             f" would not survive: {defect.evidence}",
+        )
+
+
+def _check_synchronous(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
+    defect = capabilities.SYNCHRONOUS_WRITER
+    if target in state.synchronous and defect.affects(caps.version):
+        version = capabilities.dotted(caps.version)
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{target}' is a floppy or an SD card, the backup of which QEMU {version} might"
+            f" not survive: {defect.evidence}",
         )
 
 

@@ -139,10 +139,15 @@ def ask(
     iothreads = {}
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
+    synchronous: frozenset[str] = frozenset()
+    if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
+        synchronous = _synchronous(qemu, disks)
     nodes: dict[naming.NodeName, block.Medium] = {}
     if bitmaps or (graph is None and caps.named_nodes_are_safe(running.values())):
         nodes = named_nodes(qemu, caps, running.values())
-    return backup.BlockState(disks, running, exports, graph, runs, iothreads, io_error, nodes)
+    return backup.BlockState(
+        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes
+    )
 
 
 def jobs(session: Session) -> dict[naming.JobId, monitor_json.Job]:
@@ -188,6 +193,17 @@ def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain
     """The domain as its XML tells it."""
     return domain_conf.DomainDef(
         ref.name, ref.uuid, ref.id, tuple(disk.definition() for disk in found)
+    )
+
+
+def _synchronous(qemu: monitor.Monitor, found: Iterable[block.Disk]) -> frozenset[str]:
+    """The writable floppies and SD cards."""
+    writable = (disk for disk in found if disk.removable and disk.medium)
+    return frozenset(
+        disk.target
+        for disk in writable
+        if disk.medium and not disk.medium.readonly and disk.qom_path
+        if _property(qemu, disk.qom_path, "type") in ("floppy", "sd-card")
     )
 
 

@@ -71,6 +71,10 @@ def qmp_capabilities() -> Command:
     return _command("qmp_capabilities")
 
 
+def query_version() -> Command:
+    return _command("query-version")
+
+
 def query_commands() -> Command:
     return _command("query-commands")
 
