@@ -167,8 +167,10 @@ def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) ->
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
-@pytest.mark.parametrize(("version", "dies"), [((2, 5, 0), True), ((5, 2, 0), True),
-                                               ((7, 2, 0), False), ((7, 2, 22), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "dies"),
+    [((2, 5, 0), True), ((5, 2, 0), True), ((7, 2, 0), False), ((7, 2, 22), False)],
+)
 def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: bool) -> None:
     caps = dataclasses.replace(CAPS, version=version)
     asked = state(synchronous=frozenset({"sdc"}))
