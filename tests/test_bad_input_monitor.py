@@ -375,7 +375,7 @@ def connected(
 ) -> Iterator[monitor.Monitor]:
     """A client whose first command after the handshake SPOIL answers."""
     hostile.play("list", 2, spoil)
-    with monitor.Monitor(str(hostile.path)) as qemu:
+    with monitor.SocketMonitor(str(hostile.path)) as qemu:
         yield qemu
 
 
@@ -433,7 +433,7 @@ def test_answers_of_a_batch_are_bounded_together(
 
     hostile.play("list", spoil=large)
     with (
-        monitor.Monitor(str(hostile.path)) as qemu,
+        monitor.SocketMonitor(str(hostile.path)) as qemu,
         pytest.raises(monitor.MonitorLost, match="too large together"),
     ):
         qemu.execute_all([monitor_json.query_jobs()] * 3)
@@ -475,7 +475,7 @@ def test_the_first_of_two_answers_counts(
             turn.answer()
 
     hostile.play("list", spoil=twice)
-    with monitor.Monitor(str(hostile.path)) as qemu:
+    with monitor.SocketMonitor(str(hostile.path)) as qemu:
         commands = [monitor_json.query_commands(), monitor_json.query_jobs()]
         assert qemu.execute_all(commands) == ["last", "first"]
 

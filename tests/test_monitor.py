@@ -64,7 +64,7 @@ def test_handshake_command_and_trace(tmp_path: pathlib.Path) -> None:
         until_closed(client)
 
     trace = io.StringIO()
-    with served(tmp_path, script) as path, monitor.Monitor(path, trace) as qemu:
+    with served(tmp_path, script) as path, monitor.SocketMonitor(path, trace) as qemu:
         assert qemu.greeting == qmp.Greeting((7, 2, 22), "Debian")
         assert qemu.execute(monitor_json.query_jobs()) == []
         assert qemu.peer_pid() is not None
@@ -86,7 +86,7 @@ def test_no_qmp_at_all(tmp_path: pathlib.Path, sent: bytes, reason: str) -> None
         served(tmp_path, lambda client: client.sendall(sent)) as path,
         pytest.raises(virtbackup.Error, match=reason),
     ):
-        monitor.Monitor(path)
+        monitor.SocketMonitor(path)
 
 
 def test_silence_is_bounded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_silence_is_bounded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
         served(tmp_path, until_closed) as path,
         pytest.raises(virtbackup.Error, match="another client may be using it") as caught,
     ):
-        monitor.Monitor(path)
+        monitor.SocketMonitor(path)
     assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
     assert time.monotonic() - began < 5
 
@@ -107,7 +107,7 @@ def test_a_command_without_a_reply(tmp_path: pathlib.Path, monkeypatch: pytest.M
         until_closed(client)
 
     monkeypatch.setattr(monitor, "REPLY_TIMEOUT", 0.2)
-    with served(tmp_path, script) as path, monitor.Monitor(path) as qemu:
+    with served(tmp_path, script) as path, monitor.SocketMonitor(path) as qemu:
         with pytest.raises(virtbackup.Error, match="no reply to 'query-jobs'"):
             qemu.execute(monitor_json.query_jobs())
         with pytest.raises(monitor.MonitorLost, match="no reply to 'query-jobs'"):
@@ -133,7 +133,7 @@ def test_garbage_ends_the_connection(tmp_path: pathlib.Path, garbage: bytes) -> 
 
     with (
         served(tmp_path, script) as path,
-        monitor.Monitor(path) as qemu,
+        monitor.SocketMonitor(path) as qemu,
         pytest.raises(monitor.MonitorLost, match="does not speak QMP"),
     ):
         qemu.execute(monitor_json.query_jobs())
@@ -152,7 +152,7 @@ def test_a_line_without_an_end_takes_bounded_memory(
 
     with (
         served(tmp_path, script) as path,
-        monitor.Monitor(path) as qemu,
+        monitor.SocketMonitor(path) as qemu,
         pytest.raises(monitor.MonitorLost, match="longer than 1048576 bytes"),
     ):
         qemu.execute(monitor_json.query_jobs())
@@ -169,7 +169,7 @@ def test_replies_out_of_order_and_to_nothing(tmp_path: pathlib.Path) -> None:
             client.sendall(json.dumps({"return": value, "id": id}).encode() + b"\r\n")
         until_closed(client)
 
-    with served(tmp_path, script) as path, monitor.Monitor(path) as qemu:
+    with served(tmp_path, script) as path, monitor.SocketMonitor(path) as qemu:
         commands = [monitor_json.query_jobs(), monitor_json.query_block()]
         assert qemu.execute_all(commands) == ["first", "second"]
 
@@ -184,7 +184,7 @@ def test_a_flood_of_events_is_bounded_and_in_nobodys_way(tmp_path: pathlib.Path)
         answer(client, "done")
         until_closed(client)
 
-    with served(tmp_path, script) as path, monitor.Monitor(path) as qemu:
+    with served(tmp_path, script) as path, monitor.SocketMonitor(path) as qemu:
         assert qemu.execute(monitor_json.query_jobs()) == "done"
         first = qemu.wait_event(lambda seen: seen.name == "E", 1)
         assert first is not None
@@ -212,7 +212,7 @@ def test_all_of_a_batch_are_answered_before_the_first_failure_is_raised(
         until_closed(client)
 
     batch = [monitor_json.query_jobs(), monitor_json.query_block(), monitor_json.query_fdsets()]
-    with served(tmp_path, script) as path, monitor.Monitor(path) as qemu:
+    with served(tmp_path, script) as path, monitor.SocketMonitor(path) as qemu:
         with pytest.raises(monitor_json.CommandFailed, match="no") as caught:
             qemu.execute_all(batch)
         assert caught.value.command is batch[1]

@@ -32,6 +32,8 @@ class DiskDef:
     readonly: bool = False
     capacity: int | None = None
     """Guest-visible size, bytes; None where the document does not say."""
+    alias: str | None = None
+    """The device's id in QEMU, of a running domain."""
 
     @property
     def has_medium(self) -> bool:
@@ -76,8 +78,8 @@ class DomainDef:
 
 def _parse_disk(element: etree._Element) -> DiskDef:
     kind = element.get("type", "file")
-    source, driver, target, capacity = (
-        element.find(name) for name in ("source", "driver", "target", "capacity")
+    source, driver, target, capacity, alias = (
+        element.find(name) for name in ("source", "driver", "target", "capacity", "alias")
     )
     if target is None or not target.get("dev"):
         raise xml.xml_error("missing target dev of a disk", element)
@@ -89,6 +91,7 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         format=None if driver is None else driver.get("type"),
         readonly=element.find("readonly") is not None,
         capacity=None if capacity is None else _number(capacity.text or "0", capacity),
+        alias=None if alias is None else alias.get("name"),
     )
 
 
@@ -110,3 +113,5 @@ def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
         etree.SubElement(element, "readonly")
     if disk.capacity is not None:
         etree.SubElement(element, "capacity", unit="bytes").text = str(disk.capacity)
+    if disk.alias is not None:
+        etree.SubElement(element, "alias", name=disk.alias)

@@ -78,10 +78,11 @@ class Disk:
         )
 
 
-def parse_block(reply: Any) -> tuple[Disk, ...]:
+def parse_block(reply: Any, targets: Mapping[str, str] | None = None) -> tuple[Disk, ...]:
     """``query-block``: every drive but the flash chips that hold firmware.
 
-    A disk's name is its device's id, else its drive's id, else its node's name.
+    A disk's name is its device's id, else its drive's id, else its node's name. With TARGETS, it is
+    what those call the device of that id, and no other drive is told.
     """
     disks: list[Disk] = []
     taken: set[str] = set()
@@ -91,7 +92,9 @@ def parse_block(reply: Any) -> tuple[Disk, ...]:
             continue
         inserted = item.get("inserted")
         medium = None if inserted is None else _parse_medium(inserted)
-        names = (_device_id(qdev), drive, medium.node if medium else "")
+        names: tuple[str, ...] = (_device_id(qdev), drive, medium.node if medium else "")
+        if targets is not None:
+            names = (targets.get(_device_id(qdev), ""),)
         target = next((name for name in names if name and name not in taken), None)
         if target is not None:
             taken.add(target)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import libvirt
 
@@ -53,6 +53,8 @@ class Session:
 
     qemu: monitor.Monitor
     identity: Identity
+    targets: Mapping[str, str] | None = None
+    """A device's id -> the name of the disk that people know it by; None: its own id."""
 
     @property
     def ref(self) -> hypervisor.DomainRef:
@@ -75,14 +77,17 @@ class Session:
         return None not in (self.process, then) and self.process != then
 
 
-def identify(qemu: monitor.Monitor) -> Identity:
-    """Ask QEMU who it is. A guest without a uuid gets one made from the monitor's path."""
+def identify(qemu: monitor.Monitor, ref: hypervisor.DomainRef | None = None) -> Identity:
+    """Ask QEMU what it can do and, where REF does not tell, who it is. A guest without a uuid gets
+    one made from the monitor's path."""
     greeting = qemu.greeting
     commands = monitor_json.parse_commands(qemu.execute(monitor_json.query_commands()))
     features: frozenset[str] = frozenset()
     if "query-qmp-schema" in commands:
         features = capabilities.parse_features(qemu.execute(monitor_json.query_qmp_schema()))
     caps = capabilities.Capabilities(greeting.version, greeting.package, commands, features)
+    if ref is not None:
+        return Identity(ref, caps, process_of(qemu))
     name, given = None, _NO_UUID
     if caps.devices:
         name = monitor_json.parse_name(qemu.execute(monitor_json.query_name()))
@@ -110,13 +115,12 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
     return _STATES.get(now.status, (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER))
 
 
-def ask(
-    qemu: monitor.Monitor, caps: capabilities.Capabilities, bitmaps: bool = False
-) -> backup.BlockState:
+def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     """Everything a plan needs to know of QEMU's block layer; BITMAPS: of every image, too.
 
     Errors: ``named_nodes``'s.
     """
+    qemu, caps = session.qemu, session.capabilities
     spoken = dialect.Dialect(caps)
     queries = [spoken.query_jobs()]
     if caps.block_exports:
@@ -130,7 +134,7 @@ def ask(
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
     if caps.devices:
-        disks = block.parse_block(next(replies))
+        disks = block.parse_block(next(replies), session.targets)
         run_state = monitor_json.parse_status(next(replies))
         runs, io_error = run_state.running, run_state.status == "io-error"
     else:

@@ -17,6 +17,7 @@ import libvirt
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
+    agent,
     backup,
     block,
     blockjob,
@@ -46,17 +47,26 @@ _GONE = "QEMU is gone"
 class BackupJob:
     """The one backup that a domain can have."""
 
-    def __init__(self, file: status.StatusFile, connect: Connect) -> None:
+    def __init__(
+        self,
+        file: status.StatusFile,
+        connect: Connect,
+        why_gone: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """WHY_GONE tells why there is no QEMU any more, where somebody knows."""
         self._file = file
         self._connect = connect
+        self._why_gone = why_gone
 
     def start(
         self,
         definition: backup_conf.BackupDef,
         owner: runtime.Process | None,
         engine: capabilities.Engine | None = None,
+        quiesce: agent.Agent | None = None,
     ) -> tuple[naming.BackupId, list[watch.Image]]:
         """Start the backup, by the safest ENGINE where that is None; it ends with OWNER, if any.
+        QUIESCE has the guest's file systems stand still for the instant.
 
         Its id, and the scratch images to be watched, whose descriptors the caller gets. Nothing
         remains of a start that fails.
@@ -80,9 +90,10 @@ class BackupJob:
             if not session.capabilities.write_threshold:
                 thresholds = {}
             starting = _starting(plan, thresholds, session, owner, state.io_error)
-            by_fd = session.capabilities.fdsets and state.vcpus_run
+            fdsets = session.capabilities.fdsets and session.qemu.passes_files
+            by_fd = fdsets and state.vcpus_run
             run = process.Run(session.qemu, plan, by_fd, thresholds)
-            self._run(run, session, starting)
+            self._run(run, session, starting, quiesce)
             return id, run.images
 
     def is_over(self, id: naming.BackupId) -> bool:
@@ -185,7 +196,8 @@ class BackupJob:
                 with self._connect() as session:
                     return verdict.look(session, running)
             except monitor.NotListening:
-                return verdict.info(running, verdict.of_all(running, _GONE))
+                why = self._why_gone() or _GONE
+                return verdict.info(running, verdict.of_all(running, why))
 
     def branches(self) -> list[backup_conf.Branch]:
         """Every branch of the domain, and bitmaps of others. Errors: VIR_ERR_OPERATION_UNSUPPORTED,
@@ -268,9 +280,15 @@ class BackupJob:
         for line in removed:
             logger.info("left by an earlier backup, removed: %s", line)
         _check_removed(rest)
-        return domain.ask(session.qemu, session.capabilities, bitmaps)
+        return domain.ask(session, bitmaps)
 
-    def _run(self, run: process.Run, session: domain.Session, starting: status.Status) -> None:
+    def _run(
+        self,
+        run: process.Run,
+        session: domain.Session,
+        starting: status.Status,
+        quiesce: agent.Agent | None,
+    ) -> None:
         """Do the plan, or undo all of it."""
         self._file.save(starting)
         try:
@@ -280,7 +298,8 @@ class BackupJob:
             run.scratch_images()
             starting = _with_inodes(starting, run.inodes)
             self._file.save(starting)
-            run.freeze()
+            with agent.standing_still(quiesce) if quiesce else contextlib.nullcontext():
+                run.freeze()
             run.exports()
             starting = _with_changed(starting, run.changed())
             self._file.save(dataclasses.replace(starting, phase="running"))
@@ -368,7 +387,7 @@ class BackupJob:
         done = last.branch is None or last.advanced or last.cancelled
         if last.verdict is not None and (last.verdict or done):
             return last.verdict
-        return verdict.of_all(running, _GONE)
+        return verdict.of_all(running, self._why_gone() or _GONE)
 
     def _listening(self) -> bool:
         try:
@@ -429,7 +448,7 @@ def _ask(
     caps = session.capabilities
     if left is not None and (bitmaps or not (caps.devices and caps.block_graph)):
         cleanup.check_scratch(session, left)
-    return domain.ask(session.qemu, session.capabilities, bitmaps)
+    return domain.ask(session, bitmaps)
 
 
 def _thresholds(wanted: Iterable[scratch.Wanted]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import libvirt
 
@@ -70,8 +70,43 @@ class NotListening(errors.Error):
         )
 
 
-class Monitor:
-    """A connection to one QEMU. Every method may be called from any thread."""
+class Monitor(Protocol):
+    """A way to speak to one QEMU, for the length of one call."""
+
+    path: str
+    """What tells it from others."""
+    greeting: qmp.Greeting
+
+    @property
+    def passes_files(self) -> bool:
+        """Whether commands may pass descriptors."""
+
+    def close(self) -> None: ...
+
+    def peer_pid(self) -> int | None:
+        """QEMU's process, or None where it cannot be seen from here."""
+
+    def peer_uid(self) -> int:
+        """QEMU's user."""
+
+    def execute(self, command: monitor_json.Command) -> Any:
+        """Send COMMAND, wait, and give QEMU's ``return``; see execute_all."""
+
+    def execute_all(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """Have all COMMANDS carried out in this order, each whether or not those before it failed,
+        and give every ``return``. At most one of them may pass descriptors.
+
+        Errors: the first CommandFailed, with QEMU's words; MonitorLost; NoAnswer; NotListening.
+        """
+
+    def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
+        """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
+
+
+class SocketMonitor:
+    """A connection to one QEMU's socket. Every method may be called from any thread."""
+
+    passes_files = True
 
     def __init__(self, path: str, trace: TextIO | None = None) -> None:
         """Connect to the socket at PATH and negotiate.
@@ -106,7 +141,7 @@ class Monitor:
             self.close()
             raise
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> "SocketMonitor":
         return self
 
     def __exit__(

@@ -34,7 +34,12 @@ _GONE = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN}
 
 
 class LibvirtMonitor:
-    """A ``monitor.Monitor`` for the length of one call."""
+    """A ``monitor.Monitor`` of a domain of libvirt's."""
+
+    @property
+    def passes_files(self) -> bool:
+        """libvirt hands descriptors to QEMU from 8.2 on."""
+        return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
 
     def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
         """Errors: monitor.NotListening when DOMAIN does not run; monitor.MonitorLost."""
@@ -143,11 +148,6 @@ class LibvirtMonitor:
         except (OSError, ValueError) as failure:
             logger.warning("monitor=%s trace ends: %s", self.path, failure)
             self._trace = None
-
-
-def passes_files() -> bool:
-    """Whether this libvirt hands descriptors to QEMU (8.2)."""
-    return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
 
 
 def pid_of(domain: "libvirt.virDomain") -> int | None:

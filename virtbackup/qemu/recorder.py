@@ -127,7 +127,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[domain.Session]:
-        with _border(), monitor.Monitor(self._path, self._trace) as qemu:
+        with _border(), monitor.SocketMonitor(self._path, self._trace) as qemu:
             if self._identity is None:
                 self._identity = domain.identify(qemu)
             yield domain.Session(qemu, self._identity)

@@ -208,7 +208,7 @@ class TestDriver(driver.QmpDriver):
         if shared is None or not _release(shared):
             return
         with contextlib.suppress(errors.Error):
-            self._job.stop()  # a scratch image may have a name
+            self._domain.job.stop()  # a scratch image may have a name
         shared.close()
 
 

@@ -44,7 +44,7 @@ def _recorder(control: virsh_connection.Control) -> "recorder.Recorder":
         raise vsh.Failure(f"only a QEMU at a qmp:// URI can be recorded, not '{control.uri}'")
     if control.readonly:
         raise vsh.Failure("operation forbidden: read only access prevents monitor-record")
-    path, engine = driver.parse_uri(control.uri)
+    path, engine, _ = driver.parse_uri(control.uri)
     return recorder.Recorder(path, engine, control.trace)
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a driver keeps of one domain while it is open (virDomainObj): its backup, whoever watches
+that, and whether it ends with the connection."""
+
+import logging
+import os
+from collections.abc import Callable
+
+import libvirt
+
+from virtbackup import errors, runtime
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import agent, capabilities, job, naming, status, watch
+
+logger = logging.getLogger(__name__)
+
+# The public flags (api.py), which a driver may not import: the numbers are the contract.
+START_QUIESCE = 1 << 0
+START_AUTODESTROY = 1 << 1
+STOP_CANCEL = 1 << 0
+
+
+class DomainObj:
+    """One domain."""
+
+    def __init__(
+        self,
+        file: status.StatusFile,
+        connect: job.Connect,
+        engine: capabilities.Engine | None = None,
+        quiesce: agent.Agent | None = None,
+        why_gone: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """QUIESCE None: there is no guest agent to be asked. WHY_GONE: as ``BackupJob``."""
+        self.file = file
+        self.job = job.BackupJob(file, connect, why_gone)
+        self._engine = engine
+        self._agent = quiesce
+        self._watch: watch.Watch | None = None
+        self._autodestroy: naming.BackupId | None = None
+
+    def close(self) -> None:
+        """End the backup that was started to end with us; a failure to is logged."""
+        self._stop_watching()
+        id, self._autodestroy = self._autodestroy, None
+        running = self.file.load()
+        if id is None or running is None or running.id != id:
+            return
+        try:
+            self.job.stop(id, cancel=True)
+        except errors.Error as failure:
+            logger.warning("backup=%s could not be ended on close: %s", id, failure)
+
+    def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
+        quiesce = self._agent if flags & START_QUIESCE else None
+        if flags & START_QUIESCE and quiesce is None:
+            raise errors.error(
+                libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "QEMU guest agent is not configured"
+            )
+        owned = bool(flags & START_AUTODESTROY)
+        owner = runtime.this_process() if owned else None
+        id, images = self.job.start(definition, owner, self._engine, quiesce)
+        if owned:
+            self._autodestroy = id
+        self._stop_watching()
+        try:
+            self._watch = watch.Watch(
+                images,
+                is_over=lambda: self.job.is_over(id),
+                guest_trouble=lambda: self.job.guest_trouble(id),
+                give_up=lambda reason: self.job.give_up(id, reason),
+            )
+        except BaseException:
+            for image in images:
+                os.close(image.fd)
+            self.job.stop(id, cancel=True)
+            raise
+
+    def backup_stop(self, flags: int) -> None:
+        # Where we started a backup that is to end with us, that one is meant and no other.
+        try:
+            reasons = self.job.stop(self._autodestroy, bool(flags & STOP_CANCEL))
+        except errors.Error as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                self._autodestroy = None
+            raise
+        self._autodestroy = None
+        self._stop_watching()
+        if reasons and not flags & STOP_CANCEL:
+            disks = "; ".join(f"disk '{target}': {why}" for target, why in reasons.items())
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {disks}")
+
+    def backup_xml(self) -> str:
+        return self.job.definition(self._autodestroy)
+
+    def backup_info(self) -> backup_conf.BackupInfo:
+        return self.job.info(self._autodestroy)
+
+    def _stop_watching(self) -> None:
+        watching, self._watch = self._watch, None
+        if watching is not None:
+            watching.close()
