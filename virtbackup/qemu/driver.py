@@ -15,7 +15,7 @@ from typing import TextIO
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.qemu import capabilities, domain, job, monitor, naming, qmp, status, watch
 
 logger = logging.getLogger(__name__)
@@ -150,13 +150,16 @@ class QmpDriver:
             return libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return self._definition().format()
+
+    def _definition(self) -> domain_conf.DomainDef:
         with self._session() as session:
-            return domain.definition(session.ref, self._job.disks(session)).format()
+            return domain.definition(session.ref, self._job.disks(session))
 
     # --- backup ---
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        definition = backup_conf.BackupDef.parse(xml)
+        definition = translate.read(xml, self._definition)
         if flags & START_QUIESCE:
             raise errors.error(
                 libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "QEMU guest agent is not configured"
