@@ -126,6 +126,50 @@ def test_a_backup_from_start_to_stop(uri: str, xml: str, tmp_path: pathlib.Path)
         assert domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL) == 0
 
 
+def _native(tmp_path: pathlib.Path, inner: str = "") -> str:
+    server = f"<server transport='unix' socket='{tmp_path}/nbd.sock'/>"
+    return f"<domainbackup mode='pull'>{server}{inner}</domainbackup>"
+
+
+def test_libvirts_own_dialect_is_started(uri: str, xml: str, tmp_path: pathlib.Path) -> None:
+    """As its translation is: without disks all of them, else those that are listed."""
+    with virtbackup.open(uri) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        expected = domain.backupGetXMLDesc()
+        both = [disk.name for disk in domain.backupGetInfo().disks]
+        domain.backupStop()
+        domain.backupStart(_native(tmp_path))
+        assert domain.backupGetXMLDesc() == expected
+        domain.backupStop()
+        scratch = f"<scratch file='{tmp_path}/scratch.qcow2'/>"
+        disk = f"<disk name='{both[1]}' exportname='x'>{scratch}</disk>"
+        domain.backupStart(_native(tmp_path, f"<disks>{disk}</disks>"))
+        found = [(disk.name, disk.export) for disk in domain.backupGetInfo().disks]
+        assert found == [(both[1], "x")]
+        assert f'<source file="{tmp_path}/scratch.qcow2"/>' in domain.backupGetXMLDesc()
+        domain.backupStop()
+
+
+def test_what_is_not_said_in_the_proposal_is_not_started(tmp_path: pathlib.Path) -> None:
+    with virtbackup.open("test:///default") as connection:
+        domain = only(connection)
+        tls = _native(tmp_path).replace("transport", "tls='yes' transport")
+        for document, words in (
+            ("<domainbackup mode='pull'/>", "must specify TCP port"),
+            ("<domainbackup mode='push'/>", "pulls only"),
+            (tls, "tls='yes'> cannot be said"),
+            (_native(tmp_path, "<disks><disk name='nope'/></disks>"), "no disk named 'nope'"),
+            (_native(tmp_path, "<disks><disk name='sdc'/></disks>"), "read-only"),
+            (_native(tmp_path, "<branch name='b'/>"), "mixes two dialects"),
+            ("<domainbackup/>", "export address must be specifed"),
+        ):
+            text = str(failure(lambda document=document: domain.backupStart(document)))  # type: ignore[misc]
+            assert words in text
+        gone = failure(domain.backupStop)
+        assert gone.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+
+
 def test_engines(xml: str) -> None:
     for uri, engine in ((URIS[0], "hybrid"), (URIS[1], "classic"), (URIS[3], "classic")):
         with virtbackup.open(uri) as connection:

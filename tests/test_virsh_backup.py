@@ -54,16 +54,21 @@ def xmlfile(tmp_path: pathlib.Path) -> str:
 # --- misuse, of every command ---------------------------------------------------------------------
 
 REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d", "file": "f", "first": "f",
-            "second": "g", "branch": "nightly"}  # fmt: skip
+            "second": "g", "branch": "nightly", "to": "native"}  # fmt: skip
 
 
-def _good(command: vsh.Command) -> list[str]:
-    """The command with the values that it requires."""
+def _good(command: vsh.Command, but: vsh.Option | None = None) -> list[str]:
+    """The command with the values that it requires, BUT for one."""
     words = [command.name]
     for option in command.options:
-        if option.required:
-            words.append(REQUIRED[option.name])
+        if option.required and option is not but:
+            value = REQUIRED[option.name]
+            words.append(value if option.kind is vsh.Kind.DATA else f"--{option.name}={value}")
     return words
+
+
+def _shown(option: vsh.Option) -> str:
+    return f"<{option.name}>" if option.kind is vsh.Kind.DATA else f"--{option.name}"
 
 
 def _misuses() -> Iterator[tuple[str, list[str], str]]:
@@ -83,10 +88,10 @@ def _misuses() -> Iterator[tuple[str, list[str], str]]:
             yield (
                 f"{command.name} missing data",
                 good[:-1],
-                f"command '{command.name}' requires <{missing.name}> option",
+                f"command '{command.name}' requires {_shown(missing)} option",
             )
         for option in command.options:
-            yield from _option_misuses(command, option, good)
+            yield from _option_misuses(command, option, _good(command, but=option))
 
 
 def _option_misuses(
@@ -413,6 +418,111 @@ def test_start_from_no_text(run: Run, tmp_path: pathlib.Path) -> None:
     assert run("backup-start", "vm1", str(path)) == (1, "", message)
 
 
+# --- translate ------------------------------------------------------------------------------------
+
+LISTS_A_DISK = """<domainbackup mode="pull">
+  <server transport="unix" socket="/run/x.sock"/>
+  <disks>
+    <disk name="vda"/>
+  </disks>
+</domainbackup>
+"""
+
+
+def test_translate_needs_no_connection(run: Run, xmlfile: str) -> None:
+    assert run("translate", xmlfile, "--to", "native", uri="nowhere:///") == (
+        0,
+        '<domainbackup mode="pull">\n  <server transport="unix" socket="/run/x.sock"/>\n'
+        "</domainbackup>\n",
+        "",
+    )
+
+
+def test_translate_of_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = b"<domainbackup mode='pull'><server name='h' port='10809'/></domainbackup>"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(document)))
+    status, out, err = run("-q", "translate", "-", "--to=proposal", uri="nowhere:///")
+    assert (status, err) == (0, "")
+    address = backup_conf.IpAddress("h", 10809)
+    assert backup_conf.BackupDef.parse(out) == backup_conf.BackupDef(address)
+
+
+def test_translate_asks_the_domain_for_its_disks(run: Run, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "native.xml"
+    path.write_text(LISTS_A_DISK)
+    status, out, err = run("translate", str(path), "--to", "proposal", "--domain", "vm1")
+    assert (status, err) == (0, "")
+    disks = backup_conf.BackupDef.parse(out).disks
+    assert [(disk.name, disk.present) for disk in disks] == [
+        ("vda", True),
+        ("sdb", False),
+        ("sr0", False),
+    ]
+    path.write_text(out)
+    status, out, err = run("translate", str(path), "--to", "native", "--domain", "1")
+    assert (status, err) == (0, "")
+    assert '<disk name="vda" backup="yes" type="file"/>' in out
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (
+            LISTS_A_DISK,
+            [],
+            "unsupported configuration: the disks of the domain must be known for a translation:"
+            " of disks that are not listed, the proposal includes all, libvirt none"
+            " (line 3, element <disks>)",
+        ),
+        (LISTS_A_DISK, ["--domain", "nobody"], "failed to get domain 'nobody'"),
+        (
+            LISTS_A_DISK.replace("vda", "sr0"),
+            ["--domain", "vm1"],
+            "unsupported configuration: disk 'sr0' has no media",
+        ),
+        (
+            "<domainbackup mode='push'/>",
+            [],
+            "unsupported configuration: mode='push' cannot be said in the proposal: it pulls only"
+            " (line 1, element <domainbackup>)",
+        ),
+        (
+            "<domainbackup mode='pull'/>",
+            [],
+            "Operation not supported: <domainbackup> must specify TCP port for now"
+            " (line 1, element <domainbackup>)",
+        ),
+        ("<domain/>", [], "XML error: unexpected root element <domain>, expecting <domainbackup>"
+         " (line 1, element <domain>)"),
+        ("", [], "XML error: Document is empty, line 1, column 1"),
+    ],
+)  # fmt: skip
+def test_translate_refuses(
+    text: str, words: list[str], message: str, run: Run, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "document.xml"
+    path.write_text(text)
+    expected = (1, "", f"error: {message}\n")
+    assert run("translate", str(path), "--to", "proposal", *words) == expected
+
+
+def test_translate_no_file(run: Run) -> None:
+    message = "error: Failed to open file '/nowhere': No such file or directory\n"
+    assert run("translate", "/nowhere", "--to", "native") == (1, "", message)
+
+
+def test_translate_over_a_connection_that_fails(run: Run, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "native.xml"
+    path.write_text(LISTS_A_DISK)
+    words = ("translate", str(path), "--to", "proposal", "--domain", "vm1")
+    status, out, err = run(*words, uri="nowhere:///")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: failed to connect to the hypervisor: ")
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
 def test_stop_without_backup(run: Run) -> None:
     message = "error: Domain backup job id not found: no domain backup job present\n"
     assert run("backup-stop", "vm1") == (1, "", message)
@@ -663,6 +773,9 @@ def shell(run: Run) -> Iterator[virsh_connection.Shell]:
         ("backup-start-as vm1 --disk vda,present=no,source=/et", ["vda,present=no,source=/etc/"]),
         ("backup-start vm1 /et", ["/etc/"]),
         ("backup-start vm1 x --", ["--quiesce "]),
+        ("translate /et", ["/etc/"]),
+        ("translate x --to ", ["native", "proposal"]),
+        ("translate x --domain v", ["vm1 "]),
         ("help backup-du", ["backup-dumpxml "]),
         ("help do", ["domain", "domblklist", "dominfo"]),
     ],

@@ -178,7 +178,7 @@ def _parse_address(element: etree._Element) -> Address:
             raise xml.xml_error("both host and port must be specified for ip address type", element)
         if path is not None:
             raise xml.xml_error("'path' does not belong to ip address type", element)
-        return IpAddress(host.removeprefix("[").removesuffix("]"), int(port))
+        return IpAddress(unbracketed(host), int(port))
     if path is None:
         raise xml.xml_error("path must be specified for unix address type", element)
     if host is not None or port is not None:
@@ -186,6 +186,12 @@ def _parse_address(element: etree._Element) -> Address:
     if len(path.encode()) > MAX_SUN_PATH:
         raise xml.xml_error(f"path is longer than {MAX_SUN_PATH} bytes", element)
     return UnixAddress(path)
+
+
+def unbracketed(host: str) -> str:
+    """HOST without the brackets that an IPv6 address has in a URI."""
+    inside = host[1:-1]
+    return inside if inside and host == f"[{inside}]" else host
 
 
 def _parse_branch(element: etree._Element) -> str:

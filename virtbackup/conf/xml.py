@@ -5,7 +5,7 @@ import contextlib
 import functools
 import importlib.resources
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import libvirt
@@ -73,11 +73,12 @@ def is_valid(element: etree._Element, schema: str) -> bool:
     return bool(_compiled(schema).validate(element))
 
 
-def explain(element: etree._Element, schema: str) -> errors.Error:
-    """Why ELEMENT is not valid, as VIR_ERR_XML_INVALID_SCHEMA with line, path and reason."""
+def explain(element: etree._Element, schema: str, texts: Collection[str] = ()) -> errors.Error:
+    """Why ELEMENT is not valid, as VIR_ERR_XML_INVALID_SCHEMA with line, path and reason; TEXTS are
+    the names of elements that may hold text."""
     import xmlschema
 
-    for parent in _with_stray_text(element):
+    for parent in _with_stray_text(element, texts):
         # XML Schema's white space is ASCII's; xmlschema takes all of Unicode's for it.
         path = element.getroottree().getpath(parent)
         text = f"line {parent.sourceline}: {path}: text between elements: expected elements only"
@@ -91,9 +92,11 @@ def explain(element: etree._Element, schema: str) -> errors.Error:
     raise AssertionError(f"the two schema engines disagree about {schema}")
 
 
-def _with_stray_text(element: etree._Element) -> Iterator[etree._Element]:
-    """The elements, none of which may hold text, that hold white space that is none to XML."""
+def _with_stray_text(element: etree._Element, texts: Collection[str]) -> Iterator[etree._Element]:
+    """The elements, but for TEXTS, that hold white space that is none to XML."""
     for parent in element.iter():
+        if parent.tag in texts:
+            continue
         beside = [parent.text, *(child.tail for child in parent)]
         if any(text and text.strip(" \t\r\n") and not text.strip() for text in beside):
             yield parent

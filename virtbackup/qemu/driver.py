@@ -14,7 +14,7 @@ from typing import TextIO
 import libvirt
 
 from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.qemu import agent, capabilities, domain, domain_obj, monitor, qmp, status
 
 
@@ -30,7 +30,7 @@ def open(uri: str, readonly: bool) -> "QmpDriver":
 
 
 def parse_uri(uri: str) -> tuple[str, capabilities.Engine | None, str | None]:
-    """The monitor's path, the engine asked for and the agent's path. Errors: VIR_ERR_INVALID_ARG."""
+    """(monitor's path, engine asked for, agent's path). Errors: VIR_ERR_INVALID_ARG."""
     parts = urllib.parse.urlsplit(uri)
     path = urllib.parse.unquote(parts.path, errors="surrogateescape")
     options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
@@ -134,13 +134,16 @@ class QmpDriver:
             return libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return self._definition().format()
+
+    def _definition(self) -> domain_conf.DomainDef:
         with self._session() as session:
-            return domain.definition(session.ref, self._domain.job.disks(session)).format()
+            return domain.definition(session.ref, self._domain.job.disks(session))
 
     # --- backup ---
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        self._domain.backup_start(backup_conf.BackupDef.parse(xml), flags)
+        self._domain.backup_start(translate.read(xml, self._definition), flags)
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         self._domain.backup_stop(flags)

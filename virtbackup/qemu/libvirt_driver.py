@@ -14,7 +14,7 @@ from typing import TextIO
 import libvirt
 
 from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.qemu import agent, capabilities, domain, domain_obj, passthrough, qmp, status
 
 _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
@@ -150,8 +150,8 @@ class LibvirtDriver:
     # --- backup ---
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        definition = backup_conf.BackupDef.parse(xml)
         found = self._lookup(ref)
+        definition = translate.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
         if not found.isActive():
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
         _check_jobs(found, definition)

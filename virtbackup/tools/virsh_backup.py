@@ -20,6 +20,7 @@ from virtbackup.tools import (
     virsh_domain,
     virsh_host,
     virsh_pull,
+    virsh_translate,
     vsh,
     vsh_readline,
 )
@@ -320,7 +321,8 @@ COMMANDS = (
         (
             virsh_connection.DOMAIN,
             vsh.Option(
-                "xmlfile", vsh.Kind.DATA, "domainbackup XML; - is standard input",
+                "xmlfile", vsh.Kind.DATA,
+                "domainbackup XML, the proposal's or libvirt's own; - is standard input",
                 required=True, completer=vsh.complete_files,
             ),
             virsh_connection.QUIESCE,
@@ -380,6 +382,7 @@ TABLE = vsh.Table(
                 *virsh_branch.COMMANDS,
                 *monitor_tools.COMMANDS,
                 virsh_pull.PULL,
+                virsh_translate.TRANSLATE,
                 virsh_host.CONNECT,
                 *vsh.COMMANDS,
             ),

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What we call libvirt's own dialect is what the libvirt that is installed here calls valid."""
+
+import pathlib
+
+import pytest
+from lxml import etree
+
+from tests import datacases
+from tests.test_backup_conf import DOMAIN, name
+from virtbackup.conf import native_conf, translate
+
+SCHEMA = pathlib.Path("/usr/share/libvirt/schemas/domainbackup.rng")
+
+NOT_EVERY_LIBVIRTS = {
+    "bare-pull": "its schema demands a server that its code can do without",
+    "empty-disks": "its schema demands a disk that its code can do without",
+    "fd": "since libvirt 11.3",
+    "push": "a disk without a type is valid in newer ones only",
+    "running": "what it prints",
+    "tcp-brackets": "as people write it",
+}
+"""What we read and not every libvirt does."""
+
+STRICTER = {
+    "disk-exportbitmap-long", "disk-exportname-long", "disk-incremental-long", "incremental-long",
+    "unix-long", "port-large",  # limits of QEMU and of the system
+    "disk-incremental-slash", "incremental-slash",  # a checkpoint's name is a file's
+    "disk-exportname-empty", "disk-incremental-empty", "incremental-empty",  # the same as nothing
+}  # fmt: skip
+"""What we refuse and libvirt's schema does not."""
+
+
+@pytest.fixture(scope="module")
+def schema() -> etree.RelaxNG:
+    if not SCHEMA.exists():
+        pytest.skip("libvirt's schemas are not installed")
+    return etree.RelaxNG(etree.parse(str(SCHEMA)))
+
+
+def _is_valid(schema: etree.RelaxNG, document: str) -> bool:
+    return bool(schema.validate(etree.fromstring(document.encode())))
+
+
+@pytest.mark.parametrize("case", datacases.inputs("nativexmldata/valid"), ids=name)
+def test_what_we_read_and_write(case: pathlib.Path, schema: etree.RelaxNG) -> None:
+    if case.stem not in NOT_EVERY_LIBVIRTS:
+        written = native_conf.BackupDef.parse(case.read_text()).format()
+        assert _is_valid(schema, case.read_text()), schema.error_log
+        assert _is_valid(schema, written), schema.error_log
+
+
+@pytest.mark.parametrize("case", datacases.inputs("nativexmldata/invalid"), ids=name)
+def test_what_we_refuse(case: pathlib.Path, schema: etree.RelaxNG) -> None:
+    try:
+        valid = _is_valid(schema, case.read_text())
+    except etree.XMLSyntaxError:
+        valid = False
+    assert valid == (case.stem in STRICTER)
+
+
+@pytest.mark.parametrize("case", datacases.inputs("translatedata/to-native", "*.out"), ids=name)
+def test_what_we_translate(case: pathlib.Path, schema: etree.RelaxNG) -> None:
+    assert _is_valid(schema, case.read_text()), schema.error_log
+
+
+@pytest.mark.parametrize("case", datacases.inputs("translatedata/to-proposal", "*.out"), ids=name)
+def test_what_we_translate_back(case: pathlib.Path, schema: etree.RelaxNG) -> None:
+    if case.stem != "proposal-already":
+        native = translate.translate(case.read_text(), "native", lambda: DOMAIN)
+        assert _is_valid(schema, native), schema.error_log

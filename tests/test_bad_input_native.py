@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Documents of any kind in libvirt's own dialect, or in none: read and translated, or refused by an
+error of libvirt's, in time and in one line."""
+
+import pathlib
+import time
+from collections.abc import Callable
+
+import libvirt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import datacases
+from tests.test_backup_conf import DOMAIN
+from tests.test_bad_input_xml import ODD, XSI, _pieces
+from virtbackup import errors
+from virtbackup.conf import backup_conf, domain_conf, native_conf, translate, xml
+
+DOCUMENTS = [
+    path.read_text()
+    for folder in ("nativexmldata", "translatedata")
+    for path in datacases.inputs(folder, "*/*.xml")
+]
+DIALECTS: tuple[translate.Dialect, ...] = ("native", "proposal")
+PARSE: dict[translate.Dialect, Callable[[str], backup_conf.BackupDef | native_conf.BackupDef]] = {
+    "native": native_conf.BackupDef.parse,
+    "proposal": backup_conf.BackupDef.parse,
+}
+
+
+def domain() -> domain_conf.DomainDef:
+    return DOMAIN
+
+
+def refused(document: str) -> str | None:
+    """Why libvirt's parser refuses DOCUMENT; None when it does not. Whatever it is, its dialect and
+    its translations are sound."""
+    for to in DIALECTS:
+        _translated(document, to)
+    try:
+        parsed = native_conf.BackupDef.parse(document)
+    except errors.Error as failure:
+        assert failure.get_error_code()
+        return str(failure)
+    assert native_conf.BackupDef.parse(parsed.format()) == parsed
+    return None
+
+
+def _translated(document: str, to: translate.Dialect) -> None:
+    """What comes out is a document of that dialect, which the other one can say again."""
+    try:
+        found = translate.dialect(document)
+        translated = translate.translate(document, to, domain)
+    except errors.Error as failure:
+        assert failure.get_error_code()
+        assert str(failure)
+        return
+    assert PARSE[to](translated).format() == translated
+    if found != to:
+        there = translate.translate(translated, found, domain)
+        assert translate.translate(there, to, domain) == translated
+
+
+# --- mutations ------------------------------------------------------------------------------------
+
+_own = st.sampled_from(
+    [" mode='pull'", " mode='push'", "<incremental>c</incremental>", "<server name='h' port='1'/>",
+     "<server transport='fd' fdgroup='x'/>", " backup='no'", " type='block'", " exportbitmap='c'",
+     " incremental='d'", " backupmode='full'", "<scratch file='/s'/>", "<target file='/s'/>",
+     "<seclabel/>", "<label>\u00a0</label>", "<address type='unix' path='/x'/>", " present='no'",
+     "vda", "vdb", "virtbackup-1"]
+)  # fmt: skip
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> str:
+    """A document of ours with some places overwritten."""
+    text: str = draw(st.sampled_from(DOCUMENTS))
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(text)))
+        end = draw(st.integers(start, min(len(text), start + 12)))
+        text = text[:start] + draw(_own | _pieces) + text[end:]
+    return text
+
+
+@given(mutated())
+def test_mutated_documents(document: str) -> None:
+    refused(document)
+
+
+@given(st.lists(_own | _pieces, max_size=30).map("".join))
+def test_any_markup(text: str) -> None:
+    refused(text)
+    refused(f"<domainbackup mode='pull'>{text}</domainbackup>")
+
+
+_values = st.one_of(
+    st.sampled_from(
+        ["unix", "tcp", "fd", "/a", "yes", "no", "file", "block", "full", "incremental", "vda", "",
+         " ", "65536", "0", "00080", " 7 ", "\t7\n", "[", "[]", "[::1]"]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
+)  # fmt: skip
+
+
+def _attributes(*names: str) -> st.SearchStrategy[dict[str, str]]:
+    return st.dictionaries(st.sampled_from(names), _values, max_size=4)
+
+
+@given(
+    _attributes("transport", "name", "port", "socket", "fdgroup", "tls", "x"),
+    _attributes("name", "backup", "type", "backupmode", "incremental", "exportname", "index"),
+    _attributes("file", "dev", "x"),
+)
+def test_any_attributes(
+    server: dict[str, str], disk: dict[str, str], scratch: dict[str, str]
+) -> None:
+    def element(name: str, attributes: dict[str, str], inner: str = "") -> str:
+        shown = "".join(
+            f' {key}="' + "".join(f"&#{ord(char)};" for char in value) + '"'
+            for key, value in attributes.items()
+        )
+        return f"<{name}{shown}>{inner}</{name}>"
+
+    disks = f"<disks>{element('disk', disk, element('scratch', scratch))}</disks>"
+    refused(f"<domainbackup mode='pull'>{element('server', server)}{disks}</domainbackup>")
+
+
+# --- large ----------------------------------------------------------------------------------------
+
+SERVER = '<server name="h" port="1"/>'
+
+
+def _many_disks(count: int, last: str = "") -> str:
+    disks = "".join(f'<disk name="d{n}"/>' for n in range(count))
+    return f"<domainbackup mode='pull'>{SERVER}<disks>{disks}{last}</disks></domainbackup>"
+
+
+def _of_a_disk(inner: str) -> str:
+    disk = f'<disk name="vda"><scratch file="/s">{inner}</scratch></disk>'
+    return f"<domainbackup mode='pull'>{SERVER}<disks>{disk}</disks></domainbackup>"
+
+
+LARGE: dict[str, tuple[str, str | None]] = {
+    "many disks": (_many_disks(10_000), None),
+    "many disks, the last one wrong": (_many_disks(10_000, '<disk name="x" wrong="1"/>'), "wrong"),
+    "many disks, the last one nameless": (_many_disks(10_000, "<disk/>"), "missing name"),
+    "many servers": (f"<domainbackup mode='pull'>{SERVER * 10_000}</domainbackup>", "server"),
+    "many labels": (_of_a_disk("<seclabel/>" * 50_000), None),
+    "deep": (_of_a_disk("<seclabel>" * 50_000), "depth"),
+    "long checkpoint": (
+        f"<domainbackup><incremental>{'x' * 1_000_000}</incremental></domainbackup>",
+        "longer than 1023",
+    ),
+    "long mode": (f"<domainbackup mode='{'x' * 1_000_000}'/>", "unknown backup mode"),
+    "long port": (
+        f"<domainbackup mode='pull'><server name='h' port='{'1' * 5000}'/></domainbackup>",
+        "out of range",
+    ),
+    "many attributes": (
+        "<domainbackup " + " ".join(f"a{n}=''" for n in range(100_000)) + "/>",
+        "more than 5000 attributes",
+    ),
+    "too large": ("<domainbackup>" + " " * xml.MAX_DOCUMENT, "larger than"),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_large(case: str) -> None:
+    document, reason = LARGE[case]
+    began = time.monotonic()
+    found = refused(document)
+    assert time.monotonic() - began < 5
+    assert (found is None) == (reason is None), found
+    assert reason is None or reason in str(found)
+
+
+def test_many_disks_are_translated_in_time() -> None:
+    disks = tuple(domain_conf.DiskDef(f"d{n}", source="/x") for n in range(10_000))
+    many = domain_conf.DomainDef("vm", "u", 1, disks)
+    began = time.monotonic()
+    proposal = translate.translate(_many_disks(10_000), "proposal", lambda: many)
+    back = translate.translate(proposal, "native", lambda: many)
+    assert back.count("backup='yes'".replace("'", '"')) == 10_000
+    assert time.monotonic() - began < 10
+
+
+# --- what a document may not reach ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hint", ["noNamespaceSchemaLocation", "schemaLocation"])
+@pytest.mark.parametrize("more", ["", ' wrong="1"'])
+def test_schema_hints_are_not_followed(hint: str, more: str, tmp_path: pathlib.Path) -> None:
+    """Neither engine opens the file, and nothing keeps the hint."""
+    path = tmp_path / "schema.xsd"
+    path.write_text("not a schema")
+    path.chmod(0)
+    value = path if hint.startswith("no") else f"urn:x {path}"
+    document = (
+        f"<domainbackup mode='pull' xmlns:xsi='{XSI}'>{SERVER}<disks><disk name='vda'>"
+        f"<scratch file='/x'><seclabel xsi:{hint}='{value}'{more}/></scratch></disk></disks>"
+        "</domainbackup>"
+    )
+    found = refused(document)
+    assert (found is None) == (more == "")
+    assert "schema.xsd" not in str(found)
+    if found is None:
+        assert "schema.xsd" not in native_conf.BackupDef.parse(document).format()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda text: native_conf.BackupDef("pull", native_conf.UnixServer(text)),
+        lambda text: native_conf.BackupDef("pull", native_conf.TcpServer(text)),
+        lambda text: native_conf.BackupDef("pull", native_conf.FdServer(text)),
+        lambda text: native_conf.BackupDef(incremental=text),
+        lambda text: native_conf.BackupDef(disks=(native_conf.BackupDiskDef(text),)),
+        lambda text: native_conf.BackupDef(
+            disks=(native_conf.BackupDiskDef("a", image=native_conf.Image(text)),)
+        ),
+        lambda text: native_conf.BackupDef(
+            disks=(
+                native_conf.BackupDiskDef(
+                    "a",
+                    image=native_conf.Image(
+                        "/x", seclabels=(native_conf.Kept("label", text=text),)
+                    ),
+                ),
+            )
+        ),
+    ],
+)
+def test_what_xml_cannot_carry_is_an_error(
+    make: Callable[[str], native_conf.BackupDef], text: str
+) -> None:
+    with pytest.raises(errors.Error, match="characters that XML cannot carry") as caught:
+        make(text).format()
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_XML_ERROR

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One dialect of <domainbackup> into the other: files of tests/translatedata, and there and back.
+
+A file whose name begins with ``alone-`` is translated without a domain.
+"""
+
+import dataclasses
+import pathlib
+
+import libvirt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import datacases
+from tests.test_backup_conf import DOMAIN, name, refusal
+from virtbackup import errors
+from virtbackup.conf import backup_conf, domain_conf, native_conf, storage_conf, translate
+
+
+def _domain() -> domain_conf.DomainDef:
+    return DOMAIN
+
+
+def _check(case: pathlib.Path, to: translate.Dialect) -> None:
+    alone = case.stem.startswith("alone-")
+    try:
+        translated = translate.translate(case.read_text(), to, None if alone else _domain)
+    except errors.Error as failure:
+        assert not case.with_suffix(".out").exists(), failure
+        datacases.check(case.with_suffix(".err"), refusal(failure))
+        return
+    assert not case.with_suffix(".err").exists(), translated
+    datacases.check(case.with_suffix(".out"), translated)
+    assert translate.translate(translated, to) == translated
+
+
+@pytest.mark.parametrize("case", datacases.inputs("translatedata/to-native"), ids=name)
+def test_to_native(case: pathlib.Path) -> None:
+    _check(case, "native")
+
+
+@pytest.mark.parametrize("case", datacases.inputs("translatedata/to-proposal"), ids=name)
+def test_to_proposal(case: pathlib.Path) -> None:
+    _check(case, "proposal")
+
+
+@pytest.mark.parametrize("case", datacases.inputs("translatedata/mixed"), ids=name)
+def test_a_document_in_both_dialects(case: pathlib.Path) -> None:
+    with pytest.raises(errors.Error) as caught:
+        translate.dialect(case.read_text())
+    datacases.check(case.with_suffix(".err"), refusal(caught.value))
+    dialects: tuple[translate.Dialect, ...] = ("native", "proposal")
+    for to in dialects:
+        with pytest.raises(errors.Error) as again:
+            translate.translate(case.read_text(), to, _domain)
+        assert str(again.value) == str(caught.value)
+
+
+# --- which dialect --------------------------------------------------------------------------------
+
+PROPOSAL = datacases.inputs("backupxmldata", "*/*.xml")
+NATIVE = [
+    path
+    for path in datacases.inputs("nativexmldata", "*/*.xml")
+    if "<domainbackup/>" not in path.read_text()
+]
+
+
+@pytest.mark.parametrize("case", PROPOSAL, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_proposal_is_known(case: pathlib.Path) -> None:
+    """What the proposal's parser reads or refuses is not taken for anything else, even where what
+    it refuses is libvirt's."""
+    document = case.read_text()
+    try:
+        parsed = backup_conf.BackupDef.parse(document)
+    except errors.Error as failure:
+        with pytest.raises(errors.Error) as caught:
+            translate.read(document, _domain)
+        expected = (str(failure), "mixes two dialects")
+        assert any(text in str(caught.value) for text in expected)
+    else:
+        assert translate.dialect(document) == "proposal"
+        assert translate.read(document, _never) == parsed
+
+
+@pytest.mark.parametrize("case", NATIVE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_libvirts_own_is_known(case: pathlib.Path) -> None:
+    try:
+        native_conf.BackupDef.parse(case.read_text())
+    except errors.Error:
+        with pytest.raises(errors.Error):
+            translate.read(case.read_text(), _domain)
+    else:
+        assert translate.dialect(case.read_text()) == "native"
+
+
+def _never() -> domain_conf.DomainDef:
+    raise AssertionError("asked for the domain without need")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "<domainbackup mode='pull'><server name='h' port='1'/></domainbackup>",
+        "<domainbackup><address type='unix' path='/x'/></domainbackup>",
+        "<domainbackup><address type='unix' path='/x'/><disks><disk name='vda'/></disks>"
+        "</domainbackup>",
+    ],
+)
+def test_the_domain_is_asked_for_only_where_it_is_needed(document: str) -> None:
+    assert isinstance(translate.read(document, _never).address, backup_conf.Address)
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+_names = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="/"),
+    min_size=1,
+    max_size=10,
+)
+_branches = _names.filter(lambda text: not text.startswith(backup_conf.OWN_PREFIX))
+_addresses = st.one_of(
+    st.builds(backup_conf.UnixAddress, _names.map(lambda text: f"/{text}")),
+    st.builds(
+        backup_conf.IpAddress, st.sampled_from(["0.0.0.0", "::1", "h.example"]),
+        st.integers(1, 65535),
+    ),
+)  # fmt: skip
+_files = st.none() | _names.map(lambda text: f"/{text}")
+
+
+@st.composite
+def _domains(draw: st.DrawFn) -> domain_conf.DomainDef:
+    disks = [
+        domain_conf.DiskDef(
+            f"vd{letter}",
+            source=draw(st.sampled_from(["/images/x", "/images/y", None])),
+            readonly=draw(st.booleans()),
+        )
+        for letter in "abcde"[: draw(st.integers(0, 5))]
+    ]
+    return domain_conf.DomainDef("vm", "u", 1, tuple(disks))
+
+
+@st.composite
+def proposals(draw: st.DrawFn, domain: domain_conf.DomainDef) -> backup_conf.BackupDef:
+    """A document that says nothing that libvirt cannot."""
+    branch = draw(st.none() | _branches)
+    types: list[backup_conf.DiskType | None] = [None, "full"]
+    if branch is not None:
+        types.append("incremental")
+    disks = []
+    for disk in domain.disks:
+        if draw(st.booleans()):
+            continue
+        file = draw(_files)
+        disks.append(
+            backup_conf.BackupDiskDef(
+                name=disk.target,
+                present=draw(st.sampled_from([None, True, False])),
+                type=draw(st.sampled_from(types)),
+                source=None if file is None else storage_conf.Source(file=file),
+                exportname=draw(st.none() | _names),
+                reason=draw(st.none() | _names),
+            )
+        )
+    if not any(disk.type == "incremental" and disk.present is not False for disk in disks):
+        branch = None
+    if branch is None:
+        disks = [
+            dataclasses.replace(disk, type=None) if disk.type == "incremental" else disk
+            for disk in disks
+        ]
+    return backup_conf.BackupDef(
+        address=draw(_addresses), disks=tuple(draw(st.permutations(disks))), branch=branch
+    )
+
+
+@given(st.data())
+def test_there_and_back_from_the_proposal(data: st.DataObject) -> None:
+    """What a start makes of the document is what it makes of its translation's translation; what
+    the one refuses about the domain, the translation refuses."""
+    domain = data.draw(_domains())
+    definition = data.draw(proposals(domain))
+    try:
+        aligned = definition.align_disks(domain)
+    except errors.Error as failure:
+        if definition.disks:
+            with pytest.raises(errors.Error) as caught:
+                translate.to_native(definition, lambda: domain)
+            assert str(caught.value) == str(failure)
+        return
+    native = translate.to_native(definition, lambda: domain)
+    assert native_conf.BackupDef.parse(native.format()) == native
+    back = translate.to_proposal(native, lambda: domain)
+    assert backup_conf.BackupDef.parse(back.format()) == back
+    assert back.align_disks(domain) == aligned
+    # From there on, not a letter changes.
+    assert translate.to_native(back, lambda: domain) == native
+
+
+@st.composite
+def natives(draw: st.DrawFn, domain: domain_conf.DomainDef) -> native_conf.BackupDef:
+    """A document that says nothing that the proposal cannot."""
+    checkpoint = draw(st.none() | _branches)
+    of_all = draw(st.booleans())
+    disks = []
+    for disk in domain.disks:
+        if draw(st.booleans()) or not disk.has_medium:
+            continue
+        modes: list[native_conf.BackupMode | None] = [None]
+        if checkpoint is not None:
+            modes += ["full", "incremental"]
+        mode = draw(st.sampled_from(modes))
+        own = checkpoint if mode != "full" and (not of_all or draw(st.booleans())) else None
+        file = draw(_files)
+        disks.append(
+            native_conf.BackupDiskDef(
+                name=disk.target,
+                backup=draw(st.sampled_from([None, True, False])),
+                type=draw(st.sampled_from([None, "file"])),
+                backupmode=mode,
+                incremental=own,
+                exportname=draw(st.none() | _names),
+                exportbitmap=None if mode == "full" else checkpoint,
+                image=None if file is None else native_conf.Image(file),
+                driver=draw(st.sampled_from([None, "qcow2"])),
+                index=draw(st.none() | st.integers(0, 9)),
+            )
+        )
+    address = draw(_addresses)
+    return native_conf.BackupDef(
+        mode="pull",
+        server=native_conf.UnixServer(address.path, draw(st.sampled_from([None, False])))
+        if isinstance(address, backup_conf.UnixAddress)
+        else native_conf.TcpServer(address.host, address.port),
+        incremental=checkpoint if of_all else None,
+        disks=tuple(draw(st.permutations(disks))),
+    )
+
+
+def _meaning(definition: native_conf.BackupDef, domain: domain_conf.DomainDef) -> object:
+    """What libvirt's start makes of a document."""
+    aligned = definition.align_disks(domain)
+    server = aligned.server
+    assert server is not None
+    return dataclasses.replace(server, tls=bool(server.tls)), [
+        (
+            disk.name,
+            disk.backup and (
+                disk.backupmode,
+                disk.incremental,
+                disk.exportname or disk.name,
+                disk.image,
+            ),
+        )
+        for disk in aligned.disks
+    ]  # fmt: skip
+
+
+@given(st.data())
+def test_there_and_back_from_libvirts_own(data: st.DataObject) -> None:
+    domain = data.draw(_domains())
+    definition = data.draw(natives(domain))
+    try:
+        proposal = translate.to_proposal(definition, lambda: domain)
+    except errors.Error as failure:
+        # Not for its words, then, but for the domain.
+        assert failure.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+        assert "cannot be said" not in str(failure)
+        return
+    assert backup_conf.BackupDef.parse(proposal.format()) == proposal
+    native = translate.to_native(proposal, lambda: domain)
+    assert native_conf.BackupDef.parse(native.format()) == native
+    if domain.disks:
+        assert _meaning(native, domain) == _meaning(definition, domain)
+    # From there on, not a letter changes.
+    assert translate.to_proposal(native, lambda: domain) == proposal
+
+
+@given(st.data())
+def test_nothing_is_left_out(data: st.DataObject) -> None:
+    """Any one thing that cannot be said, wherever it stands, is an error that names its disk."""
+    domain = domain_conf.DomainDef("vm", "u", 1, DOMAIN.disks[:2])
+    definition = data.draw(proposals(domain).filter(lambda found: found.disks))
+    number = data.draw(st.integers(0, len(definition.disks) - 1))
+    disk = definition.disks[number]
+    worse = [
+        dataclasses.replace(disk, present=True, type="auto"),
+        dataclasses.replace(disk, present=True, granularity=4096),
+        dataclasses.replace(disk, present=True, source=storage_conf.Source(dir="/x")),
+        dataclasses.replace(disk, present=True, source=storage_conf.Source(reserve=True)),
+        dataclasses.replace(disk, present=True, source=storage_conf.Source("/x", reserve=True)),
+    ]
+    disk = data.draw(st.sampled_from(worse))
+    disks = (*definition.disks[:number], disk, *definition.disks[number + 1 :])
+    with pytest.raises(errors.Error, match=f"disk '{disk.name}': .* cannot be said") as caught:
+        translate.to_native(dataclasses.replace(definition, disks=disks), lambda: domain)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+
+
+def test_an_exportbitmap_that_is_not_said_is_the_dialects() -> None:
+    disk = native_conf.BackupDiskDef("vda", backup=True, type="file")
+    definition = native_conf.BackupDef("pull", native_conf.UnixServer("/x"), "c", (disk,))
+    proposal = translate.to_proposal(definition, _domain)
+    [back] = [disk for disk in translate.to_native(proposal, _domain).disks if disk.backup]
+    assert back == dataclasses.replace(disk, exportbitmap="c")
