@@ -13,9 +13,18 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
-from virtbackup.qemu import agent, capabilities, domain, domain_obj, passthrough, qmp, status
+from virtbackup.qemu import (
+    agent,
+    capabilities,
+    domain,
+    domain_obj,
+    monitor,
+    passthrough,
+    qmp,
+    status,
+)
 
 _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
 
@@ -98,7 +107,18 @@ class LibvirtDriver:
     # --- domains ---
 
     def list_domains(self) -> Sequence[hypervisor.DomainRef]:
-        return [_ref(found) for found in self._connection.listAllDomains()]
+        """libvirt's; and transient ones that are gone, while their backups' status files are."""
+        found = [_ref(one) for one in self._connection.listAllDomains()]
+        known = {ref.uuid for ref in found}
+        left = status.all_in(runtime.directory())
+        return found + [
+            hypervisor.DomainRef(one.name, one.uuid, None)
+            for file, one in left
+            if one.uuid not in known and self._file(one.uuid).path == file
+        ]
+
+    def _file(self, uuid: str) -> status.StatusFile:
+        return status.StatusFile(f"{self._connection.getURI()} {uuid}")
 
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
         state, reason = self._lookup(ref).state()
@@ -112,20 +132,32 @@ class LibvirtDriver:
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
         if ref.uuid not in self._domains:
-            file = status.StatusFile(f"{self._connection.getURI()} {ref.uuid}")
-            found = self._lookup(ref)
             self._domains[ref.uuid] = domain_obj.DomainObj(
-                file,
-                lambda: self._session(found),
+                self._file(ref.uuid),
+                lambda: self._session(ref),
                 self._engine,
-                quiesce=agent.LibvirtAgent(found),
-                why_gone=lambda: _why_gone(found),
+                quiesce=agent.LibvirtAgent(self._connection, ref.uuid),
+                why_gone=lambda: self._why_gone(ref),
             )
         return self._domains[ref.uuid]
 
+    def _why_gone(self, ref: hypervisor.DomainRef) -> str | None:
+        """Why the domain does not run, in libvirt's knowledge; None where it has none."""
+        try:
+            state, reason = self._lookup(ref).state()
+        except libvirt.libvirtError:
+            return "the domain is gone"
+        return _ENDS.get(reason) if state == libvirt.VIR_DOMAIN_SHUTOFF else None
+
     @contextlib.contextmanager
-    def _session(self, found: "libvirt.virDomain") -> Iterator[domain.Session]:
-        """QEMU of a domain, for one call."""
+    def _session(self, ref: hypervisor.DomainRef) -> Iterator[domain.Session]:
+        """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
+        try:
+            found = self._lookup(ref)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            raise monitor.NotListening(OSError(0, str(failure)), ref.name) from failure
         try:
             with passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
@@ -218,17 +250,6 @@ def _libvirts_backup(found: "libvirt.virDomain") -> str | None:
     except libvirt.libvirtError:
         return None
     return "another backup job is already running: libvirt's own (virsh domjobabort ends it)"
-
-
-def _why_gone(found: "libvirt.virDomain") -> str | None:
-    """Why the domain does not run, in libvirt's knowledge; None where it has none."""
-    try:
-        state, reason = found.state()
-    except libvirt.libvirtError:
-        return "the domain is gone"
-    if state != libvirt.VIR_DOMAIN_SHUTOFF:
-        return None
-    return _ENDS.get(reason)
 
 
 _: Callable[[str, bool], hypervisor.BackupDriver] = open
