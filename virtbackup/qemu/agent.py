@@ -53,17 +53,15 @@ class Agent(Protocol):
 class LibvirtAgent:
     """The agent of a domain of libvirt's."""
 
-    def __init__(self, domain: "libvirt.virDomain") -> None:
-        self._domain = domain
-        self.what: tuple[str, ...] = (
-            "libvirt", domain.connect().getURI(), domain.UUIDString()
-        )  # fmt: skip
+    def __init__(self, connection: "libvirt.virConnect", uuid: str) -> None:
+        self._connection, self._uuid = connection, uuid
+        self.what: tuple[str, ...] = ("libvirt", connection.getURI(), uuid)
 
     def freeze(self) -> int:
-        return int(self._domain.fsFreeze())
+        return int(self._connection.lookupByUUIDString(self._uuid).fsFreeze())
 
     def thaw(self) -> None:
-        self._domain.fsThaw()
+        self._connection.lookupByUUIDString(self._uuid).fsThaw()
 
 
 class SocketAgent:
@@ -233,7 +231,7 @@ def main(argv: list[str]) -> int:
     """The second process: ready once it has said so; its input ends with ours."""
     agent: Agent
     if argv[0] == "libvirt":
-        agent = LibvirtAgent(libvirt.open(argv[1]).lookupByUUIDString(argv[2]))
+        agent = LibvirtAgent(libvirt.open(argv[1]), argv[2])
     else:
         agent = SocketAgent(argv[1])
     sys.stdout.write(".")

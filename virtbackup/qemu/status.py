@@ -201,6 +201,13 @@ class StatusFile:
         self.path.unlink(missing_ok=True)
 
 
+def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
+    """The status files of a directory, whosever domains they are about."""
+    for path in sorted(directory.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            yield path, parse(path.read_text())
+
+
 def _acquire(fd: int, path: pathlib.Path) -> None:
     end = time.monotonic() + LOCK_TIMEOUT
     while True:
