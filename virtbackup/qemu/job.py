@@ -78,6 +78,7 @@ class BackupJob:
             self._connect() as session,
         ):
             state = self._make_room(session, bitmaps=definition.branch is not None)
+            definition = domain.check_known(session, definition, state)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
             plan = backup.plan(

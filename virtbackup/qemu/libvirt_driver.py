@@ -7,8 +7,9 @@ beside libvirt's own jobs, with the same code as over a QMP socket.
 
 import contextlib
 import os
+import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import libvirt
@@ -40,12 +41,34 @@ _ENDS = {
 """Why a domain does not run, as libvirt tells it."""
 
 
-def open(uri: str, readonly: bool) -> "LibvirtDriver":
-    """Serve a libvirt URI on this host; ``?engine=`` is ours, the rest libvirt's.
+class Opener:
+    """Opens the driver by a URI, or on a connection of libvirt's that is open."""
 
-    Errors: VIR_ERR_INVALID_ARG for an engine that there is not, VIR_ERR_CONFIG_UNSUPPORTED for
-    another host, libvirt's own.
-    """
+    def __call__(self, uri: str, readonly: bool) -> "LibvirtDriver":
+        """Serve a libvirt URI on this host; ``?engine=`` is ours, the rest libvirt's.
+
+        Errors: VIR_ERR_INVALID_ARG for an engine that there is not, VIR_ERR_CONFIG_UNSUPPORTED for
+        another host, libvirt's own.
+        """
+        plain, engine = _split(uri)
+        connect = libvirt.openReadOnly if readonly else libvirt.open
+        return LibvirtDriver(connect(plain), engine, lambda: connect(plain))
+
+    def adopt(self, connection: "libvirt.virConnect") -> "LibvirtDriver":
+        """Serve the domains of a CONNECTION that stays its owner's to close.
+
+        Errors: VIR_ERR_CONFIG_UNSUPPORTED for another host.
+        """
+        _split(connection.getURI())
+        return LibvirtDriver(connection)
+
+
+open = Opener()
+"""What the registry of drivers points to."""
+
+
+def _split(uri: str) -> tuple[str, capabilities.Engine | None]:
+    """The URI that is libvirt's, and the engine."""
     parts = urllib.parse.urlsplit(uri)
     options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     engine = next((value for key, value in options if key == "engine"), None)
@@ -59,18 +82,23 @@ def open(uri: str, readonly: bool) -> "LibvirtDriver":
             f"'{uri}': a backup is started on the host of the domain, not from another",
         )
     rest = urllib.parse.urlencode([(key, value) for key, value in options if key != "engine"])
-    plain = urllib.parse.urlunsplit(parts._replace(query=rest))
-    connect = libvirt.openReadOnly if readonly else libvirt.open
-    return LibvirtDriver(connect(plain), engine)
+    return urllib.parse.urlunsplit(parts._replace(query=rest)), engine
 
 
 class LibvirtDriver:
     """The driver for all domains of one libvirt."""
 
     def __init__(
-        self, connection: "libvirt.virConnect", engine: capabilities.Engine | None = None
+        self,
+        connection: "libvirt.virConnect",
+        engine: capabilities.Engine | None = None,
+        connect: "Callable[[], libvirt.virConnect] | None" = None,
     ) -> None:
-        self._connection = connection
+        """CONNECT opens the connection anew after libvirt's daemon was restarted; None: it is
+        somebody else's, who also closes it."""
+        self._current = connection
+        self._connect = connect
+        self._connecting = threading.Lock()
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -84,10 +112,19 @@ class LibvirtDriver:
         """End the backups that were started to end with us, and libvirt's connection."""
         if os.getpid() != self._pid:
             return
-        for one in self._domains.values():
+        for one in list(self._domains.values()):
             one.close()
-        with contextlib.suppress(libvirt.libvirtError):
-            self._connection.close()
+        if self._connect is not None:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._current.close()
+
+    @property
+    def _connection(self) -> "libvirt.virConnect":
+        """libvirt, by a new connection where the last was lost. Errors: libvirt's own."""
+        with self._connecting:
+            if self._connect is not None and not self.is_alive():
+                self._current = self._connect()
+            return self._current
 
     def get_type(self) -> str:
         return str(self._connection.getType())
@@ -97,7 +134,7 @@ class LibvirtDriver:
 
     def is_alive(self) -> bool:
         try:
-            return bool(self._connection.isAlive())
+            return bool(self._current.isAlive())
         except libvirt.libvirtError:
             return False
 
@@ -118,7 +155,9 @@ class LibvirtDriver:
         ]
 
     def _file(self, uuid: str) -> status.StatusFile:
-        return status.StatusFile(f"{self._connection.getURI()} {uuid}")
+        """The same for every way to spell the URI of one libvirt."""
+        path = urllib.parse.urlsplit(self._current.getURI()).path
+        return status.StatusFile(f"libvirt {path} {uuid}")
 
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
         state, reason = self._lookup(ref).state()
@@ -136,7 +175,7 @@ class LibvirtDriver:
                 self._file(ref.uuid),
                 lambda: self._session(ref),
                 self._engine,
-                quiesce=agent.LibvirtAgent(self._connection, ref.uuid),
+                quiesce=agent.LibvirtAgent(lambda: self._lookup(ref), ref.name),
                 why_gone=lambda: self._why_gone(ref),
             )
         return self._domains[ref.uuid]
@@ -161,8 +200,8 @@ class LibvirtDriver:
         try:
             with passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
-                targets = _targets(domain_conf.DomainDef.parse(found.XMLDesc()))
-                yield domain.Session(qemu, identity, targets)
+                disks = domain_conf.DomainDef.parse(found.XMLDesc()).disks
+                yield domain.Session(qemu, identity, disks)
         except qmp.ProtocolError as failure:
             raise errors.error(
                 libvirt.VIR_ERR_INTERNAL_ERROR, f"QEMU monitor: {failure}"
@@ -217,23 +256,19 @@ def _ref(found: "libvirt.virDomain") -> hypervisor.DomainRef:
     return hypervisor.DomainRef(found.name(), found.UUIDString(), None if id < 0 else id)
 
 
-def _targets(definition: domain_conf.DomainDef) -> Mapping[str, str]:
-    """A device's id in QEMU, which is its alias -> the disk's target."""
-    return {disk.alias: disk.target for disk in definition.disks if disk.alias}
-
-
 def _check_jobs(found: "libvirt.virDomain", definition: backup_conf.BackupDef) -> None:
     """Refuse while libvirt itself has a job on the domain or on a chosen disk.
 
     Errors: VIR_ERR_OPERATION_INVALID, VIR_ERR_OPERATION_UNSUPPORTED.
     """
-    if (job := _libvirts_backup(found)) is not None:
+    if (job := _libvirts_job(found)) is not None:
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, job)
     left_out = {disk.name for disk in definition.disks if disk.present is False}
     for disk in domain_conf.DomainDef.parse(found.XMLDesc()).disks:
-        if disk.target in left_out:
+        # Of a disk without a medium libvirt says no word, but an error on stderr and in its log.
+        if disk.target in left_out or not disk.has_medium:
             continue
-        with contextlib.suppress(libvirt.libvirtError):  # what has no medium has no job
+        with contextlib.suppress(libvirt.libvirtError):
             if found.blockJobInfo(disk.target, 0):
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
@@ -241,15 +276,34 @@ def _check_jobs(found: "libvirt.virDomain", definition: backup_conf.BackupDef) -
                 )
 
 
-def _libvirts_backup(found: "libvirt.virDomain") -> str | None:
-    """What libvirt's own backup job is called, if one runs."""
-    if not hasattr(found, "backupGetXMLDesc"):
-        return None
+_OPERATIONS = {
+    getattr(libvirt, f"VIR_DOMAIN_JOB_OPERATION_{name}", None): words
+    for name, words in {
+        "START": "start",
+        "SAVE": "save",
+        "RESTORE": "restore",
+        "MIGRATION_IN": "migration",
+        "MIGRATION_OUT": "migration",
+        "SNAPSHOT": "snapshot",
+        "SNAPSHOT_REVERT": "snapshot revert",
+        "DUMP": "dump",
+    }.items()
+}
+_BACKUP = getattr(libvirt, "VIR_DOMAIN_JOB_OPERATION_BACKUP", None)
+
+
+def _libvirts_job(found: "libvirt.virDomain") -> str | None:
+    """What libvirt is at with the whole domain, as an error says it; None: nothing."""
     try:
-        found.backupGetXMLDesc(0)
+        job = found.jobStats()
     except libvirt.libvirtError:
+        return None  # it ended just now, or QEMU did
+    if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
         return None
-    return "another backup job is already running: libvirt's own (virsh domjobabort ends it)"
+    operation = job.get("operation")
+    if operation == _BACKUP:
+        return "another backup job is already running: libvirt's own (virsh domjobabort ends it)"
+    return f"the domain is busy with another job of libvirt's: {_OPERATIONS.get(operation, 'job')}"
 
 
 _: Callable[[str, bool], hypervisor.BackupDriver] = open
