@@ -7,14 +7,20 @@ it is. Only the daemon's socket is where both see it. Mounts that a test makes a
 """
 
 import contextlib
+import dataclasses
+import json
 import pathlib
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import libvirt
+import libvirt_qemu
+
+from tests.live import machines
 
 HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 DEADLINE = 30.0
@@ -101,8 +107,7 @@ class Libvirtd:
         if not self.socket.is_socket():
             return False
         try:
-            with _quiet():
-                libvirt.openReadOnly(self.uri).close()
+            libvirt.openReadOnly(self.uri).close()
         except libvirt.libvirtError:
             return False
         return True
@@ -135,19 +140,173 @@ def running(directory: pathlib.Path, cache: pathlib.Path | None = None) -> Itera
         daemon.close()
 
 
+# --- domains on it --------------------------------------------------------------------------------
+
+SIZE = 4 << 20
+CLUSTER = 64 << 10
+
+_DOMAIN = """
+<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{name}</name><memory unit='MiB'>48</memory><vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type>{os}</os>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='scsi' model='virtio-scsi'/>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    {devices}
+  </devices>
+  {more}
+</domain>"""
+
+
+def domain_xml(name: str, devices: str, more: str = "", os: str = "") -> str:
+    """A small domain; its guest is nothing but firmware that finds nothing to boot."""
+    return _DOMAIN.format(name=name, devices=devices, more=more, os=os)
+
+
+def disk_xml(
+    target: str,
+    path: pathlib.Path | str,
+    fmt: str = "qcow2",
+    inside: str = "",
+    attributes: str = "",
+    driver: str = "",
+) -> str:
+    """A disk of a file; INSIDE goes into it, ATTRIBUTES to it and DRIVER to its driver."""
+    bus = {"v": "virtio", "s": "scsi", "h": "sata"}[target[0]]
+    return (
+        f"<disk type='file' device='disk' {attributes}>"
+        f"<driver name='qemu' type='{fmt}' {driver}/>"
+        f"<source file='{path}'/><target dev='{target}' bus='{bus}'/>{inside}</disk>"
+    )
+
+
+def pattern(seed: int, size: int = SIZE) -> bytes:
+    """What an image holds at first: every cluster its own byte, none of them zero."""
+    return b"".join(bytes([1 + (seed * 37 + n) % 251]) * CLUSTER for n in range(size // CLUSTER))
+
+
+def image(path: pathlib.Path, seed: int, fmt: str = "qcow2", *options: str) -> pathlib.Path:
+    """An image with its pattern; OPTIONS go to qemu-img convert."""
+    raw = path.with_suffix(".pattern")
+    raw.write_bytes(pattern(seed))
+    argv = ["qemu-img", "convert", "-f", "raw", "-O", fmt, *options, str(raw), str(path)]
+    subprocess.run(argv, check=True)
+    raw.unlink()
+    return path
+
+
+class Domain:
+    """A running domain, and a way to its QEMU that knows nothing of the package."""
+
+    def __init__(self, domain: "libvirt.virDomain") -> None:
+        self.libvirt = domain
+
+    def monitor(self, command: str, **arguments: Any) -> Any:
+        """What QEMU replies. Raises AssertionError for an error."""
+        reply = self.reply(command, **arguments)
+        assert "error" not in reply, reply
+        return reply["return"]
+
+    def reply(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """The whole reply, an error included."""
+        names = {name.replace("_", "-"): value for name, value in arguments.items()}
+        line = json.dumps({"execute": command, "arguments": names})
+        reply: dict[str, Any] = json.loads(libvirt_qemu.qemuMonitorCommand(self.libvirt, line, 0))
+        return reply
+
+    def write(self, target: str, cluster: int, byte: int = 255) -> None:
+        """Let the guest write a cluster of a disk."""
+        self.io(target, f"write -P {byte} {cluster * CLUSTER} {CLUSTER}")
+
+    def io(self, target: str, command: str) -> None:
+        """Let the guest's disk do a qemu-io command."""
+        drive = next(d for d in self.monitor("query-block") if self.alias(target) in d["qdev"])
+        said = libvirt_qemu.qemuMonitorCommand(
+            self.libvirt, f'qemu-io -d {drive["qdev"]} "{command}"', 1
+        )
+        assert "rror" not in said, said
+
+    def alias(self, target: str) -> str:
+        """What libvirt calls a disk in QEMU."""
+        from lxml import etree
+
+        root = etree.fromstring(self.libvirt.XMLDesc())
+        [alias] = root.xpath("devices/disk[target/@dev=$dev]/alias/@name", dev=target)
+        return str(alias)
+
+    def state(self) -> dict[str, Any]:
+        """What QEMU and libvirt know of the domain's disks, comparable before and after."""
+        state: dict[str, Any] = {
+            command: machines.comparable(self.monitor(command))
+            for command in machines.STATE_QUERIES
+        }
+        for node in state["query-named-block-nodes"]:
+            if node["drv"] == "file":
+                del node["image"]["virtual-size"]  # an image grows as the guest writes
+        return {**state, "xml": self.libvirt.XMLDesc()}
+
+
+@dataclasses.dataclass
+class Host:
+    """A daemon, a connection to it and a place for images."""
+
+    daemon: Libvirtd
+    connection: "libvirt.virConnect"
+    directory: pathlib.Path
+    """QEMU's users may enter it."""
+
+    def path(self, name: str) -> pathlib.Path:
+        return self.directory / name
+
+    @contextlib.contextmanager
+    def domain(
+        self, name: str, devices: str, more: str = "", os: str = "", persistent: bool = False
+    ) -> Iterator[Domain]:
+        """A running domain; gone afterwards."""
+        xml = domain_xml(name, devices, more, os)
+        if persistent:
+            found = self.connection.defineXML(xml)
+            found.create()
+        else:
+            found = self.connection.createXML(xml)
+        try:
+            yield Domain(found)
+        finally:
+            with contextlib.suppress(libvirt.libvirtError):
+                found.destroyFlags(0)
+            if persistent:
+                _undefine(found)
+
+
+@contextlib.contextmanager
+def host(directory: pathlib.Path, images: pathlib.Path) -> Iterator[Host]:
+    """A daemon in DIRECTORY and a connection to it."""
+    libvirt.registerErrorHandler(lambda *_: None, None)  # it would print what is raised
+    with running(directory) as daemon, contextlib.closing(libvirt.open(daemon.uri)) as connection:
+        yield Host(daemon, connection, images)
+
+
+def _undefine(domain: "libvirt.virDomain") -> None:
+    flags = (
+        libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+        | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+        | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    )
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.undefineFlags(flags)
+
+
+def read(socket: pathlib.Path, export: str) -> bytes:
+    """What an export holds, by nbdcopy."""
+    uri = f"nbd+unix:///{export}?socket={socket}"
+    return subprocess.run(["nbdcopy", uri, "-"], check=True, capture_output=True).stdout
+
+
 def wait_for(what: Callable[[], bool], deadline: float = DEADLINE) -> None:
     """Wait until WHAT holds: for what no event tells."""
     end = time.monotonic() + deadline
     while not what():
         assert time.monotonic() < end, what
         time.sleep(LOOK_AGAIN)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """libvirt says no word of errors on stderr."""
-    libvirt.registerErrorHandler(lambda *_: None, None)
-    try:
-        yield
-    finally:
-        libvirt.registerErrorHandler(None, None)

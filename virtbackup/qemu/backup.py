@@ -90,9 +90,9 @@ class BackupPlan:
     def address(self) -> backup_conf.Address:
         return self.definition.address
 
-    def server_command(self) -> monitor_json.Command:
-        """Start the NBD server."""
-        return self.dialect.nbd_server_start(self.address)
+    def server_command(self, fdname: str | None = None) -> monitor_json.Command:
+        """Start the NBD server; on a socket that was handed over as FDNAME, if any."""
+        return self.dialect.nbd_server_start(self.address, fdname)
 
     def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
         """Open the new image: over the live disk where it is going to be exported itself."""
