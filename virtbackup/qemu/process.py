@@ -92,9 +92,10 @@ class Run:
         told = {disk.target: disk.step for disk in self.plan.disks if disk.since and disk.step}
         if not told:
             return {}
+        sizes = {disk.target: disk.size for disk in self.plan.disks}
         nodes = block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
         return {
-            target: bitmap.count
+            target: min(bitmap.count, sizes[target])  # the last bit may be beyond the end
             for target, step in told.items()
             if step.node in nodes and (bitmap := nodes[step.node].bitmap(step.branch))
         }
