@@ -268,19 +268,7 @@ def _with_branch(
     number: int,
 ) -> DiskPlan:
     assert wanted.granularity is not None
-    keeps = line.bitmap is not None and line.unsound is None
-    useless = (*((line.bitmap.name,) if line.bitmap else ()), *line.beside)
-    step = branch.Step(
-        branch=name,
-        node=line.node,
-        next=naming.next_bitmap(backup, number, name),
-        granularity=wanted.granularity,
-        persistent=line.persistent,
-        keeps=keeps,
-        remove=() if keeps else useless,
-        join=line.below if keeps else (),
-        mark=keeps and not line.marked,
-    )
+    step = branch.step(name, line, naming.next_bitmap(backup, number, name), wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
     return dataclasses.replace(plan, step=step, since=since)
 

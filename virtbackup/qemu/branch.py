@@ -116,7 +116,7 @@ def line(branch: str, disk: Images, size: int) -> Line:
         return _through_backing(branch, disk, size, found)
     if bitmap is None:
         return dataclasses.replace(found, unsound=f"its bitmap '{branch}' was removed")
-    unsound = _reason(bitmap, recording=_records(bitmap, next)) or _resized(point, size)
+    unsound = _own_reason(bitmap, next) or _resized(point, size)
     return dataclasses.replace(found, unsound=unsound)
 
 
@@ -131,7 +131,7 @@ def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
         if point is not None:
             return _joined(branch, lower, point, size, found)
     if found.bitmap is not None and found.marked:
-        reason = _reason(found.bitmap, _records(found.bitmap, found.next))
+        reason = _own_reason(found.bitmap, found.next)
         unsound = reason or "its last good backup is not known any more"
         return dataclasses.replace(found, unsound=unsound)
     if found.bitmap is not None:
@@ -157,7 +157,7 @@ def _joined(
     elif any(bitmap is None for bitmap in bitmaps):
         unsound = f"a backing image above '{base}' has no bitmap '{branch}'"
     else:
-        unsound = _reason(found.bitmap, recording=_records(found.bitmap, found.next))
+        unsound = _own_reason(found.bitmap, found.next)
         for bitmap in bitmaps:
             assert bitmap is not None
             unsound = unsound or _reason(bitmap, bitmap.recording)
@@ -167,9 +167,17 @@ def _joined(
     return dataclasses.replace(found, point=point, unsound=unsound, below=below, below_count=count)
 
 
-def _records(bitmap: block.Bitmap, next: block.Bitmap | None) -> bool:
-    """Whether no write is missed: during a backup ``next`` notes what the other does not."""
-    return bitmap.recording or (next is not None and _is_whole(next))
+def _own_reason(bitmap: block.Bitmap, next: block.Bitmap | None) -> str | None:
+    """Why the branch's own BITMAP, with NEXT during a backup, misses writes; None: it does not."""
+    if next is None or bitmap.inconsistent:
+        return _reason(bitmap, bitmap.recording)
+    if bitmap.recording:
+        return _made_meanwhile(bitmap.name)  # ours stands still
+    return _reason(bitmap, recording=_is_whole(next))
+
+
+def _made_meanwhile(name: str) -> str:
+    return f"its bitmap '{name}' was made by somebody else meanwhile"
 
 
 def _reason(bitmap: block.Bitmap, recording: bool) -> str | None:
@@ -280,6 +288,23 @@ class Step:
         return ([monitor_json.bitmap_disable(self.own)] if self.keeps else []) + remove
 
 
+def step(branch: str, line: Line, next: naming.BitmapName, granularity: int) -> Step:
+    """What a backup of BRANCH does where there is LINE; NEXT is what it records in meanwhile."""
+    keeps = line.bitmap is not None and line.unsound is None
+    useless = (*((line.bitmap.name,) if line.bitmap else ()), *line.beside)
+    return Step(
+        branch=branch,
+        node=line.node,
+        next=next,
+        granularity=granularity,
+        persistent=line.persistent,
+        keeps=keeps,
+        remove=() if keeps else useless,
+        join=line.below if keeps else (),
+        mark=keeps and not line.marked,
+    )
+
+
 def trouble(branch: str, keeps: bool, medium: block.Medium, next: block.Bitmap) -> str | None:
     """Why what NEXT has cannot be the branch's: somebody had a hand in it. None: it can."""
     if medium.readonly:
@@ -290,7 +315,7 @@ def trouble(branch: str, keeps: bool, medium: block.Medium, next: block.Bitmap) 
     if keeps and own is None:
         return f"its bitmap '{branch}' was removed"
     if own is not None and (not keeps or own.recording):
-        return f"its bitmap '{branch}' was made by somebody else meanwhile"
+        return _made_meanwhile(branch)
     return None
 
 
