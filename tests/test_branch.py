@@ -293,7 +293,9 @@ def test_a_point_that_nobody_was_told_of() -> None:
     assert told(branch.disown(disk, POINT.backup)) == [f"remove A/{NOTE}", f"remove A/{other}"]
 
 
-@pytest.mark.parametrize("name", ["n" * 1023, "ä" * 511, "a b:c", "virtbackup", "-next-", "🌙"])
+@pytest.mark.parametrize(
+    "name", ["n" * 1023, "ä" * 511, "a b:c", "virtbackup", "-next-", "🌙", "\ud800"]
+)
 def test_names_of_any_length_make_names_that_qemu_takes(name: str) -> None:
     made = [
         naming.next_bitmap(ID, 9999, name),

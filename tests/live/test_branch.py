@@ -288,6 +288,34 @@ def add_disk(machine: machines.Machine, directory: pathlib.Path, new: str | None
     machine.probe("device_add", driver="scsi-hd", drive="C", id="sdc")
 
 
+def test_a_job_of_somebody_else_that_has_ended_and_is_still_there(
+    tmp_path: pathlib.Path, machine: machines.Machine
+) -> None:
+    """Some QEMUs must not be asked for their nodes then."""
+    one = client(tmp_path)
+    one.backup()
+    for name in ("X", "Y"):
+        arguments = {"driver": "null-co", "node-name": name, "size": CLUSTER, "read-zeroes": True}
+        machine.probe.exactly("blockdev-add", arguments)
+    info = one.start()
+    one.write(machine, "vda", 1)
+    job = {"job_id": "theirs", "device": "X", "target": "Y", "sync": "full"}
+    machine.probe("blockdev-backup", auto_dismiss=False, **job)
+    machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+    one.read()
+    if machines.version() < (7, 2, 0):
+        with pytest.raises(virtbackup.Error, match="a backup job has ended that nobody has dismi"):
+            one.stop()
+    else:
+        one.stop()
+    machine.probe("job-dismiss", id="theirs")
+    point = one.branches()["b", "vda"].point
+    assert point is not None
+    assert (point.id == info.id) == (machines.version() >= (7, 2, 0))
+    assert one.backup(type="incremental")["vda"].clusters() == {1}
+    assert "next" not in branched.ours(machine)
+
+
 # --- names and granularities ----------------------------------------------------------------------
 
 NAMES = [
@@ -378,7 +406,7 @@ def test_somebody_elses_bitmaps_are_told_and_never_touched(
     tmp_path: pathlib.Path, machine: machines.Machine
 ) -> None:
     one = client(tmp_path)
-    names = ("theirs", "virtbackup-mine", "still")
+    names = ("theirs", "virtbackup-mine", "still", "two\nlines")
     for name in names:
         add_bitmap(machine, "A", name, granularity=4096)
     one.write(machine, "vda", 1)
@@ -1030,16 +1058,19 @@ def test_the_shell_lists_and_deletes(tmp_path: pathlib.Path, machine: machines.M
     one = client(tmp_path)
     one.backup(disks=("vda", "sdb"))
     add_bitmap(machine, "A", "theirs")
+    add_bitmap(machine, "A", "two\nlines")
     one.write(machine, "vda", 1)
     status, said, warned = virsh(one, "branch-list", "1")
     assert status == 0
     rows = [line.split() for line in said.splitlines()]
     assert [row[:2] + row[-1:] for row in rows[2:]] == [
         ["b", "vda", "sound"], ["b", "sdb", "sound"], ["theirs", "vda", "foreign"],
+        [r"two\nlines", "vda", "foreign"],
     ]  # fmt: skip
     assert "branch 'b', disk 'sdb': the bitmap is lost when the guest ends" in warned
     status, said, _ = virsh(one, "branch-list", "1", "--json")
-    b, theirs = json.loads(said)["branches"]
+    b, theirs, lines = json.loads(said)["branches"]
+    assert lines["name"] == "two\nlines"
     point = one.branches()["b", "vda"].point
     assert point is not None
     assert b["disks"][0] == {
@@ -1060,7 +1091,7 @@ def test_the_shell_lists_and_deletes(tmp_path: pathlib.Path, machine: machines.M
     assert virsh(one, "branch-delete", "1", "theirs")[0] == 1
     assert virsh(one, "branch-delete", "1", "b")[1].strip() == "Branch b deleted"
     assert virsh(one, "branch-delete", "1", "b")[0] == 1
-    assert set(branched.bitmaps(machine)) == {"theirs"}
+    assert set(branched.bitmaps(machine)) == {"theirs", "two\nlines"}
     assert branched.bitmaps(machine, "B") == {}
 
 

@@ -33,6 +33,8 @@ def advance(session: domain.Session, running: status.Status) -> str | None:
     """
     if running.branch is None:
         return None
+    if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
+        return "a backup job has ended that nobody has dismissed"
     nodes = _nodes(session).values()
     actions = []
     for number, disk in enumerate(running.disks):

@@ -124,7 +124,7 @@ class Point:
 
 def branch_key(branch: str) -> str:
     """A branch's name of up to 1023 bytes, short enough to be a part of another name."""
-    return hashlib.sha256(branch.encode(errors="surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(branch.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def next_bitmap(backup: BackupId, number: int, branch: str) -> BitmapName:
