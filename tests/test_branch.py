@@ -69,6 +69,7 @@ INCONSISTENT = "its bitmap 'b' is inconsistent: QEMU did not come to store it"
 STANDS_STILL = "its bitmap 'b' does not record"
 RESIZED = f"it was resized from 512 to {SIZE} bytes"
 REPLACED = "its bitmap 'b' was made by somebody else meanwhile"
+REPAIRED = "its bitmap 'b' was made after QEMU did not come to store another"
 OVERLAY = "an overlay was put over the image 'A' that has its bitmap"
 BELOW = medium(A, OWN, POINTED, MARKED)
 
@@ -80,6 +81,10 @@ UNSOUND: list[tuple[str, list[block.Medium], str]] = [
     ("inconsistent", [medium(A, BROKEN, POINTED, MARKED)], INCONSISTENT),
     ("inconsistent in the middle", [medium(A, BROKEN, POINTED, RECENT)], INCONSISTENT),
     ("killed after a good one", [medium(A, BROKEN, MARKED)], INCONSISTENT),
+    ("repaired", [medium(A, OWN, dataclasses.replace(POINTED, inconsistent=True))], REPAIRED),
+    ("repaired, marked", [medium(A, OWN, POINTED, bitmap(MARK, inconsistent=True))], REPAIRED),
+    ("repaired below", [medium(B, OWN), medium(A, OWN, bitmap(NOTE, inconsistent=True))], REPAIRED),
+    ("repaired above", [medium(B, OWN, bitmap(MARK, inconsistent=True)), BELOW], REPAIRED),
     ("point removed", [medium(A, OWN, MARKED)], "its last good backup is not known any more"),
     ("not recording", [medium(A, STILL, POINTED, MARKED)], STANDS_STILL),
     ("nor next", [medium(A, STILL, POINTED, bitmap(NEXT, recording=False))], STANDS_STILL),

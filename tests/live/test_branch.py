@@ -674,6 +674,20 @@ def test_qemu_killed(tmp_path: pathlib.Path) -> None:
             assert one.backup(type="incremental")["vda"].clusters() == {2}, happens
 
 
+def test_qemu_killed_and_the_bitmap_made_anew_by_hand(tmp_path: pathlib.Path) -> None:
+    images(tmp_path)
+    one = client(tmp_path)
+    with running(tmp_path):
+        one.backup()
+    with running(tmp_path) as machine:
+        one.write(machine, "vda", 1)
+        machine.kill()
+    with running(tmp_path) as machine:
+        remove_bitmap(machine, "A", "b")
+        add_bitmap(machine, "A", "b")
+        one.refused_then_full("its bitmap 'b' was made after QEMU did not come to store another")
+
+
 def test_qemu_killed_and_the_branch_deleted(tmp_path: pathlib.Path) -> None:
     images(tmp_path)
     one = client(tmp_path)

@@ -116,7 +116,7 @@ def line(branch: str, disk: Images, size: int) -> Line:
         return _through_backing(branch, disk, size, found)
     if bitmap is None:
         return dataclasses.replace(found, unsound=f"its bitmap '{branch}' was removed")
-    unsound = _own_reason(bitmap, next) or _resized(point, size)
+    unsound = _own_reason(bitmap, next) or _broken(branch, active) or _resized(point, size)
     return dataclasses.replace(found, unsound=unsound)
 
 
@@ -129,7 +129,7 @@ def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
         lower.append(medium)
         point = _point(medium, key)
         if point is not None:
-            return _joined(branch, lower, point, size, found)
+            return _joined(branch, disk.active, lower, point, size, found)
     if found.bitmap is not None and found.marked:
         reason = _own_reason(found.bitmap, found.next)
         unsound = reason or "its last good backup is not known any more"
@@ -141,7 +141,12 @@ def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
 
 
 def _joined(
-    branch: str, lower: Sequence[block.Medium], point: naming.Point, size: int, found: Line
+    branch: str,
+    active: block.Medium,
+    lower: Sequence[block.Medium],
+    point: naming.Point,
+    size: int,
+    found: Line,
 ) -> Line:
     base = lower[-1].node
     below = tuple(
@@ -161,6 +166,10 @@ def _joined(
         for bitmap in bitmaps:
             assert bitmap is not None
             unsound = unsound or _reason(bitmap, bitmap.recording)
+        for medium in (active, *lower):
+            unsound = unsound or _broken(branch, medium)
+        for bitmap in bitmaps:
+            assert bitmap is not None
             if not unsound and bitmap.granularity != found.bitmap.granularity:
                 unsound = "its bitmaps on backing images have another granularity"
     unsound = unsound or _resized(point, size)
@@ -185,6 +194,16 @@ def _reason(bitmap: block.Bitmap, recording: bool) -> str | None:
         return f"its bitmap '{bitmap.name}' is inconsistent: QEMU did not come to store it"
     if not recording:
         return f"its bitmap '{bitmap.name}' does not record"
+    return None
+
+
+def _broken(branch: str, medium: block.Medium) -> str | None:
+    """Why the branch's own bitmap on MEDIUM, which is good itself, tells nothing: those beside it
+    show that QEMU was killed, so it has been made since."""
+    key = naming.branch_key(branch)
+    beside = _beside(medium, key)
+    if any(bitmap.inconsistent for bitmap in medium.bitmaps if bitmap.name in beside):
+        return f"its bitmap '{branch}' was made after QEMU did not come to store another"
     return None
 
 
