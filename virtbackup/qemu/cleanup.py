@@ -117,7 +117,9 @@ def _join_branches(
         return [], []
     if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
         return [], ["bitmaps of a branch, as a backup job has not been dismissed"]
-    return branches.roll_back(session, None if left is None else left.id)
+    if left is None:
+        return branches.roll_back(session, None)
+    return branches.roll_back(session, left.id, disown=left.cancelled or left.verdict != {})
 
 
 def _go_on(session: domain.Session) -> list[str]:
