@@ -82,7 +82,7 @@ def pull(
         cancel.check()
         with _started(domain, plan.definition.format(), quiesce) as live_xml:
             info = domain.backupGetInfo()
-            plan.check_start(info)
+            plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(live_xml)
             jobs = _jobs(live, directory, plan)
             cancel.check()
@@ -157,17 +157,27 @@ class _Plan:
         files = [self.manifest_file, *(disk.file for disk in self.disks)]
         return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
 
-    def check_start(self, info: backup_conf.BackupInfo) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID where the guest's changes are not those that are wanted:
-        somebody was faster."""
-        since = {disk.name: disk.since.id if disk.since else None for disk in info.disks}
+    def as_started(self, info: backup_conf.BackupInfo) -> "_Plan":
+        """The same for the backup that runs: an increment that did not come to be one is whole.
+
+        Errors: VIR_ERR_OPERATION_INVALID where the guest's changes are since another backup than
+        the last one here: somebody was faster.
+        """
+        told = {disk.name: disk for disk in info.disks}
+        disks = []
         for disk in self.disks:
-            if since.get(disk.name) != disk.since:
+            since = told[disk.name].since if disk.name in told else None
+            if disk.since is not None and since is None:
+                reason = told[disk.name].type_reason
+                disk = dataclasses.replace(disk, backing=None, since=None, reason=reason)
+            if (since.id if since else None) != disk.since:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"disk '{disk.name}': another backup of branch '{self.definition.branch}' was"
                     " made just now",
                 )
+            disks.append(disk)
+        return dataclasses.replace(self, disks=tuple(disks))
 
 
 def _wanted(
@@ -224,8 +234,8 @@ def _plan_next(
     for disk in wanted.disks:
         if disk.present:
             disks.append(_next_disk(disk, known, gaps.get(disk.name, ""), fmt))
-            kind: backup_conf.DiskType = "incremental" if disks[-1].backing else "full"
-            disk = dataclasses.replace(disk, type=kind)
+            if disks[-1].backing is None:  # else it is as asked for: the guest has a word in it
+                disk = dataclasses.replace(disk, type="full")
         definition.append(disk)
     return _Plan(
         dataclasses.replace(wanted, disks=tuple(definition)), tuple(disks), known.next_number
