@@ -6,6 +6,7 @@ refused: branches (it has checkpoints), quiescing, and what ``translate`` names.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import TextIO
@@ -77,7 +78,12 @@ class NativeDriver:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
             )
-        found.backupBegin(native.format(), None, 0)
+        # With a type and no image libvirt 9.0 does not come to name one.
+        disks = tuple(
+            dataclasses.replace(disk, type=disk.type if disk.image else None)
+            for disk in native.disks
+        )
+        found.backupBegin(dataclasses.replace(native, disks=disks).format(), None, 0)
         if flags & domain_obj.START_AUTODESTROY:
             self._owned[ref.uuid] = ref
 
