@@ -7,6 +7,7 @@ refused: branches (it has checkpoints), quiescing, and what ``translate`` names.
 
 import contextlib
 import dataclasses
+import secrets
 import time
 from collections.abc import Sequence
 from typing import TextIO
@@ -15,11 +16,19 @@ import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, translate
-from virtbackup.qemu import domain_obj, libvirt_driver
+from virtbackup.qemu import domain_obj, libvirt_driver, scratch
 
 END_TIMEOUT = 60.0
 """Seconds for libvirt to end a backup job that was aborted."""
 _LOOK_AGAIN = 0.01
+
+
+def _with_image(disk: native_conf.BackupDiskDef) -> native_conf.BackupDiskDef:
+    """A listed disk has to have a type, and with one libvirt 9.0 does not come to name an image."""
+    if not disk.backup or disk.image is not None:
+        return disk
+    path = f"{scratch.default_directory()}/virtbackup-libvirt-{secrets.token_hex(4)}.{disk.name}"
+    return dataclasses.replace(disk, image=native_conf.Image(path))
 
 
 class NativeDriver:
@@ -78,11 +87,7 @@ class NativeDriver:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
             )
-        # With a type and no image libvirt 9.0 does not come to name one.
-        disks = tuple(
-            dataclasses.replace(disk, type=disk.type if disk.image else None)
-            for disk in native.disks
-        )
+        disks = tuple(map(_with_image, native.disks))
         found.backupBegin(dataclasses.replace(native, disks=disks).format(), None, 0)
         if flags & domain_obj.START_AUTODESTROY:
             self._owned[ref.uuid] = ref
