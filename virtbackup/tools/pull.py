@@ -25,7 +25,7 @@ from typing import Any, cast
 import libvirt
 
 from virtbackup import api, errors, runtime
-from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import checksum, connection, copy
 from virtbackup.tools import chain, manifest
 
@@ -184,11 +184,12 @@ def _wanted(
     xml: str, domain_xml: str, branch: str | None, kind: backup_conf.DiskType | None
 ) -> backup_conf.BackupDef:
     """The backup that is asked for, aligned. Errors: those of BackupDef."""
-    given = backup_conf.BackupDef.parse(xml)
+    domain = domain_conf.DomainDef.parse(domain_xml)
+    given = translate.read(xml, lambda: domain)
     given = dataclasses.replace(given, branch=branch or given.branch)
     # What BRANCH may be called, the parser says.
     given = backup_conf.BackupDef.parse(given.format())
-    aligned = given.align_disks(domain_conf.DomainDef.parse(domain_xml))
+    aligned = given.align_disks(domain)
     disks = tuple(
         dataclasses.replace(disk, type=kind) if kind is not None and disk.present else disk
         for disk in aligned.disks
@@ -388,7 +389,9 @@ def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> 
 def _backing(disk: _Disk) -> copy.Backing | None:
     if disk.backing is None:
         return None
-    return copy.Backing(disk.backing.file, cast("copy.Format", disk.backing.format))
+    # What has a colon in its first part is taken for a protocol.
+    file = f"./{disk.backing.file}" if ":" in disk.backing.file else disk.backing.file
+    return copy.Backing(file, cast("copy.Format", disk.backing.format))
 
 
 def _server(address: backup_conf.Address) -> str | tuple[str, int]:
