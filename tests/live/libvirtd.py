@@ -19,6 +19,7 @@ from typing import Any
 
 import libvirt
 import libvirt_qemu
+from lxml import etree
 
 from tests.live import machines
 
@@ -230,18 +231,18 @@ class Domain:
 
     def alias(self, target: str) -> str:
         """What libvirt calls a disk in QEMU."""
-        from lxml import etree
-
-        root = etree.fromstring(self.libvirt.XMLDesc())
-        [alias] = root.xpath("devices/disk[target/@dev=$dev]/alias/@name", dev=target)
-        return str(alias)
+        for disk in etree.fromstring(self.libvirt.XMLDesc()).iterfind("devices/disk"):
+            if disk.find(f"target[@dev='{target}']") is not None:
+                alias = disk.find("alias")
+                assert alias is not None
+                return alias.get("name", "")
+        raise AssertionError(f"no disk {target}")
 
     def state(self) -> dict[str, Any]:
         """What QEMU and libvirt know of the domain's disks, comparable before and after."""
-        state: dict[str, Any] = {
-            command: machines.comparable(self.monitor(command))
-            for command in machines.STATE_QUERIES
-        }
+        state: dict[str, Any] = {}
+        for command in machines.STATE_QUERIES:
+            state[command] = machines.comparable(self.monitor(command))
         for node in state["query-named-block-nodes"]:
             if node["drv"] == "file":
                 del node["image"]["virtual-size"]  # an image grows as the guest writes

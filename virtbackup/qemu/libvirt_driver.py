@@ -29,6 +29,9 @@ from virtbackup.qemu import (
 
 _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
 
+_OURS = ("engine", "native")
+"""Options of a URI that libvirt is not told."""
+
 _ENDS = {
     libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "the guest shut down",
     libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "the domain was destroyed",
@@ -44,17 +47,23 @@ _ENDS = {
 class Opener:
     """Opens the driver by a URI, or on a connection of libvirt's that is open."""
 
-    def __call__(self, uri: str, readonly: bool) -> "LibvirtDriver":
-        """Serve a libvirt URI on this host; ``?engine=`` is ours, the rest libvirt's.
+    def __call__(self, uri: str, readonly: bool) -> hypervisor.Driver:
+        """Serve a libvirt URI on this host; ``?engine=`` is ours, and ``?native=yes``, which has
+        the backups made by libvirt itself; the rest is libvirt's.
 
         Errors: VIR_ERR_INVALID_ARG for an engine that there is not, VIR_ERR_CONFIG_UNSUPPORTED for
         another host, libvirt's own.
         """
-        plain, engine = _split(uri)
+        plain, engine, native = _split(uri)
         connect = libvirt.openReadOnly if readonly else libvirt.open
-        return LibvirtDriver(connect(plain), engine, lambda: connect(plain))
+        host = LibvirtDriver(connect(plain), engine, lambda: connect(plain))
+        if not native:
+            return host
+        from virtbackup.qemu import libvirt_native
 
-    def adopt(self, connection: "libvirt.virConnect") -> "LibvirtDriver":
+        return libvirt_native.NativeDriver(host)
+
+    def adopt(self, connection: "libvirt.virConnect") -> hypervisor.Driver:
         """Serve the domains of a CONNECTION that stays its owner's to close.
 
         Errors: VIR_ERR_CONFIG_UNSUPPORTED for another host.
@@ -67,8 +76,8 @@ open = Opener()
 """What the registry of drivers points to."""
 
 
-def _split(uri: str) -> tuple[str, capabilities.Engine | None]:
-    """The URI that is libvirt's, and the engine."""
+def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
+    """(The URI that is libvirt's, the engine, whether libvirt makes the backups itself)."""
     parts = urllib.parse.urlsplit(uri)
     options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     engine = next((value for key, value in options if key == "engine"), None)
@@ -81,8 +90,11 @@ def _split(uri: str) -> tuple[str, capabilities.Engine | None]:
             libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
             f"'{uri}': a backup is started on the host of the domain, not from another",
         )
-    rest = urllib.parse.urlencode([(key, value) for key, value in options if key != "engine"])
-    return urllib.parse.urlunsplit(parts._replace(query=rest)), engine
+    native = dict(options).get("native", "no")
+    if native not in ("yes", "no"):
+        raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': expected native=yes or no")
+    rest = urllib.parse.urlencode([pair for pair in options if pair[0] not in _OURS])
+    return urllib.parse.urlunsplit(parts._replace(query=rest)), engine, native == "yes"
 
 
 class LibvirtDriver:
@@ -160,13 +172,14 @@ class LibvirtDriver:
         return status.StatusFile(f"libvirt {path} {uuid}")
 
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
-        state, reason = self._lookup(ref).state()
+        state, reason = self.lookup(ref).state()
         return state, reason
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return str(self._lookup(ref).XMLDesc(flags))
+        return str(self.lookup(ref).XMLDesc(flags))
 
-    def _lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
+    def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
+        """libvirt's own. Errors: VIR_ERR_NO_DOMAIN."""
         return self._connection.lookupByUUIDString(ref.uuid)
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
@@ -175,7 +188,7 @@ class LibvirtDriver:
                 self._file(ref.uuid),
                 lambda: self._session(ref),
                 self._engine,
-                quiesce=agent.LibvirtAgent(lambda: self._lookup(ref), ref.name),
+                quiesce=agent.LibvirtAgent(lambda: self.lookup(ref), ref.name),
                 why_gone=lambda: self._why_gone(ref),
             )
         return self._domains[ref.uuid]
@@ -183,7 +196,7 @@ class LibvirtDriver:
     def _why_gone(self, ref: hypervisor.DomainRef) -> str | None:
         """Why the domain does not run, in libvirt's knowledge; None where it has none."""
         try:
-            state, reason = self._lookup(ref).state()
+            state, reason = self.lookup(ref).state()
         except libvirt.libvirtError:
             return "the domain is gone"
         return _ENDS.get(reason) if state == libvirt.VIR_DOMAIN_SHUTOFF else None
@@ -192,7 +205,7 @@ class LibvirtDriver:
     def _session(self, ref: hypervisor.DomainRef) -> Iterator[domain.Session]:
         """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
         try:
-            found = self._lookup(ref)
+            found = self.lookup(ref)
         except libvirt.libvirtError as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
@@ -221,7 +234,7 @@ class LibvirtDriver:
     # --- backup ---
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        found = self._lookup(ref)
+        found = self.lookup(ref)
         definition = translate.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
         if not found.isActive():
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
@@ -306,5 +319,5 @@ def _libvirts_job(found: "libvirt.virDomain") -> str | None:
     return f"the domain is busy with another job of libvirt's: {_OPERATIONS.get(operation, 'job')}"
 
 
-_: Callable[[str, bool], hypervisor.BackupDriver] = open
+_: Callable[["libvirt.virConnect"], hypervisor.BackupDriver] = LibvirtDriver
 """mypy's proof that the driver has every hook."""

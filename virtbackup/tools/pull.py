@@ -25,7 +25,7 @@ from typing import Any, cast
 import libvirt
 
 from virtbackup import api, errors, runtime
-from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import checksum, connection, copy
 from virtbackup.tools import chain, manifest
 
@@ -82,7 +82,7 @@ def pull(
         cancel.check()
         with _started(domain, plan.definition.format(), quiesce) as live_xml:
             info = domain.backupGetInfo()
-            plan.check_start(info)
+            plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(live_xml)
             jobs = _jobs(live, directory, plan)
             cancel.check()
@@ -157,28 +157,39 @@ class _Plan:
         files = [self.manifest_file, *(disk.file for disk in self.disks)]
         return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
 
-    def check_start(self, info: backup_conf.BackupInfo) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID where the guest's changes are not those that are wanted:
-        somebody was faster."""
-        since = {disk.name: disk.since.id if disk.since else None for disk in info.disks}
+    def as_started(self, info: backup_conf.BackupInfo) -> "_Plan":
+        """The same for the backup that runs: an increment that did not come to be one is whole.
+
+        Errors: VIR_ERR_OPERATION_INVALID where the guest's changes are since another backup than
+        the last one here: somebody was faster.
+        """
+        told = {disk.name: disk for disk in info.disks}
+        disks = []
         for disk in self.disks:
-            if since.get(disk.name) != disk.since:
+            since = told[disk.name].since if disk.name in told else None
+            if disk.since is not None and since is None:
+                reason = told[disk.name].type_reason
+                disk = dataclasses.replace(disk, backing=None, since=None, reason=reason)
+            if (since.id if since else None) != disk.since:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"disk '{disk.name}': another backup of branch '{self.definition.branch}' was"
                     " made just now",
                 )
+            disks.append(disk)
+        return dataclasses.replace(self, disks=tuple(disks))
 
 
 def _wanted(
     xml: str, domain_xml: str, branch: str | None, kind: backup_conf.DiskType | None
 ) -> backup_conf.BackupDef:
     """The backup that is asked for, aligned. Errors: those of BackupDef."""
-    given = backup_conf.BackupDef.parse(xml)
+    domain = domain_conf.DomainDef.parse(domain_xml)
+    given = translate.read(xml, lambda: domain)
     given = dataclasses.replace(given, branch=branch or given.branch)
     # What BRANCH may be called, the parser says.
     given = backup_conf.BackupDef.parse(given.format())
-    aligned = given.align_disks(domain_conf.DomainDef.parse(domain_xml))
+    aligned = given.align_disks(domain)
     disks = tuple(
         dataclasses.replace(disk, type=kind) if kind is not None and disk.present else disk
         for disk in aligned.disks
@@ -224,8 +235,8 @@ def _plan_next(
     for disk in wanted.disks:
         if disk.present:
             disks.append(_next_disk(disk, known, gaps.get(disk.name, ""), fmt))
-            kind: backup_conf.DiskType = "incremental" if disks[-1].backing else "full"
-            disk = dataclasses.replace(disk, type=kind)
+            if disks[-1].backing is None:  # else it is as asked for: the guest has a word in it
+                disk = dataclasses.replace(disk, type="full")
         definition.append(disk)
     return _Plan(
         dataclasses.replace(wanted, disks=tuple(definition)), tuple(disks), known.next_number
@@ -378,7 +389,9 @@ def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> 
 def _backing(disk: _Disk) -> copy.Backing | None:
     if disk.backing is None:
         return None
-    return copy.Backing(disk.backing.file, cast("copy.Format", disk.backing.format))
+    # What has a colon in its first part is taken for a protocol.
+    file = f"./{disk.backing.file}" if ":" in disk.backing.file else disk.backing.file
+    return copy.Backing(file, cast("copy.Format", disk.backing.format))
 
 
 def _server(address: backup_conf.Address) -> str | tuple[str, int]:

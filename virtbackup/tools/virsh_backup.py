@@ -16,6 +16,7 @@ import virtbackup
 from virtbackup.tools import (
     monitor_tools,
     virsh_branch,
+    virsh_compare,
     virsh_connection,
     virsh_domain,
     virsh_host,
@@ -381,6 +382,7 @@ TABLE = vsh.Table(
                 *COMMANDS,
                 *virsh_branch.COMMANDS,
                 *monitor_tools.COMMANDS,
+                virsh_compare.COMPARE,
                 virsh_pull.PULL,
                 virsh_translate.TRANSLATE,
                 virsh_host.CONNECT,
