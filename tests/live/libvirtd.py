@@ -275,10 +275,11 @@ class Host:
         try:
             yield Domain(found)
         finally:
+            # By the connection of now: the daemon may have been restarted.
             with contextlib.suppress(libvirt.libvirtError):
-                found.destroyFlags(0)
+                self.connection.lookupByName(name).destroy()
             if persistent:
-                _undefine(found)
+                _undefine(self.connection.lookupByName(name))
 
 
 @contextlib.contextmanager

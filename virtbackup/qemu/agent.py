@@ -96,7 +96,8 @@ def _in_time(call: Callable[[], Any], limit: float) -> Any:
     thread.start()
     thread.join(limit)
     if failed:
-        raise failed[0]
+        failure = failed[0]
+        raise errors.of_libvirt(failure) if isinstance(failure, libvirt.libvirtError) else failure
     if not returned:
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_TIMEOUT, f"guest agent: no answer within {limit:g} seconds"

@@ -116,6 +116,8 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     sight = verdict.look_at(session, running)
+            except monitor.NotListening:
+                return None  # the stop will say so
             except monitor.NoAnswer as failure:
                 if not _rescue(running, failure):
                     raise

@@ -6,6 +6,7 @@ beside libvirt's own jobs, with the same code as over a QMP socket.
 """
 
 import contextlib
+import logging
 import os
 import threading
 import urllib.parse
@@ -21,11 +22,12 @@ from virtbackup.qemu import (
     capabilities,
     domain,
     domain_obj,
-    monitor,
     passthrough,
     qmp,
     status,
 )
+
+logger = logging.getLogger(__name__)
 
 _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
 
@@ -44,6 +46,17 @@ _ENDS = {
 """Why a domain does not run, as libvirt tells it."""
 
 
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """libvirt's errors are errors of ours: the same, but of the type that callers look for."""
+    try:
+        yield
+    except errors.Error:
+        raise
+    except libvirt.libvirtError as failure:
+        raise errors.of_libvirt(failure) from failure
+
+
 class Opener:
     """Opens the driver by a URI, or on a connection of libvirt's that is open."""
 
@@ -56,7 +69,8 @@ class Opener:
         """
         plain, engine, native = _split(uri)
         connect = libvirt.openReadOnly if readonly else libvirt.open
-        host = LibvirtDriver(connect(plain), engine, lambda: connect(plain))
+        with _own_errors():
+            host = LibvirtDriver(connect(plain), engine, lambda: connect(plain))
         if not native:
             return host
         from virtbackup.qemu import libvirt_native
@@ -93,8 +107,8 @@ def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
     native = dict(options).get("native", "no")
     if native not in ("yes", "no"):
         raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': expected native=yes or no")
-    rest = urllib.parse.urlencode([pair for pair in options if pair[0] not in _OURS])
-    return urllib.parse.urlunsplit(parts._replace(query=rest)), engine, native == "yes"
+    rest = (pair for pair in parts.query.split("&") if pair.partition("=")[0] not in _OURS)
+    return urllib.parse.urlunsplit(parts._replace(query="&".join(rest))), engine, native == "yes"
 
 
 class LibvirtDriver:
@@ -111,6 +125,7 @@ class LibvirtDriver:
         self._current = connection
         self._connect = connect
         self._connecting = threading.Lock()
+        self._adding = threading.Lock()
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -133,14 +148,17 @@ class LibvirtDriver:
     @property
     def _connection(self) -> "libvirt.virConnect":
         """libvirt, by a new connection where the last was lost. Errors: libvirt's own."""
-        with self._connecting:
+        with self._connecting, _own_errors():
             if self._connect is not None and not self.is_alive():
                 self._current = self._connect()
+                logger.info("connected to libvirt anew")
             return self._current
 
+    @_own_errors()
     def get_type(self) -> str:
         return str(self._connection.getType())
 
+    @_own_errors()
     def get_version(self) -> int:
         return int(self._connection.getVersion())
 
@@ -155,6 +173,7 @@ class LibvirtDriver:
 
     # --- domains ---
 
+    @_own_errors()
     def list_domains(self) -> Sequence[hypervisor.DomainRef]:
         """libvirt's; and transient ones that are gone, while their backups' status files are."""
         found = [_ref(one) for one in self._connection.listAllDomains()]
@@ -171,34 +190,39 @@ class LibvirtDriver:
         path = urllib.parse.urlsplit(self._current.getURI()).path
         return status.StatusFile(f"libvirt {path} {uuid}")
 
+    @_own_errors()
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
         state, reason = self.lookup(ref).state()
         return state, reason
 
+    @_own_errors()
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return str(self.lookup(ref).XMLDesc(flags))
 
+    @_own_errors()
     def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
         """libvirt's own. Errors: VIR_ERR_NO_DOMAIN."""
         return self._connection.lookupByUUIDString(ref.uuid)
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
-        if ref.uuid not in self._domains:
-            self._domains[ref.uuid] = domain_obj.DomainObj(
-                self._file(ref.uuid),
-                lambda: self._session(ref),
-                self._engine,
-                quiesce=agent.LibvirtAgent(lambda: self.lookup(ref), ref.name),
-                why_gone=lambda: self._why_gone(ref),
-            )
-        return self._domains[ref.uuid]
+        with self._adding:
+            if ref.uuid not in self._domains:
+                self._domains[ref.uuid] = domain_obj.DomainObj(
+                    self._file(ref.uuid),
+                    lambda: self._session(ref),
+                    self._engine,
+                    quiesce=agent.LibvirtAgent(lambda: self.lookup(ref), ref.name),
+                    why_gone=lambda: self._why_gone(ref),
+                )
+            return self._domains[ref.uuid]
 
     def _why_gone(self, ref: hypervisor.DomainRef) -> str | None:
         """Why the domain does not run, in libvirt's knowledge; None where it has none."""
         try:
             state, reason = self.lookup(ref).state()
-        except libvirt.libvirtError:
-            return "the domain is gone"
+        except libvirt.libvirtError as failure:
+            gone = failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
+            return "the domain is gone" if gone else None
         return _ENDS.get(reason) if state == libvirt.VIR_DOMAIN_SHUTOFF else None
 
     @contextlib.contextmanager
@@ -206,12 +230,12 @@ class LibvirtDriver:
         """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
         try:
             found = self.lookup(ref)
-        except libvirt.libvirtError as failure:
+        except errors.Error as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-            raise monitor.NotListening(OSError(0, str(failure)), ref.name) from failure
+            raise passthrough.NotRunning(failure, ref.name) from failure
         try:
-            with passthrough.LibvirtMonitor(found, self._trace) as qemu:
+            with _own_errors(), passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
                 disks = domain_conf.DomainDef.parse(found.XMLDesc()).disks
                 yield domain.Session(qemu, identity, disks)
@@ -233,6 +257,7 @@ class LibvirtDriver:
 
     # --- backup ---
 
+    @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         found = self.lookup(ref)
         definition = translate.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
@@ -281,12 +306,14 @@ def _check_jobs(found: "libvirt.virDomain", definition: backup_conf.BackupDef) -
         # Of a disk without a medium libvirt says no word, but an error on stderr and in its log.
         if disk.target in left_out or not disk.has_medium:
             continue
+        job = None
         with contextlib.suppress(libvirt.libvirtError):
-            if found.blockJobInfo(disk.target, 0):
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-                    f"disk '{disk.target}' already in active block job of libvirt's",
-                )
+            job = found.blockJobInfo(disk.target, 0)
+        if job:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"disk '{disk.target}' already in active block job of libvirt's",
+            )
 
 
 _OPERATIONS = {

@@ -36,6 +36,20 @@ _GONE = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN}
 """What libvirt says of a domain that is not running, or not there."""
 
 
+_REFUSED = frozenset({libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_OPERATION_TIMEOUT})
+"""What libvirt says of a command that it did not pass on: the connection is read-only, or another
+job of its own on the domain does not end."""
+
+
+class NotRunning(monitor.NotListening):
+    """The domain does not run, in libvirt's own words."""
+
+    def __init__(self, failure: "libvirt.libvirtError", name: str) -> None:
+        super().__init__(OSError(0, str(failure)), name)
+        self.args = (str(failure),)
+        self.err = failure.err
+
+
 class LibvirtMonitor:
     """A ``monitor.Monitor`` of a domain of libvirt's."""
 
@@ -45,7 +59,7 @@ class LibvirtMonitor:
         return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
 
     def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
-        """Errors: monitor.NotListening when DOMAIN does not run; monitor.MonitorLost."""
+        """Errors: NotRunning when DOMAIN does not run; monitor.MonitorLost."""
         self._domain = domain
         self._trace = trace
         self._calls = _Calls(f"libvirt {domain.name()}")
@@ -126,10 +140,9 @@ class LibvirtMonitor:
     def _lost(self, failure: "libvirt.libvirtError") -> errors.Error:
         text = failure.get_error_message() or str(failure)
         if failure.get_error_code() in _GONE and not self._runs():
-            gone = OSError(0, text)
-            return monitor.NotListening(gone, self.path)
-        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED:
-            return errors.error(libvirt.VIR_ERR_OPERATION_DENIED, text)
+            return NotRunning(failure, self.path)
+        if failure.get_error_code() in _REFUSED:
+            return errors.of_libvirt(failure)
         return monitor.MonitorLost(text)
 
     def _runs(self) -> bool:
