@@ -99,6 +99,7 @@ def test_a_real_agent_by_way_of_libvirt(
         assert domain.state() == before
         if conftest.long():  # it is libvirt that waits for so long
             _ask(domain, "guest-exec", path="/bin/busybox", arg=["killall", "-STOP", "qemu-ga"])
+            libvirtd.wait_for(lambda: not _is_there(domain))
             with pytest.raises(virtbackup.Error) as error:
                 dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
             assert error.value.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE
@@ -109,6 +110,14 @@ def _ask(domain: libvirtd.Domain, command: str, **arguments: Any) -> Any:
     """What the agent says."""
     line = json.dumps({"execute": command, "arguments": arguments})
     return json.loads(libvirt_qemu.qemuAgentCommand(domain.libvirt, line, 30, 0))["return"]
+
+
+def _is_there(domain: libvirtd.Domain) -> bool:
+    try:
+        libvirt_qemu.qemuAgentCommand(domain.libvirt, '{"execute":"guest-ping"}', 1, 0)
+    except libvirt.libvirtError:
+        return False
+    return True
 
 
 def _status(domain: libvirtd.Domain) -> str:

@@ -253,6 +253,8 @@ def thaw(
         try:
             agent.thaw()
         except libvirt.libvirtError as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return True  # there is nothing any more that could stand still
             logger.error("agent=%s the guest's file systems are still FROZEN: %s",
                          agent.name, failure)  # fmt: skip
         else:
