@@ -50,7 +50,7 @@ security_default_confined = 0
 cgroup_controllers = []
 stdio_handler = "file"
 remember_owner = 0
-namespaces = [{namespaces}]
+namespaces = ["mount"]
 """
 _LIBVIRTD_CONF = """
 unix_sock_dir = "{directory}/sock"
@@ -76,7 +76,7 @@ class Libvirtd:
             (directory / name).mkdir()
         if like is not None:
             shutil.copytree(like.directory / "cache", directory / "cache", dirs_exist_ok=True)
-        (directory / "etc" / "qemu.conf").write_text(_QEMU_CONF.format(namespaces=""))
+        (directory / "etc" / "qemu.conf").write_text(_QEMU_CONF)
         conf = _LIBVIRTD_CONF.format(directory=directory, level=3, uuid=uuid.uuid4())
         (directory / "etc" / "libvirtd.conf").write_text(conf)
         self.log = directory / "libvirtd.log"
