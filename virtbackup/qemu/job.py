@@ -378,11 +378,11 @@ class BackupJob:
         return judged
 
     def _gone(self, running: status.Status) -> dict[str, str]:
-        """After QEMU's end. A verdict that was reached before it stands, unless the branch was to
-        follow and did not."""
+        """After QEMU's end. A good verdict that was reached before it stands where the branch has
+        moved on by it; else nobody can have heard of it yet, and what is not sure is not good."""
         last = self._file.load() or running
         last = dataclasses.replace(last, cancelled=last.cancelled or running.cancelled)
-        done = last.branch is None or last.advanced or last.cancelled
+        done = last.branch is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
             reasons = verdict.of_all(running, self._why_gone() or _GONE)
