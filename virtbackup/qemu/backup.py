@@ -90,9 +90,9 @@ class BackupPlan:
     def address(self) -> backup_conf.Address:
         return self.definition.address
 
-    def server_command(self) -> monitor_json.Command:
-        """Start the NBD server."""
-        return self.dialect.nbd_server_start(self.address)
+    def server_command(self, fdname: str | None = None) -> monitor_json.Command:
+        """Start the NBD server; on a socket that was handed over as FDNAME, if any."""
+        return self.dialect.nbd_server_start(self.address, fdname)
 
     def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
         """Open the new image: over the live disk where it is going to be exported itself."""
@@ -148,6 +148,8 @@ class BlockState:
     """
     nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
     """Every node, where they were asked for."""
+    strangers: tuple[block.Disk, ...] = ()
+    """The drives of the guest that those who give the disks their names do not know."""
 
     def backups(self) -> frozenset[naming.BackupId]:
         """The backups of which QEMU shows a job, an export or a node."""

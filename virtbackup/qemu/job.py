@@ -78,6 +78,7 @@ class BackupJob:
             self._connect() as session,
         ):
             state = self._make_room(session, bitmaps=definition.branch is not None)
+            definition = domain.check_known(session, definition, state)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
             plan = backup.plan(
@@ -115,6 +116,8 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     sight = verdict.look_at(session, running)
+            except monitor.NotListening:
+                return None  # the stop will say so
             except monitor.NoAnswer as failure:
                 if not _rescue(running, failure):
                     raise

@@ -187,6 +187,15 @@ def parse_add_fd(reply: Any) -> int:
     return _int(reply, "fdset-id")
 
 
+def getfd(fd: int, name: str) -> Command:
+    """Hand FD over under a NAME, for one command to use it up."""
+    return dataclasses.replace(_command("getfd", fdname=name), fds=(fd,))
+
+
+def closefd(name: str) -> Command:
+    return _command("closefd", fdname=name)
+
+
 def remove_fd(fdset_id: int) -> Command:
     return _command("remove-fd", fdset_id=fdset_id)
 
@@ -431,10 +440,14 @@ def job_dismiss(job: naming.JobId) -> Command:
 # --- NBD ---
 
 
-def nbd_server_start(address: backup_conf.Address, max_connections: int | None = 0) -> Command:
+def nbd_server_start(
+    address: backup_conf.Address, max_connections: int | None = 0, fdname: str | None = None
+) -> Command:
     """MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None, differs from version to
-    version."""
+    version. FDNAME is of a socket by ``getfd`` that listens at ADDRESS already."""
     match address:
+        case _ if fdname is not None:
+            addr: dict[str, Any] = {"type": "fd", "data": {"str": fdname}}
         case backup_conf.IpAddress(host, port):
             addr = {"type": "inet", "data": {"host": host, "port": str(port)}}
         case backup_conf.UnixAddress(path):

@@ -102,6 +102,11 @@ def fdset_opaque(backup: BackupId, number: int) -> str:
     return f"{PREFIX}{backup}-{number}"
 
 
+def socket_name(backup: BackupId) -> str:
+    """What the socket of the NBD server is called on its way to QEMU."""
+    return f"{PREFIX}{backup}"
+
+
 def backup_of(name: str) -> BackupId | None:
     """Whose backup's thing NAME is, or None when it is none of ours."""
     match = _OURS.fullmatch(name)

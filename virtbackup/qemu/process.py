@@ -6,8 +6,11 @@ The caller undoes a run that fails, by a sweep; a step here only does.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
+import pwd
+import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,7 +18,20 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import backup, block, monitor, monitor_json, nbdserver, qcow2, scratch, watch
+from virtbackup.qemu import (
+    backup,
+    block,
+    monitor,
+    monitor_json,
+    naming,
+    nbdserver,
+    qcow2,
+    scratch,
+    watch,
+)
+
+_BACKLOG = 128
+"""Clients that may wait to be taken on, as QEMU's own socket has it for any number of clients."""
 
 
 class ServerRefused(errors.Error):
@@ -44,11 +60,18 @@ class Run:
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
 
+        On a unix socket that we make ourselves where QEMU is another user's, who need not be
+        allowed to make one there.
+
         Errors: VIR_ERR_OPERATION_INVALID when somebody else has started it, else
         VIR_ERR_OPERATION_FAILED with the address; ServerRefused where it is sure that it was not.
         """
+        address = self.plan.address
         try:
-            self.qemu.execute(self.plan.server_command())
+            if isinstance(address, backup_conf.UnixAddress) and self._other_user is not None:
+                self._server_by_fd(address.path)
+            else:
+                self.qemu.execute(self.plan.server_command())
         except monitor_json.CommandFailed as failure:
             if failure.desc == "NBD server already running":
                 raise ServerRefused(
@@ -56,18 +79,47 @@ class Run:
                     "Requested operation is not valid: %s",
                     "the domain's NBD server is already in use by another job or client",
                 ) from failure
-            detail = f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}"
+            detail = f"cannot listen on {nbdserver.describe(address)}: {self._words(failure)}"
             if failure.desc.startswith("Failed to "):  # find a port, bind a socket
                 raise ServerRefused(
                     libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: %s", detail
                 ) from failure
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, detail) from failure
 
+    def _server_by_fd(self, path: str) -> None:
+        name = naming.socket_name(self.plan.id)
+        with socket.socket(socket.AF_UNIX) as listening:
+            _listen(listening, path)
+            try:
+                self.qemu.execute(monitor_json.getfd(listening.fileno(), name))
+                self.qemu.execute(self.plan.server_command(name))
+            except monitor_json.CommandFailed:
+                pathlib.Path(path).unlink()
+                with contextlib.suppress(monitor_json.CommandFailed):
+                    self.qemu.execute(monitor_json.closefd(name))
+                raise
+
+    @property
+    def _other_user(self) -> int | None:
+        """QEMU's user, if it is another one than ours and takes files from us."""
+        uid = self.qemu.peer_uid()
+        return uid if uid != os.geteuid() and self.qemu.passes_files else None
+
+    def _words(self, failure: monitor_json.CommandFailed) -> str:
+        """A refusal; where QEMU may not do something, who it is."""
+        uid = self.qemu.peer_uid()
+        if uid == os.geteuid() or os.strerror(errno.EACCES) not in failure.desc:
+            return failure.desc
+        return f"{failure.desc} (QEMU runs as user {_user(uid)})"
+
     def scratch_images(self) -> None:
         """Make every disk's scratch image and open it over the live disk."""
         for disk in self.plan.disks:
-            with _naming(disk.target), self._scratch_file(disk) as filename:
-                self.qemu.execute_all(self._scratch_commands(disk, filename))
+            try:
+                with self._scratch_file(disk) as filename:
+                    self.qemu.execute_all(self._scratch_commands(disk, filename))
+            except monitor_json.CommandFailed as failure:
+                raise _of_disk(disk.target, failure, self._words(failure)) from failure
 
     def _scratch_commands(self, disk: backup.DiskPlan, filename: str) -> list[monitor_json.Command]:
         commands = [self.plan.scratch_command(disk, filename)]
@@ -181,18 +233,33 @@ def check_address(address: backup_conf.Address) -> None:
         )
 
 
-@contextlib.contextmanager
-def _naming(target: str) -> Iterator[None]:
-    """Say of which disk a refused command was."""
+def _listen(listening: socket.socket, path: str) -> None:
+    """Errors: ServerRefused."""
     try:
-        yield
-    except monitor_json.CommandFailed as failure:
-        raise _of_disk(target, failure) from failure
+        pathlib.Path(path).unlink(missing_ok=True)  # nobody listens there: ``check_address``
+        listening.bind(path)
+        listening.listen(_BACKLOG)
+    except OSError as failure:
+        detail = f"cannot listen on '{path}': {failure.strerror or failure}"
+        raise ServerRefused(
+            libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: %s", detail
+        ) from failure
 
 
-def _of_disk(target: str, failure: monitor_json.CommandFailed) -> errors.Error:
+def _user(uid: int) -> str:
+    """A user as people know it."""
+    try:
+        return f"'{pwd.getpwuid(uid).pw_name}'"
+    except KeyError:
+        return str(uid)
+
+
+def _of_disk(
+    target: str, failure: monitor_json.CommandFailed, words: str | None = None
+) -> errors.Error:
+    """A refused command, and of which disk it was; WORDS in place of the refusal's own."""
     return errors.error(
         libvirt.VIR_ERR_INTERNAL_ERROR,
         f"disk '{target}': unable to execute QEMU command '{failure.command.execute}':"
-        f" {failure.desc}",
+        f" {words or failure.desc}",
     )
