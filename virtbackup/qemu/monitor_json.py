@@ -423,7 +423,8 @@ def nbd_server_start(address: backup_conf.Address, max_connections: int | None =
     """MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None, differs from version to
     version."""
     match address:
-        case backup_conf.IpAddress(host, port):
+        case backup_conf.IpAddress():
+            host, port = address.endpoint
             addr = {"type": "inet", "data": {"host": host, "port": str(port)}}
         case backup_conf.UnixAddress(path):
             addr = {"type": "unix", "data": {"path": path}}

@@ -85,7 +85,8 @@ def describe(address: backup_conf.Address) -> str:
     """An address as people write it."""
     match address:
         case backup_conf.IpAddress(host, port):
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            where = f"[{host}]" if ":" in host else host
+            return f"a free port of {where}" if port is None else f"{where}:{port}"
         case backup_conf.UnixAddress(path):
             return f"'{path}'"
 
@@ -145,7 +146,8 @@ def answers(address: backup_conf.Address) -> bool:
     """Whether anybody listens on ADDRESS."""
     try:
         match address:
-            case backup_conf.IpAddress(host, port):
+            case backup_conf.IpAddress():
+                host, port = address.endpoint
                 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
                 socket.create_connection((host, port), timeout=2).close()
             case backup_conf.UnixAddress(path):
@@ -195,7 +197,8 @@ def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int
     match address:
         case backup_conf.UnixAddress(path):
             return _unix_inodes(_lines(pid, "unix"), path)
-        case backup_conf.IpAddress(host, port):
+        case backup_conf.IpAddress():
+            host, port = address.endpoint
             lines = [*_lines(pid, "tcp"), *_lines(pid, "tcp6")]
             listening, connected = _tcp_inodes(lines, _number(host), port)
             if any(_descriptors(pid, inode) for inode in listening):

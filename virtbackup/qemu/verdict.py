@@ -83,8 +83,8 @@ def _seen_by_client(
     except ImportError:
         return {}
     match address:
-        case backup_conf.IpAddress(host, port):
-            server: str | tuple[str, int] = (host, port)
+        case backup_conf.IpAddress():
+            server: str | tuple[str, int] = address.endpoint
         case backup_conf.UnixAddress(path):
             server = path
     broken = {}

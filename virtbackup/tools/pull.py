@@ -384,7 +384,8 @@ def _backing(disk: _Disk) -> copy.Backing | None:
 def _server(address: backup_conf.Address) -> str | tuple[str, int]:
     if isinstance(address, backup_conf.UnixAddress):
         return address.path
-    return _ANY_HOST.get(address.host, address.host), address.port
+    host, port = address.endpoint
+    return _ANY_HOST.get(host, host), port
 
 
 # --- after ----------------------------------------------------------------------------------------
