@@ -58,6 +58,8 @@ class CannedQemu:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.exports: dict[str, str] = {}
         self.fdsets: dict[int, str] = {}
+        self.fds: set[str] = set()
+        """Descriptors by the names that they were handed over with."""
         self.server = False
         self.run_state = "running"
         self.io_status = "ok"
@@ -76,11 +78,12 @@ class CannedQemu:
 
     def is_clean(self) -> bool:
         """Whether nothing is left of any backup."""
-        return not (self.nodes or self.jobs or self.exports or self.fdsets or self.server)
+        left = (self.nodes, self.jobs, self.exports, self.fdsets, self.fds)
+        return not (any(left) or self.server)
 
     def clean(self) -> None:
         """Somebody else takes away what is left."""
-        for one in (self.nodes, self.jobs, self.exports, self.fdsets):
+        for one in (self.nodes, self.jobs, self.exports, self.fdsets, self.fds):
             one.clear()
         self.server = False
 
@@ -178,6 +181,17 @@ class CannedQemu:
         del self.fdsets[arguments["fdset-id"]]
         return {}
 
+    def _getfd(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        self.fds.add(arguments["fdname"])
+        return {}
+
+    def _closefd(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        if arguments["fdname"] not in self.fds:
+            name = arguments["fdname"]
+            raise self.failure(command, f"File descriptor named '{name}' not found")
+        self.fds.remove(arguments["fdname"])
+        return {}
+
     def _blockdev_add(self, command: monitor_json.Command, arguments: Any) -> Reply:
         options = arguments.get("options", arguments)
         if options["driver"] == "bochs":
@@ -246,6 +260,8 @@ class CannedQemu:
     def _nbd_server_start(self, command: monitor_json.Command, arguments: Any) -> Reply:
         if self.server:
             raise self.failure(command, "NBD server already running")
+        if arguments["addr"]["type"] == "fd":
+            self.fds.remove(arguments["addr"]["data"]["str"])
         self.server = True
         return {}
 

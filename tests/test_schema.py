@@ -117,6 +117,11 @@ def over_tcp(bench: Bench) -> None:
     good(bench)
 
 
+def on_a_picked_port(bench: Bench) -> None:
+    bench.address = backup_conf.IpAddress("127.0.0.1", autoport=True)
+    good(bench)
+
+
 def with_a_job_that_ended(bench: Bench) -> None:
     bench.start()
     bench.qemu.end_job(bench.jobs[0], "Input/output error")
@@ -162,7 +167,7 @@ def in_an_iothread(bench: Bench) -> None:
 
 
 KINDS: list[Callable[[Bench], None]] = [
-    good, paused, over_tcp, with_a_job_that_ended, with_a_guest_that_was_stopped,
+    good, paused, over_tcp, on_a_picked_port, with_a_job_that_ended, with_a_guest_that_was_stopped,
     with_disks_that_were_unplugged, that_is_given_up, of_which_nobody_knows, in_an_iothread,
 ]  # fmt: skip
 
@@ -202,7 +207,8 @@ def sent_by(path: pathlib.Path, directory: pathlib.Path) -> list[monitor_json.Co
             kind(bench)
             assert bench.qemu.is_clean(), kind.__name__
             sent += bench.qemu.sent
-        sent += sent_when_refused(path, directory, engine, identity)
+        for address in (first.address, backup_conf.IpAddress("127.0.0.1", autoport=True)):
+            sent += sent_when_refused(path, directory, engine, identity, address)
     return sent
 
 
@@ -211,11 +217,13 @@ def sent_when_refused(
     directory: pathlib.Path,
     engine: capabilities.Engine,
     identity: domain.Identity,
+    address: backup_conf.Address,
 ) -> Iterator[monitor_json.Command]:
     """A good backup with a command refused: the first in the first round, the next in the next."""
     number = 0
     while True:
         bench = Bench(path, directory, engine, identity)
+        bench.address = address
         bench.qemu.refuse = refusal = Refusal(number)
         with contextlib.suppress(errors.Error):
             whole(bench)

@@ -90,9 +90,20 @@ class BackupPlan:
     def address(self) -> backup_conf.Address:
         return self.definition.address
 
-    def server_command(self) -> monitor_json.Command:
-        """Start the NBD server."""
-        return self.dialect.nbd_server_start(self.address)
+    def listening_on(self, address: backup_conf.Address) -> "BackupPlan":
+        """The same plan, once it is known where the NBD server is going to listen."""
+        definition = dataclasses.replace(self.definition, address=address)
+        return dataclasses.replace(self, definition=definition)
+
+    def server_commands(self, fd: int | None = None) -> list[monitor_json.Command]:
+        """Start the NBD server, one command after the other; FD is its socket, where it has one."""
+        if fd is None:
+            return [self.dialect.nbd_server_start(self.address)]
+        name = naming.listener_fd(self.id)
+        return [
+            monitor_json.getfd(fd, name),
+            self.dialect.nbd_server_start(self.address, name),
+        ]
 
     def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
         """Open the new image: over the live disk where it is going to be exported itself."""

@@ -33,6 +33,7 @@ FEATURES: Mapping[str, str] = {
     "on-cbw-error": "blockdev-backup/on-cbw-error",
     "transaction.blockdev-backup": "transaction/actions/+blockdev-backup",
     "nbd-server-start.max-connections": "nbd-server-start/max-connections",
+    "nbd-server-start.fd": "nbd-server-start/addr/+fd",
     "nbd-server-add.name": "nbd-server-add/name",
     "nbd-server-add.bitmap": "nbd-server-add/bitmap",
     "block-export-add.bitmaps": "block-export-add/+nbd/bitmaps",
@@ -174,6 +175,11 @@ class Capabilities:
     def fdsets(self) -> bool:
         """Files can be handed over as descriptors and taken back."""
         return {"add-fd", "remove-fd", "query-fdsets"} <= self.commands
+
+    @property
+    def takes_listener(self) -> bool:
+        """The NBD server can be handed a socket that listens."""
+        return {"getfd", "closefd"} <= self.commands and "nbd-server-start.fd" in self.features
 
     @property
     def wraps_options(self) -> bool:

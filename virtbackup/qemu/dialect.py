@@ -86,8 +86,11 @@ class Dialect:
 
     # --- NBD ---
 
-    def nbd_server_start(self, address: backup_conf.Address) -> monitor_json.Command:
-        return monitor_json.nbd_server_start(address, 0 if self.caps.max_connections else None)
+    def nbd_server_start(
+        self, address: backup_conf.Address, fdname: str | None = None
+    ) -> monitor_json.Command:
+        most = 0 if self.caps.max_connections else None
+        return monitor_json.nbd_server_start(address, most, fdname)
 
     def export_add(
         self,

@@ -25,6 +25,7 @@ from virtbackup.qemu import (
     capabilities,
     cleanup,
     domain,
+    listener,
     monitor,
     naming,
     nbdserver,
@@ -92,9 +93,19 @@ class BackupJob:
             starting = _starting(plan, thresholds, session, owner, state.io_error)
             fdsets = session.capabilities.fdsets and session.qemu.passes_files
             by_fd = fdsets and state.vcpus_run
-            run = process.Run(session.qemu, plan, by_fd, thresholds)
-            self._run(run, session, starting, quiesce)
-            return id, run.images
+            tries = listener.TRIES
+            while True:
+                tries -= 1
+                with listener.reserve(plan.address, _takes_listener(session)) as where:
+                    run = process.Run(
+                        session, plan.listening_on(where.address), where, by_fd, thresholds
+                    )
+                    try:
+                        self._run(run, starting, quiesce)
+                        return id, run.images
+                    except process.PortTaken:
+                        if not tries:
+                            raise
 
     def is_over(self, id: naming.BackupId) -> bool:
         """Whether backup ID has ended or is ending."""
@@ -285,16 +296,17 @@ class BackupJob:
     def _run(
         self,
         run: process.Run,
-        session: domain.Session,
         starting: status.Status,
         quiesce: agent.Agent | None,
     ) -> None:
         """Do the plan, or undo all of it."""
+        starting = dataclasses.replace(starting, definition=run.plan.definition.format())
         self._file.save(starting)
         try:
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
             starting = dataclasses.replace(starting, server=True, socket=socket)
+            run.check_server()
             run.scratch_images()
             starting = _with_inodes(starting, run.inodes)
             self._file.save(starting)
@@ -309,7 +321,7 @@ class BackupJob:
             if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
             starting = _with_inodes(starting, run.inodes)
-            self._undo(session, _without_others_files(starting, run.created))
+            self._undo(run.session, _without_others_files(starting, run.created))
             raise
         logger.info("backup=%s started disks=%d", starting.id, len(starting.disks))
 
@@ -518,6 +530,12 @@ def _starting(
             for disk in plan.disks
         ),
     )
+
+
+def _takes_listener(session: domain.Session) -> bool:
+    """Whether QEMU can be handed the NBD server's socket, and is in our network with it."""
+    passes = session.qemu.passes_files and session.capabilities.takes_listener
+    return passes and listener.same_network(session.pid)
 
 
 def _with_inodes(starting: status.Status, inodes: Mapping[str, int]) -> status.Status:

@@ -41,8 +41,12 @@ class CommandFailed(errors.Error):
         self.desc = desc
 
 
-class JobNotFound(CommandFailed):
-    """The job is not there (any more): not a failure of the monitor (the patch's second part)."""
+class NotFound(CommandFailed):
+    """What was to be taken away is not there (any more): not a failure of the monitor."""
+
+
+class JobNotFound(NotFound):
+    """It was a job (the patch's second part)."""
 
 
 def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
@@ -53,6 +57,8 @@ def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
             kind = JobNotFound
         case "job-cancel" | "job-dismiss", _, "Job not found":
             kind = JobNotFound
+        case "closefd", _, desc if desc.endswith(" not found"):
+            kind = NotFound
     return kind(command, failure.error_class, failure.desc)
 
 
@@ -203,6 +209,16 @@ def parse_fdsets(reply: Any) -> dict[int, tuple[str, ...]]:
         )
         for fdset in _list(reply)
     }
+
+
+def getfd(fd: int, name: str) -> Command:
+    """Hand FD over under NAME, for one command that uses it up."""
+    return dataclasses.replace(_command("getfd", fdname=name), fds=(fd,))
+
+
+def closefd(name: str) -> Command:
+    """Take back what was handed over by ``getfd``. Fails as NotFound where it is not there."""
+    return _command("closefd", fdname=name)
 
 
 # --- nodes ---
@@ -419,10 +435,15 @@ def job_dismiss(job: naming.JobId) -> Command:
 # --- NBD ---
 
 
-def nbd_server_start(address: backup_conf.Address, max_connections: int | None = 0) -> Command:
-    """MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None, differs from version to
-    version."""
+def nbd_server_start(
+    address: backup_conf.Address, max_connections: int | None = 0, fdname: str | None = None
+) -> Command:
+    """Listen on ADDRESS, or with the socket that was handed over as FDNAME. MAX_CONNECTIONS 0 is
+    any number of clients; QEMU's own limit, None, differs from version to version."""
+    addr: dict[str, Any]
     match address:
+        case _ if fdname is not None:
+            addr = {"type": "fd", "data": {"str": fdname}}
         case backup_conf.IpAddress():
             host, port = address.endpoint
             addr = {"type": "inet", "data": {"host": host, "port": str(port)}}

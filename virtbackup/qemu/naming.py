@@ -101,6 +101,11 @@ def fdset_opaque(backup: BackupId, number: int) -> str:
     return f"{PREFIX}{backup}-{number}"
 
 
+def listener_fd(backup: BackupId) -> str:
+    """The descriptor that hands the NBD server's socket over, until the server has it."""
+    return f"{PREFIX}{backup}-0-nbd"
+
+
 def backup_of(name: str) -> BackupId | None:
     """Whose backup's thing NAME is, or None when it is none of ours."""
     match = _OURS.fullmatch(name)

@@ -6,6 +6,7 @@ The caller undoes a run that fails, by a sweep; a step here only does.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import stat
@@ -15,7 +16,18 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import backup, block, monitor, monitor_json, nbdserver, qcow2, scratch, watch
+from virtbackup.qemu import (
+    backup,
+    block,
+    domain,
+    listener,
+    monitor,
+    monitor_json,
+    nbdserver,
+    qcow2,
+    scratch,
+    watch,
+)
 
 
 class ServerRefused(errors.Error):
@@ -25,13 +37,18 @@ class ServerRefused(errors.Error):
         super().__init__(code, text % detail, strings=(text, detail, None))
 
 
+class PortTaken(ServerRefused):
+    """Somebody else has the port that was free when it was picked."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a plan; BY_FD says how scratch images are handed over, THRESHOLDS how large each
-    disk's may grow until QEMU takes a note."""
+    """One run of a plan, its NBD server on LISTENER; BY_FD says how scratch images are handed over,
+    THRESHOLDS how large each disk's may grow until QEMU takes a note."""
 
-    qemu: monitor.Monitor
+    session: domain.Session
     plan: backup.BackupPlan
+    listener: listener.Listener
     by_fd: bool
     thresholds: Mapping[str, int]
     created: list[str] = dataclasses.field(default_factory=list)
@@ -41,14 +58,37 @@ class Run:
     images: list[watch.Image] = dataclasses.field(default_factory=list)
     """The scratch images that may grow, so far; the descriptors are the caller's to close."""
 
+    @property
+    def qemu(self) -> monitor.Monitor:
+        return self.session.qemu
+
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
 
         Errors: VIR_ERR_OPERATION_INVALID when somebody else has started it, else
-        VIR_ERR_OPERATION_FAILED with the address; ServerRefused where it is sure that it was not.
+        VIR_ERR_OPERATION_FAILED with the address; ServerRefused where it is sure that it was not,
+        PortTaken where another port may do.
         """
         try:
-            self.qemu.execute(self.plan.server_command())
+            self._start_server()
+        finally:
+            self.listener.close()
+
+    def check_server(self) -> None:
+        """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so. Of a process
+        that cannot be seen, QEMU's word is taken; one that only passes the monitor on may have
+        another network than QEMU."""
+        pid, address = self.session.pid, self.plan.address
+        if not (pid is None or nbdserver.listens(pid, address) or nbdserver.answers(address)):
+            where = nbdserver.describe(address)
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED, f"the NBD server does not listen on {where}"
+            )
+
+    def _start_server(self) -> None:
+        try:
+            for command in self.plan.server_commands(self.listener.fd):
+                self.qemu.execute(command)
         except monitor_json.CommandFailed as failure:
             if failure.desc == "NBD server already running":
                 raise ServerRefused(
@@ -58,7 +98,11 @@ class Run:
                 ) from failure
             detail = f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}"
             if failure.desc.startswith("Failed to "):  # find a port, bind a socket
-                raise ServerRefused(
+                address = self.plan.address
+                picked = isinstance(address, backup_conf.IpAddress) and address.picks_port
+                taken = picked and failure.desc.endswith(os.strerror(errno.EADDRINUSE))
+                kind = PortTaken if taken else ServerRefused
+                raise kind(
                     libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: %s", detail
                 ) from failure
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, detail) from failure

@@ -194,6 +194,13 @@ class Sweeper:
             if self._execute(monitor_json.remove_fd(fdset))
         ]
 
+    def listener(self) -> None:
+        """Take back the socket that was handed over for an NBD server that was not started."""
+        address = self.address
+        picked = isinstance(address, backup_conf.IpAddress) and address.picks_port
+        if self.backup is not None and picked and self.caps.takes_listener:
+            self._execute(monitor_json.closefd(naming.listener_fd(self.backup)))
+
     def remaining(self) -> list[str]:
         """What of ours is still there."""
         exports = [f"export '{export.id}'" for export in self._own_exports()]
@@ -242,7 +249,7 @@ class Sweeper:
         """Whether QEMU did it. That it was gone already is no news; else the reason is logged."""
         try:
             self.qemu.execute(command)
-        except monitor_json.JobNotFound:
+        except monitor_json.NotFound:
             return False
         except monitor_json.CommandFailed as failure:
             logger.warning("cleanup command=%s failed: %s", command.execute, failure.desc)
