@@ -102,6 +102,7 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
         stopped_server, server_left = sweeper.server()
         removed += stopped_server
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
+    removed += sweeper.credentials()
     removed += sweeper.fdsets()
     joined, divided = _join_branches(session, left)
     removed += joined

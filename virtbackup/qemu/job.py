@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import libvirt
 
-from virtbackup import errors, runtime
+from virtbackup import config, errors, runtime
 from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
     agent,
@@ -72,6 +72,7 @@ class BackupJob:
         Its id, and the scratch images to be watched, whose descriptors the caller gets. Nothing
         remains of a start that fails.
         """
+        tls = config.load().credentials() if definition.address.tls else None
         sources = [disk.source or storage_conf.Source() for disk in definition.disks]
         with (
             scratch.ask([storage_conf.Source(), *sources]) as asked,
@@ -81,9 +82,8 @@ class BackupJob:
             state = self._make_room(session, bitmaps=definition.branch is not None)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
-            plan = backup.plan(
-                aligned, state, session.capabilities, id, scratch.default_directory(), engine
-            )
+            place = scratch.default_directory()
+            plan = backup.plan(aligned, state, session.capabilities, id, place, engine, tls)
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
             scratch.check(wanted, asked)

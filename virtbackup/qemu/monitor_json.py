@@ -57,7 +57,7 @@ def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
             kind = JobNotFound
         case "job-cancel" | "job-dismiss", _, "Job not found":
             kind = JobNotFound
-        case "closefd", _, desc if desc.endswith(" not found"):
+        case "closefd" | "object-del", _, desc if desc.endswith(" not found"):
             kind = NotFound
     return kind(command, failure.error_class, failure.desc)
 
@@ -170,6 +170,27 @@ def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
     """The ids of the iothreads in a ``qom-list`` of ``/objects``."""
     return tuple(
         _str(item, "name") for item in _list(reply) if _str(item, "type") == "child<iothread>"
+    )
+
+
+def object_add(kind: str, id: str, wrapped: bool, **properties: Any) -> Command:
+    """Make an object; WRAPPED: its properties are one argument. None is left out."""
+    given = {k.replace("_", "-"): value for k, value in properties.items() if value is not None}
+    rest = {"props": given} if wrapped else given
+    return Command("object-add", {"qom-type": kind, "id": id, **rest})
+
+
+def object_del(id: str) -> Command:
+    """Fails as NotFound where there is none of that ID."""
+    return _command("object-del", id=id)
+
+
+def parse_credentials(reply: Any) -> tuple[str, ...]:
+    """The ids of the TLS credentials in a ``qom-list`` of ``/objects``."""
+    return tuple(
+        _str(item, "name")
+        for item in _list(reply)
+        if _str(item, "type").startswith("child<tls-creds-")
     )
 
 
@@ -436,10 +457,14 @@ def job_dismiss(job: naming.JobId) -> Command:
 
 
 def nbd_server_start(
-    address: backup_conf.Address, max_connections: int | None = 0, fdname: str | None = None
+    address: backup_conf.Address,
+    max_connections: int | None = 0,
+    fdname: str | None = None,
+    tls_creds: str | None = None,
 ) -> Command:
-    """Listen on ADDRESS, or with the socket that was handed over as FDNAME. MAX_CONNECTIONS 0 is
-    any number of clients; QEMU's own limit, None, differs from version to version."""
+    """Listen on ADDRESS, or with the socket that was handed over as FDNAME; with TLS_CREDS only to
+    clients that go by these. MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None,
+    differs from version to version."""
     addr: dict[str, Any]
     match address:
         case _ if fdname is not None:
@@ -449,7 +474,9 @@ def nbd_server_start(
             addr = {"type": "inet", "data": {"host": host, "port": str(port)}}
         case backup_conf.UnixAddress(path):
             addr = {"type": "unix", "data": {"path": path}}
-    return _command("nbd-server-start", addr=addr, max_connections=max_connections)
+    return _command(
+        "nbd-server-start", addr=addr, max_connections=max_connections, tls_creds=tls_creds
+    )
 
 
 def nbd_server_stop() -> Command:

@@ -106,6 +106,11 @@ def listener_fd(backup: BackupId) -> str:
     return f"{PREFIX}{backup}-0-nbd"
 
 
+def credentials(backup: BackupId) -> str:
+    """The object that has the NBD server's TLS credentials."""
+    return f"{PREFIX}{backup}-0-tls"
+
+
 def backup_of(name: str) -> BackupId | None:
     """Whose backup's thing NAME is, or None when it is none of ours."""
     match = _OURS.fullmatch(name)

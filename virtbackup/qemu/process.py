@@ -90,6 +90,14 @@ class Run:
             for command in self.plan.server_commands(self.listener.fd):
                 self.qemu.execute(command)
         except monitor_json.CommandFailed as failure:
+            if failure.command.execute == "object-add":
+                assert self.plan.credentials is not None
+                raise ServerRefused(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    "operation failed: %s",
+                    f"QEMU cannot use the TLS credentials in '{self.plan.credentials.directory}':"
+                    f" {failure.desc}",
+                ) from failure
             if failure.desc == "NBD server already running":
                 raise ServerRefused(
                     libvirt.VIR_ERR_OPERATION_INVALID,

@@ -186,6 +186,16 @@ class Sweeper:
         except monitor_json.CommandFailed as failure:
             logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
 
+    def credentials(self) -> list[str]:
+        """Delete the TLS credentials of our NBD server, after it."""
+        if self.address is None or self.backup is None:
+            ids = self._own_credentials()
+        else:
+            ids = [naming.credentials(self.backup)] if self.address.tls else []
+        return [
+            f"TLS credentials '{id}'" for id in ids if self._execute(monitor_json.object_del(id))
+        ]
+
     def fdsets(self) -> list[str]:
         """Take back the descriptors we handed over."""
         return [
@@ -206,7 +216,7 @@ class Sweeper:
         exports = [f"export '{export.id}'" for export in self._own_exports()]
         jobs = [f"job '{job.id}'" for job in self._own_jobs()]
         nodes = [f"node '{node}'" for node in self._node_names() if self._is_ours(node)]
-        return [*exports, *jobs, *nodes]
+        return [*exports, *jobs, *nodes, *(f"object '{id}'" for id in self._own_credentials())]
 
     # --- what is ours ---
 
@@ -236,6 +246,18 @@ class Sweeper:
             return block.parse_graph(self.qemu.execute(monitor_json.query_block_graph())).nodes()
         jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
         return domain.named_nodes(self.qemu, self.caps, jobs.values())
+
+    def _own_credentials(self) -> list[str]:
+        if self.address is not None and not self.address.tls:
+            return []
+        if not {"qom-list", "object-del"} <= self.caps.commands:
+            return []
+        try:
+            reply = self.qemu.execute(monitor_json.qom_list("/objects"))
+        except monitor_json.CommandFailed as failure:
+            logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
+            return []  # as where no object was ever made
+        return [id for id in monitor_json.parse_credentials(reply) if self._is_ours(id)]
 
     def _own_fdsets(self) -> list[int]:
         if not self.caps.fdsets:
