@@ -19,6 +19,9 @@ from virtbackup.qemu import domain, monitor_json, qmp, recording, sweep
 DISK_SIZE = 16 << 40
 """Guest-visible bytes of the disks: no machine has room for their scratch images."""
 
+MONITOR = "/qmp.sock"
+"""Where its monitor listens."""
+
 Reply = Any
 
 
@@ -163,6 +166,9 @@ class CannedQemu:
             {"fdset-id": id, "fds": [{"fd": 3, "opaque": opaque}]}
             for id, opaque in self.fdsets.items()
         ]
+
+    def _query_chardev(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        return [{"label": "qmp", "filename": f"unix:{MONITOR},server=on", "frontend-open": True}]
 
     def _qom_list(self, command: monitor_json.Command, arguments: Any) -> Reply:
         objects = {**self.objects, **({"io0": "iothread"} if self.iothread else {})}

@@ -139,7 +139,8 @@ REFUSED: list[tuple[Any, int, str]] = [
     (lambda: virtbackup.open("just words"), libvirt.VIR_ERR_NO_CONNECT,
      "no connection driver available for just words"),
     (lambda: virtbackup.open("qmp://relative/path"), libvirt.VIR_ERR_INVALID_ARG,
-     "'qmp://relative/path': expected qmp:///absolute/path/to/qmp.sock[?engine=classic|hybrid]"),
+     "'qmp://relative/path': expected qmp:///absolute/path/to/qmp.sock[?engine=classic|hybrid]"
+        "[&agent=/absolute/path/to/qga.sock]"),
     (lambda: virtbackup.open("qmp:///nonexistent.sock"), libvirt.VIR_ERR_SYSTEM_ERROR,
      "failed to connect to monitor socket '/nonexistent.sock': No such file or directory"),
     (lambda: virtbackup.open("recorder:///").lookupByName("nope"), libvirt.VIR_ERR_NO_DOMAIN,

@@ -115,6 +115,7 @@ _disks = st.builds(
     source=st.none() | _sources,
     granularity=st.none() | st.integers(9, 31).map(lambda bits: 1 << bits),
     exportname=st.none() | _names,
+    reason=st.none() | _names,
 )
 _definitions = st.builds(
     backup_conf.BackupDef,

@@ -236,6 +236,10 @@ PARSERS: dict[str, tuple[Parser, list[Any]]] = {
         monitor_json.parse_fdsets,
         [[{"fdset-id": 0, "fds": [{"fd": 24, "opaque": "virtbackup-00000000-0"}]}]],
     ),
+    "parse_chardevs": (
+        monitor_json.parse_chardevs,
+        [[{"label": "compat_monitor0", "filename": "unix:/qmp,server=on", "frontend-open": True}]],
+    ),
     "parse_jobs": (monitor_json.parse_jobs, _recorded("query-jobs")),
     "parse_block_jobs": (
         monitor_json.parse_block_jobs,

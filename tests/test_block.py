@@ -96,6 +96,7 @@ def test_jobs_identity_and_commands(version: str) -> None:
         monitor_json.parse_exports,
         monitor_json.parse_commands,
         monitor_json.parse_fdsets,
+        monitor_json.parse_chardevs,
         monitor_json.parse_status,
         monitor_json.parse_name,
         monitor_json.parse_uuid,

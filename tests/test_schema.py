@@ -19,9 +19,18 @@ import libvirt
 import pytest
 
 from tests import canned_qemu, replies, schema
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import capabilities, domain, job, monitor_json, recording, status, sweep
+from virtbackup.qemu import (
+    capabilities,
+    domain,
+    job,
+    monitor_json,
+    nbdserver,
+    recording,
+    status,
+    sweep,
+)
 
 RECORDINGS = pathlib.Path(job.__file__).parents[1] / "recordings"
 REPLIES = os.environ.get("VIRTBACKUP_REPLIES")
@@ -85,7 +94,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[domain.Session]:
-        with canned_qemu.session(self.qemu, "/qmp.sock", self.identity) as session:
+        with canned_qemu.session(self.qemu, canned_qemu.MONITOR, self.identity) as session:
             self.identity = session.identity
             yield session
 
@@ -187,9 +196,10 @@ def that_is_given_up(bench: Bench) -> None:
 
 
 def of_which_nobody_knows(bench: Bench) -> None:
-    """What a crash left, found by its names."""
+    """What a crash left, found by its names, and by what QEMU's process listens on."""
     bench.start()
     bench.file.remove()
+    bench.identity = dataclasses.replace(bench.identify(), process=runtime.this_process())
     bench.job.cleanup()
     if "query-block-exports" not in bench.identify().capabilities.commands:
         bench.qemu.clean()  # such a QEMU does not tell whose an export is, or even a job
@@ -293,6 +303,9 @@ def places(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setattr(sweep, "time", CLOCK)
+    paths = (canned_qemu.MONITOR, str(tmp_path / "nbd.sock"))
+    listening = tuple(map(backup_conf.UnixAddress, paths))
+    monkeypatch.setattr(nbdserver, "listening", lambda pid: listening)
     monkeypatch.setenv("PATH", "")  # no time for asking whether a file system hangs
 
 

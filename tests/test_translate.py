@@ -154,8 +154,8 @@ def _domains(draw: st.DrawFn) -> domain_conf.DomainDef:
     disks = [
         domain_conf.DiskDef(
             f"vd{letter}",
-            source=draw(st.sampled_from(["/images/x", "/images/y", None])),
-            readonly=draw(st.booleans()),
+            source=draw(st.sampled_from(["/images/x"] * 4 + [None])),
+            readonly=draw(st.sampled_from([False] * 4 + [True])),
         )
         for letter in "abcde"[: draw(st.integers(0, 5))]
     ]
@@ -174,10 +174,12 @@ def proposals(draw: st.DrawFn, domain: domain_conf.DomainDef) -> backup_conf.Bac
         if draw(st.booleans()):
             continue
         file = draw(_files)
+        usable = disk.has_medium and not disk.readonly
+        presence = [None, True, False] if usable else [False] * 9 + [True]
         disks.append(
             backup_conf.BackupDiskDef(
                 name=disk.target,
-                present=draw(st.sampled_from([None, True, False])),
+                present=draw(st.sampled_from(presence)),
                 type=draw(st.sampled_from(types)),
                 source=None if file is None else storage_conf.Source(file=file),
                 exportname=draw(st.none() | _names),
@@ -226,7 +228,7 @@ def natives(draw: st.DrawFn, domain: domain_conf.DomainDef) -> native_conf.Backu
     of_all = draw(st.booleans())
     disks = []
     for disk in domain.disks:
-        if draw(st.booleans()) or not disk.has_medium:
+        if disk.readonly or not disk.has_medium or draw(st.booleans()):
             continue
         modes: list[native_conf.BackupMode | None] = [None]
         if checkpoint is not None:

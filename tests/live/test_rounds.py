@@ -419,9 +419,12 @@ def client_goes_away(round: Round) -> None:
 
 @weighing(0.5)
 def client_stays_in_handshake(round: Round) -> None:
-    if round.port is None and not round.harmed:
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(str(round.one.socket))
+    if not round.harmed:
+        if round.port is None:
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(round.one.socket))
+        else:
+            client = socket.create_connection(("127.0.0.1", round.port))
         client.recv(18)
         round.in_handshake = True
         round.undo.callback(client.close)
@@ -536,6 +539,8 @@ def scratch_is_full(round: Round) -> None:
 def clean_up_without_status(round: Round) -> None:
     if round.named:
         return  # only the status knew which file of the user's choice it is
+    if not _ours(round, "query-block-exports"):
+        return  # nor does anything else tell whose a server is that exports nothing
     round.harmed = round.ended = True
     for path in scene.state_files():
         # The watch may be about to write it anew.

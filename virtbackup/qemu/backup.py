@@ -171,9 +171,11 @@ class BlockState:
         return frozenset(id for name in names if (id := naming.backup_of(name)))
 
     def traces(self) -> frozenset[naming.BackupId]:
-        """These, and the backups that are not there any more but have a bitmap in an image."""
+        """These, and the backups that are not there any more but have a bitmap in an image that is
+        written to."""
         media = [*self.nodes.values(), *(disk.medium for disk in self.disks if disk.medium)]
-        names = (bitmap.name for medium in media for bitmap in medium.bitmaps)
+        written = (medium for medium in media if not medium.readonly)
+        names = (bitmap.name for medium in written for bitmap in medium.bitmaps)
         return self.backups() | {id for name in names if (id := naming.backup_of(name))}
 
     def images(self, root: naming.NodeName) -> branch.Images | None:
@@ -291,18 +293,7 @@ def _with_branch(
     number: int,
 ) -> DiskPlan:
     assert wanted.granularity is not None
-    keeps = line.bitmap is not None and line.unsound is None
-    useless = (line.bitmap.name if line.bitmap else None, line.marker)
-    step = branch.Step(
-        branch=name,
-        node=line.node,
-        next=naming.next_bitmap(backup, number, name),
-        granularity=wanted.granularity,
-        persistent=line.persistent,
-        keeps=keeps,
-        remove=() if keeps else tuple(bitmap for bitmap in useless if bitmap is not None),
-        join=line.below if keeps else (),
-    )
+    step = branch.step(name, line, naming.next_bitmap(backup, number, name), wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
     return dataclasses.replace(plan, step=step, since=since)
 

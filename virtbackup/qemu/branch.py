@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Branches: what a disk's bitmaps tell of its lines of incremental backups. Pure.
 
-A branch has three bitmaps on a disk, all on the image that the guest writes to:
+A branch has four bitmaps on a disk, all on the image that the guest writes to:
 
 * one of the branch's own name. Between backups it records what changes; during one it stands still,
   to be exported;
 * ``next``, during a backup only: records from the start's instant on;
-* one that is always empty and whose name is the point that the first is relative to. It is what
-  makes the first one ours: bitmaps without it are somebody else's.
+* one that is always empty and whose name is the point that the first is relative to;
+* a mark that makes the first one ours: without mark or point it is somebody else's. The point does
+  not do for that. QEMU takes a bitmap that is removed out of the image at once and puts a new one
+  in when it closes the image: after a QEMU that was killed there may be neither point, but the
+  mark is in the image as long as the branch's bitmap is. It records, as libvirt makes bitmaps that
+  do go on in overlays and copies.
 
 A good backup makes ``next`` the branch's bitmap and sets the point; any other end joins both again.
 Either is one transaction for all disks: at every instant the two have every change since the point.
+Whoever removes, ends or replaces one of them meanwhile makes the branch unsound. What nobody can
+see: a bitmap that is cleared, or replaced between two backups, and a disk that shrinks and grows
+again to what it was, as QEMU does not note that as a change.
 """
 
 import dataclasses
@@ -47,8 +54,12 @@ class Line:
     """Why what has changed since the point is not known; None: it is."""
     foreign: bool = False
     """There is a bitmap of that name, and it is not ours."""
-    marker: naming.BitmapName | None = None
-    """The bitmap that is the point's note, if any."""
+    beside: tuple[naming.BitmapName, ...] = ()
+    """The bitmaps on that image that are the point's note and the mark."""
+    marked: bool = False
+    """The mark is one of them."""
+    size: int = 0
+    """Guest-visible, bytes."""
     below: tuple[monitor_json.BitmapOf, ...] = ()
     """The branch's bitmaps on backing images, which the guest wrote to after the point."""
     below_count: int = 0
@@ -59,7 +70,8 @@ class Line:
         """Bytes changed since the point; up to that many where several bitmaps have them."""
         if self.bitmap is None or self.unsound is not None:
             return None
-        return self.bitmap.count + self.below_count + (self.next.count if self.next else 0)
+        count = self.bitmap.count + self.below_count + (self.next.count if self.next else 0)
+        return min(count, self.size)  # of a bit's bytes the last may be beyond the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +107,16 @@ def line(branch: str, disk: Images, size: int) -> Line:
     active = disk.active
     bitmap = active.bitmap(branch)
     next = next_of(active, key)
-    marker, point = _point(active, key)
-    found = Line(active.node, active.stores_bitmaps, bitmap, next, point, None, marker=marker)
+    found = Line(
+        active.node, active.stores_bitmaps, bitmap, next, _point(active, key), None,
+        beside=_beside(active, key), marked=_mark(active, key) is not None, size=size,
+    )  # fmt: skip
+    point = found.point
     if point is None:
         return _through_backing(branch, disk, size, found)
     if bitmap is None:
         return dataclasses.replace(found, unsound=f"its bitmap '{branch}' was removed")
-    unsound = _reason(bitmap, recording=_records(bitmap, next)) or _resized(point, size)
+    unsound = _own_reason(bitmap, next) or _broken(branch, active) or _resized(point, size)
     return dataclasses.replace(found, unsound=unsound)
 
 
@@ -112,9 +127,13 @@ def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
     lower = []
     for medium in disk.chain[1:]:
         lower.append(medium)
-        _, point = _point(medium, key)
+        point = _point(medium, key)
         if point is not None:
-            return _joined(branch, lower, point, size, found)
+            return _joined(branch, disk.active, lower, point, size, found)
+    if found.bitmap is not None and found.marked:
+        reason = _own_reason(found.bitmap, found.next)
+        unsound = reason or "its last good backup is not known any more"
+        return dataclasses.replace(found, unsound=unsound)
     if found.bitmap is not None:
         text = f"its bitmap '{branch}' is not a branch's"
         return dataclasses.replace(found, unsound=text, foreign=True)
@@ -122,7 +141,12 @@ def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
 
 
 def _joined(
-    branch: str, lower: Sequence[block.Medium], point: naming.Point, size: int, found: Line
+    branch: str,
+    active: block.Medium,
+    lower: Sequence[block.Medium],
+    point: naming.Point,
+    size: int,
+    found: Line,
 ) -> Line:
     base = lower[-1].node
     below = tuple(
@@ -138,19 +162,31 @@ def _joined(
     elif any(bitmap is None for bitmap in bitmaps):
         unsound = f"a backing image above '{base}' has no bitmap '{branch}'"
     else:
-        unsound = _reason(found.bitmap, recording=_records(found.bitmap, found.next))
+        unsound = _own_reason(found.bitmap, found.next)
         for bitmap in bitmaps:
             assert bitmap is not None
             unsound = unsound or _reason(bitmap, bitmap.recording)
+        for medium in (active, *lower):
+            unsound = unsound or _broken(branch, medium)
+        for bitmap in bitmaps:
+            assert bitmap is not None
             if not unsound and bitmap.granularity != found.bitmap.granularity:
                 unsound = "its bitmaps on backing images have another granularity"
     unsound = unsound or _resized(point, size)
     return dataclasses.replace(found, point=point, unsound=unsound, below=below, below_count=count)
 
 
-def _records(bitmap: block.Bitmap, next: block.Bitmap | None) -> bool:
-    """Whether no write is missed: during a backup ``next`` notes what the other does not."""
-    return bitmap.recording or (next is not None and next.recording and not next.inconsistent)
+def _own_reason(bitmap: block.Bitmap, next: block.Bitmap | None) -> str | None:
+    """Why the branch's own BITMAP, with NEXT during a backup, misses writes; None: it does not."""
+    if next is None or bitmap.inconsistent:
+        return _reason(bitmap, bitmap.recording)
+    if bitmap.recording:
+        return _made_meanwhile(bitmap.name)  # ours stands still
+    return _reason(bitmap, recording=_is_whole(next))
+
+
+def _made_meanwhile(name: str) -> str:
+    return f"its bitmap '{name}' was made by somebody else meanwhile"
 
 
 def _reason(bitmap: block.Bitmap, recording: bool) -> str | None:
@@ -158,6 +194,16 @@ def _reason(bitmap: block.Bitmap, recording: bool) -> str | None:
         return f"its bitmap '{bitmap.name}' is inconsistent: QEMU did not come to store it"
     if not recording:
         return f"its bitmap '{bitmap.name}' does not record"
+    return None
+
+
+def _broken(branch: str, medium: block.Medium) -> str | None:
+    """Why the branch's own bitmap on MEDIUM, which is good itself, tells nothing: those beside it
+    show that QEMU was killed, so it has been made since."""
+    key = naming.branch_key(branch)
+    beside = _beside(medium, key)
+    if any(bitmap.inconsistent for bitmap in medium.bitmaps if bitmap.name in beside):
+        return f"its bitmap '{branch}' was made after QEMU did not come to store another"
     return None
 
 
@@ -178,19 +224,32 @@ def next_of(medium: block.Medium, key: str) -> block.Bitmap | None:
 def own_of(medium: block.Medium, key: str) -> block.Bitmap | None:
     """The bitmap of the branch's own name, where only the KEY is known."""
     for bitmap in medium.bitmaps:
-        if not bitmap.name.startswith(naming.PREFIX) and naming.branch_key(bitmap.name) == key:
+        if naming.branch_key(bitmap.name) == key:
             return bitmap
     return None
 
 
-def _point(
-    medium: block.Medium, key: str
-) -> tuple[naming.BitmapName, naming.Point] | tuple[None, None]:
+def _point(medium: block.Medium, key: str) -> naming.Point | None:
     for bitmap in medium.bitmaps:
         told = naming.point_of(bitmap.name)
         if told is not None and told[0] == key:
-            return bitmap.name, told[1]
-    return None, None
+            return told[1]
+    return None
+
+
+def _mark(medium: block.Medium, key: str) -> block.Bitmap | None:
+    return next((b for b in medium.bitmaps if naming.mark_of(b.name) == key), None)
+
+
+def _points(medium: block.Medium, key: str) -> tuple[naming.BitmapName, ...]:
+    """The notes of points of the branch of that KEY."""
+    told = ((bitmap.name, naming.point_of(bitmap.name)) for bitmap in medium.bitmaps)
+    return tuple(name for name, point in told if point is not None and point[0] == key)
+
+
+def _beside(medium: block.Medium, key: str) -> tuple[naming.BitmapName, ...]:
+    mark = _mark(medium, key)
+    return (*_points(medium, key), *((mark.name,) if mark else ()))
 
 
 def names(disks: Iterable[Images]) -> list[str]:
@@ -200,7 +259,7 @@ def names(disks: Iterable[Images]) -> list[str]:
         for disk in disks
         for medium in disk.chain
         for bitmap in medium.bitmaps
-        if not bitmap.name.startswith(naming.PREFIX)
+        if not naming.is_own_bitmap(bitmap.name)
     }
     return sorted(found)
 
@@ -223,6 +282,8 @@ class Step:
     """Of no use at all: removed with the start."""
     join: tuple[monitor_json.BitmapOf, ...]
     """On backing images: what they know, the branch's own is told at the start."""
+    mark: bool = False
+    """The branch's bitmap has no mark yet, as somebody else had it go on in an overlay."""
 
     @property
     def own(self) -> monitor_json.BitmapOf:
@@ -233,6 +294,7 @@ class Step:
         next = monitor_json.BitmapOf(self.node, self.next)
         return [
             monitor_json.bitmap_add(next, self.granularity, self.persistent),
+            *([_add_mark(self.node, self.branch, self.persistent)] if self.mark else []),
             *(monitor_json.bitmap_merge(self.own, below) for below in self.join),
         ]
 
@@ -245,26 +307,59 @@ class Step:
         return ([monitor_json.bitmap_disable(self.own)] if self.keeps else []) + remove
 
 
+def step(branch: str, line: Line, next: naming.BitmapName, granularity: int) -> Step:
+    """What a backup of BRANCH does where there is LINE; NEXT is what it records in meanwhile."""
+    keeps = line.bitmap is not None and line.unsound is None
+    useless = (*((line.bitmap.name,) if line.bitmap else ()), *line.beside)
+    return Step(
+        branch=branch,
+        node=line.node,
+        next=next,
+        granularity=granularity,
+        persistent=line.persistent,
+        keeps=keeps,
+        remove=() if keeps else useless,
+        join=line.below if keeps else (),
+        mark=keeps and not line.marked,
+    )
+
+
+def trouble(branch: str, keeps: bool, medium: block.Medium, next: block.Bitmap) -> str | None:
+    """Why what NEXT has cannot be the branch's: somebody had a hand in it. None: it can."""
+    if medium.readonly:
+        return f"an overlay was put over its image '{medium.node}'"
+    if not _is_whole(next):
+        return f"its bitmap '{next.name}' does not record"
+    own = medium.bitmap(branch)
+    if keeps and own is None:
+        return f"its bitmap '{branch}' was removed"
+    if own is not None and (not keeps or own.recording):
+        return _made_meanwhile(branch)
+    return None
+
+
 def advance(
     branch: str, keeps: bool, medium: block.Medium, next: block.Bitmap, point: naming.Point
 ) -> list[dict[str, Any]]:
     """The actions that set POINT on MEDIUM: what NEXT has is what the branch has."""
+    key = naming.branch_key(branch)
     own = monitor_json.BitmapOf(medium.node, naming.BitmapName(branch))
     recent = monitor_json.BitmapOf(medium.node, next.name)
-    marker = monitor_json.BitmapOf(medium.node, naming.point_bitmap(branch, point))
+    note = monitor_json.BitmapOf(medium.node, naming.point_bitmap(branch, point))
     begin = (
         # Enabled before it is told what ``next`` has: a write between is noted by both.
         [monitor_json.bitmap_clear(own), monitor_json.bitmap_enable(own)]
         if keeps
         else [monitor_json.bitmap_add(own, next.granularity, next.persistent)]
     )
-    old, _ = _point(medium, naming.branch_key(branch))
-    gone = [recent] if old is None else [recent, monitor_json.BitmapOf(medium.node, old)]
+    if _mark(medium, key) is None:
+        begin.append(_add_mark(medium.node, branch, next.persistent))
     return [
         *begin,
         monitor_json.bitmap_merge(own, recent),
-        *map(monitor_json.bitmap_remove, gone),
-        monitor_json.bitmap_add(marker, _LARGEST, next.persistent, disabled=True),
+        monitor_json.bitmap_remove(recent),
+        *_remove(medium, _points(medium, key)),
+        monitor_json.bitmap_add(note, _LARGEST, next.persistent, disabled=True),
     ]
 
 
@@ -272,20 +367,40 @@ def roll_back(medium: block.Medium, next: block.Bitmap) -> list[dict[str, Any]]:
     """The actions that join on MEDIUM what NEXT has to what the branch has, if anything."""
     told = naming.next_of(next.name)
     assert told is not None
-    recent = monitor_json.BitmapOf(medium.node, next.name)
-    own = own_of(medium, told[1])
-    remove = monitor_json.bitmap_remove(recent)
-    if own is None or own.inconsistent:
-        return [remove]
+    _, key = told
+    remove = _remove(medium, [next.name])
+    own = own_of(medium, key)
+    if own is None or own.inconsistent or not _beside(medium, key):
+        return remove
+    if own.recording:
+        # It stood still, so it is another one, or missed what was written before it was enabled.
+        return [*remove, *_remove(medium, _points(medium, key))]
+    if not _is_whole(next):
+        return remove  # and what was written is not known: the branch's own stands still for ever
     target = monitor_json.BitmapOf(medium.node, own.name)
-    if next.inconsistent:
-        # What was written meanwhile is not known: the branch's own must not look as if it were.
-        return [remove, *([] if own.recording else [monitor_json.bitmap_remove(target)])]
-    return [
-        monitor_json.bitmap_enable(target),
-        monitor_json.bitmap_merge(target, recent),
-        remove,
-    ]
+    recent = monitor_json.BitmapOf(medium.node, next.name)
+    return [monitor_json.bitmap_enable(target), monitor_json.bitmap_merge(target, recent), *remove]
+
+
+def disown(medium: block.Medium, backup: naming.BackupId) -> list[dict[str, Any]]:
+    """The actions that forget on MEDIUM a point that BACKUP set and nobody was told of."""
+    told = ((bitmap.name, naming.point_of(bitmap.name)) for bitmap in medium.bitmaps)
+    points = [name for name, point in told if point is not None and point[1].backup == backup]
+    return _remove(medium, points)
+
+
+def _is_whole(next: block.Bitmap) -> bool:
+    """Whether NEXT has every write since it began."""
+    return next.recording and not next.inconsistent
+
+
+def _remove(medium: block.Medium, names: Iterable[naming.BitmapName]) -> list[dict[str, Any]]:
+    return [monitor_json.bitmap_remove(monitor_json.BitmapOf(medium.node, name)) for name in names]
+
+
+def _add_mark(node: naming.NodeName, branch: str, persistent: bool) -> dict[str, Any]:
+    mark = monitor_json.BitmapOf(node, naming.mark_bitmap(branch))
+    return monitor_json.bitmap_add(mark, _LARGEST, persistent)
 
 
 _LARGEST = 1 << 31

@@ -29,45 +29,62 @@ logger = logging.getLogger(__name__)
 def advance(session: domain.Session, running: status.Status) -> str | None:
     """Set RUNNING as the last point of its branch on every disk, in one transaction.
 
-    Why QEMU did not; None: it did, or had done so before.
+    Why it could not be; None: it is, or had been before.
     """
     if running.branch is None:
         return None
-    nodes = _nodes(session)
+    if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
+        return "a backup job has ended that nobody has dismissed"
+    nodes = _nodes(session).values()
     actions = []
-    for disk in running.disks:
+    for number, disk in enumerate(running.disks):
         assert disk.branch is not None
-        medium = nodes.get(disk.branch.node)
-        key = naming.branch_key(running.branch)
-        if medium is None or (next := branch.next_of(medium, key)) is None:
-            continue
         point = naming.Point(running.id, int(running.started), disk.size)
-        actions += branch.advance(running.branch, disk.branch.keeps, medium, next, point)
+        note = naming.point_bitmap(running.branch, point)
+        if any(medium.bitmap(note) for medium in nodes):
+            continue
+        name = naming.next_bitmap(running.id, number, running.branch)
+        found = [(medium, next) for medium in nodes if (next := medium.bitmap(name))]
+        if not found:
+            return f"disk '{disk.target}': its bitmap '{name}' was removed"
+        (medium, next), keeps = found[0], disk.branch.keeps
+        trouble = branch.trouble(running.branch, keeps, medium, next)
+        if len(found) > 1:
+            trouble = "somebody had its bitmap go on in an overlay"
+        if trouble is not None:
+            return f"disk '{disk.target}': {trouble}"
+        actions += branch.advance(running.branch, keeps, medium, next, point)
     return _transact(session, actions)
 
 
 def roll_back(
-    session: domain.Session, backup: naming.BackupId | None
+    session: domain.Session, backup: naming.BackupId | None, disown: bool = False
 ) -> tuple[list[str], list[str]]:
-    """Join again what backup BACKUP, or any of ours, divided. (A line for each bitmap removed, what
-    is still there.)"""
-    found = list(_divided(session, backup))
+    """Join again what backup BACKUP, or any of ours, divided; to DISOWN it, forget that it is a
+    branch's point, if it is. (A line for each bitmap removed, what is still there.)
+
+    An image that is only read, as it has an overlay now, stays as it is until it is written to.
+    """
+    media = [medium for medium in _nodes(session).values() if not medium.readonly]
+    found = [(medium, next) for medium in media for next in _divided(medium, backup)]
     actions = [action for medium, next in found for action in branch.roll_back(medium, next)]
     names = [f"bitmap '{next.name}' of node '{medium.node}'" for medium, next in found]
+    if disown and backup is not None:
+        for medium in media:
+            if forget := branch.disown(medium, backup):
+                actions += forget
+                names.append(f"point '{backup}' of node '{medium.node}', of which nobody was told")
     if failure := _transact(session, actions):
         logger.warning("backup=%s bitmaps not joined again: %s", backup or "any", failure)
         return [], names
     return names, []
 
 
-def _divided(
-    session: domain.Session, backup: naming.BackupId | None
-) -> Iterator[tuple[block.Medium, block.Bitmap]]:
-    for medium in _nodes(session).values():
-        for bitmap in medium.bitmaps:
-            told = naming.next_of(bitmap.name)
-            if told is not None and backup in (None, told[0]):
-                yield medium, bitmap
+def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[block.Bitmap]:
+    for bitmap in medium.bitmaps:
+        told = naming.next_of(bitmap.name)
+        if told is not None and backup in (None, told[0]):
+            yield bitmap
 
 
 def _nodes(session: domain.Session) -> Mapping[naming.NodeName, block.Medium]:
@@ -88,15 +105,14 @@ def _transact(session: domain.Session, actions: list[dict[str, Any]]) -> str | N
 # --- list, delete ---
 
 
-def told(state: backup.BlockState, running: status.Status | None) -> list[backup_conf.Branch]:
-    """Every branch, and every bitmap of somebody else's. RUNNING is the backup that runs."""
-    roots = {disk.target: disk.node for disk in running.disks} if running else {}
+def told(state: backup.BlockState) -> list[backup_conf.Branch]:
+    """Every branch, and every bitmap of somebody else's."""
     disks = {}
     sizes = {}
     for disk in state.disks:
         if disk.medium is None:
             continue
-        images = state.images(roots.get(disk.target, disk.medium.node))
+        images = state.images(disk.medium.node)
         if images is not None:
             disks[disk.target], sizes[disk.target] = images, disk.medium.size
     found = []
@@ -125,7 +141,9 @@ def _told_disk(target: str, line: branch.Line) -> backup_conf.BranchDisk:
     note = None
     if bitmap is not None and not bitmap.persistent:
         note = "the bitmap is lost when the guest ends: its image cannot hold it"
-    known = bitmap.count if bitmap is not None and line.foreign else line.dirty
+    known = line.dirty
+    if bitmap is not None and line.foreign:
+        known = min(bitmap.count, line.size)
     return backup_conf.BranchDisk(
         name=target,
         granularity=None if bitmap is None else bitmap.granularity,
@@ -153,8 +171,8 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
         if line.foreign:
             foreign.append(disk.target)
             continue
-        bitmaps = [line.bitmap.name if line.bitmap else None, line.marker]
-        own = [bitmap for bitmap in bitmaps if bitmap is not None]
+        # The branch's own goes first: while it is in the image, the mark is.
+        own = [*([line.bitmap.name] if line.bitmap else []), *line.beside]
         if not own and line.point is not None:
             backing.append(disk.target)
         actions += [

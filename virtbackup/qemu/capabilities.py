@@ -110,6 +110,17 @@ NBD_STOP_HANG = Defect(
 )
 """Seen on 7.2.22; what lies between it and 10.0 is taken to be alike."""
 
+NBD_STOP_CRASH = Defect(
+    (5, 2, 0),
+    (7, 2, 14),
+    "a client that had not finished the handshake when nbd-server-stop ended kills QEMU as soon as"
+    " it goes away (nbd_blockdev_client_closed counts the clients of a server that is no more)",
+    "such clients are cut off first; where they cannot be, the server is left running",
+)
+"""Seen on 5.2.0 (a segmentation fault, each of 13 times, over unix sockets and TCP), which is the
+first to count its clients; 10.0.13 and 11.1.3 do not. What lies between it and 7.2.14, where
+NBD_STOP_HANG begins, is taken to be alike."""
+
 NBD_STUCK_CLIENT = Defect(
     (0, 0, 0),
     None,
@@ -249,6 +260,11 @@ class Capabilities:
     def block_graph(self) -> bool:
         """The block graph can be asked for."""
         return "x-debug-query-block-graph" in self.commands
+
+    @property
+    def nbd_stop_is_safe(self) -> bool:
+        """This QEMU survives nbd-server-stop while a client is still in the handshake."""
+        return not any(defect.affects(self.version) for defect in (NBD_STOP_HANG, NBD_STOP_CRASH))
 
     def named_nodes_are_safe(self, jobs: Iterable[monitor_json.Job] | None = None) -> bool:
         """Whether this QEMU survives query-named-block-nodes while it has JOBS; None: whichever."""

@@ -121,7 +121,9 @@ def _join_branches(
         return [], []
     if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
         return [], ["bitmaps of a branch, as a backup job has not been dismissed"]
-    return branches.roll_back(session, None if left is None else left.id)
+    if left is None:
+        return branches.roll_back(session, None)
+    return branches.roll_back(session, left.id, disown=left.cancelled or left.verdict != {})
 
 
 def _go_on(session: domain.Session) -> list[str]:
@@ -138,10 +140,11 @@ def _go_on(session: domain.Session) -> list[str]:
 def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Sweeper:
     """What takes the backup LEFT, or all that is ours by name, out of QEMU."""
     if left is None:
-        return sweep.Sweeper(session.qemu, session.capabilities, None)
+        nameless = sweep.Sweeper(session.qemu, session.capabilities, None, session.pid)
+        return nameless.seeking_server()
     inodes = frozenset(disk.inode for disk in left.disks if disk.inode is not None)
     return sweep.Sweeper(
-        session.qemu, session.capabilities, left.id, session.pid, _address(left), inodes
+        session.qemu, session.capabilities, left.id, session.pid, (_address(left),), inodes
     )
 
 

@@ -216,9 +216,7 @@ class BackupJob:
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
             left = self._file.load()
-            state = _ask(session, left, bitmaps=True)
-            here = left is not None and not session.restarted_since(left.qemu)
-            return branches.told(state, left if here else None)
+            return branches.told(_ask(session, left, bitmaps=True))
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch from every disk. Errors: those of ``branches.delete``, and
@@ -254,10 +252,10 @@ class BackupJob:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
-                    removed, rest = cleanup.clean(session, left, self._file)
+                    removed, rest = cleanup.clean(session, _abandoned(left), self._file)
                     _check_removed(rest)
             except monitor.NotListening:
-                removed = cleanup.forget(left, self._file) if left is not None else []
+                removed = self._forget(_abandoned(left))
             return removed + runtime.sweep()
 
     # --- start ---
@@ -287,7 +285,7 @@ class BackupJob:
     def _clear(
         self, session: domain.Session, left: status.Status | None, bitmaps: bool
     ) -> backup.BlockState:
-        removed, rest = cleanup.clean(session, left, self._file)
+        removed, rest = cleanup.clean(session, _abandoned(left), self._file)
         for line in removed:
             logger.info("left by an earlier backup, removed: %s", line)
         _check_removed(rest)
@@ -395,11 +393,29 @@ class BackupJob:
         """After QEMU's end. A verdict that was reached before it stands, unless the branch was to
         follow and did not."""
         last = self._file.load() or running
-        cleanup.forget(running, self._file)
+        last = dataclasses.replace(last, cancelled=last.cancelled or running.cancelled)
         done = last.branch is None or last.advanced or last.cancelled
-        if last.verdict is not None and (last.verdict or done):
-            return last.verdict
-        return verdict.of_all(running, self._why_gone() or _GONE)
+        if last.verdict is None or not (last.verdict or done):
+            may_be_point = last.verdict is not None
+            reasons = verdict.of_all(running, self._why_gone() or _GONE)
+            self._forget(dataclasses.replace(last, cancelled=last.cancelled or may_be_point))
+            return reasons
+        self._forget(last)
+        return last.verdict
+
+    def _forget(self, left: status.Status | None) -> list[str]:
+        """Without its QEMU, forget the backup LEFT. One that may be its branch's point although
+        nobody was told so is kept in mind, for that to be undone once QEMU is there again."""
+        if left is None:
+            return []
+        if left.branch is None or left.verdict != {} or not left.cancelled:
+            return cleanup.forget(left, self._file)
+        removed = cleanup.forget(left, self._file)
+        disks = tuple(dataclasses.replace(disk, path=None) for disk in left.disks)
+        self._file.save(
+            dataclasses.replace(left, phase="stopping", told=True, server=False, disks=disks)
+        )
+        return removed
 
     def _listening(self) -> bool:
         try:
@@ -407,6 +423,13 @@ class BackupJob:
                 return True
         except monitor.NotListening:
             return False
+
+
+def _abandoned(left: status.Status | None) -> status.Status | None:
+    """A backup whose stop did not come to tell its verdict, and is not going to: not a good one."""
+    if left is None or left.told:
+        return left
+    return dataclasses.replace(left, cancelled=True)
 
 
 def _no_backup() -> errors.Error:

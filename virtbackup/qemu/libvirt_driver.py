@@ -28,6 +28,9 @@ from virtbackup.qemu import (
 
 _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
 
+_OURS = ("engine", "native")
+"""Options of a URI that libvirt is not told."""
+
 _ENDS = {
     libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "the guest shut down",
     libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "the domain was destroyed",
@@ -40,8 +43,9 @@ _ENDS = {
 """Why a domain does not run, as libvirt tells it."""
 
 
-def open(uri: str, readonly: bool) -> "LibvirtDriver":
-    """Serve a libvirt URI on this host; ``?engine=`` is ours, the rest libvirt's.
+def open(uri: str, readonly: bool) -> hypervisor.Driver:
+    """Serve a libvirt URI on this host; ``?engine=`` is ours, and ``?native=yes``, which has the
+    backups made by libvirt itself; the rest is libvirt's.
 
     Errors: VIR_ERR_INVALID_ARG for an engine that there is not, VIR_ERR_CONFIG_UNSUPPORTED for
     another host, libvirt's own.
@@ -58,10 +62,18 @@ def open(uri: str, readonly: bool) -> "LibvirtDriver":
             libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
             f"'{uri}': a backup is started on the host of the domain, not from another",
         )
-    rest = urllib.parse.urlencode([(key, value) for key, value in options if key != "engine"])
+    native = dict(options).get("native", "no")
+    if native not in ("yes", "no"):
+        raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': expected native=yes or no")
+    rest = urllib.parse.urlencode([pair for pair in options if pair[0] not in _OURS])
     plain = urllib.parse.urlunsplit(parts._replace(query=rest))
     connect = libvirt.openReadOnly if readonly else libvirt.open
-    return LibvirtDriver(connect(plain), engine)
+    host = LibvirtDriver(connect(plain), engine)
+    if native == "no":
+        return host
+    from virtbackup.qemu import libvirt_native
+
+    return libvirt_native.NativeDriver(host)
 
 
 class LibvirtDriver:
@@ -121,13 +133,14 @@ class LibvirtDriver:
         return status.StatusFile(f"{self._connection.getURI()} {uuid}")
 
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
-        state, reason = self._lookup(ref).state()
+        state, reason = self.lookup(ref).state()
         return state, reason
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return str(self._lookup(ref).XMLDesc(flags))
+        return str(self.lookup(ref).XMLDesc(flags))
 
-    def _lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
+    def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
+        """libvirt's own. Errors: VIR_ERR_NO_DOMAIN."""
         return self._connection.lookupByUUIDString(ref.uuid)
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
@@ -144,7 +157,7 @@ class LibvirtDriver:
     def _why_gone(self, ref: hypervisor.DomainRef) -> str | None:
         """Why the domain does not run, in libvirt's knowledge; None where it has none."""
         try:
-            state, reason = self._lookup(ref).state()
+            state, reason = self.lookup(ref).state()
         except libvirt.libvirtError:
             return "the domain is gone"
         return _ENDS.get(reason) if state == libvirt.VIR_DOMAIN_SHUTOFF else None
@@ -153,7 +166,7 @@ class LibvirtDriver:
     def _session(self, ref: hypervisor.DomainRef) -> Iterator[domain.Session]:
         """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
         try:
-            found = self._lookup(ref)
+            found = self.lookup(ref)
         except libvirt.libvirtError as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
@@ -182,7 +195,7 @@ class LibvirtDriver:
     # --- backup ---
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        found = self._lookup(ref)
+        found = self.lookup(ref)
         definition = translate.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
         if not found.isActive():
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
@@ -252,5 +265,5 @@ def _libvirts_backup(found: "libvirt.virDomain") -> str | None:
     return "another backup job is already running: libvirt's own (virsh domjobabort ends it)"
 
 
-_: Callable[[str, bool], hypervisor.BackupDriver] = open
+_: Callable[["libvirt.virConnect"], hypervisor.BackupDriver] = LibvirtDriver
 """mypy's proof that the driver has every hook."""

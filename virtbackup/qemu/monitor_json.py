@@ -242,6 +242,18 @@ def closefd(name: str) -> Command:
     return _command("closefd", fdname=name)
 
 
+# --- character devices ---
+
+
+def query_chardev() -> Command:
+    return _command("query-chardev")
+
+
+def parse_chardevs(reply: Any) -> tuple[str, ...]:
+    """What every character device is, in QEMU's words: a socket's tell where it listens."""
+    return tuple(_str(item, "filename") for item in _list(reply))
+
+
 # --- nodes ---
 
 

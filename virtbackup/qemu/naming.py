@@ -21,6 +21,7 @@ _JOB = re.compile(PREFIX + r"([0-9a-f]{8})-(\d+)")
 _SPEED = 1 << 61
 _OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*(?:-next-[0-9a-f]{16})?")
 _NEXT = re.compile(PREFIX + r"([0-9a-f]{8})-\d+-next-([0-9a-f]{16})")
+_MARK = re.compile(PREFIX + r"branch-([0-9a-f]{16})")
 _POINT = re.compile(PREFIX + r"point-([0-9a-f]{16})-([0-9a-f]{8})-(\d{1,12})-(\d{1,19})")
 
 
@@ -133,7 +134,7 @@ class Point:
 
 def branch_key(branch: str) -> str:
     """A branch's name of up to 1023 bytes, short enough to be a part of another name."""
-    return hashlib.sha256(branch.encode(errors="surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(branch.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def next_bitmap(backup: BackupId, number: int, branch: str) -> BitmapName:
@@ -158,3 +159,19 @@ def point_of(name: str) -> tuple[str, Point] | None:
     """The branch, by its key, and the point of which NAME is the ``point_bitmap``, or None."""
     match = _POINT.fullmatch(name)
     return (match[1], Point(BackupId(match[2]), int(match[3]), int(match[4]))) if match else None
+
+
+def mark_bitmap(branch: str) -> BitmapName:
+    """A bitmap beside the branch's that says whose that is, also when its point is lost."""
+    return BitmapName(f"{PREFIX}branch-{branch_key(branch)}")
+
+
+def mark_of(name: str) -> str | None:
+    """The branch, by its key, of which NAME is the ``mark_bitmap``, or None."""
+    match = _MARK.fullmatch(name)
+    return match[1] if match else None
+
+
+def is_own_bitmap(name: str) -> bool:
+    """Whether NAME is one of the three that are beside a branch's bitmap."""
+    return any(told(name) is not None for told in (next_of, point_of, mark_of))

@@ -14,11 +14,12 @@ import ipaddress
 import logging
 import os
 import pathlib
+import re
 import socket
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from virtbackup.conf import backup_conf
 
@@ -37,7 +38,9 @@ _STUCK = 0.5
 _LOOK_AGAIN = 0.02
 """Seconds for QEMU to notice that its clients are gone."""
 _UNIX_CONNECTED = "03"
+_UNIX_LISTENS = "00010000"
 _TCP_LISTEN = "0A"
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
 def send_clients_away(
@@ -57,7 +60,7 @@ def send_clients_away(
                 _hang_up(duplicate)
             ended += 1
         let_qemu_run()
-        left = len(_inodes(pid, address)[1])
+        left = clients(pid, address)
         if not left:
             return 0
         if not ended:
@@ -120,6 +123,38 @@ def listens(pid: int, address: backup_conf.Address) -> bool:
     """Whether anybody listens on ADDRESS in the network namespace of process PID. Nothing is sent:
     a connection made to find out would be one more client to wait for."""
     return bool(_inodes(pid, address)[0])
+
+
+def clients(pid: int, address: backup_conf.Address) -> int:
+    """How many are connected to ADDRESS in the network namespace of process PID."""
+    return len(_inodes(pid, address)[1])
+
+
+def listening(pid: int) -> tuple[backup_conf.Address, ...]:
+    """Every address on which process PID listens; none where we may not look."""
+    own = _sockets(pid)
+    unix = (line.split(maxsplit=7) for line in _lines(pid, "unix"))
+    paths = {
+        fields[7]
+        for fields in unix
+        if len(fields) == 8 and fields[3] == _UNIX_LISTENS and int(fields[6]) in own
+    }
+    tcp = (line.split() for table in ("tcp", "tcp6") for line in _lines(pid, table))
+    places = {fields[1] for fields in tcp if fields[3] == _TCP_LISTEN and int(fields[9]) in own}
+    return (
+        *map(backup_conf.UnixAddress, sorted(paths)),
+        *(_parse_place(place) for place in sorted(places)),
+    )
+
+
+def is_chardev(address: backup_conf.Address, chardevs: Iterable[str]) -> bool:
+    """Whether one of QEMU's character devices, as they are told of, listens on ADDRESS."""
+    match address:
+        case backup_conf.IpAddress(_, port):
+            where = f":{port},server"  # the host may be written in more than one way
+        case backup_conf.UnixAddress(path):
+            where = f"unix:{path},server"
+    return any(where in chardev for chardev in chardevs)
 
 
 def is_reached(pid: int | None, address: backup_conf.Address) -> bool:
@@ -192,6 +227,17 @@ def _descriptors(pid: int, inode: int) -> list[int]:
     return numbers
 
 
+def _sockets(pid: int) -> frozenset[int]:
+    """The sockets that process PID has, by inode; none where we may not look."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if match := _SOCKET.fullmatch(str(entry.readlink())):
+                    found.add(int(match[1]))
+    return frozenset(found)
+
+
 def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int]]:
     """(listening, connected) sockets at ADDRESS in PID's network namespace, by inode (proc(5))."""
     match address:
@@ -242,6 +288,12 @@ def _number(host: str) -> IpNumber | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+def _parse_place(text: str) -> backup_conf.IpAddress:
+    """An address and a port as proc(5) has them."""
+    number, _, port = text.partition(":")
+    return backup_conf.IpAddress(str(_parse_number(number)), int(port, 16))
 
 
 def _parse_number(text: str) -> IpNumber:

@@ -104,7 +104,8 @@ class Status:
     was_stopped: bool
     """The guest was paused for an I/O error already at the start: that is not for us to end."""
     cancelled: bool
-    """A stop was told that the backup is not wanted: its branch stays where it was."""
+    """The backup is not wanted, as a stop was told, or as nobody was told of its verdict: it is
+    not to be a point of its branch, and where it is already, that is undone."""
     advanced: bool
     """The backup is the last point of its branch."""
     verdict: dict[str, str] | None

@@ -10,6 +10,7 @@ block graph, ``domain.named_nodes``'s.
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 
@@ -60,8 +61,8 @@ class Sweeper:
     backup: naming.BackupId | None
     pid: int | None = None
     """QEMU's process, where it can be seen."""
-    address: backup_conf.Address | None = None
-    """Of our NBD server, where it is known."""
+    addresses: tuple[backup_conf.Address, ...] = ()
+    """Of our NBD server; where it is not known, of all that may be it. Empty: it may be any."""
     inodes: frozenset[int] = frozenset()
     """Of our scratch images, where they are known."""
 
@@ -96,9 +97,7 @@ class Sweeper:
         would stand still with it; or QEMU refuses.)
         """
         unseen = self._send_clients_away() is None
-        if self._own_exports() or (
-            unseen and capabilities.NBD_STOP_HANG.affects(self.caps.version)
-        ):
+        if self._own_exports() or (unseen and not self.caps.nbd_stop_is_safe):
             logger.warning("NBD server left running: a client of it cannot be disconnected")
             return [], True
         try:
@@ -110,6 +109,25 @@ class Sweeper:
             return [], True
         return ["NBD server"], False
 
+    def seeking_server(self) -> "Sweeper":
+        """The same, for who does not know where our NBD server listens. As long as there is an
+        export of ours it is among what QEMU listens on, and is none of its character devices."""
+        if self.pid is None or not self._own_exports():
+            return self
+        listening = nbdserver.listening(self.pid)
+        chardevs = self._chardevs()
+        others = tuple(a for a in listening if not nbdserver.is_chardev(a, chardevs))
+        if len(others) == len(listening):
+            return self  # it has not even the monitor: it is not QEMU, but stands before it
+        return dataclasses.replace(self, addresses=others)
+
+    def _chardevs(self) -> tuple[str, ...]:
+        try:
+            return monitor_json.parse_chardevs(self.qemu.execute(monitor_json.query_chardev()))
+        except monitor_json.CommandFailed as failure:
+            logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
+            return ()
+
     def end_clients(self) -> None:
         """Disconnect the clients of our exports, where nobody else exports on the same server.
 
@@ -120,15 +138,18 @@ class Sweeper:
             self._send_clients_away()
 
     def _send_clients_away(self) -> int | None:
-        """Disconnect every client of our server: 0 when none is left; None where there are clients
-        that we may not touch: QEMU will. Errors: ClientStuck."""
-        if self.pid is None or self.address is None:
-            return 0
+        """Disconnect every client of our server: 0 when none is left; None where there are, or may
+        be, clients that we may not touch: QEMU will. Errors: ClientStuck."""
+        pid = self.pid or os.getpid()  # QEMU is in the same network then, most likely
+        if len(self.addresses) != 1:
+            idle = [nbdserver.clients(pid, address) == 0 for address in self.addresses]
+            return 0 if idle and all(idle) else None
+        [address] = self.addresses
         left = nbdserver.send_clients_away(
-            self.pid, self.address, lambda: self.qemu.execute(self._dialect.query_jobs())
+            pid, address, lambda: self.qemu.execute(self._dialect.query_jobs())
         )
         if left:
-            raise ClientStuck(left, nbdserver.describe(self.address))
+            raise ClientStuck(left, nbdserver.describe(address))
         return left
 
     def jobs(self) -> list[str]:
@@ -188,10 +209,9 @@ class Sweeper:
 
     def credentials(self) -> list[str]:
         """Delete the TLS credentials of our NBD server, after it."""
-        if self.address is None or self.backup is None:
-            ids = self._own_credentials()
-        else:
-            ids = [naming.credentials(self.backup)] if self.address.tls else []
+        ids = self._own_credentials()
+        if self.backup is not None and self._has_tls:
+            ids = [naming.credentials(self.backup)]
         return [
             f"TLS credentials '{id}'" for id in ids if self._execute(monitor_json.object_del(id))
         ]
@@ -206,8 +226,7 @@ class Sweeper:
 
     def listener(self) -> None:
         """Take back the socket that was handed over for an NBD server that was not started."""
-        address = self.address
-        picked = isinstance(address, backup_conf.IpAddress) and address.picks_port
+        picked = any(isinstance(a, backup_conf.IpAddress) and a.picks_port for a in self.addresses)
         if self.backup is not None and picked and self.caps.takes_listener:
             self._execute(monitor_json.closefd(naming.listener_fd(self.backup)))
 
@@ -247,10 +266,13 @@ class Sweeper:
         jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
         return domain.named_nodes(self.qemu, self.caps, jobs.values())
 
+    @property
+    def _has_tls(self) -> bool:
+        """Whether our NBD server may do TLS."""
+        return self.backup is None or any(address.tls for address in self.addresses)
+
     def _own_credentials(self) -> list[str]:
-        if self.address is not None and not self.address.tls:
-            return []
-        if not {"qom-list", "object-del"} <= self.caps.commands:
+        if not self._has_tls or not {"qom-list", "object-del"} <= self.caps.commands:
             return []
         try:
             reply = self.qemu.execute(monitor_json.qom_list("/objects"))

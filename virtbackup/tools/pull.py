@@ -25,9 +25,9 @@ from typing import Any, cast
 import libvirt
 
 from virtbackup import api, errors, runtime
-from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import checksum, connection, copy
-from virtbackup.tools import chain, manifest
+from virtbackup.tools import chain, exports, manifest
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""An address to listen on -> the one to connect to."""
 
 
 def pull(
@@ -72,6 +70,7 @@ def pull(
         contextlib.ExitStack() as files,
     ):
         wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
+        tls = exports.tls(wanted.address)
         if wanted.branch is None:
             plan = _plan_alone(wanted, fmt or "qcow2")
         else:
@@ -82,9 +81,9 @@ def pull(
         cancel.check()
         with _started(domain, plan.definition.format(), quiesce) as live_xml:
             info = domain.backupGetInfo()
-            plan.check_start(info)
+            plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(live_xml)
-            jobs = _jobs(live, directory, plan)
+            jobs = _jobs(live, directory, plan, tls)
             cancel.check()
             results = copy.copy(list(jobs.values()), progress=progress, cancel=cancel)
             made = manifest.Manifest(
@@ -157,28 +156,39 @@ class _Plan:
         files = [self.manifest_file, *(disk.file for disk in self.disks)]
         return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
 
-    def check_start(self, info: backup_conf.BackupInfo) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID where the guest's changes are not those that are wanted:
-        somebody was faster."""
-        since = {disk.name: disk.since.id if disk.since else None for disk in info.disks}
+    def as_started(self, info: backup_conf.BackupInfo) -> "_Plan":
+        """The same for the backup that runs: an increment that did not come to be one is whole.
+
+        Errors: VIR_ERR_OPERATION_INVALID where the guest's changes are since another backup than
+        the last one here: somebody was faster.
+        """
+        told = {disk.name: disk for disk in info.disks}
+        disks = []
         for disk in self.disks:
-            if since.get(disk.name) != disk.since:
+            since = told[disk.name].since if disk.name in told else None
+            if disk.since is not None and since is None:
+                reason = told[disk.name].type_reason
+                disk = dataclasses.replace(disk, backing=None, since=None, reason=reason)
+            if (since.id if since else None) != disk.since:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"disk '{disk.name}': another backup of branch '{self.definition.branch}' was"
                     " made just now",
                 )
+            disks.append(disk)
+        return dataclasses.replace(self, disks=tuple(disks))
 
 
 def _wanted(
     xml: str, domain_xml: str, branch: str | None, kind: backup_conf.DiskType | None
 ) -> backup_conf.BackupDef:
     """The backup that is asked for, aligned. Errors: those of BackupDef."""
-    given = backup_conf.BackupDef.parse(xml)
+    domain = domain_conf.DomainDef.parse(domain_xml)
+    given = translate.read(xml, lambda: domain)
     given = dataclasses.replace(given, branch=branch or given.branch)
     # What BRANCH may be called, the parser says.
     given = backup_conf.BackupDef.parse(given.format())
-    aligned = given.align_disks(domain_conf.DomainDef.parse(domain_xml))
+    aligned = given.align_disks(domain)
     disks = tuple(
         dataclasses.replace(disk, type=kind) if kind is not None and disk.present else disk
         for disk in aligned.disks
@@ -224,8 +234,8 @@ def _plan_next(
     for disk in wanted.disks:
         if disk.present:
             disks.append(_next_disk(disk, known, gaps.get(disk.name, ""), fmt))
-            kind: backup_conf.DiskType = "incremental" if disks[-1].backing else "full"
-            disk = dataclasses.replace(disk, type=kind)
+            if disks[-1].backing is None:  # else it is as asked for: the guest has a word in it
+                disk = dataclasses.replace(disk, type="full")
         definition.append(disk)
     return _Plan(
         dataclasses.replace(wanted, disks=tuple(definition)), tuple(disks), known.next_number
@@ -359,13 +369,18 @@ def _stop(domain: api.Domain, directory: pathlib.Path) -> None:
         ) from failure
 
 
-def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> dict[str, copy.Job]:
+def _jobs(
+    live: backup_conf.BackupDef,
+    directory: pathlib.Path,
+    plan: _Plan,
+    tls: connection.Tls | None,
+) -> dict[str, copy.Job]:
     """What to copy, by the disk's name."""
-    server = _server(live.address)
-    exports = {disk.name: disk.exportname or disk.name for disk in live.disks}
+    server = exports.server(live.address)
+    names = {disk.name: disk.exportname or disk.name for disk in live.disks}
     return {
         disk.name: copy.Job(
-            connection.Export(server, exports[disk.name]),
+            connection.Export(server, names[disk.name], tls),
             directory / (disk.file + PARTIAL),
             disk.format,
             dirty=f"qemu:dirty-bitmap:{live.branch}" if disk.backing else None,
@@ -378,14 +393,9 @@ def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> 
 def _backing(disk: _Disk) -> copy.Backing | None:
     if disk.backing is None:
         return None
-    return copy.Backing(disk.backing.file, cast("copy.Format", disk.backing.format))
-
-
-def _server(address: backup_conf.Address) -> str | tuple[str, int]:
-    if isinstance(address, backup_conf.UnixAddress):
-        return address.path
-    host, port = address.endpoint
-    return _ANY_HOST.get(host, host), port
+    # What has a colon in its first part is taken for a protocol.
+    file = f"./{disk.backing.file}" if ":" in disk.backing.file else disk.backing.file
+    return copy.Backing(file, cast("copy.Format", disk.backing.format))
 
 
 # --- after ----------------------------------------------------------------------------------------

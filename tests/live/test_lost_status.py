@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A backup whose status is lost is cleaned up while NBD clients hold on: the guest outlives it.
+
+On some QEMUs a client that is still in the handshake when the server is stopped kills the guest as
+soon as it goes away, on others the guest stands still at once.
+"""
+
+import pathlib
+import socket
+from collections.abc import Callable, Iterator
+
+import nbd
+import pytest
+
+import virtbackup
+from tests.live import machines, proxy, scene
+from virtbackup.qemu import capabilities
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
+
+SIZE = 8 << 20
+IN_USE = "cannot be removed, as it is in use: NBD server"
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    with machines.two_disks(tmp_path, size=SIZE) as one:
+        assert goes_on(one)  # what it writes is no news then
+        yield one
+
+
+def survives() -> bool:
+    """Whether the QEMU under test can stop its server whatever its clients do."""
+    qemu = capabilities.Capabilities(machines.version(), "", frozenset())
+    return qemu.nbd_stop_is_safe
+
+
+def start(machine: machines.Machine, address: str, uri: str | None = None) -> None:
+    with virtbackup.open(uri or machine.uri) as conn:
+        conn.lookupByID(1).backupStart(f"<domainbackup>{address}</domainbackup>")
+
+
+def unix(machine: machines.Machine) -> str:
+    return f'<address type="unix" path="{machine.directory}/nbd.sock"/>'
+
+
+def lose_status() -> None:
+    [path] = scene.state_files()
+    path.unlink()
+
+
+def clean_up(machine: machines.Machine, uri: str | None = None) -> list[str]:
+    with virtbackup.open(uri or machine.uri) as conn:
+        return conn.lookupByID(1).backupCleanup()
+
+
+def greeted(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:
+    """A client that has read the server's greeting and says no more."""
+    client = socket.socket(family)
+    client.connect(address)
+    client.recv(18)
+    return client
+
+
+def greeted_at(machine: machines.Machine) -> socket.socket:
+    return greeted(socket.AF_UNIX, f"{machine.directory}/nbd.sock")
+
+
+def goes_on(machine: machines.Machine) -> bool:
+    """After what its clients did has come to QEMU."""
+    machine.io("vda", "write -P 1 0 64k")
+    machine.io("sdb", "write -P 1 0 64k")
+    return machine.process.poll() is None and bool(machine.probe("query-status")["running"])
+
+
+@pytest.mark.parametrize("address", ["unix", "ip"])
+def test_clients_in_the_handshake(machine: machines.Machine, address: str) -> None:
+    before = machine.state()
+    xml = unix(machine)
+    if address == "ip":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        xml = f'<address type="ip" host="127.0.0.1" port="{port}"/>'
+    start(machine, xml)
+    clients = [
+        greeted(socket.AF_INET, ("127.0.0.1", port)) if address == "ip" else greeted_at(machine)
+        for _ in range(3)
+    ]
+    lose_status()
+    assert "NBD server" in clean_up(machine)
+    for client in clients:
+        client.settimeout(5)
+        assert client.recv(1) == b""
+        client.close()
+    assert goes_on(machine)
+    assert machine.state() == before
+
+
+def test_a_client_that_has_stopped_reading(machine: machines.Machine) -> None:
+    before = machine.state()
+    start(machine, unix(machine))
+    client = nbd.NBD()
+    client.set_export_name("sdb")
+    client.connect_unix(f"{machine.directory}/nbd.sock")
+    for offset in range(0, SIZE, 1 << 20):
+        client.aio_pread(nbd.Buffer(1 << 20), offset)
+    lose_status()
+    assert "NBD server" in clean_up(machine)
+    assert goes_on(machine)
+    assert machine.state() == before
+
+
+def left_or_gone(machine: machines.Machine, end: Callable[[], object]) -> None:
+    """END leaves the server running where QEMU would not survive; it can be stopped later."""
+    if survives():
+        end()
+        return
+    with pytest.raises(virtbackup.Error, match=IN_USE):
+        end()
+    assert machine.probe("query-jobs") == []
+
+
+@pytest.mark.parametrize("viewer", [False, True])
+def test_where_it_may_be_one_of_two_that_listen(tmp_path: pathlib.Path, viewer: bool) -> None:
+    """Somebody who looks at the guest's screen is not disconnected for it."""
+    with machines.two_disks(tmp_path, "-vnc", f"unix:{tmp_path}/vnc.sock", size=SIZE) as machine:
+        assert goes_on(machine)
+        before = machine.state()
+        start(machine, unix(machine))
+        client = greeted(socket.AF_UNIX, f"{tmp_path}/vnc.sock") if viewer else greeted_at(machine)
+        lose_status()
+        left_or_gone(machine, lambda: clean_up(machine))
+        client.settimeout(0.1)
+        if viewer:
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+        client.close()
+        assert goes_on(machine)
+        if not survives():
+            machine.probe("nbd-server-stop")
+        assert machine.state() == before
+
+
+def test_where_one_of_two_that_listen_has_no_client(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path, "-vnc", f"unix:{tmp_path}/vnc.sock", size=SIZE) as machine:
+        assert goes_on(machine)
+        before = machine.state()
+        start(machine, unix(machine))
+        lose_status()
+        assert "NBD server" in clean_up(machine)
+        assert machine.state() == before
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["status", "no status"])
+def test_where_qemus_process_cannot_be_seen(machine: machines.Machine, lost: bool) -> None:
+    """Somebody stands between it and us."""
+    before = machine.state()
+    between = proxy.Proxy(machine.directory, machine.qmp)
+    start(machine, unix(machine), between.uri)
+    client = greeted_at(machine)
+    if lost:
+        lose_status()
+        left_or_gone(machine, lambda: clean_up(machine, between.uri))
+    else:
+        with virtbackup.open(between.uri) as conn:
+            conn.lookupByID(1).backupStop()
+        left_or_gone(machine, lambda: clean_up(machine, between.uri))
+    client.close()
+    assert goes_on(machine)
+    if lost and not survives():
+        machine.probe("nbd-server-stop")
+    assert not lost or clean_up(machine, between.uri) == []
+    assert lost or survives() or clean_up(machine, between.uri) == ["NBD server"]
+    assert machine.state() == before
+    between.close()

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The proposed calls on libvirt's own backup job (virDomainBackupBegin): ``?native=yes``.
+
+So that one program can use, and compare, both engines. What libvirt's own cannot say or do is
+refused: branches (it has checkpoints), quiescing, and what ``translate`` names.
+"""
+
+import contextlib
+import dataclasses
+import secrets
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+import libvirt
+
+from virtbackup import errors, hypervisor
+from virtbackup.conf import backup_conf, domain_conf, native_conf, translate
+from virtbackup.qemu import domain_obj, libvirt_driver, scratch
+
+END_TIMEOUT = 60.0
+"""Seconds for libvirt to end a backup job that was aborted."""
+_LOOK_AGAIN = 0.01
+
+
+def _with_image(disk: native_conf.BackupDiskDef) -> native_conf.BackupDiskDef:
+    """A listed disk has to have a type, and with one libvirt 9.0 does not come to name an image."""
+    if not disk.backup or disk.image is not None:
+        return disk
+    path = f"{scratch.default_directory()}/virtbackup-libvirt-{secrets.token_hex(4)}.{disk.name}"
+    return dataclasses.replace(disk, image=native_conf.Image(path))
+
+
+class NativeDriver:
+    """The driver of libvirt's own engine; all but backups is as without it."""
+
+    def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
+        self._host = host
+        self._owned: dict[str, hypervisor.DomainRef] = {}
+        """By uuid: the domains whose backup is to end with us."""
+
+    def close(self) -> None:
+        """End the backups that were started to end with us."""
+        for ref in self._owned.values():
+            with contextlib.suppress(libvirt.libvirtError):
+                self._end(self._host.lookup(ref))
+        self._host.close()
+
+    def get_type(self) -> str:
+        return self._host.get_type()
+
+    def get_version(self) -> int:
+        return self._host.get_version()
+
+    def is_alive(self) -> bool:
+        return self._host.is_alive()
+
+    def set_trace(self, trace: TextIO | None) -> None:
+        """Nothing: what libvirt says to QEMU it keeps to itself, or in its log."""
+
+    def list_domains(self) -> Sequence[hypervisor.DomainRef]:
+        return self._host.list_domains()
+
+    def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
+        return self._host.domain_get_state(ref)
+
+    def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return self._host.domain_get_xml_desc(ref, flags)
+
+    # --- backup ---
+
+    def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
+        """Errors: VIR_ERR_CONFIG_UNSUPPORTED, VIR_ERR_ARGUMENT_UNSUPPORTED, libvirt's own."""
+        if flags & domain_obj.START_QUIESCE:
+            raise errors.error(
+                libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "libvirt's own backup does not quiesce"
+            )
+        definition = translate.read(xml, lambda: self._definition(ref))
+        if definition.branch is not None:
+            raise errors.error(
+                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                f"branch '{definition.branch}': libvirt's own backup has checkpoints, no branches",
+            )
+        native = translate.to_native(definition, lambda: self._definition(ref))
+        found = self._host.lookup(ref)
+        if self._is_running(found):  # libvirt would wait half a minute for that job to end
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
+            )
+        disks = tuple(map(_with_image, native.disks))
+        found.backupBegin(dataclasses.replace(native, disks=disks).format(), None, 0)
+        if flags & domain_obj.START_AUTODESTROY:
+            self._owned[ref.uuid] = ref
+
+    def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
+        """libvirt tells no more of a pull than that the job ran until it was aborted."""
+        found = self._host.lookup(ref)
+        self._running(found)
+        self._owned.pop(ref.uuid, None)
+        self._end(found)
+        if not found.isActive() and not flags & domain_obj.STOP_CANCEL:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED, "the backup is not good: the domain ended"
+            )
+
+    def _end(self, found: "libvirt.virDomain") -> None:
+        found.abortJob()
+        end = time.monotonic() + END_TIMEOUT
+        while found.isActive() and found.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+            if time.monotonic() > end:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_TIMEOUT, "libvirt's backup job does not end"
+                )
+            time.sleep(_LOOK_AGAIN)
+
+    def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return self._proposal(ref).format()
+
+    def domain_backup_get_info(
+        self, ref: hypervisor.DomainRef, flags: int
+    ) -> backup_conf.BackupInfo:
+        definition = self._proposal(ref)
+        found = self._host.lookup(ref)
+        began = 0.0
+        with contextlib.suppress(libvirt.libvirtError):
+            began = time.time() - found.jobStats().get("time_elapsed", 0) / 1000
+        return backup_conf.BackupInfo(
+            state="running",
+            started=began,
+            address=definition.address,
+            engine="libvirt",
+            scratch_failure="guest",
+            disks=tuple(
+                backup_conf.DiskInfo(
+                    name=disk.name,
+                    export=disk.exportname or disk.name,
+                    state="running",
+                    reason=None,
+                    capacity=int(found.blockInfo(disk.name)[0]),
+                    scratch_used=None,
+                )
+                for disk in definition.disks
+                if disk.present
+            ),
+        )
+
+    def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
+        """libvirt cleans up by itself."""
+        return []
+
+    def _definition(self, ref: hypervisor.DomainRef) -> domain_conf.DomainDef:
+        return domain_conf.DomainDef.parse(self.domain_get_xml_desc(ref, 0))
+
+    def _proposal(self, ref: hypervisor.DomainRef) -> backup_conf.BackupDef:
+        """The running backup, in the proposal's dialect."""
+        native = native_conf.BackupDef.parse(self._running(self._host.lookup(ref)))
+        definition = translate.to_proposal(native, lambda: self._definition(ref))
+        return definition.align_disks(self._definition(ref))
+
+    def _is_running(self, found: "libvirt.virDomain") -> bool:
+        try:
+            self._running(found)
+        except libvirt.libvirtError:
+            return False
+        return True
+
+    def _running(self, found: "libvirt.virDomain") -> str:
+        """libvirt's document of the backup that runs. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
+        try:
+            return str(found.backupGetXMLDesc(0))
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                raise
+            raise errors.error(
+                libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present"
+            ) from failure
