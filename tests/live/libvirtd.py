@@ -12,8 +12,10 @@ import json
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +38,7 @@ mount --bind "$1/lib" /var/lib/libvirt
 mount --bind "$1/cache" /var/cache/libvirt
 mount --bind "$1/log" /var/log/libvirt
 mount --bind "$1/etc" /etc/libvirt
+hostname "$2"
 exec libvirtd -p "$1/libvirtd.pid"
 """
 
@@ -55,6 +58,7 @@ auth_unix_ro = "none"
 auth_unix_rw = "none"
 listen_tls = 0
 listen_tcp = 0
+host_uuid = "{uuid}"
 log_outputs = "{level}:file:{directory}/libvirtd.log"
 log_filters = "3:remote 4:event 3:util 3:rpc"
 """
@@ -63,16 +67,17 @@ log_filters = "3:remote 4:event 3:util 3:rpc"
 class Libvirtd:
     """One daemon in DIRECTORY, which all users may enter."""
 
-    def __init__(self, directory: pathlib.Path, cache: pathlib.Path | None = None) -> None:
-        """CACHE is another daemon's, of what it found out about QEMU."""
+    def __init__(self, directory: pathlib.Path, like: "Libvirtd | None" = None) -> None:
+        """As if on another host than LIKE, from which it has what that found out about QEMU."""
         self.directory = directory
+        self._hostname = "elsewhere" if like else None
         directory.chmod(0o755)
         for name in ("run", "lib", "cache", "log", "etc", "sock"):
             (directory / name).mkdir()
-        if cache is not None:
-            shutil.copytree(cache, directory / "cache", dirs_exist_ok=True)
+        if like is not None:
+            shutil.copytree(like.directory / "cache", directory / "cache", dirs_exist_ok=True)
         (directory / "etc" / "qemu.conf").write_text(_QEMU_CONF.format(namespaces=""))
-        conf = _LIBVIRTD_CONF.format(directory=directory, level=3)
+        conf = _LIBVIRTD_CONF.format(directory=directory, level=3, uuid=uuid.uuid4())
         (directory / "etc" / "libvirtd.conf").write_text(conf)
         self.log = directory / "libvirtd.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,18 +91,14 @@ class Libvirtd:
     def uri(self) -> str:
         return f"qemu:///system?socket={self.socket}"
 
-    @property
-    def cache(self) -> pathlib.Path:
-        return self.directory / "cache"
-
     def start(self) -> None:
         """Start the daemon; it takes up the domains that are running."""
         self.socket.unlink(missing_ok=True)
         script = _INSIDE.format(hidden=" ".join(HIDDEN))
         with (self.directory / "output").open("ab") as output:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "slave", "sh", "-ec", script, "sh",
-                 str(self.directory)],
+                ["unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-ec", script,
+                 "sh", str(self.directory), self._hostname or socket.gethostname()],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         wait_for(self._answers)
@@ -132,9 +133,9 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def running(directory: pathlib.Path, cache: pathlib.Path | None = None) -> Iterator[Libvirtd]:
+def running(directory: pathlib.Path, like: Libvirtd | None = None) -> Iterator[Libvirtd]:
     """A daemon for as long as this lasts."""
-    daemon = Libvirtd(directory, cache)
+    daemon = Libvirtd(directory, like)
     try:
         yield daemon
     finally:
@@ -148,7 +149,7 @@ CLUSTER = 64 << 10
 
 _DOMAIN = """
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
-  <name>{name}</name><memory unit='MiB'>48</memory><vcpu>1</vcpu>
+  <name>{name}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type>{os}</os>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
@@ -161,9 +162,9 @@ _DOMAIN = """
 </domain>"""
 
 
-def domain_xml(name: str, devices: str, more: str = "", os: str = "") -> str:
+def domain_xml(name: str, devices: str, more: str = "", os: str = "", memory: int = 48) -> str:
     """A small domain; its guest is nothing but firmware that finds nothing to boot."""
-    return _DOMAIN.format(name=name, devices=devices, more=more, os=os)
+    return _DOMAIN.format(name=name, devices=devices, more=more, os=os, memory=memory)
 
 
 def disk_xml(
@@ -263,10 +264,10 @@ class Host:
 
     @contextlib.contextmanager
     def domain(
-        self, name: str, devices: str, more: str = "", os: str = "", persistent: bool = False
+        self, name: str, devices: str, persistent: bool = False, **more: Any
     ) -> Iterator[Domain]:
-        """A running domain; gone afterwards."""
-        xml = domain_xml(name, devices, more, os)
+        """A running domain; gone afterwards. MORE goes into its XML."""
+        xml = domain_xml(name, devices, **more)
         if persistent:
             found = self.connection.defineXML(xml)
             found.create()

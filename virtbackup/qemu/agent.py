@@ -217,11 +217,13 @@ def standing_still(agent: Agent) -> Iterator[None]:
         except libvirt.libvirtError as failure:
             guard.is_done = _thawed_after(failure, agent)
             raise
-        logger.info("agent=%s frozen=%d", agent.name, count)
+        began = time.monotonic()
         try:
             yield
         finally:
             guard.is_done = thaw(agent)
+        seconds = time.monotonic() - began
+        logger.info("agent=%s frozen=%d seconds=%.3f", agent.name, count, seconds)
 
 
 def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
