@@ -61,6 +61,10 @@ class CannedQemu:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.exports: dict[str, str] = {}
         self.fdsets: dict[int, str] = {}
+        self.objects: dict[str, str] = {}
+        """Id -> kind."""
+        self.fds: set[str] = set()
+        """Descriptors by the names that they were handed over with."""
         self.server = False
         self.run_state = "running"
         self.io_status = "ok"
@@ -79,11 +83,12 @@ class CannedQemu:
 
     def is_clean(self) -> bool:
         """Whether nothing is left of any backup."""
-        return not (self.nodes or self.jobs or self.exports or self.fdsets or self.server)
+        left = (self.nodes, self.jobs, self.exports, self.fdsets, self.fds, self.objects)
+        return not (any(left) or self.server)
 
     def clean(self) -> None:
         """Somebody else takes away what is left."""
-        for one in (self.nodes, self.jobs, self.exports, self.fdsets):
+        for one in (self.nodes, self.jobs, self.exports, self.fdsets, self.fds, self.objects):
             one.clear()
         self.server = False
 
@@ -166,7 +171,8 @@ class CannedQemu:
         return [{"label": "qmp", "filename": f"unix:{MONITOR},server=on", "frontend-open": True}]
 
     def _qom_list(self, command: monitor_json.Command, arguments: Any) -> Reply:
-        return [{"name": "io0", "type": "child<iothread>"}] if self.iothread else []
+        objects = {**self.objects, **({"io0": "iothread"} if self.iothread else {})}
+        return [{"name": id, "type": f"child<{kind}>"} for id, kind in objects.items()]
 
     def _qom_get(self, command: monitor_json.Command, arguments: Any) -> Reply:
         if arguments["property"] == "parent_bus":
@@ -182,6 +188,27 @@ class CannedQemu:
 
     def _remove_fd(self, command: monitor_json.Command, arguments: Any) -> Reply:
         del self.fdsets[arguments["fdset-id"]]
+        return {}
+
+    def _object_add(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        self.objects[arguments["id"]] = arguments["qom-type"]
+        return {}
+
+    def _object_del(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        if arguments["id"] not in self.objects:
+            raise self.failure(command, f"object '{arguments['id']}' not found")
+        del self.objects[arguments["id"]]
+        return {}
+
+    def _getfd(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        self.fds.add(arguments["fdname"])
+        return {}
+
+    def _closefd(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        if arguments["fdname"] not in self.fds:
+            name = arguments["fdname"]
+            raise self.failure(command, f"File descriptor named '{name}' not found")
+        self.fds.remove(arguments["fdname"])
         return {}
 
     def _blockdev_add(self, command: monitor_json.Command, arguments: Any) -> Reply:
@@ -252,6 +279,8 @@ class CannedQemu:
     def _nbd_server_start(self, command: monitor_json.Command, arguments: Any) -> Reply:
         if self.server:
             raise self.failure(command, "NBD server already running")
+        if arguments["addr"]["type"] == "fd":
+            self.fds.remove(arguments["addr"]["data"]["str"])
         self.server = True
         return {}
 

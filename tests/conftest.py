@@ -51,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*programs): programs the test runs")
     config.addinivalue_line("markers", "may_skip: may skip even where a live test must not")
     hypothesis.settings.load_profile("long" if long() else "short")
+    os.environ["VIRTBACKUP_CONF"] = os.devnull  # not this machine's settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -95,13 +95,14 @@ def test_sizes_round_trip(size: int) -> None:
 _characters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="/")
 _names = st.text(_characters, min_size=1, max_size=20).filter(lambda text: text == text.strip())
 _paths = _names.map(lambda text: f"/{text}")
+_hosts = st.sampled_from(["0.0.0.0", "::", "::1", "host.example", "fe80::1%eth0"])
+_yes_or_no = st.none() | st.booleans()
 _addresses = st.one_of(
-    st.builds(backup_conf.UnixAddress, _paths.filter(lambda path: len(path.encode()) < 100)),
     st.builds(
-        backup_conf.IpAddress,
-        st.sampled_from(["0.0.0.0", "::", "::1", "host.example", "fe80::1%eth0"]),
-        st.integers(1, 65535),
+        backup_conf.UnixAddress, _paths.filter(lambda path: len(path.encode()) < 100), _yes_or_no
     ),
+    st.builds(backup_conf.IpAddress, _hosts, st.integers(1, 65535), _yes_or_no, _yes_or_no),
+    st.builds(backup_conf.IpAddress, _hosts, st.none(), _yes_or_no, st.just(True)),
 )
 _sources = st.one_of(
     st.builds(storage_conf.Source, file=_paths), st.builds(storage_conf.Source, dir=_paths)
@@ -139,7 +140,9 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 
 _pieces = st.recursive(
     st.sampled_from(
-        ["", '<address type="unix" path="/x"/>', '<address type="ip" host="h" port="7000"/>',
+        ["", '<address type="unix" path="/x"/>', '<address type="ip" host="h" autoport="yes"/>',
+         '<address type="ip" host="h" port="0" tls="no"/>', '<address type="unix" tls="x"/>',
+         '<address type="ip" host="h" port="7000"/>',
          '<branch name="b"/>', "<source/>", '<disk name="a"/>', '<bitmap granularity="1k"/>']
     ),
     lambda inner: st.tuples(

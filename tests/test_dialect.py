@@ -44,7 +44,7 @@ def conversation(caps: capabilities.Capabilities) -> list[monitor_json.Command]:
     drive = "" if caps.job_ids else disk.source_name
     job = monitor_json.Job(disk.job, "backup", "running", None, drive)
     return [
-        plan.server_command(),
+        *plan.server_commands(),
         plan.scratch_command(disk, "/dev/fdset/0"),
         plan.transaction(),
         *plan.export_commands(disk),

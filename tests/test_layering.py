@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "api": {"errors", "conf", "hypervisor", "access"},
     "extend": {"errors", "conf", "hypervisor", "api"},
     "runtime": set(),
-    "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "qemu"},
+    "config": {"errors", "conf"},
+    "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "config", "qemu"},
     "test": {"errors", "hypervisor", "runtime", "qemu", "test"},
     "remote": {"errors", "hypervisor", "access", "remote"},
-    "tools": {"api", "conf", "nbd", "errors", "runtime", "tools"},
+    "tools": {"api", "conf", "nbd", "errors", "runtime", "config", "tools"},
     "__init__": {"api", "errors"},
 }
 

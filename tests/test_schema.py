@@ -63,6 +63,8 @@ def disks_for(path: pathlib.Path) -> dict[str, canned_qemu.Reply]:
 
 CLOCK = canned_qemu.Clock()
 
+CERTIFICATES = 'backup_tls_x509_cert_dir = "/tls"'
+
 
 # --- backups of every kind ------------------------------------------------------------------------
 
@@ -83,6 +85,12 @@ class Bench:
         self.file = status.StatusFile(str(directory / "qmp.sock"))
         self.job = job.BackupJob(self.file, self._session)
         self.address: backup_conf.Address = backup_conf.UnixAddress(str(directory / "nbd.sock"))
+
+    def set(self, text: str) -> None:
+        """What virtbackup.conf says from now on."""
+        path = self.file.path.with_suffix(".conf")
+        path.write_text(text)
+        os.environ["VIRTBACKUP_CONF"] = str(path)
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[domain.Session]:
@@ -125,6 +133,39 @@ def paused(bench: Bench) -> None:
 def over_tcp(bench: Bench) -> None:
     bench.address = backup_conf.IpAddress("127.0.0.1", 10809)
     good(bench)
+
+
+def on_a_picked_port(bench: Bench) -> None:
+    bench.address = backup_conf.IpAddress("127.0.0.1", autoport=True)
+    good(bench)
+
+
+def with_certificates(bench: Bench) -> None:
+    _with_tls(bench, CERTIFICATES, good)
+
+
+def with_certificates_of_which_nobody_knows(bench: Bench) -> None:
+    _with_tls(bench, CERTIFICATES, of_which_nobody_knows)
+
+
+def with_a_key(bench: Bench) -> None:
+    bench.address = backup_conf.IpAddress("127.0.0.1", autoport=True)
+    _with_tls(bench, 'backup_tls_psk_dir = "/tls"', good)
+
+
+def _with_tls(bench: Bench, settings: str, kind: Callable[[Bench], None]) -> None:
+    bench.set(settings)
+    bench.address = dataclasses.replace(bench.address, tls=True)
+    try:
+        kind(bench)
+    except errors.Error as failure:
+        assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+        assert "has no TLS for exports" in str(failure)
+        assert not can_tls(bench.identify().capabilities)
+
+
+def can_tls(caps: capabilities.Capabilities) -> bool:
+    return "tls-creds" in str(caps.features) and "object-add" in caps.commands
 
 
 def with_a_job_that_ended(bench: Bench) -> None:
@@ -173,7 +214,8 @@ def in_an_iothread(bench: Bench) -> None:
 
 
 KINDS: list[Callable[[Bench], None]] = [
-    good, paused, over_tcp, with_a_job_that_ended, with_a_guest_that_was_stopped,
+    good, paused, over_tcp, on_a_picked_port, with_certificates, with_a_key,
+    with_certificates_of_which_nobody_knows, with_a_job_that_ended, with_a_guest_that_was_stopped,
     with_disks_that_were_unplugged, that_is_given_up, of_which_nobody_knows, in_an_iothread,
 ]  # fmt: skip
 
@@ -213,7 +255,10 @@ def sent_by(path: pathlib.Path, directory: pathlib.Path) -> list[monitor_json.Co
             kind(bench)
             assert bench.qemu.is_clean(), kind.__name__
             sent += bench.qemu.sent
-        sent += sent_when_refused(path, directory, engine, identity)
+        tls = can_tls(identity.capabilities)
+        picked = backup_conf.IpAddress("127.0.0.1", tls=tls, autoport=True)
+        for address in (first.address, picked):
+            sent += sent_when_refused(path, directory, engine, identity, address)
     return sent
 
 
@@ -222,11 +267,14 @@ def sent_when_refused(
     directory: pathlib.Path,
     engine: capabilities.Engine,
     identity: domain.Identity,
+    address: backup_conf.Address,
 ) -> Iterator[monitor_json.Command]:
     """A good backup with a command refused: the first in the first round, the next in the next."""
     number = 0
     while True:
         bench = Bench(path, directory, engine, identity)
+        bench.address = address
+        bench.set(CERTIFICATES)
         bench.qemu.refuse = refusal = Refusal(number)
         with contextlib.suppress(errors.Error):
             whole(bench)
@@ -250,6 +298,7 @@ def engines(caps: capabilities.Capabilities) -> Iterator[capabilities.Engine]:
 
 @pytest.fixture(autouse=True)
 def places(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIRTBACKUP_CONF", os.devnull)
     for variable in ("VIRTBACKUP_STATE_DIR", "VIRTBACKUP_SCRATCH_DIR"):
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))

@@ -109,7 +109,26 @@ def _never() -> domain_conf.DomainDef:
     ],
 )
 def test_the_domain_is_asked_for_only_where_it_is_needed(document: str) -> None:
-    assert isinstance(translate.read(document, _never).address, backup_conf.Address)
+    address = translate.read(document, _never).address
+    assert isinstance(address, backup_conf.Address)
+    assert translate.address(document) == address
+
+
+@pytest.mark.parametrize(
+    ("document", "address"),
+    [
+        (
+            "<domainbackup mode='pull'><server name='h' port='1' tls='yes'/>"
+            "<disks><disk name='vda'/></disks></domainbackup>",
+            backup_conf.IpAddress("h", 1, tls=True),
+        ),
+        ("<domainbackup mode='pull'/>", backup_conf.IpAddress("localhost", autoport=True)),
+    ],
+)
+def test_the_address_is_told_without_the_domain(
+    document: str, address: backup_conf.Address
+) -> None:
+    assert translate.address(document) == address
 
 
 # --- there and back -------------------------------------------------------------------------------
@@ -120,13 +139,13 @@ _names = st.text(
     max_size=10,
 )
 _branches = _names.filter(lambda text: not text.startswith(backup_conf.OWN_PREFIX))
+_hosts = st.sampled_from(["0.0.0.0", "::1", "h.example"])
+_yes_or_no = st.none() | st.booleans()
 _addresses = st.one_of(
-    st.builds(backup_conf.UnixAddress, _names.map(lambda text: f"/{text}")),
-    st.builds(
-        backup_conf.IpAddress, st.sampled_from(["0.0.0.0", "::1", "h.example"]),
-        st.integers(1, 65535),
-    ),
-)  # fmt: skip
+    st.builds(backup_conf.UnixAddress, _names.map(lambda text: f"/{text}"), _yes_or_no),
+    st.builds(backup_conf.IpAddress, _hosts, st.integers(1, 65535), _yes_or_no),
+    st.builds(backup_conf.IpAddress, _hosts, st.none(), _yes_or_no, st.just(True)),
+)
 _files = st.none() | _names.map(lambda text: f"/{text}")
 
 
@@ -234,9 +253,9 @@ def natives(draw: st.DrawFn, domain: domain_conf.DomainDef) -> native_conf.Backu
     address = draw(_addresses)
     return native_conf.BackupDef(
         mode="pull",
-        server=native_conf.UnixServer(address.path, draw(st.sampled_from([None, False])))
+        server=native_conf.UnixServer(address.path, address.tls)
         if isinstance(address, backup_conf.UnixAddress)
-        else native_conf.TcpServer(address.host, address.port),
+        else native_conf.TcpServer(address.host, address.port, address.tls),
         incremental=checkpoint if of_all else None,
         disks=tuple(draw(st.permutations(disks))),
     )

@@ -486,12 +486,6 @@ def test_translate_asks_the_domain_for_its_disks(run: Run, tmp_path: pathlib.Pat
             "unsupported configuration: mode='push' cannot be said in the proposal: it pulls only"
             " (line 1, element <domainbackup>)",
         ),
-        (
-            "<domainbackup mode='pull'/>",
-            [],
-            "Operation not supported: <domainbackup> must specify TCP port for now"
-            " (line 1, element <domainbackup>)",
-        ),
         ("<domain/>", [], "XML error: unexpected root element <domain>, expecting <domainbackup>"
          " (line 1, element <domain>)"),
         ("", [], "XML error: Document is empty, line 1, column 1"),
@@ -583,7 +577,7 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
         "branch": None,
         "state": "failed",
         "started": 1700000000.5,
-        "address": {"type": "unix", "path": "/run/x.sock"},
+        "address": {"type": "unix", "path": "/run/x.sock", "tls": False},
         "engine": "hybrid",
         "scratch_failure": "guest",
         "scratch_timeout": None,
@@ -639,6 +633,8 @@ def test_cleanup(run: Run) -> None:
     ("address", "uri"),
     [
         (backup_conf.UnixAddress("/a b/?x"), "nbd+unix:///v%25?socket=/a%20b/%3Fx"),
+        (backup_conf.UnixAddress("/a", tls=True), "nbds+unix:///v%25?socket=/a"),
+        (backup_conf.IpAddress("h", 1, tls=True), "nbds://h:1/v%25"),
         (backup_conf.IpAddress("::1", 1), "nbd://[::1]:1/v%25"),
         (backup_conf.IpAddress("localhost", 65535), "nbd://localhost:65535/v%25"),
     ],
@@ -701,6 +697,54 @@ def test_start_as_on_a_port(run: Run) -> None:
     assert definition == backup_conf.BackupDef(backup_conf.IpAddress("::1", 10809))
 
 
+def test_start_as_on_a_port_that_is_free(run: Run) -> None:
+    picked = backup_conf.BackupDef(backup_conf.IpAddress("h", None, True, True))
+    assert _printed(run, "--host", "h", "--port", "0", "--tls") == picked
+    assert _printed(run, "--host", "h", "--autoport", "--tls") == picked
+    with_tls = backup_conf.BackupDef(backup_conf.UnixAddress("/a", tls=True))
+    assert _printed(run, "--unix", "/a", "--tls") == with_tls
+
+
+WARNING = (
+    "warning: whoever reaches 0.0.0.0 can read the exports, which have no TLS: see tls= of"
+    " <address>, and --insecure\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "conf", "warning"),
+    [
+        (["--host", "0.0.0.0", "--port", "1"], "", WARNING),
+        (["--host", "0.0.0.0", "--port", "1"], "insecure = 0", WARNING),
+        (["--host", "0.0.0.0", "--port", "1"], "insecure = yes", ""),
+        (["--host", "0.0.0.0", "--port", "1", "--insecure"], "", ""),
+        (["--host", "0.0.0.0", "--port", "1", "--tls"], "", ""),
+        (["--host", "h.example", "--port", "1"], "", WARNING.replace("0.0.0.0", "h.example")),
+        (["--host", "::", "--autoport"], "", WARNING.replace("0.0.0.0", "::")),
+        (["--host", "127.9.9.9", "--port", "1"], "", ""),
+        (["--host", "::1", "--port", "1"], "", ""),
+        (["--host", "LocalHost.", "--port", "1"], "", ""),
+        (["--unix", "/a"], "", ""),
+    ],
+)
+def test_who_may_read_without_tls(
+    words: list[str],
+    conf: str,
+    warning: str,
+    run: Run,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "virtbackup.conf"
+    path.write_text(conf)
+    monkeypatch.setenv("VIRTBACKUP_CONF", str(path))
+    status, out, err = run("backup-start-as", "vm1", *words)
+    assert (status, out, err) == (0, "Domain backup started\n", f"flags=0\n{warning}")
+    logged = [r.getMessage() for r in caplog.records if r.name.startswith("virtbackup.tools")]
+    assert [f"warning: {text}\n" for text in logged] == ([warning] if warning else [])
+
+
 def test_start_as_starts(run: Run) -> None:
     status, out, err = run("backup-start-as vm1 --unix /a --quiesce; backup-dumpxml vm1")
     assert (status, err) == (0, "flags=1\n")
@@ -715,8 +759,12 @@ def test_start_as_starts(run: Run) -> None:
         (["--port", "1"], "command 'backup-start-as' requires --unix, or --host and --port"),
         (["--unix", "/a", "--host", "h"], "Options --unix and --host are mutually exclusive"),
         (["--unix", "/a", "--port", "1"], "Options --unix and --port are mutually exclusive"),
-        (["--host", "h", "--port", "0"],
-         "Numeric value '0' for <port> option is malformed or out of range"),
+        (["--autoport"], "command 'backup-start-as' requires --unix, or --host and --port"),
+        (["--unix", "/a", "--autoport"], "Options --unix and --autoport are mutually exclusive"),
+        (["--host", "h", "--port", "1", "--autoport"],
+         "Options --port and --autoport are mutually exclusive"),
+        (["--host", "h", "--port", "-1"],
+         "Numeric value '-1' for <port> option is malformed or out of range"),
         (["--host", "h", "--port", "65536"],
          "Numeric value '65536' for <port> option is malformed or out of range"),
         (["--unix", "/a", "--disk", "a,b"], "invalid --disk 'a,b': 'b' is not understood"),
@@ -772,7 +820,7 @@ def shell(run: Run) -> Iterator[virsh_connection.Shell]:
         ("backup-start-as vm1 --disk vda,type=f", ["vda,type=full "]),
         ("backup-start-as vm1 --disk vda,present=no,source=/et", ["vda,present=no,source=/etc/"]),
         ("backup-start vm1 /et", ["/etc/"]),
-        ("backup-start vm1 x --", ["--quiesce "]),
+        ("backup-start vm1 x --", ["--insecure", "--quiesce"]),
         ("translate /et", ["/etc/"]),
         ("translate x --to ", ["native", "proposal"]),
         ("translate x --domain v", ["vm1 "]),

@@ -31,6 +31,10 @@ _TEXTS = {
     libvirt.VIR_ERR_OPERATION_DENIED: ("operation forbidden: %s", "operation forbidden"),
     libvirt.VIR_ERR_SYSTEM_ERROR: ("%s", "system call error"),
     libvirt.VIR_ERR_RPC: ("%s", "RPC error"),
+    libvirt.VIR_ERR_CONF_SYNTAX: (
+        "configuration file syntax error: %s",
+        "configuration file syntax error",
+    ),
     libvirt.VIR_ERR_NO_DOMAIN: ("Domain not found: %s", "Domain not found"),
     libvirt.VIR_ERR_OPERATION_INVALID: (
         "Requested operation is not valid: %s",

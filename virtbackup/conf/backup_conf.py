@@ -34,7 +34,22 @@ class IpAddress:
     """The NBD server listens on a TCP port; HOST is a name or an address, IPv6 without brackets."""
 
     host: str
-    port: int
+    port: int | None = None
+    """None: no port has been picked yet."""
+    tls: bool | None = None
+    autoport: bool | None = None
+    """The start picks a free port, whatever ``port`` says; true where that is None."""
+
+    @property
+    def picks_port(self) -> bool:
+        """Whether the port is the start's to choose."""
+        return bool(self.autoport) or self.port is None
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port, once the port is known."""
+        assert self.port is not None
+        return self.host, self.port
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +57,7 @@ class UnixAddress:
     """The NBD server listens on a unix socket at an absolute PATH."""
 
     path: str
+    tls: bool | None = None
 
 
 Address = IpAddress | UnixAddress
@@ -173,19 +189,37 @@ def _child(element: etree._Element, name: str) -> etree._Element:
 
 def _parse_address(element: etree._Element) -> Address:
     host, port, path = (element.get(name) for name in ("host", "port", "path"))
+    tls, autoport = _yes(element.get("tls")), _yes(element.get("autoport"))
     if element.get("type") == "ip":
-        if host is None or port is None:
+        if host is None or (port is None and not autoport):
             raise xml.xml_error("both host and port must be specified for ip address type", element)
         if path is not None:
             raise xml.xml_error("'path' does not belong to ip address type", element)
-        return IpAddress(unbracketed(host), int(port))
+        number = int(port or "0")
+        if number == 0 and autoport is False:
+            raise _bad_port(str(port), element)
+        return IpAddress(unbracketed(host), number or None, tls, autoport if number else True)
     if path is None:
         raise xml.xml_error("path must be specified for unix address type", element)
     if host is not None or port is not None:
         raise xml.xml_error("'host' and 'port' do not belong to unix address type", element)
+    if autoport is not None:
+        raise xml.xml_error("'autoport' does not belong to unix address type", element)
     if len(path.encode()) > MAX_SUN_PATH:
         raise xml.xml_error(f"path is longer than {MAX_SUN_PATH} bytes", element)
-    return UnixAddress(path)
+    return UnixAddress(path, tls)
+
+
+def _yes(text: str | None) -> bool | None:
+    return None if text is None else text == "yes"
+
+
+def _bad_port(text: str, element: etree._Element) -> errors.Error:
+    return xml.report(
+        libvirt.VIR_ERR_INTERNAL_ERROR,
+        f"cannot parse port {text}: expected a number from 1 to 65535",
+        element,
+    )
 
 
 def unbracketed(host: str) -> str:
@@ -266,16 +300,15 @@ def _refuse_address(address: etree._Element) -> None:
             address,
         )
     if kind == "ip" and port is not None and not _is_port(port):
-        raise xml.report(
-            libvirt.VIR_ERR_INTERNAL_ERROR,
-            f"cannot parse port {port}: expected a number from 1 to 65535",
-            address,
-        )
+        raise _bad_port(port, address)
+    for name in ("tls", "autoport"):
+        if address.get(name) not in (None, "yes", "no"):
+            return  # the schema says it
     _parse_address(address)
 
 
 def _is_port(text: str) -> bool:
-    return len(text) < 20 and text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535
+    return len(text) < 20 and text.isascii() and text.isdecimal() and int(text) <= 65535
 
 
 def _refuse_disk(disk: etree._Element) -> None:
@@ -302,10 +335,21 @@ def _refuse_disk(disk: etree._Element) -> None:
 
 
 def _format_address(address: Address, parent: etree._Element) -> None:
-    if isinstance(address, IpAddress):
-        etree.SubElement(parent, "address", type="ip", host=address.host, port=str(address.port))
-    else:
-        etree.SubElement(parent, "address", type="unix", path=address.path)
+    values: dict[str, str | None]
+    match address:
+        case IpAddress(host, port, _, autoport):
+            number = None if port is None else str(port)
+            picks = autoport if number else True
+            values = {"type": "ip", "host": host, "port": number, "autoport": _yesno(picks)}
+        case UnixAddress(path):
+            values = {"type": "unix", "path": path}
+    values["tls"] = _yesno(address.tls)
+    given = {name: value for name, value in values.items() if value is not None}
+    etree.SubElement(parent, "address", given)
+
+
+def _yesno(value: bool | None) -> str | None:
+    return None if value is None else "yes" if value else "no"
 
 
 def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:

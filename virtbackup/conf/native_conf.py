@@ -17,6 +17,9 @@ from virtbackup.conf import backup_conf, domain_conf, xml
 
 SCHEMA = "domainbackup-native.xsd"
 
+DEFAULT_HOST = "localhost"
+"""Where a pull without a server listens."""
+
 TEXTS = ("incremental", "label")
 """The elements that hold text."""
 

@@ -114,15 +114,24 @@ def read(document: str, domain: Domain) -> backup_conf.BackupDef:
         return _to_proposal(native_conf.BackupDef.parse(document), domain)
 
 
+def address(document: str) -> backup_conf.Address:
+    """Where the NBD server of a backup is to listen, by a document in either dialect.
+
+    Errors: as ``translate``, of what no domain is needed for.
+    """
+    root = xml.parse(document, "domainbackup")
+    if _dialect(root) == "proposal":
+        return backup_conf.BackupDef.parse(document).address
+    with _telling(root):
+        return _address(native_conf.BackupDef.parse(document).server)
+
+
 class _Unsayable(Exception):
     """The other dialect has no words for this; PATH is where it is said, from the root."""
 
-    def __init__(
-        self, detail: str, path: str, code: int = libvirt.VIR_ERR_CONFIG_UNSUPPORTED
-    ) -> None:
+    def __init__(self, detail: str, path: str) -> None:
         super().__init__(detail)
         self.path = path
-        self.code = code
 
 
 @contextlib.contextmanager
@@ -132,7 +141,7 @@ def _telling(root: etree._Element | None) -> Iterator[None]:
         yield
     except _Unsayable as failure:
         element = None if root is None else root.find(failure.path)
-        raise xml.report(failure.code, str(failure), element) from None
+        raise xml.report(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, str(failure), element) from None
 
 
 def _ask(domain: Domain | None, path: str, why: str) -> domain_conf.DomainDef:
@@ -192,9 +201,10 @@ def _to_native(definition: backup_conf.BackupDef, domain: Domain | None) -> nati
 
 
 def _server(address: backup_conf.Address) -> native_conf.Server:
-    if isinstance(address, backup_conf.IpAddress):
-        return native_conf.TcpServer(address.host, address.port)
-    return native_conf.UnixServer(address.path)
+    if isinstance(address, backup_conf.UnixAddress):
+        return native_conf.UnixServer(address.path, address.tls)
+    port = None if address.picks_port else address.port
+    return native_conf.TcpServer(address.host, port, address.tls)
 
 
 def _refuse_for_native(disk: backup_conf.BackupDiskDef, branch: str | None, path: str) -> None:
@@ -239,9 +249,9 @@ def to_proposal(
 ) -> backup_conf.BackupDef:
     """The same backup in the proposal's dialect, the checkpoint's name as the branch's.
 
+    A server without a port, which libvirt refuses so far, is one whose port the start picks.
     An ``exportbitmap`` that is not said is left to the dialect: ``backup-DISK`` is libvirt's
-    default, the branch's name the proposal's. Errors: as ``translate``, without lines;
-    VIR_ERR_OPERATION_UNSUPPORTED, as libvirt's own start has it, where no port is given.
+    default, the branch's name the proposal's. Errors: as ``translate``, without lines.
     """
     with _telling(None):
         return _to_proposal(definition, domain)
@@ -276,20 +286,15 @@ def _to_proposal(definition: native_conf.BackupDef, domain: Domain | None) -> ba
 
 
 def _address(server: native_conf.Server | None) -> backup_conf.Address:
-    if server is not None and server.tls:
-        raise _Unsayable("<server tls='yes'> cannot be said in the proposal", "server")
     match server:
-        case native_conf.UnixServer(socket):
-            return backup_conf.UnixAddress(socket)
+        case native_conf.UnixServer(socket, tls):
+            return backup_conf.UnixAddress(socket, tls)
         case native_conf.FdServer():
             raise _Unsayable("<server transport='fd'> cannot be said in the proposal", "server")
-        case native_conf.TcpServer(name, port) if port is not None:
-            return backup_conf.IpAddress(name, port)
-    raise _Unsayable(
-        "<domainbackup> must specify TCP port for now",
-        "." if server is None else "server",
-        libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-    )
+        case native_conf.TcpServer(name, port, tls):
+            autoport = True if port is None else None
+            return backup_conf.IpAddress(name, port, tls, autoport)
+    return backup_conf.IpAddress(native_conf.DEFAULT_HOST, autoport=True)
 
 
 def _refuse_for_proposal(disk: native_conf.BackupDiskDef, path: str) -> None:

@@ -40,11 +40,26 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tls:
+    """TLS is demanded of the server: by certificates, or by a key that both ends have."""
+
+    certificates: str | None = None
+    """A directory with ca-cert.pem and, to be known by, client-cert.pem and client-key.pem."""
+    psk_file: str | None = None
+    """Lines of a name, a colon and a key."""
+    username: str | None = None
+    """Whose key it is."""
+    verify: bool = True
+    """The server's certificate must be of that authority, and for the host that is called."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """Where to read: SERVER is a unix socket's path, (host, port), or a program to start."""
 
     server: str | tuple[str, int] | Program
     name: str
+    tls: Tls | None = None
 
     def __str__(self) -> str:
         if isinstance(self.server, Program):
@@ -81,7 +96,7 @@ class Connection:
             self._handle.set_pread_initialize(False)
             # libnbd knows DF for structured reads alone; it holds for every read.
             self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
-            _connect(self._handle, export.server)
+            _connect(self._handle, export)
 
     def negotiate(self) -> None:
         """Once ready: read what the server said of itself."""
@@ -177,7 +192,17 @@ class Connection:
         return failed(self._export, what, reason, offset)
 
 
-def _connect(handle: Any, server: str | tuple[str, int] | Program) -> None:
+def _connect(handle: Any, export: Export) -> None:
+    server, tls = export.server, export.tls
+    if tls is not None:
+        handle.set_tls(nbd.TLS_REQUIRE)
+        handle.set_tls_verify_peer(tls.verify)
+        if tls.certificates is not None:
+            handle.set_tls_certificates(tls.certificates)
+        if tls.psk_file is not None:
+            handle.set_tls_psk_file(tls.psk_file)
+        if tls.username is not None:
+            handle.set_tls_username(tls.username)
     if isinstance(server, str):
         handle.aio_connect_unix(server)
     elif isinstance(server, Program):
@@ -196,7 +221,7 @@ def unreadable(export: Export, timeout: float) -> str | None:
     handle: Any = nbd.NBD()
     try:
         handle.set_export_name(export.name)
-        _connect(handle, export.server)
+        _connect(handle, export)
         while handle.aio_is_connecting():
             _wait(handle, export, end)
         flags = nbd.CMD_FLAG_DF if handle.can_df() else 0

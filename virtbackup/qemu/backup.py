@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import libvirt
 
 from virtbackup import errors
-from virtbackup.conf import backup_conf, storage_conf
+from virtbackup.conf import backup_conf, storage_conf, virtbackup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
@@ -85,14 +85,29 @@ class BackupPlan:
     disks: tuple[DiskPlan, ...]
 
     dialect: dialect.Dialect
+    credentials: virtbackup_conf.Credentials | None = None
+    """What the NBD server does TLS by; None: it does not."""
 
     @property
     def address(self) -> backup_conf.Address:
         return self.definition.address
 
-    def server_command(self, fdname: str | None = None) -> monitor_json.Command:
-        """Start the NBD server; on a socket that was handed over as FDNAME, if any."""
-        return self.dialect.nbd_server_start(self.address, fdname)
+    def listening_on(self, address: backup_conf.Address) -> "BackupPlan":
+        """The same plan, once it is known where the NBD server is going to listen."""
+        definition = dataclasses.replace(self.definition, address=address)
+        return dataclasses.replace(self, definition=definition)
+
+    def server_commands(self, fd: int | None = None) -> list[monitor_json.Command]:
+        """Start the NBD server, one command after the other; FD is its socket, where it has one."""
+        commands = []
+        name = tls = None
+        if self.credentials is not None:
+            tls = naming.credentials(self.id)
+            commands.append(self.dialect.credentials_add(tls, self.credentials))
+        if fd is not None:
+            name = naming.listener_fd(self.id)
+            commands.append(monitor_json.getfd(fd, name))
+        return [*commands, self.dialect.nbd_server_start(self.address, name, tls)]
 
     def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
         """Open the new image: over the live disk where it is going to be exported itself."""
@@ -185,8 +200,10 @@ def plan(
     backup: naming.BackupId,
     scratch_dir: str,
     engine: capabilities.Engine | None = None,
+    credentials: virtbackup_conf.Credentials | None = None,
 ) -> BackupPlan:
-    """Plan the backup of an aligned DEFINITION; images without a place go to SCRATCH_DIR.
+    """Plan the backup of an aligned DEFINITION; images without a place go to SCRATCH_DIR. TLS, if
+    it is wanted, goes by CREDENTIALS.
 
     ENGINE None is the safest that this QEMU has. Errors, by disk: VIR_ERR_CONFIG_UNSUPPORTED for
     what is not offered, VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one
@@ -195,6 +212,10 @@ def plan(
     caps.check_backup()
     engine = engine or caps.engine
     caps.check_engine(engine)
+    if not definition.address.tls:
+        credentials = None
+    if credentials is not None:
+        caps.check_tls(dialect.credentials_kind(credentials))
     _check_branch(definition, caps)
     _check_sources(definition.disks)
     lines = _lines(definition, state)
@@ -231,7 +252,7 @@ def plan(
             plan = _with_branch(plan, definition.branch, wanted, line, backup, len(disks))
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
-    return BackupPlan(backup, engine, placed_all, tuple(disks), spoken)
+    return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials)
 
 
 def _disk(

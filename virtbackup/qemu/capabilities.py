@@ -33,6 +33,11 @@ FEATURES: Mapping[str, str] = {
     "on-cbw-error": "blockdev-backup/on-cbw-error",
     "transaction.blockdev-backup": "transaction/actions/+blockdev-backup",
     "nbd-server-start.max-connections": "nbd-server-start/max-connections",
+    "nbd-server-start.fd": "nbd-server-start/addr/+fd",
+    "nbd-server-start.tls-creds": "nbd-server-start/tls-creds",
+    "object-add.props": "object-add/props",
+    "object-add.tls-creds-x509": "object-add/+tls-creds-x509",
+    "object-add.tls-creds-psk": "object-add/+tls-creds-psk",
     "nbd-server-add.name": "nbd-server-add/name",
     "nbd-server-add.bitmap": "nbd-server-add/bitmap",
     "block-export-add.bitmaps": "block-export-add/+nbd/bitmaps",
@@ -187,6 +192,16 @@ class Capabilities:
         return {"add-fd", "remove-fd", "query-fdsets"} <= self.commands
 
     @property
+    def takes_listener(self) -> bool:
+        """The NBD server can be handed a socket that listens."""
+        return {"getfd", "closefd"} <= self.commands and "nbd-server-start.fd" in self.features
+
+    @property
+    def wraps_properties(self) -> bool:
+        """object-add takes the properties of an object as one argument (up to 5.2)."""
+        return "object-add.props" in self.features
+
+    @property
     def wraps_options(self) -> bool:
         """blockdev-add takes all it is told as one argument (up to 2.7)."""
         return "blockdev-add.options" in self.features
@@ -266,6 +281,17 @@ class Capabilities:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"the hybrid engine is not for QEMU {dotted(self.version)}: {why}",
+            )
+
+    def check_tls(self, kind: str) -> None:
+        """Raise VIR_ERR_OPERATION_UNSUPPORTED where this QEMU's NBD server cannot go by objects of
+        KIND. Of one whose objects have no schema, only it knows the kinds."""
+        made = self.wraps_properties or f"object-add.{kind}" in self.features
+        commands = {"object-add", "object-del", "qom-list"} <= self.commands
+        if not (made and commands and "nbd-server-start.tls-creds" in self.features):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"QEMU {dotted(self.version)} has no TLS for exports by {kind}",
             )
 
     def check_backup(self) -> None:

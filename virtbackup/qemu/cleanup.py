@@ -62,6 +62,9 @@ def clean(
     (A line for each thing done, what is still there.) Where not all of it could be taken out, the
     status stays, for the next clean to finish. Errors: as ``take_out``.
     """
+    if left is not None and not left.server:
+        # Before it is asked who listens: QEMU may have the socket and no server with it.
+        sweeper_of(session, left).listener()
     if left is not None and _started_server(session, left):
         # Noted before it is cut off, as then it is no longer seen to listen.
         left = dataclasses.replace(left, server=True)
@@ -99,6 +102,7 @@ def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[
         stopped_server, server_left = sweeper.server()
         removed += stopped_server
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
+    removed += sweeper.credentials()
     removed += sweeper.fdsets()
     joined, divided = _join_branches(session, left)
     removed += joined

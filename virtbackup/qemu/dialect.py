@@ -8,8 +8,16 @@ names a thing has to be called, is decided here and nowhere else, by ``capabilit
 import dataclasses
 from typing import Any
 
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.qemu import capabilities, monitor_json, naming
+
+X509, PSK = "tls-creds-x509", "tls-creds-psk"
+"""Kinds of QEMU's objects."""
+
+
+def credentials_kind(credentials: virtbackup_conf.Credentials) -> str:
+    """Of which kind the object of CREDENTIALS is."""
+    return X509 if isinstance(credentials, virtbackup_conf.X509) else PSK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +95,26 @@ class Dialect:
     # --- NBD ---
 
     def nbd_server_start(
-        self, address: backup_conf.Address, fdname: str | None = None
+        self,
+        address: backup_conf.Address,
+        fdname: str | None = None,
+        credentials: str | None = None,
     ) -> monitor_json.Command:
-        limit = 0 if self.caps.max_connections else None
-        return monitor_json.nbd_server_start(address, limit, fdname)
+        most = 0 if self.caps.max_connections else None
+        return monitor_json.nbd_server_start(address, most, fdname, credentials)
+
+    def credentials_add(
+        self, id: str, credentials: virtbackup_conf.Credentials
+    ) -> monitor_json.Command:
+        """Make the object by which the NBD server does TLS. QEMU reads the secrets from files."""
+        wrapped = self.caps.wraps_properties
+        match credentials:
+            case virtbackup_conf.X509(directory, verify):
+                return monitor_json.object_add(
+                    X509, id, wrapped, dir=directory, endpoint="server", verify_peer=verify
+                )
+            case virtbackup_conf.Psk(directory):
+                return monitor_json.object_add(PSK, id, wrapped, dir=directory, endpoint="server")
 
     def export_add(
         self,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import libvirt
 
-from virtbackup import errors, runtime
+from virtbackup import config, errors, runtime
 from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
     agent,
@@ -25,6 +25,7 @@ from virtbackup.qemu import (
     capabilities,
     cleanup,
     domain,
+    listener,
     monitor,
     naming,
     nbdserver,
@@ -71,6 +72,7 @@ class BackupJob:
         Its id, and the scratch images to be watched, whose descriptors the caller gets. Nothing
         remains of a start that fails.
         """
+        tls = config.load().credentials() if definition.address.tls else None
         sources = [disk.source or storage_conf.Source() for disk in definition.disks]
         with (
             scratch.ask([storage_conf.Source(), *sources]) as asked,
@@ -81,9 +83,8 @@ class BackupJob:
             definition = domain.check_known(session, definition, state)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
-            plan = backup.plan(
-                aligned, state, session.capabilities, id, scratch.default_directory(), engine
-            )
+            place = scratch.default_directory()
+            plan = backup.plan(aligned, state, session.capabilities, id, place, engine, tls)
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
             scratch.check(wanted, asked)
@@ -93,9 +94,21 @@ class BackupJob:
             starting = _starting(plan, thresholds, session, owner, state.io_error)
             fdsets = session.capabilities.fdsets and session.qemu.passes_files
             by_fd = fdsets and state.vcpus_run
-            run = process.Run(session.qemu, plan, by_fd, thresholds)
-            self._run(run, session, starting, quiesce)
-            return id, run.images
+            tries = listener.TRIES
+            while True:
+                tries -= 1
+                with listener.reserve(
+                    plan.address, _takes_listener(session), session.qemu.peer_uid()
+                ) as where:
+                    run = process.Run(
+                        session, plan.listening_on(where.address), where, by_fd, thresholds
+                    )
+                    try:
+                        self._run(run, starting, quiesce)
+                        return id, run.images
+                    except process.PortTaken:
+                        if not tries:
+                            raise
 
     def is_over(self, id: naming.BackupId) -> bool:
         """Whether backup ID has ended or is ending."""
@@ -286,16 +299,17 @@ class BackupJob:
     def _run(
         self,
         run: process.Run,
-        session: domain.Session,
         starting: status.Status,
         quiesce: agent.Agent | None,
     ) -> None:
         """Do the plan, or undo all of it."""
+        starting = dataclasses.replace(starting, definition=run.plan.definition.format())
         self._file.save(starting)
         try:
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
             starting = dataclasses.replace(starting, server=True, socket=socket)
+            run.check_server()
             run.scratch_images()
             starting = _with_inodes(starting, run.inodes)
             self._file.save(starting)
@@ -310,7 +324,7 @@ class BackupJob:
             if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
             starting = _with_inodes(starting, run.inodes)
-            self._undo(session, _without_others_files(starting, run.created))
+            self._undo(run.session, _without_others_files(starting, run.created))
             raise
         logger.info("backup=%s started disks=%d", starting.id, len(starting.disks))
 
@@ -381,11 +395,11 @@ class BackupJob:
         return judged
 
     def _gone(self, running: status.Status) -> dict[str, str]:
-        """After QEMU's end. A verdict that was reached before it stands, unless the branch was to
-        follow and did not."""
+        """After QEMU's end. A good verdict that was reached before it stands where the branch has
+        moved on by it; else nobody can have heard of it yet, and what is not sure is not good."""
         last = self._file.load() or running
         last = dataclasses.replace(last, cancelled=last.cancelled or running.cancelled)
-        done = last.branch is None or last.advanced or last.cancelled
+        done = last.branch is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
             reasons = verdict.of_all(running, self._why_gone() or _GONE)
@@ -544,6 +558,12 @@ def _starting(
             for disk in plan.disks
         ),
     )
+
+
+def _takes_listener(session: domain.Session) -> bool:
+    """Whether QEMU can be handed the NBD server's socket, and is in our network with it."""
+    passes = session.qemu.passes_files and session.capabilities.takes_listener
+    return passes and listener.same_network(session.pid)
 
 
 def _with_inodes(starting: status.Status, inodes: Mapping[str, int]) -> status.Status:

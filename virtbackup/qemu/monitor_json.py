@@ -41,8 +41,12 @@ class CommandFailed(errors.Error):
         self.desc = desc
 
 
-class JobNotFound(CommandFailed):
-    """The job is not there (any more): not a failure of the monitor (the patch's second part)."""
+class NotFound(CommandFailed):
+    """What was to be taken away is not there (any more): not a failure of the monitor."""
+
+
+class JobNotFound(NotFound):
+    """It was a job (the patch's second part)."""
 
 
 def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
@@ -53,6 +57,8 @@ def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
             kind = JobNotFound
         case "job-cancel" | "job-dismiss", _, "Job not found":
             kind = JobNotFound
+        case "closefd" | "object-del", _, desc if desc.endswith(" not found"):
+            kind = NotFound
     return kind(command, failure.error_class, failure.desc)
 
 
@@ -167,6 +173,27 @@ def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
     )
 
 
+def object_add(kind: str, id: str, wrapped: bool, **properties: Any) -> Command:
+    """Make an object; WRAPPED: its properties are one argument. None is left out."""
+    given = {k.replace("_", "-"): value for k, value in properties.items() if value is not None}
+    rest = {"props": given} if wrapped else given
+    return Command("object-add", {"qom-type": kind, "id": id, **rest})
+
+
+def object_del(id: str) -> Command:
+    """Fails as NotFound where there is none of that ID."""
+    return _command("object-del", id=id)
+
+
+def parse_credentials(reply: Any) -> tuple[str, ...]:
+    """The ids of the TLS credentials in a ``qom-list`` of ``/objects``."""
+    return tuple(
+        _str(item, "name")
+        for item in _list(reply)
+        if _str(item, "type").startswith("child<tls-creds-")
+    )
+
+
 def parse_property(reply: Any) -> str:
     """``qom-get`` of a property that holds a name or a path."""
     if isinstance(reply, str) and qmp.is_plain(reply):
@@ -187,15 +214,6 @@ def parse_add_fd(reply: Any) -> int:
     return _int(reply, "fdset-id")
 
 
-def getfd(fd: int, name: str) -> Command:
-    """Hand FD over under a NAME, for one command to use it up."""
-    return dataclasses.replace(_command("getfd", fdname=name), fds=(fd,))
-
-
-def closefd(name: str) -> Command:
-    return _command("closefd", fdname=name)
-
-
 def remove_fd(fdset_id: int) -> Command:
     return _command("remove-fd", fdset_id=fdset_id)
 
@@ -212,6 +230,16 @@ def parse_fdsets(reply: Any) -> dict[int, tuple[str, ...]]:
         )
         for fdset in _list(reply)
     }
+
+
+def getfd(fd: int, name: str) -> Command:
+    """Hand FD over under NAME, for one command that uses it up."""
+    return dataclasses.replace(_command("getfd", fdname=name), fds=(fd,))
+
+
+def closefd(name: str) -> Command:
+    """Take back what was handed over by ``getfd``. Fails as NotFound where it is not there."""
+    return _command("closefd", fdname=name)
 
 
 # --- character devices ---
@@ -441,18 +469,26 @@ def job_dismiss(job: naming.JobId) -> Command:
 
 
 def nbd_server_start(
-    address: backup_conf.Address, max_connections: int | None = 0, fdname: str | None = None
+    address: backup_conf.Address,
+    max_connections: int | None = 0,
+    fdname: str | None = None,
+    tls_creds: str | None = None,
 ) -> Command:
-    """MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None, differs from version to
-    version. FDNAME is of a socket by ``getfd`` that listens at ADDRESS already."""
+    """Listen on ADDRESS, or with the socket that was handed over as FDNAME; with TLS_CREDS only to
+    clients that go by these. MAX_CONNECTIONS 0 is any number of clients; QEMU's own limit, None,
+    differs from version to version."""
+    addr: dict[str, Any]
     match address:
         case _ if fdname is not None:
-            addr: dict[str, Any] = {"type": "fd", "data": {"str": fdname}}
-        case backup_conf.IpAddress(host, port):
+            addr = {"type": "fd", "data": {"str": fdname}}
+        case backup_conf.IpAddress():
+            host, port = address.endpoint
             addr = {"type": "inet", "data": {"host": host, "port": str(port)}}
         case backup_conf.UnixAddress(path):
             addr = {"type": "unix", "data": {"path": path}}
-    return _command("nbd-server-start", addr=addr, max_connections=max_connections)
+    return _command(
+        "nbd-server-start", addr=addr, max_connections=max_connections, tls_creds=tls_creds
+    )
 
 
 def nbd_server_stop() -> Command:

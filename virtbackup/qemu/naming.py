@@ -102,9 +102,14 @@ def fdset_opaque(backup: BackupId, number: int) -> str:
     return f"{PREFIX}{backup}-{number}"
 
 
-def socket_name(backup: BackupId) -> str:
-    """What the socket of the NBD server is called on its way to QEMU."""
-    return f"{PREFIX}{backup}"
+def listener_fd(backup: BackupId) -> str:
+    """The descriptor that hands the NBD server's socket over, until the server has it."""
+    return f"{PREFIX}{backup}-0-nbd"
+
+
+def credentials(backup: BackupId) -> str:
+    """The object that has the NBD server's TLS credentials."""
+    return f"{PREFIX}{backup}-0-tls"
 
 
 def backup_of(name: str) -> BackupId | None:

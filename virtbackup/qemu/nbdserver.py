@@ -88,7 +88,8 @@ def describe(address: backup_conf.Address) -> str:
     """An address as people write it."""
     match address:
         case backup_conf.IpAddress(host, port):
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            where = f"[{host}]" if ":" in host else host
+            return f"a free port of {where}" if port is None else f"{where}:{port}"
         case backup_conf.UnixAddress(path):
             return f"'{path}'"
 
@@ -176,11 +177,20 @@ def is_reached(pid: int | None, address: backup_conf.Address) -> bool:
     return any(_descriptors(pid, inode) for inode in _inodes(pid, address)[0])
 
 
+def is_qemu(pid: int) -> bool:
+    """Whether process PID goes by the name of a QEMU or qemu-storage-daemon."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/comm").read_text().startswith("qemu-")
+    except OSError:
+        return False
+
+
 def answers(address: backup_conf.Address) -> bool:
     """Whether anybody listens on ADDRESS."""
     try:
         match address:
-            case backup_conf.IpAddress(host, port):
+            case backup_conf.IpAddress():
+                host, port = address.endpoint
                 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
                 socket.create_connection((host, port), timeout=2).close()
             case backup_conf.UnixAddress(path):
@@ -241,7 +251,8 @@ def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int
     match address:
         case backup_conf.UnixAddress(path):
             return _unix_inodes(_lines(pid, "unix"), path)
-        case backup_conf.IpAddress(host, port):
+        case backup_conf.IpAddress():
+            host, port = address.endpoint
             lines = [*_lines(pid, "tcp"), *_lines(pid, "tcp6")]
             listening, connected = _tcp_inodes(lines, _number(host), port)
             if any(_descriptors(pid, inode) for inode in listening):

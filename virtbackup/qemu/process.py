@@ -10,7 +10,6 @@ import errno
 import os
 import pathlib
 import pwd
-import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 
@@ -21,17 +20,15 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     backup,
     block,
+    domain,
+    listener,
     monitor,
     monitor_json,
-    naming,
     nbdserver,
     qcow2,
     scratch,
     watch,
 )
-
-_BACKLOG = 128
-"""Clients that may wait to be taken on, as QEMU's own socket has it for any number of clients."""
 
 
 class ServerRefused(errors.Error):
@@ -41,13 +38,18 @@ class ServerRefused(errors.Error):
         super().__init__(code, text % detail, strings=(text, detail, None))
 
 
+class PortTaken(ServerRefused):
+    """Somebody else has the port that was free when it was picked."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a plan; BY_FD says how scratch images are handed over, THRESHOLDS how large each
-    disk's may grow until QEMU takes a note."""
+    """One run of a plan, its NBD server on LISTENER; BY_FD says how scratch images are handed over,
+    THRESHOLDS how large each disk's may grow until QEMU takes a note."""
 
-    qemu: monitor.Monitor
+    session: domain.Session
     plan: backup.BackupPlan
+    listener: listener.Listener
     by_fd: bool
     thresholds: Mapping[str, int]
     created: list[str] = dataclasses.field(default_factory=list)
@@ -57,53 +59,68 @@ class Run:
     images: list[watch.Image] = dataclasses.field(default_factory=list)
     """The scratch images that may grow, so far; the descriptors are the caller's to close."""
 
+    @property
+    def qemu(self) -> monitor.Monitor:
+        return self.session.qemu
+
     def server(self) -> None:
         """Start the NBD server: first of all, as it is the step another user of QEMU refuses.
 
-        On a unix socket that we make ourselves where QEMU is another user's, who need not be
-        allowed to make one there.
-
         Errors: VIR_ERR_OPERATION_INVALID when somebody else has started it, else
-        VIR_ERR_OPERATION_FAILED with the address; ServerRefused where it is sure that it was not.
+        VIR_ERR_OPERATION_FAILED with the address; ServerRefused where it is sure that it was not,
+        PortTaken where another port may do.
         """
-        address = self.plan.address
         try:
-            if isinstance(address, backup_conf.UnixAddress) and self._other_user is not None:
-                self._server_by_fd(address.path)
-            else:
-                self.qemu.execute(self.plan.server_command())
+            self._start_server()
+        except BaseException:
+            self.listener.withdraw()
+            raise
+        finally:
+            self.listener.close()
+
+    def check_server(self) -> None:
+        """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so. Of a process
+        that is not seen to be QEMU, its word is taken: one that only passes the monitor on may have
+        another network, and a recording listens nowhere."""
+        pid, address = self.session.pid, self.plan.address
+        if pid is None or not nbdserver.is_qemu(pid):
+            return
+        if not (nbdserver.listens(pid, address) or nbdserver.answers(address)):
+            where = nbdserver.describe(address)
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED, f"the NBD server does not listen on {where}"
+            )
+
+    def _start_server(self) -> None:
+        try:
+            for command in self.plan.server_commands(self.listener.fd):
+                self.qemu.execute(command)
         except monitor_json.CommandFailed as failure:
+            if failure.command.execute == "object-add":
+                assert self.plan.credentials is not None
+                raise ServerRefused(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    "operation failed: %s",
+                    f"QEMU cannot use the TLS credentials in '{self.plan.credentials.directory}':"
+                    f" {failure.desc}",
+                ) from failure
             if failure.desc == "NBD server already running":
                 raise ServerRefused(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     "Requested operation is not valid: %s",
                     "the domain's NBD server is already in use by another job or client",
                 ) from failure
-            detail = f"cannot listen on {nbdserver.describe(address)}: {self._words(failure)}"
+            where = nbdserver.describe(self.plan.address)
+            detail = f"cannot listen on {where}: {self._words(failure)}"
             if failure.desc.startswith("Failed to "):  # find a port, bind a socket
-                raise ServerRefused(
+                address = self.plan.address
+                picked = isinstance(address, backup_conf.IpAddress) and address.picks_port
+                taken = picked and failure.desc.endswith(os.strerror(errno.EADDRINUSE))
+                kind = PortTaken if taken else ServerRefused
+                raise kind(
                     libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: %s", detail
                 ) from failure
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, detail) from failure
-
-    def _server_by_fd(self, path: str) -> None:
-        name = naming.socket_name(self.plan.id)
-        with socket.socket(socket.AF_UNIX) as listening:
-            _listen(listening, path)
-            try:
-                self.qemu.execute(monitor_json.getfd(listening.fileno(), name))
-                self.qemu.execute(self.plan.server_command(name))
-            except monitor_json.CommandFailed:
-                pathlib.Path(path).unlink()
-                with contextlib.suppress(monitor_json.CommandFailed):
-                    self.qemu.execute(monitor_json.closefd(name))
-                raise
-
-    @property
-    def _other_user(self) -> int | None:
-        """QEMU's user, if it is another one than ours and takes files from us."""
-        uid = self.qemu.peer_uid()
-        return uid if uid != os.geteuid() and self.qemu.passes_files else None
 
     def _words(self, failure: monitor_json.CommandFailed) -> str:
         """A refusal; where QEMU may not do something, who it is."""
@@ -231,19 +248,6 @@ def check_address(address: backup_conf.Address) -> None:
         raise errors.error(
             libvirt.VIR_ERR_INVALID_ARG, f"another server listens on '{address.path}'"
         )
-
-
-def _listen(listening: socket.socket, path: str) -> None:
-    """Errors: ServerRefused."""
-    try:
-        pathlib.Path(path).unlink(missing_ok=True)  # nobody listens there: ``check_address``
-        listening.bind(path)
-        listening.listen(_BACKLOG)
-    except OSError as failure:
-        detail = f"cannot listen on '{path}': {failure.strerror or failure}"
-        raise ServerRefused(
-            libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: %s", detail
-        ) from failure
 
 
 def _user(uid: int) -> str:

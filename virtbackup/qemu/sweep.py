@@ -207,6 +207,15 @@ class Sweeper:
         except monitor_json.CommandFailed as failure:
             logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
 
+    def credentials(self) -> list[str]:
+        """Delete the TLS credentials of our NBD server, after it."""
+        ids = self._own_credentials()
+        if self.backup is not None and self._has_tls:
+            ids = [naming.credentials(self.backup)]
+        return [
+            f"TLS credentials '{id}'" for id in ids if self._execute(monitor_json.object_del(id))
+        ]
+
     def fdsets(self) -> list[str]:
         """Take back the descriptors we handed over."""
         return [
@@ -215,12 +224,18 @@ class Sweeper:
             if self._execute(monitor_json.remove_fd(fdset))
         ]
 
+    def listener(self) -> None:
+        """Take back the socket that was handed over for an NBD server that was not started."""
+        picked = any(isinstance(a, backup_conf.IpAddress) and a.picks_port for a in self.addresses)
+        if self.backup is not None and picked and self.caps.takes_listener:
+            self._execute(monitor_json.closefd(naming.listener_fd(self.backup)))
+
     def remaining(self) -> list[str]:
         """What of ours is still there."""
         exports = [f"export '{export.id}'" for export in self._own_exports()]
         jobs = [f"job '{job.id}'" for job in self._own_jobs()]
         nodes = [f"node '{node}'" for node in self._node_names() if self._is_ours(node)]
-        return [*exports, *jobs, *nodes]
+        return [*exports, *jobs, *nodes, *(f"object '{id}'" for id in self._own_credentials())]
 
     # --- what is ours ---
 
@@ -251,6 +266,21 @@ class Sweeper:
         jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
         return domain.named_nodes(self.qemu, self.caps, jobs.values())
 
+    @property
+    def _has_tls(self) -> bool:
+        """Whether our NBD server may do TLS."""
+        return self.backup is None or any(address.tls for address in self.addresses)
+
+    def _own_credentials(self) -> list[str]:
+        if not self._has_tls or not {"qom-list", "object-del"} <= self.caps.commands:
+            return []
+        try:
+            reply = self.qemu.execute(monitor_json.qom_list("/objects"))
+        except monitor_json.CommandFailed as failure:
+            logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
+            return []  # as where no object was ever made
+        return [id for id in monitor_json.parse_credentials(reply) if self._is_ours(id)]
+
     def _own_fdsets(self) -> list[int]:
         if not self.caps.fdsets:
             return []
@@ -263,7 +293,7 @@ class Sweeper:
         """Whether QEMU did it. That it was gone already is no news; else the reason is logged."""
         try:
             self.qemu.execute(command)
-        except monitor_json.JobNotFound:
+        except monitor_json.NotFound:
             return False
         except monitor_json.CommandFailed as failure:
             logger.warning("cleanup command=%s failed: %s", command.execute, failure.desc)

@@ -3,11 +3,13 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from virtbackup import errors
-from virtbackup.conf import backup_conf
+from virtbackup import config, errors
+from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
@@ -21,6 +23,11 @@ from virtbackup.qemu import (
     scratch,
     status,
 )
+
+if TYPE_CHECKING:
+    from virtbackup.nbd import connection
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
 """Seconds within which a scratch image must take a request, or ``look`` says that it hangs."""
@@ -83,19 +90,37 @@ def _seen_by_client(
     except ImportError:
         return {}
     match address:
-        case backup_conf.IpAddress(host, port):
-            server: str | tuple[str, int] = (host, port)
+        case backup_conf.IpAddress():
+            server: str | tuple[str, int] = address.endpoint
         case backup_conf.UnixAddress(path):
             server = path
+    tls = None
+    if address.tls:
+        try:
+            tls = _client(config.load().credentials())
+        except errors.Error as failure:
+            logger.debug("no client of an export with TLS: %s", failure)
+            return {}
     broken = {}
     end = time.monotonic() + PATIENCE
     with contextlib.suppress(errors.Error):  # the next could not be told either
         for disk in disks:
             assert disk.access is not None
-            export = connection.Export(server, disk.exportname)
+            export = connection.Export(server, disk.exportname, tls)
             if reason := connection.unreadable(export, end - time.monotonic()):
                 broken[disk.access] = reason
     return broken
+
+
+def _client(credentials: virtbackup_conf.Credentials) -> "connection.Tls":
+    """Who the server is, is known: what it shows is looked at, and nothing is told to it."""
+    from virtbackup.nbd import connection
+
+    match credentials:
+        case virtbackup_conf.X509() as x509:
+            return connection.Tls(certificates=x509.client_directory, verify=False)
+        case virtbackup_conf.Psk() as psk:
+            return connection.Tls(psk_file=psk.file, username=psk.username)
 
 
 def _may_have_broken(

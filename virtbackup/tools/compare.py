@@ -19,6 +19,7 @@ import libvirt
 from virtbackup import api, errors
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import connection, copy
+from virtbackup.tools import exports
 
 ENGINES = ("virtbackup", "libvirt")
 
@@ -128,10 +129,9 @@ def _run(domain: api.Domain, guest: "libvirt.virDomain", xml: str, said: "_Trace
     try:
         live = backup_conf.BackupDef.parse(domain.backupGetXMLDesc())
         present = [disk for disk in live.disks if disk.present]
-        exports = [
-            connection.Export(_server(live), disk.exportname or disk.name) for disk in present
-        ]
-        results = copy.copy([copy.Job(export, None) for export in exports])
+        server, tls = exports.server(live.address), exports.tls(live.address)
+        found = [connection.Export(server, disk.exportname or disk.name, tls) for disk in present]
+        results = copy.copy([copy.Job(export, None) for export in found])
     except BaseException:
         domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
         raise
@@ -151,12 +151,6 @@ def _run(domain: api.Domain, guest: "libvirt.virDomain", xml: str, said: "_Trace
         commands=commands,
         bytes_said=size,
     )
-
-
-def _server(live: backup_conf.BackupDef) -> str | tuple[str, int]:
-    if isinstance(live.address, backup_conf.UnixAddress):
-        return live.address.path
-    return live.address.host, live.address.port
 
 
 def _writes(guest: "libvirt.virDomain") -> Writes:

@@ -27,7 +27,7 @@ import libvirt
 from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import checksum, connection, copy
-from virtbackup.tools import chain, manifest
+from virtbackup.tools import chain, exports, manifest
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""An address to listen on -> the one to connect to."""
 
 
 def pull(
@@ -72,6 +70,7 @@ def pull(
         contextlib.ExitStack() as files,
     ):
         wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
+        tls = exports.tls(wanted.address)
         if wanted.branch is None:
             plan = _plan_alone(wanted, fmt or "qcow2")
         else:
@@ -84,7 +83,7 @@ def pull(
             info = domain.backupGetInfo()
             plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(live_xml)
-            jobs = _jobs(live, directory, plan)
+            jobs = _jobs(live, directory, plan, tls)
             cancel.check()
             results = copy.copy(list(jobs.values()), progress=progress, cancel=cancel)
             made = manifest.Manifest(
@@ -370,13 +369,18 @@ def _stop(domain: api.Domain, directory: pathlib.Path) -> None:
         ) from failure
 
 
-def _jobs(live: backup_conf.BackupDef, directory: pathlib.Path, plan: _Plan) -> dict[str, copy.Job]:
+def _jobs(
+    live: backup_conf.BackupDef,
+    directory: pathlib.Path,
+    plan: _Plan,
+    tls: connection.Tls | None,
+) -> dict[str, copy.Job]:
     """What to copy, by the disk's name."""
-    server = _server(live.address)
-    exports = {disk.name: disk.exportname or disk.name for disk in live.disks}
+    server = exports.server(live.address)
+    names = {disk.name: disk.exportname or disk.name for disk in live.disks}
     return {
         disk.name: copy.Job(
-            connection.Export(server, exports[disk.name]),
+            connection.Export(server, names[disk.name], tls),
             directory / (disk.file + PARTIAL),
             disk.format,
             dirty=f"qemu:dirty-bitmap:{live.branch}" if disk.backing else None,
@@ -392,12 +396,6 @@ def _backing(disk: _Disk) -> copy.Backing | None:
     # What has a colon in its first part is taken for a protocol.
     file = f"./{disk.backing.file}" if ":" in disk.backing.file else disk.backing.file
     return copy.Backing(file, cast("copy.Format", disk.backing.format))
-
-
-def _server(address: backup_conf.Address) -> str | tuple[str, int]:
-    if isinstance(address, backup_conf.UnixAddress):
-        return address.path
-    return _ANY_HOST.get(address.host, address.host), address.port
 
 
 # --- after ----------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
     domain = virsh_connection.domain(shell, args)
     domain.backupStart(document, flags)
     shell.extra("Domain backup started")
+    virsh_connection.warn_of_listener(shell, args, document)
     if not shell.quiet:
         _warn_of_scratch(shell, domain)
 
@@ -81,17 +82,21 @@ def _address(args: vsh.Args) -> "backup_conf.Address":
     from virtbackup.conf import backup_conf
 
     path, host, port = args.optional("unix"), args.optional("host"), args.number("port")
-    args.exclusive("unix", "host")
-    args.exclusive("unix", "port")
+    for one, other in (("unix", "host"), ("unix", "port"), ("unix", "autoport")):
+        args.exclusive(one, other)
+    args.exclusive("port", "autoport")
+    tls = True if args.flag("tls") else None
     if path is not None:
-        return backup_conf.UnixAddress(path)
+        return backup_conf.UnixAddress(path, tls)
+    if args.flag("autoport"):
+        port = 0
     if host is None or port is None:
         raise vsh.UsageError("command 'backup-start-as' requires --unix, or --host and --port")
-    if not 1 <= port <= 65535:
+    if not 0 <= port <= 65535:
         raise vsh.UsageError(
             f"Numeric value '{port}' for <port> option is malformed or out of range"
         )
-    return backup_conf.IpAddress(host, port)
+    return backup_conf.IpAddress(host, port or None, tls, None if port else True)
 
 
 _DISK_KEYS = {
@@ -279,9 +284,10 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
 def _address_facts(address: "backup_conf.Address") -> dict[str, object]:
     from virtbackup.conf import backup_conf
 
+    tls = bool(address.tls)
     if isinstance(address, backup_conf.UnixAddress):
-        return {"type": "unix", "path": address.path}
-    return {"type": "ip", "host": address.host, "port": address.port}
+        return {"type": "unix", "path": address.path, "tls": tls}
+    return {"type": "ip", "host": address.host, "port": address.port, "tls": tls}
 
 
 def nbd_uri(address: "backup_conf.Address", export: str) -> str:
@@ -289,10 +295,11 @@ def nbd_uri(address: "backup_conf.Address", export: str) -> str:
     from virtbackup.conf import backup_conf
 
     name = urllib.parse.quote(export, safe="")
+    nbd = "nbds" if address.tls else "nbd"
     if isinstance(address, backup_conf.UnixAddress):
-        return f"nbd+unix:///{name}?socket={urllib.parse.quote(address.path)}"
+        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(address.path)}"
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"nbd://{host}:{address.port}/{name}"
+    return f"{nbd}://{host}:{address.port}/{name}"
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -327,6 +334,7 @@ COMMANDS = (
                 required=True, completer=vsh.complete_files,
             ),
             virsh_connection.QUIESCE,
+            virsh_connection.INSECURE,
         ),
         _start,
     ),
@@ -341,7 +349,9 @@ COMMANDS = (
                 completer=vsh.complete_files,
             ),
             vsh.Option("host", vsh.Kind.STRING, "host name or address to listen on"),
-            vsh.Option("port", vsh.Kind.INT, "TCP port to listen on"),
+            vsh.Option("port", vsh.Kind.INT, "TCP port to listen on; 0 is any that is free"),
+            vsh.Option("autoport", vsh.Kind.BOOL, "listen on any TCP port that is free"),
+            vsh.Option("tls", vsh.Kind.BOOL, "export over TLS, as virtbackup.conf says"),
             vsh.Option(
                 "disk", vsh.Kind.STRING,
                 "NAME[,present=yes|no][,source=FILE][,reserve=yes|no]"
@@ -350,6 +360,7 @@ COMMANDS = (
             ),
             virsh_branch.BRANCH,
             virsh_connection.QUIESCE,
+            virsh_connection.INSECURE,
             vsh.Option("print-xml", vsh.Kind.BOOL, "print the XML document, start nothing"),
         ),
         _start_as,

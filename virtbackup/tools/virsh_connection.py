@@ -2,6 +2,7 @@
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
 import io
+import ipaddress
 import logging
 import os
 import pathlib
@@ -12,6 +13,8 @@ from typing import BinaryIO, TextIO
 
 import virtbackup
 from virtbackup.tools import vsh
+
+logger = logging.getLogger(__name__)
 
 
 def default_uri() -> str:
@@ -170,6 +173,45 @@ DOMAIN = vsh.Option(
 JSON = vsh.Option("json", vsh.Kind.BOOL, "print a JSON document")
 
 QUIESCE = vsh.Option("quiesce", vsh.Kind.BOOL, "quiesce guest's file systems")
+
+
+INSECURE = vsh.Option(
+    "insecure", vsh.Kind.BOOL, "no warning of exports that a network can read without TLS"
+)
+
+
+def warn_of_listener(shell: Shell, args: vsh.Args, document: str) -> None:
+    """Tell where the backup of DOCUMENT can be read from other hosts, by everybody there."""
+    import libvirt
+
+    from virtbackup import config
+    from virtbackup.conf import backup_conf, translate
+
+    if args.flag("insecure"):
+        return
+    try:
+        address = translate.address(document)
+        if address.tls or isinstance(address, backup_conf.UnixAddress):
+            return
+        if is_loopback(address.host) or config.load().insecure:
+            return
+    except libvirt.libvirtError:
+        return  # the start says it
+    message = (
+        f"whoever reaches {address.host} can read the exports, which have no TLS: see tls= of"
+        " <address>, and --insecure"
+    )
+    logger.warning("%s", message)
+    shell.warn(message)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether HOST, a name or an address, is this machine seen by itself alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        name = host.lower().rstrip(".")
+        return name == "localhost" or name.endswith(".localhost")
 
 
 # --- what is read ---------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     document = None if xml is None else virsh_connection.read_document(xml)
     directory = pathlib.Path(args.text("directory"))
     domain = virsh_connection.domain(shell, args)
+    if document is not None:
+        virsh_connection.warn_of_listener(shell, args, document)
     with _progress(shell) as progress:
         made = pull.pull(
             domain,
@@ -109,6 +111,7 @@ PULL = vsh.Command(
             "format", vsh.Kind.STRING, "qcow2 (default) or raw", choices=("qcow2", "raw")
         ),
         virsh_connection.QUIESCE,
+        virsh_connection.INSECURE,
         virsh_connection.JSON,
     ),
     _pull,

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Certificates and keys for TLS, by openssl: good for a few tests, and for nothing else."""
+
+import pathlib
+import subprocess
+
+KEY = "0123456789abcdef" * 4
+CA = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n"
+LEAF = "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature,keyEncipherment\n"
+
+
+def authority(directory: pathlib.Path) -> None:
+    """Make ca-cert.pem, and the key to it, in DIRECTORY, which is made, too."""
+    directory.mkdir()
+    _request(directory, "ca", "authority")
+    _sign(directory, "ca", CA, "-signkey", "ca-key.pem")
+
+
+def server(directory: pathlib.Path) -> None:
+    """Make server-cert.pem and server-key.pem, for this machine."""
+    _leaf(directory, "server", "serverAuth\nsubjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1")
+
+
+def client(directory: pathlib.Path) -> None:
+    """Make client-cert.pem and client-key.pem."""
+    _leaf(directory, "client", "clientAuth")
+
+
+def keys(directory: pathlib.Path, username: str = "qemu") -> None:
+    """Make keys.psk in DIRECTORY, which is made, too."""
+    directory.mkdir()
+    (directory / "keys.psk").write_text(f"{username}:{KEY}\n")
+
+
+def _leaf(directory: pathlib.Path, name: str, usage: str) -> None:
+    _request(directory, name, name)
+    extensions = f"{LEAF}extendedKeyUsage={usage}\n"
+    authority = ("-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial")
+    _sign(directory, name, extensions, *authority)
+
+
+def _request(directory: pathlib.Path, name: str, subject: str) -> None:
+    _openssl(
+        directory, "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+        "-subj", f"/CN={subject}", "-keyout", f"{name}-key.pem", "-out", f"{name}.csr",
+    )  # fmt: skip
+
+
+def _sign(directory: pathlib.Path, name: str, extensions: str, *by: str) -> None:
+    (directory / f"{name}.ext").write_text(extensions)
+    _openssl(
+        directory, "x509", "-req", "-days", "2", "-in", f"{name}.csr", "-extfile", f"{name}.ext",
+        "-out", f"{name}-cert.pem", *by,
+    )  # fmt: skip
+    for suffix in ("csr", "ext"):
+        (directory / f"{name}.{suffix}").unlink()
+
+
+def _openssl(directory: pathlib.Path, *argv: str) -> None:
+    subprocess.run(["openssl", *argv], cwd=directory, check=True, capture_output=True)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a backup's NBD server listens: a port that is picked, and somebody who answers there."""
+
+import concurrent.futures
+import contextlib
+import pathlib
+import socket
+from collections.abc import Iterator
+
+import libvirt
+import pytest
+
+import virtbackup
+from tests.live import machines, nbdclient, test_undo
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import listener, monitor, nbdserver
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
+
+AUTOPORT = (
+    '<address type="ip" host="127.0.0.1" autoport="yes"/>',
+    '<address type="ip" host="127.0.0.1" port="0"/>',
+)
+
+
+def document(address: str) -> str:
+    return f"<domainbackup>{address}</domainbackup>"
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    with machines.two_disks(tmp_path, size=1 << 20) as running:
+        yield running
+
+
+@pytest.fixture
+def domain(machine: machines.Machine) -> Iterator[virtbackup.Domain]:
+    with virtbackup.open(machine.uri) as connection:
+        yield connection.lookupByID(1)
+
+
+def started(domain: virtbackup.Domain, address: str) -> backup_conf.IpAddress:
+    """Where a backup listens that was started just now."""
+    domain.backupStart(document(address))
+    found = backup_conf.BackupDef.parse(domain.backupGetXMLDesc()).address
+    assert isinstance(found, backup_conf.IpAddress)
+    assert domain.backupGetInfo().address == found
+    return found
+
+
+def sockets(machine: machines.Machine) -> list[str]:
+    """QEMU's, but for those of its monitors."""
+    names = [str(fd.readlink()) for fd in pathlib.Path(f"/proc/{machine.probe.pid}/fd").iterdir()]
+    return sorted(name for name in names if name.startswith("socket:"))
+
+
+def connects(address: backup_conf.IpAddress) -> bool:
+    try:
+        socket.create_connection(address.endpoint, timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.fixture(params=[True, False], ids=["passed", "picked"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether QEMU is handed descriptors."""
+    monkeypatch.setattr(monitor.SocketMonitor, "passes_files", request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("address", AUTOPORT)
+def test_a_port_is_picked_and_told(
+    machine: machines.Machine, domain: virtbackup.Domain, address: str, passes: bool
+) -> None:
+    machine.io("vda", "write -P 7 0 64k")
+    before, had = machine.state(), sockets(machine)
+    found = started(domain, address)
+    assert connects(found)
+    assert f'host="127.0.0.1" port="{found.port}" autoport="yes"' in domain.backupGetXMLDesc()
+    assert nbdclient.read_uri(f"nbd://127.0.0.1:{found.port}/vda")[:65536] == bytes([7]) * 65536
+    again = document(AUTOPORT[0]).replace("autoport", f'port="{found.port}" autoport')
+    domain.backupStop()
+    assert not connects(found)
+    assert (machine.state(), sockets(machine)) == (before, had)
+    with socket.create_server(("127.0.0.1", found.port or 0)):  # what it was told is no wish
+        domain.backupStart(again)
+        assert f'port="{found.port}"' not in domain.backupGetXMLDesc()
+        domain.backupStop()
+
+
+def test_two_at_once_never_get_the_same_port(tmp_path: pathlib.Path) -> None:
+    with contextlib.ExitStack() as stack:
+        domains = []
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            machine = stack.enter_context(machines.two_disks(tmp_path / name, size=1 << 20))
+            connection = stack.enter_context(virtbackup.open(machine.uri))
+            domains.append(connection.lookupByID(1))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+        for _ in range(5):
+            one, two = pool.map(lambda domain: started(domain, AUTOPORT[0]), domains)
+            assert one.port != two.port
+            for domain in domains:
+                domain.backupStop()
+
+
+def test_a_port_that_somebody_was_faster_to_take(
+    machine: machines.Machine, domain: virtbackup.Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor.SocketMonitor, "passes_files", False)
+    before = machine.state()
+    real = listener._bind
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = [other] * 2
+
+        def bind(host: str) -> tuple[socket.socket, bool]:
+            return (taken.pop().dup(), False) if taken else real(host)
+
+        monkeypatch.setattr(listener, "_bind", bind)
+        found = started(domain, AUTOPORT[0])
+        assert (taken, found.port == other.getsockname()[1]) == ([], False)
+        domain.backupStop()
+        taken += [other] * 99
+        with pytest.raises(virtbackup.Error, match="Address already in use") as caught:
+            started(domain, AUTOPORT[0])
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert len(taken) == 99 - listener.TRIES
+    assert machine.state() == before
+
+
+def test_a_name_that_has_several_addresses(
+    machine: machines.Machine, domain: virtbackup.Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU listens on each of them."""
+    try:
+        places = {info[4][0] for info in socket.getaddrinfo("localhost", 0, type=1)}
+        for place in places:
+            socket.create_server((place, 0), family=_family(str(place))).close()
+    except OSError:
+        places = {"127.0.0.1"}
+    found = started(domain, '<address type="ip" host="localhost" autoport="yes"/>')
+    for place in places:
+        assert connects(backup_conf.IpAddress(str(place), found.port))
+    domain.backupStop()
+
+
+def _family(place: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in place else socket.AF_INET
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("192.0.2.1", "a free port of 192.0.2.1: Cannot assign requested address"),
+        ("2001:db8::1", r"a free port of \[2001:db8::1\]: "),
+        ("no-such-host.invalid", "a free port of no-such-host.invalid: "),
+        ("a" * 70, "a free port of aaaa"),
+    ],
+)
+def test_where_nobody_can_listen(
+    machine: machines.Machine, domain: virtbackup.Domain, host: str, reason: str
+) -> None:
+    with pytest.raises(virtbackup.Error, match=f"cannot listen on {reason}"):
+        started(domain, f'<address type="ip" host="{host}" port="0"/>')
+    assert domain.backupCleanup() == []
+
+
+def test_a_socket_is_taken_back_where_no_server_is_started(
+    machine: machines.Machine, domain: virtbackup.Domain, tmp_path: pathlib.Path
+) -> None:
+    address = {"type": "unix", "data": {"path": str(tmp_path / "theirs.sock")}}
+    machine.probe("nbd-server-start", addr=address)
+    before, had = machine.state(), sockets(machine)
+    with pytest.raises(virtbackup.Error, match="already in use by another job or client"):
+        started(domain, AUTOPORT[0])
+    assert (machine.state(), sockets(machine)) == (before, had)
+    machine.probe("nbd-server-stop")
+
+
+def test_a_daemon_that_takes_no_sockets(tmp_path: pathlib.Path) -> None:
+    image = machines.image(tmp_path / "d.raw", 1 << 20)
+    node = f"driver=raw,node-name=disk,file.driver=file,file.filename={image}"
+    with (
+        machines.storage_daemon(tmp_path, "--blockdev", node) as machine,
+        virtbackup.open(machine.uri) as connection,
+    ):
+        domain = connection.lookupByID(1)
+        assert connects(started(domain, AUTOPORT[1]))
+        domain.backupStop()
+
+
+@pytest.mark.parametrize("kind", ["unix", "ip"])
+def test_a_server_that_does_not_listen_fails_the_start(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    tmp_path: pathlib.Path,
+    state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """As if QEMU's word were not true."""
+    before, files = machine.state(), test_undo.files(tmp_path, state_dir)
+    monkeypatch.setattr(nbdserver, "listens", lambda *_: False)
+    monkeypatch.setattr(nbdserver, "answers", lambda *_: False)
+    unix = f'<address type="unix" path="{tmp_path}/nbd.sock"/>'
+    with pytest.raises(virtbackup.Error, match="the NBD server does not listen on") as caught:
+        domain.backupStart(document(unix if kind == "unix" else AUTOPORT[0]))
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert domain.backupCleanup() == []
+    assert machine.probe.reply("nbd-server-stop")["error"]["desc"] == "NBD server not running"
+    assert machine.state() == before
+    assert test_undo.files(tmp_path, state_dir) == files

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where the settings of ``virtbackup.conf`` come from: $VIRTBACKUP_CONF, which stands for all other
+places, else the machine's and then the user's own, which may say otherwise."""
+
+import os
+import pathlib
+
+from virtbackup import errors
+from virtbackup.conf import virtbackup_conf
+
+MACHINES = pathlib.Path("/etc/virtbackup/virtbackup.conf")
+
+
+def places() -> list[pathlib.Path]:
+    """The files, the last to decide."""
+    if own := os.environ.get("VIRTBACKUP_CONF"):
+        return [pathlib.Path(own)]
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
+    return [MACHINES, pathlib.Path(base, "virtbackup", "virtbackup.conf")]
+
+
+def load() -> virtbackup_conf.Settings:
+    """The settings of now. Errors: VIR_ERR_SYSTEM_ERROR for a file that is there, or was named, and
+    cannot be read; VIR_ERR_CONF_SYNTAX."""
+    texts = {}
+    found = places()
+    for path in found:
+        try:
+            texts[str(path)] = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError) as failure:
+            if os.environ.get("VIRTBACKUP_CONF"):
+                raise errors.system_error(failure, f"cannot read '{path}'") from failure
+        except OSError as failure:
+            raise errors.system_error(failure, f"cannot read '{path}'") from failure
+        except UnicodeDecodeError as failure:
+            reason = OSError(0, "it is not UTF-8 text")
+            raise errors.system_error(reason, f"cannot read '{path}'") from failure
+    return virtbackup_conf.Settings.parse(texts, map(str, found))

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The exports of a running backup, as our own client reaches them."""
+
+from virtbackup import config
+from virtbackup.conf import backup_conf, virtbackup_conf
+from virtbackup.nbd import connection
+
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""An address to listen on -> the one to connect to."""
+
+
+def tls(address: backup_conf.Address) -> connection.Tls | None:
+    """What clients of ADDRESS do TLS by; None where it has none. Errors: those of ``config.load``
+    and ``Settings.credentials``."""
+    if not address.tls:
+        return None
+    match config.load().credentials():
+        case virtbackup_conf.X509() as x509:
+            return connection.Tls(certificates=x509.client_directory)
+        case virtbackup_conf.Psk() as psk:
+            return connection.Tls(psk_file=psk.file, username=psk.username)
+
+
+def server(address: backup_conf.Address) -> str | tuple[str, int]:
+    """Where to connect to."""
+    if isinstance(address, backup_conf.UnixAddress):
+        return address.path
+    host, port = address.endpoint
+    return _ANY_HOST.get(host, host), port
