@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How long a start takes: ours against libvirt's own backupBegin, called from one process.
 
-Both back up two 64 MiB disks (qcow2 and raw) of an idle guest of the same QEMU; a start counts from
-the call until an NBD client has been greeted by both exports. Needs root: libvirtd runs in
-a mount namespace of its own, so the system's is neither used nor seen.
+All back up two 64 MiB disks (qcow2 and raw) of an idle guest of the same QEMU: ours over a QMP
+socket, ours over libvirt, and libvirt's own, the latter two on the same domain. A start counts from
+the call until an NBD client has been greeted by both exports. Needs root: libvirtd is one of its
+own, the system's is neither used nor seen.
 """
 
 import argparse
@@ -11,40 +12,24 @@ import contextlib
 import os
 import pathlib
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import libvirt
 import nbd
 
 import virtbackup
-from tests.live import machines
+from tests.live import libvirtd, machines
 
-_PRIVATE = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
-_INSIDE = "VIRTBACKUP_BENCH_NAMESPACE"
-
-_DOMAIN = """
-<domain type='qemu'>
-  <name>peer</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type></os>
-  <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
-    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
-      <source file='{0}/peer-a.qcow2'/><target dev='vda' bus='virtio'/></disk>
-    <disk type='file' device='disk'><driver name='qemu' type='raw'/>
-      <source file='{0}/peer-b.raw'/><target dev='sdb' bus='scsi'/></disk>
-    <controller type='scsi' model='virtio-scsi'/>
-  </devices>
-</domain>"""
+SIZE = 64 << 20
+LABELS = ("virtbackup by QMP", "virtbackup by libvirt", "libvirt backupBegin")
 
 
 def main() -> int:
-    """Print the medians and their ratio."""
+    """Print the medians and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--paused", action="store_true", help="guests that do not run")
@@ -52,43 +37,44 @@ def main() -> int:
     if os.geteuid() != 0 or not shutil.which("libvirtd"):
         print("start latency: not measured (needs root and libvirtd)")
         return 0
-    if _INSIDE not in os.environ:
-        argv = ["unshare", "--mount", sys.executable, "-m", "bench.start_latency", *sys.argv[1:]]
-        return subprocess.call(argv, env={**os.environ, _INSIDE: "1"})
-    with tempfile.TemporaryDirectory() as name:
-        ours, theirs = _measure(pathlib.Path(name), options.runs, options.paused)
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    for label, times in (("virtbackup backupStart", ours), ("libvirt backupBegin", theirs)):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        rounds = _measure(pathlib.Path(name), options.runs, options.paused)
+    for label, times in zip(LABELS, zip(*rounds, strict=True), strict=True):
+        ratio = statistics.median(own / one[-1] for own, one in zip(times, rounds, strict=True))
         print(
-            f"{label:24} median {1e3 * statistics.median(times):6.1f} ms"
-            f"  min {1e3 * min(times):6.1f}  max {1e3 * max(times):6.1f}"
+            f"{label:22} median {1e3 * statistics.median(times):6.1f} ms"
+            f"  min {1e3 * min(times):6.1f}  max {1e3 * max(times):6.1f}  ratio {ratio:.2f}"
         )
-    print(f"ratio, median of pairs   {ratio:.2f}   ({options.runs} pairs, two disks)")
+    print(f"{options.runs} rounds, two disks; the ratio is the median of those to libvirt's own")
     return 0
 
 
-def _measure(directory: pathlib.Path, runs: int, paused: bool) -> tuple[list[float], list[float]]:
+def _measure(directory: pathlib.Path, runs: int, paused: bool) -> Sequence[tuple[float, ...]]:
     extra = ["-S"] if paused else []
+    for name in ("daemon", "images", "state"):
+        (directory / name).mkdir()
+    os.environ["VIRTBACKUP_STATE_DIR"] = str(directory / "state")
     with (
-        _libvirtd(directory),
-        _peer(directory, paused) as peer,
+        libvirtd.host(directory / "daemon", directory / "images") as host,
+        _peer(host, paused) as peer,
         machines.two_disks(directory, *extra) as machine,
         virtbackup.open(machine.uri) as conn,
+        virtbackup.open(host.daemon.uri) as by_libvirt,
     ):
-        dom = conn.lookupByID(1)
+        dom, same = conn.lookupByID(1), by_libvirt.lookupByName("peer")
         ours, theirs = directory / "ours.sock", directory / "theirs.sock"
         proposal = f'<domainbackup><address type="unix" path="{ours}"/></domainbackup>'
         native = (
             f"<domainbackup mode='pull'><server transport='unix' socket='{theirs}'/></domainbackup>"
         )
-        pairs = [
+        return [
             (
                 _timed(lambda: dom.backupStart(proposal), dom.backupStop, ours),
+                _timed(lambda: same.backupStart(proposal), same.backupStop, ours),
                 _timed(lambda: peer.backupBegin(native, None), lambda: _abort(peer), theirs),
             )
             for _ in range(runs + 1)
         ][1:]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def _timed(start: Callable[[], object], stop: Callable[[], object], path: pathlib.Path) -> float:
@@ -104,7 +90,7 @@ def _timed(start: Callable[[], object], stop: Callable[[], object], path: pathli
     return took
 
 
-def _abort(domain: libvirt.virDomain) -> None:
+def _abort(domain: "libvirt.virDomain") -> None:
     domain.abortJob()
     deadline = time.monotonic() + 10
     while domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
@@ -112,47 +98,14 @@ def _abort(domain: libvirt.virDomain) -> None:
 
 
 @contextlib.contextmanager
-def _peer(directory: pathlib.Path, paused: bool) -> Iterator[libvirt.virDomain]:
-    machines.image(directory / "peer-a.qcow2", 64 << 20, "qcow2")
-    machines.image(directory / "peer-b.raw", 64 << 20)
-    connection = libvirt.open("qemu:///system")
-    flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-    domain = connection.createXML(_DOMAIN.format(directory), flags)
-    try:
-        yield domain
-    finally:
-        domain.destroy()
-        connection.close()
-
-
-@contextlib.contextmanager
-def _libvirtd(directory: pathlib.Path) -> Iterator[None]:
-    """A libvirtd that shares nothing with the system's but the programs."""
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    for path in _PRIVATE:
-        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
-    etc = directory / "etc"
-    etc.mkdir()
-    (etc / "qemu.conf").write_text(
-        'user = "root"\ngroup = "root"\nsecurity_driver = "none"\nstdio_handler = "file"\n'
-        "remember_owner = 0\n"
-    )
-    (etc / "libvirtd.conf").write_text('auth_unix_rw = "none"\n')
-    subprocess.run(["mount", "--bind", str(etc), "/etc/libvirt"], check=True)
-    with (directory / "libvirtd.log").open("wb") as log:
-        daemon = subprocess.Popen(["libvirtd"], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 30
-        while not pathlib.Path("/run/libvirt/libvirt-sock").is_socket():
-            assert daemon.poll() is None, (directory / "libvirtd.log").read_text()
-            assert time.monotonic() < deadline
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(0.05)
-        yield
-    finally:
-        daemon.send_signal(signal.SIGTERM)
-        daemon.wait(20)
+def _peer(host: libvirtd.Host, paused: bool) -> Iterator["libvirt.virDomain"]:
+    a = machines.image(host.path("a.qcow2"), SIZE, "qcow2")
+    b = machines.image(host.path("b.raw"), SIZE)
+    disks = libvirtd.disk_xml("vda", a) + libvirtd.disk_xml("sdb", b, "raw")
+    with host.domain("peer", disks) as domain:
+        if paused:
+            domain.libvirt.suspend()
+        yield domain.libvirt
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 import virtbackup
 from tests.live import libvirtd, machines
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import passthrough
+from virtbackup.qemu import capabilities, passthrough
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
 
@@ -234,6 +234,46 @@ def test_a_drive_that_is_not_in_the_xml_is_refused_by_its_id(
         dom.backupStart(document(host, '<disk name="disk9" present="no"/>'))
         assert right(host)
         dom.backupStop()
+
+
+def test_a_disk_in_an_iothread_is_refused_by_its_target(
+    host: libvirtd.Host, connection: virtbackup.Connection
+) -> None:
+    """Where QEMU would not survive its backup."""
+    disks = disk_xml("vda", image(host.path("a.qcow2"), 1)) + disk_xml(
+        "vdb", image(host.path("b.qcow2"), 2), driver="iothread='1'"
+    )
+    with host.domain("threads", disks, more="<iothreads>1</iothreads>") as domain:
+        dom = connection.lookupByName("threads")
+        if capabilities.NBD_IOTHREAD_ABORT.affects(machines.version()):
+            with pytest.raises(virtbackup.Error, match=r"disk 'vdb' runs in iothread 'iothread1'"):
+                dom.backupStart(document(host))
+            dom.backupStart(document(host, '<disk name="vdb" present="no"/>'))
+        else:
+            dom.backupStart(document(host))
+            assert libvirtd.read(socket(host), "vdb") == pattern(2)
+        assert libvirtd.read(socket(host), "vda") == pattern(1)
+        dom.backupStop()
+        assert not left_in_qemu(domain)
+
+
+def test_a_branch_of_a_disk_that_copies_on_read(
+    host: libvirtd.Host, connection: virtbackup.Connection
+) -> None:
+    base, top = image(host.path("base.qcow2"), 1), host.path("a.qcow2")
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]
+    subprocess.run([*create, str(base), str(top)], check=True)
+    with host.domain("filtered", disk_xml("vda", top, driver="copy_on_read='on'")) as domain:
+        dom = connection.lookupByName("filtered")
+        branch = document(host, '<disk name="vda" type="auto"/>', "nightly")
+        dom.backupStart(branch)
+        assert libvirtd.read(socket(host), "vda") == pattern(1)
+        dom.backupStop()
+        for cluster in (2, 3):
+            domain.write("vda", cluster)
+            dom.backupStart(branch)
+            assert changed(socket(host), "nightly") == {cluster}
+            dom.backupStop()
 
 
 # --- a QEMU of another user -----------------------------------------------------------------------

@@ -386,3 +386,30 @@ def test_a_thaw_that_keeps_failing_is_said_aloud_and_tried_on(
     assert "still FROZEN: operation failed: guest agent: not now" in caplog.text
     scene.agent.wait_for("freeze", *["thaw"] * (times + 1))
     scene.stop()
+
+
+def test_a_libvirt_that_does_not_come_back_from_its_agent(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libvirt itself waits for as long as it takes."""
+    monkeypatch.setattr(agent, "FREEZE_TIMEOUT", 0.1)
+    monkeypatch.setattr(agent, "TIMEOUT", 0.1)
+    monkeypatch.setattr(agent, "_PAUSE", 0.0)
+    over = threading.Event()
+
+    class Domain:
+        def fsFreeze(self) -> int:
+            over.wait()
+            return 0
+
+        fsThaw = fsFreeze
+
+    stuck = agent.LibvirtAgent(Domain, "guest")
+    try:
+        with pytest.raises(virtbackup.Error, match=r"no answer within 0\.1 seconds") as error:
+            stuck.freeze()
+        assert error.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+        assert not agent.thaw(stuck)
+        assert "may be FROZEN (agent guest)" in capfd.readouterr().err
+    finally:
+        over.set()
