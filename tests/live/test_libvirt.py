@@ -19,7 +19,7 @@ import pytest
 import virtbackup
 from tests.live import libvirtd, machines
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import capabilities, passthrough
+from virtbackup.qemu import capabilities, passthrough, process
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
 
@@ -508,6 +508,9 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
         "external snapshot": lambda: domain.snapshotCreateXML(SNAPSHOT.format("s"), DISK_ONLY),
         "backup": lambda: domain.backupBegin(NATIVE.format(host.path("theirs")), None),
         "resize": lambda: domain.blockResize("vda", 2 * libvirtd.SIZE, 1),
+        "copy": lambda: domain.blockCopy(
+            "vda", COPY.format(host.path("copy.qcow2")), {}, COPY_FLAGS
+        ),
     }
     for name, call in refused.items():
         with pytest.raises(libvirt.libvirtError):
@@ -524,10 +527,12 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
     for cluster in (3, 4):
         at = cluster * libvirtd.CLUSTER
         seen[at : at + libvirtd.CLUSTER] = b"\xff" * libvirtd.CLUSTER
+    with pytest.raises(libvirt.libvirtError):
+        domain.blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    commit(domain, "sdb")
     assert libvirtd.read(socket(host), "vda") == seen
     dom.backupStop()
-    for target in ("vda", "sdb"):
-        commit(domain, target)
+    commit(domain, "vda")
     domain.backupBegin(NATIVE.format(host.path("theirs")), None)
     assert libvirtd.read(host.path("theirs"), "vda") == seen
     domain.abortJob()
@@ -543,6 +548,8 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
     assert not left_over(persistent, scratch_dir, state_dir)
 
 
+COPY = "<disk type='file'><source file='{}'/></disk>"
+COPY_FLAGS = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
 NATIVE = "<domainbackup mode='pull'><server transport='unix' socket='{}'/></domainbackup>"
 
 
@@ -635,6 +642,46 @@ def test_a_migration_meanwhile_fails_and_harms_neither(
         assert not list(scratch_dir.iterdir())
 
 
+def test_a_start_in_the_middle_of_which_somebody_dies(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """QEMU: nothing is left. libvirtd: what is left, the next start removes."""
+    dom = connection.lookupByName("two")
+    freeze = process.Run.freeze
+
+    def after(kill: Callable[[], None]) -> Callable[[process.Run], None]:
+        def killed(run: process.Run) -> None:
+            kill()
+            freeze(run)
+
+        return killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process.Run, "freeze", after(lambda: _kill(two.libvirt)))
+        with pytest.raises(virtbackup.Error):
+            dom.backupStart(document(host))
+        assert not list(scratch_dir.iterdir())
+        assert not list(state_dir.glob("*.json"))
+        assert not socket(host).exists()
+        libvirtd.wait_for(lambda: not two.libvirt.isActive())
+        two.libvirt.create()
+        patch.setattr(process.Run, "freeze", after(host.daemon.kill))
+        with pytest.raises(virtbackup.Error):
+            dom.backupStart(document(host))
+    host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    dom.backupStart(document(host))
+    assert right(host)
+    dom.backupStop()
+    assert not left_over(two, scratch_dir, state_dir)
+
+
 # --- libvirt's own jobs ---------------------------------------------------------------------------
 
 
@@ -648,8 +695,7 @@ def test_jobs_of_libvirts_own(
         dom.backupStart(document(host))
     domain.abortJob()
     libvirtd.wait_for(lambda: domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
-    copy = f"<disk type='file'><source file='{host.path('copy.qcow2')}'/></disk>"
-    domain.blockCopy("vda", copy, {}, libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB)
+    domain.blockCopy("vda", COPY.format(host.path("copy.qcow2")), {}, COPY_FLAGS)
     with pytest.raises(virtbackup.Error, match=r"disk 'vda' already in active block job of lib"):
         dom.backupStart(document(host))
     dom.backupStart(document(host, '<disk name="vda" present="no"/>'))

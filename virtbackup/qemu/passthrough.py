@@ -218,7 +218,10 @@ def uid_of(pid: int) -> int | None:
 
 def _with_id(reply: str) -> bytes:
     """A reply as it comes from a socket: libvirt's id is a text of its own."""
-    message = json.loads(reply)
+    try:
+        message = json.loads(reply)
+    except (ValueError, RecursionError) as failure:
+        raise qmp.ProtocolError(f"unexpected reply: {qmp.shown(reply)}") from failure
     if not isinstance(message, dict):
         raise qmp.ProtocolError(f"unexpected reply: {qmp.shown(reply)}")
     return json.dumps({**message, "id": 0}).encode()
