@@ -89,6 +89,19 @@ def domain(machine: machines.Machine) -> Iterator[virtbackup.Domain]:
         yield connection.lookupByID(1)
 
 
+INET_ONLY = machines.version() < (7, 0, 0)
+"""This QEMU does TLS on TCP addresses alone."""
+
+
+def is_refused(domain: virtbackup.Domain, address: str) -> bool:
+    """Whether it is a unix socket, which this QEMU does no TLS on, and that is said."""
+    if 'type="unix"' not in address or not INET_ONLY:
+        return False
+    with pytest.raises(virtbackup.Error, match="no TLS for exports on a unix socket"):
+        domain.backupStart(document(address))
+    return True
+
+
 def document(address: str) -> str:
     return f"<domainbackup>{address}</domainbackup>"
 
@@ -128,8 +141,10 @@ def test_only_who_has_a_certificate_may_read(
     kind: str,
 ) -> None:
     settings.set_certificates(pki)
-    before = machine.state()
-    domain.backupStart(document(addresses(tmp_path)[kind]))
+    before, address = machine.state(), addresses(tmp_path)[kind]
+    if is_refused(domain, address):
+        return
+    domain.backupStart(document(address))
     assert 'tls="yes"' in domain.backupGetXMLDesc()
     read = nbdclient.read_uri(uri_of(domain, tls_certificates=str(pki / "client")))
     assert read == bytes([7]) * SIZE
@@ -164,10 +179,13 @@ def test_a_key_that_both_have(
 ) -> None:
     settings.set_keys(pki)
     file = pki.parent / "keys" / "keys.psk"
+    address = addresses(tmp_path)[kind]
+    if is_refused(domain, address):
+        return
     trace = tmp_path / "trace"
     with trace.open("w") as lines, virtbackup.open(machine.uri) as connection:
         connection.setTrace(lines)
-        connection.lookupByID(1).backupStart(document(addresses(tmp_path)[kind]))
+        connection.lookupByID(1).backupStart(document(address))
     assert certificates.KEY not in trace.read_text()
     uri = uri_of(domain, tls_psk_file=str(file)).replace("127.0.0.1", "me@127.0.0.1")
     assert nbdclient.read_uri(uri.replace(":///", "://me@/")) == bytes([7]) * SIZE
@@ -198,6 +216,8 @@ def test_a_pull_over_tls(
     before = machine.state()
     address = TCP.replace("127.0.0.1", host)
     address = addresses(tmp_path)["unix"] if host == "unix" else address
+    if is_refused(domain, address):
+        return
     pull.pull(domain, tmp_path / "out", xml=document(address), fmt="raw")
     assert (tmp_path / "out" / "vda.raw").read_bytes() == bytes([7]) * SIZE
     assert (machine.state(), objects(machine)) == (before, [])
@@ -290,7 +310,7 @@ def commands_to_spoil(between: proxy.Proxy) -> list[int]:
         sent = list(between.commands)
         domain.backupStop()
         between.disarm()
-    ours = {"object-add", "getfd", "nbd-server-start"}
+    ours = {"object-add", "nbd-server-start"} | (set() if INET_ONLY else {"getfd"})
     assert ours <= set(sent)
     return [number for number, name in enumerate(sent) if conftest.long() or name in ours]
 
