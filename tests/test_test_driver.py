@@ -156,9 +156,12 @@ def test_what_is_not_said_in_the_proposal_is_not_started(tmp_path: pathlib.Path)
         domain = only(connection)
         tls = _native(tmp_path).replace("transport", "tls='yes' transport")
         for document, words in (
-            ("<domainbackup mode='pull'/>", "must specify TCP port"),
+            (
+                "<domainbackup mode='pull'><server transport='fd' fdgroup='x'/></domainbackup>",
+                "transport='fd'> cannot be said",
+            ),
             ("<domainbackup mode='push'/>", "pulls only"),
-            (tls, "tls='yes'> cannot be said"),
+            (tls, "backup TLS directory not configured"),
             (_native(tmp_path, "<disks><disk name='nope'/></disks>"), "no disk named 'nope'"),
             (_native(tmp_path, "<disks><disk name='sdc'/></disks>"), "read-only"),
             (_native(tmp_path, "<branch name='b'/>"), "mixes two dialects"),
