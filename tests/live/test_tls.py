@@ -16,7 +16,9 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import certificates, machines, nbdclient, proxy, test_crash, test_undo
+from tests.live import certificates, machines, nbdclient, proxy, scene, test_crash, test_undo
+from virtbackup.conf import backup_conf
+from virtbackup.nbd import connection
 from virtbackup.tools import pull, virsh_backup
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy", "nbdinfo", "openssl")
@@ -223,6 +225,54 @@ def test_a_pull_over_tls(
     assert (machine.state(), objects(machine)) == (before, [])
 
 
+def test_whether_an_export_can_be_read(
+    domain: virtbackup.Domain, settings: Settings, pki: pathlib.Path
+) -> None:
+    settings.set_certificates(pki)
+    domain.backupStart(document(TCP))
+    address = domain.backupGetInfo().address
+    assert isinstance(address, backup_conf.IpAddress)
+
+    def why_not(tls: connection.Tls | None) -> str | None:
+        return connection.unreadable(connection.Export(address.endpoint, "vda", tls), 20)
+
+    assert why_not(connection.Tls(str(pki / "client"), verify=False)) is None
+    for tls in (None, connection.Tls(str(pki / "nobody")), connection.Tls(psk_file="/nowhere")):
+        with pytest.raises(virtbackup.Error, match="export 'vda'"):
+            why_not(tls)
+    domain.backupStop()
+
+
+@pytest.mark.skipif(machines.version() < (10, 1, 0), reason="snapshots break from QEMU 10.1 on")
+@pytest.mark.may_skip
+def test_a_snapshot_that_breaks_is_seen(
+    machine: machines.Machine, settings: Settings, pki: pathlib.Path, scratch_dir: pathlib.Path
+) -> None:
+    settings.set_certificates(pki)
+    with scene.small_file_system(scratch_dir, 4 << 20):
+        _start_and_leave(machine)
+        with (scratch_dir / "hog").open("wb") as hog:
+            free = os.statvfs(scratch_dir)
+            os.posix_fallocate(hog.fileno(), 0, free.f_bavail * free.f_frsize)
+        machine.io("vda", f"write -P 1 0 {SIZE}")
+        with virtbackup.open(machine.uri) as conn:
+            [vda, sdb] = conn.lookupByID(1).backupGetInfo().disks
+            assert (vda.state, sdb.state) == ("failed", "running")
+            assert "its snapshot is broken" in (vda.reason or "")
+            with pytest.raises(virtbackup.Error, match="the backup is not good"):
+                conn.lookupByID(1).backupStop()
+    assert objects(machine) == []
+
+
+def _start_and_leave(machine: machines.Machine) -> None:
+    """By another process."""
+    code = (
+        "import sys, virtbackup\n"
+        "virtbackup.open(sys.argv[1]).lookupByID(1).backupStart(sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, machine.uri, document(TCP)], check=True)
+
+
 def test_a_pull_whose_client_is_not_let_in(
     machine: machines.Machine,
     domain: virtbackup.Domain,
@@ -366,11 +416,7 @@ def test_a_start_whose_process_is_killed(
     """The backup runs on; without its status it is found by its names."""
     settings.set_certificates(pki)
     before = machine.state()
-    code = (
-        "import sys, virtbackup\n"
-        "virtbackup.open(sys.argv[1]).lookupByID(1).backupStart(sys.argv[2])"
-    )
-    subprocess.run([sys.executable, "-c", code, machine.uri, document(TCP)], check=True)
+    _start_and_leave(machine)
     assert len(objects(machine)) == 1
     with virtbackup.open(machine.uri) as connection:
         domain = connection.lookupByID(1)
