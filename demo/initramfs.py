@@ -22,22 +22,28 @@ busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
 busybox mount -t devtmpfs dev /dev
 for module in $(busybox cat /modules); do busybox insmod /lib/modules/$module; done
-exec {python} -E -s -S -c 'from demo import writer; writer.main()'
 """
 
 
 def build(linux: kernel.Kernel) -> bytes:
     """The archive for a guest with LINUX."""
-    files = {"/bin/busybox": linux.busybox.read_bytes()}
-    for module in linux.modules:
-        files[f"/lib/modules/{module.name}"] = module.read_bytes()
-    files["/modules"] = "\n".join(module.name for module in linux.modules).encode()
+    files = {}
     here = pathlib.Path(__file__).parent
     for name in ("__init__.py", "records.py", "writer.py"):
         files[f"/demo/{name}"] = (here / name).read_bytes()
     for path in _python_files():
         files[str(path)] = path.read_bytes()
-    files["/init"] = _INIT.format(python=PYTHON.resolve()).encode()
+    command = f"{PYTHON.resolve()} -E -s -S -c 'from demo import writer; writer.main()'"
+    return build_for(linux, files, f"exec {command}")
+
+
+def build_for(linux: kernel.Kernel, files: dict[str, bytes], script: str) -> bytes:
+    """The archive for a guest with LINUX and FILES that runs SCRIPT in busybox's shell."""
+    files = {**files, "/bin/busybox": linux.busybox.read_bytes()}
+    for module in linux.modules:
+        files[f"/lib/modules/{module.name}"] = module.read_bytes()
+    files["/modules"] = "\n".join(module.name for module in linux.modules).encode()
+    files["/init"] = (_INIT + script + "\n").encode()
     return _cpio(files)
 
 
@@ -56,10 +62,11 @@ def _python_files() -> set[pathlib.Path]:
     modules = {pathlib.Path(line) for line in output.splitlines() if line}
     modules = {path for path in modules if root in path.parents} | {root / "os.py"}
     binaries = {PYTHON.resolve()} | {path for path in modules if ".so" in path.suffixes}
-    return modules | binaries | {lib for binary in binaries for lib in _libraries(binary)}
+    return modules | binaries | {lib for binary in binaries for lib in libraries(binary)}
 
 
-def _libraries(binary: pathlib.Path) -> list[pathlib.Path]:
+def libraries(binary: pathlib.Path) -> list[pathlib.Path]:
+    """The shared libraries that a program loads, by this machine's."""
     output = subprocess.run(["ldd", binary], check=True, capture_output=True, text=True).stdout
     return [pathlib.Path(found) for found in _LIBRARY.findall(output)]
 

@@ -37,12 +37,34 @@ class Kernel:
     busybox: pathlib.Path
 
 
-def fetch() -> Kernel:
-    """The kernel from the cache, else from the package archive. Raises Unavailable."""
-    linux = _cached("linux-image-*-cloud-amd64_*") or _download(_kernel_package, _keep_kernel)
-    busybox = _cached("busybox-static_*") or _download(lambda: "busybox-static", _keep_busybox)
+def fetch(more: tuple[str, ...] = ()) -> Kernel:
+    """The kernel from the cache, else from the package archive; with MORE drivers.
+
+    Raises Unavailable.
+    """
+    suffix = "".join(f"+{name}" for name in more)
+
+    def keep(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
+        _keep_kernel(tar, kept, (*DRIVERS, *more))
+
+    linux = _cached(f"linux-image-*-cloud-amd64_*{suffix}") or _download(
+        _kernel_package, keep, suffix
+    )
+    busybox = fetch_program("busybox-static", "bin/busybox")
     order = (linux / "modules").read_text().split()
-    return Kernel(linux / "vmlinuz", tuple(linux / name for name in order), busybox / "busybox")
+    return Kernel(linux / "vmlinuz", tuple(linux / name for name in order), busybox)
+
+
+def fetch_program(package: str, path: str) -> pathlib.Path:
+    """A program whose name in a PACKAGE ends with PATH. Raises Unavailable."""
+    name = pathlib.PurePath(path).name
+
+    def keep(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
+        for member in tar:
+            if member.isfile() and member.name.endswith(path):
+                (kept / name).write_bytes(_read(tar, member))
+
+    return (_cached(f"{package}_*") or _download(lambda: package, keep)) / name
 
 
 def _cached(pattern: str) -> pathlib.Path | None:
@@ -50,14 +72,16 @@ def _cached(pattern: str) -> pathlib.Path | None:
 
 
 def _download(
-    package: Callable[[], str], keep: Callable[[tarfile.TarFile, pathlib.Path], None]
+    package: Callable[[], str],
+    keep: Callable[[tarfile.TarFile, pathlib.Path], None],
+    suffix: str = "",
 ) -> pathlib.Path:
-    """Fetch a package, KEEP what is wanted of it; the directory it is in."""
+    """Fetch a package, KEEP what is wanted of it; the directory it is in, SUFFIX to its name."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".new-") as name:
         work = pathlib.Path(name)
         archive = _fetch_archive(package, work)
-        kept = work / archive.stem
+        kept = work / (archive.stem + suffix)
         kept.mkdir()
         files = _run("dpkg-deb", "--fsys-tarfile", str(archive))
         with tarfile.open(fileobj=io.BytesIO(files)) as tar:
@@ -98,13 +122,7 @@ def _run(*argv: str, cwd: pathlib.Path | None = None) -> bytes:
         raise Unavailable(f"{' '.join(argv)}: {error.stderr.decode().strip()}") from error
 
 
-def _keep_busybox(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
-    for member in tar:
-        if member.isfile() and member.name.endswith("bin/busybox"):
-            (kept / "busybox").write_bytes(_read(tar, member))
-
-
-def _keep_kernel(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
+def _keep_kernel(tar: tarfile.TarFile, kept: pathlib.Path, drivers: Iterable[str]) -> None:
     modules = {}
     for member in tar:
         name = pathlib.PurePath(member.name).name
@@ -113,7 +131,7 @@ def _keep_kernel(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
         elif _MODULE.search(name):
             modules[_MODULE.sub("", name).replace("-", "_")] = member
     order: dict[str, bytes] = {}
-    for driver in DRIVERS:
+    for driver in drivers:
         _resolve(driver, lambda name: _unpack(tar, modules.get(name)), order)
     for name, module in order.items():
         (kept / name).write_bytes(module)

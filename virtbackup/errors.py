@@ -92,6 +92,15 @@ class Error(libvirt.libvirtError):  # type: ignore[misc]
         self.err = (code, domain, message, libvirt.VIR_ERR_ERROR, *strings, *ints)
 
 
+def of_libvirt(failure: libvirt.libvirtError) -> Error:
+    """FAILURE of a call of libvirt-python's, as one of ours: the same in every respect."""
+    if isinstance(failure, Error):
+        return failure
+    made = Error(failure.get_error_code() or libvirt.VIR_ERR_INTERNAL_ERROR, str(failure))
+    made.err = failure.err or made.err
+    return made
+
+
 def error(code: int, detail: str | None = None, *, domain: int = libvirt.VIR_FROM_QEMU) -> Error:
     """An Error with libvirt's text for CODE around DETAIL (virReportError)."""
     with_detail, without = _TEXTS[code]

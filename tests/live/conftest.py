@@ -10,14 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from demo import guest, kernel, records
-from tests.live import machines
+from tests.live import libvirtd, machines
 
 # A shell lets what it starts in the background ignore SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     # These run what is installed, whatever QEMU is under test: ./dev test --matrix has it once.
-    collect_ignore = ["test_copy.py", "test_demo.py", "test_incremental.py"]
+    collect_ignore = ["test_copy.py", "test_demo.py", "test_incremental.py", "test_libvirt.py"]
+    collect_ignore += ["test_drop_in.py", "test_quiesce.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,20 @@ def scratch_dir(
     path = tmp_path_factory.mktemp("scratch")
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", os.fspath(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def libvirt_host() -> Iterator[libvirtd.Host]:
+    """A libvirtd of the tests' own."""
+    if os.geteuid() != 0:
+        pytest.skip("a libvirtd of one's own wants root")
+    with tempfile.TemporaryDirectory(prefix="vb-libvirtd-", dir="/var/tmp") as name:
+        pathlib.Path(name).chmod(0o755)
+        daemon, images = pathlib.Path(name, "daemon"), pathlib.Path(name, "images")
+        daemon.mkdir()
+        images.mkdir()
+        with libvirtd.host(daemon, images) as host:
+            yield host
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ class Machine:
         state: dict[str, Any] = {}
         for command in STATE_QUERIES:
             reply = self.probe.reply(command)
-            state[command] = _comparable(reply.get("return", reply.get("error")))
+            state[command] = comparable(reply.get("return", reply.get("error")))
         return state
 
     def io(self, device: str, command: str) -> None:
@@ -247,14 +247,14 @@ class Machine:
         self.close()
 
 
-def _comparable(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Drop what the guest changes by itself: space used, its drivers' write cache, graph ids."""
     if isinstance(value, dict):
         if set(value) == {"edges", "nodes"}:
             return _graph(value)
-        return {k: _comparable(v) for k, v in value.items() if k not in VOLATILE}
+        return {k: comparable(v) for k, v in value.items() if k not in VOLATILE}
     if isinstance(value, list):
-        return [_comparable(item) for item in value]
+        return [comparable(item) for item in value]
     return value
 
 

@@ -87,12 +87,20 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         target=target.get("dev", ""),
         device=element.get("device", "disk"),
         type=kind,
-        source=None if source is None else source.get(_SOURCE_ATTRIBUTE.get(kind, "file")),
+        source=None if source is None else _medium(source, kind),
         format=None if driver is None else driver.get("type"),
         readonly=element.find("readonly") is not None,
         capacity=None if capacity is None else _number(capacity.text or "0", capacity),
         alias=None if alias is None else alias.get("name"),
     )
+
+
+def _medium(source: etree._Element, kind: str) -> str | None:
+    """What a medium is called. What has no path, as an NBD server's only export, has no name in the
+    document either, but is a medium all the same."""
+    if (name := source.get(_SOURCE_ATTRIBUTE.get(kind, "file"))) or kind in ("file", "block"):
+        return name
+    return source.get("path") or source.get("protocol") or kind
 
 
 def _number(text: str, element: etree._Element) -> int:

@@ -7,15 +7,19 @@ this one die in between; and a thaw that fails is tried again, and said aloud.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
+import os
 import secrets
+import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import libvirt
 
@@ -26,10 +30,14 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0
 """Seconds until the agent must have answered that it is there, or thawed."""
+READY_TIMEOUT = 30.0
+"""Seconds until the process that thaws in our place must be there."""
 FREEZE_TIMEOUT = 60.0
 """Seconds that a freeze may take: the guest writes out what it has."""
 ATTEMPTS = 3
 """How often a thaw is tried."""
+MORE_ATTEMPTS = 60
+"""How often the second process tries, whom nobody waits for."""
 _PAUSE = 1.0
 """Seconds between two attempts."""
 _SENTINEL = b"\xff"
@@ -39,8 +47,12 @@ _SENTINEL = b"\xff"
 class Agent(Protocol):
     """A guest's agent."""
 
-    what: tuple[str, ...]
-    """What the second process is told, to find the same agent."""
+    name: str
+    """For people."""
+
+    @property
+    def what(self) -> tuple[str, ...]:
+        """What the second process is told, to find the same agent. Errors: libvirt.libvirtError."""
 
     def freeze(self) -> int:
         """Freeze all file systems; how many. Errors: errors.Error; then none is frozen, as far as
@@ -51,17 +63,46 @@ class Agent(Protocol):
 
 
 class LibvirtAgent:
-    """The agent of a domain of libvirt's."""
+    """The agent of the domain that LOOKUP finds; NAME is for people."""
 
-    def __init__(self, connection: "libvirt.virConnect", uuid: str) -> None:
-        self._connection, self._uuid = connection, uuid
-        self.what: tuple[str, ...] = ("libvirt", connection.getURI(), uuid)
+    def __init__(self, lookup: "Callable[[], libvirt.virDomain]", name: str) -> None:
+        self._lookup = lookup
+        self.name = name
+
+    @property
+    def what(self) -> tuple[str, ...]:
+        domain = self._lookup()
+        return "libvirt", domain.connect().getURI(), domain.UUIDString()
 
     def freeze(self) -> int:
-        return int(self._connection.lookupByUUIDString(self._uuid).fsFreeze())
+        return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
 
     def thaw(self) -> None:
-        self._connection.lookupByUUIDString(self._uuid).fsThaw()
+        _in_time(lambda: self._lookup().fsThaw(), TIMEOUT)
+
+
+def _in_time(call: Callable[[], Any], limit: float) -> Any:
+    """What CALL returns or raises. Errors: VIR_ERR_OPERATION_TIMEOUT; it is left to itself then."""
+    returned: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except BaseException as failure:  # noqa: BLE001  (raised again)
+            failed.append(failure)
+
+    thread = threading.Thread(target=run, name="virtbackup-agent", daemon=True)
+    thread.start()
+    thread.join(limit)
+    if failed:
+        failure = failed[0]
+        raise errors.of_libvirt(failure) if isinstance(failure, libvirt.libvirtError) else failure
+    if not returned:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT, f"guest agent: no answer within {limit:g} seconds"
+        )
+    return returned[0]
 
 
 class SocketAgent:
@@ -69,8 +110,11 @@ class SocketAgent:
     one client at a time."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        self.what: tuple[str, ...] = ("socket", path)
+        self._path = self.name = path
+
+    @property
+    def what(self) -> tuple[str, ...]:
+        return "socket", self._path
 
     def freeze(self) -> int:
         with self._connected() as connection:
@@ -167,79 +211,165 @@ def standing_still(agent: Agent) -> Iterator[None]:
 
     Errors: those of ``Agent.freeze``, nothing being frozen then; VIR_ERR_SYSTEM_ERROR.
     """
-    with _guard(agent):
+    with _guard(agent) as guard:
         try:
             count = agent.freeze()
-        except libvirt.libvirtError:
-            # Some may be frozen all the same; of those that are not a thaw takes no notice.
-            with contextlib.suppress(libvirt.libvirtError):
-                agent.thaw()
+        except libvirt.libvirtError as failure:
+            guard.is_done = _thawed_after(failure, agent)
             raise
-        logger.info("agent=%s frozen=%d", agent.what[-1], count)
+        began = time.monotonic()
         try:
             yield
         finally:
-            thaw(agent)
+            guard.is_done = thaw(agent)
+        seconds = time.monotonic() - began
+        logger.info("agent=%s frozen=%d seconds=%.3f", agent.name, count, seconds)
 
 
-def thaw(agent: Agent, pause: Callable[[float], None] = time.sleep) -> bool:
+def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
+    """Whether nothing is frozen after a freeze that failed: some file systems may be, all the same,
+    and of those that are not a thaw takes no notice. An agent that refused has seen to it itself;
+    one that did not answer may yet freeze."""
+    if failure.get_error_code() in _NO_ANSWER:
+        return thaw(agent)
+    with contextlib.suppress(libvirt.libvirtError):
+        agent.thaw()
+    return True
+
+
+_NO_ANSWER = {
+    libvirt.VIR_ERR_OPERATION_TIMEOUT,
+    getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", libvirt.VIR_ERR_OPERATION_TIMEOUT),
+}
+"""An agent's command was sent, and nobody knows what became of it."""
+
+
+def thaw(
+    agent: Agent, attempts: int = ATTEMPTS, pause: Callable[[float], None] = time.sleep
+) -> bool:
     """Whether the file systems go on; a failure is said aloud, and tried again."""
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         if attempt:
             pause(_PAUSE)
         try:
             agent.thaw()
         except libvirt.libvirtError as failure:
             logger.error("agent=%s the guest's file systems are still FROZEN: %s",
-                         agent.what[-1], failure)  # fmt: skip
+                         agent.name, failure)  # fmt: skip
         else:
             return True
     text = (
-        f"warning: the guest's file systems could not be thawed and may be FROZEN"
-        f" ({' '.join(agent.what)}): thaw them, as by 'virsh domfsthaw'"
+        "warning: the guest's file systems could not be thawed and may be FROZEN"
+        f" (agent {agent.name}): thaw them, as by 'virsh domfsthaw'"
     )
     print(text, file=sys.stderr, flush=True)
     return False
 
 
+@dataclasses.dataclass
+class _Guard:
+    """What the second process is going to be told."""
+
+    is_done: bool = False
+    """Nothing is frozen any more."""
+
+
 _DONE = b"done\n"
+_MAIN = (
+    "import sys; sys.path[:] = {path!r}; from {module} import main; sys.exit(main(sys.argv[1:]))"
+)
+
+_left_alone: list["subprocess.Popen[bytes]"] = []
+"""Processes that still try to thaw."""
 
 
 @contextlib.contextmanager
-def _guard(agent: Agent) -> Iterator[None]:
-    """A process that thaws if this one ends within."""
-    argv = [sys.executable, "-m", __name__, *agent.what]
+def _guard(agent: Agent) -> Iterator[_Guard]:
+    """A process that thaws if this one ends within, or cannot do it itself.
+
+    Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_FAILED.
+    """
+    main = _MAIN.format(path=sys.path, module=__name__)
+    argv = [sys.executable, "-c", main, str(os.getpid()), *agent.what]
     try:
-        guard = subprocess.Popen(
+        process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
     except OSError as failure:
         raise errors.system_error(failure, "cannot start what thaws the guest") from failure
-    with guard:
-        assert guard.stdin is not None
-        assert guard.stdout is not None
-        if guard.stdout.read(1) == b"":
+    guard = _Guard(is_done=True)
+    try:
+        if not _is_ready(process):
             raise _failed("what is to thaw the guest, should we die, cannot reach its agent")
-        try:
-            yield
-        finally:
-            guard.stdin.write(_DONE)
-            guard.stdin.close()
+        guard.is_done = False
+        yield guard
+    finally:
+        _dismiss(process, guard)
+
+
+def _is_ready(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether the second process is there to thaw."""
+    assert process.stdout is not None
+    answered, _, _ = select.select([process.stdout], [], [], READY_TIMEOUT)
+    return bool(answered) and process.stdout.read(1) != b""
+
+
+def _dismiss(process: "subprocess.Popen[bytes]", guard: _Guard) -> None:
+    """Let the second process end; or thaw, on its own."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.close()
+    with contextlib.suppress(OSError):  # it has ended already
+        if guard.is_done:
+            process.stdin.write(_DONE)
+        process.stdin.close()
+    if not guard.is_done:
+        logger.error("process %d goes on trying to thaw the guest", process.pid)
+    else:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TIMEOUT)
+            return
+    _left_alone.append(process)
 
 
 def main(argv: list[str]) -> int:
-    """The second process: ready once it has said so; its input ends with ours."""
+    """The second process: ready once it has said so. ARGV: the first process, and its agent."""
     agent: Agent
-    if argv[0] == "libvirt":
-        agent = LibvirtAgent(libvirt.open(argv[1]), argv[2])
+    if argv[1] == "libvirt":
+        libvirt.registerErrorHandler(lambda *_: None, None)  # it would print what is raised
+        try:
+            domain = libvirt.open(argv[2]).lookupByUUIDString(argv[3])
+        except libvirt.libvirtError as failure:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
+        agent = LibvirtAgent(lambda: domain, argv[3])
     else:
-        agent = SocketAgent(argv[1])
+        agent = SocketAgent(argv[2])
     sys.stdout.write(".")
     sys.stdout.flush()
-    if sys.stdin.buffer.read() == _DONE:
+    if _is_told_done(int(argv[0])):
         return 0
-    return 0 if thaw(agent) else 1
+    return 0 if thaw(agent, MORE_ATTEMPTS) else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _is_told_done(parent: int) -> bool:
+    """Wait until our input or process PARENT ends; whether it said that nothing is frozen. Both, as
+    a process that was forked meanwhile may hold our input open."""
+    said = b""
+    try:
+        process = os.pidfd_open(parent)
+    except OSError:
+        process = -1
+    wait = select.poll()
+    wait.register(sys.stdin, select.POLLIN)
+    if process >= 0:
+        wait.register(process, select.POLLIN)
+    while said != _DONE:
+        ready = dict(wait.poll())
+        if sys.stdin.fileno() not in ready:
+            break
+        more = os.read(sys.stdin.fileno(), len(_DONE))
+        if not more:
+            break
+        said += more
+    return said == _DONE

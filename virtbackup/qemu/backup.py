@@ -163,6 +163,8 @@ class BlockState:
     """
     nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
     """Every node, where they were asked for."""
+    strangers: tuple[block.Disk, ...] = ()
+    """The drives of the guest that those who give the disks their names do not know."""
 
     def backups(self) -> frozenset[naming.BackupId]:
         """The backups of which QEMU shows a job, an export or a node."""

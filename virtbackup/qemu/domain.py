@@ -5,12 +5,12 @@ import dataclasses
 import os
 import pathlib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.conf import domain_conf
+from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.qemu import (
     backup,
     block,
@@ -53,8 +53,8 @@ class Session:
 
     qemu: monitor.Monitor
     identity: Identity
-    targets: Mapping[str, str] | None = None
-    """A device's id -> the name of the disk that people know it by; None: its own id."""
+    known: Sequence[domain_conf.DiskDef] | None = None
+    """The disks as somebody knows them who gives them names; None: each is known by its id."""
 
     @property
     def ref(self) -> hypervisor.DomainRef:
@@ -71,6 +71,13 @@ class Session:
     @property
     def pid(self) -> int | None:
         return self.process[0] if self.process else None
+
+    @property
+    def targets(self) -> Mapping[str, str] | None:
+        """A device's id -> the name of the disk that people know it by; None: its own id."""
+        if self.known is None:
+            return None
+        return {disk.alias: disk.target for disk in self.known if disk.alias}
 
     def restarted_since(self, then: runtime.Process | None) -> bool:
         """Whether another process answers than THEN did, as far as both can be seen."""
@@ -133,8 +140,16 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
+    strangers: tuple[block.Disk, ...] = ()
     if caps.devices:
-        disks = block.parse_block(next(replies), session.targets)
+        drives = next(replies)
+        disks = block.parse_block(drives, session.targets)
+        if session.known is not None:
+            known = {disk.qom_path for disk in disks}
+            strangers = tuple(
+                disk for disk in block.parse_block(drives)
+                if disk.qom_path and disk.qom_path not in known
+            )  # fmt: skip
         run_state = monitor_json.parse_status(next(replies))
         runs, io_error = run_state.running, run_state.status == "io-error"
     else:
@@ -150,8 +165,41 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     if bitmaps or (graph is None and caps.named_nodes_are_safe(running.values())):
         nodes = named_nodes(qemu, caps, running.values())
     return backup.BlockState(
-        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes
+        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers
     )
+
+
+def check_known(
+    session: Session, wanted: backup_conf.BackupDef, state: backup.BlockState
+) -> backup_conf.BackupDef:
+    """Refuse where those who name the disks know one that QEMU has not, or the other way round: the
+    guest's data in it would be missing in the backup, and nobody told. WANTED may leave such a disk
+    out by name; the rest of it is returned.
+
+    Errors: VIR_ERR_OPERATION_UNSUPPORTED.
+    """
+    left_out = {disk.name for disk in wanted.disks if disk.present is False}
+    found = {disk.target for disk in state.disks}
+    for disk in session.known or ():
+        if disk.target in found | left_out or disk.readonly or not disk.has_medium:
+            continue
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{disk.target}' is not one that QEMU itself reads and writes (type"
+            f" '{disk.type}'), or is not in QEMU any more: leave it out (present=\"no\")",
+        )
+    for drive in state.strangers:
+        if drive.target in left_out or drive.medium is None or drive.medium.readonly:
+            continue
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"device '{drive.target}' of QEMU writes '{drive.medium.filename}' and is no disk of"
+            ' the domain\'s XML: leave it out by that name (present="no")',
+        )
+    known = {disk.target for disk in (session.known or ())} - found
+    elsewhere = left_out & (known | {drive.target for drive in state.strangers})
+    disks = tuple(disk for disk in wanted.disks if disk.name not in elsewhere)
+    return dataclasses.replace(wanted, disks=disks)
 
 
 def jobs(session: Session) -> dict[naming.JobId, monitor_json.Job]:

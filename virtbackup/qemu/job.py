@@ -80,6 +80,7 @@ class BackupJob:
             self._connect() as session,
         ):
             state = self._make_room(session, bitmaps=definition.branch is not None)
+            definition = domain.check_known(session, definition, state)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
             place = scratch.default_directory()
@@ -96,7 +97,9 @@ class BackupJob:
             tries = listener.TRIES
             while True:
                 tries -= 1
-                with listener.reserve(plan.address, _takes_listener(session, plan)) as where:
+                takes = _takes_listener(session, plan)
+                uid = session.qemu.peer_uid()
+                with listener.reserve(plan.address, takes, uid) as where:
                     run = process.Run(
                         session, plan.listening_on(where.address), where, by_fd, thresholds
                     )
@@ -126,6 +129,8 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     sight = verdict.look_at(session, running)
+            except monitor.NotListening:
+                return None  # the stop will say so
             except monitor.NoAnswer as failure:
                 if not _rescue(running, failure):
                     raise
@@ -390,11 +395,11 @@ class BackupJob:
         return judged
 
     def _gone(self, running: status.Status) -> dict[str, str]:
-        """After QEMU's end. A verdict that was reached before it stands, unless the branch was to
-        follow and did not."""
+        """After QEMU's end. A good verdict that was reached before it stands where the branch has
+        moved on by it; else nobody can have heard of it yet, and what is not sure is not good."""
         last = self._file.load() or running
         last = dataclasses.replace(last, cancelled=last.cancelled or running.cancelled)
-        done = last.branch is None or last.advanced or last.cancelled
+        done = last.branch is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
             reasons = verdict.of_all(running, self._why_gone() or _GONE)

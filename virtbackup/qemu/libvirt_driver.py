@@ -6,9 +6,11 @@ beside libvirt's own jobs, with the same code as over a QMP socket.
 """
 
 import contextlib
+import logging
 import os
+import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import libvirt
@@ -20,11 +22,12 @@ from virtbackup.qemu import (
     capabilities,
     domain,
     domain_obj,
-    monitor,
     passthrough,
     qmp,
     status,
 )
+
+logger = logging.getLogger(__name__)
 
 _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
 
@@ -43,13 +46,52 @@ _ENDS = {
 """Why a domain does not run, as libvirt tells it."""
 
 
-def open(uri: str, readonly: bool) -> hypervisor.Driver:
-    """Serve a libvirt URI on this host; ``?engine=`` is ours, and ``?native=yes``, which has the
-    backups made by libvirt itself; the rest is libvirt's.
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """libvirt's errors are errors of ours: the same, but of the type that callers look for."""
+    try:
+        yield
+    except errors.Error:
+        raise
+    except libvirt.libvirtError as failure:
+        raise errors.of_libvirt(failure) from failure
 
-    Errors: VIR_ERR_INVALID_ARG for an engine that there is not, VIR_ERR_CONFIG_UNSUPPORTED for
-    another host, libvirt's own.
-    """
+
+class Opener:
+    """Opens the driver by a URI, or on a connection of libvirt's that is open."""
+
+    def __call__(self, uri: str, readonly: bool) -> hypervisor.Driver:
+        """Serve a libvirt URI on this host; ``?engine=`` is ours, and ``?native=yes``, which has
+        the backups made by libvirt itself; the rest is libvirt's.
+
+        Errors: VIR_ERR_INVALID_ARG for an engine that there is not, VIR_ERR_CONFIG_UNSUPPORTED for
+        another host, libvirt's own.
+        """
+        plain, engine, native = _split(uri)
+        connect = libvirt.openReadOnly if readonly else libvirt.open
+        with _own_errors():
+            host = LibvirtDriver(connect(plain), engine, lambda: connect(plain))
+        if not native:
+            return host
+        from virtbackup.qemu import libvirt_native
+
+        return libvirt_native.NativeDriver(host)
+
+    def adopt(self, connection: "libvirt.virConnect") -> hypervisor.Driver:
+        """Serve the domains of a CONNECTION that stays its owner's to close.
+
+        Errors: VIR_ERR_CONFIG_UNSUPPORTED for another host.
+        """
+        _split(connection.getURI())
+        return LibvirtDriver(connection)
+
+
+open = Opener()
+"""What the registry of drivers points to."""
+
+
+def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
+    """(The URI that is libvirt's, the engine, whether libvirt makes the backups itself)."""
     parts = urllib.parse.urlsplit(uri)
     options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     engine = next((value for key, value in options if key == "engine"), None)
@@ -65,24 +107,25 @@ def open(uri: str, readonly: bool) -> hypervisor.Driver:
     native = dict(options).get("native", "no")
     if native not in ("yes", "no"):
         raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': expected native=yes or no")
-    rest = urllib.parse.urlencode([pair for pair in options if pair[0] not in _OURS])
-    plain = urllib.parse.urlunsplit(parts._replace(query=rest))
-    connect = libvirt.openReadOnly if readonly else libvirt.open
-    host = LibvirtDriver(connect(plain), engine)
-    if native == "no":
-        return host
-    from virtbackup.qemu import libvirt_native
-
-    return libvirt_native.NativeDriver(host)
+    rest = (pair for pair in parts.query.split("&") if pair.partition("=")[0] not in _OURS)
+    return urllib.parse.urlunsplit(parts._replace(query="&".join(rest))), engine, native == "yes"
 
 
 class LibvirtDriver:
     """The driver for all domains of one libvirt."""
 
     def __init__(
-        self, connection: "libvirt.virConnect", engine: capabilities.Engine | None = None
+        self,
+        connection: "libvirt.virConnect",
+        engine: capabilities.Engine | None = None,
+        connect: "Callable[[], libvirt.virConnect] | None" = None,
     ) -> None:
-        self._connection = connection
+        """CONNECT opens the connection anew after libvirt's daemon was restarted; None: it is
+        somebody else's, who also closes it."""
+        self._current = connection
+        self._connect = connect
+        self._connecting = threading.Lock()
+        self._adding = threading.Lock()
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -96,20 +139,32 @@ class LibvirtDriver:
         """End the backups that were started to end with us, and libvirt's connection."""
         if os.getpid() != self._pid:
             return
-        for one in self._domains.values():
+        for one in list(self._domains.values()):
             one.close()
-        with contextlib.suppress(libvirt.libvirtError):
-            self._connection.close()
+        if self._connect is not None:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._current.close()
 
+    @property
+    def _connection(self) -> "libvirt.virConnect":
+        """libvirt, by a new connection where the last was lost. Errors: libvirt's own."""
+        with self._connecting, _own_errors():
+            if self._connect is not None and not self.is_alive():
+                self._current = self._connect()
+                logger.info("connected to libvirt anew")
+            return self._current
+
+    @_own_errors()
     def get_type(self) -> str:
         return str(self._connection.getType())
 
+    @_own_errors()
     def get_version(self) -> int:
         return int(self._connection.getVersion())
 
     def is_alive(self) -> bool:
         try:
-            return bool(self._connection.isAlive())
+            return bool(self._current.isAlive())
         except libvirt.libvirtError:
             return False
 
@@ -118,6 +173,7 @@ class LibvirtDriver:
 
     # --- domains ---
 
+    @_own_errors()
     def list_domains(self) -> Sequence[hypervisor.DomainRef]:
         """libvirt's; and transient ones that are gone, while their backups' status files are."""
         found = [_ref(one) for one in self._connection.listAllDomains()]
@@ -130,36 +186,43 @@ class LibvirtDriver:
         ]
 
     def _file(self, uuid: str) -> status.StatusFile:
-        return status.StatusFile(f"{self._connection.getURI()} {uuid}")
+        """The same for every way to spell the URI of one libvirt."""
+        path = urllib.parse.urlsplit(self._current.getURI()).path
+        return status.StatusFile(f"libvirt {path} {uuid}")
 
+    @_own_errors()
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
         state, reason = self.lookup(ref).state()
         return state, reason
 
+    @_own_errors()
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return str(self.lookup(ref).XMLDesc(flags))
 
+    @_own_errors()
     def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
         """libvirt's own. Errors: VIR_ERR_NO_DOMAIN."""
         return self._connection.lookupByUUIDString(ref.uuid)
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
-        if ref.uuid not in self._domains:
-            self._domains[ref.uuid] = domain_obj.DomainObj(
-                self._file(ref.uuid),
-                lambda: self._session(ref),
-                self._engine,
-                quiesce=agent.LibvirtAgent(self._connection, ref.uuid),
-                why_gone=lambda: self._why_gone(ref),
-            )
-        return self._domains[ref.uuid]
+        with self._adding:
+            if ref.uuid not in self._domains:
+                self._domains[ref.uuid] = domain_obj.DomainObj(
+                    self._file(ref.uuid),
+                    lambda: self._session(ref),
+                    self._engine,
+                    quiesce=agent.LibvirtAgent(lambda: self.lookup(ref), ref.name),
+                    why_gone=lambda: self._why_gone(ref),
+                )
+            return self._domains[ref.uuid]
 
     def _why_gone(self, ref: hypervisor.DomainRef) -> str | None:
         """Why the domain does not run, in libvirt's knowledge; None where it has none."""
         try:
             state, reason = self.lookup(ref).state()
-        except libvirt.libvirtError:
-            return "the domain is gone"
+        except libvirt.libvirtError as failure:
+            gone = failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
+            return "the domain is gone" if gone else None
         return _ENDS.get(reason) if state == libvirt.VIR_DOMAIN_SHUTOFF else None
 
     @contextlib.contextmanager
@@ -167,15 +230,15 @@ class LibvirtDriver:
         """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
         try:
             found = self.lookup(ref)
-        except libvirt.libvirtError as failure:
+        except errors.Error as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-            raise monitor.NotListening(OSError(0, str(failure)), ref.name) from failure
+            raise passthrough.NotRunning(failure, ref.name) from failure
         try:
-            with passthrough.LibvirtMonitor(found, self._trace) as qemu:
+            with _own_errors(), passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
-                targets = _targets(domain_conf.DomainDef.parse(found.XMLDesc()))
-                yield domain.Session(qemu, identity, targets)
+                disks = domain_conf.DomainDef.parse(found.XMLDesc()).disks
+                yield domain.Session(qemu, identity, disks)
         except qmp.ProtocolError as failure:
             raise errors.error(
                 libvirt.VIR_ERR_INTERNAL_ERROR, f"QEMU monitor: {failure}"
@@ -194,6 +257,7 @@ class LibvirtDriver:
 
     # --- backup ---
 
+    @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         found = self.lookup(ref)
         definition = translate.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
@@ -230,39 +294,56 @@ def _ref(found: "libvirt.virDomain") -> hypervisor.DomainRef:
     return hypervisor.DomainRef(found.name(), found.UUIDString(), None if id < 0 else id)
 
 
-def _targets(definition: domain_conf.DomainDef) -> Mapping[str, str]:
-    """A device's id in QEMU, which is its alias -> the disk's target."""
-    return {disk.alias: disk.target for disk in definition.disks if disk.alias}
-
-
 def _check_jobs(found: "libvirt.virDomain", definition: backup_conf.BackupDef) -> None:
     """Refuse while libvirt itself has a job on the domain or on a chosen disk.
 
     Errors: VIR_ERR_OPERATION_INVALID, VIR_ERR_OPERATION_UNSUPPORTED.
     """
-    if (job := _libvirts_backup(found)) is not None:
+    if (job := _libvirts_job(found)) is not None:
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, job)
     left_out = {disk.name for disk in definition.disks if disk.present is False}
     for disk in domain_conf.DomainDef.parse(found.XMLDesc()).disks:
-        if disk.target in left_out:
+        # Of a disk without a medium libvirt says no word, but an error on stderr and in its log.
+        if disk.target in left_out or not disk.has_medium:
             continue
-        with contextlib.suppress(libvirt.libvirtError):  # what has no medium has no job
-            if found.blockJobInfo(disk.target, 0):
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-                    f"disk '{disk.target}' already in active block job of libvirt's",
-                )
+        job = None
+        with contextlib.suppress(libvirt.libvirtError):
+            job = found.blockJobInfo(disk.target, 0)
+        if job:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"disk '{disk.target}' already in active block job of libvirt's",
+            )
 
 
-def _libvirts_backup(found: "libvirt.virDomain") -> str | None:
-    """What libvirt's own backup job is called, if one runs."""
-    if not hasattr(found, "backupGetXMLDesc"):
-        return None
+_OPERATIONS = {
+    getattr(libvirt, f"VIR_DOMAIN_JOB_OPERATION_{name}", None): words
+    for name, words in {
+        "START": "start",
+        "SAVE": "save",
+        "RESTORE": "restore",
+        "MIGRATION_IN": "migration",
+        "MIGRATION_OUT": "migration",
+        "SNAPSHOT": "snapshot",
+        "SNAPSHOT_REVERT": "snapshot revert",
+        "DUMP": "dump",
+    }.items()
+}
+_BACKUP = getattr(libvirt, "VIR_DOMAIN_JOB_OPERATION_BACKUP", None)
+
+
+def _libvirts_job(found: "libvirt.virDomain") -> str | None:
+    """What libvirt is at with the whole domain, as an error says it; None: nothing."""
     try:
-        found.backupGetXMLDesc(0)
+        job = found.jobStats()
     except libvirt.libvirtError:
+        return None  # it ended just now, or QEMU did
+    if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
         return None
-    return "another backup job is already running: libvirt's own (virsh domjobabort ends it)"
+    operation = job.get("operation")
+    if operation == _BACKUP:
+        return "another backup job is already running: libvirt's own (virsh domjobabort ends it)"
+    return f"the domain is busy with another job of libvirt's: {_OPERATIONS.get(operation, 'job')}"
 
 
 _: Callable[["libvirt.virConnect"], hypervisor.BackupDriver] = LibvirtDriver

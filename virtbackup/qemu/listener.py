@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A free TCP port for QEMU's NBD server.
+"""The socket of QEMU's NBD server, where it is made here and handed over.
 
-QEMU tells nobody which port it was given, so the port is taken here and, where QEMU takes
+A free TCP port: QEMU tells nobody which one it was given, so it is taken here and, where QEMU takes
 descriptors, handed over with the socket that has it: nobody else can come between. Else it is let
 go of again, and who finds it in use tries the next.
+
+A unix socket, where QEMU is another user's: that one need not be allowed to make one there.
 """
 
 import contextlib
@@ -20,6 +22,8 @@ from virtbackup import errors
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import nbdserver
 
+_BACKLOG = 128
+"""Clients that may wait to be taken on, as QEMU's own socket has it for any number of clients."""
 TRIES = 20
 """How many ports are tried where none can be handed over."""
 
@@ -42,13 +46,23 @@ class Listener:
         if self._socket is not None:
             self._socket.close()
 
+    def withdraw(self) -> None:
+        """QEMU does not take it: remove what was made for it."""
+        if self._socket is not None and isinstance(self.address, backup_conf.UnixAddress):
+            pathlib.Path(self.address.path).unlink(missing_ok=True)
+
 
 @contextlib.contextmanager
-def reserve(address: backup_conf.Address, by_fd: bool) -> Iterator[Listener]:
-    """The listener for ADDRESS: with a port that is free now, where that is to be picked.
+def reserve(address: backup_conf.Address, by_fd: bool, uid: int) -> Iterator[Listener]:
+    """The listener for ADDRESS, of user UID's QEMU: with a port that is free now, where that is to
+    be picked. BY_FD: a socket can be handed over.
 
     Errors: VIR_ERR_OPERATION_FAILED where nobody can listen there.
     """
+    if isinstance(address, backup_conf.UnixAddress) and by_fd and uid != os.geteuid():
+        with _at(address.path) as made:
+            yield Listener(address, made)
+        return
     if isinstance(address, backup_conf.UnixAddress) or not address.picks_port:
         yield Listener(address)
         return
@@ -69,6 +83,22 @@ def reserve(address: backup_conf.Address, by_fd: bool) -> Iterator[Listener]:
             return
         made.listen()
         yield Listener(picked, made)
+
+
+def _at(path: str) -> socket.socket:
+    """A unix socket that listens at PATH, where nobody does. Errors: as ``reserve``."""
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        pathlib.Path(path).unlink(missing_ok=True)
+        made.bind(path)
+        made.listen(_BACKLOG)
+    except OSError as failure:
+        made.close()
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            f"cannot listen on '{path}': {failure.strerror or failure}",
+        ) from failure
+    return made
 
 
 def _bind(host: str) -> tuple[socket.socket, bool]:

@@ -5,15 +5,18 @@ libvirt has its own client on the monitor, passes on one command at a time, and 
 tainted with the first. Events stay with libvirt; whoever waits for one asks again instead.
 """
 
+import contextlib
 import datetime
+import itertools
 import json
 import logging
 import os
 import pathlib
 import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import libvirt
@@ -33,6 +36,20 @@ _GONE = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN}
 """What libvirt says of a domain that is not running, or not there."""
 
 
+_REFUSED = frozenset({libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_OPERATION_TIMEOUT})
+"""What libvirt says of a command that it did not pass on: the connection is read-only, or another
+job of its own on the domain does not end."""
+
+
+class NotRunning(monitor.NotListening):
+    """The domain does not run, in libvirt's own words."""
+
+    def __init__(self, failure: "libvirt.libvirtError", name: str) -> None:
+        super().__init__(OSError(0, str(failure)), name)
+        self.args = (str(failure),)
+        self.err = failure.err
+
+
 class LibvirtMonitor:
     """A ``monitor.Monitor`` of a domain of libvirt's."""
 
@@ -42,7 +59,7 @@ class LibvirtMonitor:
         return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
 
     def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
-        """Errors: monitor.NotListening when DOMAIN does not run; monitor.MonitorLost."""
+        """Errors: NotRunning when DOMAIN does not run; monitor.MonitorLost."""
         self._domain = domain
         self._trace = trace
         self._calls = _Calls(f"libvirt {domain.name()}")
@@ -63,16 +80,14 @@ class LibvirtMonitor:
         self._calls.close()
 
     def peer_pid(self) -> int | None:
-        """QEMU's process; None where libvirt's note of it cannot be read."""
+        """QEMU's process; None where it cannot be seen."""
         return pid_of(self._domain)
 
     def peer_uid(self) -> int:
         """QEMU's user; ours, where it is not known."""
         pid = self.peer_pid()
-        try:
-            return os.getuid() if pid is None else pathlib.Path(f"/proc/{pid}").stat().st_uid
-        except OSError:
-            return os.getuid()
+        uid = None if pid is None else uid_of(pid)
+        return os.getuid() if uid is None else uid
 
     def execute(self, command: monitor_json.Command) -> Any:
         """As ``monitor.Monitor.execute``."""
@@ -125,10 +140,9 @@ class LibvirtMonitor:
     def _lost(self, failure: "libvirt.libvirtError") -> errors.Error:
         text = failure.get_error_message() or str(failure)
         if failure.get_error_code() in _GONE and not self._runs():
-            gone = OSError(0, text)
-            return monitor.NotListening(gone, self.path)
-        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED:
-            return errors.error(libvirt.VIR_ERR_OPERATION_DENIED, text)
+            return NotRunning(failure, self.path)
+        if failure.get_error_code() in _REFUSED:
+            return errors.of_libvirt(failure)
         return monitor.MonitorLost(text)
 
     def _runs(self) -> bool:
@@ -150,19 +164,55 @@ class LibvirtMonitor:
             self._trace = None
 
 
+_pids: dict[tuple[str, int], int] = {}
+"""Where a run of a domain, by uuid and id, was found last."""
+
+
 def pid_of(domain: "libvirt.virDomain") -> int | None:
-    """The process of a running DOMAIN, by libvirt's own note; None where that cannot be read, or
-    the process is none of that domain's."""
+    """The process of a running DOMAIN: by libvirt's own note, else by looking at all processes, as
+    the note of a libvirtd in a mount namespace of its own is not to be seen. None where there is
+    none, or more than one that it could be."""
+    run = domain.UUIDString(), domain.ID()
+    known = _pids.get(run)
+    if known is not None and _is_of(known, *run):
+        return known
+    found = next((pid for pid in _noted(domain.name()) if _is_of(pid, *run)), None)
+    if found is None:
+        every = (int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*"))
+        candidates = [pid for pid in every if _is_of(pid, *run)]
+        found = candidates[0] if len(candidates) == 1 else None
+    if found is not None:
+        _pids[run] = found
+    return found
+
+
+def _noted(name: str) -> Iterator[int]:
     runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
-    name = domain.name()
     for place in ("/run/libvirt/qemu", f"{runtime}/libvirt/qemu/run"):
-        try:
-            pid = int(pathlib.Path(place, f"{name}.pid").read_text())
-            argv = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            continue
-        if domain.UUIDString().encode() in argv:
-            return pid
+        with contextlib.suppress(OSError, ValueError):
+            yield int(pathlib.Path(place, f"{name}.pid").read_text())
+
+
+def _is_of(pid: int, uuid: str, id: int) -> bool:
+    """Whether process PID is the QEMU of a domain, in its run of that ID: while a domain migrates
+    within a host there are two of its uuid."""
+    try:
+        argv = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    if (b"-uuid", uuid.encode()) not in itertools.pairwise(argv):
+        return False
+    # libvirt's directory for what is of this run: its secret key is in there, of every QEMU.
+    runs = {int(found) for found in re.findall(rb"/domain-(\d+)-", b" ".join(argv))}
+    return not runs or id in runs
+
+
+def uid_of(pid: int) -> int | None:
+    """The user that process PID acts as."""
+    with contextlib.suppress(OSError):
+        status = pathlib.Path(f"/proc/{pid}/status").read_text(errors="replace")
+        if found := re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE):
+            return int(found[1])
     return None
 
 

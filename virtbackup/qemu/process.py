@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import os
 import pathlib
+import pwd
 import stat
 from collections.abc import Callable, Iterator, Mapping
 
@@ -71,15 +72,22 @@ class Run:
         """
         try:
             self._start_server()
+        except BaseException:
+            self.listener.withdraw()
+            raise
         finally:
             self.listener.close()
 
     def check_server(self) -> None:
         """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so. Of a process
-        that cannot be seen, QEMU's word is taken; one that only passes the monitor on may have
-        another network than QEMU."""
+        that is not seen to be QEMU, its word is taken: one that only passes the monitor on may have
+        another network, and a recording listens nowhere."""
         pid, address = self.session.pid, self.plan.address
-        if not (pid is None or nbdserver.listens(pid, address) or nbdserver.answers(address)):
+        if pid is None or not nbdserver.is_qemu(pid):
+            return
+        if listener.same_network(pid) and nbdserver.is_taken(address):
+            return
+        if not (nbdserver.listens(pid, address) or nbdserver.answers(address)):
             where = nbdserver.describe(address)
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_FAILED, f"the NBD server does not listen on {where}"
@@ -104,7 +112,8 @@ class Run:
                     "Requested operation is not valid: %s",
                     "the domain's NBD server is already in use by another job or client",
                 ) from failure
-            detail = f"cannot listen on {nbdserver.describe(self.plan.address)}: {failure.desc}"
+            where = nbdserver.describe(self.plan.address)
+            detail = f"cannot listen on {where}: {self._words(failure)}"
             if failure.desc.startswith("Failed to "):  # find a port, bind a socket
                 address = self.plan.address
                 picked = isinstance(address, backup_conf.IpAddress) and address.picks_port
@@ -115,11 +124,21 @@ class Run:
                 ) from failure
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, detail) from failure
 
+    def _words(self, failure: monitor_json.CommandFailed) -> str:
+        """A refusal; where QEMU may not do something, who it is."""
+        uid = self.qemu.peer_uid()
+        if uid == os.geteuid() or os.strerror(errno.EACCES) not in failure.desc:
+            return failure.desc
+        return f"{failure.desc} (QEMU runs as user {_user(uid)})"
+
     def scratch_images(self) -> None:
         """Make every disk's scratch image and open it over the live disk."""
         for disk in self.plan.disks:
-            with _naming(disk.target), self._scratch_file(disk) as filename:
-                self.qemu.execute_all(self._scratch_commands(disk, filename))
+            try:
+                with self._scratch_file(disk) as filename:
+                    self.qemu.execute_all(self._scratch_commands(disk, filename))
+            except monitor_json.CommandFailed as failure:
+                raise _of_disk(disk.target, failure, self._words(failure)) from failure
 
     def _scratch_commands(self, disk: backup.DiskPlan, filename: str) -> list[monitor_json.Command]:
         commands = [self.plan.scratch_command(disk, filename)]
@@ -233,18 +252,20 @@ def check_address(address: backup_conf.Address) -> None:
         )
 
 
-@contextlib.contextmanager
-def _naming(target: str) -> Iterator[None]:
-    """Say of which disk a refused command was."""
+def _user(uid: int) -> str:
+    """A user as people know it."""
     try:
-        yield
-    except monitor_json.CommandFailed as failure:
-        raise _of_disk(target, failure) from failure
+        return f"'{pwd.getpwuid(uid).pw_name}'"
+    except KeyError:
+        return str(uid)
 
 
-def _of_disk(target: str, failure: monitor_json.CommandFailed) -> errors.Error:
+def _of_disk(
+    target: str, failure: monitor_json.CommandFailed, words: str | None = None
+) -> errors.Error:
+    """A refused command, and of which disk it was; WORDS in place of the refusal's own."""
     return errors.error(
         libvirt.VIR_ERR_INTERNAL_ERROR,
         f"disk '{target}': unable to execute QEMU command '{failure.command.execute}':"
-        f" {failure.desc}",
+        f" {words or failure.desc}",
     )

@@ -1,0 +1,752 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Backups of a real libvirt's domains, beside libvirt's own work on them."""
+
+import contextlib
+import json
+import os
+import pathlib
+import pwd
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import libvirt
+import libvirt_qemu
+import pytest
+
+import virtbackup
+from tests.live import libvirtd, machines
+from tests.live.libvirtd import disk_xml, image, pattern
+from virtbackup.qemu import passthrough
+
+pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
+
+
+@pytest.fixture
+def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
+    """The daemon, its images gone after each test."""
+    yield libvirt_host
+    for path in libvirt_host.directory.iterdir():
+        if not path.is_dir():
+            path.unlink()
+
+
+@pytest.fixture
+def connection(host: libvirtd.Host) -> Iterator[virtbackup.Connection]:
+    with virtbackup.open(host.daemon.uri) as opened:
+        yield opened
+
+
+def document(host: libvirtd.Host, disks: str = "", branch: str = "") -> str:
+    line = f'<branch name="{branch}"/>' if branch else ""
+    return (
+        f'<domainbackup><address type="unix" path="{socket(host)}"/>{line}'
+        f"<disks>{disks}</disks></domainbackup>"
+    )
+
+
+def socket(host: libvirtd.Host) -> pathlib.Path:
+    return host.path("nbd.sock")
+
+
+def left_in_qemu(domain: libvirtd.Domain) -> list[str]:
+    """What is in QEMU of ours."""
+    return [line for line in str(domain.state()).split("'") if "virtbackup" in line]
+
+
+def left_over(
+    domain: libvirtd.Domain, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> list[str]:
+    """What is there of ours."""
+    files = [str(path) for path in (*scratch_dir.iterdir(), *state_dir.glob("*.json"))]
+    return files + left_in_qemu(domain)
+
+
+SECRET = "5c9a8f0e-6a4b-4f0e-9a53-5b1f4f4d3f10"
+
+
+def test_every_kind_of_disk_by_its_target(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    """XML in another order than libvirt numbers its nodes; filters, chains and sources over a
+    network, an encrypted one and one whose data is elsewhere; drives without a medium."""
+    images = {
+        "vda": image(host.path("base.qcow2"), 1),
+        "vdb": image(host.path("b.raw"), 2, "raw"),
+        "sdb": image(host.path("shared.raw"), 4, "raw"),
+        "vdc": image(host.path("transient.qcow2"), 5),
+        "vdd": image(host.path("served.raw"), 6, "raw"),
+        "vdf": image(host.path("f.qcow2"), 8, "qcow2", "-o", f"data_file={host.path('f.data')}"),
+        "hda": image(host.path("h.qcow2"), 9),
+    }
+    overlay = host.path("a.qcow2")
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]
+    subprocess.run([*create, str(images["vda"]), str(overlay)], check=True)
+    images["vda"] = overlay
+    middle, top = host.path("middle.qcow2"), host.path("top.qcow2")
+    subprocess.run([*create, str(image(host.path("cor.qcow2"), 3)), str(middle)], check=True)
+    subprocess.run([*create, str(middle), str(top)], check=True)
+    secret = host.connection.secretDefineXML(
+        f"<secret ephemeral='yes' private='yes'><uuid>{SECRET}</uuid></secret>"
+    )
+    secret.setValue(b"passphrase")
+    luks = image(
+        host.path("luks.qcow2"), 7, "qcow2", "--object", "secret,id=s,data=passphrase",
+        "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100",
+    )  # fmt: skip
+    first = image(host.path("first.iso"), 76, "raw")
+    served = f"<source protocol='nbd'><host transport='unix' socket='{host.path('served')}'/>"
+    cdrom = (
+        "<disk type='file' device='cdrom'>{source}<target dev='{target}' bus='sata'/>"
+        "<readonly/></disk>"
+    )
+    devices = [
+        cdrom.format(target="hdc", source=""),
+        cdrom.format(target="hdd", source=f"<source file='{first}'/>"),
+        disk_xml("sdb", images["sdb"], "raw", "<shareable/>"),
+        disk_xml("vdf", images["vdf"]),
+        disk_xml(
+            "vde", luks,
+            inside=f"<encryption format='luks'><secret type='passphrase' uuid='{SECRET}'/>"
+            "</encryption>",
+        ),
+        "<disk type='network' device='disk'><driver name='qemu' type='raw'/>"
+        f"{served}</source><target dev='vdd' bus='virtio'/></disk>",
+        disk_xml("hda", images["hda"]),
+        disk_xml("vdc", images["vdc"], inside="<transient/>"),
+        disk_xml("sda", top, driver="copy_on_read='on'"),
+        disk_xml(
+            "vdb", images["vdb"], "raw",
+            "<iotune><total_iops_sec>1000</total_iops_sec></iotune>",
+        ),
+        disk_xml("vda", images["vda"]),
+    ]  # fmt: skip
+    with (
+        _served(host.path("served"), images["vdd"]),
+        host.domain("kinds", "".join(devices)) as domain,
+    ):
+        _change_medium(domain, host, "hdd")
+        dom = connection.lookupByName("kinds")
+        before = domain.state()
+        dom.backupStart(document(host))
+        disks = ("vda", "vdb", "sda", "sdb", "vdc", "vdd", "vde", "vdf", "hda")
+        seeds = {target: seed for seed, target in enumerate(disks, 1)}
+        assert {disk.export for disk in dom.backupGetInfo().disks} == set(seeds)
+        for target in seeds:
+            domain.write(target, 1)
+        for target, seed in seeds.items():
+            assert libvirtd.read(socket(host), target) == pattern(seed), target
+        dom.backupStop()
+        assert domain.state() == before
+        assert not left_over(domain, scratch_dir, state_dir)
+    for target, path, fmt in (("vda", overlay, "qcow2"), ("vdb", images["vdb"], "raw")):
+        found = machines.contents(path, fmt)
+        seed = seeds[target]
+        assert found[libvirtd.CLUSTER :][: libvirtd.CLUSTER] == b"\xff" * libvirtd.CLUSTER
+        assert found[2 * libvirtd.CLUSTER :] == pattern(seed)[2 * libvirtd.CLUSTER :]
+
+
+@contextlib.contextmanager
+def _served(path: pathlib.Path, raw: pathlib.Path) -> Iterator[None]:
+    """An NBD server of one image at a unix socket, whose export has no name."""
+    argv = ["qemu-nbd", "-f", "raw", "-k", str(path), "-e", "8", "-t", str(raw)]
+    with subprocess.Popen(argv) as server:
+        try:
+            libvirtd.wait_for(path.is_socket)
+            yield
+        finally:
+            server.terminate()
+
+
+def _change_medium(domain: libvirtd.Domain, host: libvirtd.Host, target: str) -> None:
+    other = image(host.path("other.iso"), 77, "raw")
+    domain.libvirt.updateDeviceFlags(
+        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>"
+        f"<source file='{other}'/><target dev='{target}' bus='sata'/><readonly/></disk>"
+    )
+
+
+def two_disks(host: libvirtd.Host, directory: str = ".") -> str:
+    """vda, a qcow2 image, and sdb, a raw one."""
+    a, b = (host.path(f"{directory}/{name}") for name in ("a.qcow2", "b.raw"))
+    return disk_xml("vda", image(a, 1)) + disk_xml("sdb", image(b, 2, "raw"), "raw")
+
+
+def right(host: libvirtd.Host) -> bool:
+    """Whether both exports show the disks as they were made."""
+    return all(
+        libvirtd.read(socket(host), target) == pattern(seed)
+        for target, seed in (("vda", 1), ("sdb", 2))
+    )
+
+
+# --- disks that not both know ---------------------------------------------------------------------
+
+
+def test_a_disk_that_is_not_in_qemu_is_refused_by_its_target(
+    host: libvirtd.Host, connection: virtbackup.Connection
+) -> None:
+    """A vhost-user disk's data never passes QEMU."""
+    server, raw = host.path("vhost"), image(host.path("v.raw"), 3, "raw")
+    argv = [
+        "qemu-storage-daemon",
+        "--blockdev", f"raw,node-name=v,file.driver=file,file.filename={raw}",
+        "--export", "vhost-user-blk,id=v,node-name=v,writable=on,addr.type=unix,"
+        f"addr.path={server}",
+    ]  # fmt: skip
+    vhost = (
+        "<disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source type='unix' path='{server}'/><target dev='vdb' bus='virtio'/></disk>"
+    )
+    memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+    with subprocess.Popen(argv) as daemon:
+        libvirtd.wait_for(server.is_socket)
+        with host.domain("unlike", two_disks(host) + vhost, more=memory):
+            dom = connection.lookupByName("unlike")
+            for disks in ("", '<disk name="vdb"/>'):
+                with pytest.raises(virtbackup.Error, match=r"disk 'vdb' is not one that QEMU"):
+                    dom.backupStart(document(host, disks))
+            dom.backupStart(document(host, '<disk name="vdb" present="no"/>'))
+            assert right(host)
+            dom.backupStop()
+        daemon.terminate()
+
+
+def test_a_drive_that_is_not_in_the_xml_is_refused_by_its_id(
+    host: libvirtd.Host, connection: virtbackup.Connection
+) -> None:
+    raw = image(host.path("extra.raw"), 3, "raw")
+    with host.domain("unlike", two_disks(host)) as domain:
+        file = {"driver": "file", "filename": str(raw)}
+        domain.monitor("blockdev-add", driver="raw", node_name="extra", file=file)
+        domain.monitor("device_add", driver="scsi-hd", id="disk9", drive="extra", bus="scsi0.0")
+        dom = connection.lookupByName("unlike")
+        with pytest.raises(virtbackup.Error, match=rf"device 'disk9' of QEMU writes '{raw}'"):
+            dom.backupStart(document(host))
+        with pytest.raises(virtbackup.Error, match=r"no disk named 'vdz'"):
+            dom.backupStart(document(host, '<disk name="vdz" present="no"/>'
+                                           '<disk name="disk9" present="no"/>'))  # fmt: skip
+        dom.backupStart(document(host, '<disk name="disk9" present="no"/>'))
+        assert right(host)
+        dom.backupStop()
+
+
+# --- a QEMU of another user -----------------------------------------------------------------------
+
+QEMU_USER = "libvirt-qemu"
+
+
+@pytest.fixture
+def confined(host: libvirtd.Host) -> Iterator[libvirtd.Domain]:
+    """A domain whose QEMU is not root's."""
+    user = pwd.getpwnam(QEMU_USER)
+    label = (
+        "<seclabel type='static' model='dac' relabel='yes'>"
+        f"<label>+{user.pw_uid}:+{user.pw_gid}</label></seclabel>"
+    )
+    with host.domain("confined", two_disks(host), more=label) as domain:
+        yield domain
+
+
+def test_a_qemu_of_another_user_needs_no_path(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    confined: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    """Neither to the scratch images, nor to the socket's directory."""
+    dom = connection.lookupByName("confined")
+    before = confined.state()
+    dom.backupStart(document(host, f'<disk name="vda"><source file="{scratch_dir}/own"/></disk>'))
+    assert right(host)
+    dom.backupStop()
+    assert confined.state() == before
+    assert not left_over(confined, scratch_dir, state_dir)
+    assert not socket(host).exists()
+    taken = host.path("other.sock")
+    confined.monitor(
+        "nbd-server-start", addr={"type": "inet", "data": {"host": "::1", "port": "0"}}
+    )
+    with pytest.raises(virtbackup.Error, match="already in use by another job"):
+        dom.backupStart(document(host).replace(str(socket(host)), str(taken)))
+    assert not taken.exists()
+    confined.monitor("nbd-server-stop")
+    dom.backupStart(document(host))
+    dom.backupStop()
+
+
+def test_a_pull_from_a_qemu_of_another_user(
+    host: libvirtd.Host, confined: libvirtd.Domain, tmp_path: pathlib.Path
+) -> None:
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
+    pull = [*argv, "backup-pull", "confined", str(tmp_path / "backup"), "--format", "raw"]
+    done = subprocess.run(pull, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "backup" / "vda.raw").read_bytes() == pattern(1)
+    assert (tmp_path / "backup" / "sdb.raw").read_bytes() == pattern(2)
+    assert not done.stderr
+
+
+@pytest.fixture
+def old_libvirt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that passes no files on."""
+    monkeypatch.delattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
+
+
+@pytest.mark.usefixtures("old_libvirt")
+def test_what_another_user_may_not_open_is_named(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    confined: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dom = connection.lookupByName("confined")
+    before = confined.state()
+    with pytest.raises(virtbackup.Error, match=rf"{socket(host)}.*denied.*'{QEMU_USER}'"):
+        dom.backupStart(document(host))
+    own = host.directory / "of-qemu"
+    own.mkdir()
+    user = pwd.getpwnam(QEMU_USER)
+    try:
+        own.chmod(0o755)
+        xml = document(host).replace(str(socket(host)), f"{own}/nbd.sock")
+        os.chown(own, user.pw_uid, -1)
+        with pytest.raises(virtbackup.Error, match=rf"'vda'.*{scratch_dir}.*enied.*'{QEMU_USER}'"):
+            dom.backupStart(xml)
+        assert confined.state() == before
+        assert not list(scratch_dir.iterdir())
+        monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(own))
+        dom.backupStart(xml)
+        assert [path.name for path in own.iterdir()] == ["nbd.sock"]
+        assert libvirtd.read(own / "nbd.sock", "vda") == pattern(1)
+        dom.backupStop()
+        assert confined.state() == before
+        assert not left_over(confined, scratch_dir, state_dir)
+        assert not list(own.iterdir())
+    finally:
+        own.rmdir()
+
+
+# --- what becomes of a domain meanwhile -----------------------------------------------------------
+
+
+@pytest.fixture
+def persistent(host: libvirtd.Host) -> Iterator[libvirtd.Domain]:
+    """A domain with a definition that outlasts it, for a test that changes it."""
+    with host.domain("lasting", two_disks(host), persistent=True) as domain:
+        yield domain
+
+
+@pytest.fixture(scope="module")
+def two_disks_defined(libvirt_host: libvirtd.Host) -> Iterator[None]:
+    libvirt_host.path("two").mkdir()
+    with libvirt_host.domain("two", two_disks(libvirt_host, "two"), persistent=True):
+        yield
+
+
+@pytest.fixture
+def two(host: libvirtd.Host, two_disks_defined: None) -> libvirtd.Domain:
+    """A running domain that is as before after each test; other tests used it before."""
+    domain = host.connection.lookupByName("two")
+    if not domain.isActive():
+        domain.create()
+    return libvirtd.Domain(domain)
+
+
+def _kill(domain: "libvirt.virDomain") -> None:
+    pid = passthrough.pid_of(domain)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def _shut_down(domain: "libvirt.virDomain") -> None:
+    """What libvirt sees of a guest that shuts down."""
+    with contextlib.suppress(libvirt.libvirtError):  # it may be gone before it answers
+        libvirtd.Domain(domain).monitor("quit")
+
+
+ENDS: dict[str, tuple[Callable[["libvirt.virDomain"], object], str]] = {
+    "destroyed": (lambda domain: domain.destroy(), "the domain was destroyed"),
+    "killed": (_kill, "QEMU crashed or was killed"),
+    "shut down": (_shut_down, "the guest shut down"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_domain_that_ends_during_its_backup(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    end, reason = ENDS[how]
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host))
+    end(two.libvirt)
+    libvirtd.wait_for(lambda: not two.libvirt.isActive())
+    info = dom.backupGetInfo()
+    assert (info.state, {disk.reason for disk in info.disks}) == ("failed", {reason})
+    with pytest.raises(virtbackup.Error, match=f"disk 'vda': {reason}; disk 'sdb': {reason}"):
+        dom.backupStop()
+    assert not caplog.records
+    with pytest.raises(virtbackup.Error, match="no domain backup job present"):
+        dom.backupStop()
+    assert not list(scratch_dir.iterdir())
+    assert not list(state_dir.glob("*.json"))
+    assert not socket(host).exists()
+    for call in (lambda: dom.backupStart(document(host)), dom.branchList):
+        with pytest.raises(virtbackup.Error) as error:
+            call()
+        assert str(error.value) == "Requested operation is not valid: domain is not running"
+        assert error.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    two.libvirt.create()
+    dom.backupStart(document(host))
+    assert right(host)
+    dom.backupStop()
+
+
+def test_a_transient_domain_that_ends_is_still_listed_for_its_stop(
+    host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
+) -> None:
+    with host.domain("passing", two_disks(host)) as domain:
+        connection.lookupByName("passing").backupStart(document(host))
+        domain.libvirt.destroy()
+        with pytest.raises(virtbackup.Error, match="disk 'vda': the domain is gone"):
+            connection.lookupByName("passing").backupStop()
+        assert not list(scratch_dir.iterdir())
+        assert "passing" not in [one.name() for one in connection.listAllDomains()]
+
+
+SNAPSHOT = "<domainsnapshot><name>{}</name></domainsnapshot>"
+DISK_ONLY = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+)
+
+
+def commit(domain: "libvirt.virDomain", target: str) -> None:
+    """Bring a disk's external snapshot back into what is below it."""
+    domain.blockCommit(target, None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    _until_ready(domain, target)
+    domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    libvirtd.wait_for(lambda: not domain.blockJobInfo(target))
+
+
+def _until_ready(domain: "libvirt.virDomain", target: str) -> None:
+    def is_ready() -> bool:
+        job = domain.blockJobInfo(target)
+        return bool(job["cur"] == job["end"] and "ready='yes'" in domain.XMLDesc())
+
+    libvirtd.wait_for(is_ready)
+
+
+def test_libvirts_own_work_meanwhile_and_afterwards(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    persistent: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    """What QEMU does not allow beside a backup fails, and harms neither; all of it works after."""
+    dom, domain = connection.lookupByName("lasting"), persistent.libvirt
+    saved = str(host.path("saved"))
+    before = persistent.state()
+    dom.backupStart(document(host))
+    refused = {
+        "save": lambda: domain.save(saved),
+        "managed save": domain.managedSave,
+        "external snapshot": lambda: domain.snapshotCreateXML(SNAPSHOT.format("s"), DISK_ONLY),
+        "backup": lambda: domain.backupBegin(NATIVE.format(host.path("theirs")), None),
+        "resize": lambda: domain.blockResize("vda", 2 * libvirtd.SIZE, 1),
+    }
+    for name, call in refused.items():
+        with pytest.raises(libvirt.libvirtError):
+            pytest.fail(f"{name}: {call()}")
+    assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    persistent.write("vda", 3)
+    assert right(host)
+    dom.backupStop()
+    assert persistent.state() == before
+    domain.snapshotCreateXML(SNAPSHOT.format("s"), DISK_ONLY)
+    persistent.write("vda", 4)
+    dom.backupStart(document(host, '<disk name="sdb" present="no"/>'))
+    seen = bytearray(pattern(1))
+    for cluster in (3, 4):
+        at = cluster * libvirtd.CLUSTER
+        seen[at : at + libvirtd.CLUSTER] = b"\xff" * libvirtd.CLUSTER
+    assert libvirtd.read(socket(host), "vda") == seen
+    dom.backupStop()
+    for target in ("vda", "sdb"):
+        commit(domain, target)
+    domain.backupBegin(NATIVE.format(host.path("theirs")), None)
+    assert libvirtd.read(host.path("theirs"), "vda") == seen
+    domain.abortJob()
+    libvirtd.wait_for(lambda: domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+    disk = disk_xml("sdb", host.path("b.raw"), "raw")
+    domain.detachDevice(disk)
+    domain.attachDevice(disk)
+    domain.save(saved)
+    host.connection.restore(saved)
+    dom.backupStart(document(host))
+    assert libvirtd.read(socket(host), "vda") == seen
+    dom.backupStop()
+    assert not left_over(persistent, scratch_dir, state_dir)
+
+
+NATIVE = "<domainbackup mode='pull'><server transport='unix' socket='{}'/></domainbackup>"
+
+
+def test_a_disk_that_libvirt_unplugs_meanwhile(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host))
+    disk = disk_xml("sdb", host.path("two/b.raw"), "raw")
+    two.libvirt.detachDevice(disk)
+    assert right(host)
+    with pytest.raises(virtbackup.Error, match=r"good: disk 'sdb': the disk was unplugged[^;]*$"):
+        dom.backupStop()
+    two.libvirt.attachDevice(disk)
+    dom.backupStart(document(host))
+    assert right(host)
+    dom.backupStop()
+
+
+def test_a_domain_that_is_set_back_to_a_snapshot(
+    host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
+) -> None:
+    disks = disk_xml("vda", image(host.path("a.qcow2"), 1))
+    with host.domain("back", disks, persistent=True) as domain:
+        snapshot = domain.libvirt.snapshotCreateXML(SNAPSHOT.format("s"))
+        dom = connection.lookupByName("back")
+        dom.backupStart(document(host))
+        domain.libvirt.revertToSnapshot(snapshot)
+        with pytest.raises(virtbackup.Error, match="disk 'vda': the domain was restarted"):
+            dom.backupStop()
+        assert not list(scratch_dir.iterdir())
+        assert not left_in_qemu(domain)
+        dom.backupStart(document(host))
+        dom.backupStop()
+
+
+def test_libvirtd_is_killed_and_started_again_meanwhile(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host))
+    host.daemon.kill()
+    assert right(host)
+    for call in (dom.backupGetInfo, dom.backupStop):
+        with pytest.raises(virtbackup.Error):
+            call()
+    host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two.write("vda", 3, pattern(1)[3 * libvirtd.CLUSTER])
+    assert dom.backupGetInfo().state == "running"
+    assert right(host)
+    dom.backupStop()
+    assert not left_over(two, scratch_dir, state_dir)
+
+
+def test_a_migration_meanwhile_fails_and_harms_neither(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    scratch_dir: pathlib.Path,
+) -> None:
+    """QEMU does not give a disk away that a job writes around."""
+    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_UNSAFE
+    to = (flags, None, "tcp://127.0.0.1")
+    with (
+        tempfile.TemporaryDirectory(prefix="vb-libvirtd-", dir="/var/tmp") as name,
+        host.domain("moves", two_disks(host)) as domain,
+        libvirtd.running(pathlib.Path(name), host.daemon) as elsewhere,
+        contextlib.closing(libvirt.open(elsewhere.uri)) as there,
+        virtbackup.open(elsewhere.uri) as connection_there,
+    ):
+        dom = connection.lookupByName("moves")
+        dom.backupStart(document(host))
+        with pytest.raises(libvirt.libvirtError, match="migration out"):
+            domain.libvirt.migrate(there, *to)
+        assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        domain.write("vda", 3)
+        assert right(host)
+        dom.backupStop()
+        assert not left_in_qemu(domain)
+        domain.libvirt.migrate(there, *to)
+        moved = connection_there.lookupByName("moves")
+        moved.backupStart(document(host))
+        assert libvirtd.read(socket(host), "sdb") == pattern(2)
+        moved.backupStop()
+        assert not list(scratch_dir.iterdir())
+
+
+# --- libvirt's own jobs ---------------------------------------------------------------------------
+
+
+def test_jobs_of_libvirts_own(
+    host: libvirtd.Host, connection: virtbackup.Connection, persistent: libvirtd.Domain
+) -> None:
+    """On a chosen disk: refused by name. On one that is left out: no matter."""
+    dom, domain = connection.lookupByName("lasting"), persistent.libvirt
+    domain.backupBegin(NATIVE.format(host.path("theirs")), None)
+    with pytest.raises(virtbackup.Error, match=r"already running: libvirt's own"):
+        dom.backupStart(document(host))
+    domain.abortJob()
+    libvirtd.wait_for(lambda: domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+    copy = f"<disk type='file'><source file='{host.path('copy.qcow2')}'/></disk>"
+    domain.blockCopy("vda", copy, {}, libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB)
+    with pytest.raises(virtbackup.Error, match=r"disk 'vda' already in active block job of lib"):
+        dom.backupStart(document(host))
+    dom.backupStart(document(host, '<disk name="vda" present="no"/>'))
+    assert libvirtd.read(socket(host), "sdb") == pattern(2)
+    domain.blockJobAbort("vda")
+    dom.backupStop()
+    domain.snapshotCreateXML(SNAPSHOT.format("s"), DISK_ONLY)
+    domain.blockCommit("sdb", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    with pytest.raises(virtbackup.Error, match=r"disk 'sdb' already in active block job of lib"):
+        dom.backupStart(document(host))
+    dom.backupStart(document(host, '<disk name="sdb" present="no"/>'))
+    assert libvirtd.read(socket(host), "vda") == pattern(1)
+    _until_ready(domain, "sdb")
+    domain.blockJobAbort("sdb", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    dom.backupStop()
+
+
+# --- connections ----------------------------------------------------------------------------------
+
+
+def test_a_connection_that_is_read_only(host: libvirtd.Host, connection: virtbackup.Connection,
+    two: libvirtd.Domain) -> None:  # fmt: skip
+    dom = connection.lookupByName("two")
+    with virtbackup.open(host.daemon.uri, readonly=True) as opened:
+        readonly = opened.lookupByName("two")
+        with pytest.raises(virtbackup.Error, match="read only access prevents virDomainBackupSta"):
+            readonly.backupStart(document(host))
+        with pytest.raises(virtbackup.Error, match="no domain backup job present"):
+            readonly.backupGetXMLDesc()
+        dom.backupStart(document(host))
+        assert readonly.backupGetXMLDesc() == dom.backupGetXMLDesc()
+        with pytest.raises(virtbackup.Error) as error:
+            readonly.backupGetInfo()
+        assert error.value.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED
+        dom.backupStop()
+
+
+def test_every_way_to_spell_a_uri_leads_to_the_same_backup(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    connection.lookupByName("two").backupStart(document(host))
+    other = f"qemu+unix:///system?socket={host.daemon.socket}&engine=classic"
+    with virtbackup.open(other) as opened:
+        assert opened.lookupByName("two").backupGetInfo().state == "running"
+        opened.lookupByName("two").backupStop()
+
+
+def test_two_domains_at_once(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    disks = disk_xml("vda", image(host.path("c.qcow2"), 3))
+    with host.domain("other", disks):
+        connection.lookupByName("two").backupStart(document(host))
+        own = document(host).replace(str(socket(host)), str(host.path("own.sock")))
+        connection.lookupByName("other").backupStart(own)
+        assert right(host)
+        assert libvirtd.read(host.path("own.sock"), "vda") == pattern(3)
+        connection.lookupByName("two").backupStop()
+        assert libvirtd.read(host.path("own.sock"), "vda") == pattern(3)
+        connection.lookupByName("other").backupStop()
+
+
+# --- branches and checkpoints ---------------------------------------------------------------------
+
+CHECKPOINT = "<domaincheckpoint><name>{}</name>{}</domaincheckpoint>"
+
+
+def changed(socket: pathlib.Path, context: str) -> set[int]:
+    """The clusters that an export tells to have changed."""
+    argv = ["nbdinfo", f"--map=qemu:dirty-bitmap:{context}", "--json"]
+    uri = f"nbd+unix:///vda?socket={socket}"
+    said = subprocess.run([*argv, uri], check=True, capture_output=True).stdout
+    return {
+        cluster
+        for extent in json.loads(said)
+        if extent["type"]
+        for cluster in range(
+            extent["offset"] // libvirtd.CLUSTER,
+            (extent["offset"] + extent["length"]) // libvirtd.CLUSTER,
+        )
+    }
+
+
+def test_branches_and_libvirts_checkpoints_do_not_disturb_each_other(
+    host: libvirtd.Host, connection: virtbackup.Connection, state_dir: pathlib.Path
+) -> None:
+    disks = disk_xml("vda", image(host.path("a.qcow2"), 1))
+    with host.domain("lined", disks, persistent=True) as persistent:
+        dom, domain = connection.lookupByName("lined"), persistent.libvirt
+        branch = document(host, '<disk name="vda" type="auto"/>', "nightly")
+
+        def ours() -> set[int] | None:
+            dom.backupStart(branch)
+            [disk] = dom.backupGetInfo().disks
+            found = changed(socket(host), "nightly") if disk.type == "incremental" else None
+            dom.backupStop()
+            return found
+
+        def theirs(since: str | None, now: str) -> set[int] | None:
+            line = f"<incremental>{since}</incremental>" if since else ""
+            xml = NATIVE.format(host.path("theirs")).replace("</domain", line + "</domain")
+            domain.backupBegin(xml, CHECKPOINT.format(now, ""))
+            found = changed(host.path("theirs"), "backup-vda") if since else None
+            domain.abortJob()
+            libvirtd.wait_for(lambda: domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+            return found
+
+        domain.checkpointCreateXML(CHECKPOINT.format("alone", ""))
+        assert ours() is None
+        persistent.write("vda", 1)
+        assert theirs(None, "first") is None
+        persistent.write("vda", 2)
+        assert ours() == {1, 2}
+        assert theirs("first", "second") == {2}
+        persistent.write("vda", 3)
+        dom.backupStart(branch)
+        domain.checkpointCreateXML(CHECKPOINT.format("between", ""))
+        dom.backupStop()
+        persistent.write("vda", 4)
+        assert theirs("second", "third") == {3, 4}
+        domain.snapshotCreateXML(SNAPSHOT.format("s"), DISK_ONLY)
+        persistent.write("vda", 5)
+        assert ours() == {4, 5}
+        persistent.write("vda", 6)
+        assert theirs("third", "fourth") == {5, 6}
+        commit(domain, "vda")
+        persistent.write("vda", 7)
+        # What was brought back is noted once more.
+        found = ours()
+        assert found is not None
+        assert found >= {6, 7}
+        assert theirs("fourth", "fifth") == {7}
+        for name in ("alone", "first", "second", "between", "third", "fourth", "fifth"):
+            domain.checkpointLookupByName(name).delete()
+        persistent.write("vda", 8)
+        assert ours() == {8}
+        dom.branchDelete("nightly")
+        left = [m["name"] for d in persistent.monitor("query-block")
+                for m in d["inserted"].get("dirty-bitmaps", [])]  # fmt: skip
+        assert left == []

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest's file systems stand still for the instant of a start, and go on on every path."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import libvirt
+import pytest
+
+import virtbackup
+from demo import kernel
+from tests.live import agents, libvirtd, machines
+from virtbackup.qemu import agent, process
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "nbdcopy")
+
+QUIESCE = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE
+
+
+# --- a real agent ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def boot() -> Iterator[agents.Boot]:
+    with tempfile.TemporaryDirectory(prefix="vb-agent-", dir="/var/tmp") as name:
+        pathlib.Path(name).chmod(0o755)
+        try:
+            yield agents.Boot(pathlib.Path(name))
+        except kernel.Unavailable as error:
+            pytest.skip(f"no kernel for the guest: {error}")
+
+
+def document(path: pathlib.Path) -> str:
+    return f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+
+
+def check_real_agent(
+    dom: virtbackup.Domain, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file system that is written to all the time is whole in the backup; the guest goes on."""
+    copy = tmp_path / "copy"
+    caplog.set_level("INFO", "virtbackup.qemu.agent")
+    for flags, clean in ((0, False), (QUIESCE, True), (QUIESCE, True)):
+        dom.backupStart(document(tmp_path / "nbd.sock"), flags)
+        copy.write_bytes(libvirtd.read(tmp_path / "nbd.sock", "vda"))
+        dom.backupStop()
+        assert agents.is_clean(copy) == clean
+    window = r"frozen=1 seconds=(\d+\.\d+)"
+    assert len([r for r in caplog.messages if re.search(window, r)]) == 2
+
+
+@pytest.mark.needs("libvirtd", "unshare", "mkfs.ext4")
+def test_a_real_agent_by_way_of_libvirt(
+    libvirt_host: libvirtd.Host,
+    boot: agents.Boot,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    devices = libvirtd.disk_xml("vda", boot.disk, "raw") + (
+        f"<serial type='file'><source path='{boot.console}'/></serial>"
+        f"<channel type='unix'><target type='virtio' name='{agents.CHANNEL}'/></channel>"
+    )
+    os_xml = (
+        f"<kernel>{boot.kernel}</kernel><initrd>{boot.initrd}</initrd>"
+        f"<cmdline>{boot.command_line}</cmdline>"
+    )
+    with (
+        libvirt_host.domain("quiet", devices, os=os_xml, memory=256) as domain,
+        virtbackup.open(libvirt_host.daemon.uri) as connection,
+    ):
+        libvirtd.wait_for(lambda: "state='connected'" in domain.libvirt.XMLDesc(), 90)
+        dom = connection.lookupByName("quiet")
+        check_real_agent(dom, tmp_path, caplog)
+        xml = document(pathlib.Path("/nonexistent/nbd.sock"))
+        with pytest.raises(virtbackup.Error, match="cannot listen"):
+            dom.backupStart(xml, QUIESCE)
+        assert domain.libvirt.fsThaw() == 0  # none is frozen
+        subprocess.run(killed_when_frozen(libvirt_host.daemon.uri, tmp_path), check=False)
+        libvirtd.wait_for(lambda: domain.libvirt.fsThaw() == 0)
+        dom.backupCleanup()
+        domain.libvirt.suspend()  # so that the agent does not answer
+        before = domain.state()
+        with pytest.raises(virtbackup.Error) as error:
+            dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+        assert error.value.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE
+        assert domain.state() == before
+
+
+@pytest.mark.needs("libvirtd", "unshare")
+def test_a_domain_without_an_agent(
+    libvirt_host: libvirtd.Host, tmp_path: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    path = tmp_path / "a.qcow2"
+    machines.image(path, 1 << 20, "qcow2")
+    with (
+        libvirt_host.domain("loud", libvirtd.disk_xml("vda", path)) as domain,
+        virtbackup.open(libvirt_host.daemon.uri) as connection,
+    ):
+        before = domain.state()
+        with pytest.raises(virtbackup.Error) as error:
+            connection.lookupByName("loud").backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+        assert str(error.value) == "argument unsupported: QEMU guest agent is not configured"
+        assert domain.state() == before
+        assert not list(state_dir.glob("*.json"))
+
+
+def test_a_real_agent_by_its_own_socket(
+    boot: agents.Boot, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "qga.sock"
+    with (
+        machines.qemu(
+            tmp_path, "-m", "256", "-no-reboot",
+            "-kernel", str(boot.kernel), "-initrd", str(boot.initrd),
+            "-append", boot.command_line, "-serial", f"file:{tmp_path}/console",
+            "-blockdev", f"raw,node-name=disk,file.driver=file,file.filename={boot.disk}",
+            "-device", "virtio-blk-pci,drive=disk,id=vda", "-device", "virtio-serial-pci",
+            "-chardev", f"socket,id=qga,path={path},server=on,wait=off",
+            "-device", f"virtserialport,chardev=qga,name={agents.CHANNEL}",
+        ) as machine,
+        virtbackup.open(f"{machine.uri}?agent={path}") as connection,
+    ):  # fmt: skip
+        libvirtd.wait_for(lambda: _answers(path), 90)
+        [dom] = connection.listAllDomains()
+        check_real_agent(dom, tmp_path, caplog)
+
+
+def _answers(path: pathlib.Path) -> bool:
+    """Whether there is an agent, to whom a thaw is nothing."""
+    limit, agent.TIMEOUT = agent.TIMEOUT, 0.5
+    try:
+        agent.SocketAgent(str(path)).thaw()
+    except virtbackup.Error:
+        return False
+    finally:
+        agent.TIMEOUT = limit
+    return True
+
+
+_KILLED = """
+import os, signal, sys, virtbackup
+from virtbackup.qemu import process
+process.Run.freeze = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+virtbackup.open(sys.argv[1]).listAllDomains()[0].backupStart(sys.argv[2], 1)
+"""
+
+
+def killed_when_frozen(uri: str, directory: pathlib.Path) -> list[str]:
+    """A process that starts a backup, and is killed while the file systems are frozen."""
+    return [sys.executable, "-c", _KILLED, uri, document(directory / "nbd.sock")]
+
+
+# --- agents that misbehave ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Scene:
+    """A machine without a guest, and its agent."""
+
+    machine: machines.Machine
+    agent: agents.FakeAgent
+    directory: pathlib.Path
+
+    @property
+    def uri(self) -> str:
+        return f"{self.machine.uri}?agent={self.agent.path}"
+
+    @property
+    def document(self) -> str:
+        return document(self.directory / "nbd.sock")
+
+    def start(self) -> None:
+        with virtbackup.open(self.uri) as connection:
+            connection.listAllDomains()[0].backupStart(self.document, QUIESCE)
+
+    def stop(self) -> None:
+        with virtbackup.open(self.uri) as connection:
+            connection.listAllDomains()[0].backupStop()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[machines.Machine]:
+    with (
+        tempfile.TemporaryDirectory(prefix="vb-agent-") as name,
+        machines.two_disks(pathlib.Path(name), size=1 << 20) as one,
+    ):
+        yield one
+
+
+@pytest.fixture
+def scene(machine: machines.Machine, tmp_path: pathlib.Path) -> Iterator[Scene]:
+    before = machine.state()
+    with agents.FakeAgent(tmp_path / "qga.sock") as fake:
+        yield Scene(machine, fake, tmp_path)
+    assert machine.state() == before
+
+
+def test_frozen_and_thawed_once(scene: Scene) -> None:
+    scene.start()
+    scene.agent.wait_for("freeze", "thaw")
+    scene.stop()
+
+
+HANGS: agents.Reply = lambda _: None  # noqa: E731
+
+
+def hangs_up(_: dict[str, Any]) -> bytes:
+    raise ConnectionError
+
+
+REFUSALS: dict[str, tuple[dict[str, agents.Reply], str, list[str]]] = {
+    "is not there for anybody": ({"sync": HANGS}, "does not answer", []),
+    "refuses": ({"freeze": agents.refuses("no way")}, "guest agent: no way", ["freeze", "thaw"]),
+    "does not end a freeze": ({"freeze": HANGS}, "does not answer", ["freeze", "thaw"]),
+    "hangs up": ({"freeze": hangs_up}, "it hung up", ["freeze", "thaw"]),
+    "speaks of other things": (
+        {"freeze": agents.returns("yes")}, "unexpected reply to guest-fsfreeze-freeze",
+        ["freeze", "thaw"],
+    ),
+    "speaks no JSON": ({"freeze": lambda _: b"what?\n"}, "does not speak", ["freeze", "thaw"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+def test_an_agent_that(
+    scene: Scene, how: str, monkeypatch: pytest.MonkeyPatch, state_dir: pathlib.Path
+) -> None:
+    """Nothing is started, nothing is left frozen; the same in a second, with an agent that does."""
+    monkeypatch.setattr(agent, "TIMEOUT", 1.0)
+    monkeypatch.setattr(agent, "FREEZE_TIMEOUT", 0.5)
+    replies, text, commands = REFUSALS[how]
+    scene.agent.on(**replies)
+    with pytest.raises(virtbackup.Error, match=text):
+        scene.start()
+    scene.agent.wait_for(*commands)
+    assert not list(state_dir.glob("*.json"))
+    scene.agent.on(sync=agents.sync, freeze=agents.returns(2))
+    scene.start()
+    scene.stop()
+
+
+def test_an_agent_that_is_absent(machine: machines.Machine, tmp_path: pathlib.Path) -> None:
+    before = machine.state()
+    with virtbackup.open(f"{machine.uri}?agent={tmp_path}/none") as connection:
+        [dom] = connection.listAllDomains()
+        with pytest.raises(virtbackup.Error, match=f"guest agent '{tmp_path}/none': No such file"):
+            dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+    with virtbackup.open(machine.uri) as connection:
+        [dom] = connection.listAllDomains()
+        with pytest.raises(virtbackup.Error, match="QEMU guest agent is not configured"):
+            dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+    assert machine.state() == before
+
+
+@pytest.mark.parametrize("failure", [virtbackup.Error(1, "refused"), KeyboardInterrupt()])
+def test_a_transaction_that_fails(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def freeze(self: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(process.Run, "freeze", freeze)
+    with pytest.raises(type(failure)):
+        scene.start()
+    scene.agent.wait_for("freeze", "thaw")
+
+
+def test_an_interrupt_while_it_freezes(scene: Scene) -> None:
+    """The second process thaws: we do not know how far the agent came."""
+
+    def interrupt(_: dict[str, Any]) -> bytes | None:
+        signal.raise_signal(signal.SIGINT)
+        return None
+
+    scene.agent.on(freeze=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        scene.start()
+    scene.agent.wait_for("freeze", "thaw")
+
+
+def test_a_process_that_is_killed_while_all_is_frozen(scene: Scene) -> None:
+    done = subprocess.run(killed_when_frozen(scene.uri, scene.directory), check=False)
+    assert done.returncode == -signal.SIGKILL
+    scene.agent.wait_for("freeze", "thaw")
+    with virtbackup.open(scene.uri) as connection:
+        connection.listAllDomains()[0].backupCleanup()
+
+
+def test_killed_while_another_process_holds_its_files(scene: Scene) -> None:
+    """One that was forked off meanwhile, and lives on."""
+    code = _KILLED.replace(
+        "os.kill(", "os.fork() or (print(os.getpid(), flush=True), signal.pause()) ; os.kill("
+    ).replace("lambda self: os.fork()", "lambda self: os.fork()")
+    code = code.replace("process.Run.freeze = lambda self: ", "def freeze(self):\n    ").replace(
+        "SIGKILL)\nvirt", "SIGKILL)\nprocess.Run.freeze = freeze\nvirt"
+    )
+    argv = [sys.executable, "-c", code, scene.uri, scene.document]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        survivor = int(killed.stdout.readline())
+        try:
+            assert killed.wait() == -signal.SIGKILL
+            scene.agent.wait_for("freeze", "thaw")
+        finally:
+            os.kill(survivor, signal.SIGKILL)
+    with virtbackup.open(scene.uri) as connection:
+        connection.listAllDomains()[0].backupCleanup()
+
+
+def test_a_thaw_that_fails_at_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "_PAUSE", 0.0)
+    scene.agent.on(thaw=agents.refuses("not now"))
+    real = agents.returns(2)
+
+    def second(message: dict[str, Any]) -> bytes | None:
+        return real(message) if scene.agent.commands.count("thaw") == 2 else refused(message)
+
+    refused = agents.refuses("not now")
+    scene.agent.on(thaw=second)
+    scene.start()
+    scene.agent.wait_for("freeze", "thaw", "thaw")
+    scene.stop()
+
+
+def test_a_thaw_that_keeps_failing_is_said_aloud_and_tried_on(
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The backup is good; the start does not wait for the one who tries on."""
+    monkeypatch.setattr(agent, "_PAUSE", 0.0)
+    times = agent.ATTEMPTS + 1
+    refused, real = agents.refuses("not now"), agents.returns(2)
+
+    def last(message: dict[str, Any]) -> bytes | None:
+        return real(message) if scene.agent.commands.count("thaw") > times else refused(message)
+
+    scene.agent.on(thaw=last)
+    scene.start()
+    assert "may be FROZEN" in capfd.readouterr().err
+    assert "still FROZEN: operation failed: guest agent: not now" in caplog.text
+    scene.agent.wait_for("freeze", *["thaw"] * (times + 1))
+    scene.stop()
