@@ -54,6 +54,10 @@ _TEXTS = {
         "Operation not supported: %s",
         "Operation not supported",
     ),
+    libvirt.VIR_ERR_AGENT_UNRESPONSIVE: (
+        "Guest agent is not responding: %s",
+        "Guest agent is not responding",
+    ),
     libvirt.VIR_ERR_RESOURCE_BUSY: ("resource busy: %s", "resource busy"),
     libvirt.VIR_ERR_ACCESS_DENIED: ("access denied: %s", "access denied"),
     libvirt.VIR_ERR_XML_INVALID_SCHEMA: (

@@ -9,7 +9,7 @@ group ``virtbackup.drivers``, named as the URI scheme, that points to an ``Opene
 import dataclasses
 import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import libvirt
 
@@ -101,6 +101,23 @@ def open_driver(uri: str, readonly: bool) -> Driver:
     scheme; what the driver's opener raises.
     """
     return _opener(uri)(uri, readonly)
+
+
+class Adopter(Protocol):
+    """An opener that can also serve the domains of a connection of libvirt-python's."""
+
+    def __call__(self, uri: str, readonly: bool) -> Driver: ...
+
+    def adopt(self, connection: Any) -> Driver:
+        """A driver on CONNECTION, a virConnect, which its owner closes."""
+
+
+def adopt_driver(connection: Any) -> Driver | None:
+    """The driver for a virConnect, on that itself; None where the driver for its URI is none that
+    could. Errors: as ``open_driver``."""
+    adopt = getattr(_opener(connection.getURI()), "adopt", None)
+    driver: Driver | None = None if adopt is None else adopt(connection)
+    return driver
 
 
 def _opener(uri: str) -> Opener:

@@ -9,11 +9,13 @@ it is. Only the daemon's socket is where both see it. Mounts that a test makes a
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -50,7 +52,7 @@ security_default_confined = 0
 cgroup_controllers = []
 stdio_handler = "file"
 remember_owner = 0
-namespaces = [{namespaces}]
+namespaces = ["mount"]
 """
 _LIBVIRTD_CONF = """
 unix_sock_dir = "{directory}/sock"
@@ -61,6 +63,21 @@ listen_tcp = 0
 host_uuid = "{uuid}"
 log_outputs = "{level}:file:{directory}/libvirtd.log"
 log_filters = "3:remote 4:event 3:util 3:rpc"
+"""
+
+
+# The parent of the daemon, and of the QEMUs that it leaves to themselves: libvirt waits until a
+# QEMU that has ended is gone, and who takes them away else, in a container, may take its time.
+_PARENT = """
+import ctypes, os, sys
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+print(os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), flush=True)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
 """
 
 
@@ -76,11 +93,12 @@ class Libvirtd:
             (directory / name).mkdir()
         if like is not None:
             shutil.copytree(like.directory / "cache", directory / "cache", dirs_exist_ok=True)
-        (directory / "etc" / "qemu.conf").write_text(_QEMU_CONF.format(namespaces=""))
+        (directory / "etc" / "qemu.conf").write_text(_QEMU_CONF)
         conf = _LIBVIRTD_CONF.format(directory=directory, level=3, uuid=uuid.uuid4())
         (directory / "etc" / "libvirtd.conf").write_text(conf)
         self.log = directory / "libvirtd.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._parents: list[subprocess.Popen[bytes]] = []
+        self._daemon: int | None = None
         self.start()
 
     @property
@@ -96,16 +114,20 @@ class Libvirtd:
         self.socket.unlink(missing_ok=True)
         script = _INSIDE.format(hidden=" ".join(HIDDEN))
         with (self.directory / "output").open("ab") as output:
-            self._process = subprocess.Popen(
-                ["unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-ec", script,
+            parent = subprocess.Popen(
+                [sys.executable, "-c", _PARENT,
+                 "unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-ec", script,
                  "sh", str(self.directory), self._hostname or socket.gethostname()],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output,
+                start_new_session=True,
             )  # fmt: skip
+        assert parent.stdout is not None
+        self._daemon = int(parent.stdout.readline())
+        self._parents.append(parent)
         wait_for(self._answers)
 
     def _answers(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, (self.directory / "output").read_text()
+        assert self._runs(), (self.directory / "output").read_text()
         if not self.socket.is_socket():
             return False
         try:
@@ -114,22 +136,29 @@ class Libvirtd:
             return False
         return True
 
+    def _runs(self) -> bool:
+        return self._daemon is not None and pathlib.Path(f"/proc/{self._daemon}").exists()
+
     def kill(self) -> None:
         """SIGKILL; its domains run on."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        self._end(signal.SIGKILL)
+
+    def _end(self, by: signal.Signals) -> None:
+        assert self._daemon is not None
+        os.kill(self._daemon, by)
+        wait_for(lambda: not self._runs())
+        self._daemon = None
 
     def close(self) -> None:
         """End all domains and the daemon."""
-        if self._process is None or self._process.poll() is not None:
+        if not self._runs():
             self.start()
-        assert self._process is not None
         with contextlib.closing(libvirt.open(self.uri)) as connection:
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 domain.destroy()
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(DEADLINE)
+        self._end(signal.SIGTERM)
+        for parent in self._parents:
+            parent.communicate(timeout=DEADLINE)
 
 
 @contextlib.contextmanager
@@ -163,7 +192,7 @@ _DOMAIN = """
 
 
 def domain_xml(name: str, devices: str, more: str = "", os: str = "", memory: int = 48) -> str:
-    """A small domain; its guest is nothing but firmware that finds nothing to boot."""
+    """A small domain."""
     return _DOMAIN.format(name=name, devices=devices, more=more, os=os, memory=memory)
 
 
@@ -182,6 +211,10 @@ def disk_xml(
         f"<driver name='qemu' type='{fmt}' {driver}/>"
         f"<source file='{path}'/><target dev='{target}' bus='{bus}'/>{inside}</disk>"
     )
+
+
+_HALT = bytes.fromhex("fa f4 eb fd").ljust(16, b"\x90").rjust(64 << 10, b"\x90")
+"""Firmware that halts the processor."""
 
 
 def pattern(seed: int, size: int = SIZE) -> bytes:
@@ -266,7 +299,11 @@ class Host:
     def domain(
         self, name: str, devices: str, persistent: bool = False, **more: Any
     ) -> Iterator[Domain]:
-        """A running domain; gone afterwards. MORE goes into its XML."""
+        """A running domain; gone afterwards. MORE goes into its XML; without anything to boot, its
+        guest does nothing at all."""
+        firmware = self.daemon.directory / "halt.bin"
+        firmware.write_bytes(_HALT)
+        more.setdefault("os", f"<loader type='rom'>{firmware}</loader>")
         xml = domain_xml(name, devices, **more)
         if persistent:
             found = self.connection.defineXML(xml)

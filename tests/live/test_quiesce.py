@@ -2,6 +2,7 @@
 """The guest's file systems stand still for the instant of a start, and go on on every path."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -9,14 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import libvirt
+import libvirt_qemu
 import pytest
 
 import virtbackup
 from demo import kernel
+from tests import conftest
 from tests.live import agents, libvirtd, machines
 from virtbackup.qemu import agent, process
 
@@ -82,16 +86,42 @@ def test_a_real_agent_by_way_of_libvirt(
         xml = document(pathlib.Path("/nonexistent/nbd.sock"))
         with pytest.raises(virtbackup.Error, match="cannot listen"):
             dom.backupStart(xml, QUIESCE)
-        assert domain.libvirt.fsThaw() == 0  # none is frozen
-        subprocess.run(killed_when_frozen(libvirt_host.daemon.uri, tmp_path), check=False)
-        libvirtd.wait_for(lambda: domain.libvirt.fsThaw() == 0)
+        assert _status(domain) == "thawed"
+        argv = killed_when_frozen(libvirt_host.daemon.uri, tmp_path)
+        assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
+        libvirtd.wait_for(lambda: _status(domain) == "thawed")
         dom.backupCleanup()
-        domain.libvirt.suspend()  # so that the agent does not answer
         before = domain.state()
-        with pytest.raises(virtbackup.Error) as error:
+        domain.libvirt.suspend()
+        with pytest.raises(virtbackup.Error, match="domain is not running"):
             dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
-        assert error.value.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE
+        domain.libvirt.resume()
         assert domain.state() == before
+        if conftest.long():  # it is libvirt that waits for so long
+            _ask(domain, "guest-exec", path="/bin/busybox", arg=["killall", "-STOP", "qemu-ga"])
+            libvirtd.wait_for(lambda: not _is_there(domain))
+            with pytest.raises(virtbackup.Error) as error:
+                dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+            assert error.value.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE
+            assert domain.state() == before
+
+
+def _ask(domain: libvirtd.Domain, command: str, **arguments: Any) -> Any:
+    """What the agent says."""
+    line = json.dumps({"execute": command, "arguments": arguments})
+    return json.loads(libvirt_qemu.qemuAgentCommand(domain.libvirt, line, 30, 0))["return"]
+
+
+def _is_there(domain: libvirtd.Domain) -> bool:
+    try:
+        libvirt_qemu.qemuAgentCommand(domain.libvirt, '{"execute":"guest-ping"}', 1, 0)
+    except libvirt.libvirtError:
+        return False
+    return True
+
+
+def _status(domain: libvirtd.Domain) -> str:
+    return str(_ask(domain, "guest-fsfreeze-status"))
 
 
 @pytest.mark.needs("libvirtd", "unshare")
@@ -144,6 +174,18 @@ def _answers(path: pathlib.Path) -> bool:
         agent.TIMEOUT = limit
     return True
 
+
+_FORKED = """
+import os, signal, sys, virtbackup
+from virtbackup.qemu import process
+def freeze(self):
+    if not os.fork():
+        print(os.getpid(), flush=True)
+        signal.pause()
+    os.kill(os.getpid(), signal.SIGKILL)
+process.Run.freeze = freeze
+virtbackup.open(sys.argv[1]).listAllDomains()[0].backupStart(sys.argv[2], 1)
+"""
 
 _KILLED = """
 import os, signal, sys, virtbackup
@@ -277,7 +319,7 @@ def test_an_interrupt_while_it_freezes(scene: Scene) -> None:
     """The second process thaws: we do not know how far the agent came."""
 
     def interrupt(_: dict[str, Any]) -> bytes | None:
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         return None
 
     scene.agent.on(freeze=interrupt)
@@ -296,13 +338,7 @@ def test_a_process_that_is_killed_while_all_is_frozen(scene: Scene) -> None:
 
 def test_killed_while_another_process_holds_its_files(scene: Scene) -> None:
     """One that was forked off meanwhile, and lives on."""
-    code = _KILLED.replace(
-        "os.kill(", "os.fork() or (print(os.getpid(), flush=True), signal.pause()) ; os.kill("
-    ).replace("lambda self: os.fork()", "lambda self: os.fork()")
-    code = code.replace("process.Run.freeze = lambda self: ", "def freeze(self):\n    ").replace(
-        "SIGKILL)\nvirt", "SIGKILL)\nprocess.Run.freeze = freeze\nvirt"
-    )
-    argv = [sys.executable, "-c", code, scene.uri, scene.document]
+    argv = [sys.executable, "-c", _FORKED, scene.uri, scene.document]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as killed:
         assert killed.stdout is not None
         survivor = int(killed.stdout.readline())

@@ -131,18 +131,17 @@ class SocketAgent:
     def _connected(self) -> Iterator["_Connection"]:
         """A connection that is known to be answered."""
         end = time.monotonic() + TIMEOUT
+        code = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
         with socket.socket(socket.AF_UNIX) as opened:
             opened.settimeout(TIMEOUT)
             try:
                 opened.connect(self._path)
                 connection = _Connection(opened, self._path)
                 connection.sync(end)
+                code = libvirt.VIR_ERR_OPERATION_TIMEOUT
                 yield connection
             except TimeoutError as failure:
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_TIMEOUT,
-                    f"guest agent '{self._path}' does not answer",
-                ) from failure
+                raise errors.error(code, f"guest agent '{self._path}' does not answer") from failure
             except OSError as failure:
                 raise errors.system_error(
                     failure, f"cannot speak to guest agent '{self._path}'"
@@ -254,6 +253,8 @@ def thaw(
         try:
             agent.thaw()
         except libvirt.libvirtError as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return True  # there is nothing any more that could stand still
             logger.error("agent=%s the guest's file systems are still FROZEN: %s",
                          agent.name, failure)  # fmt: skip
         else:
@@ -345,25 +346,21 @@ def main(argv: list[str]) -> int:
         agent = LibvirtAgent(lambda: domain, argv[3])
     else:
         agent = SocketAgent(argv[2])
+    parent = os.pidfd_open(int(argv[0]))
     sys.stdout.write(".")
     sys.stdout.flush()
-    if _is_told_done(int(argv[0])):
+    if _is_told_done(parent):
         return 0
     return 0 if thaw(agent, MORE_ATTEMPTS) else 1
 
 
 def _is_told_done(parent: int) -> bool:
-    """Wait until our input or process PARENT ends; whether it said that nothing is frozen. Both, as
-    a process that was forked meanwhile may hold our input open."""
+    """Wait until our input ends, or the process of descriptor PARENT; whether it said that nothing
+    is frozen. Both, as a process that was forked meanwhile may hold our input open."""
     said = b""
-    try:
-        process = os.pidfd_open(parent)
-    except OSError:
-        process = -1
     wait = select.poll()
     wait.register(sys.stdin, select.POLLIN)
-    if process >= 0:
-        wait.register(process, select.POLLIN)
+    wait.register(parent, select.POLLIN)
     while said != _DONE:
         ready = dict(wait.poll())
         if sys.stdin.fileno() not in ready:

@@ -82,11 +82,12 @@ class Opener:
 
         Errors: VIR_ERR_CONFIG_UNSUPPORTED for another host.
         """
-        _split(connection.getURI())
-        return LibvirtDriver(connection)
+        uri = connection.getURI()
+        _split(uri)
+        return LibvirtDriver(connection, None, lambda: libvirt.open(uri), owned=False)
 
 
-open = Opener()
+open: hypervisor.Adopter = Opener()
 """What the registry of drivers points to."""
 
 
@@ -119,11 +120,14 @@ class LibvirtDriver:
         connection: "libvirt.virConnect",
         engine: capabilities.Engine | None = None,
         connect: "Callable[[], libvirt.virConnect] | None" = None,
+        owned: bool = True,
     ) -> None:
-        """CONNECT opens the connection anew after libvirt's daemon was restarted; None: it is
-        somebody else's, who also closes it."""
+        """CONNECT opens one anew after libvirt's daemon was restarted, or after CONNECTION was
+        closed by whom it belongs to, where it is not OWNED by us."""
         self._current = connection
+        self._uri: str = connection.getURI()
         self._connect = connect
+        self._owned = owned
         self._connecting = threading.Lock()
         self._adding = threading.Lock()
         self._engine = engine
@@ -141,7 +145,7 @@ class LibvirtDriver:
             return
         for one in list(self._domains.values()):
             one.close()
-        if self._connect is not None:
+        if self._owned:
             with contextlib.suppress(libvirt.libvirtError):
                 self._current.close()
 
@@ -151,6 +155,7 @@ class LibvirtDriver:
         with self._connecting, _own_errors():
             if self._connect is not None and not self.is_alive():
                 self._current = self._connect()
+                self._owned = True
                 logger.info("connected to libvirt anew")
             return self._current
 
@@ -165,7 +170,7 @@ class LibvirtDriver:
     def is_alive(self) -> bool:
         try:
             return bool(self._current.isAlive())
-        except libvirt.libvirtError:
+        except (libvirt.libvirtError, TypeError):  # the latter once it is closed
             return False
 
     def set_trace(self, trace: TextIO | None) -> None:
@@ -187,7 +192,7 @@ class LibvirtDriver:
 
     def _file(self, uuid: str) -> status.StatusFile:
         """The same for every way to spell the URI of one libvirt."""
-        path = urllib.parse.urlsplit(self._current.getURI()).path
+        path = urllib.parse.urlsplit(self._uri).path
         return status.StatusFile(f"libvirt {path} {uuid}")
 
     @_own_errors()
