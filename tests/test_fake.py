@@ -70,7 +70,7 @@ class Host:
     def close_fd(self, fd: int) -> None:
         self.closed.append(fd)
 
-    def start_server(self, address: Mapping[str, Any], fd: int | None) -> None:
+    def start_server(self, address: Mapping[str, Any], fd: int | None, tls: bool) -> None:
         self.address = address
 
     def stop_server(self) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import record_conversations, test_block
 from virtbackup import errors
-from virtbackup.conf import backup_conf, domain_conf, storage_conf
+from virtbackup.conf import backup_conf, domain_conf, storage_conf, virtbackup_conf
 from virtbackup.qemu import (
     backup,
     block,
@@ -180,6 +180,65 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     with pytest.raises(errors.Error, match="disk 'sdc' is a floppy or an SD card"):
         plan(asked, caps)
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
+
+
+X509 = virtbackup_conf.X509("/tls", verify=True, client_directory="/client")
+PSK = virtbackup_conf.Psk("/keys", "me")
+IP, UNIX = backup_conf.IpAddress("h", 1, tls=True), backup_conf.UnixAddress("/x", tls=True)
+
+
+def sent_to_listen(
+    address: backup_conf.Address, credentials: Any, caps: Any = CAPS, fd: int | None = None
+) -> list[tuple[str, Any]]:
+    asked = state()
+    wanted = definition(asked, address=address)
+    planned = backup.plan(wanted, asked, caps, ID, "/scratch", credentials=credentials)
+    return [(command.execute, command.arguments) for command in planned.server_commands(fd)]
+
+
+def test_tls_by_certificates() -> None:
+    tls = "virtbackup-0123abcd-0-tls"
+    made, started = sent_to_listen(IP, X509)
+    properties = {"dir": "/tls", "endpoint": "server", "verify-peer": True}
+    assert made == ("object-add", {"qom-type": "tls-creds-x509", "id": tls, **properties})
+    addr = {"type": "inet", "data": {"host": "h", "port": "1"}}
+    arguments = {"addr": addr, "max-connections": 0, "tls-creds": tls}
+    assert started == ("nbd-server-start", arguments)
+    older = dataclasses.replace(CAPS, features=CAPS.features | {"object-add.props"})
+    made, _ = sent_to_listen(IP, X509, older)
+    assert made[1] == {"qom-type": "tls-creds-x509", "id": tls, "props": properties}
+    assert naming.backup_of(tls) == ID
+
+
+def test_tls_by_a_key_on_a_socket_that_is_handed_over() -> None:
+    made, passed, started = sent_to_listen(IP, PSK, fd=7)
+    assert made[1]["dir"] == "/keys"
+    assert passed == ("getfd", {"fdname": "virtbackup-0123abcd-0-nbd"})
+    assert started[1]["addr"] == {"type": "fd", "data": {"str": "virtbackup-0123abcd-0-nbd"}}
+    assert "me" not in str([made, started])
+
+
+def test_without_tls_there_are_no_credentials() -> None:
+    [(execute, arguments)] = sent_to_listen(dataclasses.replace(IP, tls=False), X509)
+    assert (execute, "tls-creds" in arguments) == ("nbd-server-start", False)
+
+
+def test_tls_is_refused_where_there_is_none() -> None:
+    old = dataclasses.replace(CAPS, version=(6, 2, 0))
+    assert sent_to_listen(UNIX, X509)
+    assert sent_to_listen(IP, X509, old)
+    assert CAPS.takes_listener_for_tls
+    assert not old.takes_listener_for_tls
+    without = dataclasses.replace(CAPS, features=CAPS.features - {"object-add.tls-creds-psk"})
+    for address, credentials, caps, reason in (
+        (UNIX, X509, old, "no TLS for exports on a unix socket"),
+        (IP, PSK, without, "no TLS for exports by tls-creds-psk"),
+        (IP, X509, dataclasses.replace(CAPS, commands=frozenset(CAPS.commands - {"object-add"})),
+         "no TLS for exports by tls-creds-x509"),
+    ):  # fmt: skip
+        with pytest.raises(errors.Error, match=reason) as caught:
+            sent_to_listen(address, credentials, caps)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
 
 
 def test_what_qemu_shows_of_us() -> None:

@@ -156,6 +156,10 @@ def test_what_is_not_said_in_the_proposal_is_not_started(tmp_path: pathlib.Path)
         domain = only(connection)
         tls = _native(tmp_path).replace("transport", "tls='yes' transport")
         for document, words in (
+            (
+                "<domainbackup mode='pull'><server transport='fd' fdgroup='x'/></domainbackup>",
+                "transport='fd'> cannot be said",
+            ),
             ("<domainbackup mode='push'/>", "pulls only"),
             (tls, "backup TLS directory not configured"),
             (_native(tmp_path, "<disks><disk name='nope'/></disks>"), "no disk named 'nope'"),

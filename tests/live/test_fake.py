@@ -14,7 +14,8 @@ import pytest
 
 import virtbackup
 from tests import recordings, replayed
-from tests.live import machines
+from tests.live import certificates, machines
+from virtbackup.conf import backup_conf
 from virtbackup.qemu import recorder, recording, traffic
 from virtbackup.test import fake_server
 
@@ -90,6 +91,7 @@ def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
     machines.image(tmp_path / "sdb.raw", SIZE)
     machines.image(tmp_path / "install.iso", 8 << 20)
     machines.image(tmp_path / "plain.raw", SIZE)
+    certificates.keys(tmp_path / "keys")
     for name, size in (("s1", SIZE), ("s2", SIZE), ("small", SIZE // 2)):
         machines.image(tmp_path / f"{name}.qcow2", size, "qcow2")
     with machines.qemu(
@@ -198,6 +200,26 @@ def test_clients_read_what_is_exported(
     assert data[0] == data[1]
     assert data[0].startswith(b"/images/vda.qcow2 sector 0\n")
     assert domain.backupStop() == 0
+
+
+@pytest.mark.needs("nbdinfo")
+def test_with_tls_nobody_is_let_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not simulated, beyond the monitor; so nothing is shown that was to be hidden."""
+    certificates.keys(tmp_path / "keys")
+    (tmp_path / "conf").write_text(f'backup_tls_psk_dir = "{tmp_path}/keys"')
+    monkeypatch.setenv("VIRTBACKUP_CONF", str(tmp_path / "conf"))
+    address = '<address type="ip" host="127.0.0.1" port="0" tls="yes"/>'
+    with virtbackup.open("test:///default") as connection:
+        [domain] = connection.listAllDomains()
+        domain.backupStart(f"<domainbackup>{address}</domainbackup>")
+        found = domain.backupGetInfo().address
+        assert isinstance(found, backup_conf.IpAddress)
+        done = subprocess.run(
+            ["nbdinfo", f"nbd://127.0.0.1:{found.port}/vda"], capture_output=True, timeout=60
+        )
+        assert done.returncode != 0
+        assert domain.backupStop() == 0
+        assert domain.backupCleanup() == []
 
 
 @pytest.mark.needs("nbdinfo")

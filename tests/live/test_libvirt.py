@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import libvirt_qemu
 import pytest
 
 import virtbackup
-from tests.live import libvirtd, machines
+from tests.live import certificates, libvirtd, machines
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, passthrough, process
+from virtbackup.tools import pull
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
 
@@ -331,6 +333,36 @@ def test_a_pull_from_a_qemu_of_another_user(
     assert (tmp_path / "backup" / "vda.raw").read_bytes() == pattern(1)
     assert (tmp_path / "backup" / "sdb.raw").read_bytes() == pattern(2)
     assert not done.stderr
+
+
+def test_tls_on_a_picked_port_of_another_users_qemu(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    confined: libvirtd.Domain,
+    tmp_path: pathlib.Path,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The port comes with its socket; the keys are read by QEMU's user, or by nobody."""
+    keys, conf = host.path("keys"), tmp_path / "virtbackup.conf"
+    certificates.keys(keys)
+    keys.chmod(0o755)
+    (keys / "keys.psk").chmod(0o600)
+    conf.write_text(f'backup_tls_psk_dir = "{keys}"')
+    monkeypatch.setenv("VIRTBACKUP_CONF", str(conf))
+    dom, before = connection.lookupByName("confined"), confined.state()
+    address = '<address type="ip" host="127.0.0.1" autoport="yes" tls="yes"/>'
+    xml = f"<domainbackup>{address}</domainbackup>"
+    with pytest.raises(virtbackup.Error, match=r"cannot use the TLS .* user 'libvirt-qemu'"):
+        dom.backupStart(xml)
+    assert confined.state() == before
+    shutil.chown(keys / "keys.psk", QEMU_USER)
+    pull.pull(dom, tmp_path / "backup", xml=xml, fmt="raw")
+    assert (tmp_path / "backup" / "vda.raw").read_bytes() == pattern(1)
+    assert confined.state() == before
+    assert not left_over(confined, scratch_dir, state_dir)
+    assert "virtbackup" not in str(confined.monitor("qom-list", path="/objects"))
 
 
 @pytest.fixture

@@ -190,6 +190,26 @@ def test_a_daemon_that_takes_no_sockets(tmp_path: pathlib.Path) -> None:
         domain.backupStop()
 
 
+@pytest.mark.may_skip
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_a_port_that_is_listened_on_is_taken(host: str) -> None:
+    """And none that is left of connections that have ended."""
+    try:
+        server = socket.create_server((host, 0), family=_family(host))
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server:
+        address = backup_conf.IpAddress(host, server.getsockname()[1])
+        assert nbdserver.is_taken(address)
+        with socket.create_connection(server.getsockname()[:2]) as client:
+            accepted, _ = server.accept()
+            accepted.close()
+            assert client.recv(1) == b""
+    assert not nbdserver.is_taken(address)
+    for other in (backup_conf.IpAddress("localhost", address.port), backup_conf.UnixAddress("/x")):
+        assert not nbdserver.is_taken(other)
+
+
 @pytest.mark.parametrize("kind", ["unix", "ip"])
 def test_a_server_that_does_not_listen_fails_the_start(
     machine: machines.Machine,
@@ -201,8 +221,8 @@ def test_a_server_that_does_not_listen_fails_the_start(
 ) -> None:
     """As if QEMU's word were not true."""
     before, files = machine.state(), test_undo.files(tmp_path, state_dir)
-    monkeypatch.setattr(nbdserver, "listens", lambda *_: False)
-    monkeypatch.setattr(nbdserver, "answers", lambda *_: False)
+    for look in ("listens", "answers", "is_taken"):
+        monkeypatch.setattr(nbdserver, look, lambda *_: False)
     unix = f'<address type="unix" path="{tmp_path}/nbd.sock"/>'
     with pytest.raises(virtbackup.Error, match="the NBD server does not listen on") as caught:
         domain.backupStart(document(unix if kind == "unix" else AUTOPORT[0]))

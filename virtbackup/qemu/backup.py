@@ -215,7 +215,8 @@ def plan(
     if not definition.address.tls:
         credentials = None
     if credentials is not None:
-        caps.check_tls(dialect.credentials_kind(credentials))
+        unix = isinstance(definition.address, backup_conf.UnixAddress)
+        caps.check_tls(dialect.credentials_kind(credentials), unix)
     _check_branch(definition, caps)
     _check_sources(definition.disks)
     lines = _lines(definition, state)

@@ -153,6 +153,16 @@ NAMED_NODES_CRASH = Defect(
 """Seen on 5.2.0 (a segmentation fault); what lies between it and 7.2 is taken to be alike."""
 
 
+TLS_INET_ONLY = Defect(
+    (0, 0, 0),
+    (7, 0, 0),
+    "the NBD server does TLS on addresses of TCP alone, not on unix sockets nor on sockets that are"
+    " handed over (TLS is only supported with IPv4/IPv6)",
+    "a unix socket with TLS is refused, and a port that is picked is not handed over",
+)
+"""Seen on 5.2.0; 7.2.22, 10.0.13 and 11.1.3 do, and by QEMU's history 7.0 is the first."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
     """Of one running QEMU."""
@@ -195,6 +205,11 @@ class Capabilities:
     def takes_listener(self) -> bool:
         """The NBD server can be handed a socket that listens."""
         return {"getfd", "closefd"} <= self.commands and "nbd-server-start.fd" in self.features
+
+    @property
+    def takes_listener_for_tls(self) -> bool:
+        """Also one that does TLS."""
+        return self.takes_listener and not TLS_INET_ONLY.affects(self.version)
 
     @property
     def wraps_properties(self) -> bool:
@@ -283,15 +298,22 @@ class Capabilities:
                 f"the hybrid engine is not for QEMU {dotted(self.version)}: {why}",
             )
 
-    def check_tls(self, kind: str) -> None:
+    def check_tls(self, kind: str, unix: bool) -> None:
         """Raise VIR_ERR_OPERATION_UNSUPPORTED where this QEMU's NBD server cannot go by objects of
-        KIND. Of one whose objects have no schema, only it knows the kinds."""
+        KIND, or not on a UNIX socket. Of one whose objects have no schema, only it knows the kinds.
+        """
         made = self.wraps_properties or f"object-add.{kind}" in self.features
         commands = {"object-add", "object-del", "qom-list"} <= self.commands
         if not (made and commands and "nbd-server-start.tls-creds" in self.features):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"QEMU {dotted(self.version)} has no TLS for exports by {kind}",
+            )
+        if unix and TLS_INET_ONLY.affects(self.version):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"QEMU {dotted(self.version)} has no TLS for exports on a unix socket:"
+                f" {TLS_INET_ONLY.evidence}",
             )
 
     def check_backup(self) -> None:

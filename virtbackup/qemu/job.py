@@ -97,9 +97,9 @@ class BackupJob:
             tries = listener.TRIES
             while True:
                 tries -= 1
-                with listener.reserve(
-                    plan.address, _takes_listener(session), session.qemu.peer_uid()
-                ) as where:
+                takes = _takes_listener(session, plan)
+                uid = session.qemu.peer_uid()
+                with listener.reserve(plan.address, takes, uid) as where:
                     run = process.Run(
                         session, plan.listening_on(where.address), where, by_fd, thresholds
                     )
@@ -560,10 +560,11 @@ def _starting(
     )
 
 
-def _takes_listener(session: domain.Session) -> bool:
+def _takes_listener(session: domain.Session, plan: backup.BackupPlan) -> bool:
     """Whether QEMU can be handed the NBD server's socket, and is in our network with it."""
-    passes = session.qemu.passes_files and session.capabilities.takes_listener
-    return passes and listener.same_network(session.pid)
+    caps = session.capabilities
+    takes = caps.takes_listener_for_tls if plan.credentials else caps.takes_listener
+    return takes and session.qemu.passes_files and listener.same_network(session.pid)
 
 
 def _with_inodes(starting: status.Status, inodes: Mapping[str, int]) -> status.Status:

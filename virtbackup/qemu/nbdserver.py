@@ -9,6 +9,7 @@ down, while QEMU's loop runs.
 """
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import logging
@@ -183,6 +184,22 @@ def is_qemu(pid: int) -> bool:
         return pathlib.Path(f"/proc/{pid}/comm").read_text().startswith("qemu-")
     except OSError:
         return False
+
+
+def is_taken(address: backup_conf.Address) -> bool:
+    """Whether somebody listens on ADDRESS, a port of an address by its number, here: by trying to.
+    The kernel's table of TCP sockets, which tells of all, takes milliseconds to be read."""
+    if isinstance(address, backup_conf.UnixAddress) or _number(address.host) is None:
+        return False
+    host, port = address.endpoint
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over ended connections
+            probe.bind(found[0][4])
+    except OSError as failure:
+        return failure.errno == errno.EADDRINUSE
+    return False
 
 
 def answers(address: backup_conf.Address) -> bool:

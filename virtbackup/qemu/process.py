@@ -85,6 +85,8 @@ class Run:
         pid, address = self.session.pid, self.plan.address
         if pid is None or not nbdserver.is_qemu(pid):
             return
+        if listener.same_network(pid) and nbdserver.is_taken(address):
+            return
         if not (nbdserver.listens(pid, address) or nbdserver.answers(address)):
             where = nbdserver.describe(address)
             raise errors.error(
@@ -102,7 +104,7 @@ class Run:
                     libvirt.VIR_ERR_OPERATION_FAILED,
                     "operation failed: %s",
                     f"QEMU cannot use the TLS credentials in '{self.plan.credentials.directory}':"
-                    f" {failure.desc}",
+                    f" {failure.desc}{self._who_qemu_is()}",
                 ) from failure
             if failure.desc == "NBD server already running":
                 raise ServerRefused(
@@ -124,10 +126,13 @@ class Run:
 
     def _words(self, failure: monitor_json.CommandFailed) -> str:
         """A refusal; where QEMU may not do something, who it is."""
+        denied = os.strerror(errno.EACCES) in failure.desc
+        return failure.desc + (self._who_qemu_is() if denied else "")
+
+    def _who_qemu_is(self) -> str:
+        """To be said behind a refusal; empty where QEMU is no other user than we."""
         uid = self.qemu.peer_uid()
-        if uid == os.geteuid() or os.strerror(errno.EACCES) not in failure.desc:
-            return failure.desc
-        return f"{failure.desc} (QEMU runs as user {_user(uid)})"
+        return "" if uid == os.geteuid() else f" (QEMU runs as user {_user(uid)})"
 
     def scratch_images(self) -> None:
         """Make every disk's scratch image and open it over the live disk."""

@@ -226,8 +226,12 @@ class Sweeper:
 
     def listener(self) -> None:
         """Take back the socket that was handed over for an NBD server that was not started."""
-        picked = any(isinstance(a, backup_conf.IpAddress) and a.picks_port for a in self.addresses)
-        if self.backup is not None and picked and self.caps.takes_listener:
+        another = self.qemu.peer_uid() != os.geteuid()
+        handed = any(
+            another if isinstance(address, backup_conf.UnixAddress) else address.picks_port
+            for address in self.addresses
+        )
+        if self.backup is not None and handed and self.caps.takes_listener:
             self._execute(monitor_json.closefd(naming.listener_fd(self.backup)))
 
     def remaining(self) -> list[str]:

@@ -43,8 +43,9 @@ class Host(Protocol):
 
     def close_fd(self, fd: int) -> None: ...
 
-    def start_server(self, address: Mapping[str, Any], fd: int | None) -> None:
-        """Listen for NBD clients at a QAPI SocketAddress, or on a descriptor."""
+    def start_server(self, address: Mapping[str, Any], fd: int | None, tls: bool) -> None:
+        """Listen for NBD clients at a QAPI SocketAddress, or on a descriptor; with TLS for those
+        alone that do it, too."""
 
     def stop_server(self) -> None:
         """Listen no more; all clients are disconnected."""
@@ -150,6 +151,8 @@ class Fake:
         self._rules.check(self.commands)
         self._fdsets: dict[int, FdSet] = {}
         self._fds: dict[str, int] = {}
+        self._objects: dict[str, str] = {}
+        """TLS credentials: id -> type."""
         self._server = False
         self._negotiated = False
         self._received: list[int] = []
@@ -218,7 +221,8 @@ class Fake:
 
     def _try(self, execute: str, arguments: Message) -> Message:
         try:
-            if self._schema is not None and self._schema.knows(execute):
+            checked = execute != "object-add" or not self.layer.old_words
+            if checked and self._schema is not None and self._schema.knows(execute):
                 self._schema.check(execute, arguments)
             handler = self._handlers.get(execute)
             if handler is None:
@@ -336,7 +340,9 @@ class Fake:
             "closefd": self._closefd,
             "nbd-server-start": self._nbd_server_start,
             "device_del": lambda a: self._unplug(a["id"]),
-            "qom-list": lambda a: self._qom("qom-list", a),
+            "object-add": self._object_add,
+            "object-del": self._object_del,
+            "qom-list": self._qom_list,
             "qom-get": lambda a: self._qom("qom-get", a),
         }
         for type in ("blockdev-backup", *_BITMAP_ACTIONS):
@@ -376,6 +382,39 @@ class Fake:
         if "error" in reply:
             raise schema.Refused(reply["error"]["desc"], reply["error"]["class"])
         return reply["return"]
+
+    def _qom_list(self, arguments: Message) -> Any:
+        own = [{"name": id, "type": f"child<{type}>"} for id, type in self._objects.items()]
+        if arguments["path"] != "/objects" or not own:
+            return self._qom("qom-list", arguments)
+        try:
+            return [*self._qom("qom-list", arguments), *own]
+        except schema.Refused:  # it was recorded when there was no object
+            return [{"name": "type", "type": "string"}, *own]
+
+    def _object_add(self, arguments: Message) -> None:
+        type, id = arguments["qom-type"], arguments["id"]
+        if type not in _CREDENTIALS:
+            raise schema.Refused(f"object type '{type}' is not simulated")
+        if id in self._objects:
+            raise schema.Refused(
+                f"attempt to add duplicate property '{id}' to object (type 'container')"
+            )
+        properties = {**arguments, **arguments.get("props", {})}
+        for name in _CREDENTIALS[type]:
+            path = f"{properties.get('dir')}/{name}"
+            try:
+                self._host.open_image(path, True).close()
+            except OSError as failure:
+                raise schema.Refused(
+                    f"Unable to access credentials {path}: {failure.strerror}"
+                ) from failure
+        self._objects[id] = type
+
+    def _object_del(self, arguments: Message) -> None:
+        if arguments["id"] not in self._objects:
+            raise schema.Refused(f"object '{arguments['id']}' not found")
+        del self._objects[arguments["id"]]
 
     # --- files and descriptors ---
 
@@ -505,13 +544,18 @@ class Fake:
         if self._server:
             raise schema.Refused("NBD server already running")
         address, fd = arguments["addr"], None
+        tls = arguments.get("tls-creds")
+        if tls is not None and tls not in self._objects:
+            raise schema.Refused(f"No TLS credentials with id '{tls}'")
+        if tls is not None and address["type"] != "inet" and self.version < (7, 0, 0):
+            raise schema.Refused("TLS is only supported with IPv4/IPv6")
         if address["type"] == "fd":
             name = address["data"]["str"]
             if name not in self._fds:
                 raise schema.Refused(f"File descriptor named '{name}' has not been found")
             fd = self._fds.pop(name)
         try:
-            self._host.start_server(address, fd)
+            self._host.start_server(address, fd, tls is not None)
         except OSError as failure:
             reason = failure.strerror or failure
             raise schema.Refused(f"{_cannot_bind(address, failure)}: {reason}") from failure
@@ -579,6 +623,12 @@ class Fake:
         self._fds.clear()
         self._fdsets.clear()
 
+
+_CREDENTIALS: Mapping[str, Sequence[str]] = {
+    "tls-creds-x509": ("ca-cert.pem", "server-cert.pem", "server-key.pem"),
+    "tls-creds-psk": ("keys.psk",),
+}
+"""Type -> the files that a server must have."""
 
 _BITMAP_ACTIONS = tuple(
     f"block-dirty-bitmap-{verb}" for verb in ("add", "remove", "enable", "disable", "clear",

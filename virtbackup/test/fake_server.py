@@ -218,8 +218,8 @@ class Server:
     def close_fd(self, fd: int) -> None:
         os.close(fd)
 
-    def start_server(self, address: Mapping[str, Any], fd: int | None) -> None:
-        self._nbd = _NbdServer(_listen(address, fd), self)
+    def start_server(self, address: Mapping[str, Any], fd: int | None, tls: bool) -> None:
+        self._nbd = _NbdServer(_listen(address, fd), self, tls)
 
     def stop_server(self) -> None:
         nbd, self._nbd = self._nbd, None
@@ -261,7 +261,8 @@ class Server:
 class _NbdServer:
     """A thread that accepts, and one for each client."""
 
-    def __init__(self, listener: socket.socket, server: Server) -> None:
+    def __init__(self, listener: socket.socket, server: Server, tls: bool) -> None:
+        self._tls = tls
         self._listener = listener
         self._server = server
         self._lock = threading.Lock()
@@ -298,7 +299,7 @@ class _NbdServer:
                     if self._closed:
                         connection.close()
                         return
-                    self._connections[connection] = nbdwire.Server(self._server.disks)
+                    self._connections[connection] = nbdwire.Server(self._server.disks, self._tls)
                 threading.Thread(
                     target=self._speak, args=(connection,), name="fake nbd client", daemon=True
                 ).start()

@@ -29,10 +29,10 @@ _SIMPLE_MAGIC = 0x67446698
 _CHUNK_MAGIC = 0x668E33EF
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
 
-_EXPORT_NAME, _ABORT, _LIST, _INFO, _GO, _STRUCTURED = 1, 2, 3, 6, 7, 8
+_EXPORT_NAME, _ABORT, _LIST, _START_TLS, _INFO, _GO, _STRUCTURED = 1, 2, 3, 5, 6, 7, 8
 _LIST_CONTEXT, _SET_CONTEXT = 9, 10
 _ACK, _SERVER, _REP_INFO, _REP_CONTEXT = 1, 2, 3, 4
-_UNSUP, _INVALID, _UNKNOWN, _TOO_BIG = ((1 << 31) + code for code in (1, 3, 6, 9))
+_UNSUP, _INVALID, _TLS_REQUIRED, _UNKNOWN, _TOO_BIG = ((1 << 31) + code for code in (1, 3, 5, 6, 9))
 _INFO_EXPORT, _INFO_NAME, _INFO_DESCRIPTION, _INFO_BLOCK_SIZE = 0, 1, 2, 3
 
 # HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_DF, CAN_MULTI_CONN, SEND_CACHE
@@ -94,9 +94,11 @@ class Export(Protocol):
 class Server:
     """One client's connection."""
 
-    def __init__(self, exports: Callable[[], Mapping[str, Export]]) -> None:
-        """EXPORTS gives what can be chosen now, by name."""
+    def __init__(self, exports: Callable[[], Mapping[str, Export]], tls: bool = False) -> None:
+        """EXPORTS gives what can be chosen now, by name. TLS is demanded, but not simulated: nobody
+        is let in."""
         self._exports = exports
+        self._tls = tls
         self._buffer = bytearray()
         self._flags: int | None = None
         """The client's, once they came."""
@@ -152,6 +154,9 @@ class Server:
         return None if taken is None else self._answer(option, taken[_OPTION.size :])
 
     def _answer(self, option: int, data: bytes) -> bytes:
+        if self._tls and option not in (_ABORT, _START_TLS):
+            self.over = option == _EXPORT_NAME
+            return b"" if self.over else _reply(option, _TLS_REQUIRED)
         try:
             match option:
                 case 1:
