@@ -311,8 +311,9 @@ def _guard(agent: Agent) -> Iterator[_Guard]:
 def _is_ready(process: "subprocess.Popen[bytes]") -> bool:
     """Whether the second process is there to thaw."""
     assert process.stdout is not None
-    answered, _, _ = select.select([process.stdout], [], [], READY_TIMEOUT)
-    return bool(answered) and process.stdout.read(1) != b""
+    wait = select.poll()  # of any descriptor, however many are open
+    wait.register(process.stdout, select.POLLIN)
+    return bool(wait.poll(READY_TIMEOUT * 1000)) and process.stdout.read(1) != b""
 
 
 def _dismiss(process: "subprocess.Popen[bytes]", guard: _Guard) -> None:
@@ -346,7 +347,9 @@ def main(argv: list[str]) -> int:
         agent = LibvirtAgent(lambda: domain, argv[3])
     else:
         agent = SocketAgent(argv[2])
-    parent = os.pidfd_open(int(argv[0]))
+    parent = None
+    with contextlib.suppress(OSError):  # before Linux 5.3
+        parent = os.pidfd_open(int(argv[0]))
     sys.stdout.write(".")
     sys.stdout.flush()
     if _is_told_done(parent):
@@ -354,13 +357,14 @@ def main(argv: list[str]) -> int:
     return 0 if thaw(agent, MORE_ATTEMPTS) else 1
 
 
-def _is_told_done(parent: int) -> bool:
+def _is_told_done(parent: int | None) -> bool:
     """Wait until our input ends, or the process of descriptor PARENT; whether it said that nothing
     is frozen. Both, as a process that was forked meanwhile may hold our input open."""
     said = b""
     wait = select.poll()
     wait.register(sys.stdin, select.POLLIN)
-    wait.register(parent, select.POLLIN)
+    if parent is not None:
+        wait.register(parent, select.POLLIN)
     while said != _DONE:
         ready = dict(wait.poll())
         if sys.stdin.fileno() not in ready:
