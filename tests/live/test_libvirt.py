@@ -18,7 +18,7 @@ import libvirt_qemu
 import pytest
 
 import virtbackup
-from tests.live import certificates, libvirtd, machines
+from tests.live import certificates, libvirtd, machines, scene
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, passthrough, process
 from virtbackup.tools import pull
@@ -672,6 +672,27 @@ def test_a_migration_meanwhile_fails_and_harms_neither(
         assert libvirtd.read(socket(host), "sdb") == pattern(2)
         moved.backupStop()
         assert not list(scratch_dir.iterdir())
+
+
+def test_scratch_space_that_runs_out_ends_the_backup_and_not_the_guest(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+) -> None:
+    """It is watched by way of libvirt, too."""
+    dom = connection.lookupByName("two")
+    with scene.small_file_system(scratch_dir, 3 << 20):
+        dom.backupStart(document(host))
+        for cluster in range(libvirtd.SIZE // libvirtd.CLUSTER):
+            two.write("vda", cluster, pattern(1)[cluster * libvirtd.CLUSTER])
+            if dom.backupGetInfo().state == "failed":
+                break
+        libvirtd.wait_for(lambda: dom.backupGetInfo().state == "failed")
+        with pytest.raises(virtbackup.Error, match="'vda': given up before the scratch image"):
+            dom.backupStop()
+        assert two.monitor("query-status")["running"]
+        assert not left_in_qemu(two)
 
 
 def test_a_start_in_the_middle_of_which_somebody_dies(
