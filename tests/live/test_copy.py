@@ -22,7 +22,7 @@ from virtbackup.nbd import checksum, connection, copy, target
 
 pytestmark = [
     pytest.mark.needs("nbdkit", "qemu-nbd", "qemu-img", "nbdcopy"),
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(180),
 ]
 
 BLOCK = checksum.BLOCK

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.needs(
         "qemu-storage-daemon", "qemu-nbd", "qemu-img", "qemu-io", "nbdcopy", "nbdkit"
     ),
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(180),
 ]
 
 BLOCK = checksum.BLOCK

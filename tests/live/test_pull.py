@@ -24,7 +24,7 @@ from virtbackup.tools import manifest, pull
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(300),
 ]
 
 MIB = 1 << 20
