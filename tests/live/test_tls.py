@@ -78,9 +78,10 @@ def settings(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Setting
     return made
 
 
-@pytest.fixture
-def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
-    with machines.two_disks(tmp_path, size=SIZE) as running:
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[machines.Machine]:
+    """One for all tests: each of them leaves it as it was."""
+    with machines.two_disks(tmp_path_factory.mktemp("machine"), size=SIZE) as running:
         running.io("vda", f"write -P 7 0 {SIZE}")
         yield running
 
@@ -254,7 +255,7 @@ def test_a_snapshot_that_breaks_is_seen(
         with (scratch_dir / "hog").open("wb") as hog:
             free = os.statvfs(scratch_dir)
             os.posix_fallocate(hog.fileno(), 0, free.f_bavail * free.f_frsize)
-        machine.io("vda", f"write -P 1 0 {SIZE}")
+        machine.io("vda", f"write -P 7 0 {SIZE}")
         with virtbackup.open(machine.uri) as conn:
             [vda, sdb] = conn.lookupByID(1).backupGetInfo().disks
             assert (vda.state, sdb.state) == ("failed", "running")
