@@ -511,7 +511,8 @@ def test_a_server_killed_in_the_middle(tmp_path: pathlib.Path) -> None:
         with pytest.raises(virtbackup.Error) as raised:
             increment(export, tmp_path / "out", copy.Backing("full.raw", "raw"), progress=watch)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
-    assert f"export '{export.name}' at offset " in str(raised.value)
+    # At an offset, where something was in flight on the connection that noticed first.
+    assert f"export '{export.name}'" in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 
