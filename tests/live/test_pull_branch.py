@@ -316,10 +316,9 @@ def test_a_signal_after_the_verdict(
         stop(*args)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(pull, "_stop", stop_and_signal)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(pull, "_stop", stop_and_signal)
         pull.pull(domain, out, branch="daily")
-    monkeypatch.undo()
     assert manifest.read(out).number == 1
     made = pull.pull(domain, out, branch="daily", kind="incremental")
     assert made.number == 2
