@@ -316,9 +316,10 @@ def test_a_signal_after_the_verdict(
         stop(*args)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(pull, "_stop", stop_and_signal)
-        pull.pull(domain, out, branch="daily")
+        with pytest.raises(SystemExit):
+            pull.pull(domain, out, branch="daily")
     assert manifest.read(out).number == 1
     made = pull.pull(domain, out, branch="daily", kind="incremental")
     assert made.number == 2
