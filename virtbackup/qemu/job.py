@@ -269,7 +269,14 @@ class BackupJob:
         """Refuse while a backup runs; clear away what a crash left of an earlier one. What QEMU has
         then, and with BITMAPS of every image."""
         left = self._file.load()
-        state = _ask(session, left, bitmaps)
+        unsafe = None
+        try:
+            state = _ask(session, left, bitmaps)
+        except errors.Error as failure:
+            if not bitmaps or failure.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                raise
+            # It may be for a job of ours, which is cleared away below.
+            unsafe, state = failure, _ask(session, left)
         if left is not None and not _is_stale(session, state, left):
             text = "another backup job is already running"
             if left.given_up is not None:
@@ -285,7 +292,11 @@ class BackupJob:
                 f"another backup job is already running ('{jobs[0]}'), but there is no status of"
                 f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
             )
-        return self._clear(session, None, bitmaps) if state.traces() else state
+        if state.traces():
+            return self._clear(session, None, bitmaps)
+        if unsafe is not None and left is None:
+            raise unsafe
+        return state
 
     def _clear(
         self, session: domain.Session, left: status.Status | None, bitmaps: bool

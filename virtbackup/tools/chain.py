@@ -145,9 +145,17 @@ def _check(
 
 def lines(domain: api.Domain, branch: str) -> dict[str, backup_conf.BranchDisk]:
     """Disk -> what DOMAIN has of BRANCH. Errors: those of ``branchList``."""
+    try:
+        branches = domain.branchList()
+    except errors.Error as failure:
+        if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+            raise
+        # What a killed pull left may be in the way; of a backup that runs this tells, too.
+        domain.backupCleanup()
+        branches = domain.branchList()
     return {
         disk.name: disk
-        for found in domain.branchList()
+        for found in branches
         if found.name == branch and not found.foreign
         for disk in found.disks
     }
