@@ -811,6 +811,54 @@ def test_two_domains_at_once(
         connection.lookupByName("other").backupStop()
 
 
+# --- libvirt's own engine -------------------------------------------------------------------------
+
+
+def test_the_same_calls_on_libvirts_own_engine(
+    host: libvirtd.Host, two: libvirtd.Domain, tmp_path: pathlib.Path, scratch_dir: pathlib.Path
+) -> None:
+    with virtbackup.open(f"{host.daemon.uri}&native=yes") as native:
+        domain = native.lookupByName("two")
+        domain.backupStart(document(host))
+        assert two.libvirt.jobStats()["operation"] == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+        assert right(host)
+        assert domain.backupGetInfo().engine == "libvirt"
+        assert f'path="{socket(host)}"' in domain.backupGetXMLDesc()
+        with pytest.raises(virtbackup.Error, match="another backup job is already running"):
+            domain.backupStart(document(host))
+        domain.backupStop()
+        with pytest.raises(virtbackup.Error) as none:
+            domain.backupStop()
+        assert none.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+        with pytest.raises(virtbackup.Error, match="branch 'b': libvirt's own backup has check"):
+            domain.backupStart(document(host, branch="b"))
+        made = pull.pull(domain, tmp_path / "out", xml=document(host))
+        assert {disk.name for disk in made.disks} == {"vda", "sdb"}
+        assert machines.contents(tmp_path / "out" / "vda.qcow2", "qcow2") == pattern(1)
+    assert list(scratch_dir.iterdir()) == []
+
+
+def test_both_engines_compared(
+    host: libvirtd.Host, two: libvirtd.Domain, tmp_path: pathlib.Path
+) -> None:
+    """A guest that does not write: both have to show the same bytes."""
+    xml = tmp_path / "backup.xml"
+    xml.write_text(document(host))
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
+    run = subprocess.run(
+        [*argv, "compare", "two", str(xml), "--rounds", "2", "--json"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    told = json.loads(run.stdout)
+    assert told["agree"] is True
+    ours, theirs = told["engines"]["virtbackup"], told["engines"]["libvirt"]
+    assert ours["checksums"] == theirs["checksums"]
+    assert len(ours["checksums"]) == 2
+    assert ours["commands"] > 10
+    assert min(ours["start"], theirs["start"]) > 0
+    assert left_in_qemu(two) == []
+
+
 # --- branches and checkpoints ---------------------------------------------------------------------
 
 CHECKPOINT = "<domaincheckpoint><name>{}</name>{}</domaincheckpoint>"

@@ -15,7 +15,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import machines
+from tests.live import machines, scene
 from virtbackup.nbd import copy
 from virtbackup.tools import chain, manifest, pull
 
@@ -301,6 +301,44 @@ def test_killed(
             assert machines.contents(cut_off, "qcow2") == then[name]
     assert not [name for name in names(out) if name.endswith(".partial")]
     assert manifest.read(out) == made
+
+
+def test_a_file_that_somebody_took_away(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No manifest tells of a disk that is not there, of a branch or not."""
+    stop = pull._stop
+
+    def stop_and_take_away(*args: object) -> None:
+        stop(*args)  # type: ignore[arg-type]
+        [path] = out.glob("sdb.*.partial")
+        path.unlink()
+
+    monkeypatch.setattr(pull, "_stop", stop_and_take_away)
+    for branch in (None, "daily"):
+        with pytest.raises(virtbackup.Error, match=f"cannot finish the backup in {out}"):
+            pull.pull(domain, out, branch=branch)
+        assert list(out.glob("manifest*.json")) == []
+
+
+def test_a_killed_backup_whose_job_has_ended(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    """Where QEMU must not be asked for its images while a job of ours is not dismissed, the next
+    pull dismisses it first."""
+    xml = (
+        f'<domainbackup><address type="unix" path="{machine.directory}/nbd.sock"/>'
+        '<branch name="daily"/></domainbackup>'
+    )
+    scene.start_and_die(machine.uri, xml, "owned")
+    for job in machine.probe("query-jobs"):
+        machine.probe("job-cancel", id=job["id"])
+        machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+    made = pull.pull(domain, out, branch="daily", kind="auto")
+    assert machines.contents(out / made.disks[0].file, "qcow2") == live(machine)["vda"]
 
 
 def test_a_signal_after_the_verdict(

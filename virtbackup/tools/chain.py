@@ -133,11 +133,9 @@ def _check(
             f" of '{domain.name()}' ({domain.UUIDString()})",
         )
     if backup.branch != branch:
-        found = (
-            "a backup without a branch"
-            if backup.branch is None
-            else (f"backups of branch '{backup.branch}'")
-        )
+        found = f"backups of branch '{backup.branch}'"
+        if backup.branch is None:
+            found = "a backup without a branch"
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID, f"{directory} has {found}, not of '{branch}'"
         )
@@ -205,8 +203,9 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
     own = manifest.FILE if made.number is None else manifest_file(made.number)
     try:
         for name in (*(disk.file for disk in made.disks), own):
-            with contextlib.suppress(FileNotFoundError):  # an earlier attempt came so far
-                (directory / (name + PARTIAL)).rename(directory / name)
+            partial, final = directory / (name + PARTIAL), directory / name
+            if partial.exists() or not final.exists():  # else an earlier attempt came so far
+                partial.rename(final)
         if made.number is not None:
             write(directory, manifest.FILE, made)
             (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)

@@ -86,18 +86,8 @@ def pull(
             jobs = _jobs(live, directory, plan, tls)
             cancel.check()
             results = copy.copy(list(jobs.values()), progress=progress, cancel=cancel)
-            made = manifest.Manifest(
-                version=manifest.VERSION,
-                domain=manifest.Domain(domain.name(), domain.UUIDString()),
-                kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
-                time=_time(info.started),
-                disks=tuple(map(_describe, plan.disks, results)),
-                backup_xml=live_xml,
-                domain_xml=domain_xml,
-                id=info.id,
-                branch=plan.definition.branch,
-                number=plan.number,
-            )
+            of = manifest.Domain(domain.name(), domain.UUIDString())
+            made = _manifest(of, plan, info, results, live_xml, domain_xml)
             _write_manifest(directory, plan, made)
             cancel.check()
         _stop(domain, directory)
@@ -401,8 +391,27 @@ def _backing(disk: _Disk) -> copy.Backing | None:
 # --- after ----------------------------------------------------------------------------------------
 
 
-def _time(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat()
+def _manifest(
+    domain: manifest.Domain,
+    plan: _Plan,
+    info: backup_conf.BackupInfo,
+    results: Iterable[copy.Result],
+    live_xml: str,
+    domain_xml: str,
+) -> manifest.Manifest:
+    started = datetime.datetime.fromtimestamp(info.started, datetime.timezone.utc)
+    return manifest.Manifest(
+        version=manifest.VERSION,
+        domain=domain,
+        kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
+        time=started.isoformat(),
+        disks=tuple(map(_describe, plan.disks, results)),
+        backup_xml=live_xml,
+        domain_xml=domain_xml,
+        id=info.id,
+        branch=plan.definition.branch,
+        number=plan.number,
+    )
 
 
 def _describe(disk: _Disk, result: copy.Result) -> manifest.Disk:
