@@ -845,17 +845,23 @@ def test_both_engines_compared(
     xml = tmp_path / "backup.xml"
     xml.write_text(document(host))
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
-    run = subprocess.run(
-        [*argv, "compare", "two", str(xml), "--rounds", "2", "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    told = json.loads(run.stdout)
+
+    def run(*options: str) -> "subprocess.CompletedProcess[str]":
+        words = [*argv, "compare", "two", str(xml), *options]
+        return subprocess.run(words, check=False, capture_output=True, text=True)
+
+    assert run("--rounds", "0").returncode == 2
+    told = json.loads(run("--rounds", "2", "--json").stdout)
     assert told["agree"] is True
     ours, theirs = told["engines"]["virtbackup"], told["engines"]["libvirt"]
     assert ours["checksums"] == theirs["checksums"]
     assert len(ours["checksums"]) == 2
     assert ours["commands"] > 10
     assert min(ours["start"], theirs["start"]) > 0
+    xml.write_text(document(host, branch="b"))
+    refused = run()
+    assert refused.returncode == 1
+    assert "branch 'b': only full backups without a branch can be compared" in refused.stderr
     assert left_in_qemu(two) == []
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import api, errors
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import connection, copy
 from virtbackup.tools import exports
 
@@ -107,9 +107,16 @@ def compare(
 ) -> Comparison:
     """Back the same GUEST up by XML as OURS and THEIRS, ROUNDS times each, in changing order.
 
-    LOG is libvirtd's debug log of its monitors, where there is one. Errors: those of backupStart,
+    LOG is libvirtd's debug log of its monitors, where there is one. Errors: before the first start
+    VIR_ERR_CONFIG_UNSUPPORTED for a branch, which would move on; those of backupStart,
     ``copy.copy`` and backupStop; nothing runs afterwards.
     """
+    wanted = translate.read(xml, lambda: domain_conf.DomainDef.parse(guest.XMLDesc()))
+    if wanted.branch is not None:
+        raise errors.error(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            f"branch '{wanted.branch}': only full backups without a branch can be compared",
+        )
     runs: dict[str, list[Run]] = {engine: [] for engine in ENGINES}
     for number in range(rounds):
         order = ENGINES if number % 2 == 0 else ENGINES[::-1]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command that compares our engine with libvirt's own; ``compare`` does the work."""
 
+import contextlib
 import pathlib
 import urllib.parse
 from typing import Any
@@ -18,48 +19,42 @@ def _compare(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     if not uri.startswith("qemu"):
         raise vsh.Failure(f"only a domain of libvirt's can be backed up by both, not of '{uri}'")
     document = virsh_connection.read_document(args.text("xmlfile"))
-    rounds = args.number("rounds") or 3
+    given = args.number("rounds")
+    rounds = 3 if given is None else given
     if not 1 <= rounds <= 1000:
         raise vsh.UsageError("--rounds is a number from 1 to 1000")
     log = args.optional("log")
-    ours = virsh_connection.domain(shell, args)
-    with virtbackup.open(_with_native(uri)) as native:
-        theirs = native.lookupByUUIDString(ours.UUIDString())
-        guest = libvirt.open(_plain(uri))
-        try:
-            found = compare.compare(
-                ours,
-                theirs,
-                guest.lookupByUUIDString(ours.UUIDString()),
-                document,
-                rounds,
-                None if log is None else pathlib.Path(log),
-            )
-        finally:
-            guest.close()
+    domain = virsh_connection.domain(shell, args)
+    # Connections of its own: the shell's has a trace of the user's, and one engine only.
+    with (
+        virtbackup.open(_uri(uri)) as own,
+        virtbackup.open(_uri(uri, native="yes")) as native,
+        contextlib.closing(libvirt.open(_uri(uri, engine=None))) as plain,
+    ):
+        found = compare.compare(
+            own.lookupByUUIDString(domain.UUIDString()),
+            native.lookupByUUIDString(domain.UUIDString()),
+            plain.lookupByUUIDString(domain.UUIDString()),
+            document,
+            rounds,
+            None if log is None else pathlib.Path(log),
+        )
     facts = found.facts()
     if args.flag("json"):
-        virsh_connection.print_json(shell, {"domain": ours.name(), "rounds": rounds, **facts})
+        virsh_connection.print_json(shell, {"domain": domain.name(), "rounds": rounds, **facts})
     else:
         _print(shell, facts)
     return vsh.FAILED if found.agree is False else vsh.DONE
 
 
-def _options(uri: str) -> tuple[urllib.parse.SplitResult, list[tuple[str, str]]]:
+def _uri(uri: str, **options: str | None) -> str:
+    """URI with OPTIONS in place of those it has of these names, and of none of libvirt's own
+    engine; None takes one out."""
     parts = urllib.parse.urlsplit(uri)
-    options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
-    return parts, [pair for pair in options if pair[0] not in ("engine", "native")]
-
-
-def _with_native(uri: str) -> str:
-    parts, options = _options(uri)
-    query = urllib.parse.urlencode([*options, ("native", "yes")])
+    given = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    wanted = {**given, "native": None, **options}
+    query = urllib.parse.urlencode({key: value for key, value in wanted.items() if value})
     return urllib.parse.urlunsplit(parts._replace(query=query))
-
-
-def _plain(uri: str) -> str:
-    parts, options = _options(uri)
-    return urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(options)))
 
 
 _ROWS = (
