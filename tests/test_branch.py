@@ -236,17 +236,17 @@ NOTE_NOW = naming.point_bitmap("b", NOW)
     ("bitmaps", "keeps", "expected"),
     [
         ([STILL, POINTED, MARKED, RECENT], True,
-         ["clear A/b", "enable A/b", f"merge A/b A/{NEXT}", f"remove A/{NEXT}", f"remove A/{NOTE}",
+         ["clear A/b", "enable A/b", f"merge A/b A/{NEXT}", f"remove A/{NOTE}",
           f"add A/{NOTE_NOW}"]),
         ([RECENT], False,
-         ["add A/b", f"add A/{MARK}", f"merge A/b A/{NEXT}", f"remove A/{NEXT}",
-          f"add A/{NOTE_NOW}"]),
+         ["add A/b", f"add A/{MARK}", f"merge A/b A/{NEXT}", f"add A/{NOTE_NOW}"]),
     ],
 )  # fmt: skip
 def test_a_good_end(bitmaps: list[block.Bitmap], keeps: bool, expected: list[str]) -> None:
     disk = medium(A, *bitmaps)
     assert branch.trouble("b", keeps, disk, RECENT) is None
-    assert told(branch.advance("b", keeps, disk, RECENT, NOW)) == expected
+    assert told(branch.set_point("b", keeps, disk, RECENT, NOW)) == expected
+    assert told(branch.remove(disk, RECENT)) == [f"remove A/{NEXT}"]
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,10 @@ class Lives(stateful.RuleBasedStateMachine):
         next = disk.bitmap(self.step.next)
         if next is not None and not branch.trouble("b", self.step.keeps, disk, next):
             at = naming.Point(self.backup, 1, SIZE)
-            actions = branch.advance("b", self.step.keeps, disk, next, at)
+            actions = [
+                *branch.set_point("b", self.step.keeps, disk, next, at),
+                *branch.remove(disk, next),
+            ]
             with contextlib.suppress(Refused):
                 self.qemu.transaction(actions, iter(writes), fails)
                 line = self.line()

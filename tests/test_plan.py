@@ -376,7 +376,7 @@ def test_status_round_trip_and_garbage() -> None:
         id=ID, phase="running", name="vm", uuid="u", definition="<x/>", engine="classic",
         started=1.5, server=True, socket=None, qemu=(1, 2), owner=None, given_up=None,
         was_stopped=False, cancelled=False, advanced=False, verdict=None, told=False, branch="b",
-        disks=(_disk_status(),),
+        advances="c", disks=(_disk_status(),),
     )  # fmt: skip
     assert status.parse(status.format(whole)) == whole
     for text in ("", "[]", "{}", "7", '{"version": 2}', status.format(whole)[:-20]):

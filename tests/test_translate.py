@@ -176,11 +176,13 @@ def proposals(draw: st.DrawFn, domain: domain_conf.DomainDef) -> backup_conf.Bac
         file = draw(_files)
         usable = disk.has_medium and not disk.readonly
         presence = [None, True, False] if usable else [False] * 9 + [True]
+        kind = draw(st.sampled_from(types))
         disks.append(
             backup_conf.BackupDiskDef(
                 name=disk.target,
                 present=draw(st.sampled_from(presence)),
-                type=draw(st.sampled_from(types)),
+                type=kind,
+                exportbitmap=draw(st.none() | _names) if kind == "incremental" else None,
                 source=None if file is None else storage_conf.Source(file=file),
                 exportname=draw(st.none() | _names),
                 reason=draw(st.none() | _names),
@@ -190,7 +192,9 @@ def proposals(draw: st.DrawFn, domain: domain_conf.DomainDef) -> backup_conf.Bac
         branch = None
     if branch is None:
         disks = [
-            dataclasses.replace(disk, type=None) if disk.type == "incremental" else disk
+            dataclasses.replace(disk, type=None, exportbitmap=None)
+            if disk.type == "incremental"
+            else disk
             for disk in disks
         ]
     return backup_conf.BackupDef(
@@ -244,7 +248,9 @@ def natives(draw: st.DrawFn, domain: domain_conf.DomainDef) -> native_conf.Backu
                 backupmode=mode,
                 incremental=own,
                 exportname=draw(st.none() | _names),
-                exportbitmap=None if mode == "full" else checkpoint,
+                exportbitmap=None
+                if mode == "full" or checkpoint is None
+                else draw(st.none() | _names),
                 image=None if file is None else native_conf.Image(file),
                 driver=draw(st.sampled_from([None, "qcow2"])),
                 index=draw(st.none() | st.integers(0, 9)),
@@ -273,6 +279,8 @@ def _meaning(definition: native_conf.BackupDef, domain: domain_conf.DomainDef) -
                 disk.backupmode,
                 disk.incremental,
                 disk.exportname or disk.name,
+                disk.incremental
+                and (disk.exportbitmap or native_conf.default_exportbitmap(disk.name)),
                 disk.image,
             ),
         )
@@ -321,9 +329,9 @@ def test_nothing_is_left_out(data: st.DataObject) -> None:
     assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
 
 
-def test_an_exportbitmap_that_is_not_said_is_the_dialects() -> None:
+def test_an_exportbitmap_that_is_not_said_is_libvirts() -> None:
     disk = native_conf.BackupDiskDef("vda", backup=True, type="file")
     definition = native_conf.BackupDef("pull", native_conf.UnixServer("/x"), "c", (disk,))
     proposal = translate.to_proposal(definition, _domain)
     [back] = [disk for disk in translate.to_native(proposal, _domain).disks if disk.backup]
-    assert back == dataclasses.replace(disk, exportbitmap="c")
+    assert back == dataclasses.replace(disk, exportbitmap="backup-vda")

@@ -24,6 +24,7 @@ NEEDED = {
     "domain_backup_get_xml_desc": Perm.READ,
     "domain_backup_get_info": Perm.READ,
     "domain_branch_list": Perm.READ,
+    "domain_branch_create": Perm.BACKUP,
     "domain_branch_delete": Perm.BACKUP,
 }
 """Driver call -> the permission it needs."""

@@ -254,6 +254,20 @@ class Domain:
         _check_flags(function, flags, 0)
         return list(get(self._ref, flags))
 
+    def branchCreate(self, name: str, flags: int = 0) -> int:
+        """Begin branch NAME on every writable disk, without a backup; 0. What changes from now on is
+        what the first incremental backup tells.
+
+        Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is a branch, or a bitmap, of that name;
+        VIR_ERR_OPERATION_UNSUPPORTED where the hypervisor cannot have any.
+        """
+        function = "virDomainBranchCreate"
+        create = self._call(function, "domain_branch_create")
+        _check_flags(function, flags, 0)
+        _check_not_none(function, name=name)
+        create(self._ref, name, flags)
+        return 0
+
     def branchDelete(self, name: str, flags: int = 0) -> int:
         """Forget branch NAME on every disk; 0. Its next backup is a full one.
 

@@ -25,7 +25,7 @@ from virtbackup.conf import backup_conf
 
 METHODS = ("backupStart", "backupStop")
 """What the proposal has: where libvirt has them already, ``install`` fails."""
-MORE_METHODS = ("backupGetInfo", "backupCleanup", "branchList", "branchDelete")
+MORE_METHODS = ("backupGetInfo", "backupCleanup", "branchList", "branchCreate", "branchDelete")
 """Ours: added where libvirt has no such method. ``domain`` has backupGetXMLDesc, too, which is
 libvirt's own from 6.0 on, of libvirt's own backups."""
 CONSTANTS = (
@@ -52,6 +52,7 @@ class virDomain(Protocol):
 
     def branchList(self, flags: int = 0) -> list[backup_conf.Branch]: ...
 
+    def branchCreate(self, name: str, flags: int = 0) -> int: ...
     def branchDelete(self, name: str, flags: int = 0) -> int: ...
 
 

@@ -68,7 +68,7 @@ DiskType = typing.Literal["full", "incremental", "auto"]
 @dataclasses.dataclass(frozen=True)
 class BackupDiskDef:
     """One ``<disk>``. None is what the document left out; after align_disks only
-    ``source``, ``granularity`` and ``reason`` may be None."""
+    ``source``, ``granularity``, ``exportbitmap`` and ``reason`` may be None."""
 
     name: str
     present: bool | None = None
@@ -77,6 +77,9 @@ class BackupDiskDef:
     granularity: int | None = None
     """Bytes, a power of two from 512 to 2 GiB."""
     exportname: str | None = None
+    exportbitmap: str | None = None
+    """Of an incremental disk: its changes are the meta context ``qemu:dirty-bitmap:NAME``; None: the
+    branch's name."""
     reason: str | None = None
     """Of a running backup: why an ``auto`` disk has the type it has. A start takes no notice."""
 
@@ -88,6 +91,15 @@ class BackupDef:
     address: Address
     disks: tuple[BackupDiskDef, ...] = ()
     branch: str | None = None
+    advance: bool | None = None
+    """False: the branch stays at its last point, however good the backup is."""
+    fork: str | None = None
+    """Another branch, which begins with this backup once it was good; ``branch`` stays."""
+
+    @property
+    def advances(self) -> str | None:
+        """The branch of which the backup is the last point, once it was good."""
+        return self.fork or (None if self.advance is False else self.branch)
 
     @classmethod
     def parse(cls, document: str) -> "BackupDef":
@@ -105,7 +117,7 @@ class BackupDef:
         return cls(
             address=_parse_address(_child(root, "address")),
             disks=tuple(_parse_disk(disk) for disk in root.iterfind("disks/disk")),
-            branch=None if branch is None else _parse_branch(branch),
+            **({} if branch is None else _parse_branch(branch)),
         )
 
     def format(self) -> str:
@@ -114,7 +126,7 @@ class BackupDef:
         with xml.writing():
             _format_address(self.address, root)
             if self.branch is not None:
-                etree.SubElement(root, "branch", name=self.branch)
+                _format_branch(self, root)
             if self.disks:
                 disks = etree.SubElement(root, "disks")
                 for disk in self.disks:
@@ -129,7 +141,7 @@ class BackupDef:
         twice, is read-only or has no medium, for two exports of one name, and when no disk remains.
         """
         listed = self._listed(domain)
-        disks = tuple(_align(listed.get(disk.target), disk) for disk in domain.disks)
+        disks = tuple(_align(listed.get(disk.target), disk, self.branch) for disk in domain.disks)
         present = [disk for disk in disks if disk.present]
         if not present:
             raise _unsupported("no disks selected for backup")
@@ -154,7 +166,9 @@ class BackupDef:
         return listed
 
 
-def _align(disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef) -> BackupDiskDef:
+def _align(
+    disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef, branch: str | None
+) -> BackupDiskDef:
     usable = domain_disk.has_medium and not domain_disk.readonly
     if disk is None:
         disk = BackupDiskDef(domain_disk.target, present=usable)
@@ -170,6 +184,7 @@ def _align(disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef) -> Back
         present=True,
         type=disk.type or "full",
         exportname=disk.exportname or disk.name,
+        exportbitmap=None if disk.exportbitmap == branch else disk.exportbitmap,
         reason=None,
     )
 
@@ -228,15 +243,40 @@ def unbracketed(host: str) -> str:
     return inside if inside and host == f"[{inside}]" else host
 
 
-def _parse_branch(element: etree._Element) -> str:
-    name = str(element.get("name"))
-    if len(name.encode()) > MAX_BITMAP_NAME:
-        raise xml.xml_error(f"branch name is longer than {MAX_BITMAP_NAME} bytes", element)
-    if name.startswith(OWN_PREFIX):
-        raise xml.xml_error(
-            f"branch name '{name}' begins with '{OWN_PREFIX}', which is reserved", element
-        )
+def _parse_branch(element: etree._Element) -> dict[str, typing.Any]:
+    """The fields of a ``BackupDef`` that its branch says."""
+    name, fork = _branch_name(str(element.get("name")), element), element.get("fork")
+    advance = None if element.get("advance") is None else element.get("advance") == "yes"
+    if fork is not None:
+        if fork == name:
+            raise xml.xml_error(f"branch '{name}' cannot be its own fork", element)
+        if advance:
+            raise xml.xml_error(f"branch '{name}' cannot both advance and be forked", element)
+        _branch_name(fork, element)
+    return {"branch": name, "advance": advance, "fork": fork}
+
+
+def _branch_name(name: str, element: etree._Element) -> str:
+    if wrong := _wrong_in_branch_name(name):
+        raise xml.xml_error(wrong, element)
     return name
+
+
+def check_branch_name(name: str) -> None:
+    """Refuse a NAME that no document could give a branch. Errors: VIR_ERR_INVALID_ARG."""
+    wrong = _wrong_in_branch_name(name)
+    if not name or "/" in name:
+        wrong = f"branch name '{name}': expected a name without '/'"
+    if wrong:
+        raise errors.error(libvirt.VIR_ERR_INVALID_ARG, wrong, domain=libvirt.VIR_FROM_DOMAIN)
+
+
+def _wrong_in_branch_name(name: str) -> str | None:
+    if len(name.encode(errors="surrogatepass")) > MAX_BITMAP_NAME:
+        return f"branch name is longer than {MAX_BITMAP_NAME} bytes"
+    if name.startswith(OWN_PREFIX):
+        return f"branch name '{name}' begins with '{OWN_PREFIX}', which is reserved"
+    return None
 
 
 def _parse_disk(element: etree._Element) -> BackupDiskDef:
@@ -244,7 +284,16 @@ def _parse_disk(element: etree._Element) -> BackupDiskDef:
     present = element.get("present")
     source = element.find("source")
     bitmap = element.find("bitmap")
-    exportname = element.get("exportname")
+    exportname, exportbitmap = element.get("exportname"), element.get("exportbitmap")
+    if exportbitmap is not None:
+        if len(exportbitmap.encode()) > MAX_BITMAP_NAME:
+            raise xml.xml_error(
+                f"export bitmap of disk '{name}' is longer than {MAX_BITMAP_NAME} bytes", element
+            )
+        if element.get("type") not in ("incremental", "auto"):
+            raise xml.xml_error(
+                f"export bitmap of disk '{name}', which is not incremental", element
+            )
     if exportname is not None and len(exportname.encode()) > MAX_EXPORT_NAME:
         raise xml.xml_error(
             f"export name of disk '{name}' is longer than {MAX_EXPORT_NAME} bytes", element
@@ -256,6 +305,7 @@ def _parse_disk(element: etree._Element) -> BackupDiskDef:
         source=None if source is None else storage_conf.Source.parse(source),
         granularity=None if bitmap is None else _parse_granularity(bitmap, name),
         exportname=exportname,
+        exportbitmap=exportbitmap,
         reason=element.get("reason"),
     )
 
@@ -352,6 +402,16 @@ def _yesno(value: bool | None) -> str | None:
     return None if value is None else "yes" if value else "no"
 
 
+def _format_branch(definition: BackupDef, parent: etree._Element) -> None:
+    values = {
+        "name": definition.branch,
+        "advance": _yesno(definition.advance),
+        "fork": definition.fork,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    etree.SubElement(parent, "branch", given)
+
+
 def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:
     element = etree.SubElement(parent, "disk", name=disk.name)
     if disk.present is not None:
@@ -362,6 +422,8 @@ def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:
         element.set("reason", disk.reason)
     if disk.exportname is not None:
         element.set("exportname", disk.exportname)
+    if disk.exportbitmap is not None:
+        element.set("exportbitmap", disk.exportbitmap)
     if disk.source is not None:
         disk.source.format(element)
     if disk.granularity is not None:

@@ -116,7 +116,7 @@ class BackupDiskDef:
     """None: the disk's name."""
     exportbitmap: str | None = None
     """Of an incremental disk, the meta context's name: ``qemu:dirty-bitmap:NAME``; None: libvirt's
-    default, ``backup-`` and the disk's name."""
+    ``default_exportbitmap``."""
     image: Image | None = None
     """The scratch image of a pull, the target of a push."""
     driver: str | None = None
@@ -125,6 +125,11 @@ class BackupDiskDef:
     """Of a running backup: by which block-threshold knows the scratch image."""
     state: State | None = None
     """Of a running backup."""
+
+
+def default_exportbitmap(disk: str) -> str:
+    """What libvirt calls the changes of an incremental DISK on its export."""
+    return f"backup-{disk}"
 
 
 @dataclasses.dataclass(frozen=True)

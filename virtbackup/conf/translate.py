@@ -41,7 +41,7 @@ _MARKS: dict[Dialect, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("incremental", ()),
         (
             "disks/disk",
-            ("backup", "backupmode", "incremental", "exportbitmap", "index", "state"),
+            ("backup", "backupmode", "incremental", "index", "state"),
         ),
         ("disks/disk/scratch", ()),
         ("disks/disk/target", ()),
@@ -181,6 +181,12 @@ def _to_native(definition: backup_conf.BackupDef, domain: Domain | None) -> nati
     for path, disk in _listed(definition.disks):
         if disk.present is not False:
             _refuse_for_native(disk, definition.branch, path)
+    if definition.fork is not None:
+        raise _Unsayable(
+            f"<branch fork='{definition.fork}'> cannot be said in libvirt's own dialect: the"
+            " checkpoint that begins is a document of its own",
+            "branch",
+        )
     if definition.branch is not None and all(
         disk.type != "incremental" or disk.present is False for disk in definition.disks
     ):
@@ -236,7 +242,7 @@ def _native_disk(disk: backup_conf.BackupDiskDef, branch: str | None) -> native_
         type="file",
         backupmode="full" if branch is not None and not incremental else None,
         exportname=None if disk.exportname == disk.name else disk.exportname,
-        exportbitmap=branch if incremental else None,
+        exportbitmap=(disk.exportbitmap or branch) if incremental else None,
         image=None if file is None else native_conf.Image(file),
     )
 
@@ -250,8 +256,8 @@ def to_proposal(
     """The same backup in the proposal's dialect, the checkpoint's name as the branch's.
 
     A server without a port, which libvirt refuses so far, is one whose port the start picks.
-    An ``exportbitmap`` that is not said is left to the dialect: ``backup-DISK`` is libvirt's
-    default, the branch's name the proposal's. Errors: as ``translate``, without lines.
+    An ``exportbitmap`` that is not said is ``backup-DISK`` in libvirt's own, and is said in the
+    proposal. Errors: as ``translate``, without lines.
     """
     with _telling(None):
         return _to_proposal(definition, domain)
@@ -342,19 +348,20 @@ def _proposal_disk(
     """One disk of a backup that was aligned."""
     if not disk.backup:
         return backup_conf.BackupDiskDef(disk.name, present=False)
-    if disk.exportbitmap not in (None, disk.incremental):
-        of = "an incremental disk has the branch's name"
-        if disk.incremental is None:
-            of = "the backup of the disk is full"
+    if disk.exportbitmap is not None and disk.incremental is None:
         raise _Unsayable(
             f"disk '{disk.name}': exportbitmap='{disk.exportbitmap}' cannot be said in the"
-            f" proposal: {of}",
+            " proposal: the backup of the disk is full",
             path,
         )
+    bitmap = None
+    if disk.incremental is not None:
+        bitmap = disk.exportbitmap or native_conf.default_exportbitmap(disk.name)
     return backup_conf.BackupDiskDef(
         name=disk.name,
         present=True,
         type=None if branch is None else disk.backupmode,
         source=None if disk.image is None else storage_conf.Source(file=disk.image.path),
         exportname=None if disk.exportname == disk.name else disk.exportname,
+        exportbitmap=None if bitmap == branch else bitmap,
     )

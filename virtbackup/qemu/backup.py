@@ -6,6 +6,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import libvirt
 
@@ -62,16 +63,38 @@ class DiskPlan:
     """What is done to the bitmaps of the backup's branch, if it has one."""
     since: naming.Point | None = None
     """The point since which the changes are told along with the disk; None: they are not."""
+    exportbitmap: naming.BitmapName | None = None
+    """What the changes are called, where that is not the branch's name."""
 
     @property
     def changes(self) -> monitor_json.BitmapOf | None:
         """The bitmap that is exported with the disk."""
         if self.since is None:
             return None
+        if self.renamed is not None:
+            return self.renamed
         assert self.step is not None
         # Found from an overlay over the disk; not from a node over its filter, which is no image.
         node = None if self.access is None else self.step.node
         return dataclasses.replace(self.step.own, node=node)
+
+    @property
+    def renamed(self) -> monitor_json.BitmapOf | None:
+        """A copy of the branch's bitmap under another name: on the scratch image, with which it
+        goes."""
+        if self.since is None or self.exportbitmap is None:
+            return None
+        return monitor_json.BitmapOf(self.scratch, self.exportbitmap)
+
+    def rename(self) -> list[dict[str, Any]]:
+        """The actions of a start that make that copy, once the branch's bitmap stands still."""
+        if self.renamed is None:
+            return []
+        assert self.step is not None
+        return [
+            monitor_json.bitmap_add(self.renamed, self.step.granularity, False, disabled=True),
+            monitor_json.bitmap_merge(self.renamed, self.step.own),
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +151,9 @@ class BackupPlan:
             for disk in self.disks
         ]
         before = [action for step in steps for action in step.before()]
-        return monitor_json.transaction(
-            [*before, *jobs, *(action for step in steps for action in step.after())]
-        )
+        after = [action for step in steps for action in step.after()]
+        copies = [action for disk in self.disks for action in disk.rename()]
+        return monitor_json.transaction([*before, *jobs, *after, *copies])
 
     def export_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
         """Show the frozen disk under its export name."""
@@ -219,8 +242,9 @@ def plan(
         caps.check_tls(dialect.credentials_kind(credentials), unix)
     _check_branch(definition, caps)
     _check_sources(definition.disks)
-    lines = _lines(definition, state)
+    lines = _lines(definition, definition.branch, state)
     _check_sound(definition, lines)
+    check_new(definition.fork, _lines(definition, definition.fork, state))
     spoken = dialect.Dialect(caps)
     found = {disk.target: disk for disk in state.disks}
     disks: list[DiskPlan] = []
@@ -298,7 +322,9 @@ def _with_branch(
     assert wanted.granularity is not None
     step = branch.step(name, line, naming.next_bitmap(backup, number, name), wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
-    return dataclasses.replace(plan, step=step, since=since)
+    other = None if wanted.exportbitmap in (None, name) else wanted.exportbitmap
+    exportbitmap = None if other is None else naming.BitmapName(other)
+    return dataclasses.replace(plan, step=step, since=since, exportbitmap=exportbitmap)
 
 
 def _choose(wanted: backup_conf.BackupDiskDef, line: branch.Line) -> backup_conf.BackupDiskDef:
@@ -316,9 +342,11 @@ def _choose(wanted: backup_conf.BackupDiskDef, line: branch.Line) -> backup_conf
     return dataclasses.replace(wanted, type="incremental", reason=reason)
 
 
-def _lines(definition: backup_conf.BackupDef, state: BlockState) -> dict[str, branch.Line]:
-    """What every disk of the backup has of its branch; empty without one."""
-    if definition.branch is None:
+def _lines(
+    definition: backup_conf.BackupDef, name: str | None, state: BlockState
+) -> dict[str, branch.Line]:
+    """What every disk of the backup has of branch NAME; empty without one."""
+    if name is None:
         return {}
     media = {disk.target: disk.medium for disk in state.disks}
     lines = {}
@@ -333,7 +361,7 @@ def _lines(definition: backup_conf.BackupDef, state: BlockState) -> dict[str, br
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"disk '{disk.name}': QEMU does not tell which image the guest writes to",
             )
-        lines[disk.name] = branch.line(definition.branch, images, medium.size)
+        lines[disk.name] = branch.line(name, images, medium.size)
     return lines
 
 
@@ -384,6 +412,19 @@ def _check_sound(definition: backup_conf.BackupDef, lines: Mapping[str, branch.L
             f"branch '{definition.branch}' has no sound point to be incremental from:"
             f" {'; '.join(reasons)}",
         )
+
+
+def check_new(name: str | None, lines: Mapping[str, branch.Line]) -> None:
+    """Refuse to begin branch NAME where there is something of that name.
+
+    Errors: VIR_ERR_CONFIG_UNSUPPORTED.
+    """
+    for disk, line in lines.items():
+        if line.bitmap is not None or line.point is not None:
+            raise _unsupported(
+                f"disk '{disk}' has a bitmap '{name}' already: choose another name for the new"
+                " branch"
+            )
 
 
 def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:

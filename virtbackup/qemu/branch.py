@@ -338,7 +338,7 @@ def trouble(branch: str, keeps: bool, medium: block.Medium, next: block.Bitmap) 
     return None
 
 
-def advance(
+def set_point(
     branch: str, keeps: bool, medium: block.Medium, next: block.Bitmap, point: naming.Point
 ) -> list[dict[str, Any]]:
     """The actions that set POINT on MEDIUM: what NEXT has is what the branch has."""
@@ -357,10 +357,25 @@ def advance(
     return [
         *begin,
         monitor_json.bitmap_merge(own, recent),
-        monitor_json.bitmap_remove(recent),
         *_remove(medium, _points(medium, key)),
         monitor_json.bitmap_add(note, _LARGEST, next.persistent, disabled=True),
     ]
+
+
+def begin(branch: str, line: Line, point: naming.Point) -> list[dict[str, Any]]:
+    """The actions that begin BRANCH where LINE is, with POINT, which is now."""
+    own = monitor_json.BitmapOf(line.node, naming.BitmapName(branch))
+    note = monitor_json.BitmapOf(line.node, naming.point_bitmap(branch, point))
+    return [
+        monitor_json.bitmap_add(own, DEFAULT_GRANULARITY, line.persistent),
+        _add_mark(line.node, branch, line.persistent),
+        monitor_json.bitmap_add(note, _LARGEST, line.persistent, disabled=True),
+    ]
+
+
+def remove(medium: block.Medium, bitmap: block.Bitmap) -> list[dict[str, Any]]:
+    """The action that removes BITMAP from MEDIUM."""
+    return _remove(medium, [bitmap.name])
 
 
 def roll_back(medium: block.Medium, next: block.Bitmap) -> list[dict[str, Any]]:
@@ -368,25 +383,32 @@ def roll_back(medium: block.Medium, next: block.Bitmap) -> list[dict[str, Any]]:
     told = naming.next_of(next.name)
     assert told is not None
     _, key = told
-    remove = _remove(medium, [next.name])
+    gone = remove(medium, next)
     own = own_of(medium, key)
     if own is None or own.inconsistent or not _beside(medium, key):
-        return remove
+        return gone
     if own.recording:
         # It stood still, so it is another one, or missed what was written before it was enabled.
-        return [*remove, *_remove(medium, _points(medium, key))]
+        return [*gone, *_remove(medium, _points(medium, key))]
     if not _is_whole(next):
-        return remove  # and what was written is not known: the branch's own stands still for ever
+        return gone  # and what was written is not known: the branch's own stands still for ever
     target = monitor_json.BitmapOf(medium.node, own.name)
     recent = monitor_json.BitmapOf(medium.node, next.name)
-    return [monitor_json.bitmap_enable(target), monitor_json.bitmap_merge(target, recent), *remove]
+    return [monitor_json.bitmap_enable(target), monitor_json.bitmap_merge(target, recent), *gone]
 
 
-def disown(medium: block.Medium, backup: naming.BackupId) -> list[dict[str, Any]]:
-    """The actions that forget on MEDIUM a point that BACKUP set and nobody was told of."""
+def disown(
+    medium: block.Medium, backup: naming.BackupId, fork: str | None = None
+) -> list[dict[str, Any]]:
+    """The actions that forget on MEDIUM a point that BACKUP set and nobody was told of, and the
+    FORK that began with it."""
     told = ((bitmap.name, naming.point_of(bitmap.name)) for bitmap in medium.bitmaps)
     points = [name for name, point in told if point is not None and point[1].backup == backup]
-    return _remove(medium, points)
+    if fork is None or not points:
+        return _remove(medium, points)
+    key = naming.branch_key(fork)
+    own = [bitmap.name for bitmap in (own_of(medium, key), _mark(medium, key)) if bitmap]
+    return _remove(medium, [*own, *points])
 
 
 def _is_whole(next: block.Bitmap) -> bool:

@@ -5,6 +5,7 @@ What a branch is made of, ``branch`` says. What is to be done is read off the bi
 shows, so a step whose reply was lost, or that a crash cut off, is found done or is done again.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,11 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def advance(session: domain.Session, running: status.Status) -> str | None:
-    """Set RUNNING as the last point of its branch on every disk, in one transaction.
+    """Set RUNNING as the last point of the branch that advances by it, on every disk, in one
+    transaction.
 
     Why it could not be; None: it is, or had been before.
     """
-    if running.branch is None:
+    if running.branch is None or running.advances is None:
         return None
     if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
         return "a backup job has ended that nobody has dismissed"
@@ -40,28 +42,35 @@ def advance(session: domain.Session, running: status.Status) -> str | None:
     for number, disk in enumerate(running.disks):
         assert disk.branch is not None
         point = naming.Point(running.id, int(running.started), disk.size)
-        note = naming.point_bitmap(running.branch, point)
+        note = naming.point_bitmap(running.advances, point)
         if any(medium.bitmap(note) for medium in nodes):
             continue
         name = naming.next_bitmap(running.id, number, running.branch)
         found = [(medium, next) for medium in nodes if (next := medium.bitmap(name))]
         if not found:
             return f"disk '{disk.target}': its bitmap '{name}' was removed"
-        (medium, next), keeps = found[0], disk.branch.keeps
-        trouble = branch.trouble(running.branch, keeps, medium, next)
+        (medium, next), keeps = found[0], disk.branch.keeps and not running.forks
+        trouble = branch.trouble(running.advances, keeps, medium, next)
         if len(found) > 1:
             trouble = "somebody had its bitmap go on in an overlay"
         if trouble is not None:
             return f"disk '{disk.target}': {trouble}"
-        actions += branch.advance(running.branch, keeps, medium, next, point)
+        set_point = branch.set_point(running.advances, keeps, medium, next, point)
+        # What a fork is told of, the branch that stays is told of, too.
+        remove = branch.roll_back(medium, next) if running.forks else branch.remove(medium, next)
+        actions += [*set_point, *remove]
     return _transact(session, actions)
 
 
 def roll_back(
-    session: domain.Session, backup: naming.BackupId | None, disown: bool = False
+    session: domain.Session,
+    backup: naming.BackupId | None,
+    disown: bool = False,
+    fork: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """Join again what backup BACKUP, or any of ours, divided; to DISOWN it, forget that it is a
-    branch's point, if it is. (A line for each bitmap removed, what is still there.)
+    branch's point, if it is, and the FORK that it began. (A line for each bitmap removed, what is
+    still there.)
 
     An image that is only read, as it has an overlay now, stays as it is until it is written to.
     """
@@ -71,7 +80,7 @@ def roll_back(
     names = [f"bitmap '{next.name}' of node '{medium.node}'" for medium, next in found]
     if disown and backup is not None:
         for medium in media:
-            if forget := branch.disown(medium, backup):
+            if forget := branch.disown(medium, backup, fork):
                 actions += forget
                 names.append(f"point '{backup}' of node '{medium.node}', of which nobody was told")
     if failure := _transact(session, actions):
@@ -102,7 +111,7 @@ def _transact(session: domain.Session, actions: list[dict[str, Any]]) -> str | N
     return None
 
 
-# --- list, delete ---
+# --- list, create, delete ---
 
 
 def told(state: backup.BlockState) -> list[backup_conf.Branch]:
@@ -153,6 +162,38 @@ def _told_disk(target: str, line: branch.Line) -> backup_conf.BranchDisk:
         point=None if point is None else backup_conf.Point(point.backup, point.time),
         note=note,
     )
+
+
+def create(session: domain.Session, state: backup.BlockState, name: str, at: naming.Point) -> None:
+    """Begin branch NAME on every disk that a backup takes by itself, at one instant; AT, but for the
+    disks' sizes, is its first point.
+
+    Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is something of that name, or no disk;
+    VIR_ERR_OPERATION_FAILED with QEMU's words.
+    """
+    lines = {}
+    for disk in state.disks:
+        if disk.medium is None or disk.medium.readonly:
+            continue
+        images = state.images(disk.medium.node)
+        if images is None:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"disk '{disk.target}': QEMU does not tell which image the guest writes to",
+            )
+        lines[disk.target] = branch.line(name, images, disk.medium.size)
+    if not lines:
+        raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, "no disks selected for backup")
+    backup.check_new(name, lines)
+    actions = [
+        action
+        for line in lines.values()
+        for action in branch.begin(name, line, dataclasses.replace(at, size=line.size))
+    ]
+    if failure := _transact(session, actions):
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_FAILED, f"branch '{name}' cannot be created: {failure}"
+        )
 
 
 def delete(session: domain.Session, state: backup.BlockState, name: str) -> None:

@@ -123,7 +123,9 @@ def _join_branches(
         return [], ["bitmaps of a branch, as a backup job has not been dismissed"]
     if left is None:
         return branches.roll_back(session, None)
-    return branches.roll_back(session, left.id, disown=left.cancelled or left.verdict != {})
+    fork = left.advances if left.forks else None
+    disown = left.cancelled or left.verdict != {}
+    return branches.roll_back(session, left.id, disown, fork)
 
 
 def _go_on(session: domain.Session) -> list[str]:

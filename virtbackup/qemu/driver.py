@@ -164,6 +164,9 @@ class QmpDriver:
     ) -> Sequence[backup_conf.Branch]:
         return self._domain.job.branches()
 
+    def domain_branch_create(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._domain.job.create_branch(name)
+
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._domain.job.delete_branch(name)
 

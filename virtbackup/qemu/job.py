@@ -223,6 +223,16 @@ class BackupJob:
             left = self._file.load()
             return branches.told(_ask(session, left, bitmaps=True))
 
+    def create_branch(self, name: str) -> None:
+        """Begin a branch without a backup. Errors: those of ``backup_conf.check_branch_name`` and of
+        ``branches.create``."""
+        backup_conf.check_branch_name(name)
+        with self._file.locked(), self._connect() as session:
+            _check_branches(session)
+            state = _ask(session, self._file.load(), bitmaps=True)
+            now = naming.Point(naming.BackupId(os.urandom(4).hex()), int(time.time()), 0)
+            branches.create(session, state, name, now)
+
     def delete_branch(self, name: str) -> None:
         """Remove a branch from every disk. Errors: those of ``branches.delete``, and
         VIR_ERR_OPERATION_INVALID while a backup of it runs."""
@@ -396,10 +406,12 @@ class BackupJob:
 
     def _advance(self, session: domain.Session, judged: status.Status) -> status.Status:
         """A backup that was good, as the last point of its branch."""
-        if judged.branch is None or judged.advanced:
+        if judged.advances is None or judged.advanced:
             return judged
         if failure := branches.advance(session, judged):
             text = f"branch '{judged.branch}' stays at its last point: {failure}"
+            if judged.forks:
+                text = f"branch '{judged.advances}' does not begin: {failure}"
             return dataclasses.replace(judged, verdict=verdict.of_all(judged, text))
         judged = dataclasses.replace(judged, phase="stopping", advanced=True)
         self._file.save(judged)
@@ -410,7 +422,7 @@ class BackupJob:
         moved on by it; else nobody can have heard of it yet, and what is not sure is not good."""
         last = self._file.load() or running
         last = dataclasses.replace(last, cancelled=last.cancelled or running.cancelled)
-        done = last.branch is not None and (last.advanced or last.cancelled)
+        done = last.advances is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
             reasons = verdict.of_all(running, self._why_gone() or _GONE)
@@ -424,7 +436,7 @@ class BackupJob:
         nobody was told so is kept in mind, for that to be undone once QEMU is there again."""
         if left is None:
             return []
-        if left.branch is None or left.verdict != {} or not left.cancelled:
+        if left.advances is None or left.verdict != {} or not left.cancelled:
             return cleanup.forget(left, self._file)
         removed = cleanup.forget(left, self._file)
         disks = tuple(dataclasses.replace(disk, path=None) for disk in left.disks)
@@ -546,6 +558,7 @@ def _starting(
         verdict=None,
         told=False,
         branch=plan.definition.branch,
+        advances=plan.definition.advances,
         disks=tuple(
             status.DiskStatus(
                 target=disk.target,

@@ -290,6 +290,9 @@ class LibvirtDriver:
     ) -> Sequence[backup_conf.Branch]:
         return self._obj(ref).job.branches()
 
+    def domain_branch_create(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._obj(ref).job.create_branch(name)
+
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._obj(ref).job.delete_branch(name)
 

@@ -25,7 +25,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -113,7 +113,15 @@ class Status:
     told: bool
     """The verdict was told: all that is left is to be cleaned up."""
     branch: str | None
+    advances: str | None
+    """The branch of which the backup becomes a point where it is good: ``branch``, its fork, or
+    none."""
     disks: tuple[DiskStatus, ...]
+
+    @property
+    def forks(self) -> bool:
+        """Whether another branch than its own begins with it."""
+        return self.advances not in (None, self.branch)
 
 
 def parse(text: str) -> Status:

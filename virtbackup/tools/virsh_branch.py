@@ -80,6 +80,12 @@ def point_facts(point: "backup_conf.Point | None") -> dict[str, object] | None:
     return None if point is None else {"id": point.id, "time": point.time}
 
 
+def _create(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    name = args.text("branch")
+    virsh_connection.domain(shell, args).branchCreate(name)
+    shell.extra(f"Branch {name} created")
+
+
 def _delete(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     name = args.text("branch")
     virsh_connection.domain(shell, args).branchDelete(name)
@@ -97,6 +103,16 @@ def _complete(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Itera
 BRANCH = vsh.Option("branch", vsh.Kind.STRING, "branch of incremental backups", completer=_complete)
 
 COMMANDS = (
+    vsh.Command(
+        "branch-create", GROUP.keyword, "Begin a branch of incremental backups",
+        "Begin a branch on every writable disk without a backup: its first incremental backup has\n"
+        "what changes from now on, so there should be a copy of the disks as they are now.",
+        (
+            virsh_connection.DOMAIN,
+            vsh.Option("branch", vsh.Kind.DATA, "name of the branch", required=True),
+        ),
+        _create,
+    ),
     vsh.Command(
         "branch-delete", GROUP.keyword, "Forget a branch of incremental backups",
         "Remove a branch from every disk; its next backup is a full one.",
