@@ -4,14 +4,17 @@
 As in test_branch, every incremental backup is read as ``branched.Client`` reads.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 import virtbackup
-from tests.live import branched, machines, test_branch
+from tests import conftest
+from tests.live import branched, machines, proxy, test_branch, test_branch_crash
 from tests.live.branched import CLUSTER, Client
 from virtbackup.conf import backup_conf
 
@@ -42,11 +45,11 @@ def start(
 
 
 @pytest.fixture
-def one(tmp_path: pathlib.Path, machine: machines.Machine, engine: str) -> Iterator[Client]:
+def one(tmp_path: pathlib.Path, machine: machines.Machine, engine: str) -> Client:
     """A client that has a good backup of vda in branch b."""
     found = test_branch.client(tmp_path, engine)
     found.backup()
-    yield found
+    return found
 
 
 def test_a_differential_backup(one: Client, machine: machines.Machine) -> None:
@@ -189,4 +192,47 @@ def test_a_branch_without_a_backup(one: Client, machine: machines.Machine) -> No
             with pytest.raises(virtbackup.Error, match=text):
                 domain.branchCreate(name)
     assert {name for name, _ in one.branches()} == {"b", "c"}
-    assert CLUSTER == one.branches()["c", "sdb"].granularity
+    assert one.branches()["c", "sdb"].granularity == CLUSTER
+
+
+@pytest.mark.parametrize("fault", ["kill-before", "kill-after"])
+def test_we_are_killed_in_the_stop(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, engine: str, fault: proxy.Fault
+) -> None:
+    """At every command: where the second stop says good, both branches are whole; else there is no
+    fork, and the first branch has every change since its own point."""
+    ends = set()
+    with test_branch_crash.watched(tmp_path) as (machine, between, caller):
+        one = test_branch_crash.client(tmp_path, engine)
+        one.backup()
+        for number in itertools.count(0, 1 if conftest.long() else 3):
+            fork, base = f"c{number}", dict(one.copies)
+            one.write(machine, "vda", 3)
+            start(one, "b", fork=fork)
+            one.write(machine, "vda", 4)
+            one.read()
+            frozen = one.pending["b", "vda"]
+            status = caller.call((number, fault), "backupStop")
+            between.disarm()
+            good = status == 0
+            if not good:
+                with contextlib.suppress(virtbackup.Error):
+                    one.stop()
+                    good = True
+            where = f"{fault} {number} {between.spoilt}"
+            one.pending, one.copies = {}, base
+            assert (fork in {name for name, _ in one.branches()}) == good, where
+            one.write(machine, "vda", 5)
+            if good:
+                one.copies[fork, "vda"] = frozen
+                assert one.backup(fork, type="incremental")["vda"].clusters() == {4, 5}, where
+                with one.domain() as domain:
+                    domain.branchDelete(fork)
+            assert one.backup(type="incremental")["vda"].clusters() == {3, 4, 5}, where
+            assert branched.ours(machine) == {"point", "branch"}, where
+            assert not list(state_dir.glob("*.json")), where
+            ends.add(good)
+            if status == 0:
+                break
+    assert number > 8
+    assert True in ends
