@@ -255,8 +255,8 @@ class Domain:
         return list(get(self._ref, flags))
 
     def branchCreate(self, name: str, flags: int = 0) -> int:
-        """Begin branch NAME on every writable disk, without a backup; 0. What changes from now on is
-        what the first incremental backup tells.
+        """Begin branch NAME on every writable disk, without a backup; 0. Its first incremental
+        backup tells what changes from now on.
 
         Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is a branch, or a bitmap, of that name;
         VIR_ERR_OPERATION_UNSUPPORTED where the hypervisor cannot have any.

@@ -8,7 +8,7 @@ group ``virtbackup.drivers``, named as the URI scheme, that points to an ``Opene
 
 import dataclasses
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import libvirt
@@ -78,6 +78,108 @@ class BackupDriver(Driver, Protocol):
     def domain_branch_create(self, domain: DomainRef, name: str, flags: int) -> None: ...
 
     def domain_branch_delete(self, domain: DomainRef, name: str, flags: int) -> None: ...
+
+
+Value = int | float | str | bool
+"""Of one statistic."""
+
+
+class QueryDriver(Driver, Protocol):
+    """What libvirt's own clients ask for besides; a daemon serves those hooks that there are."""
+
+    def domain_lookup(
+        self, *, uuid: str | None = None, name: str | None = None, id: int | None = None
+    ) -> DomainRef | None:
+        """The domain of that uuid, name or id, exactly one of which is given; None: there is none.
+        Without the hook, ``list_domains`` is searched."""
+
+    def get_hostname(self) -> str: ...
+
+    def get_lib_version(self) -> int:
+        """The version of the library that runs the domains, counted as ``get_version``."""
+
+    def get_capabilities(self) -> str:
+        """A ``<capabilities>`` document."""
+
+    def node_get_info(self) -> tuple[str, int, int, int, int, int, int, int]:
+        """(CPU model, memory in KiB, CPUs, MHz, NUMA nodes, sockets, cores, threads)."""
+
+    def node_get_security_model(self) -> tuple[str, str]:
+        """(model, domain of interpretation); empty where there is none."""
+
+    def domain_get_info(self, domain: DomainRef) -> tuple[int, int, int, int, int]:
+        """(state, maximum memory in KiB, memory in KiB, virtual CPUs, CPU time in ns)."""
+
+    def domain_get_os_type(self, domain: DomainRef) -> str: ...
+
+    def domain_is_persistent(self, domain: DomainRef) -> bool: ...
+
+    def domain_get_autostart(self, domain: DomainRef) -> bool: ...
+
+    def domain_has_managed_save_image(self, domain: DomainRef, flags: int) -> bool: ...
+
+    def domain_get_security_label(self, domain: DomainRef) -> tuple[str, bool]:
+        """(label, enforced)."""
+
+    def domain_get_messages(self, domain: DomainRef, flags: int) -> Sequence[str]: ...
+
+    def domain_get_block_info(
+        self, domain: DomainRef, path: str, flags: int
+    ) -> tuple[int, int, int]:
+        """(capacity, allocation, physical) of the disk PATH, a target or a source; bytes."""
+
+    def domain_block_stats_flags(
+        self, domain: DomainRef, path: str, flags: int
+    ) -> Mapping[str, int]: ...
+
+    def domain_get_block_job_info(
+        self, domain: DomainRef, path: str, flags: int
+    ) -> tuple[int, int, int, int] | None:
+        """(type, bandwidth, cur, end); None: no job runs on the disk PATH."""
+
+    def get_all_domain_stats(
+        self, domains: Sequence[DomainRef], stats: int, flags: int
+    ) -> Sequence[tuple[DomainRef, Mapping[str, Value]]]:
+        """DOMAINS empty: of all that there are."""
+
+    def domain_fsfreeze(self, domain: DomainRef, mountpoints: Sequence[str], flags: int) -> int:
+        """How many file systems were frozen."""
+
+    def domain_suspend(self, domain: DomainRef) -> None: ...
+
+    def domain_resume(self, domain: DomainRef) -> None: ...
+
+    def domain_monitor_command(self, domain: DomainRef, command: str, flags: int) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LifecycleEvent:
+    """What became of a domain, in libvirt's numbers (VIR_DOMAIN_EVENT_*)."""
+
+    domain: DomainRef
+    event: int
+    detail: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BackupEnded:
+    """A backup has ended, whoever ended it."""
+
+    domain: DomainRef
+    good: bool
+    reason: str | None
+    """Why it is not good."""
+
+
+Event = LifecycleEvent | BackupEnded
+
+
+class EventDriver(Driver, Protocol):
+    """The hook that tells what happens unasked."""
+
+    def event_register(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Have CALLBACK called, by any thread, for every event from now on; what is returned ends
+        that. CALLBACK neither blocks nor raises."""
 
 
 Opener = Callable[[str, bool], Driver]

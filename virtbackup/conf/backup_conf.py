@@ -78,7 +78,7 @@ class BackupDiskDef:
     """Bytes, a power of two from 512 to 2 GiB."""
     exportname: str | None = None
     exportbitmap: str | None = None
-    """Of an incremental disk: its changes are the meta context ``qemu:dirty-bitmap:NAME``; None: the
+    """What the changes of an incremental disk are called (``qemu:dirty-bitmap:NAME``); None: by the
     branch's name."""
     reason: str | None = None
     """Of a running backup: why an ``auto`` disk has the type it has. A start takes no notice."""

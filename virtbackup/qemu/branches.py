@@ -165,8 +165,8 @@ def _told_disk(target: str, line: branch.Line) -> backup_conf.BranchDisk:
 
 
 def create(session: domain.Session, state: backup.BlockState, name: str, at: naming.Point) -> None:
-    """Begin branch NAME on every disk that a backup takes by itself, at one instant; AT, but for the
-    disks' sizes, is its first point.
+    """Begin branch NAME at one instant on every disk that a backup takes by itself; AT, but for
+    the disks' sizes, is its first point.
 
     Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is something of that name, or no disk;
     VIR_ERR_OPERATION_FAILED with QEMU's words.

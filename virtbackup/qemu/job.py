@@ -224,8 +224,8 @@ class BackupJob:
             return branches.told(_ask(session, left, bitmaps=True))
 
     def create_branch(self, name: str) -> None:
-        """Begin a branch without a backup. Errors: those of ``backup_conf.check_branch_name`` and of
-        ``branches.create``."""
+        """Begin a branch without a backup. Errors: those of ``branches.create``, and
+        ``backup_conf.check_branch_name``'s."""
         backup_conf.check_branch_name(name)
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
