@@ -285,11 +285,7 @@ class Domain:
         """The driver's METHOD, where the connection may use it and the driver has it."""
         driver = self._connection._open(function)
         if not access.allowed(method, self._connection._granted()):
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_DENIED,
-                f"read only access prevents {function}",
-                domain=libvirt.VIR_FROM_DOMAIN,
-            )
+            raise access.read_only(function)
         hook: Callable[..., Any] | None = getattr(driver, method, None)
         if hook is None:
             raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)

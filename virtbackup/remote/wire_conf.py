@@ -32,7 +32,11 @@ def domain_to_wire(ref: hypervisor.DomainRef) -> remote_types.NonnullDomain:
 
 def domain_from_wire(sent: remote_types.NonnullDomain) -> hypervisor.DomainRef:
     id = None if sent.id == NO_ID else sent.id
-    return hypervisor.DomainRef(sent.name, str(uuid.UUID(bytes=sent.uuid)), id)
+    return hypervisor.DomainRef(sent.name, uuid_from_wire(sent.uuid), id)
+
+
+def uuid_from_wire(sent: bytes) -> str:
+    return str(uuid.UUID(bytes=sent))
 
 
 def info_to_wire(info: backup_conf.BackupInfo) -> Info:
