@@ -224,9 +224,10 @@ class Client:
     ) -> Any:
         """What the server returns.
 
-        Errors: the server's; VIR_ERR_RPC for what cannot be encoded or decoded; VIR_ERR_SYSTEM_ERROR
-        or VIR_ERR_INTERNAL_ERROR where the connection has ended or ends meanwhile, and whether the
-        call took effect is not known then; VIR_ERR_OPERATION_TIMEOUT after TIMEOUT seconds.
+        Errors: the server's; VIR_ERR_RPC for what cannot be encoded or decoded;
+        VIR_ERR_SYSTEM_ERROR or VIR_ERR_INTERNAL_ERROR where the connection has ended, or ends
+        meanwhile: then whether the call took effect is not known; VIR_ERR_OPERATION_TIMEOUT after
+        TIMEOUT seconds.
         """
         if os.getpid() != self._pid:
             raise socket_closed()
@@ -247,7 +248,6 @@ class Client:
         if os.getpid() != self._pid:
             return
         self._end(socket_closed())
-        self._transport.shutdown()
         if threading.current_thread() is not self._reader:
             self._reader.join()
         self._events.close()
@@ -304,7 +304,6 @@ class Client:
             reason = self._read()
         finally:
             self._end(reason)
-            self._transport.shutdown()
             self._events.end()
             with self._sending:
                 self._transport.close()
@@ -313,14 +312,15 @@ class Client:
         """Read until the connection ends; why it did."""
         try:
             while True:
-                message = self._transport.receive(self._timeout())
+                patience = self._keepalive.next(time.monotonic())
+                message = self._transport.receive(patience)
                 if message is not None:
                     self._keepalive.received(time.monotonic())
                     self._show("<-", message)
                     for fd in message.fds:  # we have asked for none
                         os.close(fd)
                     self._take(message)
-                elif self._pings and self._is_dead():
+                elif self._is_dead():
                     return _internal("connection closed due to keepalive timeout")
                 self._send_due()
         except transport.Closed as failure:
@@ -329,11 +329,11 @@ class Client:
             logger.warning("server=%s connection closed: %s", self.name, failure)
             return rpc_error.rpc_error(str(failure))
 
-    def _timeout(self) -> float | None:
-        return self._keepalive.next(time.monotonic())
-
     def _is_dead(self) -> bool:
         """Whether the server has not answered; pings it where it is time."""
+        if not self._pings:
+            self._keepalive.received(time.monotonic())
+            return False
         due = self._keepalive.due(time.monotonic())
         if due == "ping":
             self._due.append(keepalive.PING)
@@ -385,6 +385,7 @@ class Client:
             self._ended = reason
             waiting = list(self._waiting.values())
             self._waiting.clear()
+        self._transport.shutdown()
         logger.info("server=%s connection ended: %s", self.name, reason)
         for one in waiting:
             one.failure = reason

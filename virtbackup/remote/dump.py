@@ -93,5 +93,3 @@ def _shown(value: object, otherwise: str) -> str:
     if len(text) > MAX_TEXT:
         return f"{text[:MAX_TEXT]}... ({len(text)} characters)"
     return text
-
-
