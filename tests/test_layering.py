@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "access": {"errors", "conf"},
     "hypervisor": {"errors", "conf"},
     "api": {"errors", "conf", "hypervisor", "access"},
-    "extend": {"errors", "conf", "hypervisor", "api"},
+    "extend": {"errors", "conf", "hypervisor", "access", "api"},
     "runtime": set(),
     "config": {"errors", "conf"},
     "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "config", "qemu"},
@@ -29,6 +29,8 @@ MAY_IMPORT = {
 MAY_IMPORT_MORE = {
     # What is said on a monitor is below any driver interface.
     "tools/monitor_tools.py": {"qemu", "test"},
+    # The daemon is handed its drivers.
+    "tools/virtbackupd.py": {"hypervisor", "remote"},
 }
 
 PURE = {
@@ -41,7 +43,8 @@ PURE = {
     "nbd": {"extents"},
     "remote": {
         "dump", "keepalive", "program", "protocol", "qemu_protocol", "remote_protocol",
-        "remote_structs", "remote_types", "rpc", "rpc_error", "virtbackup_protocol", "wire_conf", "xdr",
+        "remote_structs", "remote_types", "rpc", "rpc_error", "virtbackup_protocol", "wire_conf",
+        "xdr",
     },
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The public API in libvirt-python's shapes (libvirt-domain-backup.c): check arguments, hand on."""
 
+import itertools
+import logging
 import os
 import re
 import socket
@@ -14,6 +16,8 @@ import libvirt
 from virtbackup import access, errors, hypervisor
 from virtbackup.conf import backup_conf
 
+logger = logging.getLogger(__name__)
+
 VERSION = 0 * 1000000 + 1 * 1000 + 0
 """This library's version as virConnectGetLibVersion counts."""
 
@@ -24,11 +28,25 @@ VIR_DOMAIN_BACKUP_START_AUTODESTROY = 1 << 1
 VIR_DOMAIN_BACKUP_STOP_CANCEL = 1 << 0
 """Give the backup up: the branch stays where it was and no verdict is asked for."""
 
+VIR_DOMAIN_EVENT_ID_BACKUP_ENDED = 1 << 16
+"""Of domainEventRegisterAny: a backup has ended, whoever ended it."""
+
+EventCallback = Callable[..., object]
+"""(connection, domain, event, detail, opaque) for VIR_DOMAIN_EVENT_ID_LIFECYCLE; (connection,
+domain, good, reason, opaque) for VIR_DOMAIN_EVENT_ID_BACKUP_ENDED, REASON being None where the
+backup was good. May be called by any thread."""
+
 START_FLAGS = VIR_DOMAIN_BACKUP_START_QUIESCE | VIR_DOMAIN_BACKUP_START_AUTODESTROY
 STOP_FLAGS = VIR_DOMAIN_BACKUP_STOP_CANCEL
 
 _ACTIVE = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
 _INACTIVE = libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE
+_KINDS: dict[int, type] = {
+    libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE: hypervisor.LifecycleEvent,
+    VIR_DOMAIN_EVENT_ID_BACKUP_ENDED: hypervisor.BackupEnded,
+}
+_numbers = itertools.count()
+"""Of callbacks."""
 
 
 def open(uri: str | None = None, readonly: bool = False) -> "Connection":
@@ -49,6 +67,8 @@ class Connection:
         self._uri = uri
         self._driver: hypervisor.Driver | None = driver
         self._readonly = readonly
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        """Callback's id -> what ends it."""
 
     def __enter__(self) -> "Connection":
         return self
@@ -64,6 +84,9 @@ class Connection:
     def close(self) -> int:
         """Close the connection; 0, as libvirt-python. Closing twice does nothing."""
         driver, self._driver = self._driver, None
+        callbacks, self._callbacks = self._callbacks, {}
+        for end in callbacks.values():
+            end()
         if driver is not None:
             driver.close()
         return 0
@@ -136,6 +159,50 @@ class Connection:
         """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN."""
         function = "virDomainLookupByID"
         return self._lookup(function, lambda ref: ref.id == id, f"no domain with matching id {id}")
+
+    def domainEventRegisterAny(
+        self, dom: "Domain | None", eventID: int, cb: EventCallback, opaque: object
+    ) -> int:
+        """Have CB called for every event of that kind, of domain DOM or of all; the callback's id.
+        EVENTID: VIR_DOMAIN_EVENT_ID_LIFECYCLE or VIR_DOMAIN_EVENT_ID_BACKUP_ENDED.
+
+        Errors: VIR_ERR_NO_SUPPORT for other events, and where the driver has none.
+        """
+        function = "virConnectDomainEventRegisterAny"
+        _check_not_none(function, cb=cb)
+        register = getattr(self._open(function), "event_register", None)
+        if eventID not in _KINDS or register is None:
+            raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_NONE)
+
+        def tell(event: hypervisor.Event) -> None:
+            if type(event) is not _KINDS[eventID]:
+                return
+            if dom is not None and dom.UUIDString() != event.domain.uuid:
+                return
+            words = (
+                (event.event, event.detail)
+                if isinstance(event, hypervisor.LifecycleEvent)
+                else (event.good, event.reason)
+            )
+            try:
+                cb(self, Domain(self, event.domain), *words, opaque)
+            except Exception:  # it is not the driver's to know
+                logger.exception("a callback of %s failed", function)
+
+        number = next(_numbers)
+        self._callbacks[number] = register(tell)
+        return number
+
+    def domainEventDeregisterAny(self, callbackID: int) -> int:
+        """End a callback; 0. Errors: VIR_ERR_INVALID_ARG."""
+        function = "virConnectDomainEventDeregisterAny"
+        end = self._callbacks.pop(callbackID, None)
+        if end is None:
+            raise errors.invalid_arg(
+                function, "callbackID", f"domain event callback {callbackID} not registered"
+            )
+        end()
+        return 0
 
     def _lookup(
         self, function: str, matches: Callable[[hypervisor.DomainRef], bool], otherwise: str
@@ -285,11 +352,7 @@ class Domain:
         """The driver's METHOD, where the connection may use it and the driver has it."""
         driver = self._connection._open(function)
         if not access.allowed(method, self._connection._granted()):
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_DENIED,
-                f"read only access prevents {function}",
-                domain=libvirt.VIR_FROM_DOMAIN,
-            )
+            raise access.read_only(function)
         hook: Callable[..., Any] | None = getattr(driver, method, None)
         if hook is None:
             raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)

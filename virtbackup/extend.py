@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import libvirt
 
-from virtbackup import api, errors, hypervisor
+from virtbackup import access, api, errors, hypervisor
 from virtbackup.conf import backup_conf
 
 METHODS = ("backupStart", "backupStop")
@@ -122,11 +122,7 @@ def _method(name: str) -> Callable[..., Any]:
         except errors.Error as failure:
             if not _is_of_read_only(failure):
                 raise
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_DENIED,
-                f"read only access prevents {function}",
-                domain=libvirt.VIR_FROM_DOMAIN,
-            ) from failure
+            raise access.read_only(function) from failure
         finally:
             if name == "backupStart":
                 _end_with(self.connect(), found.connect())

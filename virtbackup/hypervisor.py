@@ -207,6 +207,11 @@ def open_driver(uri: str, readonly: bool) -> Driver:
     return _opener(uri)(uri, readonly)
 
 
+def check_uri(uri: str) -> None:
+    """Raise where no driver serves URI. Errors: as ``open_driver``, without opening it."""
+    _opener(uri)
+
+
 class Adopter(Protocol):
     """An opener that can also serve the domains of a connection of libvirt-python's."""
 

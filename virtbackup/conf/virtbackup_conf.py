@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """``virtbackup.conf``: settings that are not of one backup (libvirt's virconf.c and qemu_conf.c).
 
-A line is ``name = value``: a text in double or single quotes, a number, or yes or no; ``#`` begins
-a comment. A setting that nobody knows is an error, for it may be a safeguard that is misspelt.
+A line is ``name = value``: a text in double or single quotes, a number, yes or no, or a list of
+texts in brackets, which may go on over several lines; ``#`` begins a comment. A setting that nobody
+knows is an error, for it may be a safeguard that is misspelt.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import libvirt
 
 from virtbackup import errors
 
+_TEXT = r"""(?:"[^"\n]*"|'[^'\n]*')"""
 _LINE = re.compile(
-    r"""\s*(?:(?P<name>[A-Za-z_][\w-]*)\s*=\s*
-        (?:"(?P<double>[^"\n]*)"|'(?P<single>[^'\n]*)'|(?P<word>\w+))\s*)?(?:\#.*)?""",
+    rf"""\s*(?:(?P<name>[A-Za-z_][\w-]*)\s*=\s*
+        (?:"(?P<double>[^"\n]*)"|'(?P<single>[^'\n]*)'|(?P<word>\w+)
+          |\[(?P<list>\s*(?:{_TEXT}\s*(?:,\s*{_TEXT}\s*)*,?\s*)?)\])
+        \s*)?(?:\#.*)?""",
     re.VERBOSE,
 )
+_OPEN_LIST = re.compile(rf"""(\s*[A-Za-z_][\w-]*\s*=\s*\[(?:[^"'\#\]]|{_TEXT})*)(?:\#.*)?""")
+"""The beginning of a list that goes on in the next line."""
 _YES_OR_NO = {"1": True, "yes": True, "0": False, "no": False}
 
 
@@ -62,6 +70,24 @@ class Settings:
     backup_tls_psk_username: str = "qemu"
     insecure: bool = False
     """No warning of a backup that everybody on the network can read."""
+    uris: tuple[str, ...] = ()
+    """What the daemon serves, where its command line does not say."""
+    listen: tuple[str, ...] = ()
+    """Where it listens, likewise."""
+    unix_sock_mode: str = "0600"
+    """Permissions of its unix sockets, octal."""
+    unix_sock_group: str | None = None
+    """Their group; None: the daemon's own."""
+    tls_x509_cert_dir: str | None = None
+    """It has ca-cert.pem, server-cert.pem and server-key.pem, for clients of the daemon."""
+    access: tuple[str, ...] | None = None
+    """Who may do what (access.Rule); None: whoever can connect may do everything."""
+    max_clients: int = 500
+    max_client_requests: int = 5
+    max_workers: int = 20
+    keepalive_interval: int = 5
+    """Seconds; 0: the daemon never pings."""
+    keepalive_count: int = 5
     files: tuple[str, ...] = ()
     """Where settings were looked for; not one itself."""
 
@@ -70,9 +96,9 @@ class Settings:
         """What the files say, by their names; a later one takes the place of what an earlier says.
         FILES are those that might have been there. Errors: VIR_ERR_CONF_SYNTAX, by file and line.
         """
-        values: dict[str, str | bool] = {}
+        values: dict[str, Value] = {}
         for file, text in texts.items():
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in _lines(text):
                 values.update(_parse_line(line, f"{file}:{number}"))
         return cls(**values, files=tuple(files))  # type: ignore[arg-type]  # as _KINDS has them
 
@@ -99,15 +125,36 @@ class Settings:
         )
 
 
-_KINDS = {
-    field.name: "yes or no" if field.default in (True, False) else "a text in quotes"
-    for field in dataclasses.fields(Settings)
-    if field.name != "files"
-}
+Value = str | bool | int | tuple[str, ...]
+
+
+def _kind(hint: Any) -> str:
+    """What a value is to be, by the type of a field."""
+    if any(typing.get_origin(option) is tuple for option in (hint, *typing.get_args(hint))):
+        return "a list of texts in brackets"
+    return {bool: "yes or no", int: "a number"}.get(hint, "a text in quotes")
+
+
+_KINDS = {name: _kind(hint) for name, hint in typing.get_type_hints(Settings).items()}
+del _KINDS["files"]
 """Setting -> what its value is to be."""
 
 
-def _parse_line(line: str, place: str) -> dict[str, str | bool]:
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines, each with its number; those of a list are one."""
+    begun, first = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        whole, at = (f"{begun} {line}", first) if begun else (line, number)
+        if (match := _OPEN_LIST.fullmatch(whole)) is not None:
+            begun, first = match[1], at
+            continue
+        yield at, whole
+        begun = ""
+    if begun:
+        yield first, begun
+
+
+def _parse_line(line: str, place: str) -> dict[str, Value]:
     """The setting of a line, if it has one."""
     match = _LINE.fullmatch(line)
     if match is None:
@@ -117,17 +164,29 @@ def _parse_line(line: str, place: str) -> dict[str, str | bool]:
         return {}
     if name not in _KINDS:
         raise _syntax(f"{place}: there is no setting '{name}'")
-    text = match["double"] if match["double"] is not None else match["single"]
-    if _KINDS[name] == "yes or no":
-        word = match["word"] if text is None else text
-        if word not in _YES_OR_NO:
-            raise _syntax(f"{place}: expected yes or no for '{name}'")
-        return {name: _YES_OR_NO[word]}
-    if not text:
-        raise _syntax(f"{place}: expected a text in quotes for '{name}'")
-    if name.endswith("_dir") and not text.startswith("/"):
+    value = _value(name, match)
+    if value is None:
+        raise _syntax(f"{place}: expected {_KINDS[name]} for '{name}'")
+    if isinstance(value, str) and name.endswith("_dir") and not value.startswith("/"):
         raise _syntax(f"{place}: expected an absolute path for '{name}'")
-    return {name: text}
+    return {name: value}
+
+
+def _value(name: str, match: re.Match[str]) -> Value | None:
+    """What a line says of NAME; None where that is of another kind."""
+    text = match["double"] if match["double"] is not None else match["single"]
+    word = match["word"] if text is None else text
+    match _KINDS[name]:
+        case "yes or no":
+            return _YES_OR_NO.get(word)
+        case "a number":
+            fits = match["word"] and re.fullmatch(r"[0-9]{1,9}", match["word"])
+            return int(match["word"]) if fits else None
+        case "a list of texts in brackets":
+            if match["list"] is None:
+                return (text,) if text else None
+            return tuple(found[1:-1] for found in re.findall(_TEXT, match["list"]))
+    return text or None
 
 
 def _syntax(detail: str) -> errors.Error:

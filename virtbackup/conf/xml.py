@@ -68,6 +68,14 @@ def parse(document: str, root: str) -> etree._Element:
     return element
 
 
+def embedded(document: str, root: str) -> etree._Element:
+    """The root element of DOCUMENT, to be put into another one. Errors: as ``parse``."""
+    element = parse(document, root)
+    etree.indent(element, level=1)
+    element.tail = "\n"
+    return element
+
+
 def is_valid(element: etree._Element, schema: str) -> bool:
     """Whether ELEMENT has the shape that the shipped SCHEMA (a file name) demands."""
     return bool(_compiled(schema).validate(element))

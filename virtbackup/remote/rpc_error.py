@@ -99,6 +99,12 @@ def undecodable() -> errors.Error:
     return rpc_error("Unable to decode message payload")
 
 
+def not_open() -> errors.Error:
+    """For a call before CONNECT_OPEN, or after CONNECT_CLOSE."""
+    text = "hypervisor connection not open"
+    return errors.Error(libvirt.VIR_ERR_INTERNAL_ERROR, text, domain=libvirt.VIR_FROM_RPC)
+
+
 def rpc_error(text: str) -> errors.Error:
     """An error of the RPC itself."""
     return errors.error(libvirt.VIR_ERR_RPC, text, domain=libvirt.VIR_FROM_RPC)

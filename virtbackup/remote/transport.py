@@ -209,7 +209,9 @@ class Transport:
         deadline = _deadline(timeout)
         while (message := self._parser.next_message()) is None:
             with self._closed_on_error():
-                got = self._when_ready(self._read, select.POLLIN, deadline)
+                got = self._when_ready(
+                    functools.partial(read, self._socket), select.POLLIN, deadline
+                )
             if got is None:
                 return None
             data, fds = got
@@ -251,22 +253,6 @@ class Transport:
             return ""
         return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
 
-    def _read(self) -> tuple[bytes, list[int]]:
-        if not self.passes_fds:
-            return self._socket.recv(CHUNK), []
-        data, ancillary, flags, _ = self._socket.recvmsg(
-            CHUNK, socket.CMSG_SPACE(4 * SCM_MAX_FD), socket.MSG_CMSG_CLOEXEC
-        )
-        fds = array.array("i")
-        for level, kind, control in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(control[: len(control) - len(control) % fds.itemsize])
-        if flags & socket.MSG_CTRUNC:
-            for fd in fds:
-                os.close(fd)
-            raise rpc.ProtocolError("descriptors were lost on the way")
-        return data, list(fds)
-
     def _when_ready(self, use: Callable[[], T], events: int, deadline: float | None) -> T | None:
         """What USE of the socket returns once it does not block, which is when there are EVENTS or
         tls says what else; None at the DEADLINE."""
@@ -291,6 +277,27 @@ class Transport:
             raise Closed("end of file") from failure
         except OSError as failure:
             raise Closed(failure.strerror or str(failure)) from failure
+
+
+def read(connected: socket.socket) -> tuple[bytes, list[int]]:
+    """What has come on a socket, and the descriptors that came with it; no bytes at its end.
+
+    Errors: ProtocolError for descriptors that the kernel dropped; OSError.
+    """
+    if connected.family != socket.AF_UNIX:
+        return connected.recv(CHUNK), []
+    data, ancillary, flags, _ = connected.recvmsg(
+        CHUNK, socket.CMSG_SPACE(4 * SCM_MAX_FD), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, control in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(control[: len(control) - len(control) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise rpc.ProtocolError("descriptors were lost on the way")
+    return data, list(fds)
 
 
 def _deadline(timeout: float | None) -> float | None:

@@ -36,7 +36,11 @@ def uuid_to_wire(text: str) -> bytes:
 
 def domain_from_wire(sent: remote_types.NonnullDomain) -> hypervisor.DomainRef:
     id = None if sent.id == NO_ID else sent.id
-    return hypervisor.DomainRef(sent.name, str(uuid.UUID(bytes=sent.uuid)), id)
+    return hypervisor.DomainRef(sent.name, uuid_from_wire(sent.uuid), id)
+
+
+def uuid_from_wire(sent: bytes) -> str:
+    return str(uuid.UUID(bytes=sent))
 
 
 def info_to_wire(info: backup_conf.BackupInfo) -> Info:

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a daemon does for a call: the session of a client, and the table of handlers
+(libvirt's remote_daemon_dispatch.c).
+
+A handler gets the session and the call's arguments, decoded, and returns what the reply carries.
+What it raises is the reply.
+"""
+
+import dataclasses
+import logging
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import libvirt
+
+from virtbackup import access, errors, hypervisor
+from virtbackup.remote import (
+    domains,
+    job_stats,
+    program,
+    protocol,
+    remote_types,
+    rpc,
+    rpc_error,
+    wire_conf,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Peer(Protocol):
+    """The client's connection, as far as a session knows it."""
+
+    number: int
+
+    @property
+    def identity(self) -> access.Identity: ...
+
+    def send(self, message: rpc.Message, unasked: bool = False) -> None: ...
+
+    def start_keepalive(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subscription:
+    """What a client wants to be told."""
+
+    program: program.Program
+    event: int
+    """libvirt's number of the event; of our own program, 0."""
+    uuid: str | None
+    """Of one domain; None: of all."""
+
+
+class Session:
+    """One client's."""
+
+    def __init__(self, daemon: "Daemon", peer: Peer) -> None:
+        self.daemon = daemon
+        self.peer = peer
+        self.opened = False
+        self.read_only = False
+        self.wants_close_event = False
+        self.speaks_ours = False
+        """Whether it has called our own program, and so knows its events."""
+        self.subscriptions: dict[int, Subscription] = {}
+        self.ends_with: dict[str, hypervisor.DomainRef] = {}
+        """By uuid: domains with a backup that is to end with the connection."""
+        self._lock = threading.Lock()
+        self._callbacks = 0
+
+    # --- server.Session ---
+
+    def handle(self, call: rpc.Message) -> rpc.Message | None:
+        """The reply to CALL."""
+        try:
+            return self._handle(call)
+        except libvirt.libvirtError as failure:
+            logger.info("client=%d %s: %s", self.peer.number, _name(call), failure)
+            return rpc_error.reply(call, failure)
+        except Exception as failure:
+            logger.exception("client=%d %s failed", self.peer.number, _name(call))
+            text = f"{type(failure).__name__}: {failure}"
+            error = errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, text)
+            return rpc_error.reply(call, error)
+
+    def _handle(self, call: rpc.Message) -> rpc.Message:
+        handler = HANDLERS.get((call.program, call.procedure))
+        if call.proc is None or handler is None:
+            raise rpc_error.unknown(call)
+        try:
+            args = rpc.args(call)
+        except rpc.CodecError as failure:
+            logger.info("client=%d %s: %s", self.peer.number, _name(call), failure)
+            raise rpc_error.undecodable() from failure
+        if handler.opened and not self.opened:
+            raise rpc_error.not_open()
+        if call.program == protocol.VIRTBACKUP.number:
+            self.speaks_ours = True
+        ret = handler.function(self, args)
+        try:
+            return rpc.reply(call, ret)
+        except rpc.CodecError as failure:
+            logger.warning("client=%d %s: %s", self.peer.number, _name(call), failure)
+            raise rpc_error.rpc_error(f"Unable to encode message payload: {failure}") from failure
+
+    def close(self) -> None:
+        """The client is gone: so are its subscriptions, and the backups that are to end with it."""
+        self.daemon.forget(self)
+        self.end_backups()
+
+    def end_backups(self) -> None:
+        """End the backups that are to end with the connection."""
+        ends, self.ends_with = self.ends_with, {}
+        for ref in ends.values():
+            try:
+                found = self.daemon.domains.by_uuid(ref.uuid)
+                found.call("virDomainBackupStop", "domain_backup_stop", STOP_CANCEL)
+            except libvirt.libvirtError as failure:
+                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                    logger.warning("domain=%s backup not ended: %s", ref.name, failure)
+
+    # --- what handlers need ---
+
+    def may(self, perm: access.Perm, name: str) -> bool:
+        """Whether the policy grants PERM on the domain of that NAME; not whether the connection
+        does."""
+        return perm in self.daemon.policy.granted(self.peer.identity, name)
+
+    def check(self, perm: access.Perm, name: str, function: str) -> None:
+        """Errors: VIR_ERR_OPERATION_DENIED for what a read-only connection may not do,
+        VIR_ERR_ACCESS_DENIED for what the policy does not grant."""
+        if self.read_only and perm not in access.READ_ONLY:
+            raise access.read_only(function)
+        if not self.may(perm, name):
+            raise access.denied(self.peer.identity, perm, name)
+
+    def domain(
+        self, sent: remote_types.NonnullDomain, function: str, perm: access.Perm = access.Perm.READ
+    ) -> domains.Found:
+        """The domain that a client means, for a FUNCTION that takes PERM. Errors: as ``check``;
+        VIR_ERR_NO_DOMAIN."""
+        ref = wire_conf.domain_from_wire(sent)
+        if self.read_only and perm not in access.READ_ONLY:
+            raise access.read_only(function)
+        found = self.daemon.domains.by_uuid(ref.uuid)
+        self.check(perm, found.ref.name, function)
+        return found
+
+    def visible(self, found: Iterable[domains.Found]) -> list[domains.Found]:
+        """Those of FOUND that the client may look at."""
+        return [one for one in found if self.may(access.Perm.READ, one.ref.name)]
+
+    def subscribe(self, subscription: Subscription) -> int:
+        """The number of a new subscription."""
+        with self._lock:
+            number = self._callbacks
+            self._callbacks += 1
+            self.subscriptions[number] = subscription
+            return number
+
+    def unsubscribe(self, number: int, of: program.Program) -> None:
+        """Errors: VIR_ERR_INVALID_ARG."""
+        with self._lock:
+            known = self.subscriptions.get(number)
+            if known is None or known.program is not of:
+                raise errors.error(
+                    libvirt.VIR_ERR_INVALID_ARG,
+                    f"domain event callback {number} not registered",
+                    domain=libvirt.VIR_FROM_REMOTE,
+                )
+            del self.subscriptions[number]
+
+    def wanted(self, of: program.Program, event: int, ref: hypervisor.DomainRef) -> list[int]:
+        """The numbers of the subscriptions to an event of a domain."""
+        with self._lock:
+            numbers = [
+                number
+                for number, known in self.subscriptions.items()
+                if known.program is of and known.event == event and known.uuid in (None, ref.uuid)
+            ]
+        return numbers if numbers and self.may(access.Perm.READ, ref.name) else []
+
+
+class Daemon:
+    """What all sessions share."""
+
+    def __init__(
+        self, of: domains.Domains, uris: Iterable[str], policy: access.Policy | None = None
+    ) -> None:
+        self.domains = of
+        self.uris = tuple(uris)
+        self.policy = policy or access.Policy()
+        self.ended = job_stats.Ended()
+        self.described: dict[tuple[str, str], str] = {}
+        """(uuid, checkpoint) -> its description, for as long as the daemon runs."""
+        self._sessions: set[Session] = set()
+        self._lock = threading.Lock()
+        for host in of.hosts:
+            host.on_event(self._tell)
+
+    def serve(self, peer: Peer) -> Session:
+        """A new client's session."""
+        session = Session(self, peer)
+        with self._lock:
+            self._sessions.add(session)
+        return session
+
+    def forget(self, session: Session) -> None:
+        """A client is gone."""
+        with self._lock:
+            self._sessions.discard(session)
+
+    def sessions(self) -> list[Session]:
+        """Of all clients that are connected."""
+        with self._lock:
+            return list(self._sessions)
+
+    def describe(self, uuid: str, checkpoint: str, text: str | None) -> None:
+        """Keep the description of a domain's new checkpoint."""
+        self.described.pop((uuid, checkpoint), None)
+        if text is not None:
+            self.described[uuid, checkpoint] = text
+
+    def _tell(self, event: hypervisor.Event) -> None:
+        """Have clients told of an EVENT. By any thread."""
+        ref = self.domains.public(event.domain)
+        if isinstance(event, hypervisor.BackupEnded):
+            self.ended.end(event)
+        for session in self.sessions():
+            for message in MESSAGES_OF[type(event)](session, ref, event):
+                session.peer.send(message, unasked=True)
+
+    def serves(self, uri: str | None) -> bool:
+        """Whether a client that opens URI is meant for us: by no name, by one of ours, or by a
+        scheme of ours; and ``qemu``, as libvirt's clients have to say."""
+        if not uri or uri in self.uris:
+            return True
+        schemes = {urllib.parse.urlsplit(own).scheme.partition("+")[0] for own in self.uris}
+        return urllib.parse.urlsplit(uri).scheme.partition("+")[0] in schemes | {"qemu"}
+
+
+# --- the table ---
+
+Function = Callable[[Session, Any], Any]
+_F = TypeVar("_F", bound=Function)
+
+
+@dataclasses.dataclass(frozen=True)
+class Handler:
+    function: Function
+    opened: bool
+    """Only on a connection that was opened (virConnectOpen)."""
+
+
+HANDLERS: dict[tuple[int, int], Handler] = {}
+"""(program, procedure) -> its handler; the modules ``dispatch_*`` fill it."""
+
+MessagesOf = Callable[[Session, hypervisor.DomainRef, Any], Iterable[rpc.Message]]
+MESSAGES_OF: dict[type, MessagesOf] = {}
+"""Kind of event -> the messages that a session wants of one."""
+
+STOP_CANCEL = 1 << 0
+"""The public flag (api.py), which this layer may not import: the number is the contract."""
+
+
+def handles(of: program.Program, name: str, opened: bool = True) -> Callable[[_F], _F]:
+    """Marks the handler of the procedure NAME."""
+
+    def mark(function: _F) -> _F:
+        HANDLERS[of.number, of[name].number] = Handler(function, opened)
+        return function
+
+    return mark
+
+
+def _name(call: rpc.Message) -> str:
+    return call.proc.name if call.proc else f"{call.program:#x}:{call.procedure}"
+
+
+def check_flags(function: str, flags: int, known: int) -> None:
+    """Errors: VIR_ERR_INVALID_ARG for FLAGS that are not KNOWN."""
+    if unknown := flags & ~known:
+        raise errors.unsupported_flags(function, unknown)

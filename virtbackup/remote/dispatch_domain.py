@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The calls that find domains and look at them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import libvirt
+
+from virtbackup import access, errors, hypervisor
+from virtbackup.remote import domains, protocol, remote_types, wire_conf, xdr
+from virtbackup.remote import remote_structs as structs
+from virtbackup.remote.dispatch import Session, check_flags, handles
+from virtbackup.remote.dispatch_connect import terminated
+
+REMOTE, QEMU = protocol.REMOTE, protocol.QEMU
+
+_SECRET = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
+"""Flags of virDomainGetXMLDesc that are not for read-only connections."""
+
+
+# --- which there are ---
+
+
+def _states(one: domains.Found) -> set[int]:
+    """The flags of listAllDomains that a domain goes by, for its state."""
+    state = one.call("virDomainGetState", "domain_get_state")[0]
+    return {
+        {
+            libvirt.VIR_DOMAIN_RUNNING: libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING,
+            libvirt.VIR_DOMAIN_PAUSED: libvirt.VIR_CONNECT_LIST_DOMAINS_PAUSED,
+            libvirt.VIR_DOMAIN_SHUTOFF: libvirt.VIR_CONNECT_LIST_DOMAINS_SHUTOFF,
+        }.get(state, libvirt.VIR_CONNECT_LIST_DOMAINS_OTHER)
+    }
+
+
+def _either(yes: int, no: int, holds: Callable[[domains.Found], bool]) -> Any:
+    return (yes | no, lambda one: {yes if holds(one) else no})
+
+
+_GROUPS: tuple[tuple[int, Callable[[domains.Found], set[int]]], ...] = (
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE,
+        lambda one: one.ref.id is not None,
+    ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_TRANSIENT,
+        lambda one: bool(one.call("virDomainIsPersistent", "domain_is_persistent")),
+    ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_NO_MANAGEDSAVE,
+        lambda one: bool(
+            one.call("virDomainHasManagedSaveImage", "domain_has_managed_save_image", 0)
+        ),
+    ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_NO_AUTOSTART,
+        lambda one: bool(one.call("virDomainGetAutostart", "domain_get_autostart")),
+    ),
+    (
+        libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING
+        | libvirt.VIR_CONNECT_LIST_DOMAINS_PAUSED
+        | libvirt.VIR_CONNECT_LIST_DOMAINS_SHUTOFF
+        | libvirt.VIR_CONNECT_LIST_DOMAINS_OTHER,
+        _states,
+    ),
+)
+"""The groups of flags of listAllDomains: of each that is asked for, a domain has to go by one."""
+
+
+@handles(REMOTE, "CONNECT_LIST_ALL_DOMAINS")
+def list_all_domains(
+    session: Session, args: structs.ConnectListAllDomainsArgs
+) -> structs.ConnectListAllDomainsRet:
+    known = 0
+    for group, _ in _GROUPS:
+        known |= group
+    check_flags("virConnectListAllDomains", args.flags, known)
+    found = session.visible(session.daemon.domains.all())
+    for group, goes_by in _GROUPS:
+        wanted = args.flags & group
+        if wanted:
+            found = [one for one in found if any(flag & wanted for flag in goes_by(one))]
+    refs = tuple(wire_conf.domain_to_wire(one.ref) for one in found)
+    return structs.ConnectListAllDomainsRet(refs if args.need_results else (), len(refs))
+
+
+def _ids(session: Session) -> list[int | None]:
+    """Of all domains; None of each that does not run."""
+    return [one.ref.id for one in session.visible(session.daemon.domains.all())]
+
+
+@handles(REMOTE, "CONNECT_NUM_OF_DOMAINS")
+def num_of_domains(session: Session, args: None) -> structs.NumRet:
+    return structs.NumRet(sum(id is not None for id in _ids(session)))
+
+
+@handles(REMOTE, "CONNECT_LIST_DOMAINS")
+def list_domains(
+    session: Session, args: structs.ConnectListDomainsArgs
+) -> structs.ConnectListDomainsRet:
+    ids = [id for id in _ids(session) if id is not None]
+    return structs.ConnectListDomainsRet(tuple(ids[: max(0, args.maxids)]))
+
+
+@handles(REMOTE, "CONNECT_NUM_OF_DEFINED_DOMAINS")
+def num_of_defined_domains(session: Session, args: None) -> structs.NumRet:
+    return structs.NumRet(sum(id is None for id in _ids(session)))
+
+
+@handles(REMOTE, "CONNECT_LIST_DEFINED_DOMAINS")
+def list_defined_domains(
+    session: Session, args: structs.ConnectListDefinedDomainsArgs
+) -> structs.ConnectListDefinedDomainsRet:
+    found = session.visible(session.daemon.domains.all())
+    names = [one.ref.name for one in found if one.ref.id is None]
+    return structs.ConnectListDefinedDomainsRet(tuple(names[: max(0, args.maxnames)]))
+
+
+def _found(session: Session, one: domains.Found, function: str) -> structs.DomainRet:
+    session.check(access.Perm.READ, one.ref.name, function)
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
+
+
+@handles(REMOTE, "DOMAIN_LOOKUP_BY_ID")
+def lookup_by_id(session: Session, args: structs.DomainLookupByIdArgs) -> structs.DomainRet:
+    return _found(session, session.daemon.domains.by_id(args.id), "virDomainLookupByID")
+
+
+@handles(REMOTE, "DOMAIN_LOOKUP_BY_NAME")
+def lookup_by_name(session: Session, args: structs.DomainLookupByNameArgs) -> structs.DomainRet:
+    return _found(session, session.daemon.domains.by_name(args.name), "virDomainLookupByName")
+
+
+@handles(REMOTE, "DOMAIN_LOOKUP_BY_UUID")
+def lookup_by_uuid(session: Session, args: structs.DomainLookupByUuidArgs) -> structs.DomainRet:
+    uuid = wire_conf.uuid_from_wire(args.uuid)
+    return _found(session, session.daemon.domains.by_uuid(uuid), "virDomainLookupByUUID")
+
+
+# --- what they are ---
+
+
+@handles(REMOTE, "DOMAIN_GET_XML_DESC")
+def get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.XmlRet:
+    function = "virDomainGetXMLDesc"
+    if session.read_only and args.flags & _SECRET:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_DENIED,
+            "virDomainGetXMLDesc with secure flag",
+            domain=libvirt.VIR_FROM_DOMAIN,
+        )
+    perm = access.Perm.BACKUP if args.flags & _SECRET else access.Perm.READ
+    found = session.domain(args.dom, function, perm)
+    return structs.XmlRet(found.call(function, "domain_get_xml_desc", args.flags))
+
+
+@handles(REMOTE, "DOMAIN_GET_STATE")
+def get_state(session: Session, args: structs.DomainFlagsArgs) -> structs.DomainGetStateRet:
+    function = "virDomainGetState"
+    check_flags(function, args.flags, 0)
+    found = session.domain(args.dom, function)
+    return structs.DomainGetStateRet(*found.call(function, "domain_get_state"))
+
+
+@handles(REMOTE, "DOMAIN_IS_ACTIVE")
+def is_active(session: Session, args: structs.DomainArgs) -> structs.DomainIsActiveRet:
+    found = session.domain(args.dom, "virDomainIsActive")
+    return structs.DomainIsActiveRet(int(found.ref.id is not None))
+
+
+@handles(REMOTE, "DOMAIN_GET_INFO")
+def get_info(session: Session, args: structs.DomainArgs) -> structs.DomainGetInfoRet:
+    function = "virDomainGetInfo"
+    found = session.domain(args.dom, function)
+    return structs.DomainGetInfoRet(*found.call(function, "domain_get_info"))
+
+
+@handles(REMOTE, "DOMAIN_GET_OS_TYPE")
+def get_os_type(session: Session, args: structs.DomainArgs) -> structs.TypeRet:
+    function = "virDomainGetOSType"
+    found = session.domain(args.dom, function)
+    return structs.TypeRet(found.call(function, "domain_get_os_type"))
+
+
+@handles(REMOTE, "DOMAIN_IS_PERSISTENT")
+def is_persistent(session: Session, args: structs.DomainArgs) -> structs.DomainIsPersistentRet:
+    function = "virDomainIsPersistent"
+    found = session.domain(args.dom, function)
+    return structs.DomainIsPersistentRet(int(found.call(function, "domain_is_persistent")))
+
+
+@handles(REMOTE, "DOMAIN_GET_AUTOSTART")
+def get_autostart(session: Session, args: structs.DomainArgs) -> structs.DomainGetAutostartRet:
+    function = "virDomainGetAutostart"
+    found = session.domain(args.dom, function)
+    return structs.DomainGetAutostartRet(int(found.call(function, "domain_get_autostart")))
+
+
+@handles(REMOTE, "DOMAIN_HAS_MANAGED_SAVE_IMAGE")
+def has_managed_save_image(
+    session: Session, args: structs.DomainFlagsArgs
+) -> structs.DomainHasManagedSaveImageRet:
+    function = "virDomainHasManagedSaveImage"
+    found = session.domain(args.dom, function)
+    has = found.call(function, "domain_has_managed_save_image", args.flags)
+    return structs.DomainHasManagedSaveImageRet(int(has))
+
+
+@handles(REMOTE, "DOMAIN_GET_SECURITY_LABEL")
+def get_security_label(
+    session: Session, args: structs.DomainArgs
+) -> structs.DomainGetSecurityLabelRet:
+    function = "virDomainGetSecurityLabel"
+    found = session.domain(args.dom, function)
+    label, enforcing = found.call(function, "domain_get_security_label")
+    return structs.DomainGetSecurityLabelRet(terminated(label), int(enforcing))
+
+
+@handles(REMOTE, "DOMAIN_GET_MESSAGES")
+def get_messages(session: Session, args: structs.DomainFlagsArgs) -> structs.DomainGetMessagesRet:
+    function = "virDomainGetMessages"
+    found = session.domain(args.dom, function)
+    said = found.call(function, "domain_get_messages", args.flags)
+    return structs.DomainGetMessagesRet(tuple(said))
+
+
+# --- their disks ---
+
+
+@handles(REMOTE, "DOMAIN_GET_BLOCK_INFO")
+def get_block_info(
+    session: Session, args: structs.DomainPathFlagsArgs
+) -> structs.DomainGetBlockInfoRet:
+    function = "virDomainGetBlockInfo"
+    found = session.domain(args.dom, function)
+    capacity, allocation, physical = found.call(
+        function, "domain_get_block_info", args.path, args.flags
+    )
+    return structs.DomainGetBlockInfoRet(allocation, capacity, physical)
+
+
+@handles(REMOTE, "DOMAIN_BLOCK_STATS_FLAGS")
+def block_stats_flags(
+    session: Session, args: structs.DomainBlockStatsFlagsArgs
+) -> structs.DomainBlockStatsFlagsRet:
+    function = "virDomainBlockStatsFlags"
+    found = session.domain(args.dom, function)
+    stats = found.call(function, "domain_block_stats_flags", args.path, args.flags)
+    if not args.nparams:
+        return structs.DomainBlockStatsFlagsRet((), len(stats))
+    params = tuple(
+        remote_types.TypedParam(name, xdr.Arm(libvirt.VIR_TYPED_PARAM_LLONG, value))
+        for name, value in stats.items()
+    )[: args.nparams]
+    return structs.DomainBlockStatsFlagsRet(params, len(params))
+
+
+@handles(REMOTE, "DOMAIN_GET_BLOCK_JOB_INFO")
+def get_block_job_info(
+    session: Session, args: structs.DomainPathFlagsArgs
+) -> structs.DomainGetBlockJobInfoRet:
+    function = "virDomainGetBlockJobInfo"
+    found = session.domain(args.dom, function)
+    job = found.call(function, "domain_get_block_job_info", args.path, args.flags)
+    return structs.DomainGetBlockJobInfoRet(int(job is not None), *(job or (0, 0, 0, 0)))
+
+
+@handles(REMOTE, "CONNECT_GET_ALL_DOMAIN_STATS")
+def get_all_domain_stats(
+    session: Session, args: structs.ConnectGetAllDomainStatsArgs
+) -> structs.ConnectGetAllDomainStatsRet:
+    function = "virConnectGetAllDomainStats"
+    if args.doms:
+        found = [session.domain(dom, function) for dom in args.doms]
+    else:
+        found = session.visible(session.daemon.domains.all())
+    by_driver: dict[int, tuple[hypervisor.Driver, list[hypervisor.DomainRef]]] = {}
+    for one in found:
+        by_driver.setdefault(id(one.driver), (one.driver, []))[1].append(one.own)
+    records = []
+    for driver, refs in by_driver.values():
+        hook = domains.hook_of(driver, function, "get_all_domain_stats")
+        records += [_record(session, *told) for told in hook(refs, args.stats, args.flags)]
+    return structs.ConnectGetAllDomainStatsRet(tuple(records))
+
+
+def _record(
+    session: Session, own: hypervisor.DomainRef, stats: Mapping[str, hypervisor.Value]
+) -> structs.DomainStatsRecord:
+    ref = wire_conf.domain_to_wire(session.daemon.domains.public(own))
+    return structs.DomainStatsRecord(ref, tuple(map(typed, stats, stats.values())))
+
+
+def typed(name: str, value: hypervisor.Value) -> remote_types.TypedParam:
+    """A statistic, by the type that its VALUE has."""
+    match value:
+        case bool():
+            arm = xdr.Arm(libvirt.VIR_TYPED_PARAM_BOOLEAN, int(value))
+        case int():
+            kinds = libvirt.VIR_TYPED_PARAM_ULLONG, libvirt.VIR_TYPED_PARAM_LLONG
+            arm = xdr.Arm(kinds[value < 0], value)
+        case float():
+            arm = xdr.Arm(libvirt.VIR_TYPED_PARAM_DOUBLE, value)
+        case _:
+            arm = xdr.Arm(libvirt.VIR_TYPED_PARAM_STRING, value)
+    return remote_types.TypedParam(name, arm)
+
+
+# --- what is done to them ---
+
+
+@handles(REMOTE, "DOMAIN_FSFREEZE")
+def fsfreeze(session: Session, args: structs.DomainFsfreezeArgs) -> structs.DomainFsfreezeRet:
+    function = "virDomainFSFreeze"
+    found = session.domain(args.dom, function, access.Perm.BACKUP)
+    mountpoints: Sequence[str] = args.mountpoints
+    frozen = found.call(function, "domain_fsfreeze", mountpoints, args.flags)
+    return structs.DomainFsfreezeRet(frozen)
+
+
+@handles(REMOTE, "DOMAIN_SUSPEND")
+def suspend(session: Session, args: structs.DomainArgs) -> None:
+    function = "virDomainSuspend"
+    session.domain(args.dom, function, access.Perm.BACKUP).call(function, "domain_suspend")
+
+
+@handles(REMOTE, "DOMAIN_RESUME")
+def resume(session: Session, args: structs.DomainArgs) -> None:
+    function = "virDomainResume"
+    session.domain(args.dom, function, access.Perm.BACKUP).call(function, "domain_resume")
+
+
+@handles(QEMU, "DOMAIN_MONITOR_COMMAND")
+def monitor_command(session: Session, args: Any) -> Any:
+    function = "virDomainQemuMonitorCommand"
+    found = session.domain(args.dom, function, access.Perm.BACKUP)
+    said = found.call(function, "domain_monitor_command", args.cmd, args.flags)
+    ret = QEMU["DOMAIN_MONITOR_COMMAND"].ret
+    assert ret is not None
+    return ret(said)
