@@ -42,8 +42,9 @@ PURE = {
     "test": {"fake", "fake_info", "fake_layer", "fake_state", "faults", "nbdwire", "schema"},
     "nbd": {"extents"},
     "remote": {
-        "keepalive", "program", "protocol", "qemu_protocol", "remote_protocol", "remote_structs",
-        "remote_types", "rpc", "rpc_error", "virtbackup_protocol", "wire_conf", "xdr",
+        "dump", "keepalive", "program", "protocol", "qemu_protocol", "remote_protocol",
+        "remote_structs", "remote_types", "rpc", "rpc_error", "virtbackup_protocol", "wire_conf",
+        "xdr",
     },
 }  # fmt: skip
 

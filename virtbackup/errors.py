@@ -36,6 +36,7 @@ _TEXTS = {
         "configuration file syntax error",
     ),
     libvirt.VIR_ERR_NO_DOMAIN: ("Domain not found: %s", "Domain not found"),
+    libvirt.VIR_ERR_AUTH_FAILED: ("authentication failed: %s", "authentication failed"),
     libvirt.VIR_ERR_OPERATION_INVALID: (
         "Requested operation is not valid: %s",
         "Requested operation is not valid",

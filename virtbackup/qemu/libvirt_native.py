@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The proposed calls on libvirt's own backup job (virDomainBackupBegin): ``?native=yes``.
 
-So that one program can use, and compare, both engines. What libvirt's own cannot say or do is
-refused: branches (it has checkpoints), quiescing, and what ``translate`` names.
+So that one program can use, and compare, both engines.
 """
 
 import contextlib
-import dataclasses
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,21 +12,15 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf, domain_conf, native_conf, translate
+from virtbackup import hypervisor
+from virtbackup.conf import backup_conf, domain_conf, native_job
 from virtbackup.qemu import domain_obj, libvirt_driver, scratch
 
-END_TIMEOUT = 60.0
-"""Seconds for libvirt to end a backup job that was aborted."""
 _LOOK_AGAIN = 0.01
 
 
-def _with_image(disk: native_conf.BackupDiskDef) -> native_conf.BackupDiskDef:
-    """A listed disk has to have a type, and with one libvirt 9.0 does not come to name an image."""
-    if not disk.backup or disk.image is not None:
-        return disk
-    path = f"{scratch.default_directory()}/virtbackup-libvirt-{secrets.token_hex(4)}.{disk.name}"
-    return dataclasses.replace(disk, image=native_conf.Image(path))
+def _image(disk: str) -> str:
+    return native_job.image_path(scratch.default_directory(), disk, secrets.token_hex(4))
 
 
 class NativeDriver:
@@ -70,47 +62,30 @@ class NativeDriver:
     # --- backup ---
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        """Errors: VIR_ERR_CONFIG_UNSUPPORTED, VIR_ERR_ARGUMENT_UNSUPPORTED, libvirt's own."""
-        if flags & domain_obj.START_QUIESCE:
-            raise errors.error(
-                libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "libvirt's own backup does not quiesce"
-            )
-        definition = translate.read(xml, lambda: self._definition(ref))
-        if definition.branch is not None:
-            raise errors.error(
-                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
-                f"branch '{definition.branch}': libvirt's own backup has checkpoints, no branches",
-            )
-        native = translate.to_native(definition, lambda: self._definition(ref))
+        """Errors: those of ``native_job.begin``, libvirt's own."""
+        quiesce = bool(flags & domain_obj.START_QUIESCE)
+        native = native_job.begin(xml, quiesce, lambda: self._definition(ref), _image)
         found = self._host.lookup(ref)
-        if self._is_running(found):  # libvirt would wait half a minute for that job to end
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
-            )
-        disks = tuple(map(_with_image, native.disks))
-        found.backupBegin(dataclasses.replace(native, disks=disks).format(), None, 0)
+        if self._is_running(found):
+            raise native_job.another_runs()
+        found.backupBegin(native.format(), None, 0)
         if flags & domain_obj.START_AUTODESTROY:
             self._owned[ref.uuid] = ref
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        """libvirt tells no more of a pull than that the job ran until it was aborted."""
         found = self._host.lookup(ref)
         self._running(found)
         self._owned.pop(ref.uuid, None)
         self._end(found)
         if not found.isActive() and not flags & domain_obj.STOP_CANCEL:
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_FAILED, "the backup is not good: the domain ended"
-            )
+            raise native_job.not_good()
 
     def _end(self, found: "libvirt.virDomain") -> None:
         found.abortJob()
-        end = time.monotonic() + END_TIMEOUT
+        end = time.monotonic() + native_job.END_TIMEOUT
         while found.isActive() and found.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
             if time.monotonic() > end:
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_TIMEOUT, "libvirt's backup job does not end"
-                )
+                raise native_job.does_not_end()
             time.sleep(_LOOK_AGAIN)
 
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
@@ -124,25 +99,7 @@ class NativeDriver:
         began = 0.0
         with contextlib.suppress(libvirt.libvirtError):
             began = time.time() - found.jobStats().get("time_elapsed", 0) / 1000
-        return backup_conf.BackupInfo(
-            state="running",
-            started=began,
-            address=definition.address,
-            engine="libvirt",
-            scratch_failure="guest",
-            disks=tuple(
-                backup_conf.DiskInfo(
-                    name=disk.name,
-                    export=disk.exportname or disk.name,
-                    state="running",
-                    reason=None,
-                    capacity=int(found.blockInfo(disk.name)[0]),
-                    scratch_used=None,
-                )
-                for disk in definition.disks
-                if disk.present
-            ),
-        )
+        return native_job.info(definition, began, lambda disk: int(found.blockInfo(disk)[0]))
 
     def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         """libvirt cleans up by itself."""
@@ -153,9 +110,8 @@ class NativeDriver:
 
     def _proposal(self, ref: hypervisor.DomainRef) -> backup_conf.BackupDef:
         """The running backup, in the proposal's dialect."""
-        native = native_conf.BackupDef.parse(self._running(self._host.lookup(ref)))
-        definition = translate.to_proposal(native, lambda: self._definition(ref))
-        return definition.align_disks(self._definition(ref))
+        document = self._running(self._host.lookup(ref))
+        return native_job.running(document, lambda: self._definition(ref))
 
     def _is_running(self, found: "libvirt.virDomain") -> bool:
         try:
@@ -171,6 +127,4 @@ class NativeDriver:
         except libvirt.libvirtError as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 raise
-            raise errors.error(
-                libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present"
-            ) from failure
+            raise native_job.none_runs() from failure

@@ -81,13 +81,14 @@ class RemoteError:
     net: NonnullNetwork | None
 
 
+TYPED_PARAM_BOOLEAN = 6
 TYPED_PARAM_ARMS = {
     1: xdr.Int,
     2: xdr.UInt,
     3: xdr.Hyper,
     4: xdr.UHyper,
     5: xdr.Double,
-    6: xdr.Int,
+    TYPED_PARAM_BOOLEAN: xdr.Int,
     7: NonnullString,
 }
 """VIR_TYPED_PARAM_INT, UINT, LLONG, ULLONG, DOUBLE, BOOLEAN, STRING."""

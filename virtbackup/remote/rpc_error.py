@@ -15,6 +15,7 @@ MAX_TEXT = 65536
 """Bytes of one text of an error that are sent."""
 
 _UNKNOWN_PROCEDURE = "unknown procedure"
+_UNKNOWN_PROGRAM = "Cannot find program"
 
 
 def to_wire(error: libvirt.libvirtError) -> remote_types.RemoteError:
@@ -60,6 +61,11 @@ def is_unknown_procedure(sent: remote_types.RemoteError) -> bool:
     )
 
 
+def is_unknown_program(error: libvirt.libvirtError) -> bool:
+    """Whether a server, of which ERROR came, says that it has not the program."""
+    return error.get_error_code() == libvirt.VIR_ERR_RPC and str(error).startswith(_UNKNOWN_PROGRAM)
+
+
 def reply(to: rpc.Message, error: libvirt.libvirtError) -> rpc.Message:
     """The bad answer to any call."""
     return dataclasses.replace(
@@ -84,7 +90,7 @@ def unknown(call: rpc.Message) -> errors.Error:
     known = rpc.known_program(call)
     if known is None:
         number = _signed(call.program)
-        return rpc_error(f"Cannot find program {number} version {_signed(call.version)}")
+        return rpc_error(f"{_UNKNOWN_PROGRAM} {number} version {_signed(call.version)}")
     return rpc_error(f"{_UNKNOWN_PROCEDURE}: {call.procedure}")
 
 

@@ -192,5 +192,6 @@ VIRTBACKUP = program.Program(
         event(11, "BACKUP_ENDED", BackupEndedMsg),
         Proc(12, "LIST_DOMAINS", None, ListDomainsRet),
         Proc(13, "CONNECT_GET_HOST", None, ConnectGetHostRet),
+        Proc(14, "DOMAIN_BRANCH_CREATE", DomainBranchDeleteArgs),
     ),
 )

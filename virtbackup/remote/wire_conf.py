@@ -23,11 +23,15 @@ NO_ID = -1
 
 
 def domain_to_wire(ref: hypervisor.DomainRef) -> remote_types.NonnullDomain:
+    id = NO_ID if ref.id is None else ref.id
+    return remote_types.NonnullDomain(ref.name, uuid_to_wire(ref.uuid), id)
+
+
+def uuid_to_wire(text: str) -> bytes:
     try:
-        number = uuid.UUID(ref.uuid).bytes
+        return uuid.UUID(text).bytes
     except ValueError as failure:
-        raise xdr.CodecError(f"'{ref.uuid}' is no uuid") from failure
-    return remote_types.NonnullDomain(ref.name, number, NO_ID if ref.id is None else ref.id)
+        raise xdr.CodecError(f"'{text}' is no uuid") from failure
 
 
 def domain_from_wire(sent: remote_types.NonnullDomain) -> hypervisor.DomainRef:
@@ -63,6 +67,16 @@ def branches_from_wire(
     sent: virtbackup_protocol.DomainBranchListRet,
 ) -> list[backup_conf.Branch]:
     return [_branch_from_wire(branch) for branch in sent.branches]
+
+
+def params_from_wire(sent: Sequence[remote_types.TypedParam]) -> dict[str, hypervisor.Value]:
+    """Typed parameters by name."""
+    return {
+        param.field: bool(param.value.value)
+        if param.value.type == remote_types.TYPED_PARAM_BOOLEAN
+        else param.value.value
+        for param in sent
+    }
 
 
 def _disk_info_to_wire(disk: backup_conf.DiskInfo) -> virtbackup_protocol.DiskInfo:

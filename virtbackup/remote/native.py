@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The proposed calls on a server that is libvirt's own: by virDomainBackupBegin and its kin."""
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import libvirt
+
+from virtbackup import errors, hypervisor
+from virtbackup.conf import backup_conf, domain_conf, native_job
+from virtbackup.remote import program, protocol, wire_conf
+from virtbackup.remote import remote_structs as structs
+
+logger = logging.getLogger(__name__)
+
+# The public flags (api.py), which a driver may not import: the numbers are the contract.
+START_QUIESCE = 1 << 0
+START_AUTODESTROY = 1 << 1
+STOP_CANCEL = 1 << 0
+
+SCRATCH_DIRECTORY = "/var/tmp"
+"""On the server's host, for scratch images for which nobody named a place."""
+JOB_OPERATION_BACKUP = 9
+"""VIR_DOMAIN_JOB_OPERATION_BACKUP, which libvirt-python does not have before 6.0."""
+
+_LOOK_AGAIN = 0.02
+
+Call = Callable[..., Any]
+"""(program, procedure's name, arguments) -> what the server returns."""
+
+
+def unsupported(function: str) -> errors.Error:
+    """For what libvirt has nothing like."""
+    return errors.error(
+        libvirt.VIR_ERR_NO_SUPPORT,
+        f"{function} (the server is libvirt's own, which has checkpoints, no branches)",
+        domain=libvirt.VIR_FROM_DOMAIN,
+    )
+
+
+class NativeJobs:
+    """The backups of all domains of one server."""
+
+    def __init__(self, call: Call) -> None:
+        self._call_program = call
+        self._lock = threading.Lock()
+        self._owned: dict[str, hypervisor.DomainRef] = {}
+        """By uuid: the domains whose backup is to end with us."""
+
+    def close(self) -> None:
+        """End the backups that were started to end with us; a failure to is logged."""
+        with self._lock:
+            owned, self._owned = list(self._owned.values()), {}
+        for ref in owned:
+            try:
+                self._running(ref)
+                self._end(ref)
+            except libvirt.libvirtError as failure:
+                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                    logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
+
+    def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
+        """Errors: those of ``native_job.begin``, the server's."""
+        native = native_job.begin(
+            xml, bool(flags & START_QUIESCE), lambda: self._definition(ref), _image
+        )
+        if self._runs(ref):
+            raise native_job.another_runs()
+        dom = wire_conf.domain_to_wire(ref)
+        self._call(
+            "DOMAIN_BACKUP_BEGIN", structs.DomainBackupBeginArgs(dom, native.format(), None, 0)
+        )
+        if flags & START_AUTODESTROY:
+            with self._lock:
+                self._owned[ref.uuid] = ref
+
+    def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
+        self._running(ref)
+        with self._lock:
+            self._owned.pop(ref.uuid, None)
+        self._end(ref)
+        if not flags & STOP_CANCEL and not self._is_active(ref):
+            raise native_job.not_good()
+
+    def xml_desc(self, ref: hypervisor.DomainRef) -> str:
+        return self._proposal(ref).format()
+
+    def info(self, ref: hypervisor.DomainRef) -> backup_conf.BackupInfo:
+        definition = self._proposal(ref)
+        began = 0.0
+        with contextlib.suppress(libvirt.libvirtError):
+            stats = wire_conf.params_from_wire(self._job_stats(ref).params)
+            began = time.time() - int(stats.get("time_elapsed", 0)) / 1000
+        return native_job.info(definition, began, lambda disk: self._capacity(ref, disk))
+
+    def _capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
+        args = structs.DomainPathFlagsArgs(wire_conf.domain_to_wire(ref), disk, 0)
+        return int(self._call("DOMAIN_GET_BLOCK_INFO", args).capacity)
+
+    def _end(self, ref: hypervisor.DomainRef) -> None:
+        self._call("DOMAIN_ABORT_JOB", structs.DomainArgs(wire_conf.domain_to_wire(ref)))
+        end = time.monotonic() + native_job.END_TIMEOUT
+        while self._is_busy(ref):
+            if time.monotonic() > end:
+                raise native_job.does_not_end()
+            time.sleep(_LOOK_AGAIN)
+
+    def _is_busy(self, ref: hypervisor.DomainRef) -> bool:
+        """Whether a job runs; on a domain that runs."""
+        try:
+            return bool(self._job_stats(ref).type != libvirt.VIR_DOMAIN_JOB_NONE)
+        except libvirt.libvirtError:
+            if self._is_active(ref):
+                raise
+            return False
+
+    def _job_stats(self, ref: hypervisor.DomainRef) -> structs.DomainGetJobStatsRet:
+        stats: structs.DomainGetJobStatsRet = self._call("DOMAIN_GET_JOB_STATS", _flags(ref))
+        return stats
+
+    def _is_active(self, ref: hypervisor.DomainRef) -> bool:
+        try:
+            args = structs.DomainArgs(wire_conf.domain_to_wire(ref))
+            return bool(self._call("DOMAIN_IS_ACTIVE", args).active)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            return False
+
+    def _definition(self, ref: hypervisor.DomainRef) -> domain_conf.DomainDef:
+        return domain_conf.DomainDef.parse(self._call("DOMAIN_GET_XML_DESC", _flags(ref)).xml)
+
+    def _proposal(self, ref: hypervisor.DomainRef) -> backup_conf.BackupDef:
+        return native_job.running(self._running(ref), lambda: self._definition(ref))
+
+    def _runs(self, ref: hypervisor.DomainRef) -> bool:
+        try:
+            self._running(ref)
+        except errors.Error as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                raise
+            return False
+        return True
+
+    def _running(self, ref: hypervisor.DomainRef) -> str:
+        """libvirt's document of the backup that runs. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
+        try:
+            return str(self._call("DOMAIN_BACKUP_GET_XML_DESC", _flags(ref)).xml)
+        except errors.Error as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                raise
+            raise native_job.none_runs() from failure
+
+    def _call(self, name: str, args: object) -> Any:
+        of: program.Program = protocol.REMOTE
+        return self._call_program(of, name, args)
+
+
+def _flags(ref: hypervisor.DomainRef) -> structs.DomainFlagsArgs:
+    return structs.DomainFlagsArgs(wire_conf.domain_to_wire(ref), 0)
+
+
+def _image(disk: str) -> str:
+    return native_job.image_path(SCRATCH_DIRECTORY, disk, secrets.token_hex(4))
