@@ -9,14 +9,14 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, translate
-from virtbackup.qemu import domain_obj, libvirt_driver, scratch
+from virtbackup.qemu import domain_obj, libvirt_driver, libvirt_queries, scratch, status
 
 END_TIMEOUT = 60.0
 """Seconds for libvirt to end a backup job that was aborted."""
@@ -31,7 +31,7 @@ def _with_image(disk: native_conf.BackupDiskDef) -> native_conf.BackupDiskDef:
     return dataclasses.replace(disk, image=native_conf.Image(path))
 
 
-class NativeDriver:
+class NativeDriver(libvirt_queries.LibvirtQueries):
     """The driver of libvirt's own engine; all but backups is as without it."""
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
@@ -66,6 +66,16 @@ class NativeDriver:
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return self._host.domain_get_xml_desc(ref, flags)
+
+    @property
+    def _connection(self) -> "libvirt.virConnect":
+        return self._host._connection
+
+    def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
+        return self._host.lookup(ref)
+
+    def _file(self, uuid: str) -> status.StatusFile:
+        return self._host._file(uuid)
 
     # --- backup ---
 
@@ -174,3 +184,7 @@ class NativeDriver:
             raise errors.error(
                 libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present"
             ) from failure
+
+
+_: Callable[[libvirt_driver.LibvirtDriver], hypervisor.QueryDriver] = NativeDriver
+"""mypy's proof that the driver has every hook."""
