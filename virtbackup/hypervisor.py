@@ -143,7 +143,10 @@ class QueryDriver(Driver, Protocol):
         """DOMAINS empty: of all that there are."""
 
     def domain_fsfreeze(self, domain: DomainRef, mountpoints: Sequence[str], flags: int) -> int:
-        """How many file systems were frozen."""
+        """How many file systems were frozen; MOUNTPOINTS empty: all that there are."""
+
+    def domain_fsthaw(self, domain: DomainRef, mountpoints: Sequence[str], flags: int) -> int:
+        """How many file systems were thawed; MOUNTPOINTS empty: all that there are."""
 
     def domain_suspend(self, domain: DomainRef) -> None: ...
 

@@ -10,7 +10,7 @@ import libvirt
 
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import agent, capabilities, job, naming, status, watch
+from virtbackup.qemu import agent, capabilities, ending, job, naming, status, watch
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +30,24 @@ class DomainObj:
         engine: capabilities.Engine | None = None,
         quiesce: agent.Agent | None = None,
         why_gone: Callable[[], str | None] = lambda: None,
+        notify: ending.Notify | None = None,
     ) -> None:
-        """QUIESCE None: there is no guest agent to be asked. WHY_GONE: as ``BackupJob``."""
+        """QUIESCE None: there is no guest agent to be asked. WHY_GONE: as ``BackupJob``. NOTIFY:
+        as ``listen``."""
         self.file = file
         self.job = job.BackupJob(file, connect, why_gone)
         self._engine = engine
         self._agent = quiesce
         self._watch: watch.Watch | None = None
         self._autodestroy: naming.BackupId | None = None
+        self._ending = ending.Ending(file, why_gone)
+        self._ending.listen(notify)
+
+    def listen(self, notify: ending.Notify | None) -> None:
+        """Have NOTIFY called, by any thread, with whether a backup was good, and else why not, once
+        for each that ends: the one that runs now, whoever started it, and those that are started
+        or asked for here. None: nobody."""
+        self._ending.listen(notify)
 
     def close(self) -> None:
         """End the backup that was started to end with us; a failure to is logged."""
@@ -46,10 +56,12 @@ class DomainObj:
         running = self.file.load()
         if id is None or running is None or running.id != id:
             return
-        try:
-            self.job.stop(id, cancel=True)
-        except errors.Error as failure:
-            logger.warning("backup=%s could not be ended on close: %s", id, failure)
+        with self._ending.stopping() as ended:
+            try:
+                self.job.stop(id, cancel=True)
+                ended(False, ending.CANCELLED)
+            except errors.Error as failure:
+                logger.warning("backup=%s could not be ended on close: %s", id, failure)
 
     def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
         quiesce = self._agent if flags & START_QUIESCE else None
@@ -75,26 +87,38 @@ class DomainObj:
                 os.close(image.fd)
             self.job.stop(id, cancel=True)
             raise
+        self._ending.find()
 
     def backup_stop(self, flags: int) -> None:
+        cancel = bool(flags & STOP_CANCEL)
+        with self._ending.stopping() as ended:
+            reasons = self._stop(cancel)
+            reason = ending.CANCELLED if cancel else ending.reason_of(reasons) if reasons else None
+            ended(reason is None, reason)
+        if reasons and not cancel:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, reason)
+
+    def _stop(self, cancel: bool) -> dict[str, str]:
         # Where we started a backup that is to end with us, that one is meant and no other.
         try:
-            reasons = self.job.stop(self._autodestroy, bool(flags & STOP_CANCEL))
+            reasons = self.job.stop(self._autodestroy, cancel)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 self._autodestroy = None
             raise
         self._autodestroy = None
         self._stop_watching()
-        if reasons and not flags & STOP_CANCEL:
-            disks = "; ".join(f"disk '{target}': {why}" for target, why in reasons.items())
-            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {disks}")
+        return reasons
 
     def backup_xml(self) -> str:
-        return self.job.definition(self._autodestroy)
+        xml = self.job.definition(self._autodestroy)
+        self._ending.find()
+        return xml
 
     def backup_info(self) -> backup_conf.BackupInfo:
-        return self.job.info(self._autodestroy)
+        info = self.job.info(self._autodestroy)
+        self._ending.find()
+        return info
 
     def _stop_watching(self) -> None:
         watching, self._watch = self._watch, None
