@@ -100,8 +100,10 @@ class Connection:
         return self._open("virConnectGetType").get_type()
 
     def getHostname(self) -> str:
-        """The name of the host this process runs on."""
-        return socket.gethostname()
+        """The name of the host on which the domains run."""
+        driver = self._open("virConnectGetHostname")
+        get: Callable[[], str] = getattr(driver, "get_hostname", socket.gethostname)
+        return get()
 
     def getVersion(self) -> int:
         """The hypervisor's version: major * 1000000 + minor * 1000 + micro."""
@@ -137,9 +139,7 @@ class Connection:
         """The domain called NAME. Errors: VIR_ERR_NO_DOMAIN."""
         function = "virDomainLookupByName"
         _check_not_none(function, name=name)
-        return self._lookup(
-            function, lambda ref: ref.name == name, f"no domain with matching name '{name}'"
-        )
+        return self._lookup(function, f"no domain with matching name '{name}'", name=name)
 
     def lookupByUUIDString(self, uuidstr: str) -> "Domain":
         """The domain of that UUID. Errors: VIR_ERR_NO_DOMAIN, VIR_ERR_INVALID_ARG."""
@@ -151,14 +151,12 @@ class Connection:
             wanted = str(uuidlib.UUID(uuidstr))
         except ValueError as failure:
             raise errors.invalid_arg(function, "uuidstr", "Invalid UUID") from failure
-        return self._lookup(
-            function, lambda ref: ref.uuid == wanted, f"no domain with matching uuid '{wanted}'"
-        )
+        return self._lookup(function, f"no domain with matching uuid '{wanted}'", uuid=wanted)
 
     def lookupByID(self, id: int) -> "Domain":
         """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN."""
         function = "virDomainLookupByID"
-        return self._lookup(function, lambda ref: ref.id == id, f"no domain with matching id {id}")
+        return self._lookup(function, f"no domain with matching id {id}", id=id)
 
     def domainEventRegisterAny(
         self, dom: "Domain | None", eventID: int, cb: EventCallback, opaque: object
@@ -204,13 +202,19 @@ class Connection:
         end()
         return 0
 
-    def _lookup(
-        self, function: str, matches: Callable[[hypervisor.DomainRef], bool], otherwise: str
-    ) -> "Domain":
-        for ref in self._open(function).list_domains():
-            if matches(ref):
-                return Domain(self, ref)
-        raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, otherwise)
+    def _lookup(self, function: str, otherwise: str, **wanted: Any) -> "Domain":
+        """The domain whose one WANTED field is so."""
+        driver = self._open(function)
+        lookup = getattr(driver, "domain_lookup", None)
+        if lookup is not None:
+            found = lookup(**wanted)
+        else:
+            [(field, value)] = wanted.items()
+            refs = driver.list_domains()
+            found = next((ref for ref in refs if getattr(ref, field) == value), None)
+        if found is None:
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, otherwise)
+        return Domain(self, found)
 
     def _open(self, function: str) -> hypervisor.Driver:
         if self._driver is None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.remote import client, transport
+from virtbackup.remote import client, rpc_error, transport
 
 PORTS = {"tls": 16514, "tcp": 16509}
 """libvirtd's."""
@@ -126,7 +126,7 @@ def connect(target: Target, timeout: float = CONNECT_TIMEOUT) -> transport.Trans
     """A connection to the server.
 
     Errors: VIR_ERR_SYSTEM_ERROR, by address or by file; VIR_ERR_AUTH_FAILED for a server that has
-    not proved who it is.
+    not proved who it is; VIR_ERR_RPC from a server to which we have not proved who we are.
     """
     address = target.address
     context = context_of(target) if address.kind == "tls" else None
@@ -137,6 +137,11 @@ def connect(target: Target, timeout: float = CONNECT_TIMEOUT) -> transport.Trans
             libvirt.VIR_ERR_AUTH_FAILED,
             f"Failed to verify peer's certificate: '{place(address)}': {failure.verify_message}",
             domain=libvirt.VIR_FROM_RPC,
+        ) from failure
+    except transport.NotAccepted as failure:
+        raise rpc_error.rpc_error(
+            f"server verification (of our certificate '{_files(target)[1]}') failed:"
+            f" '{place(address)}': {failure.strerror}"
         ) from failure
     except OSError as failure:
         text = f"unable to connect to server at '{place(address)}'"

@@ -22,7 +22,7 @@ from virtbackup.remote import (
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote import virtbackup_protocol as ours
 from virtbackup.remote.dispatch import MESSAGES_OF, Session, check_flags, handles
-from virtbackup.remote.dispatch_connect import ask
+from virtbackup.remote.dispatch_connect import hostname
 from virtbackup.remote.dispatch_domain import typed
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
@@ -45,8 +45,7 @@ def supported(session: Session, args: None) -> ours.SupportedRet:
 @handles(VIRTBACKUP, "CONNECT_GET_HOST")
 def get_host(session: Session, args: None) -> ours.ConnectGetHostRet:
     driver = session.daemon.domains.first()
-    hostname = ask(session, "virConnectGetHostname", "get_hostname")
-    return ours.ConnectGetHostRet(driver.get_type(), driver.get_version(), hostname)
+    return ours.ConnectGetHostRet(driver.get_type(), driver.get_version(), hostname(session))
 
 
 @handles(VIRTBACKUP, "LIST_DOMAINS")
@@ -112,6 +111,13 @@ def branch_list(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainB
     function = "virDomainBranchList"
     found = session.domain(args.dom, function)
     return wire_conf.branches_to_wire(found.call(function, "domain_branch_list", args.flags))
+
+
+@handles(VIRTBACKUP, "DOMAIN_BRANCH_CREATE")
+def branch_create(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
+    function = "virDomainBranchCreate"
+    found = session.domain(args.dom, function, BACKUP)
+    found.call(function, "domain_branch_create", args.name, args.flags)
 
 
 @handles(VIRTBACKUP, "DOMAIN_BRANCH_DELETE")

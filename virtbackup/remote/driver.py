@@ -18,6 +18,7 @@ import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf
+from virtbackup.conf import xml as conf_xml
 from virtbackup.remote import (
     client,
     connect,
@@ -28,6 +29,7 @@ from virtbackup.remote import (
     rpc_error,
     virtbackup_protocol,
     wire_conf,
+    xdr,
 )
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.protocol import QEMU, REMOTE, VIRTBACKUP
@@ -334,6 +336,10 @@ class RemoteDriver:
             assert id is not None
             call = "DOMAIN_LOOKUP_BY_ID", structs.DomainLookupByIdArgs(id)
         try:
+            xdr.encode(call[1])
+        except rpc.CodecError:
+            return None  # no domain has such a name, or id
+        try:
             return wire_conf.domain_from_wire(self._call(REMOTE, *call).dom)
         except errors.Error as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
@@ -361,7 +367,13 @@ class RemoteDriver:
         if not self._session().is_ours:
             self._jobs.start(ref, xml, flags)
             return
-        self._of(ref, "DOMAIN_BACKUP_START", xml, flags, of=VIRTBACKUP)
+        dom = wire_conf.domain_to_wire(ref)
+        args = virtbackup_protocol.DomainBackupStartArgs(dom, xml, flags)
+        try:
+            xdr.encode(args)
+        except rpc.CodecError:
+            conf_xml.parse(xml, "domainbackup")  # which says better what is wrong
+        self._call(VIRTBACKUP, "DOMAIN_BACKUP_START", args)
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         if not self._session().is_ours:

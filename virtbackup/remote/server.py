@@ -402,6 +402,8 @@ class Client:
             self._server.select(self, selectors.EVENT_WRITE)
             return False
         self._handshaking = False
+        with self._lock:
+            self._unsent += transport.ACCEPTED
         self._session = self._server.serve(self)
         logger.info("client=%d connected: %s", self.number, self.address)
         return True
