@@ -90,6 +90,8 @@ class Settings:
     keepalive_count: int = 5
     files: tuple[str, ...] = ()
     """Where settings were looked for; not one itself."""
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    """Setting -> file and line that say it; not one itself."""
 
     @classmethod
     def parse(cls, texts: Mapping[str, str], files: Iterable[str] = ()) -> "Settings":
@@ -97,10 +99,18 @@ class Settings:
         FILES are those that might have been there. Errors: VIR_ERR_CONF_SYNTAX, by file and line.
         """
         values: dict[str, Value] = {}
+        places: dict[str, str] = {}
         for file, text in texts.items():
             for number, line in _lines(text):
-                values.update(_parse_line(line, f"{file}:{number}"))
-        return cls(**values, files=tuple(files))  # type: ignore[arg-type]  # as _KINDS has them
+                said = _parse_line(line, f"{file}:{number}")
+                values |= said
+                places |= dict.fromkeys(said, f"{file}:{number}")
+        return cls(**values, files=tuple(files), places=places)  # type: ignore[arg-type]
+
+    def wrong(self, name: str, detail: str) -> errors.Error:
+        """VIR_ERR_CONF_SYNTAX about the setting NAME, with its place where it has one."""
+        place = f"{self.places[name]}: " if name in self.places else ""
+        return _syntax(f"{place}{name}: {detail}")
 
     def credentials(self) -> Credentials:
         """What TLS of exports goes by. Errors: VIR_ERR_OPERATION_INVALID where that is not set,
@@ -136,8 +146,10 @@ def _kind(hint: Any) -> str:
 
 
 _KINDS = {name: _kind(hint) for name, hint in typing.get_type_hints(Settings).items()}
-del _KINDS["files"]
+del _KINDS["files"], _KINDS["places"]
 """Setting -> what its value is to be."""
+
+_AT_LEAST_ONE = ("max_clients", "max_client_requests", "max_workers", "keepalive_count")
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -167,6 +179,8 @@ def _parse_line(line: str, place: str) -> dict[str, Value]:
     value = _value(name, match)
     if value is None:
         raise _syntax(f"{place}: expected {_KINDS[name]} for '{name}'")
+    if name in _AT_LEAST_ONE and not value:
+        raise _syntax(f"{place}: expected at least 1 for '{name}'")
     if isinstance(value, str) and name.endswith("_dir") and not value.startswith("/"):
         raise _syntax(f"{place}: expected an absolute path for '{name}'")
     return {name: value}

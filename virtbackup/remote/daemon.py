@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The daemon: listeners, clients, their sessions and the domains (libvirt's remote_daemon.c)."""
 
+import contextlib
+import errno
 import grp
+import ipaddress
 import logging
 import os
 import pathlib
+import re
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import libvirt
 
@@ -36,8 +40,6 @@ _HANDLERS = (
 )
 """The modules that fill the table of handlers, by being loaded."""
 
-LOOPBACK = ("127.", "::1", "localhost")
-
 
 class Daemon:
     """Serves HOSTS to clients, by SETTINGS."""
@@ -57,54 +59,59 @@ class Daemon:
                 keepalive_count=settings.keepalive_count,
             ),
         )
-        self._paths: list[tuple[str, int]] = []
-        """Unix sockets that we made, by path and inode."""
+        self._paths: list[tuple[str, os.stat_result]] = []
+        """Unix sockets that we made."""
 
     def listen(self, address: transport.Address) -> str:
         """Listen at an ADDRESS; where, with the port that the system has chosen for 0. Errors:
         VIR_ERR_SYSTEM_ERROR, and those of ``check``."""
         check(address, self.settings)
-        mode = int(self.settings.unix_sock_mode, 8)
-        try:
-            made = transport.listen(address, mode)
-        except OSError as failure:
-            raise errors.system_error(failure, f"cannot listen on '{address}'") from failure
-        if address.kind == "unix":
-            self._own(address.path)
-            self._paths.append((address.path, os.stat(address.path).st_ino))  # noqa: PTH116
         context = None if address.kind != "tls" else tls_context(self.settings)
-        return self._add(made, address.kind, context)
+        try:
+            made = transport.listen(address, mode(self.settings))
+        except OSError as failure:
+            reason = _in_words(failure)
+            raise errors.system_error(reason, f"cannot listen on '{address}'") from failure
+        with _closed_on_error(made):
+            if address.kind == "unix":
+                self._paths.append((address.path, os.lstat(address.path)))
+                self._own(address.path)
+            return self._add(made, address.kind, context)
 
     def adopt(self, fd: int) -> str:
         """Listen on a unix or tcp socket that somebody else has made (sd_listen_fds). Errors:
-        VIR_ERR_CONFIG_UNSUPPORTED for a tcp socket that is not on loopback."""
-        made = socket.socket(fileno=fd)
-        if made.family == socket.AF_UNIX:
-            return self._add(made, "unix", None)
-        host, port = made.getsockname()[:2]
-        kind = "tcp" if _is_loopback(host) else "tls"
-        check(transport.Address("tls" if kind == "tls" else "tcp", host=host, port=port),
-              self.settings)  # fmt: skip
-        return self._add(made, kind, tls_context(self.settings) if kind == "tls" else None)
+        VIR_ERR_CONFIG_UNSUPPORTED for another descriptor, and for a tcp socket that is not on
+        loopback, where no certificates are set."""
+        made = _adopted(fd)
+        with _closed_on_error(made):
+            if made.family == socket.AF_UNIX:
+                return self._add(made, "unix", None)
+            on_loopback = _is_loopback(made.getsockname()[0])
+            context = None if on_loopback else tls_context(self.settings)
+            return self._add(made, "tcp" if on_loopback else "tls", context)
 
     def _add(self, made: socket.socket, kind: str, context: ssl.SSLContext | None) -> str:
-        self.server.listen(made, context)
         name = made.getsockname()
         if made.family == socket.AF_UNIX:
-            return f"unix:{name}"
-        host = f"[{name[0]}]" if ":" in name[0] else name[0]
-        return f"{kind}:{host}:{name[1]}"
+            place = f"unix:{name}"
+        else:
+            host = f"[{name[0]}]" if ":" in name[0] else name[0]
+            place = f"{kind}:{host}:{name[1]}"
+            if kind == "tcp" and not _is_loopback(name[0]):
+                raise _beyond_loopback(place)  # whatever the name was, that stands for this
+        self.server.listen(made, context)
+        return place
 
     def _own(self, path: str) -> None:
         """Give a socket to the group that is set. Errors: VIR_ERR_SYSTEM_ERROR."""
-        group = self.settings.unix_sock_group
-        if group is None:
+        gid = group(self.settings)
+        if gid is None:
             return
         try:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
-        except (KeyError, OSError) as failure:
-            reason = failure if isinstance(failure, OSError) else OSError(0, "no such group")
-            raise errors.system_error(reason, f"cannot give '{path}' to '{group}'") from failure
+            os.chown(path, -1, gid)
+        except OSError as failure:
+            name = self.settings.unix_sock_group
+            raise errors.system_error(failure, f"cannot give '{path}' to '{name}'") from failure
 
     def run(self) -> None:
         """Serve until ``stop``. Backups that run go on."""
@@ -114,16 +121,61 @@ class Daemon:
             self.close()
 
     def stop(self) -> None:
-        """Have ``run`` return, once calls that are worked on have their replies."""
+        """Have ``run`` return, once calls that are worked on have their replies; when it is called
+        again, at once. By any thread, or a signal's handler."""
         self.server.stop()
 
     def close(self) -> None:
-        """Let go of drivers, and remove the sockets."""
+        """Remove the sockets, and let go of drivers."""
+        for path, made in self._paths:
+            with contextlib.suppress(OSError):  # it is gone
+                if os.path.samestat(os.lstat(path), made):
+                    os.unlink(path)  # noqa: PTH108
+        self._paths.clear()
+        self.server.close()
         self.domains.close()
-        for path, inode in self._paths:
-            found = pathlib.Path(path)
-            if found.is_socket() and found.stat().st_ino == inode:
-                found.unlink()
+
+
+@contextlib.contextmanager
+def _closed_on_error(made: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        made.close()
+        raise
+
+
+def _adopted(fd: int) -> socket.socket:
+    """The listening socket behind FD. Errors: VIR_ERR_CONFIG_UNSUPPORTED."""
+    try:
+        made = socket.socket(fileno=fd)
+        listens = made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as failure:
+        raise _no_listener(fd) from failure
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+    if not listens or made.type != socket.SOCK_STREAM or made.family not in families:
+        made.close()
+        raise _no_listener(fd)
+    return made
+
+
+def _no_listener(fd: int) -> errors.Error:
+    return errors.error(
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        f"descriptor {fd} that was handed over is no listening stream socket of unix or tcp",
+    )
+
+
+# --- what settings mean ---
+
+
+def check(address: transport.Address, settings: virtbackup_conf.Settings) -> None:
+    """Refuse where nobody should listen. Errors: VIR_ERR_CONFIG_UNSUPPORTED for tcp beyond
+    loopback, as nobody there says who he is; VIR_ERR_CONF_SYNTAX."""
+    mode(settings)
+    group(settings)
+    if address.kind == "tcp" and not _is_loopback(address.host):
+        raise _beyond_loopback(str(address))
 
 
 def policy(settings: virtbackup_conf.Settings) -> access.Policy:
@@ -133,28 +185,49 @@ def policy(settings: virtbackup_conf.Settings) -> access.Policy:
     try:
         return access.Policy.parse(settings.access)
     except ValueError as failure:
-        raise _conf(f"access: {failure}") from failure
+        raise settings.wrong("access", str(failure)) from failure
 
 
-def check(address: transport.Address, settings: virtbackup_conf.Settings) -> None:
-    """Refuse where nobody should listen. Errors: VIR_ERR_CONFIG_UNSUPPORTED for tcp beyond
-    loopback, as nobody there says who he is; VIR_ERR_CONF_SYNTAX."""
+def mode(settings: virtbackup_conf.Settings) -> int:
+    """Of unix sockets. Errors: VIR_ERR_CONF_SYNTAX."""
+    text = settings.unix_sock_mode
+    if not re.fullmatch("[0-7]{3,4}", text) or int(text, 8) > 0o777:
+        raise settings.wrong("unix_sock_mode", f"'{text}' is no mode: expected 0600, say")
+    return int(text, 8)
+
+
+def group(settings: virtbackup_conf.Settings) -> int | None:
+    """Of unix sockets, by number. Errors: VIR_ERR_CONF_SYNTAX."""
+    name = settings.unix_sock_group
+    if name is None:
+        return None
     try:
-        mode = int(settings.unix_sock_mode, 8)
-    except ValueError as failure:
-        raise _conf(f"unix_sock_mode: '{settings.unix_sock_mode}' is not octal") from failure
-    if not 0 <= mode <= 0o777:
-        raise _conf(f"unix_sock_mode: '{settings.unix_sock_mode}' is no mode")
-    if address.kind == "tcp" and not _is_loopback(address.host):
-        raise errors.error(
-            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
-            f"'{address}': tcp is for loopback only (127.0.0.1, ::1, localhost): its clients do"
-            " not say who they are; beyond it, use tls",
-        )
+        return grp.getgrnam(name).gr_gid
+    except KeyError as failure:
+        raise settings.wrong("unix_sock_group", f"there is no group '{name}'") from failure
+
+
+def _beyond_loopback(place: str) -> errors.Error:
+    return errors.error(
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        f"'{place}': tcp is for loopback only (127.0.0.1, ::1, localhost): its clients do not say"
+        " who they are; beyond it, use tls",
+    )
 
 
 def _is_loopback(host: str) -> bool:
-    return host.startswith(LOOPBACK[0]) or host in LOOPBACK[1:]
+    """Of an address; a name is taken at its word, and looked at again once it is an address."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _in_words(failure: OSError) -> OSError:
+    """A FAILURE to listen on a unix socket or at a port."""
+    if failure.errno == errno.EADDRINUSE:
+        return OSError(failure.errno, "somebody listens there already")
+    return failure
 
 
 def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:
@@ -181,7 +254,7 @@ def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:
             raise errors.system_error(failure, f"cannot read '{path}'") from failure
     try:
         made.load_verify_locations(ca)
-        made.load_cert_chain(cert, key)
+        made.load_cert_chain(cert, key, password=_no_password)
     except (ssl.SSLError, OSError) as failure:
         reason = OSError(0, getattr(failure, "reason", None) or str(failure))
         raise errors.system_error(
@@ -190,5 +263,6 @@ def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:
     return made
 
 
-def _conf(detail: str) -> errors.Error:
-    return errors.error(libvirt.VIR_ERR_CONF_SYNTAX, detail, domain=libvirt.VIR_FROM_CONF)
+def _no_password() -> str:
+    """For a key that wants one: nobody is there to be asked."""
+    return ""

@@ -29,6 +29,9 @@ from virtbackup.remote import (
 
 logger = logging.getLogger(__name__)
 
+MAX_SUBSCRIPTIONS = 4096
+"""Of one client."""
+
 
 class Peer(Protocol):
     """The client's connection, as far as a session knows it."""
@@ -66,8 +69,9 @@ class Session:
         self.speaks_ours = False
         """Whether it has called our own program, and so knows its events."""
         self.subscriptions: dict[int, Subscription] = {}
-        self.ends_with: dict[str, hypervisor.DomainRef] = {}
-        """By uuid: domains with a backup that is to end with the connection."""
+        self.ends_with: dict[str, str | None] = {}
+        """Domains by uuid -> the id of their backup that is to end with the connection; None: the
+        driver does not tell."""
         self._lock = threading.Lock()
         self._callbacks = 0
 
@@ -109,18 +113,47 @@ class Session:
     def close(self) -> None:
         """The client is gone: so are its subscriptions, and the backups that are to end with it."""
         self.daemon.forget(self)
-        self.end_backups()
+        self.end()
 
-    def end_backups(self) -> None:
-        """End the backups that are to end with the connection."""
-        ends, self.ends_with = self.ends_with, {}
-        for ref in ends.values():
+    def end(self) -> None:
+        """Nothing is told any more, and the backups end that are to end with the connection."""
+        with self._lock:
+            self.opened = False
+            self.subscriptions.clear()
+            ends, self.ends_with = self.ends_with, {}
+        for uuid, id in ends.items():
             try:
-                found = self.daemon.domains.by_uuid(ref.uuid)
-                found.call("virDomainBackupStop", "domain_backup_stop", STOP_CANCEL)
+                self._end_backup(uuid, id)
             except libvirt.libvirtError as failure:
                 if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                    logger.warning("domain=%s backup not ended: %s", ref.name, failure)
+                    logger.warning("domain=%s backup not ended: %s", uuid, failure)
+
+    def _end_backup(self, uuid: str, id: str | None) -> None:
+        """Cancel a backup, if it is that one. Errors: VIR_ERR_NO_DOMAIN_BACKUP, the driver's."""
+        found = self.daemon.domains.by_uuid(uuid)
+        if id is None or backup_id(found) == id:
+            found.call("virDomainBackupStop", "domain_backup_stop", STOP_CANCEL)
+
+    def end_with(self, uuid: str, id: str | None) -> None:
+        """Have a domain's backup end with the connection."""
+        with self._lock:
+            self.ends_with[uuid] = id
+
+    def has_ended(self, uuid: str) -> None:
+        """A domain's backup has: what runs from now on is another."""
+        with self._lock:
+            self.ends_with.pop(uuid, None)
+
+    def open(self, read_only: bool) -> None:
+        """The connection is open from now on. Errors: VIR_ERR_INTERNAL_ERROR where it was."""
+        with self._lock:
+            if self.opened:
+                text = "connection already open"
+                raise errors.Error(
+                    libvirt.VIR_ERR_INTERNAL_ERROR, text, domain=libvirt.VIR_FROM_RPC
+                )
+            self.read_only = read_only
+            self.opened = True
 
     # --- what handlers need ---
 
@@ -156,6 +189,12 @@ class Session:
     def subscribe(self, subscription: Subscription) -> int:
         """The number of a new subscription."""
         with self._lock:
+            if len(self.subscriptions) >= MAX_SUBSCRIPTIONS:
+                raise errors.error(
+                    libvirt.VIR_ERR_INTERNAL_ERROR,
+                    f"more than {MAX_SUBSCRIPTIONS} event callbacks",
+                    domain=libvirt.VIR_FROM_RPC,
+                )
             number = self._callbacks
             self._callbacks += 1
             self.subscriptions[number] = subscription
@@ -230,16 +269,39 @@ class Daemon:
         if isinstance(event, hypervisor.BackupEnded):
             self.ended.end(event)
         for session in self.sessions():
-            for message in MESSAGES_OF[type(event)](session, ref, event):
-                session.peer.send(message, unasked=True)
+            try:
+                for message in MESSAGES_OF[type(event)](session, ref, event):
+                    session.peer.send(message, unasked=True)
+            except rpc.CodecError as failure:
+                logger.warning("client=%d is not told: %s", session.peer.number, failure)
 
     def serves(self, uri: str | None) -> bool:
         """Whether a client that opens URI is meant for us: by no name, by one of ours, or by a
         scheme of ours; and ``qemu``, as libvirt's clients have to say."""
         if not uri or uri in self.uris:
             return True
-        schemes = {urllib.parse.urlsplit(own).scheme.partition("+")[0] for own in self.uris}
-        return urllib.parse.urlsplit(uri).scheme.partition("+")[0] in schemes | {"qemu"}
+        return _scheme(uri) in {*map(_scheme, self.uris), "qemu"}
+
+
+def _scheme(uri: str) -> str | None:
+    """Without the transport; None of what is no URI."""
+    try:
+        return urllib.parse.urlsplit(uri).scheme.partition("+")[0]
+    except ValueError:
+        return None
+
+
+def backup_id(found: domains.Found) -> str | None:
+    """Of the backup that runs; None where the driver does not tell. Errors:
+    VIR_ERR_NO_DOMAIN_BACKUP, the driver's."""
+    try:
+        info = found.call("virDomainBackupGetInfo", "domain_backup_get_info", 0)
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return None
+        raise
+    id: str | None = info.id
+    return id
 
 
 # --- the table ---

@@ -21,14 +21,21 @@ from virtbackup.remote import (
 )
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote import virtbackup_protocol as ours
-from virtbackup.remote.dispatch import MESSAGES_OF, Session, check_flags, handles
+from virtbackup.remote.dispatch import (
+    MESSAGES_OF,
+    STOP_CANCEL,
+    Session,
+    backup_id,
+    check_flags,
+    handles,
+)
 from virtbackup.remote.dispatch_connect import hostname
 from virtbackup.remote.dispatch_domain import typed
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 
-START_AUTODESTROY = 1 << 1
-"""The public flag (api.py), which this layer may not import: the number is the contract."""
+START_QUIESCE, START_AUTODESTROY = 1 << 0, 1 << 1
+"""The public flags (api.py), which this layer may not import: the numbers are the contract."""
 JOB_COMPLETED = libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED
 
 BACKUP = access.Perm.BACKUP
@@ -52,27 +59,35 @@ def get_host(session: Session, args: None) -> ours.ConnectGetHostRet:
 def list_domains(session: Session, args: None) -> ours.ListDomainsRet:
     listed = []
     for one in session.visible(session.daemon.domains.all()):
-        state, reason = one.call("virDomainGetState", "domain_get_state")
+        try:
+            state, reason = one.call("virDomainGetState", "domain_get_state")
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                continue  # it has gone since
+            state, reason = libvirt.VIR_DOMAIN_NOSTATE, 0
         listed.append(ours.DomainState(wire_conf.domain_to_wire(one.ref), state, reason))
     return ours.ListDomainsRet(tuple(listed))
 
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_START")
 def backup_start(session: Session, args: ours.DomainBackupStartArgs) -> None:
+    check_flags("virDomainBackupStart", args.flags, START_QUIESCE | START_AUTODESTROY)
     found = session.domain(args.dom, "virDomainBackupStart", BACKUP)
     start(session, found, args.xml_desc, args.flags)
 
 
 def start(session: Session, found: domains.Found, document: str, flags: int) -> None:
     """Start a backup, which ends with the client's connection where FLAGS say so."""
-    session.daemon.ended.begin(found.own.uuid)
+    before = session.daemon.ended.told(found.own.uuid, keep=True)
     found.call("virDomainBackupStart", "domain_backup_start", document, flags)
+    session.daemon.ended.begin(found.own.uuid, before)
     if flags & START_AUTODESTROY:
-        session.ends_with[found.own.uuid] = found.own
+        session.end_with(found.own.uuid, backup_id(found))
 
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_STOP")
 def backup_stop(session: Session, args: structs.DomainFlagsArgs) -> None:
+    check_flags("virDomainBackupStop", args.flags, STOP_CANCEL)
     found = session.domain(args.dom, "virDomainBackupStop", BACKUP)
     stop(session, found, "virDomainBackupStop", args.flags)
 
@@ -80,13 +95,15 @@ def backup_stop(session: Session, args: structs.DomainFlagsArgs) -> None:
 def stop(session: Session, found: domains.Found, function: str, flags: int) -> None:
     """Stop a domain's backup, and keep in mind what is told of a job that has ended."""
     session.daemon.ended.ending(found.own.uuid, job_stats.running(found))
-    session.ends_with.pop(found.own.uuid, None)
     found.call(function, "domain_backup_stop", flags)
+    for other in session.daemon.sessions():
+        other.has_ended(found.own.uuid)
 
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_GET_XML_DESC")
 def backup_get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.XmlRet:
     function = "virDomainBackupGetXMLDesc"
+    check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     return structs.XmlRet(found.call(function, "domain_backup_get_xml_desc", args.flags))
 
@@ -94,6 +111,7 @@ def backup_get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> stru
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO")
 def backup_get_info(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBackupGetInfoRet:
     function = "virDomainBackupGetInfo"
+    check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     return wire_conf.info_to_wire(found.call(function, "domain_backup_get_info", args.flags))
 
@@ -101,6 +119,7 @@ def backup_get_info(session: Session, args: structs.DomainFlagsArgs) -> ours.Dom
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_CLEANUP")
 def backup_cleanup(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBackupCleanupRet:
     function = "virDomainBackupCleanup"
+    check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
     removed = found.call(function, "domain_backup_cleanup", args.flags)
     return ours.DomainBackupCleanupRet(tuple(removed))
@@ -109,6 +128,7 @@ def backup_cleanup(session: Session, args: structs.DomainFlagsArgs) -> ours.Doma
 @handles(VIRTBACKUP, "DOMAIN_BRANCH_LIST")
 def branch_list(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBranchListRet:
     function = "virDomainBranchList"
+    check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     return wire_conf.branches_to_wire(found.call(function, "domain_branch_list", args.flags))
 
@@ -116,6 +136,7 @@ def branch_list(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainB
 @handles(VIRTBACKUP, "DOMAIN_BRANCH_CREATE")
 def branch_create(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
     function = "virDomainBranchCreate"
+    check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
     found.call(function, "domain_branch_create", args.name, args.flags)
 
@@ -123,6 +144,7 @@ def branch_create(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
 @handles(VIRTBACKUP, "DOMAIN_BRANCH_DELETE")
 def branch_delete(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
     function = "virDomainBranchDelete"
+    check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
     found.call(function, "domain_branch_delete", args.name, args.flags)
 
@@ -138,14 +160,17 @@ def backup_begin(session: Session, args: structs.DomainBackupBeginArgs) -> None:
     check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
     definition = _definition(found, args.backup_xml)
+    begins = None
     if args.checkpoint_xml is not None:
         wanted = checkpoint_conf.CheckpointDef.parse(args.checkpoint_xml)
         name = checkpoint.name_of(wanted, found)
         definition = checkpoint.begun_by(definition, wanted, name, definition_of(found))
-        session.daemon.describe(found.own.uuid, name, wanted.description)
+        begins = name, wanted.description
     elif definition.branch is not None:
         definition = dataclasses.replace(definition, advance=False)
     start(session, found, definition.format(), 0)
+    if begins is not None:
+        session.daemon.describe(found.own.uuid, *begins)
 
 
 def _definition(found: domains.Found, document: str) -> backup_conf.BackupDef:

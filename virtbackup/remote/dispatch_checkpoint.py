@@ -50,9 +50,10 @@ def list_all(
     check_flags(function, args.flags, _ROOTS | _TOPOLOGICAL | _LEAVES | _NO_LEAVES)
     found = session.domain(args.dom, function)
     known = checkpoint.of(found)
+    listed = _with_leaves(known, args.flags)
     if args.flags & _ROOTS:
-        known = known[:1]
-    return _listed(found, _with_leaves(known, args.flags), args.need_results)
+        listed = [one for one in listed if one.parent is None]
+    return _listed(found, listed, args.need_results)
 
 
 @handles(REMOTE, "DOMAIN_CHECKPOINT_LIST_ALL_CHILDREN")
@@ -179,3 +180,4 @@ def delete(session: Session, args: structs.CheckpointFlagsArgs) -> None:
     later = names[names.index(one.name) + 1 :] if args.flags & (children | only) else []
     for name in [*reversed(later), *([] if args.flags & only else [one.name])]:
         found.call(function, "domain_branch_delete", name, 0)
+        session.daemon.describe(found.own.uuid, name, None)

@@ -42,9 +42,6 @@ def supports_feature(
 @handles(REMOTE, "CONNECT_OPEN", opened=False)
 def connect_open(session: Session, args: structs.ConnectOpenArgs) -> None:
     check_flags("virConnectOpenAuth", args.flags, libvirt.VIR_CONNECT_RO)
-    if session.opened:
-        text = "connection already open"
-        raise errors.Error(libvirt.VIR_ERR_INTERNAL_ERROR, text, domain=libvirt.VIR_FROM_RPC)
     if not session.daemon.serves(args.name):
         raise errors.error(libvirt.VIR_ERR_NO_CONNECT, args.name, domain=libvirt.VIR_FROM_NONE)
     who = session.peer.identity
@@ -54,15 +51,12 @@ def connect_open(session: Session, args: structs.ConnectOpenArgs) -> None:
             f"{who} has not the permission 'read' on any domain",
             domain=libvirt.VIR_FROM_ACCESS,
         )
-    session.read_only = bool(args.flags & libvirt.VIR_CONNECT_RO)
-    session.opened = True
+    session.open(read_only=bool(args.flags & libvirt.VIR_CONNECT_RO))
 
 
 @handles(REMOTE, "CONNECT_CLOSE")
 def connect_close(session: Session, args: None) -> None:
-    session.opened = False
-    session.subscriptions.clear()
-    session.end_backups()
+    session.end()
 
 
 @handles(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The calls that find domains and look at them."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,12 @@ from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import Session, check_flags, handles
 from virtbackup.remote.dispatch_connect import terminated
 
+logger = logging.getLogger(__name__)
+
 REMOTE, QEMU = protocol.REMOTE, protocol.QEMU
 
+_MAX_BLOCK_STATS = 16
+"""REMOTE_DOMAIN_BLOCK_STATS_PARAMETERS_MAX."""
 _SECRET = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
 """Flags of virDomainGetXMLDesc that are not for read-only connections."""
 
@@ -83,9 +88,20 @@ def list_all_domains(
     for group, goes_by in _GROUPS:
         wanted = args.flags & group
         if wanted:
-            found = [one for one in found if any(flag & wanted for flag in goes_by(one))]
+            found = [one for one in found if _goes_by(one, goes_by) & wanted]
     refs = tuple(wire_conf.domain_to_wire(one.ref) for one in found)
     return structs.ConnectListAllDomainsRet(refs if args.need_results else (), len(refs))
+
+
+def _goes_by(one: domains.Found, flags_of: Callable[[domains.Found], set[int]]) -> int:
+    """The flags that a domain goes by; none once it is gone."""
+    try:
+        return sum(flags_of(one))
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            raise
+        logger.info("domain=%s cannot be asked: %s", one.ref.name, failure)
+        return 0
 
 
 def _ids(session: Session) -> list[int | None]:
@@ -249,6 +265,10 @@ def block_stats_flags(
 ) -> structs.DomainBlockStatsFlagsRet:
     function = "virDomainBlockStatsFlags"
     found = session.domain(args.dom, function)
+    if not 0 <= args.nparams <= _MAX_BLOCK_STATS:
+        raise errors.error(
+            libvirt.VIR_ERR_INTERNAL_ERROR, "nparams too large", domain=libvirt.VIR_FROM_RPC
+        )
     stats = found.call(function, "domain_block_stats_flags", args.path, args.flags)
     if not args.nparams:
         return structs.DomainBlockStatsFlagsRet((), len(stats))

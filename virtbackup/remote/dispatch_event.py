@@ -20,6 +20,7 @@ def subscribe(
     session: Session, of: program.Program, event: int, dom: remote_types.Domain
 ) -> structs.CallbackIdRet:
     """Have a session told of an EVENT of a domain, or of all. Errors: as ``Session.domain``."""
+    session.daemon.domains.open()  # where one is not yet, whose events are meant, too
     uuid = None
     if dom is not None:
         uuid = session.domain(dom, "virConnectDomainEventRegisterAny").own.uuid

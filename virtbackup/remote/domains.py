@@ -4,16 +4,25 @@
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import libvirt
 
 from virtbackup import errors, hypervisor
+from virtbackup.remote import workers
 
 logger = logging.getLogger(__name__)
 
 Open = Callable[[], hypervisor.Driver]
+T = TypeVar("T")
+
+PATIENCE = 10.0
+"""Seconds that a host may take to answer where others are asked, too; one that still has not is
+asked again when it has."""
+_THREADS = 20
+"""That are kept to ask hosts."""
 
 
 class Host:
@@ -39,14 +48,20 @@ class Host:
                 self._driver = self._opened()
             return self._driver
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a driver already."""
+        return self._driver is not None
+
     def _opened(self) -> hypervisor.Driver:
         try:
             driver = self._open()
-        except libvirt.libvirtError as failure:
-            if str(failure) != self._failure:
-                logger.warning("uri=%s cannot be opened: %s", self.uri, failure)
-            self._failure = str(failure)
-            raise
+        except Exception as failure:
+            error = _as_error(failure)
+            if str(error) != self._failure:
+                logger.warning("uri=%s cannot be opened: %s", self.uri, error)
+            self._failure = str(error)
+            raise error from failure
         logger.info("uri=%s opened", self.uri)
         self._failure = None
         register = getattr(driver, "event_register", None)
@@ -54,12 +69,67 @@ class Host:
             register(self._callback)
         return driver
 
-    def close(self) -> None:
-        """Let go of the driver; backups that are to end with us end."""
-        with self._opening:
+    def close(self, timeout: float = PATIENCE) -> None:
+        """Let go of the driver; backups that are to end with us end. One that is being opened for
+        longer than TIMEOUT seconds is left to itself."""
+        if not self._opening.acquire(timeout=timeout):
+            logger.warning("uri=%s is still being opened", self.uri)
+            return
+        try:
             driver, self._driver = self._driver, None
+        finally:
+            self._opening.release()
         if driver is not None:
             driver.close()
+
+
+def _as_error(failure: Exception) -> errors.Error:
+    """A FAILURE as an error of ours, of whatever kind a driver has raised it."""
+    if isinstance(failure, libvirt.libvirtError):
+        return errors.of_libvirt(failure)
+    text = f"{type(failure).__name__}: {failure}"
+    return errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, text)
+
+
+class Question(Generic[T]):
+    """WHAT one host is asked, answered by a thread."""
+
+    def __init__(self, host: Host, what: Callable[[hypervisor.Driver], T]) -> None:
+        self.host = host
+        self._what = what
+        self._since = time.monotonic()
+        self._answered = threading.Event()
+        self._answer: T | errors.Error | None = None
+
+    def ask(self) -> None:
+        """Wait for the answer, as long as it takes."""
+        try:
+            self._answer = self._what(self.host.driver())
+        except libvirt.libvirtError as failure:
+            self._answer = errors.of_libvirt(failure)
+        except Exception as failure:
+            logger.exception("uri=%s cannot be asked", self.host.uri)
+            self._answer = _as_error(failure)
+        self._answered.set()
+
+    @property
+    def is_answered(self) -> bool:
+        return self._answered.is_set()
+
+    def hangs(self, patience: float) -> bool:
+        """Whether it takes longer than a host should."""
+        return not self.is_answered and time.monotonic() > self._since + patience
+
+    def answer(self, until: float) -> T:
+        """What the host has answered by then. Errors: those of asking it;
+        VIR_ERR_OPERATION_TIMEOUT."""
+        if not self._answered.wait(max(0.0, until - time.monotonic())):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_TIMEOUT, f"'{self.host.uri}' does not answer"
+            )
+        if isinstance(self._answer, errors.Error):
+            raise self._answer
+        return self._answer  # type: ignore[return-value]  # which is a T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,58 +161,78 @@ class Domains:
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self.hosts = hosts
+        self.patience = PATIENCE
         self._lock = threading.Lock()
         self._ids: dict[tuple[str, int], int] = {}
         """(uuid, a driver's id) -> the id that clients know, while the domain runs."""
+        self._taken: set[int] = set()
+        """Those ids."""
         self._host_of: dict[str, Host] = {}
         """By uuid, where each was last seen."""
+        self._hanging: dict[Host, Question[Any]] = {}
+        """The eldest that a host was asked and may not have answered."""
+        self._workers = workers.Workers(_THREADS)
+
+    def open(self) -> None:
+        """Open the hosts that are not, and do not wait for that."""
+        for host in self.hosts:
+            if not host.is_open:
+                self._ask(host, lambda driver: None)
 
     def first(self) -> hypervisor.Driver:
         """The first driver, which answers for all where a hypervisor is asked. Errors: those of
         opening it, where none can be opened."""
-        failures = []
         for host in self.hosts:
-            try:
+            if host.is_open:
                 return host.driver()
-            except libvirt.libvirtError as failure:
-                failures.append(failure)
-        raise failures[0]
+        answers = self._asked(lambda driver: driver)
+        for answer in answers.values():
+            if not isinstance(answer, errors.Error):
+                return answer
+        raise _first_error(answers.values())
 
     def all(self) -> list[Found]:
         """All domains, in the order of the hosts; a host that cannot be asked has none. Errors:
         where no host can be asked, the first one's."""
         found: dict[str, Found] = {}
-        failures = []
-        for host in self.hosts:
-            try:
-                driver = host.driver()
-                refs = driver.list_domains()
-            except libvirt.libvirtError as failure:
-                failures.append(failure)
-                continue
-            for ref in refs:
+        host_of: dict[str, Host] = {}
+        answers = self._asked(lambda driver: [(driver, ref) for ref in driver.list_domains()])
+        failures = [answer for answer in answers.values() if isinstance(answer, errors.Error)]
+        if len(failures) == len(self.hosts):
+            raise _first_error(failures)
+        for host, answer in answers.items():
+            for driver, ref in [] if isinstance(answer, errors.Error) else answer:
                 if ref.uuid not in found:
-                    self._host_of[ref.uuid] = host
+                    host_of[ref.uuid] = host
                     found[ref.uuid] = Found(driver, ref, ref)
-        if failures and len(failures) == len(self.hosts) and len(self.hosts) == 1:
-            raise failures[0]
-        return self._numbered(list(found.values()), whole=True)
+        with self._lock:
+            if failures:
+                self._host_of |= host_of
+            else:
+                self._host_of = host_of
+                self._forget_ids({(one.own.uuid, one.own.id) for one in found.values()})
+        return self._numbered(found.values())
 
     def by_uuid(self, uuid: str) -> Found:
-        """Errors: VIR_ERR_NO_DOMAIN."""
+        """Errors: VIR_ERR_NO_DOMAIN; those of asking the host, where there is but one."""
         hint = self._host_of.get(uuid)
-        for host in [hint] if hint else []:
-            if (found := self._lookup(host, uuid=uuid)) is not None:
-                return found
-        for found in self._search(uuid=uuid):
-            return found
-        raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, f"no domain with matching uuid '{uuid}'")
+        if hint is not None:
+            try:
+                driver = hint.driver()
+                ref = _lookup(driver, uuid=uuid)
+            except libvirt.libvirtError as failure:
+                if len(self.hosts) == 1:
+                    raise
+                logger.info("uri=%s cannot be asked: %s", hint.uri, failure)
+                ref = None
+            if ref is not None:
+                return self._numbered([Found(driver, ref, ref)])[0]
+        found = self._search(f"uuid '{uuid}'", uuid=uuid)
+        return found[0]
 
     def by_name(self, name: str) -> Found:
-        """Errors: VIR_ERR_NO_DOMAIN; VIR_ERR_OPERATION_INVALID where several have the name."""
-        found = list(self._search(name=name))
-        if not found:
-            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, f"no domain with matching name '{name}'")
+        """Errors: as ``by_uuid``; VIR_ERR_OPERATION_INVALID where several have the name."""
+        found = self._search(f"name '{name}'", name=name)
         if len({one.ref.uuid for one in found}) > 1:
             uuids = ", ".join(one.ref.uuid for one in found)
             raise errors.error(
@@ -166,42 +256,72 @@ class Domains:
     def close(self) -> None:
         """Let go of every driver."""
         for host in self.hosts:
-            host.close()
+            host.close(self.patience)
 
-    def _search(self, **wanted: str) -> Iterator[Found]:
-        for host in self.hosts:
-            if (found := self._lookup(host, **wanted)) is not None:
-                yield found
+    # --- asking hosts ---
 
-    def _lookup(self, host: Host, **wanted: str) -> Found | None:
-        try:
-            driver = host.driver()
-            lookup = getattr(driver, "domain_lookup", None)
-            if lookup is not None:
-                ref = lookup(**wanted)
-            else:
-                [(key, value)] = wanted.items()
-                refs = driver.list_domains()
-                ref = next((ref for ref in refs if getattr(ref, key) == value), None)
-        except libvirt.libvirtError as failure:
-            if len(self.hosts) == 1:
-                raise
-            logger.info("uri=%s cannot be asked: %s", host.uri, failure)
-            return None
-        if ref is None:
-            return None
-        self._host_of[ref.uuid] = host
-        return self._numbered([Found(driver, ref, ref)])[0]
+    def _asked(self, what: Callable[[hypervisor.Driver], T]) -> dict[Host, T | errors.Error]:
+        """What every host answers to WHAT, in their order. Where there are several, one that hangs
+        is not waited for longer than a while, and has not been heard."""
+        if len(self.hosts) == 1:
+            question = Question(self.hosts[0], what)
+            question.ask()
+            return {self.hosts[0]: _answer(question, 0.0)}
+        questions = {host: self._ask(host, what) for host in self.hosts}
+        until = time.monotonic() + self.patience
+        return {
+            host: _answer(question, until) if fresh else _answer(question, 0.0)
+            for host, (question, fresh) in questions.items()
+        }
 
-    def _numbered(self, found: list[Found], whole: bool = False) -> list[Found]:
+    def _ask(self, host: Host, what: Callable[[hypervisor.Driver], T]) -> tuple[Question[T], bool]:
+        """A question to HOST; or, and False, one that it has not answered for long."""
         with self._lock:
-            if whole:
-                running = {(one.own.uuid, one.own.id) for one in found}
-                self._ids = {key: id for key, id in self._ids.items() if key in running}
+            asked = self._hanging.get(host)
+            if asked is not None and asked.hangs(self.patience):
+                return asked, False
+            question = Question(host, what)
+            if asked is None or asked.is_answered:
+                self._hanging[host] = question
+        self._workers.do(question.ask, urgent=True)
+        return question, True
+
+    def _search(self, described: str, **wanted: str) -> list[Found]:
+        """The domain, at every host that has it, in their order. Errors: VIR_ERR_NO_DOMAIN, which
+        says who could not be asked; that of asking the only host."""
+        answers = self._asked(lambda driver: (driver, _lookup(driver, **wanted)))
+        found, silent = [], []
+        for host, answer in answers.items():
+            if isinstance(answer, errors.Error):
+                if len(self.hosts) == 1:
+                    raise answer
+                logger.info("uri=%s cannot be asked: %s", host.uri, answer)
+                silent.append(host.uri)
+                continue
+            driver, ref = answer
+            if ref is not None:
+                found.append(Found(driver, ref, ref))
+                with self._lock:
+                    self._host_of.setdefault(ref.uuid, host)
+        if not found:
+            but = f" (not to be asked: {', '.join(silent)})" if silent else ""
+            raise errors.error(
+                libvirt.VIR_ERR_NO_DOMAIN, f"no domain with matching {described}{but}"
+            )
+        return self._numbered(found)
+
+    # --- ids ---
+
+    def _numbered(self, found: Iterable[Found]) -> list[Found]:
+        with self._lock:
             return [
                 dataclasses.replace(one, ref=dataclasses.replace(one.own, id=self._id(one.own)))
                 for one in found
             ]
+
+    def _forget_ids(self, running: set[tuple[str, int | None]]) -> None:
+        self._ids = {key: id for key, id in self._ids.items() if key in running}
+        self._taken = set(self._ids.values())
 
     def _id(self, own: hypervisor.DomainRef) -> int | None:
         """The driver's own id where no other domain has it, else the next one that is free."""
@@ -209,6 +329,28 @@ class Domains:
             return None
         key = own.uuid, own.id
         if key not in self._ids:
-            taken = set(self._ids.values())
-            self._ids[key] = own.id if own.id not in taken else max(taken) + 1
+            self._ids[key] = own.id if own.id not in self._taken else max(self._taken) + 1
+            self._taken.add(self._ids[key])
         return self._ids[key]
+
+
+def _answer(question: Question[T], until: float) -> T | errors.Error:
+    """What is answered, or why not."""
+    try:
+        return question.answer(until)
+    except errors.Error as failure:
+        return failure
+
+
+def _first_error(answers: Iterable[object]) -> errors.Error:
+    return next(answer for answer in answers if isinstance(answer, errors.Error))
+
+
+def _lookup(driver: hypervisor.Driver, **wanted: str) -> hypervisor.DomainRef | None:
+    """The domain of that uuid or name; None: there is none."""
+    lookup = getattr(driver, "domain_lookup", None)
+    if lookup is not None:
+        found: hypervisor.DomainRef | None = lookup(**wanted)
+        return found
+    [(key, value)] = wanted.items()
+    return next((ref for ref in driver.list_domains() if getattr(ref, key) == value), None)

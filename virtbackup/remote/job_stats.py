@@ -41,11 +41,11 @@ class Ended:
         """By uuid: how far a job was that is being stopped."""
         self._ended: dict[str, Stats] = {}
 
-    def begin(self, uuid: str) -> None:
-        """A new job: what there was of an earlier one is of the past."""
+    def begin(self, uuid: str, before: Stats) -> None:
+        """A new job has begun: what was told BEFORE is of the past."""
         with self._lock:
-            self._ending.pop(uuid, None)
-            self._ended.pop(uuid, None)
+            if before and self._ended.get(uuid) is before:
+                del self._ended[uuid]
 
     def ending(self, uuid: str, stats: Stats) -> None:
         """A job with STATS is going to be stopped."""

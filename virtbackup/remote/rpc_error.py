@@ -9,7 +9,7 @@ import dataclasses
 import libvirt
 
 from virtbackup import errors
-from virtbackup.remote import program, remote_types, rpc, xdr
+from virtbackup.remote import program, protocol, remote_types, rpc, xdr
 
 MAX_TEXT = 65536
 """Bytes of one text of an error that are sent."""
@@ -88,7 +88,7 @@ def of_reply(message: rpc.Message) -> errors.Error:
 def unknown(call: rpc.Message) -> errors.Error:
     """For a call that is not in our table."""
     known = rpc.known_program(call)
-    if known is None:
+    if known in (None, protocol.KEEPALIVE):  # of which nothing is called
         number = _signed(call.program)
         return rpc_error(f"{_UNKNOWN_PROGRAM} {number} version {_signed(call.version)}")
     return rpc_error(f"{_UNKNOWN_PROCEDURE}: {call.procedure}")

@@ -11,25 +11,24 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import grp
 import logging
 import os
-import pwd
-import queue
 import selectors
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from virtbackup import access
-from virtbackup.remote import keepalive, rpc, rpc_error, transport
+from virtbackup.remote import keepalive, peer, rpc, rpc_error, transport, workers
 from virtbackup.remote.program import MessageStatus, MessageType
 
 logger = logging.getLogger(__name__)
+
+CLOSE_TIME = 5.0
+"""Seconds for what is left to do when a server ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +40,22 @@ class Limits:
     max_client_requests: int = 5
     """Calls of one client that are worked on at once."""
     max_workers: int = 20
+    """Calls that are worked on at once, but for the one of each client that never waits for other
+    clients'."""
     max_waiting_calls: int = 32
     """Of one client, before it is not read from."""
     max_waiting_bytes: int = 8 << 20
     """In those calls."""
     max_unread: int = 16 << 20
-    """Bytes of events that a client leaves unread, before it is let go."""
+    """Bytes of replies that a client leaves unread, before no more of its calls are worked on; of
+    events, before it is let go."""
+    max_held: int = 256 << 20
+    """Bytes of all clients together that wait for anything, before one that has more than its share
+    is let go."""
+    max_held_fds: int = 64
+    """Descriptors of all clients together, likewise."""
+    max_handshaking: int = 50
+    """Clients that have not shaken hands by TLS yet; further ones wait."""
     handshake_timeout: float = 10.0
     """Seconds for TLS."""
     keepalive_interval: float = 5.0
@@ -57,8 +66,8 @@ class Session(Protocol):
     """What a server keeps of one client for whom it serves."""
 
     def handle(self, call: rpc.Message) -> rpc.Message | None:
-        """The reply to a call; runs in a worker, several at once. The descriptors that come with
-        the call are closed by the server afterwards."""
+        """The reply to a call; runs in a worker, several at once. Descriptors that came with the
+        call are not for it."""
 
     def close(self) -> None:
         """The client is gone, and no call of it is worked on any more; runs in a worker."""
@@ -77,27 +86,28 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._listeners: list[_Listener] = []
         self._clients: set[Client] = set()
-        self._stopping = False
         self._stop_by: float | None = None
+        self._accept_from = 0.0
+        """When clients are accepted again, after that went wrong."""
         self._numbers = 0
+        self._held = _Held()
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
         self._asked: collections.deque[Callable[[], None]] = collections.deque()
         self._selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
-        self.workers = Workers(self.limits.max_workers)
+        self.workers = workers.Workers(self.limits.max_workers)
 
     def listen(self, listening: socket.socket, context: ssl.SSLContext | None = None) -> None:
         """Serve the clients of a LISTENING socket, which is the server's now; with CONTEXT by TLS.
         Before ``run``."""
         listening.setblocking(False)
-        listener = _Listener(listening, context)
-        self._listeners.append(listener)
-        self._selector.register(listening, selectors.EVENT_READ, lambda _: self._accept(listener))
+        self._listeners.append(_Listener(listening, context))
 
     def run(self) -> None:
         """Serve until ``stop``; then calls that are worked on get their replies first."""
         try:
+            self._select_listeners()
             while not self._done():
                 for key, mask in self._selector.select(self._timeout()):
                     key.data(mask)
@@ -105,18 +115,23 @@ class Server:
                     self._asked.popleft()()
                 self._look_at_the_clock()
         finally:
-            for client in list(self._clients):
-                client.drop("the server stops")
-            for listener in self._listeners:
-                listener.socket.close()
-            self.workers.close()
-            self._selector.close()
-            self._wake_in.close()
-            self._wake_out.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of everything, where ``run`` has not done so."""
+        for client in list(self._clients):
+            client.drop("the server stops")
+        for listener in self._listeners:
+            listener.socket.close()
+        late = self._stop_by is not None and time.monotonic() > self._stop_by
+        self.workers.close(0.0 if late else CLOSE_TIME)
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Have ``run`` return, with calls that are worked on for up to TIMEOUT seconds. By any
-        thread, or a signal's handler."""
+        """Have ``run`` return, with calls that are worked on for up to TIMEOUT seconds; when it is
+        called again, at once. By any thread, or a signal's handler."""
         self.ask(lambda: self._begin_to_stop(timeout))
 
     def ask(self, what: Callable[[], None]) -> None:
@@ -138,18 +153,17 @@ class Server:
                 pass
 
     def _begin_to_stop(self, timeout: float) -> None:
-        if self._stopping:
+        if self._stop_by is not None:
+            self._stop_by = 0.0
             return
-        self._stopping, self._stop_by = True, time.monotonic() + timeout
-        for listener in self._listeners:
-            self._selector.unregister(listener.socket)
+        self._stop_by = time.monotonic() + timeout
+        self._select_listeners()
         for client in list(self._clients):
             client.read_no_more()
 
     def _done(self) -> bool:
-        if not self._stopping:
+        if self._stop_by is None:
             return False
-        assert self._stop_by is not None
         late = time.monotonic() > self._stop_by
         return late or not any(client.is_busy for client in self._clients)
 
@@ -160,8 +174,8 @@ class Server:
             return
         except OSError as failure:  # no descriptors are left, say
             logger.warning("a client cannot be accepted: %s", failure)
-            self._pause_accepting()
-            self.workers.later(1.0, lambda: self.ask(self._accept_again))
+            self._accept_from = time.monotonic() + 1.0
+            self._select_listeners()
             return
         self._numbers += 1
         try:
@@ -174,30 +188,35 @@ class Server:
         client.begin()
         if len(self._clients) >= self.limits.max_clients:
             logger.warning("clients=%d no more are accepted for now", len(self._clients))
-            self._pause_accepting()
+        self._select_listeners()
 
-    def _pause_accepting(self) -> None:
+    def _select_listeners(self) -> None:
+        """Accept at those listeners for whose clients there is room."""
+        room = self._stop_by is None and len(self._clients) < self.limits.max_clients
+        room = room and time.monotonic() >= self._accept_from
+        handshaking = sum(client.is_handshaking for client in self._clients)
         for listener in self._listeners:
-            if listener.accepts:
+            full = listener.context is not None and handshaking >= self.limits.max_handshaking
+            accepts = room and not full
+            if accepts and not listener.accepts:
+                accept = functools.partial(self._accept_of, listener)
+                self._selector.register(listener.socket, selectors.EVENT_READ, accept)
+            elif listener.accepts and not accepts:
                 self._selector.unregister(listener.socket)
-                listener.accepts = False
+            listener.accepts = accepts
 
-    def _accept_again(self) -> None:
-        if self._stopping or len(self._clients) >= self.limits.max_clients:
-            return
-        for listener in self._listeners:
-            if not listener.accepts:
-                self._selector.register(
-                    listener.socket,
-                    selectors.EVENT_READ,
-                    lambda _, listener=listener: self._accept(listener),
-                )
-                listener.accepts = True
+    def _accept_of(self, listener: "_Listener", mask: int) -> None:
+        if listener.accepts:  # not, where an earlier one's client was the last for now
+            self._accept(listener)
 
     def forget(self, client: "Client") -> None:
         """A client is gone."""
         self._clients.discard(client)
-        self._accept_again()
+        self._select_listeners()
+
+    def has_shaken_hands(self) -> None:
+        """A client has, so that there is room for another."""
+        self._select_listeners()
 
     def select(self, client: "Client", mask: int) -> None:
         """Have ``Client.ready`` called for events of MASK; 0: for none."""
@@ -209,18 +228,33 @@ class Server:
         elif current is not None and current.events != mask:
             self._selector.modify(client.socket, mask, client.ready)
 
+    def may_hold(self, before: "_Held", after: "_Held") -> bool:
+        """Count what a client holds; False: all together hold too much, and it more than its
+        share."""
+        self._held = self._held + after - before
+        limits = self.limits
+        return not (
+            (self._held.bytes > limits.max_held
+             and after.bytes > limits.max_held // limits.max_clients)
+            or (self._held.fds > limits.max_held_fds and after.fds > 1)
+        )  # fmt: skip
+
     def serve(self, client: "Client") -> Session:
         """The session of a client."""
         return self._serve(client)
 
     def _timeout(self) -> float | None:
         """Seconds to wait for the next event."""
-        if self._stopping:
+        if self._stop_by is not None:
             return 0.05
-        return 1.0 if any(client.has_deadline for client in self._clients) else None
+        waits = self._accept_from or any(client.has_deadline for client in self._clients)
+        return 1.0 if waits else None
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
+        if self._accept_from and now >= self._accept_from:
+            self._accept_from = 0.0
+            self._select_listeners()
         for client in [client for client in self._clients if client.has_deadline]:
             client.look_at_the_clock(now)
 
@@ -229,7 +263,24 @@ class Server:
 class _Listener:
     socket: socket.socket
     context: ssl.SSLContext | None
-    accepts: bool = True
+    accepts: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What waits for something: for its end, for a worker, for the client."""
+
+    bytes: int = 0
+    fds: int = 0
+
+    def __add__(self, other: "_Held") -> "_Held":
+        return _Held(self.bytes + other.bytes, self.fds + other.fds)
+
+    def __sub__(self, other: "_Held") -> "_Held":
+        return _Held(self.bytes - other.bytes, self.fds - other.fds)
+
+
+_NOTHING = _Held()
 
 
 class Client:
@@ -239,21 +290,21 @@ class Client:
     def __init__(
         self, server: Server, number: int, accepted: socket.socket, context: ssl.SSLContext | None
     ) -> None:
+        """Errors: OSError where it is gone already."""
         self.number = number
         """For logs."""
         self._server = server
         self._limits = server.limits
+        self._peer = peer.Peer(accepted)
         accepted.setblocking(False)
         if accepted.family in (socket.AF_INET, socket.AF_INET6):
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket: socket.socket = accepted
-        self._handshaking = context is not None
+        self.is_handshaking = context is not None
         if context is not None:
             self.socket = context.wrap_socket(
                 accepted, server_side=True, do_handshake_on_connect=False
             )
-        self.address = _address_of(accepted)
-        """For logs."""
         self._since = time.monotonic()
         self._parser = rpc.Parser()
         self._session: Session | None = None
@@ -264,10 +315,12 @@ class Client:
         self._calls: collections.deque[rpc.Message] = collections.deque()
         self._calls_bytes = 0
         self._working = 0
-        self._queued = False
-        """A worker is going to look for calls."""
+        self._coming: set[bool] = set()
+        """The workers that are going to look for calls: whether an urgent one is, and another."""
         self._gone = False
         self._reads = True
+        self._held = _NOTHING
+        """As the server has counted it."""
 
     # --- any thread ---
 
@@ -287,28 +340,16 @@ class Client:
             if not waiting:
                 self._flush()
             if self._unsent:
-                self._server.ask(self._select)
+                self._server.ask(self._go_on)
 
     def start_keepalive(self) -> None:
         """Ping from now on, as the client knows that."""
+        self._server.ask(self._start_keepalive)
 
-        def start() -> None:
-            if self._keepalive is None:
-                limits = self._limits
-                self._keepalive = keepalive.Keepalive(
-                    limits.keepalive_interval, limits.keepalive_count
-                )
-
-        self._server.ask(start)
-
-    @functools.cached_property
+    @property
     def identity(self) -> access.Identity:
-        """Who the client is. It may take time to ask for a user's groups."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            return access.Identity("tls", _common_name(self.socket))
-        if self.socket.family == socket.AF_UNIX:
-            return _user_of(self.socket)
-        return access.Identity("tcp")
+        """Who the client is."""
+        return self._peer.identity
 
     # --- the thread of run ---
 
@@ -321,16 +362,24 @@ class Client:
     @property
     def has_deadline(self) -> bool:
         """Whether time alone may have something happen."""
-        return self._handshaking or self._keepalive is not None
+        return self.is_handshaking or self._keepalive is not None
 
     def begin(self) -> None:
         """Take what the client sends."""
-        if not self._handshaking:
-            self._session = self._server.serve(self)
-            logger.info("client=%d connected: %s", self.number, self.address)
-        self._select()
-        if self._handshaking:
+        if self.is_handshaking:
             self.ready(selectors.EVENT_READ)
+        else:
+            self._begin_session()
+            self._select()
+
+    def _begin_session(self) -> None:
+        self._session = self._server.serve(self)
+        logger.info("client=%d connected: %s", self.number, self._peer.address)
+
+    def _start_keepalive(self) -> None:
+        interval, count = self._limits.keepalive_interval, self._limits.keepalive_count
+        if self._keepalive is None and interval > 0:
+            self._keepalive = keepalive.Keepalive(interval, count)
 
     def read_no_more(self) -> None:
         """Take no more calls."""
@@ -342,20 +391,24 @@ class Client:
         if self._gone:
             return
         try:
-            if self._handshaking and not self._shake_hands():
+            if self.is_handshaking and not self._shake_hands():
                 return
             with self._lock:
                 self._flush()
+                self._wake_a_worker()
             if mask & selectors.EVENT_READ and self._may_read():
                 self._read()
         except (rpc.ProtocolError, transport.Closed, OSError) as failure:
             self.drop(str(failure))
-            return
-        self._select()
+        except Exception as failure:  # ours to mend, and no other client's to suffer
+            logger.exception("client=%d failed", self.number)
+            self.drop(f"{type(failure).__name__}: {failure}")
+        else:
+            self._select()
 
     def look_at_the_clock(self, now: float) -> None:
         """Ping, or let go of who has not answered."""
-        if self._handshaking:
+        if self.is_handshaking:
             if now > self._since + self._limits.handshake_timeout:
                 self.drop("no TLS handshake in time")
             return
@@ -374,13 +427,14 @@ class Client:
                 return
             self._gone = True
             self._server.select(self, 0)
-            for call in self._calls:
-                _close_all(call.fds)
             self._calls.clear()
+            self._unsent.clear()
             _close_all(self._parser.take_fds())
             with contextlib.suppress(OSError):
                 self.socket.close()
             idle = not self._working
+        self.is_handshaking = False
+        self._server.may_hold(self._held, _NOTHING)
         logger.info("client=%d gone: %s", self.number, why)
         self._server.forget(self)
         if idle:
@@ -389,7 +443,7 @@ class Client:
     def _close_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            self._server.workers.do(session.close)
+            self._server.workers.do(session.close, urgent=True)
 
     def _shake_hands(self) -> bool:
         assert isinstance(self.socket, ssl.SSLSocket)
@@ -401,11 +455,12 @@ class Client:
         except ssl.SSLWantWriteError:
             self._server.select(self, selectors.EVENT_WRITE)
             return False
-        self._handshaking = False
+        self.is_handshaking = False
+        self._peer.has_shaken_hands(self.socket)
         with self._lock:
             self._unsent += transport.ACCEPTED
-        self._session = self._server.serve(self)
-        logger.info("client=%d connected: %s", self.number, self.address)
+        self._begin_session()
+        self._server.has_shaken_hands()
         return True
 
     def _may_read(self) -> bool:
@@ -418,38 +473,43 @@ class Client:
         )
 
     def _select(self) -> None:
-        """Wait for what can be done now."""
-        if self._gone or self._handshaking:
+        """Wait for what can be done now; but let go of a client that takes too much."""
+        if self._gone or self.is_handshaking:
+            return
+        held = _Held(
+            self._parser.held_bytes + self._calls_bytes + len(self._unsent), self._parser.held_fds
+        )
+        before, self._held = self._held, held
+        if not self._server.may_hold(before, held):
+            self.drop("it has too much wait, and all clients together have")
             return
         mask = selectors.EVENT_READ if self._may_read() else 0
         self._server.select(self, mask | (selectors.EVENT_WRITE if self._unsent else 0))
 
     def _read(self) -> None:
         """Take what has come. Errors: ProtocolError, transport.Closed, OSError."""
-        while self._may_read():
-            with self._lock:
-                try:
-                    data, fds = transport.read(self.socket)
-                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    return
-            self._parser.receive_data(data, fds)
-            if not data:
-                raise transport.Closed("end of file")
-            if self._keepalive is not None:
-                self._keepalive.received(time.monotonic())
-            while (message := self._parser.next_message()) is not None:
-                self._take(message)
-            if not isinstance(self.socket, ssl.SSLSocket) or not self.socket.pending():
-                return  # and others have their turn
+        with self._lock:
+            try:
+                data, fds = transport.read(self.socket)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+        self._parser.receive_data(data, fds)
+        if not data:
+            raise transport.Closed("end of file")
+        if self._keepalive is not None:
+            self._keepalive.received(time.monotonic())
+        while (message := self._parser.next_message()) is not None:
+            self._take(message)
 
     def _take(self, message: rpc.Message) -> None:
-        if keepalive.is_keepalive(message):
-            if keepalive.is_ping(message):
-                self.send(keepalive.PONG, unasked=True)
-            return
+        if message.fds:
+            # No call of ours takes any, and nobody is to have us hold all that there may be.
+            _close_all(message.fds)
+            message = dataclasses.replace(message, fds=())
+        if keepalive.is_ping(message):
+            self.send(keepalive.PONG, unasked=True)
         if message.type not in (MessageType.CALL, MessageType.CALL_WITH_FDS):
-            _close_all(message.fds)  # as libvirtd, which says nothing
-            return
+            return  # as libvirtd, which says nothing
         with self._lock:
             self._calls.append(message)
             self._calls_bytes += len(message.payload)
@@ -459,7 +519,8 @@ class Client:
         """Send what the socket takes. Under the lock. Errors: OSError."""
         while self._unsent:
             try:
-                sent = self.socket.send(memoryview(self._unsent)[: transport.CHUNK])
+                # A copy, as a view in a failure's frames would keep the buffer as it is.
+                sent = self.socket.send(bytes(self._unsent[: transport.CHUNK]))
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             except OSError:
@@ -468,20 +529,39 @@ class Client:
                 return
             del self._unsent[:sent]
 
+    def _go_on(self) -> None:
+        """Read on, or write, where that may be now."""
+        if self._gone:
+            return
+        with self._lock:
+            self._wake_a_worker()
+        self._select()
+
     # --- workers ---
 
     def _wake_a_worker(self) -> None:
         """Under the lock."""
-        if self._queued or not self._calls or self._working >= self._limits.max_client_requests:
+        if not self._has_work():
             return
-        self._queued = True
-        self._server.workers.do(self._work)
+        urgent = not self._working
+        """One call of a client never waits for calls of others."""
+        if urgent not in self._coming:
+            self._coming.add(urgent)
+            self._server.workers.do(functools.partial(self._work, urgent), urgent)
 
-    def _work(self) -> None:
-        """Work on one call."""
+    def _has_work(self) -> bool:
+        return (
+            bool(self._calls)
+            and not self._gone
+            and self._working < self._limits.max_client_requests
+            and len(self._unsent) < self._limits.max_unread
+        )
+
+    def _work(self, urgent: bool) -> None:
+        """Work on one call, if there is any."""
         with self._lock:
-            self._queued = False
-            if self._gone or not self._calls:
+            self._coming.discard(urgent)
+            if not self._has_work():
                 return
             call = self._calls.popleft()
             self._working += 1
@@ -491,7 +571,6 @@ class Client:
         try:
             self._answer(session, call)
         finally:
-            _close_all(call.fds)
             with self._lock:
                 self._working -= 1
                 self._calls_bytes -= len(call.payload)
@@ -517,108 +596,7 @@ class Client:
             too_large = rpc_error.rpc_error("Unable to encode message payload")
             self.send(rpc_error.reply(call, too_large))
 
-    def _go_on(self) -> None:
-        """Read on, where the calls that waited had been too many."""
-        if self._gone:
-            return
-        self._select()
-        if isinstance(self.socket, ssl.SSLSocket) and not self._handshaking:
-            self.ready(selectors.EVENT_READ)  # what tls has read already, no selector tells
-
-
-class Workers:
-    """Threads that do one thing after the other; made when they are needed, up to a number."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._idle = 0
-        self._closed = False
-
-    def do(self, what: Callable[[], None]) -> None:
-        """Have a thread do WHAT; what it raises is logged."""
-        with self._lock:
-            self._todo.put(what)
-            if self._idle >= self._todo.qsize() or len(self._threads) >= self._most:
-                return
-            number = len(self._threads)
-            thread = threading.Thread(target=self._run, name=f"worker-{number}", daemon=True)
-            self._threads.append(thread)
-        thread.start()
-
-    def later(self, seconds: float, what: Callable[[], None]) -> None:
-        """Do WHAT after a while, in a thread of its own."""
-        timer = threading.Timer(seconds, what)
-        timer.daemon = True
-        timer.start()
-
-    def close(self, timeout: float = 5.0) -> None:
-        """Do what is left to do, for up to TIMEOUT seconds."""
-        end = time.monotonic() + timeout
-        for _ in self._threads:
-            self._todo.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            what = self._todo.get()
-            with self._lock:
-                self._idle -= 1
-            if what is None:
-                return
-            try:
-                what()
-            except Exception:
-                logger.exception("a worker failed")
-
 
 def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def _address_of(connected: socket.socket) -> str:
-    if connected.family == socket.AF_UNIX:
-        pid, uid, _ = _credentials(connected)
-        return f"process {pid} of user {uid}"
-    name = connected.getpeername()
-    return f"{name[0]}:{name[1]}"
-
-
-def _credentials(connected: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) at the other end of a unix socket."""
-    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid, gid = struct.unpack("iII", found)
-    return pid, uid, gid
-
-
-def _user_of(connected: socket.socket) -> access.Identity:
-    """The user at the other end of a unix socket, by the kernel's word."""
-    _, uid, gid = _credentials(connected)
-    try:
-        user = pwd.getpwuid(uid)
-    except KeyError:
-        return access.Identity("unix", str(uid), frozenset({_group(gid)}))
-    gids = os.getgrouplist(user.pw_name, gid)
-    return access.Identity("unix", user.pw_name, frozenset(map(_group, gids)))
-
-
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
-
-
-def _common_name(connected: ssl.SSLSocket) -> str:
-    """Of the certificate that was checked."""
-    found = connected.getpeercert() or {}
-    subject = found.get("subject", ())
-    pairs = [pair for relative in subject for pair in relative]
-    names = [pair[1] for pair in pairs if pair[0] == "commonName"]
-    return str(names[-1]) if names else ""

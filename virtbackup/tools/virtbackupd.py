@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import pathlib
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,8 @@ logger = logging.getLogger("virtbackupd")
 DEFAULT_LISTEN = "unix:/run/virtbackup/virtbackup-sock"
 _FIRST_FD = 3
 """Of those that systemd hands over (sd_listen_fds)."""
+_DRIVERS_FDS = 4096
+"""Descriptors that drivers have room for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,32 +87,43 @@ def _settings(options: argparse.Namespace) -> virtbackup_conf.Settings:
     if options.config:
         os.environ["VIRTBACKUP_CONF"] = options.config
     settings = config.load()
+    places = dict(settings.places)
     if options.uri:
-        settings = dataclasses.replace(settings, uris=tuple(options.uri))
+        places.pop("uris", None)
+        settings = dataclasses.replace(settings, uris=tuple(options.uri), places=places)
     if options.listen:
-        settings = dataclasses.replace(settings, listen=tuple(options.listen))
+        places.pop("listen", None)
+        settings = dataclasses.replace(settings, listen=tuple(options.listen), places=places)
     if not settings.uris:
         raise errors.error(libvirt.VIR_ERR_INVALID_ARG, "nothing to serve: give --uri, or set uris")
     return settings
 
 
 def _addresses(settings: virtbackup_conf.Settings) -> list[transport.Address]:
-    """Errors: VIR_ERR_INVALID_ARG."""
+    """Errors: VIR_ERR_INVALID_ARG; VIR_ERR_CONF_SYNTAX where a file says so."""
     try:
         return [transport.parse_address(text) for text in settings.listen]
     except ValueError as failure:
+        if "listen" in settings.places:
+            raise settings.wrong("listen", str(failure)) from failure
         raise errors.error(libvirt.VIR_ERR_INVALID_ARG, f"listen: {failure}") from failure
 
 
 def _check(settings: virtbackup_conf.Settings) -> None:
     """Raise for what a start would stumble over, without one."""
     daemon.policy(settings)
+    daemon.check(transport.parse_address(DEFAULT_LISTEN), settings)
     for address in _addresses(settings):
         daemon.check(address, settings)
         if address.kind == "tls":
             daemon.tls_context(settings)
     for uri in settings.uris:
-        hypervisor.check_uri(uri)
+        try:
+            hypervisor.check_uri(uri)
+        except libvirt.libvirtError as failure:
+            if "uris" in settings.places:
+                raise settings.wrong("uris", str(failure)) from failure
+            raise
 
 
 def _run(settings: virtbackup_conf.Settings) -> int:
@@ -118,28 +132,40 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         domains.Host(uri, functools.partial(hypervisor.open_driver, uri, False))
         for uri in settings.uris
     ]
+    _allow_descriptors(settings)
     served = daemon.Daemon(hosts, settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, functools.partial(_stop, served))
     try:
         places = [served.adopt(fd) for fd in _handed_over()] if not settings.listen else []
         if not places:
             for address in _addresses(settings) or [_default()]:
                 places.append(served.listen(address))
-        for host in hosts:
-            with contextlib.suppress(libvirt.libvirtError):  # it is logged, and tried again
-                host.driver()
     except BaseException:
         served.close()
         raise
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: served.stop())
+    served.domains.open()
     print(f"virtbackupd: listening on {', '.join(places)}", flush=True)
     for place in places:
         if place.startswith("tcp:") and settings.access is None:
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
     served.run()
-    _notify("STOPPING=1")
     return 0
+
+
+def _stop(served: daemon.Daemon, *_: object) -> None:
+    _notify("STOPPING=1")
+    served.stop()
+
+
+def _allow_descriptors(settings: virtbackup_conf.Settings) -> None:
+    """Have room for as many clients as there may be, and for what drivers open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * settings.max_clients + _DRIVERS_FDS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _default() -> transport.Address:
@@ -153,11 +179,14 @@ def _handed_over() -> list[int]:
     """The listening sockets that systemd has made (sd_listen_fds(3))."""
     if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
         return []
-    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    said = os.environ.pop("LISTEN_FDS", "0")
     os.environ.pop("LISTEN_FDNAMES", None)
-    fds = list(range(_FIRST_FD, _FIRST_FD + count))
+    if not (said.isascii() and said.isdigit() and len(said) < 5):
+        raise errors.error(libvirt.VIR_ERR_INVALID_ARG, f"LISTEN_FDS: '{said}' is no number")
+    fds = list(range(_FIRST_FD, _FIRST_FD + int(said)))
     for fd in fds:
-        os.set_inheritable(fd, False)
+        with contextlib.suppress(OSError):  # there is none, as whoever adopts it says
+            os.set_inheritable(fd, False)
     return fds
 
 

@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The server: what it answers to anything that comes, and that no client disturbs another."""
+
+import array
+import gc
+import os
+import pathlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import libvirt
+import pytest
+
+from tests import daemons
+from virtbackup import hypervisor
+from virtbackup.remote import program, protocol, rpc, rpc_error, server, workers
+
+REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
+VM = daemons.ref("vm", 7)
+
+
+@pytest.fixture
+def driver() -> daemons.Driver:
+    return daemons.Driver(VM)
+
+
+@pytest.fixture
+def served(tmp_path: pathlib.Path, driver: daemons.Driver) -> Iterator[daemons.Served]:
+    with daemons.serving(tmp_path, driver) as one:
+        yield one
+
+
+def words(*some: int) -> bytes:
+    return struct.pack(f">{len(some)}I", *some)
+
+
+def raw(
+    prog: int, vers: int, proc: int, type: int = 0, serial: int = 5, status: int = 0,
+    payload: bytes = b"",
+) -> bytes:  # fmt: skip
+    """A message."""
+    head = struct.pack(">IIiiIi", prog, vers, proc, type, serial, status)
+    return words(28 + len(payload)) + head + payload
+
+
+# --- framing: libvirtd's answers ---
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return words(len(data)) + data + b"\0" * (-len(data) % 4)
+
+
+def error_of(call: bytes, message: str, code: int = 39, domain: int = 7) -> bytes:
+    """libvirtd's reply to a CALL that it refuses."""
+    payload = words(code, domain, 1) + text(message)
+    payload += words(2, 0, 1) + text("%s") + words(1) + text(message)
+    payload += words(0, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return words(28 + len(payload)) + call[4:16] + words(1) + call[20:24] + words(1) + payload
+
+
+UNKNOWN = bytes.fromhex(
+    "00000088 20008086 00000001 0000270f 00000001 00000006 00000001 00000027 00000007 00000001"
+    "00000017 756e6b6e6f776e2070726f6365647572653a203939393900 00000002 00000000 00000001"
+    "00000002 25730000 00000001 00000017 756e6b6e6f776e2070726f6365647572653a203939393900"
+    "00000000 ffffffff ffffffff 00000000"
+)
+"""What a real libvirtd has said to procedure 9999."""
+
+REMOTE_, QEMU_ = 0x20008086, 0x20008087
+REFUSED = [
+    (raw(REMOTE_, 1, 9999), "unknown procedure: 9999"),
+    (raw(REMOTE_, 1, 0), "unknown procedure: 0"),
+    (raw(REMOTE_, 1, -1), "unknown procedure: -1"),
+    (raw(REMOTE_, 1, 318), "unknown procedure: 318"),
+    (raw(REMOTE_, 1, 454), "unknown procedure: 454"),
+    (raw(QEMU_, 1, 8), "unknown procedure: 8"),
+    (raw(0x20008088, 1, 1), "Cannot find program 536903816 version 1"),
+    (raw(0xF0008088, 1, 1), "Cannot find program -268402552 version 1"),
+    (raw(REMOTE_, 2, 1), "Cannot find program 536903814 version 2"),
+    (raw(REMOTE_, 1, 23, payload=words(9)), "Unable to decode message payload"),
+    (raw(REMOTE_, 1, 23, payload=words(4194305) + b"x"), "Unable to decode message payload"),
+    (raw(REMOTE_, 1, 22), "Unable to decode message payload"),
+    (raw(REMOTE_, 1, 23, status=1, payload=text("vm")), "Unexpected message status 1"),
+    (raw(REMOTE_, 1, 23, status=7, payload=text("vm")), "Unexpected message status 7"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED)
+def test_what_is_refused(served: daemons.Served, call: bytes, message: str) -> None:
+    with served.connect() as client:
+        client.send(call)
+        assert client.socket.recv(4096) == error_of(call, message)
+        assert client.is_served()
+
+
+def test_golden_replies(served: daemons.Served) -> None:
+    with served.connect() as client:
+        client.send(raw(REMOTE_, 1, 9999, serial=6))
+        assert client.socket.recv(4096) == UNKNOWN
+        client.send(raw(REMOTE_, 1, 23, payload=text("vm")))
+        found = words(0x34) + words(REMOTE_, 1, 23, 1, 5, 0) + text("vm")
+        found += bytes.fromhex(VM.uuid.replace("-", "")) + words(7)
+        assert client.socket.recv(4096) == words(len(found)) + found[4:]
+
+
+IGNORED = [
+    raw(REMOTE_, 1, 23, type=1),
+    raw(REMOTE_, 1, 23, type=2),
+    raw(REMOTE_, 1, 23, type=3),
+    raw(REMOTE_, 1, 23, type=6),
+    raw(REMOTE_, 1, 23, type=99),
+    raw(0x6B656570, 1, 2, type=2),
+    raw(0x6B656570, 1, 77, type=2),
+]
+
+
+@pytest.mark.parametrize("message", IGNORED)
+def test_what_is_ignored(served: daemons.Served, message: bytes) -> None:
+    with served.connect() as client:
+        client.send(message)
+        assert client.is_served()
+
+
+def test_bytes_behind_the_arguments(served: daemons.Served) -> None:
+    with served.connect() as client:
+        client.send(raw(REMOTE_, 1, 23, payload=text("vm") + b"garbage!"))
+        assert client.reply(5).status == 0
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 27, 33554437, 0xFFFFFFFF])
+def test_a_length_that_cannot_be(served: daemons.Served, length: int) -> None:
+    with served.raw() as bad, served.connect() as other:
+        bad.send(words(length) + b"\0" * 24)
+        assert bad.is_dropped()
+        assert other.is_served()
+
+
+def test_the_largest_message(served: daemons.Served) -> None:
+    call = raw(REMOTE_, 1, 66, payload=b"\0" * (33554436 - 28))
+    with served.raw() as client:
+        threading.Thread(target=client.send, args=(call,)).start()
+        assert client.reply(5).status == 0
+
+
+def test_a_ping_is_answered_before_anything_else(served: daemons.Served) -> None:
+    with served.raw() as client:
+        client.send(daemons.PING.encode())
+        assert client.socket.recv(64) == raw(0x6B656570, 1, 2, type=2, serial=0)
+
+
+def test_a_call_of_keepalive_is_no_ping(served: daemons.Served) -> None:
+    call = raw(0x6B656570, 1, 1)
+    with served.raw() as client:
+        client.send(call)
+        assert client.socket.recv(4096) == error_of(
+            call, "Cannot find program 1801807216 version 1"
+        )
+
+
+def test_same_serial_twice_and_replies_out_of_order(
+    served: daemons.Served, driver: daemons.Driver
+) -> None:
+    with served.connect() as client:
+        client.send(raw(REMOTE_, 1, 66) * 2)
+        assert [client.reply(5).proc for _ in range(2)] == [REMOTE["AUTH_LIST"]] * 2
+        held = driver.hold("domain_get_state")
+        slow = client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        driver.wait_entered("domain_get_state")
+        fast = client.post(REMOTE, "AUTH_LIST")
+        assert client.reply().serial == fast
+        held.set()
+        assert client.reply().serial == slow
+
+
+# --- descriptors ---
+
+
+def send_fds(client: daemons.Raw, data: bytes, count: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    try:
+        fds = array.array("i", [null] * count)
+        client.socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+    finally:
+        os.close(null)
+
+
+def fds_of_this_process() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def test_descriptors_with_a_call_are_closed(served: daemons.Served) -> None:
+    with served.connect() as client:
+        before = fds_of_this_process()
+        for _ in range(20):
+            client.send(raw(REMOTE_, 1, 66, type=4, payload=words(2)))
+            send_fds(client, b"\0", 1)
+            send_fds(client, b"\0", 1)
+            assert client.reply(5).status == 0
+        assert fds_of_this_process() == before
+
+
+def test_too_many_descriptors(served: daemons.Served) -> None:
+    with served.raw() as bad, served.connect() as other:
+        before = fds_of_this_process()
+        send_fds(bad, b"\0", 33)
+        assert bad.is_dropped()
+        assert other.is_served()
+        daemons.wait_for(lambda: fds_of_this_process() == before - 1)
+
+
+def test_descriptors_that_no_call_takes_are_not_hoarded(served: daemons.Served) -> None:
+    """Each of these connections is within its limit, and all together would have us run out."""
+    before = fds_of_this_process()
+    clients = [served.raw() for _ in range(20)]
+    for client in clients:
+        send_fds(client, words(100), 32)
+    with served.connect() as other:
+        assert other.is_served()
+    assert fds_of_this_process() - before <= 2 * len(clients) + 64 + 32
+    for client in clients:
+        client.close()
+    daemons.wait_for(lambda: fds_of_this_process() == before)
+
+
+def test_a_queue_of_calls_holds_no_descriptors(
+    served: daemons.Served, driver: daemons.Driver
+) -> None:
+    held = driver.hold("domain_get_state")
+    with served.connect() as client:
+        before = fds_of_this_process()
+        for _ in range(10):
+            call = client.message(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+            client.send(raw(REMOTE_, 1, 212, type=4, payload=words(16) + call.payload))
+            for _ in range(16):
+                send_fds(client, b"\0", 1)
+        driver.wait_entered("domain_get_state", 5)
+        client.send(daemons.PING.encode())  # so all before it was read
+        assert client.receive() is not None
+        assert fds_of_this_process() - before < 16
+        held.set()
+
+
+# --- other clients ---
+
+
+def test_half_a_message_for_ever(served: daemons.Served) -> None:
+    clients = [served.raw() for _ in range(8)]
+    for client in clients:
+        client.send(words(33554432) + b"\0" * 100000)
+    with served.connect() as other:
+        assert other.names() == ["vm"]
+    for client in clients:
+        client.close()
+
+
+def test_all_together_hold_no_more_than_there_is(
+    tmp_path: pathlib.Path, driver: daemons.Driver
+) -> None:
+    limits = {"max_held": 16 << 20}
+    with daemons.serving(tmp_path, driver, limits=limits) as served, served.connect() as modest:
+        modest.send(words(33554432) + b"\0" * 1000)
+        greedy = [served.raw() for _ in range(8)]
+        dropped = 0
+        for client in greedy:
+            try:
+                client.send(words(33554432) + b"\0" * (4 << 20))
+                client.send(daemons.PING.encode())
+            except ConnectionError:
+                dropped += 1
+        with served.connect() as other:
+            assert other.is_served()
+        held = sum(client._held.bytes for client in served.daemon.server.clients)
+        assert held <= (16 << 20) + (8 << 20)
+        assert len(served.daemon.server.clients) < 10
+        for client in greedy:
+            client.close()
+        modest.send(b"\0" * 1000)
+
+
+def test_who_reads_no_replies_is_not_worked_for(
+    tmp_path: pathlib.Path, driver: daemons.Driver
+) -> None:
+    """10,000 calls with replies of 1 KiB, of which none is read before all are sent."""
+    limits = {"max_unread": 1 << 20}
+    call = raw(REMOTE_, 1, 14, payload=text("vm") + uuid_of(VM) + words(7, 0))
+    with daemons.serving(tmp_path, driver, limits=limits) as served, served.connect() as greedy:
+        greedy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sender = threading.Thread(target=greedy.send, args=(call * 10000,))
+        sender.start()
+        with served.connect() as other:
+            for _ in range(100):
+                assert other.names() == ["vm"]
+        [client] = [one for one in served.daemon.server.clients if one.number == 1]
+        assert len(client._unsent) < (1 << 20) + 6 * 1024
+        assert len(client._calls) <= 32 + transport_chunk_of(call)
+        for _ in range(10000):
+            assert greedy.reply(5).status == 0
+        sender.join(daemons.DEADLINE)
+
+
+def uuid_of(ref: hypervisor.DomainRef) -> bytes:
+    return bytes.fromhex(ref.uuid.replace("-", ""))
+
+
+def transport_chunk_of(call: bytes) -> int:
+    return (1 << 16) // len(call) + 1
+
+
+def test_a_flood_of_small_calls(served: daemons.Served) -> None:
+    with served.connect() as flood, served.connect() as other:
+        sender = threading.Thread(target=flood.send, args=(raw(REMOTE_, 1, 66) * 10000,))
+        sender.start()
+        for _ in range(20):
+            assert other.is_served()
+        for _ in range(10000):
+            assert flood.reply(5).status == 0
+        sender.join(daemons.DEADLINE)
+
+
+def test_who_reads_no_pongs_is_not_read_from(
+    tmp_path: pathlib.Path, driver: daemons.Driver
+) -> None:
+    with daemons.serving(tmp_path, driver, limits={"max_unread": 1 << 16}) as served:
+        flood, other = served.raw(), served.connect()
+        flood.socket.settimeout(0.5)
+        with pytest.raises((TimeoutError, ConnectionError)):
+            flood.send(daemons.PING.encode() * 100000)
+        assert other.is_served()
+        flood.close()
+        other.close()
+
+
+def test_who_reads_no_events_is_let_go(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+    limits = {"max_unread": 1 << 16}
+    with daemons.serving(tmp_path, driver, limits=limits) as served:
+        deaf, other = served.connect(), served.connect()
+        for client in (deaf, other):
+            client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
+            assert client.names() == ["vm"]
+        event = hypervisor.LifecycleEvent(VM, 2, 0)
+        for number in range(5000):
+            driver.tell(event)
+            if number % 100 == 0:
+                other.event()
+        daemons.wait_for(lambda: len(served.daemon.server.clients) == 1)
+        assert deaf.is_dropped()
+        assert other.is_served()
+        deaf.close()
+        other.close()
+
+
+def test_closed_in_the_middle_of_a_call(served: daemons.Served, driver: daemons.Driver) -> None:
+    held = driver.hold("domain_get_state")
+    before = fds_of_this_process()
+    clients = [served.connect() for _ in range(10)]
+    for client in clients:
+        client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+    driver.wait_entered("domain_get_state", 10)
+    for client in clients:
+        client.close()
+    daemons.wait_for(lambda: not served.daemon.server.clients)
+    held.set()
+    daemons.wait_for(lambda: fds_of_this_process() == before)
+    with served.connect() as other:
+        assert other.is_served()
+
+
+def test_five_calls_of_a_client_at_once(served: daemons.Served, driver: daemons.Driver) -> None:
+    held = driver.hold("domain_get_state")
+    with served.connect() as client:
+        for _ in range(20):
+            client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        driver.wait_entered("domain_get_state", 5)
+        client.send(daemons.PING.encode())
+        pong = client.receive()  # the loop goes on
+        assert pong is not None
+        assert pong.program == protocol.KEEPALIVE.number
+        assert not driver.entered["domain_get_state"].acquire(timeout=0.05)
+        held.set()
+        for _ in range(20):
+            assert client.reply().status == 0
+
+
+def test_slow_calls_of_many_starve_nobody(served: daemons.Served, driver: daemons.Driver) -> None:
+    """Ten clients have all workers at slow calls, and as many wait; another has its own."""
+    held = driver.hold("domain_get_state")
+    greedy = [served.connect() for _ in range(10)]
+    for client in greedy:
+        for _ in range(10):
+            client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+    driver.wait_entered("domain_get_state", 20)
+    with served.connect() as other:
+        for _ in range(20):
+            assert other.names() == ["vm"]
+    held.set()
+    for client in greedy:
+        for _ in range(10):
+            assert client.reply().status == 0
+        client.close()
+
+
+def test_one_more_client_than_may_be(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+    with daemons.serving(tmp_path, driver, settings={"max_clients": 4}) as served:
+        clients = [served.connect() for _ in range(4)]
+        late = [served.raw() for _ in range(3)]
+        serials = [client.post(REMOTE, "AUTH_LIST") for client in late]
+        assert all(client.is_served() for client in clients)
+        assert len(served.daemon.server.clients) == 4
+        for client in clients:
+            client.close()
+        for client, serial in zip(late, serials, strict=True):
+            assert client.reply(serial).status == 0
+            client.close()
+
+
+def test_threads_end_that_are_too_many() -> None:
+    some = workers.Workers(2)
+    go, running = threading.Event(), threading.Semaphore(0)
+
+    def work() -> None:
+        running.release()
+        assert go.wait(daemons.DEADLINE)
+
+    for _ in range(10):
+        some.do(work, urgent=True)
+    for _ in range(10):
+        assert running.acquire(timeout=daemons.DEADLINE)
+    for _ in range(5):
+        some.do(work)
+    assert running.acquire(timeout=daemons.DEADLINE)
+    assert running.acquire(timeout=daemons.DEADLINE)
+    assert not running.acquire(timeout=0.05)  # as many as there may be are at ordinary work
+    go.set()
+    daemons.wait_for(lambda: len(some._threads) <= 2)
+    some.close(daemons.DEADLINE)
+    assert not some._threads
+
+
+def test_work_that_raises_ends_no_thread(caplog: pytest.LogCaptureFixture) -> None:
+    some = workers.Workers(1)
+    done = threading.Event()
+    some.do(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    some.do(done.set)
+    assert done.wait(daemons.DEADLINE)
+    some.close(daemons.DEADLINE)
+    assert "a worker failed" in caplog.text
+
+
+# --- a session that fails ---
+
+
+class Failing:
+    """A session that does as a test says."""
+
+    def __init__(self, reply: Callable[[rpc.Message], rpc.Message | None]) -> None:
+        self._reply = reply
+        self.closed = threading.Event()
+
+    def handle(self, call: rpc.Message) -> rpc.Message | None:
+        return self._reply(call)
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_a_failure_of_ours_is_one_client_s(tmp_path: pathlib.Path) -> None:
+    def reply(call: rpc.Message) -> rpc.Message | None:
+        if call.serial == 1:
+            raise RuntimeError("ours")
+        return rpc_error.reply(call, rpc_error.rpc_error("late"))
+
+    sessions: list[Failing] = []
+
+    def serve(client: server.Client) -> Failing:
+        sessions.append(Failing(reply))
+        return sessions[-1]
+
+    path = tmp_path / "x.sock"
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    one = server.Server(serve)
+    one.listen(listening)
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    with daemons.Raw.unix(path) as client:
+        client.post(REMOTE, "AUTH_LIST")
+        late = client.post(REMOTE, "AUTH_LIST")
+        assert client.reply(late).status == program.MessageStatus.ERROR
+    assert sessions[0].closed.wait(daemons.DEADLINE)
+    one.stop()
+    thread.join(daemons.DEADLINE)
+    assert not thread.is_alive()
+
+
+# --- keepalive ---
+
+
+def test_who_answers_no_pings_is_let_go(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+    settings = {"keepalive_count": 2}
+    limits = {"keepalive_interval": 0.05}
+    serving = daemons.serving(tmp_path, driver, settings=settings, limits=limits)
+    with serving as served, served.raw() as quiet, served.raw() as silent:
+        assert quiet.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10).supported == 1
+        pings = 0
+        while (message := quiet.receive()) is not None:
+            assert message == daemons.PING
+            pings += 1
+        assert pings == 2
+        silent.socket.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            silent.receive()  # it has not asked, and is left alone
+        silent.socket.settimeout(daemons.DEADLINE)
+        assert silent.is_served()
+
+
+def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+    settings = {"keepalive_count": 1}
+    limits = {"keepalive_interval": 0.05}
+    serving = daemons.serving(tmp_path, driver, settings=settings, limits=limits)
+    with serving as served, served.raw() as client:
+        client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10)
+        for _ in range(3):
+            assert client.receive() == daemons.PING
+            client.send(raw(0x6B656570, 1, 2, type=2, serial=0))
+        assert client.is_served()
+
+
+def test_no_pings_where_they_are_off(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+    serving = daemons.serving(tmp_path, driver, settings={"keepalive_interval": 0})
+    with serving as served, served.raw() as client:
+        assert client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10).supported == 1
+        assert client.is_served()
+        [one] = served.daemon.server.clients
+        assert not one.has_deadline
+
+
+# --- the end ---
+
+
+def test_a_call_in_flight_has_its_reply(served: daemons.Served, driver: daemons.Driver) -> None:
+    held = driver.hold("domain_get_state")
+    with served.connect() as client, served.connect() as idle:
+        serial = client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        driver.wait_entered("domain_get_state")
+        served.daemon.stop()
+        daemons.wait_for(lambda: not served.daemon.server._listeners[0].accepts)
+        idle.post(REMOTE, "AUTH_LIST")  # which nobody reads any more
+        held.set()
+        assert client.reply(serial).status == 0
+        assert client.receive() is None
+        assert idle.receive() is None
+        served.thread.join(daemons.DEADLINE)
+    assert driver.closed
+    assert not served.path.exists()
+
+
+def test_stopped_twice_it_does_not_wait(served: daemons.Served, driver: daemons.Driver) -> None:
+    held = driver.hold("domain_get_state")
+    with served.connect() as client:
+        client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        driver.wait_entered("domain_get_state")
+        served.daemon.stop()
+        served.daemon.stop()
+        assert client.receive() is None
+        served.thread.join(2.0)
+        assert not served.thread.is_alive()
+    held.set()
+
+
+def test_stopped_while_nobody_is_accepted(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+    serving = daemons.serving(tmp_path, driver, settings={"max_clients": 1})
+    with serving as served, served.connect() as client:
+        assert client.is_served()
+        served.stop()
+
+
+def test_no_descriptors_are_left(
+    tmp_path: pathlib.Path, driver: daemons.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that can accept nobody goes on when it can."""
+    real = socket.socket.accept
+    failures = [OSError(24, "Too many open files")] * 2
+
+    def accept(self: socket.socket) -> object:
+        if failures:
+            raise failures.pop()
+        return real(self)
+
+    with daemons.serving(tmp_path, driver) as served:
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        with served.connect() as client:
+            assert client.is_served()
+        assert not failures
+
+
+def test_codes_are_as_sent(served: daemons.Served) -> None:
+    with served.raw() as client:
+        code, message = daemons.code_of(lambda: client.lookup("vm"))
+        assert (code, message) == (libvirt.VIR_ERR_INTERNAL_ERROR, "hypervisor connection not open")
+        client.open()
+        code, message = daemons.code_of(client.open)
+        assert message == "connection already open"
+        assert daemons.code_of(lambda: client.lookup("x"))[0] == libvirt.VIR_ERR_NO_DOMAIN
+        shown = "\udcff\udcfe\n"
+        assert daemons.code_of(lambda: client.lookup(shown))[1] == (
+            f"Domain not found: no domain with matching name '{shown}'"
+        )
+    with served.raw() as client:
+        for uri in ("foo:///x", "http://[", "\udcff"):
+            code, message = daemons.code_of(lambda uri=uri: client.open(uri))
+            assert code == libvirt.VIR_ERR_NO_CONNECT, message
+        client.open("qemu+unix:///system")

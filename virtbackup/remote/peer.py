@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is at the other end of a connection (virnetserverclient.c, virnetsocket.c)."""
+
+import grp
+import os
+import pwd
+import socket
+import ssl
+import struct
+import threading
+
+from virtbackup import access
+
+
+class Peer:
+    """The other end of a CONNECTED socket, in words and, once that is known, as a policy has it."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        """Errors: OSError where it is gone already."""
+        self._lock = threading.Lock()
+        self._identity: access.Identity | None = None
+        self._credentials: tuple[int, int, int] | None = None
+        if connected.family == socket.AF_UNIX:
+            pid, uid, _ = self._credentials = credentials(connected)
+            self.address = f"process {pid} of user {uid}"
+            """For logs."""
+        else:
+            name = connected.getpeername()
+            self.address = f"{name[0]}:{name[1]}"
+            self._identity = access.Identity("tcp")
+
+    def has_shaken_hands(self, connected: ssl.SSLSocket) -> None:
+        """By tls: its certificate was checked."""
+        self._identity = access.Identity("tls", common_name(connected))
+
+    @property
+    def identity(self) -> access.Identity:
+        """It may take time to ask for a user's groups; then callers wait for each other."""
+        with self._lock:
+            if self._identity is None:
+                assert self._credentials is not None
+                _, uid, gid = self._credentials
+                self._identity = user(uid, gid)
+            return self._identity
+
+
+def credentials(connected: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) at the other end of a unix socket, by the kernel's word. Errors: OSError."""
+    size = struct.calcsize("iII")
+    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, gid = struct.unpack("iII", found)
+    return pid, uid, gid
+
+
+def user(uid: int, gid: int) -> access.Identity:
+    """A user with all groups; one whom nobody knows is named by the number."""
+    try:
+        name = pwd.getpwuid(uid).pw_name
+        gids = os.getgrouplist(name, gid)
+    except KeyError:
+        return access.Identity("unix", str(uid), frozenset({_group(gid)}))
+    return access.Identity("unix", name, frozenset(map(_group, gids)))
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def common_name(connected: ssl.SSLSocket) -> str:
+    """Of the other end's certificate; empty where it has none."""
+    found = connected.getpeercert() or {}
+    pairs = [pair for relative in found.get("subject", ()) for pair in relative]
+    names = [pair[1] for pair in pairs if pair[0] == "commonName"]
+    return str(names[-1]) if names else ""
