@@ -171,10 +171,10 @@ class Raw:
         return True
 
 
-def code_of(what: Callable[[], object]) -> tuple[int, str]:
+def code_of(what: Callable[..., object], *args: object) -> tuple[int, str]:
     """(code, text) of the error that a call raises."""
     try:
-        what()
+        what(*args)
     except libvirt.libvirtError as failure:
         return failure.get_error_code(), str(failure)
     raise AssertionError("no error")

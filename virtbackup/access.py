@@ -93,6 +93,8 @@ class Rule:
             raise ValueError(
                 f"'{match['who']}': expected unix:USER, unix:@GROUP, tls:NAME, tcp or *"
             )
+        if match["who"].startswith("tls:@"):
+            raise ValueError(f"'{match['who']}': certificates have no groups")
         known = {perm.value: perm for perm in Perm}
         for word in match["perms"].split(","):
             if word not in known:

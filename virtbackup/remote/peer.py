@@ -53,13 +53,14 @@ def credentials(connected: socket.socket) -> tuple[int, int, int]:
 
 
 def user(uid: int, gid: int) -> access.Identity:
-    """A user with all groups; one whom nobody knows is named by the number."""
+    """A user with all groups, and that of the process, which is GID; one whom nobody knows is named
+    by the number."""
     try:
-        name = pwd.getpwuid(uid).pw_name
-        gids = os.getgrouplist(name, gid)
+        known = pwd.getpwuid(uid)
+        gids = os.getgrouplist(known.pw_name, known.pw_gid)
     except KeyError:
         return access.Identity("unix", str(uid), frozenset({_group(gid)}))
-    return access.Identity("unix", name, frozenset(map(_group, gids)))
+    return access.Identity("unix", known.pw_name, frozenset(map(_group, [gid, *gids])))
 
 
 def _group(gid: int) -> str:

@@ -247,8 +247,9 @@ class Server:
         """Seconds to wait for the next event."""
         if self._stop_by is not None:
             return 0.05
-        waits = self._accept_from or any(client.has_deadline for client in self._clients)
-        return 1.0 if waits else None
+        if any(client.has_deadline for client in self._clients):
+            return min(1.0, self.limits.keepalive_interval or 1.0)
+        return 1.0 if self._accept_from else None
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()

@@ -1,0 +1,758 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon: several hosts as one, backups and their clients, and the program itself."""
+
+import os
+import pathlib
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import libvirt
+import pytest
+
+from tests import daemons
+from tests.live import certificates
+from virtbackup import errors, hypervisor
+from virtbackup.remote import protocol, wire_conf
+
+REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
+A, B, C = daemons.ref("a", 1), daemons.ref("b", 2), daemons.ref("c", None)
+XML = '<domainbackup><address type="unix" path="/x.sock"/></domainbackup>'
+QUIESCE, AUTODESTROY, CANCEL = 1, 2, 1
+
+
+# --- several hosts ---
+
+
+def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
+    first = daemons.Driver(A, C, host="first")
+    second = daemons.Driver(daemons.ref("d", 1), daemons.ref("e", 2), host="second")
+    with daemons.serving(tmp_path, first, second) as served, served.connect() as client:
+        listed = client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
+        assert [(dom.name, dom.id) for dom in listed] == [("a", 1), ("c", -1), ("d", 2), ("e", 3)]
+        for dom in listed[0], *listed[2:]:
+            assert client.call(REMOTE, "DOMAIN_LOOKUP_BY_ID", dom.id).dom == dom
+            assert client.lookup(dom.name) == dom
+            assert client.call(REMOTE, "DOMAIN_LOOKUP_BY_UUID", dom.uuid).dom == dom
+        client.call(REMOTE, "DOMAIN_SUSPEND", client.lookup("e"))
+        assert ("domain_suspend", second.refs[1]) in second.calls
+        assert client.call(REMOTE, "CONNECT_GET_HOSTNAME").hostname == "first"
+        # An id is a domain's as long as it runs, whoever comes and goes.
+        second.refs[0] = daemons.ref("d", None)
+        listed = client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
+        assert [dom.id for dom in listed] == [1, -1, -1, 3]
+        assert client.lookup("e").id == 3
+
+
+def test_of_two_with_one_uuid_the_first_host_s_is_meant(tmp_path: pathlib.Path) -> None:
+    """By whatever it was looked up."""
+    first, second = daemons.Driver(A), daemons.Driver(A)
+    with daemons.serving(tmp_path, first, second) as served, served.connect() as client:
+        for _ in range(2):
+            dom = client.lookup("a")
+            client.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, XML, 0)
+            client.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
+        assert client.names() == ["a"]
+        client.call(REMOTE, "DOMAIN_SUSPEND", dom)
+    assert not [call for call in second.calls if call[0] != "list_domains"]
+
+
+def test_a_name_that_two_have(tmp_path: pathlib.Path) -> None:
+    other = daemons.ref("a", 1, number=77)
+    first, second = daemons.Driver(A), daemons.Driver(other)
+    with daemons.serving(tmp_path, first, second) as served, served.connect() as client:
+        code, text = daemons.code_of(client.lookup, "a")
+        assert code == libvirt.VIR_ERR_OPERATION_INVALID
+        assert f"several domains have the name 'a': ask by uuid ({A.uuid}, {other.uuid})" in text
+        for ref, driver in ((A, first), (other, second)):
+            dom = wire_conf.domain_to_wire(ref)
+            found = client.call(REMOTE, "DOMAIN_LOOKUP_BY_UUID", dom.uuid).dom
+            client.call(REMOTE, "DOMAIN_SUSPEND", found)
+            assert ("domain_suspend", ref) in driver.calls
+
+
+def test_a_host_that_comes_later(tmp_path: pathlib.Path) -> None:
+    late = daemons.Driver(B)
+    fails: list[Exception] = [OSError("not there yet")]
+
+    def open_late() -> hypervisor.Driver:
+        if fails:
+            raise fails[0]
+        return late
+
+    drivers = (daemons.Driver(A), open_late)
+    with daemons.serving(tmp_path, *drivers) as served, served.connect() as client:
+        assert client.names() == ["a"]
+        _, text = daemons.code_of(client.lookup, "b")
+        assert text == (
+            "Domain not found: no domain with matching name 'b' (not to be asked: fake1:///)"
+        )
+        client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
+        fails.clear()
+        assert client.names() == ["a", "b"]
+        assert client.lookup("b").name == "b"
+        late.tell(hypervisor.LifecycleEvent(B, 2, 0))
+        assert client.event().proc == REMOTE["DOMAIN_EVENT_CALLBACK_LIFECYCLE"]
+
+
+def test_no_host_at_all(tmp_path: pathlib.Path) -> None:
+    def fail() -> hypervisor.Driver:
+        raise errors.error(libvirt.VIR_ERR_NO_CONNECT, "gone")
+
+    for drivers in ([fail], [fail, fail]):
+        with daemons.serving(tmp_path, *drivers) as served, served.connect() as client:
+            code, _ = daemons.code_of(client.names)
+            assert code == libvirt.VIR_ERR_NO_CONNECT
+            code, _ = daemons.code_of(client.call, REMOTE, "CONNECT_GET_HOSTNAME")
+            assert code == libvirt.VIR_ERR_NO_CONNECT
+
+
+def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
+    """It is waited for once, for a while, and until it answers not again."""
+    hangs, lives = daemons.Driver(A), daemons.Driver(B)
+    held = hangs.hold("list_domains")
+    serving = daemons.serving(tmp_path, hangs, lives, patience=0.2)
+    with serving as served, served.connect() as client:
+        assert client.names() == ["b"]
+        for _ in range(200):
+            assert client.names() == ["b"]
+            assert client.lookup("b").name == "b"
+        assert len([call for call in hangs.calls if call[0] == "list_domains"]) < 5
+        _, text = daemons.code_of(client.lookup, "a")
+        assert "(not to be asked: fake0:///)" in text
+        held.set()
+        daemons.wait_for(lambda: client.names() == ["a", "b"])
+
+
+def test_a_host_that_hangs_when_it_is_opened(tmp_path: pathlib.Path) -> None:
+    go = threading.Event()
+
+    def opener() -> hypervisor.Driver:
+        assert go.wait(daemons.DEADLINE)
+        return daemons.Driver(A)
+
+    drivers = (opener, daemons.Driver(B, host="second"))
+    with daemons.serving(tmp_path, *drivers, patience=0.2) as served, served.connect() as client:
+        assert client.names() == ["b"]
+        assert client.lookup("b").name == "b"
+        assert client.call(REMOTE, "CONNECT_GET_HOSTNAME").hostname == "second"
+        go.set()
+        daemons.wait_for(lambda: client.names() == ["a", "b"])
+
+
+def test_a_call_that_hangs_is_one_domain_s(tmp_path: pathlib.Path) -> None:
+    hangs, lives = daemons.Driver(A), daemons.Driver(B)
+    held = hangs.hold("domain_backup_start")
+    serving = daemons.serving(tmp_path, hangs, lives)
+    with serving as served, served.connect() as client, served.connect() as other:
+        a, b = client.lookup("a"), client.lookup("b")
+        late = client.post(VIRTBACKUP, "DOMAIN_BACKUP_START", a, XML, 0)
+        hangs.wait_entered("domain_backup_start")
+        for one in (client, other):
+            assert one.names() == ["a", "b"]
+            one.call(VIRTBACKUP, "DOMAIN_BACKUP_START", b, XML, 0)
+            one.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", b, 0)
+        held.set()
+        assert client.reply(late).status == 0
+
+
+def test_what_a_driver_raises(tmp_path: pathlib.Path) -> None:
+    """Not even what it may not raise is any other host's trouble."""
+    bad, good = daemons.Driver(A), daemons.Driver(B)
+    with daemons.serving(tmp_path, bad, good) as served, served.connect() as client:
+        dom = client.lookup("a")
+        bad.failures["list_domains"] = ZeroDivisionError("oops")
+        bad.failures["domain_get_state"] = ZeroDivisionError("oops")
+        assert client.names() == ["b"]
+        code, text = daemons.code_of(client.call, REMOTE, "DOMAIN_GET_STATE", dom, 0)
+        assert (code, text) == (libvirt.VIR_ERR_NO_DOMAIN, text) or "oops" in text
+
+
+def test_a_domain_that_goes_while_it_is_listed(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A, B)
+    running = libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        driver.failures["domain_get_state"] = errors.error(libvirt.VIR_ERR_NO_DOMAIN, "gone")
+        assert client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, running).domains == ()
+        assert client.call(VIRTBACKUP, "LIST_DOMAINS").domains == ()
+        driver.failures["domain_get_state"] = errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, "busy")
+        states = client.call(VIRTBACKUP, "LIST_DOMAINS").domains
+        assert [one.state for one in states] == [0, 0]
+
+
+# --- backups, and whose they are ---
+
+
+def start(client: daemons.Raw, ref: hypervisor.DomainRef, flags: int = 0) -> None:
+    client.call(VIRTBACKUP, "DOMAIN_BACKUP_START", wire_conf.domain_to_wire(ref), XML, flags)
+
+
+def stop(client: daemons.Raw, ref: hypervisor.DomainRef, flags: int = 0) -> None:
+    client.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", wire_conf.domain_to_wire(ref), flags)
+
+
+def test_flags_that_there_are_not(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    dom = wire_conf.domain_to_wire(A)
+    calls = [
+        ("DOMAIN_BACKUP_START", "virDomainBackupStart", (dom, XML, 8)),
+        ("DOMAIN_BACKUP_STOP", "virDomainBackupStop", (dom, 8)),
+        ("DOMAIN_BACKUP_GET_XML_DESC", "virDomainBackupGetXMLDesc", (dom, 8)),
+        ("DOMAIN_BACKUP_GET_INFO", "virDomainBackupGetInfo", (dom, 8)),
+        ("DOMAIN_BACKUP_CLEANUP", "virDomainBackupCleanup", (dom, 8)),
+        ("DOMAIN_BRANCH_LIST", "virDomainBranchList", (dom, 8)),
+        ("DOMAIN_BRANCH_CREATE", "virDomainBranchCreate", (dom, "x", 8)),
+        ("DOMAIN_BRANCH_DELETE", "virDomainBranchDelete", (dom, "x", 8)),
+    ]
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        for name, function, args in calls:
+            code, text = daemons.code_of(client.call, VIRTBACKUP, name, *args)
+            assert code == libvirt.VIR_ERR_INVALID_ARG
+            assert text == f"unsupported flags (0x8) in function {function}"
+    assert not [call for call in driver.calls if call[0].startswith("domain_b")]
+
+
+def test_one_of_many_starts(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    with daemons.serving(tmp_path, driver) as served:
+        clients = [served.connect() for _ in range(8)]
+        for _ in range(5):
+            serials = [
+                client.post(VIRTBACKUP, "DOMAIN_BACKUP_START", wire_conf.domain_to_wire(A), XML, 0)
+                for client in clients
+            ]
+            replies = [
+                client.reply(serial) for client, serial in zip(clients, serials, strict=True)
+            ]
+            assert sorted(reply.status for reply in replies) == [0] + [1] * 7
+            serials = [
+                client.post(VIRTBACKUP, "DOMAIN_BACKUP_STOP", wire_conf.domain_to_wire(A), 0)
+                for client in clients
+            ]
+            replies = [
+                client.reply(serial) for client, serial in zip(clients, serials, strict=True)
+            ]
+            assert sorted(reply.status for reply in replies) == [0] + [1] * 7
+        for client in clients:
+            client.close()
+
+
+def test_a_backup_ends_with_its_client(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A, B)
+    with daemons.serving(tmp_path, driver) as served, served.connect() as other:
+        with served.connect() as client:
+            start(client, A, AUTODESTROY)
+            start(client, B)
+        daemons.wait_for(lambda: A.uuid not in driver.running)
+        assert ("domain_backup_stop", A, CANCEL) in driver.calls
+        stop(other, B)
+
+
+def test_closed_or_not_its_backup_ends(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        start(client, A, AUTODESTROY)
+        client.call(REMOTE, "CONNECT_CLOSE")
+        assert not driver.running
+        code, _ = daemons.code_of(client.names)
+        assert code == libvirt.VIR_ERR_INTERNAL_ERROR
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_another_s_backup_does_not(tmp_path: pathlib.Path, elsewhere: bool) -> None:
+    """A client's backup was stopped by somebody else, who has started another since."""
+    driver = daemons.Driver(A)
+    with daemons.serving(tmp_path, driver) as served, served.connect() as other:
+        with served.connect() as client:
+            start(client, A, AUTODESTROY)
+            if elsewhere:
+                del driver.running[A.uuid]
+            else:
+                stop(other, A)
+            start(other, A)
+        daemons.wait_for(lambda: len(served.daemon.server.clients) == 1)
+        assert other.names() == ["a"]
+        daemons.wait_for(lambda: not served.daemon.server.workers._urgent)
+        stop(other, A)
+    assert ("domain_backup_stop", A, CANCEL) not in driver.calls
+
+
+def test_a_start_that_outlives_its_client(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    held = driver.hold("domain_backup_start")
+    with daemons.serving(tmp_path, driver) as served:
+        with served.connect() as client:
+            dom = wire_conf.domain_to_wire(A)
+            client.post(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, XML, AUTODESTROY)
+            driver.wait_entered("domain_backup_start")
+        daemons.wait_for(lambda: not served.daemon.server.clients)
+        held.set()
+        daemons.wait_for(lambda: ("domain_backup_stop", A, CANCEL) in driver.calls)
+        assert not driver.running
+
+
+def test_a_start_that_fails_forgets_no_job(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    completed = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
+    keep = libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        dom = client.lookup("a")
+        start(client, A)
+        assert client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, 0).type == 2
+        stop(client, A)
+        driver.failures["domain_backup_start"] = errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, "no")
+        daemons.code_of(lambda: start(client, A))
+        stats = client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, completed | keep)
+        assert stats.type == libvirt.VIR_DOMAIN_JOB_COMPLETED
+        assert "time_elapsed" in [param.field for param in stats.params]
+        assert client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, completed).type == 3
+        assert client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, completed).type == 0
+        code, text = daemons.code_of(client.call, REMOTE, "DOMAIN_ABORT_JOB", dom)
+        assert code == libvirt.VIR_ERR_OPERATION_INVALID
+        assert text == "Requested operation is not valid: no job is active on the domain"
+
+
+def test_events_of_one_domain_and_of_all(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A, B)
+    register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        a = client.lookup("a")
+        of_a = client.call(REMOTE, register, 21, a).callbackID
+        of_all = client.call(REMOTE, register, 21, None).callbackID
+        for ref in (B, A):
+            start(client, ref)
+            stop(client, ref)
+        told = [client.event() for _ in range(3)]
+        assert [int.from_bytes(one.payload[:4], "big") for one in told] == [of_all, of_a, of_all]
+        assert not client.events, "of our own program, which it has not asked"
+        client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY", of_a)
+        deregister = "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY"
+        for number in (of_a, 99, -1):
+            code, _ = daemons.code_of(client.call, REMOTE, deregister, number)
+            assert code == libvirt.VIR_ERR_INVALID_ARG
+        code, _ = daemons.code_of(client.call, REMOTE, register, 27, None)
+        assert code == libvirt.VIR_ERR_INTERNAL_ERROR
+
+
+def test_events_while_clients_come_and_go(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
+    over = threading.Event()
+    failures: list[Exception] = []
+
+    def tell() -> None:
+        event = hypervisor.LifecycleEvent(A, 2, 0)
+        try:
+            while not over.is_set():
+                driver.tell(event)
+        except Exception as failure:  # noqa: BLE001  (which the test shows)
+            failures.append(failure)
+
+    with daemons.serving(tmp_path, driver) as served:
+        with served.connect() as first:
+            assert first.names() == ["a"]
+        teller = threading.Thread(target=tell)
+        teller.start()
+        for _ in range(30):
+            with served.connect() as client:
+                for _ in range(10):
+                    client.call(REMOTE, register, 0, None)
+                client.call(REMOTE, "CONNECT_CLOSE")
+        over.set()
+        teller.join(daemons.DEADLINE)
+    assert not failures
+
+
+def test_subscriptions_are_not_without_end(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        assert client.names() == ["a"]
+        for _ in range(4096 // 64):
+            for _ in [client.post(REMOTE, register, 0, None) for _ in range(64)]:
+                assert client.reply().status == 0
+        code, text = daemons.code_of(client.call, REMOTE, register, 0, None)
+        assert (code, text) == (1, "internal error: more than 4096 event callbacks")
+
+
+def test_arguments_out_of_range(tmp_path: pathlib.Path) -> None:
+    driver = daemons.Driver(A)
+    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+        dom = client.lookup("a")
+        for number in (-1, 17, 2**31 - 1):
+            code, text = daemons.code_of(
+                client.call, REMOTE, "DOMAIN_BLOCK_STATS_FLAGS", dom, "vda", number, 0
+            )
+            assert (code, text) == (1, "internal error: nparams too large")
+        for number in (-1, 0):
+            assert client.call(REMOTE, "CONNECT_LIST_DOMAINS", number).ids == ()
+        for bad in ("\udcff", "<", "<a/>", "x" * 4000000):
+            for xml in (bad, None):
+                code, _ = daemons.code_of(
+                    client.call, REMOTE, "DOMAIN_BACKUP_BEGIN", dom, bad, xml, 0
+                )
+                assert code in (libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_RPC)
+
+
+# --- tls and tcp ---
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    made = tmp_path_factory.mktemp("pki") / "ca"
+    certificates.authority(made)
+    certificates.server(made)
+    certificates.client(made)
+    return made
+
+
+def client_context(pki: pathlib.Path, certificate: bool = True) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(pki / "ca-cert.pem"))
+    if certificate:
+        context.load_cert_chain(pki / "client-cert.pem", pki / "client-key.pem")
+    return context
+
+
+@pytest.fixture
+def by_tls(tmp_path: pathlib.Path, pki: pathlib.Path) -> Iterator[daemons.Served]:
+    settings = {"tls_x509_cert_dir": str(pki)}
+    limits = {"handshake_timeout": 1.0, "max_handshaking": 3, "max_unread": 1 << 18}
+    with daemons.serving(
+        tmp_path, daemons.Driver(A),
+        listen=["tls:127.0.0.1:0", "tcp:localhost:0"], settings=settings, limits=limits,
+    ) as served:  # fmt: skip
+        yield served
+
+
+def test_tls_tcp_and_unix(by_tls: daemons.Served, pki: pathlib.Path) -> None:
+    with daemons.Raw.tcp(by_tls.port("tls"), client_context(pki)) as client:
+        assert client.open().names() == ["a"]
+    with daemons.Raw.tcp(by_tls.port("tcp")) as client:
+        assert client.open().names() == ["a"]
+    with by_tls.connect() as client:
+        assert client.names() == ["a"]
+
+
+def test_who_has_no_certificate(by_tls: daemons.Served, pki: pathlib.Path) -> None:
+    with pytest.raises((AssertionError, OSError)):
+        daemons.Raw.tcp(by_tls.port("tls"), client_context(pki, certificate=False))
+    daemons.wait_for(lambda: not by_tls.daemon.server.clients)
+
+
+def test_plain_bytes_where_tls_is_spoken(by_tls: daemons.Served) -> None:
+    with daemons.Raw.tcp(by_tls.port("tls")) as client:
+        client.send(client.message(REMOTE, "AUTH_LIST").encode())
+        assert client.is_dropped()
+
+
+def test_slow_handshakes_are_nobody_else_s_trouble(
+    by_tls: daemons.Served, pki: pathlib.Path
+) -> None:
+    slow = [daemons.Raw.tcp(by_tls.port("tls")) for _ in range(10)]
+    daemons.wait_for(lambda: len(by_tls.daemon.server.clients) == 3)
+    with by_tls.connect() as client:
+        assert client.names() == ["a"]
+    slow[0].send(b"\x16\x03\x01")
+    # Those that hang are let go in time, so that who means it has a turn.
+    for one in slow[3:]:
+        one.close()
+    with daemons.Raw.tcp(by_tls.port("tls"), client_context(pki)) as client:
+        assert client.open().names() == ["a"]
+    for one in slow:
+        one.close()
+
+
+def test_a_reset_with_much_unread(by_tls: daemons.Served, pki: pathlib.Path) -> None:
+    """What is left to be sent is of no use when the client is gone."""
+    for _ in range(3):
+        client = daemons.Raw.tcp(by_tls.port("tls"), client_context(pki)).open()
+        dom = client.lookup("a")
+        call = client.message(REMOTE, "DOMAIN_GET_XML_DESC", dom, 0).encode()
+        client.socket.settimeout(0.5)
+        with pytest.raises((TimeoutError, OSError)):
+            client.send(call * 200000)
+        linger = socket.SOL_SOCKET, socket.SO_LINGER
+        client.socket.setsockopt(*linger, bytes.fromhex("0100000000000000"))
+        client.close()
+        daemons.wait_for(lambda: not by_tls.daemon.server.clients)
+    with by_tls.connect() as other:
+        assert other.names() == ["a"]
+
+
+# --- where it listens ---
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp:0.0.0.0:0", "tcp::0", "tcp:[::]:0", "tcp:127.evil.example:0", "tcp:192.0.2.1:0"],
+)
+def test_tcp_beyond_loopback(tmp_path: pathlib.Path, address: str) -> None:
+    serving = daemons.serving(tmp_path, daemons.Driver(), listen=[address])
+    with pytest.raises(libvirt.libvirtError, match="tcp is for loopback only"), serving:
+        pass
+
+
+def test_a_name_that_is_not_what_it_says(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def lie(host: str | None, *args: object, **more: object) -> object:
+        return real("0.0.0.0" if host == "localhost" else host, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lie)
+    serving = daemons.serving(tmp_path, daemons.Driver(), listen=["tcp:localhost:0"])
+    refused = pytest.raises(
+        libvirt.libvirtError, match=r"'tcp:0\.0\.0\.0:\d+': tcp is for loopback"
+    )
+    with refused, serving:
+        pass
+
+
+def test_a_socket_that_somebody_serves(tmp_path: pathlib.Path) -> None:
+    with daemons.serving(tmp_path, daemons.Driver(A)) as served:
+        refused = pytest.raises(libvirt.libvirtError, match="somebody listens there already")
+        with refused, daemons.serving(tmp_path, daemons.Driver(B)):
+            pass
+        assert served.path.is_socket()
+        with served.connect() as client:
+            assert client.names() == ["a"]
+
+
+def test_a_socket_that_is_left_over(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "daemon.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with daemons.serving(tmp_path, daemons.Driver(A)) as served, served.connect() as client:
+        assert client.names() == ["a"]
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()
+
+
+def test_a_file_in_the_way(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "daemon.sock"
+    path.write_text("precious")
+    serving = daemons.serving(tmp_path, daemons.Driver(A))
+    with pytest.raises(libvirt.libvirtError, match="cannot listen on"), serving:
+        pass
+    assert path.read_text() == "precious"
+
+
+def test_another_s_socket_is_not_removed(tmp_path: pathlib.Path) -> None:
+    with daemons.serving(tmp_path, daemons.Driver(A)) as served:
+        served.path.unlink()
+        other = socket.socket(socket.AF_UNIX)
+        other.bind(str(served.path))
+    assert served.path.exists()
+    other.close()
+
+
+def test_a_group_that_may_connect(tmp_path: pathlib.Path) -> None:
+    settings = {"unix_sock_group": "nogroup", "unix_sock_mode": "0660"}
+    with daemons.serving(tmp_path, daemons.Driver(A), settings=settings) as served:
+        found = served.path.stat()
+        assert found.st_mode & 0o777 == 0o660
+        assert found.st_gid == 65534
+
+
+# --- the program ---
+
+PROGRAM = [sys.executable, "-m", "virtbackup.tools.virtbackupd"]
+
+
+def run(*argv: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [*PROGRAM, *argv], capture_output=True, text=True, timeout=60, check=False,
+        stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
+    from virtbackup.tools import virtbackupd
+
+    conf = tmp_path / "x.conf"
+    good = f'uris = ["test:///default"]\ntls_x509_cert_dir = "{pki}"\n'
+
+    def check(text: str, *argv: str) -> tuple[int, str]:
+        conf.write_text(text)
+        return run_main(virtbackupd.main, "--config", str(conf), "--check-config", *argv)
+
+    assert check(good) == (0, "configuration is good\n")
+    assert check(good + 'listen = ["tls:127.0.0.1:0", "unix:/x"]') == (0, "configuration is good\n")
+    bad = [
+        ('access = ["unix:me"]', ":3: access: 'unix:me': expected WHO DOMAINS PERMISSIONS"),
+        ('access = ["me * read"]', ":3: access: 'me': expected unix:USER, unix:@GROUP,"),
+        ('access = ["* * write"]', ":3: access: there is no permission 'write': expected read"),
+        ('listen = ["unix:x"]', ":3: listen: 'unix:x': the path of a unix socket is absolute"),
+        ('listen = ["tcp:127.0.0.1:99999"]', ":3: listen: 'tcp:127.0.0.1:99999': '99999' is no p"),
+        ('unix_sock_mode = "0999"', ":3: unix_sock_mode: '0999' is no mode"),
+        ('unix_sock_mode = "rw"', ":3: unix_sock_mode: 'rw' is no mode"),
+        ('unix_sock_mode = "7777"', ":3: unix_sock_mode: '7777' is no mode"),
+        ('unix_sock_group = "nobodies"', ":3: unix_sock_group: there is no group 'nobodies'"),
+        ("max_clients = 0", ":3: expected at least 1 for 'max_clients'"),
+        ("max_workers = 0", ":3: expected at least 1 for 'max_workers'"),
+        ("max_client_requests = 0", ":3: expected at least 1 for 'max_client_requests'"),
+        ("keepalive_count = 0", ":3: expected at least 1 for 'keepalive_count'"),
+        ("max_clients = -1", ":3: expected NAME = VALUE"),
+        ("max_clents = 1", ":3: there is no setting 'max_clents'"),
+        ('uris = ["foo:///x"]', ":3: uris: no connection driver available for foo:///x"),
+        ('access = [\n"unix:root * read",\n"x"\n]', ":3: access: 'x': expected WHO DOMAINS PERMI"),
+    ]
+    for text, message in bad:
+        status, said = check(good + text)
+        assert (status, said[:6]) == (1, "error:"), text
+        assert f"{conf}{message}" in said
+        assert said.count("\n") == 1
+    status, said = check(good + 'listen = ["tcp:0.0.0.0:1"]')
+    assert (status, "'tcp:0.0.0.0:1': tcp is for loopback only" in said) == (1, True)
+    status, said = check('uris = ["test:///default"]\nlisten = ["tls:127.0.0.1:0"]')
+    assert (status, "set tls_x509_cert_dir" in said) == (1, True)
+    status, said = check('uris = ["test:///default"]\ntls_x509_cert_dir = "/nowhere"\n'
+                         'listen = ["tls:127.0.0.1:0"]')  # fmt: skip
+    assert (status, "cannot read '/nowhere/ca-cert.pem': No such" in said) == (1, True)
+    # What the command line says is not the file's fault.
+    status, said = check(good + 'listen = ["unix:x"]', "--listen", "bad")
+    assert said == "error: invalid argument: listen: 'bad' is none of unix:PATH, tcp:HOST:PORT, " \
+                   "tls:HOST:PORT\n"  # fmt: skip
+    status, said = check(good + 'uris = ["foo:///x"]', "--uri", "bar:///")
+    assert said == "error: no connection driver available for bar:///\n"
+    status, said = check("")
+    assert "nothing to serve: give --uri, or set uris" in said
+
+
+def run_main(main: Callable[[list[str]], int], *argv: str) -> tuple[int, str]:
+    """Exit status, and all that is said."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    before = os.environ.get("VIRTBACKUP_CONF")
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = main(list(argv))
+    finally:
+        if before is not None:
+            os.environ["VIRTBACKUP_CONF"] = before
+    return status, out.getvalue()
+
+
+def test_certificates_that_are_no_good(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
+    made = tmp_path / "pki"
+    made.mkdir()
+    for name in ("ca-cert.pem", "server-cert.pem"):
+        (made / name).write_bytes((pki / name).read_bytes())
+    locked = ["openssl", "pkey", "-in", str(pki / "server-key.pem"), "-aes128", "-passout",
+              "pass:x", "-out", str(made / "server-key.pem")]  # fmt: skip
+    subprocess.run(locked, check=True, capture_output=True)
+    conf = tmp_path / "x.conf"
+    conf.write_text(f'tls_x509_cert_dir = "{made}"')
+    argv = ["--config", str(conf), "--uri", "test:///default", "--listen", "tls:127.0.0.1:0"]
+    for more in ([], ["--check-config"]):
+        status, _, said = run(*argv, *more)  # and nobody is asked for a password
+        assert status == 1
+        assert f"cannot use the certificates in '{made}'" in said
+        assert "Traceback" not in said
+
+
+def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(str(tmp_path / "notify"))
+    notify.settimeout(daemons.DEADLINE)
+    env = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+    path = tmp_path / "x.sock"
+    argv = ["--uri", "test:///default", "--listen", f"unix:{path}", "--listen", "tcp:127.0.0.1:0"]
+    with daemons.Program(tmp_path, *argv, env=env) as program:
+        assert notify.recv(100) == b"READY=1"
+        assert program.places[0] == f"unix:{path}"
+        port = int(program.places[1].rpartition(":")[2])
+        assert port > 0
+        with daemons.Raw.tcp(port) as client, daemons.Raw.unix(path) as other:
+            assert client.open().names() == other.open("test:///default").names()
+            # A socket that is served is refused, and stays as it is.
+            status, _, said = run("--uri", "test:///default", "--listen", f"unix:{path}")
+            assert status == 1
+            assert said == (
+                f"error: cannot listen on 'unix:{path}': somebody listens there already\n"
+            )
+            assert other.is_served()
+        assert program.end() == 0
+        assert notify.recv(100) == b"STOPPING=1"
+        assert not path.exists()
+        assert "Traceback" not in program.log.read_text()
+    # One that was killed leaves its socket, which the next takes over.
+    with daemons.Program(tmp_path, *argv[:4]) as program:
+        program.end(signal.SIGKILL)
+        assert path.is_socket()
+    with daemons.Program(tmp_path, *argv[:4]) as program:
+        with daemons.Raw.unix(path) as client:
+            assert client.open().names()
+        assert program.end(signal.SIGINT) == 0
+    notify.close()
+
+
+ACTIVATED = """
+import os, sys
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, "-m", "virtbackup.tools.virtbackupd", *sys.argv[1:]])
+"""
+
+
+def activated(*argv: str) -> list[str]:
+    """A command that becomes the program, with sockets from descriptor 3 on."""
+    return [sys.executable, "-c", ACTIVATED, *argv]
+
+
+def test_sockets_that_are_handed_over(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "handed.sock"
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(path))
+    unix.listen()
+    tcp = socket.create_server(("127.0.0.1", 0))
+    moved = os.dup2(unix.fileno(), 300), os.dup2(tcp.fileno(), 301)
+    script = "import os\nos.dup2(300, 3)\nos.dup2(301, 4)\n" + ACTIVATED
+    command = [sys.executable, "-c", script, "-v", "--uri", "test:///default"]
+    env = {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b"}
+    with daemons.Program(tmp_path, command=command, env=env, pass_fds=[3, 4, *moved]) as program:
+        assert program.places == [f"unix:{path}", f"tcp:127.0.0.1:{tcp.getsockname()[1]}"]
+        with daemons.Raw.unix(path) as client, daemons.Raw.tcp(tcp.getsockname()[1]) as other:
+            assert client.open().names() == other.open().names()
+        assert program.end() == 0
+    assert path.is_socket(), "which is not ours"
+    for fd in moved:
+        os.close(fd)
+    unix.close()
+    tcp.close()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"LISTEN_FDS": "many"}, "LISTEN_FDS: 'many' is no number"),
+        ({"LISTEN_FDS": "1"}, "descriptor 3 that was handed over is no listening stream socket"),
+    ],
+)
+def test_what_is_handed_over_is_no_good(env: dict[str, str], message: str) -> None:
+    command = activated("--uri", "test:///default")
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, **env}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_usage(tmp_path: pathlib.Path) -> None:
+    assert run("--bad")[0] == 2
+    status, _, said = run("--uri", "foo:///x", "--listen", f"unix:{tmp_path}/x")
+    assert (status, said) == (1, "error: no connection driver available for foo:///x\n")
+    status, _, said = run("--uri", "test:///default", "--listen", f"unix:{tmp_path}/none/x")
+    assert status == 1
+    assert said == (
+        f"error: cannot listen on 'unix:{tmp_path}/none/x': No such file or directory\n"
+    )
