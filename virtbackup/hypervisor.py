@@ -177,6 +177,14 @@ class BackupEnded:
 Event = LifecycleEvent | BackupEnded
 
 
+class KeeperDriver(Driver, Protocol):
+    """The hook for who stays: a daemon."""
+
+    def adopt_backups(self) -> None:
+        """Watch the backups that run, as if they had been started by this driver. Takes as long as
+        file systems hang. Errors: OSError, errors.Error."""
+
+
 class EventDriver(Driver, Protocol):
     """The hook that tells what happens unasked."""
 

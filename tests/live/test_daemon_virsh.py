@@ -2,19 +2,16 @@
 """virsh and virtnbdbackup as they are, against virtbackupd: on a guest of libvirt's they see what
 libvirtd shows them."""
 
-import contextlib
 import dataclasses
-import os
 import pathlib
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-from tests.live import libvirtd
+from tests.live import daemons, libvirtd
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -63,27 +60,6 @@ class Served:
         return str(path)
 
 
-@contextlib.contextmanager
-def daemon(socket: pathlib.Path, *uris: str, log: pathlib.Path) -> Iterator[int]:
-    """A virtbackupd that serves URIS; its pid."""
-    argv = [sys.executable, "-m", "virtbackup.tools.virtbackupd", "-v", "--listen"]
-    argv += [f"unix:{socket}", *(word for uri in uris for word in ("--uri", uri))]
-    with log.open("ab") as output:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=output)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline().decode()
-        assert line.startswith("virtbackupd: listening on "), log.read_text()
-        yield process.pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
-        process.wait(20)
-        assert process.stdout is not None
-        process.stdout.close()
-    assert process.returncode == 0, log.read_text()
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("served")
@@ -98,7 +74,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with (
         libvirtd.host(directory / "libvirtd", directory) as host,
         host.domain(NAME, devices) as domain,
-        daemon(socket, host.daemon.uri, log=log),
+        daemons.daemon(socket, host.daemon.uri, log=log),
     ):
         yield Served(host, domain, socket, directory)
 
