@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Messages over unix, tcp and tls sockets, for blocking threads: one reads, any may send.
+
+The sockets do not block and threads wait beside them, as OpenSSL lets no two threads use one
+connection at once. Descriptors travel over unix sockets alone.
+"""
+
+import array
+import contextlib
+import dataclasses
+import functools
+import os
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
+
+from virtbackup.remote import program, rpc
+
+T = TypeVar("T")
+CHUNK = 1 << 16
+"""Bytes that are read or written at once."""
+SCM_MAX_FD = 253
+"""Descriptors that come with one recvmsg at most (the kernel's limit)."""
+
+
+class Closed(Exception):
+    """The connection has ended: by either side, or since the peer takes nothing more."""
+
+
+# --- addresses ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a server listens: ``unix:PATH``, ``tcp:HOST:PORT`` or ``tls:HOST:PORT``."""
+
+    kind: Literal["unix", "tcp", "tls"]
+    path: str = ""
+    host: str = ""
+    """Without the brackets of an IPv6 address; empty: every address."""
+    port: int = 0
+
+    def __str__(self) -> str:
+        if self.kind == "unix":
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.kind}:{host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """The inverse of an Address's str. Errors: ValueError, in words for people."""
+    kind, _, rest = text.partition(":")
+    if kind == "unix":
+        if not rest.startswith("/") or "\0" in rest:
+            raise ValueError(f"'{text}': the path of a unix socket is absolute")
+        return Address("unix", path=rest)
+    host, colon, port = rest.rpartition(":")
+    if kind not in ("tcp", "tls") or not colon:
+        raise ValueError(f"'{text}' is none of unix:PATH, tcp:HOST:PORT, tls:HOST:PORT")
+    if not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"'{text}': '{port}' is no port")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"'{text}': an IPv6 address goes in brackets")
+    return Address("tls" if kind == "tls" else "tcp", host=host, port=int(port))
+
+
+def listen(address: Address, mode: int = 0o600) -> socket.socket:
+    """A listening socket; MODE is a unix socket's. A unix socket that nobody serves any more is
+    replaced. Errors: OSError."""
+    if address.kind == "unix":
+        return _listen_unix(address.path, mode)
+    family, _, _, _, found = socket.getaddrinfo(
+        address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server(found[:2], family=family, backlog=128)
+
+
+def _listen_unix(path: str, mode: int) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        os.fchmod(made.fileno(), mode)  # before bind, so that the file never has another
+        try:
+            made.bind(path)
+        except OSError:
+            if not _is_left_over(path):
+                raise
+            os.unlink(path)  # noqa: PTH108
+            made.bind(path)
+        made.listen(128)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _is_left_over(path: str) -> bool:
+    """Whether PATH is a socket that nobody serves."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def connect(
+    address: Address, context: ssl.SSLContext | None = None, timeout: float | None = None
+) -> "Transport":
+    """A connection to a server within TIMEOUT seconds; CONTEXT is for tls, and checks the server's
+    name where it says so. Errors: OSError."""
+    if address.kind == "unix":
+        made = socket.socket(socket.AF_UNIX)
+        try:
+            made.settimeout(timeout)
+            made.connect(address.path)
+        except BaseException:
+            made.close()
+            raise
+    else:
+        made = socket.create_connection((address.host or "localhost", address.port), timeout)
+    if address.kind != "tls":
+        return Transport(made)
+    assert context is not None
+    return _handshake(made, lambda: context.wrap_socket(made, server_hostname=address.host))
+
+
+def serve(
+    accepted: socket.socket, context: ssl.SSLContext | None = None, timeout: float | None = None
+) -> "Transport":
+    """The other end of ``connect``: with CONTEXT a tls connection once the client has shaken
+    hands within TIMEOUT seconds, so not a call for the thread that accepts. Errors: OSError."""
+    if context is None:
+        return Transport(accepted)
+    accepted.settimeout(timeout)
+    return _handshake(accepted, lambda: context.wrap_socket(accepted, server_side=True))
+
+
+def _handshake(plain: socket.socket, wrap: Callable[[], ssl.SSLSocket]) -> "Transport":
+    try:
+        return Transport(wrap())
+    except BaseException:
+        plain.close()
+        raise
+
+
+# --- messages ---
+
+
+class Transport:
+    """One connection; owns its socket. MAX_LENGTH: bytes of a message that is received."""
+
+    def __init__(self, connected: socket.socket, max_length: int = program.MESSAGE_MAX) -> None:
+        self._socket = connected
+        self._socket.setblocking(False)
+        if connected.family in (socket.AF_INET, socket.AF_INET6):
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._parser = rpc.Parser(max_length)
+        self._sending = threading.Lock()
+        self._using = threading.Lock()
+        """Held for one call of a tls socket."""
+
+    @property
+    def passes_fds(self) -> bool:
+        """Whether descriptors can travel."""
+        return self._socket.family == socket.AF_UNIX
+
+    def send(self, message: rpc.Message, timeout: float | None = None) -> None:
+        """Send a whole message, with copies of its descriptors. The caller's stay the caller's.
+
+        Errors: CodecError, nothing is sent; Closed, also when the peer has not taken all within
+        TIMEOUT seconds, and then nothing more can be sent.
+        """
+        data = memoryview(message.encode())
+        assert self.passes_fds or not message.fds
+        deadline = _deadline(timeout)
+        with self._sending, self._closed_on_error():
+            while data:
+                data = data[self._send(deadline, self._socket.send, data[:CHUNK]) :]
+            for fd in message.fds:  # each has a byte of its own
+                self._send(deadline, socket.send_fds, self._socket, [b"\0"], [fd])
+
+    def _send(self, deadline: float | None, send: Callable[..., int], *some: object) -> int:
+        """How many bytes of SOME were sent."""
+        sent = self._when_ready(functools.partial(send, *some), select.POLLOUT, deadline)
+        if sent is None:
+            self.shutdown()
+            raise Closed("the peer takes nothing more")
+        return sent
+
+    def receive(self, timeout: float | None = None) -> rpc.Message | None:
+        """The next message, whose descriptors are the caller's to close; None when none came
+        within TIMEOUT seconds. Errors: ProtocolError, Closed; after either only ``close`` is left.
+        """
+        deadline = _deadline(timeout)
+        while (message := self._parser.next_message()) is None:
+            with self._closed_on_error():
+                got = self._when_ready(self._read, select.POLLIN, deadline)
+            if got is None:
+                return None
+            data, fds = got
+            self._parser.receive_data(data, fds)
+            if not data:
+                raise Closed("end of file")
+        return message
+
+    def shutdown(self) -> None:
+        """End the connection; a thread that waits in ``receive`` or ``send`` gets Closed."""
+        with contextlib.suppress(OSError):
+            # The plain socket's: to tell a tls peer would need the connection for ourselves.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket, and descriptors that came and belong to no message. Nobody may wait in
+        ``receive`` or ``send``."""
+        for fd in self._parser.take_fds():
+            os.close(fd)
+        self._socket.close()
+
+    def credentials(self) -> tuple[int, int, int]:
+        """(pid, uid, gid) of the process at the other end of a unix socket."""
+        found = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, gid = struct.unpack("iII", found)
+        return pid, uid, gid
+
+    def certificate(self) -> bytes | None:
+        """The peer's certificate (DER) as tls has checked it; None where it has shown none."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            return self._socket.getpeercert(binary_form=True)
+        return None
+
+    def peer_name(self) -> str:
+        """The other end's address, for logs; empty for a unix socket."""
+        try:
+            name = self._socket.getpeername()
+        except OSError:
+            return ""
+        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
+
+    def _read(self) -> tuple[bytes, list[int]]:
+        if not self.passes_fds:
+            return self._socket.recv(CHUNK), []
+        data, ancillary, flags, _ = self._socket.recvmsg(
+            CHUNK, socket.CMSG_SPACE(4 * SCM_MAX_FD), socket.MSG_CMSG_CLOEXEC
+        )
+        fds = array.array("i")
+        for level, kind, control in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(control[: len(control) - len(control) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
+            raise rpc.ProtocolError("descriptors were lost on the way")
+        return data, list(fds)
+
+    def _when_ready(self, use: Callable[[], T], events: int, deadline: float | None) -> T | None:
+        """What USE of the socket returns once it does not block, which is when there are EVENTS or
+        tls says what else; None at the DEADLINE."""
+        while True:
+            try:
+                with self._using:
+                    return use()
+            except BlockingIOError:
+                wanted = events
+            except ssl.SSLWantReadError:
+                wanted = select.POLLIN
+            except ssl.SSLWantWriteError:
+                wanted = select.POLLOUT
+            if not _wait(self._socket, wanted, deadline):
+                return None
+
+    @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except ssl.SSLEOFError as failure:
+            raise Closed("end of file") from failure
+        except OSError as failure:
+            raise Closed(failure.strerror or str(failure)) from failure
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _wait(waited_for: socket.socket, events: int, deadline: float | None) -> bool:
+    """Whether one of EVENTS, or an error, came before DEADLINE."""
+    poll = select.poll()
+    poll.register(waited_for, events)
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    return bool(poll.poll(None if left is None else int(left * 1000) + (left > 0)))
