@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import ssl
+import stat
 import struct
 import threading
 import time
@@ -24,6 +25,7 @@ from virtbackup.remote import program, rpc
 T = TypeVar("T")
 CHUNK = 1 << 16
 """Bytes that are read or written at once."""
+BACKLOG = 128
 SCM_MAX_FD = 253
 """Descriptors that come with one recvmsg at most (the kernel's limit)."""
 
@@ -79,13 +81,13 @@ def listen(address: Address, mode: int = 0o600) -> socket.socket:
     family, _, _, _, found = socket.getaddrinfo(
         address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    return socket.create_server(found[:2], family=family, backlog=128)
+    return socket.create_server(found[:2], family=family, backlog=BACKLOG)
 
 
 def _listen_unix(path: str, mode: int) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
     try:
-        os.fchmod(made.fileno(), mode)  # before bind, so that the file never has another
+        os.fchmod(made.fileno(), mode)  # before bind, so that it is never open to more
         try:
             made.bind(path)
         except OSError:
@@ -93,7 +95,8 @@ def _listen_unix(path: str, mode: int) -> socket.socket:
                 raise
             os.unlink(path)  # noqa: PTH108
             made.bind(path)
-        made.listen(128)
+        os.chmod(path, mode)  # noqa: PTH101  (what the umask took)
+        made.listen(BACKLOG)
     except BaseException:
         made.close()
         raise
@@ -103,7 +106,10 @@ def _listen_unix(path: str, mode: int) -> socket.socket:
 def _is_left_over(path: str) -> bool:
     """Whether PATH is a socket that nobody serves."""
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                return False
             probe.connect(path)
         except ConnectionRefusedError:
             return True

@@ -271,7 +271,9 @@ class FixedChars(Codec):
 def _check_bytes(value: Any, name: str, low: int, high: int) -> None:
     if not isinstance(value, bytes):
         raise CodecError(f"{value!r:.50} is no {name}")
-    if not low <= len(value) <= high:
+    if low == high != len(value):
+        raise CodecError(f"{name} of {len(value)} bytes, not {high}")
+    if len(value) > high:
         raise _too_long(name, len(value), high)
 
 
