@@ -338,6 +338,20 @@ def test_a_unix_socket_has_its_mode(tmp_path: pathlib.Path) -> None:
             assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
+def test_a_unix_socket_is_never_open_to_more(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even between bind and chmod, whatever the umask."""
+    path = tmp_path / "s"
+    monkeypatch.setattr(os, "chmod", lambda *_: None)
+    before = os.umask(0)
+    try:
+        transport.listen(transport.Address("unix", path=str(path))).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def test_a_unix_socket_that_nobody_serves_is_replaced(tmp_path: pathlib.Path) -> None:
     address = transport.Address("unix", path=f"{tmp_path}/s")
     transport.listen(address).close()

@@ -230,6 +230,12 @@ def test_no_memory_is_taken_for_what_did_not_come(kind: type, data: bytes) -> No
         tracemalloc.stop()
 
 
+def test_a_count_that_cannot_be_is_refused_before_the_first_element() -> None:
+    data = struct.pack(">I", 16384) + 100 * xdr.encode(DOMAIN)
+    with pytest.raises(xdr.CodecError, match="domains: the data ends within an array of 16384"):
+        xdr.decode(remote_structs.ConnectListAllDomainsRet, data)
+
+
 def test_a_type_without_a_declaration_is_our_mistake() -> None:
     for hint in (int, str | None, Annotated[int, "x"], dict[str, int], int | str):
         with pytest.raises(TypeError, match="how it travels"):
