@@ -251,6 +251,28 @@ def test_descriptors_of_a_message_without_an_end_are_closed(unix: Ends) -> None:
     assert open_fds() == before - 1
 
 
+def test_descriptors_that_there_is_no_room_for(unix: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process may open no more files: some are lost, the rest are closed."""
+    client, server = unix
+    before = open_fds()
+    monkeypatch.setattr(transport, "SCM_MAX_FD", 1)
+    socket.send_fds(client._socket, [test_rpc.CALL], [0] * 9)
+    with pytest.raises(rpc.ProtocolError, match="lost on the way"):
+        server.receive(DEADLINE)
+    assert open_fds() == before
+
+
+def test_a_server_may_take_less() -> None:
+    ours, theirs = socket.socketpair()
+    client, server = transport.Transport(ours), transport.serve(theirs, max_length=1000)
+    with contextlib.closing(client), contextlib.closing(server):
+        client.send(test_rpc.LOOKUP)
+        assert server.receive(DEADLINE) == test_rpc.LOOKUP
+        client.send(dataclasses.replace(BIG, payload=bytes(1000)))
+        with pytest.raises(rpc.ProtocolError, match="not from 28 to 1004"):
+            server.receive(DEADLINE)
+
+
 def test_tcp_passes_none() -> None:
     with joined(transport.Address("tcp", host="127.0.0.1")) as (client, _):
         assert not client.passes_fds
