@@ -14,7 +14,7 @@ import libvirt
 from virtbackup import access, errors, hypervisor
 from virtbackup.conf import backup_conf
 
-VERSION = 0 * 1000000 + 1 * 1000 + 0
+VERSION = hypervisor.VERSION
 """This library's version as virConnectGetLibVersion counts."""
 
 VIR_DOMAIN_BACKUP_START_QUIESCE = 1 << 0
