@@ -114,9 +114,7 @@ class Connection:
         """The domain called NAME. Errors: VIR_ERR_NO_DOMAIN."""
         function = "virDomainLookupByName"
         _check_not_none(function, name=name)
-        return self._lookup(
-            function, lambda ref: ref.name == name, f"no domain with matching name '{name}'"
-        )
+        return self._lookup(function, f"no domain with matching name '{name}'", name=name)
 
     def lookupByUUIDString(self, uuidstr: str) -> "Domain":
         """The domain of that UUID. Errors: VIR_ERR_NO_DOMAIN, VIR_ERR_INVALID_ARG."""
@@ -128,22 +126,26 @@ class Connection:
             wanted = str(uuidlib.UUID(uuidstr))
         except ValueError as failure:
             raise errors.invalid_arg(function, "uuidstr", "Invalid UUID") from failure
-        return self._lookup(
-            function, lambda ref: ref.uuid == wanted, f"no domain with matching uuid '{wanted}'"
-        )
+        return self._lookup(function, f"no domain with matching uuid '{wanted}'", uuid=wanted)
 
     def lookupByID(self, id: int) -> "Domain":
         """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN."""
         function = "virDomainLookupByID"
-        return self._lookup(function, lambda ref: ref.id == id, f"no domain with matching id {id}")
+        return self._lookup(function, f"no domain with matching id {id}", id=id)
 
-    def _lookup(
-        self, function: str, matches: Callable[[hypervisor.DomainRef], bool], otherwise: str
-    ) -> "Domain":
-        for ref in self._open(function).list_domains():
-            if matches(ref):
-                return Domain(self, ref)
-        raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, otherwise)
+    def _lookup(self, function: str, otherwise: str, **wanted: str | int) -> "Domain":
+        """The domain by its name, uuid or id. Errors: VIR_ERR_NO_DOMAIN with words OTHERWISE."""
+        driver = self._open(function)
+        find = getattr(driver, "domain_lookup", None)
+        if find is None:
+            [(field, value)] = wanted.items()
+            refs = driver.list_domains()
+            found = next((ref for ref in refs if getattr(ref, field) == value), None)
+        else:
+            found = find(**wanted)
+        if found is None:
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, otherwise)
+        return Domain(self, found)
 
     def _open(self, function: str) -> hypervisor.Driver:
         if self._driver is None:
@@ -186,6 +188,19 @@ class Domain:
         function = "virDomainGetState"
         _check_flags(function, flags, 0)
         return list(self._connection._open(function).domain_get_state(self._ref))
+
+    def info(self) -> list[int]:
+        """[VIR_DOMAIN_* state, maximum memory, memory, virtual CPUs, CPU time]; KiB, and ns."""
+        return list(self._call("virDomainGetInfo", "domain_get_info")(self._ref))
+
+    def OSType(self) -> str:
+        """What kind of machine the guest runs on: ``hvm``."""
+        kind: str = self._call("virDomainGetOSType", "domain_get_os_type")(self._ref)
+        return kind
+
+    def isPersistent(self) -> int:
+        """1 when the domain is there also while it does not run, else 0."""
+        return int(self._call("virDomainIsPersistent", "domain_is_persistent")(self._ref))
 
     def XMLDesc(self, flags: int = 0) -> str:
         """The ``<domain>`` document: at least name, uuid and disks."""
