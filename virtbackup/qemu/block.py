@@ -15,6 +15,15 @@ from virtbackup.conf import domain_conf
 from virtbackup.qemu import naming, qmp
 
 
+FILTERS = frozenset(
+    {
+        "backup-top", "blkdebug", "blklogwrites", "blkverify", "commit_top", "compress",
+        "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
+    }
+)  # fmt: skip
+"""Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Bitmap:
     """A dirty bitmap that has a name (QAPI's BlockDirtyInfo)."""
@@ -74,7 +83,7 @@ class Disk:
             self.target,
             device,
             source=self.medium.filename,
-            format=self.medium.driver,
+            format=None if self.medium.driver in FILTERS else self.medium.driver,
             readonly=self.medium.readonly,
             capacity=self.medium.size,
         )
