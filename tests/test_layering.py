@@ -31,7 +31,7 @@ MAY_IMPORT_MORE = {
     "tools/monitor_tools.py": {"qemu", "test"},
     # So is what goes over the wire, and the daemon is handed its drivers.
     "tools/rpc_tools.py": {"remote"},
-    "tools/virtbackupd.py": {"hypervisor", "remote"},
+    "tools/virtbackupd.py": {"hypervisor", "qemu", "remote"},
 }
 
 PURE = {

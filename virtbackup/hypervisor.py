@@ -19,6 +19,9 @@ from virtbackup.conf import backup_conf
 if TYPE_CHECKING:
     import importlib.metadata
 
+VERSION = 0 * 1000000 + 1 * 1000 + 0
+"""This library's version as virConnectGetLibVersion counts."""
+
 ENTRY_POINTS = "virtbackup.drivers"
 
 
@@ -175,6 +178,14 @@ class BackupEnded:
 
 
 Event = LifecycleEvent | BackupEnded
+
+
+class KeeperDriver(Driver, Protocol):
+    """The hook for who stays: a daemon."""
+
+    def adopt_backups(self) -> None:
+        """Watch the backups that run, as if they had been started by this driver. Takes as long as
+        file systems hang. Errors: OSError, errors.Error."""
 
 
 class EventDriver(Driver, Protocol):

@@ -2,6 +2,7 @@
 """What a driver keeps of one domain while it is open (virDomainObj): its backup, whoever watches
 that, and whether it ends with the connection."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import libvirt
 
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import agent, capabilities, ending, job, naming, status, watch
+from virtbackup.qemu import agent, capabilities, ending, job, naming, qcow2, status, watch
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +77,31 @@ class DomainObj:
             self._autodestroy = id
         self._stop_watching()
         try:
-            self._watch = watch.Watch(
-                images,
-                is_over=lambda: self.job.is_over(id),
-                guest_trouble=lambda: self.job.guest_trouble(id),
-                give_up=lambda reason: self.job.give_up(id, reason),
-            )
+            self._watch = self._watching(id, images)
         except BaseException:
             for image in images:
                 os.close(image.fd)
             self.job.stop(id, cancel=True)
             raise
         self._ending.find()
+
+    def adopt(self) -> None:
+        """Watch the backup that runs, if any, as if it had been started here: whoever started it
+        may be gone. Takes as long as the scratch images' file systems hang. Errors: OSError."""
+        running = self.file.load()
+        if running is None or self._watch is not None or self.job.is_over(running.id):
+            return
+        self._watch = self._watching(running.id, _images(running))
+        logger.info("backup=%s found running", running.id)
+        self._ending.find()
+
+    def _watching(self, id: naming.BackupId, images: list[watch.Image]) -> watch.Watch:
+        return watch.Watch(
+            images,
+            is_over=lambda: self.job.is_over(id),
+            guest_trouble=lambda: self.job.guest_trouble(id),
+            give_up=lambda reason: self.job.give_up(id, reason),
+        )
 
     def backup_stop(self, flags: int) -> None:
         cancel = bool(flags & STOP_CANCEL)
@@ -124,3 +138,20 @@ class DomainObj:
         watching, self._watch = self._watch, None
         if watching is not None:
             watching.close()
+
+
+def _images(running: status.Status) -> list[watch.Image]:
+    """The scratch images of a backup, which have no names: each by its directory, as one that takes
+    nothing yet. Errors: OSError."""
+    disks = backup_conf.BackupDef.parse(running.definition).disks
+    reserved = {disk.name for disk in disks if disk.source is not None and disk.source.reserve}
+    with contextlib.ExitStack() as undo:
+        images = []
+        for disk in running.disks:
+            if disk.target in reserved:
+                continue
+            fd = os.open(disk.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            images.append(watch.Image(disk.target, fd, qcow2.full_size(disk.size)))
+        undo.pop_all()
+        return images

@@ -15,7 +15,7 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.qemu import (
     agent,
@@ -254,6 +254,11 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
         return self._identities[uuid][1]
 
     # --- backup ---
+
+    def adopt_backups(self) -> None:
+        for file, left in status.all_in(runtime.directory()):
+            if self._file(left.uuid).path == file:
+                self._obj(hypervisor.DomainRef(left.name, left.uuid, None)).adopt()
 
     @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:

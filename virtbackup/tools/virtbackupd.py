@@ -18,6 +18,7 @@ import libvirt
 
 from virtbackup import api, config, errors, hypervisor
 from virtbackup.conf import virtbackup_conf
+from virtbackup.qemu import libvirt_events
 from virtbackup.remote import daemon, domains, transport
 
 logger = logging.getLogger("virtbackupd")
@@ -133,6 +134,8 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         for uri in settings.uris
     ]
     _allow_descriptors(settings)
+    if any(uri.startswith("qemu") for uri in settings.uris):
+        libvirt_events.start_loop()
     served = daemon.Daemon(hosts, settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, served))
