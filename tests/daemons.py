@@ -207,6 +207,7 @@ class Driver:
         self.running: dict[str, Running] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.closed = False
+        self.state = (1, 1)
         self.failures: dict[str, Exception] = {}
         """Hook -> what it raises."""
         self._held: dict[str, threading.Event] = {}
@@ -267,7 +268,7 @@ class Driver:
 
     def domain_get_state(self, domain: hypervisor.DomainRef) -> tuple[int, int]:
         self._enter("domain_get_state", domain)
-        return (5, 0) if domain.id is None else (1, 1)
+        return (5, 0) if domain.id is None else self.state
 
     def domain_get_xml_desc(self, domain: hypervisor.DomainRef, flags: int) -> str:
         self._enter("domain_get_xml_desc", domain, flags)
@@ -371,13 +372,14 @@ def serving(
     settings: Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
     patience: float | None = None,
+    uri: str = "fake{}:///",
 ) -> Iterator[Served]:
     """A daemon for DRIVERS, on a unix socket and at LISTEN; LIMITS are the server's that no setting
     changes."""
     path = directory / "daemon.sock"
     hosts = [
         domains.Host(
-            f"fake{n}:///", driver if callable(driver) else functools.partial(_same, driver)
+            uri.format(n), driver if callable(driver) else functools.partial(_same, driver)
         )
         for n, driver in enumerate(drivers)
     ]

@@ -600,10 +600,13 @@ def test_no_descriptors_are_left(
 def test_codes_are_as_sent(served: daemons.Served) -> None:
     with served.raw() as client:
         code, message = daemons.code_of(client.lookup, "vm")
-        assert (code, message) == (libvirt.VIR_ERR_INTERNAL_ERROR, "hypervisor connection not open")
+        assert (code, message) == (
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            "internal error: hypervisor connection not open",
+        )
         client.open()
         code, message = daemons.code_of(client.open)
-        assert message == "connection already open"
+        assert message == "internal error: connection already open"
         assert daemons.code_of(client.lookup, "x")[0] == libvirt.VIR_ERR_NO_DOMAIN
         shown = "\udcff\udcfe\n"
         assert daemons.code_of(client.lookup, shown)[1] == (

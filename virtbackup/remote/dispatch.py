@@ -148,10 +148,7 @@ class Session:
         """The connection is open from now on. Errors: VIR_ERR_INTERNAL_ERROR where it was."""
         with self._lock:
             if self.opened:
-                text = "connection already open"
-                raise errors.Error(
-                    libvirt.VIR_ERR_INTERNAL_ERROR, text, domain=libvirt.VIR_FROM_RPC
-                )
+                raise rpc_error.internal("connection already open")
             self.read_only = read_only
             self.opened = True
 
@@ -190,26 +187,18 @@ class Session:
         """The number of a new subscription."""
         with self._lock:
             if len(self.subscriptions) >= MAX_SUBSCRIPTIONS:
-                raise errors.error(
-                    libvirt.VIR_ERR_INTERNAL_ERROR,
-                    f"more than {MAX_SUBSCRIPTIONS} event callbacks",
-                    domain=libvirt.VIR_FROM_RPC,
-                )
+                raise rpc_error.internal(f"more than {MAX_SUBSCRIPTIONS} event callbacks")
             number = self._callbacks
             self._callbacks += 1
             self.subscriptions[number] = subscription
             return number
 
     def unsubscribe(self, number: int, of: program.Program) -> None:
-        """Errors: VIR_ERR_INVALID_ARG."""
+        """Errors: VIR_ERR_INTERNAL_ERROR, as libvirtd's."""
         with self._lock:
             known = self.subscriptions.get(number)
             if known is None or known.program is not of:
-                raise errors.error(
-                    libvirt.VIR_ERR_INVALID_ARG,
-                    f"domain event callback {number} not registered",
-                    domain=libvirt.VIR_FROM_REMOTE,
-                )
+                raise rpc_error.internal(f"domain event callback {number} not registered")
             del self.subscriptions[number]
 
     def wanted(self, of: program.Program, event: int, ref: hypervisor.DomainRef) -> list[int]:
@@ -275,7 +264,7 @@ class Daemon:
             except rpc.CodecError as failure:
                 logger.warning("client=%d is not told: %s", session.peer.number, failure)
 
-    def serves(self, uri: str | None) -> bool:
+    def serves(self, uri: str) -> bool:
         """Whether a client that opens URI is meant for us: by no name, by one of ours, or by a
         scheme of ours; and ``qemu``, as libvirt's clients have to say."""
         if not uri or uri in self.uris:

@@ -8,7 +8,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import errors
-from virtbackup.remote import domains, protocol, remote_types
+from virtbackup.remote import domains, protocol, remote_types, rpc_error
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import Session, check_flags, handles
 
@@ -44,6 +44,8 @@ def supports_feature(
 @handles(REMOTE, "CONNECT_OPEN", opened=False)
 def connect_open(session: Session, args: structs.ConnectOpenArgs) -> None:
     check_flags("virConnectOpenAuth", args.flags, libvirt.VIR_CONNECT_RO)
+    if args.name is None:
+        raise rpc_error.internal("connection not open")  # libvirtd's word for it
     if not session.daemon.serves(args.name):
         raise errors.error(libvirt.VIR_ERR_NO_CONNECT, args.name, domain=libvirt.VIR_FROM_NONE)
     who = session.peer.identity

@@ -8,7 +8,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import access, errors, hypervisor
-from virtbackup.remote import domains, protocol, remote_types, wire_conf, xdr
+from virtbackup.remote import domains, protocol, remote_types, rpc_error, wire_conf, xdr
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import Session, check_flags, handles
 from virtbackup.remote.dispatch_connect import terminated
@@ -266,9 +266,7 @@ def block_stats_flags(
     function = "virDomainBlockStatsFlags"
     found = session.domain(args.dom, function)
     if not 0 <= args.nparams <= _MAX_BLOCK_STATS:
-        raise errors.error(
-            libvirt.VIR_ERR_INTERNAL_ERROR, "nparams too large", domain=libvirt.VIR_FROM_RPC
-        )
+        raise rpc_error.internal("nparams too large")
     stats = found.call(function, "domain_block_stats_flags", args.path, args.flags)
     if not args.nparams:
         return structs.DomainBlockStatsFlagsRet((), len(stats))

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import libvirt
 
-from virtbackup import errors, hypervisor
-from virtbackup.remote import program, protocol, remote_types, rpc, wire_conf
+from virtbackup import hypervisor
+from virtbackup.remote import program, protocol, remote_types, rpc, rpc_error, wire_conf
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import MESSAGES_OF, Session, Subscription, handles
 
@@ -33,11 +33,7 @@ def register_any(
 ) -> structs.CallbackIdRet:
     """Of any of libvirt's events; there may be some that never come."""
     if not 0 <= args.eventID <= LAST:
-        raise errors.error(
-            libvirt.VIR_ERR_INTERNAL_ERROR,
-            f"unsupported event ID {args.eventID}",
-            domain=libvirt.VIR_FROM_RPC,
-        )
+        raise rpc_error.internal(f"unsupported event ID {args.eventID}")
     return subscribe(session, REMOTE, args.eventID, args.dom)
 
 

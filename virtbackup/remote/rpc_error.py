@@ -102,8 +102,12 @@ def undecodable() -> errors.Error:
 
 def not_open() -> errors.Error:
     """For a call before CONNECT_OPEN, or after CONNECT_CLOSE."""
-    text = "hypervisor connection not open"
-    return errors.Error(libvirt.VIR_ERR_INTERNAL_ERROR, text, domain=libvirt.VIR_FROM_RPC)
+    return internal("hypervisor connection not open")
+
+
+def internal(text: str) -> errors.Error:
+    """VIR_ERR_INTERNAL_ERROR of a server itself."""
+    return errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, text, domain=libvirt.VIR_FROM_RPC)
 
 
 def rpc_error(text: str) -> errors.Error:
