@@ -368,6 +368,20 @@ def test_closed_in_the_middle_of_a_call(served: daemons.Served, driver: daemons.
         assert other.is_served()
 
 
+def test_what_the_dead_have_asked_for_is_not_done(
+    served: daemons.Served, driver: daemons.Driver
+) -> None:
+    """A client sends 1,000 calls, and hangs up."""
+    held = driver.hold("domain_get_state")
+    with served.connect() as client:
+        call = client.message(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0).encode()
+        client.send(call * 1000)
+        driver.wait_entered("domain_get_state", 5)
+    held.set()
+    daemons.wait_for(lambda: not served.daemon.server.clients)
+    assert len([call for call in driver.calls if call[0] == "domain_get_state"]) < 50
+
+
 def test_five_calls_of_a_client_at_once(served: daemons.Served, driver: daemons.Driver) -> None:
     held = driver.hold("domain_get_state")
     with served.connect() as client:

@@ -87,8 +87,13 @@ class DomainObj:
 
     def adopt(self) -> None:
         """Watch the backup that runs, if any, as if it had been started here: whoever started it
-        may be gone. Takes as long as the scratch images' file systems hang. Errors: OSError."""
+        may be gone. Then one that was to end with that process is ended. Takes as long as the
+        scratch images' file systems hang. Errors: OSError, those of ``BackupJob.cleanup``."""
         running = self.file.load()
+        if running is not None and running.owner and not runtime.is_alive(running.owner):
+            for line in self.job.cleanup():
+                logger.info("backup=%s of a process that is gone, removed: %s", running.id, line)
+            return
         if running is None or self._watch is not None or self.job.is_over(running.id):
             return
         self._watch = self._watching(running.id, _images(running))

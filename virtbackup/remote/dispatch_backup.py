@@ -160,6 +160,8 @@ def backup_begin(session: Session, args: structs.DomainBackupBeginArgs) -> None:
     check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
     definition = _definition(found, args.backup_xml)
+    if definition.branch is not None:
+        checkpoint.by_name(found, definition.branch)
     begins = None
     if args.checkpoint_xml is not None:
         wanted = checkpoint_conf.CheckpointDef.parse(args.checkpoint_xml)

@@ -517,16 +517,18 @@ class Client:
             self._wake_a_worker()
 
     def _flush(self) -> None:
-        """Send what the socket takes. Under the lock. Errors: OSError."""
+        """Send what the socket takes. Under the lock."""
         while self._unsent:
             try:
                 # A copy, as a view in a failure's frames would keep the buffer as it is.
                 sent = self.socket.send(bytes(self._unsent[: transport.CHUNK]))
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
-            except OSError:
-                # Whoever reads from the socket finds the same, and says so.
+            except OSError as failure:
+                # It has hung up, so what else it has asked for is of no use to anybody.
                 self._unsent.clear()
+                self._calls.clear()
+                self._server.ask(functools.partial(self.drop, str(failure)))
                 return
             del self._unsent[:sent]
 
