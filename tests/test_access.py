@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who may do what: policies, identities by the kernel's and by TLS's word, and every refusal."""
 
+import dataclasses
 import os
 import pathlib
 import pwd
+import re
 import shutil
 import ssl
 import subprocess
 import sys
 import tempfile
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ from tests import daemons
 from tests.live import certificates
 from virtbackup import access, hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.remote import peer, protocol, wire_conf
+from virtbackup.remote import dispatch, peer, protocol, remote_types, wire_conf
 
 REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
 WEB, DB = daemons.ref("web-1", 1), daemons.ref("db-1", 2)
@@ -241,6 +244,54 @@ def test_a_domain_that_is_hidden(tmp_path: pathlib.Path) -> None:
             driver.tell(hypervisor.LifecycleEvent(ref, 2, 0))
         assert b"db-1" in client.event().payload
     assert not [call for call in driver.calls if call[0] in CHANGING_HOOKS]
+
+
+def about_a_domain() -> list[tuple[Any, str, Sequence[Any]]]:
+    """Every call that a daemon serves about a domain, with arguments of the right kind."""
+    calls = []
+    for of_number, proc_number in sorted(dispatch.HANDLERS):
+        of = protocol.PROGRAMS[of_number]
+        proc = of.by_number[proc_number]
+        names = [field.name for field in dataclasses.fields(proc.args)] if proc.args else []
+        if not {"dom", "checkpoint"} & set(names):
+            continue
+        hints = typing.get_type_hints(proc.args)
+        args = [_some(name, hints[name]) for name in names]
+        calls.append((of, proc.name, args))
+    return calls
+
+
+def _some(name: str, hint: Any) -> Any:
+    if name == "checkpoint":
+        return remote_types.NonnullDomainCheckpoint("c", DOM)
+    if name == "dom":
+        return DOM
+    if typing.get_origin(hint) is tuple:
+        return ()
+    options = [hint, *typing.get_args(hint)]
+    return "x" if str in options else 0 if int in options else ()
+
+
+def test_no_call_about_a_domain_is_for_everybody(tmp_path: pathlib.Path) -> None:
+    driver = Driver(DB, WEB)
+    settings = {"access": (f"unix:{me()} db-* read,backup",)}
+    with daemons.serving(tmp_path, driver, settings=settings) as served, served.connect() as client:
+        calls = about_a_domain()
+        assert len(calls) > 30
+        refused = {name for name, _, _ in by(client, calls)}
+        assert refused == {name for _, name, _ in calls}
+    assert not [call for call in driver.calls if call[0].startswith("domain_")]
+
+
+def test_what_changes_something_is_not_for_read_only(tmp_path: pathlib.Path) -> None:
+    """What a read-only connection may call is listed here; all else is refused."""
+    driver = Driver(DB, WEB)
+    with daemons.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
+        calls = about_a_domain()
+        allowed = {name for _, name, _ in calls} - {name for name, _, _ in by(client, calls)}
+    assert not {
+        name for name in allowed if not re.search("GET|LIST|IS_|HAS_|LOOKUP|STATS|REG", name)
+    }
 
 
 def test_a_name_that_a_client_makes_up(tmp_path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The domains of all drivers that a daemon serves, as if they were one hypervisor's."""
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -252,6 +253,12 @@ class Domains:
 
     def by_id(self, id: int) -> Found:
         """Errors: VIR_ERR_NO_DOMAIN."""
+        with self._lock:
+            had = next((uuid for (uuid, _), known in self._ids.items() if known == id), None)
+        if had is not None:
+            with contextlib.suppress(libvirt.libvirtError):
+                if (one := self.by_uuid(had)).ref.id == id:
+                    return one
         for found in self.all():
             if found.ref.id == id:
                 return found
@@ -260,7 +267,7 @@ class Domains:
     def public(self, own: hypervisor.DomainRef) -> hypervisor.DomainRef:
         """A driver's domain as clients know it."""
         with self._lock:
-            return dataclasses.replace(own, id=self._id(own))
+            return self._public(own)
 
     def close(self) -> None:
         """Let go of every driver."""
@@ -323,10 +330,11 @@ class Domains:
 
     def _numbered(self, found: Iterable[Found]) -> list[Found]:
         with self._lock:
-            return [
-                dataclasses.replace(one, ref=dataclasses.replace(one.own, id=self._id(one.own)))
-                for one in found
-            ]
+            return [Found(one.driver, one.own, self._public(one.own)) for one in found]
+
+    def _public(self, own: hypervisor.DomainRef) -> hypervisor.DomainRef:
+        id = self._id(own)
+        return own if id == own.id else dataclasses.replace(own, id=id)
 
     def _forget_ids(self, running: set[tuple[str, int | None]]) -> None:
         self._ids = {key: id for key, id in self._ids.items() if key in running}
