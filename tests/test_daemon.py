@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The daemon: several hosts as one, backups and their clients, and the program itself."""
 
+import errno
+import functools
 import os
 import pathlib
 import signal
@@ -17,7 +19,7 @@ import pytest
 from tests import daemons
 from tests.live import certificates
 from virtbackup import errors, hypervisor
-from virtbackup.remote import protocol, wire_conf
+from virtbackup.remote import protocol, transport, wire_conf
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 A, B, C = daemons.ref("a", 1), daemons.ref("b", 2), daemons.ref("c", None)
@@ -531,6 +533,40 @@ def test_a_socket_that_is_left_over(tmp_path: pathlib.Path) -> None:
         assert client.names() == ["a"]
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
+
+
+def _listen(
+    path: str,
+    together: threading.Barrier,
+    made: list[socket.socket],
+    failures: list[int | None],
+) -> None:
+    together.wait()
+    try:
+        made.append(transport.listen(transport.Address("unix", path=path)))
+    except OSError as failure:
+        failures.append(failure.errno)
+
+
+def test_many_who_want_one_socket(tmp_path: pathlib.Path) -> None:
+    """One has it, the one that is left over there included; and it is served."""
+    for _ in range(20):
+        path = tmp_path / "x.sock"
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(path))
+        made: list[socket.socket] = []
+        failures: list[int | None] = []
+        listen = functools.partial(_listen, str(path), threading.Barrier(4), made, failures)
+        threads = [threading.Thread(target=listen) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(daemons.DEADLINE)
+        assert (len(made), failures) == (1, [errno.EADDRINUSE] * 3)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        made[0].close()
+        path.unlink()
 
 
 def test_a_file_in_the_way(tmp_path: pathlib.Path) -> None:

@@ -271,8 +271,9 @@ class Domains:
 
     def close(self) -> None:
         """Let go of every driver."""
+        until = time.monotonic() + self.patience
         for host in self.hosts:
-            host.close(self.patience)
+            host.close(max(0.0, until - time.monotonic()))
 
     # --- asking hosts ---
 

@@ -8,6 +8,7 @@ connection at once. Descriptors travel over unix sockets alone.
 import array
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import os
 import select
@@ -97,19 +98,32 @@ def _listen_unix(path: str, mode: int) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
     try:
         os.fchmod(made.fileno(), mode)  # before bind, so that it is never open to more
-        try:
-            made.bind(path)
-        except OSError:
-            if not _is_left_over(path):
-                raise
-            os.unlink(path)  # noqa: PTH108
-            made.bind(path)
-        os.chmod(path, mode)  # noqa: PTH101  (what the umask took)
-        made.listen(BACKLOG)
+        with _alone_in(os.path.dirname(path)):  # noqa: PTH120
+            try:
+                made.bind(path)
+            except OSError:
+                if not _is_left_over(path):
+                    raise
+                os.unlink(path)  # noqa: PTH108
+                made.bind(path)
+            os.chmod(path, mode)  # noqa: PTH101  (what the umask took)
+            made.listen(BACKLOG)
     except BaseException:
         made.close()
         raise
     return made
+
+
+@contextlib.contextmanager
+def _alone_in(directory: str) -> Iterator[None]:
+    """While nobody else who asks for this is about to listen there: he might take what is not
+    served yet for what is left over. Errors: OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _is_left_over(path: str) -> bool:
