@@ -18,7 +18,7 @@ import pytest
 
 from tests import conftest, daemons, test_server
 from tests.live import libvirtd, machines
-from virtbackup.remote import protocol, remote_types
+from virtbackup.remote import protocol, remote_types, rpc, rpc_error
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -153,7 +153,7 @@ def test_many_start_and_stop(scene: Scene) -> None:
             assert sorted(reply.status for reply in replies) == [0, 1, 1, 1, 1, 1]
             for reply in replies:
                 if reply.status:
-                    error = daemons.rpc_error.of_reply(reply)
+                    error = rpc_error.of_reply(reply)
                     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID, error
             serials = [client.post(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0) for client in clients]
             replies = [c.reply(serial) for c, serial in zip(clients, serials, strict=True)]
@@ -363,7 +363,7 @@ class Wild:
                     client.socket.settimeout(5.0)
                     self._random.choice(acts)(client)
                     self.rounds += 1
-            except (OSError, AssertionError, daemons.rpc.ProtocolError, libvirt.libvirtError):
+            except (OSError, AssertionError, rpc.ProtocolError, libvirt.libvirtError):
                 continue
             except BaseException as failure:  # noqa: BLE001  (shown by the test)
                 self.failures.append(failure)
@@ -377,7 +377,7 @@ class Wild:
         for _ in range(50):
             name = self._random.choice(REMOTE.procedures).number
             payload = self._random.randbytes(self._random.randrange(0, 64))
-            message = daemons.rpc.Message(REMOTE.number, 1, name, 0, 5, 0, payload)
+            message = rpc.Message(REMOTE.number, 1, name, 0, 5, 0, payload)
             client.send(message.encode())
 
     def _act_half(self, client: daemons.Raw) -> None:
