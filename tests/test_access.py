@@ -18,14 +18,14 @@ from typing import Any
 import libvirt
 import pytest
 
-from tests import daemons
+from tests import daemon_scene
 from tests.live import certificates
 from virtbackup import access, hypervisor
 from virtbackup.conf import backup_conf
 from virtbackup.remote import dispatch, peer, protocol, remote_types, wire_conf
 
 REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
-WEB, DB = daemons.ref("web-1", 1), daemons.ref("db-1", 2)
+WEB, DB = daemon_scene.ref("web-1", 1), daemon_scene.ref("db-1", 2)
 XML = '<domainbackup><address type="unix" path="/x.sock"/></domainbackup>'
 NATIVE = "<domainbackup mode='pull'><server transport='unix' socket='/x.sock'/></domainbackup>"
 CHECKPOINT = "<domaincheckpoint><name>c</name></domaincheckpoint>"
@@ -139,7 +139,7 @@ SECRETS: list[tuple[Any, str, Sequence[Any]]] = [
 ]
 
 
-class Driver(daemons.Driver):
+class Driver(daemon_scene.Driver):
     """With every hook that changes something."""
 
     def domain_resume(self, domain: Any) -> None:
@@ -162,7 +162,7 @@ class Driver(daemons.Driver):
 
 
 def by(
-    client: daemons.Raw, calls: Sequence[tuple[Any, str, Sequence[Any]]]
+    client: daemon_scene.Raw, calls: Sequence[tuple[Any, str, Sequence[Any]]]
 ) -> Iterator[tuple[str, int, str]]:
     """(name, code, text) of what is refused for want of a permission."""
     for of, name, args in calls:
@@ -188,7 +188,10 @@ def me() -> str:
 def test_who_may_only_look(tmp_path: pathlib.Path) -> None:
     driver = Driver(WEB, DB)
     settings = {"access": (f"unix:{me()} web-* read",)}
-    with daemons.serving(tmp_path, driver, settings=settings) as served, served.connect() as client:
+    with (
+        daemon_scene.serving(tmp_path, driver, settings=settings) as served,
+        served.connect() as client,
+    ):
         assert not list(by(client, LOOKS))
         refused = list(by(client, CHANGES + SECRETS))
         assert [name for name, _, _ in refused] == [name for _, name, _ in CHANGES + SECRETS]
@@ -203,7 +206,7 @@ def test_who_may_only_look(tmp_path: pathlib.Path) -> None:
 
 def test_a_read_only_connection(tmp_path: pathlib.Path) -> None:
     driver = Driver(WEB, DB)
-    with daemons.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
         assert client.names() == ["web-1", "db-1"]
         assert not list(by(client, LOOKS))
         refused = list(by(client, CHANGES + SECRETS))
@@ -218,7 +221,10 @@ def test_a_read_only_connection(tmp_path: pathlib.Path) -> None:
 def test_who_may_back_up(tmp_path: pathlib.Path) -> None:
     driver = Driver(WEB, DB)
     settings = {"access": (f"unix:{me()} web-* backup",)}
-    with daemons.serving(tmp_path, driver, settings=settings) as served, served.connect() as client:
+    with (
+        daemon_scene.serving(tmp_path, driver, settings=settings) as served,
+        served.connect() as client,
+    ):
         assert not list(by(client, LOOKS + CHANGES + SECRETS))
     assert {call[0] for call in driver.calls} >= set(CHANGING_HOOKS)
 
@@ -226,7 +232,10 @@ def test_who_may_back_up(tmp_path: pathlib.Path) -> None:
 def test_a_domain_that_is_hidden(tmp_path: pathlib.Path) -> None:
     driver = Driver(DB, WEB)
     settings = {"access": (f"unix:{me()} db-* read,backup",)}
-    with daemons.serving(tmp_path, driver, settings=settings) as served, served.connect() as client:
+    with (
+        daemon_scene.serving(tmp_path, driver, settings=settings) as served,
+        served.connect() as client,
+    ):
         assert client.names() == ["db-1"]
         assert client.call(REMOTE, "CONNECT_NUM_OF_DOMAINS").num == 1
         assert client.call(REMOTE, "CONNECT_LIST_DOMAINS", 10).ids == (2,)
@@ -248,7 +257,7 @@ def test_a_domain_that_is_hidden(tmp_path: pathlib.Path) -> None:
 
 def about_a_domain() -> list[tuple[Any, str, Sequence[Any]]]:
     """Every call that a daemon serves about a domain, with arguments of the right kind."""
-    calls = []
+    calls: list[tuple[Any, str, Sequence[Any]]] = []
     for of_number, proc_number in sorted(dispatch.HANDLERS):
         of = protocol.PROGRAMS[of_number]
         proc = of.by_number[proc_number]
@@ -275,7 +284,10 @@ def _some(name: str, hint: Any) -> Any:
 def test_no_call_about_a_domain_is_for_everybody(tmp_path: pathlib.Path) -> None:
     driver = Driver(DB, WEB)
     settings = {"access": (f"unix:{me()} db-* read,backup",)}
-    with daemons.serving(tmp_path, driver, settings=settings) as served, served.connect() as client:
+    with (
+        daemon_scene.serving(tmp_path, driver, settings=settings) as served,
+        served.connect() as client,
+    ):
         calls = about_a_domain()
         assert len(calls) > 30
         refused = {name for name, _, _ in by(client, calls)}
@@ -286,7 +298,7 @@ def test_no_call_about_a_domain_is_for_everybody(tmp_path: pathlib.Path) -> None
 def test_what_changes_something_is_not_for_read_only(tmp_path: pathlib.Path) -> None:
     """What a read-only connection may call is listed here; all else is refused."""
     driver = Driver(DB, WEB)
-    with daemons.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
         calls = about_a_domain()
         allowed = {name for _, name, _ in calls} - {name for name, _, _ in by(client, calls)}
     assert not {
@@ -299,21 +311,24 @@ def test_a_name_that_a_client_makes_up(tmp_path: pathlib.Path) -> None:
     driver = Driver(DB, WEB)
     settings = {"access": (f"unix:{me()} db-* read,backup",)}
     lie = wire_conf.domain_to_wire(hypervisor.DomainRef("db-1", WEB.uuid, 2))
-    with daemons.serving(tmp_path, driver, settings=settings) as served, served.connect() as client:
-        code, text = daemons.code_of(client.call, REMOTE, "DOMAIN_SUSPEND", lie)
+    with (
+        daemon_scene.serving(tmp_path, driver, settings=settings) as served,
+        served.connect() as client,
+    ):
+        code, text = daemon_scene.code_of(client.call, REMOTE, "DOMAIN_SUSPEND", lie)
         assert (code, text[-7:]) == (libvirt.VIR_ERR_ACCESS_DENIED, "'web-1'")
 
 
 def test_nothing_for_whom_no_rule_is(tmp_path: pathlib.Path) -> None:
     settings = {"access": ("unix:nobody-at-all * read",)}
-    serving = daemons.serving(tmp_path, Driver(WEB), settings=settings)
+    serving = daemon_scene.serving(tmp_path, Driver(WEB), settings=settings)
     with serving as served, served.raw() as client:
-        code, text = daemons.code_of(client.open)
+        code, text = daemon_scene.code_of(client.open)
         assert code == libvirt.VIR_ERR_ACCESS_DENIED
         assert text == (
             f"access denied: unix client '{me()}' has not the permission 'read' on any domain"
         )
-        code, _ = daemons.code_of(client.names)
+        code, _ = daemon_scene.code_of(client.names)
         assert code == libvirt.VIR_ERR_INTERNAL_ERROR
         # Before it is open, there is nothing to be had at all.
         for of in (REMOTE, VIRTBACKUP, QEMU):
@@ -326,9 +341,9 @@ def test_nothing_for_whom_no_rule_is(tmp_path: pathlib.Path) -> None:
 def test_read_only_is_for_good(tmp_path: pathlib.Path) -> None:
     """A second open is refused, and changes nothing."""
     driver = Driver(WEB)
-    with daemons.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
-        daemons.code_of(client.open, "", 0)
-        code, _ = daemons.code_of(client.call, REMOTE, "DOMAIN_SUSPEND", DOM)
+    with daemon_scene.serving(tmp_path, driver) as served, served.raw().open(flags=1) as client:
+        daemon_scene.code_of(client.open, "", 0)
+        code, _ = daemon_scene.code_of(client.call, REMOTE, "DOMAIN_SUSPEND", DOM)
         assert code == libvirt.VIR_ERR_OPERATION_DENIED
 
 
@@ -339,9 +354,9 @@ import os, sys
 sys.path.insert(0, sys.argv[4])
 os.setgroups([int(g) for g in sys.argv[2].split(",") if g])
 os.setgid(int(sys.argv[3])); os.setuid(65534)
-from tests import daemons
+from tests import daemon_scene
 import libvirt
-with daemons.Raw.unix(sys.argv[1]) as client:
+with daemon_scene.Raw.unix(sys.argv[1]) as client:
     try:
         client.open()
         print(",".join(client.names()))
@@ -365,7 +380,7 @@ def test_another_user(rule: str, said: str) -> None:
         directory = pathlib.Path(name)
         directory.chmod(0o755)
         settings = {"access": (rule, "unix:root * backup"), "unix_sock_mode": "0666"}
-        with daemons.serving(directory, Driver(WEB, DB), settings=settings) as served:
+        with daemon_scene.serving(directory, Driver(WEB, DB), settings=settings) as served:
             root = str(pathlib.Path(__file__).parents[1])
             argv = [sys.executable, "-c", AS_USER, str(served.path), "", "65534", root]
             done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
@@ -408,27 +423,27 @@ def test_certificates(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
     }
     listen = ["tls:127.0.0.1:0", "tcp:127.0.0.1:0"]
     driver = Driver(WEB, DB)
-    with daemons.serving(tmp_path, driver, listen=listen, settings=settings) as served:
+    with daemon_scene.serving(tmp_path, driver, listen=listen, settings=settings) as served:
         port = served.port("tls")
-        with daemons.Raw.tcp(port, context(pki, "alice.example")) as alice:
+        with daemon_scene.Raw.tcp(port, context(pki, "alice.example")) as alice:
             assert alice.open().names() == ["web-1"]
             assert not list(by(alice, LOOKS + CHANGES))
-        with daemons.Raw.tcp(port, context(pki, "mallory.example")) as mallory:
-            _, text = daemons.code_of(mallory.open)
+        with daemon_scene.Raw.tcp(port, context(pki, "mallory.example")) as mallory:
+            _, text = daemon_scene.code_of(mallory.open)
             assert text == (
                 "access denied: tls client 'mallory.example' has not the permission 'read' on any"
                 " domain"
             )
         # By another authority, whatever the name.
         with pytest.raises((AssertionError, OSError)):
-            daemons.Raw.tcp(port, context(pki / "other", "alice.example", "trusted.pem"))
-        with daemons.Raw.tcp(served.port("tcp")) as anybody:
+            daemon_scene.Raw.tcp(port, context(pki / "other", "alice.example", "trusted.pem"))
+        with daemon_scene.Raw.tcp(served.port("tcp")) as anybody:
             assert anybody.open().names() == ["db-1"]
-            _, text = daemons.code_of(
+            _, text = daemon_scene.code_of(
                 anybody.call, REMOTE, "DOMAIN_SUSPEND", wire_conf.domain_to_wire(DB)
             )
             assert text == (
                 "access denied: tcp client has not the permission 'backup' on domain 'db-1'"
             )
         with served.raw() as root:
-            assert daemons.code_of(root.open)[0] == libvirt.VIR_ERR_ACCESS_DENIED
+            assert daemon_scene.code_of(root.open)[0] == libvirt.VIR_ERR_ACCESS_DENIED

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 import libvirt
 import pytest
 
-from tests import daemons
+from tests import daemon_scene
 from tests.live import certificates
 from virtbackup import errors, hypervisor
 from virtbackup.remote import protocol, transport, wire_conf
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
-A, B, C = daemons.ref("a", 1), daemons.ref("b", 2), daemons.ref("c", None)
+A, B, C = daemon_scene.ref("a", 1), daemon_scene.ref("b", 2), daemon_scene.ref("c", None)
 XML = '<domainbackup><address type="unix" path="/x.sock"/></domainbackup>'
 QUIESCE, AUTODESTROY, CANCEL = 1, 2, 1
 
@@ -31,9 +31,9 @@ QUIESCE, AUTODESTROY, CANCEL = 1, 2, 1
 
 
 def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
-    first = daemons.Driver(A, C, host="first")
-    second = daemons.Driver(daemons.ref("d", 1), daemons.ref("e", 2), host="second")
-    with daemons.serving(tmp_path, first, second) as served, served.connect() as client:
+    first = daemon_scene.Driver(A, C, host="first")
+    second = daemon_scene.Driver(daemon_scene.ref("d", 1), daemon_scene.ref("e", 2), host="second")
+    with daemon_scene.serving(tmp_path, first, second) as served, served.connect() as client:
         listed = client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
         assert [(dom.name, dom.id) for dom in listed] == [("a", 1), ("c", -1), ("d", 2), ("e", 3)]
         for dom in listed[0], *listed[2:]:
@@ -44,7 +44,7 @@ def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
         assert ("domain_suspend", second.refs[1]) in second.calls
         assert client.call(REMOTE, "CONNECT_GET_HOSTNAME").hostname == "first"
         # An id is a domain's as long as it runs, whoever comes and goes.
-        second.refs[0] = daemons.ref("d", None)
+        second.refs[0] = daemon_scene.ref("d", None)
         listed = client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
         assert [dom.id for dom in listed] == [1, -1, -1, 3]
         assert client.lookup("e").id == 3
@@ -52,8 +52,8 @@ def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
 
 def test_of_two_with_one_uuid_the_first_host_s_is_meant(tmp_path: pathlib.Path) -> None:
     """By whatever it was looked up."""
-    first, second = daemons.Driver(A), daemons.Driver(A)
-    with daemons.serving(tmp_path, first, second) as served, served.connect() as client:
+    first, second = daemon_scene.Driver(A), daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, first, second) as served, served.connect() as client:
         for _ in range(2):
             dom = client.lookup("a")
             client.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, XML, 0)
@@ -64,10 +64,10 @@ def test_of_two_with_one_uuid_the_first_host_s_is_meant(tmp_path: pathlib.Path) 
 
 
 def test_a_name_that_two_have(tmp_path: pathlib.Path) -> None:
-    other = daemons.ref("a", 1, number=77)
-    first, second = daemons.Driver(A), daemons.Driver(other)
-    with daemons.serving(tmp_path, first, second) as served, served.connect() as client:
-        code, text = daemons.code_of(client.lookup, "a")
+    other = daemon_scene.ref("a", 1, number=77)
+    first, second = daemon_scene.Driver(A), daemon_scene.Driver(other)
+    with daemon_scene.serving(tmp_path, first, second) as served, served.connect() as client:
+        code, text = daemon_scene.code_of(client.lookup, "a")
         assert code == libvirt.VIR_ERR_OPERATION_INVALID
         assert f"several domains have the name 'a': ask by uuid ({A.uuid}, {other.uuid})" in text
         for ref, driver in ((A, first), (other, second)):
@@ -78,7 +78,7 @@ def test_a_name_that_two_have(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_host_that_comes_later(tmp_path: pathlib.Path) -> None:
-    late = daemons.Driver(B)
+    late = daemon_scene.Driver(B)
     fails: list[Exception] = [OSError("not there yet")]
 
     def open_late() -> hypervisor.Driver:
@@ -86,10 +86,10 @@ def test_a_host_that_comes_later(tmp_path: pathlib.Path) -> None:
             raise fails[0]
         return late
 
-    drivers = (daemons.Driver(A), open_late)
-    with daemons.serving(tmp_path, *drivers) as served, served.connect() as client:
+    drivers = (daemon_scene.Driver(A), open_late)
+    with daemon_scene.serving(tmp_path, *drivers) as served, served.connect() as client:
         assert client.names() == ["a"]
-        _, text = daemons.code_of(client.lookup, "b")
+        _, text = daemon_scene.code_of(client.lookup, "b")
         assert text == (
             "Domain not found: no domain with matching name 'b' (not to be asked: fake1:///)"
         )
@@ -106,50 +106,53 @@ def test_no_host_at_all(tmp_path: pathlib.Path) -> None:
         raise errors.error(libvirt.VIR_ERR_NO_CONNECT, "gone")
 
     for drivers in ([fail], [fail, fail]):
-        with daemons.serving(tmp_path, *drivers) as served, served.connect() as client:
-            code, _ = daemons.code_of(client.names)
+        with daemon_scene.serving(tmp_path, *drivers) as served, served.connect() as client:
+            code, _ = daemon_scene.code_of(client.names)
             assert code == libvirt.VIR_ERR_NO_CONNECT
-            code, _ = daemons.code_of(client.call, REMOTE, "CONNECT_GET_HOSTNAME")
+            code, _ = daemon_scene.code_of(client.call, REMOTE, "CONNECT_GET_HOSTNAME")
             assert code == libvirt.VIR_ERR_NO_CONNECT
 
 
 def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
     """It is waited for once, for a while, and until it answers not again."""
-    hangs, lives = daemons.Driver(A), daemons.Driver(B)
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
     held = hangs.hold("list_domains")
-    serving = daemons.serving(tmp_path, hangs, lives, patience=0.2)
+    serving = daemon_scene.serving(tmp_path, hangs, lives, patience=0.2)
     with serving as served, served.connect() as client:
         assert client.names() == ["b"]
         for _ in range(200):
             assert client.names() == ["b"]
             assert client.lookup("b").name == "b"
         assert len([call for call in hangs.calls if call[0] == "list_domains"]) < 5
-        _, text = daemons.code_of(client.lookup, "a")
+        _, text = daemon_scene.code_of(client.lookup, "a")
         assert "(not to be asked: fake0:///)" in text
         held.set()
-        daemons.wait_for(lambda: client.names() == ["a", "b"])
+        daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
 
 def test_a_host_that_hangs_when_it_is_opened(tmp_path: pathlib.Path) -> None:
     go = threading.Event()
 
     def opener() -> hypervisor.Driver:
-        assert go.wait(daemons.DEADLINE)
-        return daemons.Driver(A)
+        assert go.wait(daemon_scene.DEADLINE)
+        return daemon_scene.Driver(A)
 
-    drivers = (opener, daemons.Driver(B, host="second"))
-    with daemons.serving(tmp_path, *drivers, patience=0.2) as served, served.connect() as client:
+    drivers = (opener, daemon_scene.Driver(B, host="second"))
+    with (
+        daemon_scene.serving(tmp_path, *drivers, patience=0.2) as served,
+        served.connect() as client,
+    ):
         assert client.names() == ["b"]
         assert client.lookup("b").name == "b"
         assert client.call(REMOTE, "CONNECT_GET_HOSTNAME").hostname == "second"
         go.set()
-        daemons.wait_for(lambda: client.names() == ["a", "b"])
+        daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
 
 def test_a_call_that_hangs_is_one_domain_s(tmp_path: pathlib.Path) -> None:
-    hangs, lives = daemons.Driver(A), daemons.Driver(B)
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
     held = hangs.hold("domain_backup_start")
-    serving = daemons.serving(tmp_path, hangs, lives)
+    serving = daemon_scene.serving(tmp_path, hangs, lives)
     with serving as served, served.connect() as client, served.connect() as other:
         a, b = client.lookup("a"), client.lookup("b")
         late = client.post(VIRTBACKUP, "DOMAIN_BACKUP_START", a, XML, 0)
@@ -164,20 +167,20 @@ def test_a_call_that_hangs_is_one_domain_s(tmp_path: pathlib.Path) -> None:
 
 def test_what_a_driver_raises(tmp_path: pathlib.Path) -> None:
     """Not even what it may not raise is any other host's trouble."""
-    bad, good = daemons.Driver(A), daemons.Driver(B)
-    with daemons.serving(tmp_path, bad, good) as served, served.connect() as client:
+    bad, good = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    with daemon_scene.serving(tmp_path, bad, good) as served, served.connect() as client:
         dom = client.lookup("a")
         bad.failures["list_domains"] = ZeroDivisionError("oops")
         bad.failures["domain_get_state"] = ZeroDivisionError("oops")
         assert client.names() == ["b"]
-        code, text = daemons.code_of(client.call, REMOTE, "DOMAIN_GET_STATE", dom, 0)
+        code, text = daemon_scene.code_of(client.call, REMOTE, "DOMAIN_GET_STATE", dom, 0)
         assert (code, text) == (libvirt.VIR_ERR_NO_DOMAIN, text) or "oops" in text
 
 
 def test_a_domain_that_goes_while_it_is_listed(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A, B)
+    driver = daemon_scene.Driver(A, B)
     running = libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         driver.failures["domain_get_state"] = errors.error(libvirt.VIR_ERR_NO_DOMAIN, "gone")
         assert client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, running).domains == ()
         assert client.call(VIRTBACKUP, "LIST_DOMAINS").domains == ()
@@ -189,16 +192,16 @@ def test_a_domain_that_goes_while_it_is_listed(tmp_path: pathlib.Path) -> None:
 # --- backups, and whose they are ---
 
 
-def start(client: daemons.Raw, ref: hypervisor.DomainRef, flags: int = 0) -> None:
+def start(client: daemon_scene.Raw, ref: hypervisor.DomainRef, flags: int = 0) -> None:
     client.call(VIRTBACKUP, "DOMAIN_BACKUP_START", wire_conf.domain_to_wire(ref), XML, flags)
 
 
-def stop(client: daemons.Raw, ref: hypervisor.DomainRef, flags: int = 0) -> None:
+def stop(client: daemon_scene.Raw, ref: hypervisor.DomainRef, flags: int = 0) -> None:
     client.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", wire_conf.domain_to_wire(ref), flags)
 
 
 def test_flags_that_there_are_not(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
+    driver = daemon_scene.Driver(A)
     dom = wire_conf.domain_to_wire(A)
     calls = [
         ("DOMAIN_BACKUP_START", "virDomainBackupStart", (dom, XML, 8)),
@@ -210,17 +213,17 @@ def test_flags_that_there_are_not(tmp_path: pathlib.Path) -> None:
         ("DOMAIN_BRANCH_CREATE", "virDomainBranchCreate", (dom, "x", 8)),
         ("DOMAIN_BRANCH_DELETE", "virDomainBranchDelete", (dom, "x", 8)),
     ]
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         for name, function, args in calls:
-            code, text = daemons.code_of(client.call, VIRTBACKUP, name, *args)
+            code, text = daemon_scene.code_of(client.call, VIRTBACKUP, name, *args)
             assert code == libvirt.VIR_ERR_INVALID_ARG
             assert text == f"unsupported flags (0x8) in function {function}"
     assert not [call for call in driver.calls if call[0].startswith("domain_b")]
 
 
 def test_one_of_many_starts(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
-    with daemons.serving(tmp_path, driver) as served:
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served:
         clients = [served.connect() for _ in range(8)]
         for _ in range(5):
             serials = [
@@ -244,31 +247,31 @@ def test_one_of_many_starts(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_backup_ends_with_its_client(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A, B)
-    with daemons.serving(tmp_path, driver) as served, served.connect() as other:
+    driver = daemon_scene.Driver(A, B)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as other:
         with served.connect() as client:
             start(client, A, AUTODESTROY)
             start(client, B)
-        daemons.wait_for(lambda: A.uuid not in driver.running)
+        daemon_scene.wait_for(lambda: A.uuid not in driver.running)
         assert ("domain_backup_stop", A, CANCEL) in driver.calls
         stop(other, B)
 
 
 def test_closed_or_not_its_backup_ends(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         start(client, A, AUTODESTROY)
         client.call(REMOTE, "CONNECT_CLOSE")
         assert not driver.running
-        code, _ = daemons.code_of(client.names)
+        code, _ = daemon_scene.code_of(client.names)
         assert code == libvirt.VIR_ERR_INTERNAL_ERROR
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_another_s_backup_does_not(tmp_path: pathlib.Path, elsewhere: bool) -> None:
     """A client's backup was stopped by somebody else, who has started another since."""
-    driver = daemons.Driver(A)
-    with daemons.serving(tmp_path, driver) as served, served.connect() as other:
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as other:
         with served.connect() as client:
             start(client, A, AUTODESTROY)
             if elsewhere:
@@ -276,52 +279,52 @@ def test_another_s_backup_does_not(tmp_path: pathlib.Path, elsewhere: bool) -> N
             else:
                 stop(other, A)
             start(other, A)
-        daemons.wait_for(lambda: len(served.daemon.server.clients) == 1)
+        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 1)
         assert other.names() == ["a"]
-        daemons.wait_for(lambda: not served.daemon.server.workers._urgent)
+        daemon_scene.wait_for(lambda: not served.daemon.server.workers._urgent)
         stop(other, A)
     assert ("domain_backup_stop", A, CANCEL) not in driver.calls
 
 
 def test_a_start_that_outlives_its_client(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
+    driver = daemon_scene.Driver(A)
     held = driver.hold("domain_backup_start")
-    with daemons.serving(tmp_path, driver) as served:
+    with daemon_scene.serving(tmp_path, driver) as served:
         with served.connect() as client:
             dom = wire_conf.domain_to_wire(A)
             client.post(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, XML, AUTODESTROY)
             driver.wait_entered("domain_backup_start")
-        daemons.wait_for(lambda: not served.daemon.server.clients)
+        daemon_scene.wait_for(lambda: not served.daemon.server.clients)
         held.set()
-        daemons.wait_for(lambda: ("domain_backup_stop", A, CANCEL) in driver.calls)
+        daemon_scene.wait_for(lambda: ("domain_backup_stop", A, CANCEL) in driver.calls)
         assert not driver.running
 
 
 def test_a_start_that_fails_forgets_no_job(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
+    driver = daemon_scene.Driver(A)
     completed = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
     keep = libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         dom = client.lookup("a")
         start(client, A)
         assert client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, 0).type == 2
         stop(client, A)
         driver.failures["domain_backup_start"] = errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, "no")
-        daemons.code_of(lambda: start(client, A))
+        daemon_scene.code_of(lambda: start(client, A))
         stats = client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, completed | keep)
         assert stats.type == libvirt.VIR_DOMAIN_JOB_COMPLETED
         assert "time_elapsed" in [param.field for param in stats.params]
         assert client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, completed).type == 3
         assert client.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, completed).type == 0
-        code, text = daemons.code_of(client.call, REMOTE, "DOMAIN_ABORT_JOB", dom)
+        code, text = daemon_scene.code_of(client.call, REMOTE, "DOMAIN_ABORT_JOB", dom)
         assert code == libvirt.VIR_ERR_OPERATION_INVALID
         assert text == "Requested operation is not valid: no job is active on the domain"
 
 
 def test_events_of_one_domain_and_of_all(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A, B)
+    driver = daemon_scene.Driver(A, B)
     register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         a = client.lookup("a")
         of_a = client.call(REMOTE, register, 21, a).callbackID
         of_all = client.call(REMOTE, register, 21, None).callbackID
@@ -334,14 +337,14 @@ def test_events_of_one_domain_and_of_all(tmp_path: pathlib.Path) -> None:
         client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY", of_a)
         deregister = "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY"
         for number in (of_a, 99, -1):
-            code, _ = daemons.code_of(client.call, REMOTE, deregister, number)
+            code, _ = daemon_scene.code_of(client.call, REMOTE, deregister, number)
             assert code == libvirt.VIR_ERR_INTERNAL_ERROR
-        code, _ = daemons.code_of(client.call, REMOTE, register, 27, None)
+        code, _ = daemon_scene.code_of(client.call, REMOTE, register, 27, None)
         assert code == libvirt.VIR_ERR_INTERNAL_ERROR
 
 
 def test_events_while_clients_come_and_go(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
+    driver = daemon_scene.Driver(A)
     register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
     over = threading.Event()
     failures: list[Exception] = []
@@ -354,7 +357,7 @@ def test_events_while_clients_come_and_go(tmp_path: pathlib.Path) -> None:
         except Exception as failure:  # noqa: BLE001  (which the test shows)
             failures.append(failure)
 
-    with daemons.serving(tmp_path, driver) as served:
+    with daemon_scene.serving(tmp_path, driver) as served:
         with served.connect() as first:
             assert first.names() == ["a"]
         teller = threading.Thread(target=tell)
@@ -365,28 +368,28 @@ def test_events_while_clients_come_and_go(tmp_path: pathlib.Path) -> None:
                     client.call(REMOTE, register, 0, None)
                 client.call(REMOTE, "CONNECT_CLOSE")
         over.set()
-        teller.join(daemons.DEADLINE)
+        teller.join(daemon_scene.DEADLINE)
     assert not failures
 
 
 def test_subscriptions_are_not_without_end(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
+    driver = daemon_scene.Driver(A)
     register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         assert client.names() == ["a"]
         for _ in range(4096 // 64):
             for _ in [client.post(REMOTE, register, 0, None) for _ in range(64)]:
                 assert client.reply().status == 0
-        code, text = daemons.code_of(client.call, REMOTE, register, 0, None)
+        code, text = daemon_scene.code_of(client.call, REMOTE, register, 0, None)
         assert (code, text) == (1, "internal error: more than 4096 event callbacks")
 
 
 def test_arguments_out_of_range(tmp_path: pathlib.Path) -> None:
-    driver = daemons.Driver(A)
-    with daemons.serving(tmp_path, driver) as served, served.connect() as client:
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
         dom = client.lookup("a")
         for number in (-1, 17, 2**31 - 1):
-            code, text = daemons.code_of(
+            code, text = daemon_scene.code_of(
                 client.call, REMOTE, "DOMAIN_BLOCK_STATS_FLAGS", dom, "vda", number, 0
             )
             assert (code, text) == (1, "internal error: nparams too large")
@@ -394,7 +397,7 @@ def test_arguments_out_of_range(tmp_path: pathlib.Path) -> None:
             assert client.call(REMOTE, "CONNECT_LIST_DOMAINS", number).ids == ()
         for bad in ("\udcff", "<", "<a/>", "x" * 4000000):
             for xml in (bad, None):
-                code, _ = daemons.code_of(
+                code, _ = daemon_scene.code_of(
                     client.call, REMOTE, "DOMAIN_BACKUP_BEGIN", dom, bad, xml, 0
                 )
                 assert code in (libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_RPC)
@@ -420,58 +423,58 @@ def client_context(pki: pathlib.Path, certificate: bool = True) -> ssl.SSLContex
 
 
 @pytest.fixture
-def by_tls(tmp_path: pathlib.Path, pki: pathlib.Path) -> Iterator[daemons.Served]:
+def by_tls(tmp_path: pathlib.Path, pki: pathlib.Path) -> Iterator[daemon_scene.Served]:
     settings = {"tls_x509_cert_dir": str(pki)}
     limits = {"handshake_timeout": 1.0, "max_handshaking": 3, "max_unread": 1 << 18}
-    with daemons.serving(
-        tmp_path, daemons.Driver(A),
+    with daemon_scene.serving(
+        tmp_path, daemon_scene.Driver(A),
         listen=["tls:127.0.0.1:0", "tcp:localhost:0"], settings=settings, limits=limits,
     ) as served:  # fmt: skip
         yield served
 
 
-def test_tls_tcp_and_unix(by_tls: daemons.Served, pki: pathlib.Path) -> None:
-    with daemons.Raw.tcp(by_tls.port("tls"), client_context(pki)) as client:
+def test_tls_tcp_and_unix(by_tls: daemon_scene.Served, pki: pathlib.Path) -> None:
+    with daemon_scene.Raw.tcp(by_tls.port("tls"), client_context(pki)) as client:
         assert client.open().names() == ["a"]
-    with daemons.Raw.tcp(by_tls.port("tcp")) as client:
+    with daemon_scene.Raw.tcp(by_tls.port("tcp")) as client:
         assert client.open().names() == ["a"]
     with by_tls.connect() as client:
         assert client.names() == ["a"]
 
 
-def test_who_has_no_certificate(by_tls: daemons.Served, pki: pathlib.Path) -> None:
+def test_who_has_no_certificate(by_tls: daemon_scene.Served, pki: pathlib.Path) -> None:
     with pytest.raises((AssertionError, OSError)):
-        daemons.Raw.tcp(by_tls.port("tls"), client_context(pki, certificate=False))
-    daemons.wait_for(lambda: not by_tls.daemon.server.clients)
+        daemon_scene.Raw.tcp(by_tls.port("tls"), client_context(pki, certificate=False))
+    daemon_scene.wait_for(lambda: not by_tls.daemon.server.clients)
 
 
-def test_plain_bytes_where_tls_is_spoken(by_tls: daemons.Served) -> None:
-    with daemons.Raw.tcp(by_tls.port("tls")) as client:
+def test_plain_bytes_where_tls_is_spoken(by_tls: daemon_scene.Served) -> None:
+    with daemon_scene.Raw.tcp(by_tls.port("tls")) as client:
         client.send(client.message(REMOTE, "AUTH_LIST").encode())
         assert client.is_dropped()
 
 
 def test_slow_handshakes_are_nobody_else_s_trouble(
-    by_tls: daemons.Served, pki: pathlib.Path
+    by_tls: daemon_scene.Served, pki: pathlib.Path
 ) -> None:
-    slow = [daemons.Raw.tcp(by_tls.port("tls")) for _ in range(10)]
-    daemons.wait_for(lambda: len(by_tls.daemon.server.clients) == 3)
+    slow = [daemon_scene.Raw.tcp(by_tls.port("tls")) for _ in range(10)]
+    daemon_scene.wait_for(lambda: len(by_tls.daemon.server.clients) == 3)
     with by_tls.connect() as client:
         assert client.names() == ["a"]
     slow[0].send(b"\x16\x03\x01")
     # Those that hang are let go in time, so that who means it has a turn.
     for one in slow[3:]:
         one.close()
-    with daemons.Raw.tcp(by_tls.port("tls"), client_context(pki)) as client:
+    with daemon_scene.Raw.tcp(by_tls.port("tls"), client_context(pki)) as client:
         assert client.open().names() == ["a"]
     for one in slow:
         one.close()
 
 
-def test_a_reset_with_much_unread(by_tls: daemons.Served, pki: pathlib.Path) -> None:
+def test_a_reset_with_much_unread(by_tls: daemon_scene.Served, pki: pathlib.Path) -> None:
     """What is left to be sent is of no use when the client is gone."""
     for _ in range(3):
-        client = daemons.Raw.tcp(by_tls.port("tls"), client_context(pki)).open()
+        client = daemon_scene.Raw.tcp(by_tls.port("tls"), client_context(pki)).open()
         dom = client.lookup("a")
         call = client.message(REMOTE, "DOMAIN_GET_XML_DESC", dom, 0).encode()
         client.socket.settimeout(0.5)
@@ -480,7 +483,7 @@ def test_a_reset_with_much_unread(by_tls: daemons.Served, pki: pathlib.Path) -> 
         linger = socket.SOL_SOCKET, socket.SO_LINGER
         client.socket.setsockopt(*linger, bytes.fromhex("0100000000000000"))
         client.close()
-        daemons.wait_for(lambda: not by_tls.daemon.server.clients)
+        daemon_scene.wait_for(lambda: not by_tls.daemon.server.clients)
     with by_tls.connect() as other:
         assert other.names() == ["a"]
 
@@ -493,7 +496,7 @@ def test_a_reset_with_much_unread(by_tls: daemons.Served, pki: pathlib.Path) -> 
     ["tcp:0.0.0.0:0", "tcp::0", "tcp:[::]:0", "tcp:127.evil.example:0", "tcp:192.0.2.1:0"],
 )
 def test_tcp_beyond_loopback(tmp_path: pathlib.Path, address: str) -> None:
-    serving = daemons.serving(tmp_path, daemons.Driver(), listen=[address])
+    serving = daemon_scene.serving(tmp_path, daemon_scene.Driver(), listen=[address])
     with pytest.raises(libvirt.libvirtError, match="tcp is for loopback only"), serving:
         pass
 
@@ -507,7 +510,7 @@ def test_a_name_that_is_not_what_it_says(
         return real("0.0.0.0" if host == "localhost" else host, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket, "getaddrinfo", lie)
-    serving = daemons.serving(tmp_path, daemons.Driver(), listen=["tcp:localhost:0"])
+    serving = daemon_scene.serving(tmp_path, daemon_scene.Driver(), listen=["tcp:localhost:0"])
     refused = pytest.raises(
         libvirt.libvirtError, match=r"'tcp:0\.0\.0\.0:\d+': tcp is for loopback"
     )
@@ -516,9 +519,9 @@ def test_a_name_that_is_not_what_it_says(
 
 
 def test_a_socket_that_somebody_serves(tmp_path: pathlib.Path) -> None:
-    with daemons.serving(tmp_path, daemons.Driver(A)) as served:
+    with daemon_scene.serving(tmp_path, daemon_scene.Driver(A)) as served:
         refused = pytest.raises(libvirt.libvirtError, match="somebody listens there already")
-        with refused, daemons.serving(tmp_path, daemons.Driver(B)):
+        with refused, daemon_scene.serving(tmp_path, daemon_scene.Driver(B)):
             pass
         assert served.path.is_socket()
         with served.connect() as client:
@@ -529,7 +532,10 @@ def test_a_socket_that_is_left_over(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "daemon.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    with daemons.serving(tmp_path, daemons.Driver(A)) as served, served.connect() as client:
+    with (
+        daemon_scene.serving(tmp_path, daemon_scene.Driver(A)) as served,
+        served.connect() as client,
+    ):
         assert client.names() == ["a"]
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
@@ -561,7 +567,7 @@ def test_many_who_want_one_socket(tmp_path: pathlib.Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(daemons.DEADLINE)
+            thread.join(daemon_scene.DEADLINE)
         assert (len(made), failures) == (1, [errno.EADDRINUSE] * 3)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -572,14 +578,14 @@ def test_many_who_want_one_socket(tmp_path: pathlib.Path) -> None:
 def test_a_file_in_the_way(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "daemon.sock"
     path.write_text("precious")
-    serving = daemons.serving(tmp_path, daemons.Driver(A))
+    serving = daemon_scene.serving(tmp_path, daemon_scene.Driver(A))
     with pytest.raises(libvirt.libvirtError, match="cannot listen on"), serving:
         pass
     assert path.read_text() == "precious"
 
 
 def test_another_s_socket_is_not_removed(tmp_path: pathlib.Path) -> None:
-    with daemons.serving(tmp_path, daemons.Driver(A)) as served:
+    with daemon_scene.serving(tmp_path, daemon_scene.Driver(A)) as served:
         served.path.unlink()
         other = socket.socket(socket.AF_UNIX)
         other.bind(str(served.path))
@@ -589,7 +595,7 @@ def test_another_s_socket_is_not_removed(tmp_path: pathlib.Path) -> None:
 
 def test_a_group_that_may_connect(tmp_path: pathlib.Path) -> None:
     settings = {"unix_sock_group": "nogroup", "unix_sock_mode": "0660"}
-    with daemons.serving(tmp_path, daemons.Driver(A), settings=settings) as served:
+    with daemon_scene.serving(tmp_path, daemon_scene.Driver(A), settings=settings) as served:
         found = served.path.stat()
         assert found.st_mode & 0o777 == 0o660
         assert found.st_gid == 65534
@@ -698,16 +704,16 @@ def test_certificates_that_are_no_good(tmp_path: pathlib.Path, pki: pathlib.Path
 def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(tmp_path / "notify"))
-    notify.settimeout(daemons.DEADLINE)
+    notify.settimeout(daemon_scene.DEADLINE)
     env = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
     path = tmp_path / "x.sock"
     argv = ["--uri", "test:///default", "--listen", f"unix:{path}", "--listen", "tcp:127.0.0.1:0"]
-    with daemons.Program(tmp_path, *argv, env=env) as program:
+    with daemon_scene.Program(tmp_path, *argv, env=env) as program:
         assert notify.recv(100) == b"READY=1"
         assert program.places[0] == f"unix:{path}"
         port = int(program.places[1].rpartition(":")[2])
         assert port > 0
-        with daemons.Raw.tcp(port) as client, daemons.Raw.unix(path) as other:
+        with daemon_scene.Raw.tcp(port) as client, daemon_scene.Raw.unix(path) as other:
             assert client.open().names() == other.open("test:///default").names()
             # A socket that is served is refused, and stays as it is.
             status, _, said = run("--uri", "test:///default", "--listen", f"unix:{path}")
@@ -721,11 +727,11 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
         assert not path.exists()
         assert "Traceback" not in program.log.read_text()
     # One that was killed leaves its socket, which the next takes over.
-    with daemons.Program(tmp_path, *argv[:4]) as program:
+    with daemon_scene.Program(tmp_path, *argv[:4]) as program:
         program.end(signal.SIGKILL)
         assert path.is_socket()
-    with daemons.Program(tmp_path, *argv[:4]) as program:
-        with daemons.Raw.unix(path) as client:
+    with daemon_scene.Program(tmp_path, *argv[:4]) as program:
+        with daemon_scene.Raw.unix(path) as client:
             assert client.open().names()
         assert program.end(signal.SIGINT) == 0
     notify.close()
@@ -753,9 +759,14 @@ def test_sockets_that_are_handed_over(tmp_path: pathlib.Path) -> None:
     script = "import os\nos.dup2(300, 3)\nos.dup2(301, 4)\n" + ACTIVATED
     command = [sys.executable, "-c", script, "-v", "--uri", "test:///default"]
     env = {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b"}
-    with daemons.Program(tmp_path, command=command, env=env, pass_fds=[3, 4, *moved]) as program:
+    with daemon_scene.Program(
+        tmp_path, command=command, env=env, pass_fds=[3, 4, *moved]
+    ) as program:
         assert program.places == [f"unix:{path}", f"tcp:127.0.0.1:{tcp.getsockname()[1]}"]
-        with daemons.Raw.unix(path) as client, daemons.Raw.tcp(tcp.getsockname()[1]) as other:
+        with (
+            daemon_scene.Raw.unix(path) as client,
+            daemon_scene.Raw.tcp(tcp.getsockname()[1]) as other,
+        ):
             assert client.open().names() == other.open().names()
         assert program.end() == 0
     assert path.is_socket(), "which is not ours"

@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterator
 import libvirt
 import pytest
 
-from tests import daemons
+from tests import daemon_scene
 from virtbackup import hypervisor
 from virtbackup.remote import program, protocol, rpc, rpc_error, server, workers
 
 REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
-VM = daemons.ref("vm", 7)
+VM = daemon_scene.ref("vm", 7)
 
 
 @pytest.fixture
-def driver() -> daemons.Driver:
-    return daemons.Driver(VM)
+def driver() -> daemon_scene.Driver:
+    return daemon_scene.Driver(VM)
 
 
 @pytest.fixture
-def served(tmp_path: pathlib.Path, driver: daemons.Driver) -> Iterator[daemons.Served]:
-    with daemons.serving(tmp_path, driver) as one:
+def served(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> Iterator[daemon_scene.Served]:
+    with daemon_scene.serving(tmp_path, driver) as one:
         yield one
 
 
@@ -89,14 +89,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED)
-def test_what_is_refused(served: daemons.Served, call: bytes, message: str) -> None:
+def test_what_is_refused(served: daemon_scene.Served, call: bytes, message: str) -> None:
     with served.connect() as client:
         client.send(call)
         assert client.socket.recv(4096) == error_of(call, message)
         assert client.is_served()
 
 
-def test_golden_replies(served: daemons.Served) -> None:
+def test_golden_replies(served: daemon_scene.Served) -> None:
     with served.connect() as client:
         client.send(raw(REMOTE_, 1, 9999, serial=6))
         assert client.socket.recv(4096) == UNKNOWN
@@ -118,40 +118,40 @@ IGNORED = [
 
 
 @pytest.mark.parametrize("message", IGNORED)
-def test_what_is_ignored(served: daemons.Served, message: bytes) -> None:
+def test_what_is_ignored(served: daemon_scene.Served, message: bytes) -> None:
     with served.connect() as client:
         client.send(message)
         assert client.is_served()
 
 
-def test_bytes_behind_the_arguments(served: daemons.Served) -> None:
+def test_bytes_behind_the_arguments(served: daemon_scene.Served) -> None:
     with served.connect() as client:
         client.send(raw(REMOTE_, 1, 23, payload=text("vm") + b"garbage!"))
         assert client.reply(5).status == 0
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 27, 33554437, 0xFFFFFFFF])
-def test_a_length_that_cannot_be(served: daemons.Served, length: int) -> None:
+def test_a_length_that_cannot_be(served: daemon_scene.Served, length: int) -> None:
     with served.raw() as bad, served.connect() as other:
         bad.send(words(length) + b"\0" * 24)
         assert bad.is_dropped()
         assert other.is_served()
 
 
-def test_the_largest_message(served: daemons.Served) -> None:
+def test_the_largest_message(served: daemon_scene.Served) -> None:
     call = raw(REMOTE_, 1, 66, payload=b"\0" * (33554436 - 28))
     with served.raw() as client:
         threading.Thread(target=client.send, args=(call,)).start()
         assert client.reply(5).status == 0
 
 
-def test_a_ping_is_answered_before_anything_else(served: daemons.Served) -> None:
+def test_a_ping_is_answered_before_anything_else(served: daemon_scene.Served) -> None:
     with served.raw() as client:
-        client.send(daemons.PING.encode())
+        client.send(daemon_scene.PING.encode())
         assert client.socket.recv(64) == raw(0x6B656570, 1, 2, type=2, serial=0)
 
 
-def test_a_call_of_keepalive_is_no_ping(served: daemons.Served) -> None:
+def test_a_call_of_keepalive_is_no_ping(served: daemon_scene.Served) -> None:
     call = raw(0x6B656570, 1, 1)
     with served.raw() as client:
         client.send(call)
@@ -161,13 +161,13 @@ def test_a_call_of_keepalive_is_no_ping(served: daemons.Served) -> None:
 
 
 def test_same_serial_twice_and_replies_out_of_order(
-    served: daemons.Served, driver: daemons.Driver
+    served: daemon_scene.Served, driver: daemon_scene.Driver
 ) -> None:
     with served.connect() as client:
         client.send(raw(REMOTE_, 1, 66) * 2)
         assert [client.reply(5).proc for _ in range(2)] == [REMOTE["AUTH_LIST"]] * 2
         held = driver.hold("domain_get_state")
-        slow = client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        slow = client.post(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
         driver.wait_entered("domain_get_state")
         fast = client.post(REMOTE, "AUTH_LIST")
         assert client.reply().serial == fast
@@ -178,7 +178,7 @@ def test_same_serial_twice_and_replies_out_of_order(
 # --- descriptors ---
 
 
-def send_fds(client: daemons.Raw, data: bytes, count: int) -> None:
+def send_fds(client: daemon_scene.Raw, data: bytes, count: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     try:
         fds = array.array("i", [null] * count)
@@ -192,7 +192,7 @@ def fds_of_this_process() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
-def test_descriptors_with_a_call_are_closed(served: daemons.Served) -> None:
+def test_descriptors_with_a_call_are_closed(served: daemon_scene.Served) -> None:
     with served.connect() as client:
         before = fds_of_this_process()
         for _ in range(20):
@@ -203,16 +203,16 @@ def test_descriptors_with_a_call_are_closed(served: daemons.Served) -> None:
         assert fds_of_this_process() == before
 
 
-def test_too_many_descriptors(served: daemons.Served) -> None:
+def test_too_many_descriptors(served: daemon_scene.Served) -> None:
     with served.raw() as bad, served.connect() as other:
         before = fds_of_this_process()
         send_fds(bad, b"\0", 33)
         assert bad.is_dropped()
         assert other.is_served()
-        daemons.wait_for(lambda: fds_of_this_process() == before - 1)
+        daemon_scene.wait_for(lambda: fds_of_this_process() == before - 1)
 
 
-def test_descriptors_that_no_call_takes_are_not_hoarded(served: daemons.Served) -> None:
+def test_descriptors_that_no_call_takes_are_not_hoarded(served: daemon_scene.Served) -> None:
     """Each of these connections is within its limit, and all together would have us run out."""
     before = fds_of_this_process()
     clients = [served.raw() for _ in range(20)]
@@ -223,22 +223,22 @@ def test_descriptors_that_no_call_takes_are_not_hoarded(served: daemons.Served) 
     assert fds_of_this_process() - before <= 2 * len(clients) + 64 + 32
     for client in clients:
         client.close()
-    daemons.wait_for(lambda: fds_of_this_process() == before)
+    daemon_scene.wait_for(lambda: fds_of_this_process() == before)
 
 
 def test_a_queue_of_calls_holds_no_descriptors(
-    served: daemons.Served, driver: daemons.Driver
+    served: daemon_scene.Served, driver: daemon_scene.Driver
 ) -> None:
     held = driver.hold("domain_get_state")
     with served.connect() as client:
         before = fds_of_this_process()
         for _ in range(10):
-            call = client.message(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+            call = client.message(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
             client.send(raw(REMOTE_, 1, 212, type=4, payload=words(16) + call.payload))
             for _ in range(16):
                 send_fds(client, b"\0", 1)
         driver.wait_entered("domain_get_state", 5)
-        client.send(daemons.PING.encode())  # so all before it was read
+        client.send(daemon_scene.PING.encode())  # so all before it was read
         assert client.receive() is not None
         assert fds_of_this_process() - before < 16
         held.set()
@@ -247,7 +247,7 @@ def test_a_queue_of_calls_holds_no_descriptors(
 # --- other clients ---
 
 
-def test_half_a_message_for_ever(served: daemons.Served) -> None:
+def test_half_a_message_for_ever(served: daemon_scene.Served) -> None:
     clients = [served.raw() for _ in range(8)]
     for client in clients:
         client.send(words(33554432) + b"\0" * 100000)
@@ -258,17 +258,20 @@ def test_half_a_message_for_ever(served: daemons.Served) -> None:
 
 
 def test_all_together_hold_no_more_than_there_is(
-    tmp_path: pathlib.Path, driver: daemons.Driver
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver
 ) -> None:
     limits = {"max_held": 16 << 20}
-    with daemons.serving(tmp_path, driver, limits=limits) as served, served.connect() as modest:
+    with (
+        daemon_scene.serving(tmp_path, driver, limits=limits) as served,
+        served.connect() as modest,
+    ):
         modest.send(words(33554432) + b"\0" * 1000)
         greedy = [served.raw() for _ in range(8)]
         dropped = 0
         for client in greedy:
             try:
                 client.send(words(33554432) + b"\0" * (4 << 20))
-                client.send(daemons.PING.encode())
+                client.send(daemon_scene.PING.encode())
             except ConnectionError:
                 dropped += 1
         with served.connect() as other:
@@ -282,12 +285,15 @@ def test_all_together_hold_no_more_than_there_is(
 
 
 def test_who_reads_no_replies_is_not_worked_for(
-    tmp_path: pathlib.Path, driver: daemons.Driver
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver
 ) -> None:
     """10,000 calls with replies of 1 KiB, of which none is read before all are sent."""
     limits = {"max_unread": 1 << 20}
     call = raw(REMOTE_, 1, 14, payload=text("vm") + uuid_of(VM) + words(7, 0))
-    with daemons.serving(tmp_path, driver, limits=limits) as served, served.connect() as greedy:
+    with (
+        daemon_scene.serving(tmp_path, driver, limits=limits) as served,
+        served.connect() as greedy,
+    ):
         greedy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sender = threading.Thread(target=greedy.send, args=(call * 10000,))
         sender.start()
@@ -299,7 +305,7 @@ def test_who_reads_no_replies_is_not_worked_for(
         assert len(client._calls) <= 32 + transport_chunk_of(call)
         for _ in range(10000):
             assert greedy.reply(5).status == 0
-        sender.join(daemons.DEADLINE)
+        sender.join(daemon_scene.DEADLINE)
 
 
 def uuid_of(ref: hypervisor.DomainRef) -> bytes:
@@ -310,7 +316,7 @@ def transport_chunk_of(call: bytes) -> int:
     return (1 << 16) // len(call) + 1
 
 
-def test_a_flood_of_small_calls(served: daemons.Served) -> None:
+def test_a_flood_of_small_calls(served: daemon_scene.Served) -> None:
     with served.connect() as flood, served.connect() as other:
         sender = threading.Thread(target=flood.send, args=(raw(REMOTE_, 1, 66) * 10000,))
         sender.start()
@@ -318,25 +324,25 @@ def test_a_flood_of_small_calls(served: daemons.Served) -> None:
             assert other.is_served()
         for _ in range(10000):
             assert flood.reply(5).status == 0
-        sender.join(daemons.DEADLINE)
+        sender.join(daemon_scene.DEADLINE)
 
 
 def test_who_reads_no_pongs_is_not_read_from(
-    tmp_path: pathlib.Path, driver: daemons.Driver
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver
 ) -> None:
-    with daemons.serving(tmp_path, driver, limits={"max_unread": 1 << 16}) as served:
+    with daemon_scene.serving(tmp_path, driver, limits={"max_unread": 1 << 16}) as served:
         flood, other = served.raw(), served.connect()
         flood.socket.settimeout(0.5)
         with pytest.raises((TimeoutError, ConnectionError)):
-            flood.send(daemons.PING.encode() * 100000)
+            flood.send(daemon_scene.PING.encode() * 100000)
         assert other.is_served()
         flood.close()
         other.close()
 
 
-def test_who_reads_no_events_is_let_go(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+def test_who_reads_no_events_is_let_go(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
     limits = {"max_unread": 1 << 16}
-    with daemons.serving(tmp_path, driver, limits=limits) as served:
+    with daemon_scene.serving(tmp_path, driver, limits=limits) as served:
         deaf, other = served.connect(), served.connect()
         for client in (deaf, other):
             client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
@@ -345,50 +351,54 @@ def test_who_reads_no_events_is_let_go(tmp_path: pathlib.Path, driver: daemons.D
         for _ in range(5000):
             driver.tell(event)
             other.event()
-        daemons.wait_for(lambda: len(served.daemon.server.clients) == 1)
+        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 1)
         assert deaf.is_dropped()
         assert other.is_served()
         deaf.close()
         other.close()
 
 
-def test_closed_in_the_middle_of_a_call(served: daemons.Served, driver: daemons.Driver) -> None:
+def test_closed_in_the_middle_of_a_call(
+    served: daemon_scene.Served, driver: daemon_scene.Driver
+) -> None:
     held = driver.hold("domain_get_state")
     before = fds_of_this_process()
     clients = [served.connect() for _ in range(10)]
     for client in clients:
-        client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        client.post(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
     driver.wait_entered("domain_get_state", 10)
     for client in clients:
         client.close()
-    daemons.wait_for(lambda: not served.daemon.server.clients)
+    daemon_scene.wait_for(lambda: not served.daemon.server.clients)
     held.set()
-    daemons.wait_for(lambda: fds_of_this_process() == before)
+    daemon_scene.wait_for(lambda: fds_of_this_process() == before)
     with served.connect() as other:
         assert other.is_served()
 
 
 def test_what_the_dead_have_asked_for_is_not_done(
-    served: daemons.Served, driver: daemons.Driver
+    served: daemon_scene.Served, driver: daemon_scene.Driver
 ) -> None:
     """A client sends 1,000 calls, and hangs up."""
     held = driver.hold("domain_get_state")
     with served.connect() as client:
-        call = client.message(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0).encode()
+        call = client.message(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0).encode()
         client.send(call * 1000)
         driver.wait_entered("domain_get_state", 5)
     held.set()
-    daemons.wait_for(lambda: not served.daemon.server.clients)
+    daemon_scene.wait_for(lambda: not served.daemon.server.clients)
     assert len([call for call in driver.calls if call[0] == "domain_get_state"]) < 50
 
 
-def test_five_calls_of_a_client_at_once(served: daemons.Served, driver: daemons.Driver) -> None:
+def test_five_calls_of_a_client_at_once(
+    served: daemon_scene.Served, driver: daemon_scene.Driver
+) -> None:
     held = driver.hold("domain_get_state")
     with served.connect() as client:
         for _ in range(20):
-            client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+            client.post(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
         driver.wait_entered("domain_get_state", 5)
-        client.send(daemons.PING.encode())
+        client.send(daemon_scene.PING.encode())
         pong = client.receive()  # the loop goes on
         assert pong is not None
         assert pong.program == protocol.KEEPALIVE.number
@@ -398,13 +408,15 @@ def test_five_calls_of_a_client_at_once(served: daemons.Served, driver: daemons.
             assert client.reply().status == 0
 
 
-def test_slow_calls_of_many_starve_nobody(served: daemons.Served, driver: daemons.Driver) -> None:
+def test_slow_calls_of_many_starve_nobody(
+    served: daemon_scene.Served, driver: daemon_scene.Driver
+) -> None:
     """Ten clients have all workers at slow calls, and as many wait; another has its own."""
     held = driver.hold("domain_get_state")
     greedy = [served.connect() for _ in range(10)]
     for client in greedy:
         for _ in range(10):
-            client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+            client.post(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
     driver.wait_entered("domain_get_state", 20)
     with served.connect() as other:
         for _ in range(20):
@@ -416,8 +428,8 @@ def test_slow_calls_of_many_starve_nobody(served: daemons.Served, driver: daemon
         client.close()
 
 
-def test_one_more_client_than_may_be(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
-    with daemons.serving(tmp_path, driver, settings={"max_clients": 4}) as served:
+def test_one_more_client_than_may_be(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
+    with daemon_scene.serving(tmp_path, driver, settings={"max_clients": 4}) as served:
         clients = [served.connect() for _ in range(4)]
         late = [served.raw() for _ in range(3)]
         serials = [client.post(REMOTE, "AUTH_LIST") for client in late]
@@ -436,20 +448,20 @@ def test_threads_end_that_are_too_many() -> None:
 
     def work() -> None:
         running.release()
-        assert go.wait(daemons.DEADLINE)
+        assert go.wait(daemon_scene.DEADLINE)
 
     for _ in range(10):
         some.do(work, urgent=True)
     for _ in range(10):
-        assert running.acquire(timeout=daemons.DEADLINE)
+        assert running.acquire(timeout=daemon_scene.DEADLINE)
     for _ in range(5):
         some.do(work)
-    assert running.acquire(timeout=daemons.DEADLINE)
-    assert running.acquire(timeout=daemons.DEADLINE)
+    assert running.acquire(timeout=daemon_scene.DEADLINE)
+    assert running.acquire(timeout=daemon_scene.DEADLINE)
     assert not running.acquire(timeout=0.05)  # as many as there may be are at ordinary work
     go.set()
-    daemons.wait_for(lambda: len(some._threads) <= 2)
-    some.close(daemons.DEADLINE)
+    daemon_scene.wait_for(lambda: len(some._threads) <= 2)
+    some.close(daemon_scene.DEADLINE)
     assert not some._threads
 
 
@@ -458,8 +470,8 @@ def test_work_that_raises_ends_no_thread(caplog: pytest.LogCaptureFixture) -> No
     done = threading.Event()
     some.do(lambda: 1 // 0)  # type: ignore[arg-type]
     some.do(done.set)
-    assert done.wait(daemons.DEADLINE)
-    some.close(daemons.DEADLINE)
+    assert done.wait(daemon_scene.DEADLINE)
+    some.close(daemon_scene.DEADLINE)
     assert "a worker failed" in caplog.text
 
 
@@ -500,51 +512,53 @@ def test_a_failure_of_ours_is_one_client_s(tmp_path: pathlib.Path) -> None:
     one.listen(listening)
     thread = threading.Thread(target=one.run)
     thread.start()
-    with daemons.Raw.unix(path) as client:
+    with daemon_scene.Raw.unix(path) as client:
         client.post(REMOTE, "AUTH_LIST")
         late = client.post(REMOTE, "AUTH_LIST")
         assert client.reply(late).status == program.MessageStatus.ERROR
-    assert sessions[0].closed.wait(daemons.DEADLINE)
+    assert sessions[0].closed.wait(daemon_scene.DEADLINE)
     one.stop()
-    thread.join(daemons.DEADLINE)
+    thread.join(daemon_scene.DEADLINE)
     assert not thread.is_alive()
 
 
 # --- keepalive ---
 
 
-def test_who_answers_no_pings_is_let_go(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+def test_who_answers_no_pings_is_let_go(
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver
+) -> None:
     settings = {"keepalive_count": 2}
     limits = {"keepalive_interval": 0.05}
-    serving = daemons.serving(tmp_path, driver, settings=settings, limits=limits)
+    serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
     with serving as served, served.raw() as quiet, served.raw() as silent:
         assert quiet.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10).supported == 1
         pings = 0
         while (message := quiet.receive()) is not None:
-            assert message == daemons.PING
+            assert message == daemon_scene.PING
             pings += 1
         assert pings == 2
         silent.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             silent.receive()  # it has not asked, and is left alone
-        silent.socket.settimeout(daemons.DEADLINE)
+        silent.socket.settimeout(daemon_scene.DEADLINE)
         assert silent.is_served()
 
 
-def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
+def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
     settings = {"keepalive_count": 1}
     limits = {"keepalive_interval": 0.05}
-    serving = daemons.serving(tmp_path, driver, settings=settings, limits=limits)
+    serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
     with serving as served, served.raw() as client:
         client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10)
         for _ in range(3):
-            assert client.receive() == daemons.PING
+            assert client.receive() == daemon_scene.PING
             client.send(raw(0x6B656570, 1, 2, type=2, serial=0))
         assert client.is_served()
 
 
-def test_no_pings_where_they_are_off(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
-    serving = daemons.serving(tmp_path, driver, settings={"keepalive_interval": 0})
+def test_no_pings_where_they_are_off(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
+    serving = daemon_scene.serving(tmp_path, driver, settings={"keepalive_interval": 0})
     with serving as served, served.raw() as client:
         assert client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10).supported == 1
         assert client.is_served()
@@ -555,27 +569,31 @@ def test_no_pings_where_they_are_off(tmp_path: pathlib.Path, driver: daemons.Dri
 # --- the end ---
 
 
-def test_a_call_in_flight_has_its_reply(served: daemons.Served, driver: daemons.Driver) -> None:
+def test_a_call_in_flight_has_its_reply(
+    served: daemon_scene.Served, driver: daemon_scene.Driver
+) -> None:
     held = driver.hold("domain_get_state")
     with served.connect() as client, served.connect() as idle:
-        serial = client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        serial = client.post(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
         driver.wait_entered("domain_get_state")
         served.daemon.stop()
-        daemons.wait_for(lambda: not served.daemon.server._listeners[0].accepts)
+        daemon_scene.wait_for(lambda: not served.daemon.server._listeners[0].accepts)
         idle.post(REMOTE, "AUTH_LIST")  # which nobody reads any more
         held.set()
         assert client.reply(serial).status == 0
         assert client.receive() is None
         assert idle.receive() is None
-        served.thread.join(daemons.DEADLINE)
+        served.thread.join(daemon_scene.DEADLINE)
     assert driver.closed
     assert not served.path.exists()
 
 
-def test_stopped_twice_it_does_not_wait(served: daemons.Served, driver: daemons.Driver) -> None:
+def test_stopped_twice_it_does_not_wait(
+    served: daemon_scene.Served, driver: daemon_scene.Driver
+) -> None:
     held = driver.hold("domain_get_state")
     with served.connect() as client:
-        client.post(REMOTE, "DOMAIN_GET_STATE", daemons.domain("vm"), 0)
+        client.post(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
         driver.wait_entered("domain_get_state")
         served.daemon.stop()
         served.daemon.stop()
@@ -585,15 +603,17 @@ def test_stopped_twice_it_does_not_wait(served: daemons.Served, driver: daemons.
     held.set()
 
 
-def test_stopped_while_nobody_is_accepted(tmp_path: pathlib.Path, driver: daemons.Driver) -> None:
-    serving = daemons.serving(tmp_path, driver, settings={"max_clients": 1})
+def test_stopped_while_nobody_is_accepted(
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver
+) -> None:
+    serving = daemon_scene.serving(tmp_path, driver, settings={"max_clients": 1})
     with serving as served, served.connect() as client:
         assert client.is_served()
         served.stop()
 
 
 def test_no_descriptors_are_left(
-    tmp_path: pathlib.Path, driver: daemons.Driver, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that can accept nobody goes on when it can."""
     real = socket.socket.accept
@@ -604,30 +624,30 @@ def test_no_descriptors_are_left(
             raise failures.pop()
         return real(self)
 
-    with daemons.serving(tmp_path, driver) as served:
+    with daemon_scene.serving(tmp_path, driver) as served:
         monkeypatch.setattr(socket.socket, "accept", accept)
         with served.connect() as client:
             assert client.is_served()
         assert not failures
 
 
-def test_codes_are_as_sent(served: daemons.Served) -> None:
+def test_codes_are_as_sent(served: daemon_scene.Served) -> None:
     with served.raw() as client:
-        code, message = daemons.code_of(client.lookup, "vm")
+        code, message = daemon_scene.code_of(client.lookup, "vm")
         assert (code, message) == (
             libvirt.VIR_ERR_INTERNAL_ERROR,
             "internal error: hypervisor connection not open",
         )
         client.open()
-        code, message = daemons.code_of(client.open)
+        code, message = daemon_scene.code_of(client.open)
         assert message == "internal error: connection already open"
-        assert daemons.code_of(client.lookup, "x")[0] == libvirt.VIR_ERR_NO_DOMAIN
+        assert daemon_scene.code_of(client.lookup, "x")[0] == libvirt.VIR_ERR_NO_DOMAIN
         shown = "\udcff\udcfe\n"
-        assert daemons.code_of(client.lookup, shown)[1] == (
+        assert daemon_scene.code_of(client.lookup, shown)[1] == (
             f"Domain not found: no domain with matching name '{shown}'"
         )
     with served.raw() as client:
         for uri in ("foo:///x", "http://[", "\udcff"):
-            code, message = daemons.code_of(client.open, uri)
+            code, message = daemon_scene.code_of(client.open, uri)
             assert code == libvirt.VIR_ERR_NO_CONNECT, message
         client.open("qemu+unix:///system")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import libvirt
 import pytest
 
-from tests import conftest, daemons, test_server
+from tests import conftest, daemon_scene, test_server
 from tests.live import libvirtd, machines
 from virtbackup.remote import protocol, remote_types, rpc, rpc_error
 
@@ -41,8 +41,8 @@ class Scene:
             "{}</domainbackup>"
         )
 
-    def daemon(self, *argv: str, name: str = "virtbackupd") -> daemons.Program:
-        return daemons.Program(self.directory, "--uri", self.machine.uri, *argv, name=name)
+    def daemon(self, *argv: str, name: str = "virtbackupd") -> daemon_scene.Program:
+        return daemon_scene.Program(self.directory, "--uri", self.machine.uri, *argv, name=name)
 
     def read(self, disk: str) -> bytes:
         """What a client pulls."""
@@ -62,7 +62,7 @@ def scene(tmp_path: pathlib.Path) -> Iterator[Scene]:
         yield Scene(tmp_path, machine)
 
 
-def vm(client: daemons.Raw) -> remote_types.NonnullDomain:
+def vm(client: daemon_scene.Raw) -> remote_types.NonnullDomain:
     listed = client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
     assert len(listed) == 1
     dom = listed[0]
@@ -84,7 +84,9 @@ def test_a_backup_outlives_its_daemon(scene: Scene, by: signal.Signals) -> None:
         dom = vm(client)
         info = client.call(VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO", dom, 0)
         assert info.state == "running"
-        code, _ = daemons.code_of(client.call, VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, 0)
+        code, _ = daemon_scene.code_of(
+            client.call, VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, 0
+        )
         assert code == libvirt.VIR_ERR_OPERATION_INVALID
         client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 21, None)
         assert scene.read("sdb") == b"\7" * SIZE
@@ -114,14 +116,14 @@ def test_a_backup_that_is_to_end(scene: Scene, how: str) -> None:
         else:
             first.end(signal.SIGTERM if "ends" in how else signal.SIGKILL)
         if how != "daemon is killed":
-            daemons.wait_for(lambda: not scene.jobs())
+            daemon_scene.wait_for(lambda: not scene.jobs())
         client.kill()
-        client.wait(daemons.DEADLINE)
+        client.wait(daemon_scene.DEADLINE)
         client.stdin.close()
         client.stdout.close()
     with scene.daemon() as second, second.connect() as other:
         dom = vm(other)
-        daemons.wait_for(lambda: not scene.jobs())
+        daemon_scene.wait_for(lambda: not scene.jobs())
         other.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, 0)
         assert scene.read("vda") == b"\7" * SIZE
         other.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
@@ -130,10 +132,10 @@ def test_a_backup_that_is_to_end(scene: Scene, how: str) -> None:
 
 CLIENT = """
 import sys
-from tests import daemons
-client = daemons.Raw.unix(sys.argv[1]).open()
-[dom] = client.call(daemons.REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
-client.call(daemons.VIRTBACKUP, "DOMAIN_BACKUP_START", dom, sys.argv[2], 2)
+from tests import daemon_scene
+client = daemon_scene.Raw.unix(sys.argv[1]).open()
+[dom] = client.call(daemon_scene.REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
+client.call(daemon_scene.VIRTBACKUP, "DOMAIN_BACKUP_START", dom, sys.argv[2], 2)
 print("started", flush=True)
 sys.stdin.read()
 """
@@ -167,7 +169,7 @@ def test_many_start_and_stop(scene: Scene) -> None:
 
 
 @contextlib.contextmanager
-def by_libvirt(program: daemons.Program) -> Iterator["libvirt.virDomain"]:
+def by_libvirt(program: daemon_scene.Program) -> Iterator["libvirt.virDomain"]:
     """The guest, for libvirt's own client."""
     libvirt.registerErrorHandler(lambda *_: None, None)
     connection = libvirt.open(program.uri)
@@ -212,7 +214,7 @@ def test_checkpoints(scene: Scene) -> None:
         assert names(a.listAllChildren(descendants | leaves)) == ["c"]
         assert names(c.listAllChildren(descendants)) == []
         assert b.getParent().getName() == "a"
-        code, _ = daemons.code_of(a.getParent)
+        code, _ = daemon_scene.code_of(a.getParent)
         assert code == libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
         xml = a.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE)
         assert f'<disk name="vda" checkpoint="bitmap" bitmap="a" size="{3 * CLUSTER}"/>' in xml
@@ -222,17 +224,17 @@ def test_checkpoints(scene: Scene) -> None:
         assert "<parent>" in plain
         assert "<domain " not in plain
         # What is there is taken: by one of ours, and by somebody else.
-        code, text = daemons.code_of(dom.checkpointCreateXML, checkpoint("a"))
+        code, text = daemon_scene.code_of(dom.checkpointCreateXML, checkpoint("a"))
         assert code == libvirt.VIR_ERR_OPERATION_INVALID, text
-        code, text = daemons.code_of(dom.checkpointCreateXML, checkpoint("theirs"))
+        code, text = daemon_scene.code_of(dom.checkpointCreateXML, checkpoint("theirs"))
         assert code == libvirt.VIR_ERR_CONFIG_UNSUPPORTED, text
         assert "theirs" in text
-        code, _ = daemons.code_of(dom.checkpointLookupByName, "theirs")
+        code, _ = daemon_scene.code_of(dom.checkpointLookupByName, "theirs")
         assert code == libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
         redefine = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
         again = dom.checkpointCreateXML(checkpoint("b", "<description>e</description>"), redefine)
         assert "<description>e</description>" in again.getXMLDesc()
-        code, _ = daemons.code_of(dom.checkpointCreateXML, checkpoint("gone"), redefine)
+        code, _ = daemon_scene.code_of(dom.checkpointCreateXML, checkpoint("gone"), redefine)
         assert code == 109  # VIR_ERR_CHECKPOINT_INCONSISTENT
         b.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN)
         assert names(dom.listAllCheckpoints()) == ["a"]
@@ -277,20 +279,20 @@ DISKS = "<disks>{}</disks>"
 def test_checkpoints_that_cannot_be(
     on_fake: "libvirt.virDomain", xml: str, code: int, message: str
 ) -> None:
-    found, text = daemons.code_of(on_fake.checkpointCreateXML, xml)
+    found, text = daemon_scene.code_of(on_fake.checkpointCreateXML, xml)
     assert (found, message in text) == (code, True), text
     assert on_fake.listAllCheckpoints() == []
 
 
 @pytest.fixture(scope="module")
-def fake_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Program]:
+def fake_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemon_scene.Program]:
     directory = tmp_path_factory.mktemp("fake")
-    with daemons.Program(directory, "--uri", "test:///default") as program:
+    with daemon_scene.Program(directory, "--uri", "test:///default") as program:
         yield program
 
 
 @pytest.fixture
-def on_fake(fake_program: daemons.Program) -> Iterator["libvirt.virDomain"]:
+def on_fake(fake_program: daemon_scene.Program) -> Iterator["libvirt.virDomain"]:
     with by_libvirt(fake_program) as dom:
         yield dom
 
@@ -307,16 +309,16 @@ def test_what_libvirt_s_own_backup_calls_refuse(
         (since, libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT),
         ("<domainbackup", libvirt.VIR_ERR_XML_ERROR),
     ):
-        code, text = daemons.code_of(on_fake.backupBegin, xml, None)
+        code, text = daemon_scene.code_of(on_fake.backupBegin, xml, None)
         assert code == expected, text
-    code, _ = daemons.code_of(on_fake.backupBegin, pull, checkpoint("a/b"))
+    code, _ = daemon_scene.code_of(on_fake.backupBegin, pull, checkpoint("a/b"))
     assert code == libvirt.VIR_ERR_INVALID_ARG
-    code, text = daemons.code_of(on_fake.abortJob)
+    code, text = daemon_scene.code_of(on_fake.abortJob)
     assert (code, text) == (
         libvirt.VIR_ERR_OPERATION_INVALID,
         "Requested operation is not valid: no job is active on the domain",
     )
-    code, _ = daemons.code_of(on_fake.backupGetXMLDesc)
+    code, _ = daemon_scene.code_of(on_fake.backupGetXMLDesc)
     assert code == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
     assert on_fake.jobStats() == {"type": libvirt.VIR_DOMAIN_JOB_NONE} or not on_fake.jobStats()
 
@@ -334,7 +336,7 @@ def test_checkpoints_of_a_fake(on_fake: "libvirt.virDomain", tmp_path: pathlib.P
     since = f"<domainbackup mode='pull'><incremental>one</incremental>{server}</domainbackup>"
     on_fake.backupBegin(since, None)
     assert "<incremental>one</incremental>" in on_fake.backupGetXMLDesc()
-    code, text = daemons.code_of(on_fake.checkpointLookupByName("one").delete)
+    code, text = daemon_scene.code_of(on_fake.checkpointLookupByName("one").delete)
     assert code == libvirt.VIR_ERR_OPERATION_INVALID, text
     on_fake.abortJob()
     on_fake.checkpointLookupByName("one").delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN)
@@ -347,7 +349,7 @@ def test_checkpoints_of_a_fake(on_fake: "libvirt.virDomain", tmp_path: pathlib.P
 class Wild:
     """Clients that do anything, for as long as they may; none is ours to be sorry for."""
 
-    def __init__(self, program: daemons.Program, xml: str, seed: int) -> None:
+    def __init__(self, program: daemon_scene.Program, xml: str, seed: int) -> None:
         self._program = program
         self._xml = xml
         self._random = random.Random(seed)
@@ -369,10 +371,10 @@ class Wild:
                 self.failures.append(failure)
                 return
 
-    def _act_garbage(self, client: daemons.Raw) -> None:
+    def _act_garbage(self, client: daemon_scene.Raw) -> None:
         client.send(self._random.randbytes(self._random.randrange(1, 100000)))
 
-    def _act_garbled_calls(self, client: daemons.Raw) -> None:
+    def _act_garbled_calls(self, client: daemon_scene.Raw) -> None:
         client.open()
         for _ in range(50):
             name = self._random.choice(REMOTE.procedures).number
@@ -380,30 +382,30 @@ class Wild:
             message = rpc.Message(REMOTE.number, 1, name, 0, 5, 0, payload)
             client.send(message.encode())
 
-    def _act_half(self, client: daemons.Raw) -> None:
+    def _act_half(self, client: daemon_scene.Raw) -> None:
         client.send(b"\1\0\0\0" + b"\0" * self._random.randrange(1 << 20))
         self.over.wait(self._random.random() * 0.2)
 
-    def _act_deaf(self, client: daemons.Raw) -> None:
+    def _act_deaf(self, client: daemon_scene.Raw) -> None:
         client.open()
         client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 21, None)
         call = client.message(REMOTE, "DOMAIN_GET_XML_DESC", vm(client), 0).encode()
         client.socket.settimeout(0.2)
         client.send(call * 5000)
 
-    def _act_pings(self, client: daemons.Raw) -> None:
+    def _act_pings(self, client: daemon_scene.Raw) -> None:
         client.socket.settimeout(0.2)
-        client.send(daemons.PING.encode() * 5000)
+        client.send(daemon_scene.PING.encode() * 5000)
 
-    def _act_starts(self, client: daemons.Raw) -> None:
+    def _act_starts(self, client: daemon_scene.Raw) -> None:
         client.open()
         dom = vm(client)
-        code, _ = daemons.code_of(
+        code, _ = daemon_scene.code_of(
             client.call, VIRTBACKUP, "DOMAIN_BACKUP_START", dom, self._xml, AUTODESTROY
         )
         assert code
 
-    def _act_looks(self, client: daemons.Raw) -> None:
+    def _act_looks(self, client: daemon_scene.Raw) -> None:
         client.open()
         dom = vm(client)
         for _ in range(10):
@@ -413,10 +415,10 @@ class Wild:
             for _ in range(20):
                 client.reply()
 
-    def _act_descriptors(self, client: daemons.Raw) -> None:
+    def _act_descriptors(self, client: daemon_scene.Raw) -> None:
         test_server.send_fds(client, b"\0\0", self._random.randrange(1, 40))
 
-    def _act_virsh(self, client: daemons.Raw) -> None:
+    def _act_virsh(self, client: daemon_scene.Raw) -> None:
         argv = ["virsh", "-c", self._program.uri, "domstate", "1"]
         with subprocess.Popen(
             argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -450,7 +452,7 @@ def test_wild_clients_and_a_backup(scene: Scene) -> None:
         for one in wild:
             one.over.set()
         for thread in threads:
-            thread.join(daemons.DEADLINE)
+            thread.join(daemon_scene.DEADLINE)
         assert not [one.failures for one in wild if one.failures]
         assert sum(one.rounds for one in wild) > 10
         print(f"rounds {sum(one.rounds for one in wild)} slowest call {slowest:.3f} s")
@@ -458,8 +460,8 @@ def test_wild_clients_and_a_backup(scene: Scene) -> None:
         assert scene.read("vda") == b"\7" * SIZE
         assert scene.read("sdb") == b"\7" * SIZE
         steady.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
-        daemons.wait_for(lambda: program.fds() <= fds)
-        daemons.wait_for(lambda: program.threads() <= 30)
+        daemon_scene.wait_for(lambda: program.fds() <= fds)
+        daemon_scene.wait_for(lambda: program.threads() <= 30)
         assert program.rss() - rss < 200 << 20
         assert program.end() == 0
         said = program.log.read_text()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import daemons
+from tests import daemon_scene
 from tests.live import libvirtd
 from tests.test_server import IGNORED, REFUSED, raw, send_fds, text, words
 from virtbackup import hypervisor
@@ -24,30 +24,30 @@ OPEN = raw(REMOTE, 1, 1, serial=0, payload=words(1) + text("test:///default") + 
 
 
 @pytest.fixture
-def theirs(libvirt_host: libvirtd.Host) -> Iterator[daemons.Raw]:
-    with daemons.Raw.unix(libvirt_host.daemon.socket) as client:
+def theirs(libvirt_host: libvirtd.Host) -> Iterator[daemon_scene.Raw]:
+    with daemon_scene.Raw.unix(libvirt_host.daemon.socket) as client:
         yield client
 
 
 @pytest.fixture
-def ours(tmp_path: pathlib.Path) -> Iterator[daemons.Raw]:
-    driver = daemons.Driver(TEST)
+def ours(tmp_path: pathlib.Path) -> Iterator[daemon_scene.Raw]:
+    driver = daemon_scene.Driver(TEST)
     driver.state = (1, 0)
-    serving = daemons.serving(tmp_path, driver, uri="test:///default")
+    serving = daemon_scene.serving(tmp_path, driver, uri="test:///default")
     with serving as served, served.raw() as client:
         yield client
 
 
-def said(client: daemons.Raw, *messages: bytes, opened: bool = True) -> list[bytes | None]:
+def said(client: daemon_scene.Raw, *messages: bytes, opened: bool = True) -> list[bytes | None]:
     """What is answered to each of MESSAGES; None: nothing, as a later ping is answered first."""
-    client.call(daemons.REMOTE, "AUTH_LIST")
+    client.call(daemon_scene.REMOTE, "AUTH_LIST")
     if opened:
         client.send(OPEN)
         assert client.reply(0).status == 0
     return [answer(client, message) for message in messages]
 
 
-def answer(client: daemons.Raw, message: bytes) -> bytes | None:
+def answer(client: daemon_scene.Raw, message: bytes) -> bytes | None:
     """What is answered to a MESSAGE; None: nothing, as a later call is answered first."""
     client.send(message)
     if message[16:20] == words(0):  # to a call something is, however late
@@ -63,7 +63,7 @@ def answer(client: daemons.Raw, message: bytes) -> bytes | None:
 
 
 def both(
-    theirs: daemons.Raw, ours: daemons.Raw, *messages: bytes, opened: bool = True
+    theirs: daemon_scene.Raw, ours: daemon_scene.Raw, *messages: bytes, opened: bool = True
 ) -> list[bytes | None]:
     expected = said(theirs, *messages, opened=opened)
     got = said(ours, *messages, opened=opened)
@@ -110,18 +110,18 @@ CALLS = [
 ]
 
 
-def test_known_and_unknown_calls(theirs: daemons.Raw, ours: daemons.Raw) -> None:
+def test_known_and_unknown_calls(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> None:
     answered = both(theirs, ours, *CALLS)
     assert sum(answer is not None for answer in answered) > len(CALLS) // 2
 
 
-def test_what_is_refused_and_ignored(theirs: daemons.Raw, ours: daemons.Raw) -> None:
+def test_what_is_refused_and_ignored(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> None:
     refused = [message.replace(text("vm"), text("test")) for message, _ in REFUSED]
     answered = both(theirs, ours, *refused, *IGNORED)
     assert [answer is None for answer in answered] == [False] * len(refused) + [True] * len(IGNORED)
 
 
-def test_before_it_is_open(theirs: daemons.Raw, ours: daemons.Raw) -> None:
+def test_before_it_is_open(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> None:
     some = [message for message, _ in REFUSED[:9]]
     both(theirs, ours, *some, raw(REMOTE, 1, 51), raw(REMOTE, 1, 212, payload=DOM + words(0)),
          raw(REMOTE, 1, 1, payload=words(1) + text("foo:///x") + words(0)),
@@ -137,17 +137,19 @@ def test_before_it_is_open(theirs: daemons.Raw, ours: daemons.Raw) -> None:
         raw(REMOTE, 1, 66, type=4, payload=words(33)),
     ],
 )  # fmt: skip
-def test_what_ends_the_connection(theirs: daemons.Raw, ours: daemons.Raw, garbage: bytes) -> None:
+def test_what_ends_the_connection(
+    theirs: daemon_scene.Raw, ours: daemon_scene.Raw, garbage: bytes
+) -> None:
     for client in (theirs, ours):
-        client.call(daemons.REMOTE, "AUTH_LIST")
+        client.call(daemon_scene.REMOTE, "AUTH_LIST")
         client.send(garbage)
         assert client.is_dropped()
 
 
-def test_descriptors(theirs: daemons.Raw, ours: daemons.Raw) -> None:
+def test_descriptors(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> None:
     replies = []
     for client in (theirs, ours):
-        client.call(daemons.REMOTE, "AUTH_LIST")
+        client.call(daemon_scene.REMOTE, "AUTH_LIST")
         client.send(raw(REMOTE, 1, 66, type=4, payload=words(2)))
         for _ in range(2):
             send_fds(client, b"\0", 1)
