@@ -610,7 +610,8 @@ def test_a_domain_that_is_set_back_to_a_snapshot(
         dom = connection.lookupByName("back")
         dom.backupStart(document(host))
         domain.libvirt.revertToSnapshot(snapshot)
-        with pytest.raises(virtbackup.Error, match="disk 'vda': the domain was restarted"):
+        reason = "disk 'vda': the domain was set back to a snapshot"
+        with pytest.raises(virtbackup.Error, match=reason):
             dom.backupStop()
         assert not list(scratch_dir.iterdir())
         assert not left_in_qemu(domain)
