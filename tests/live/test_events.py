@@ -228,3 +228,26 @@ def test_a_domain_that_is_set_back_to_a_snapshot(
         assert started("next_end()") == "the domain was set back to a snapshot"
         assert not list(scratch_dir.iterdir())
         assert "disk 'vda': the domain was set back to a snapshot" in started("stop()")
+
+
+def test_a_pull_of_a_transient_domain_tells_why_that_ended(
+    host: libvirtd.Host, tmp_path: pathlib.Path, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """The shell runs an event loop of its own."""
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
+    argv += ["backup-pull", NAME, str(tmp_path / "out")]
+    with (
+        domain(host, persistent=False) as one,
+        subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as pull,
+    ):
+        libvirtd.wait_for(
+            lambda: [left.phase for _, left in status.all_in(state_dir)] == ["running"]
+        )
+        pull.send_signal(signal.SIGSTOP)  # it has hardly begun to copy
+        one.libvirt.destroy()
+        pull.send_signal(signal.SIGCONT)
+        _, errors = pull.communicate(timeout=libvirtd.DEADLINE)
+    assert pull.returncode == 1
+    assert "disk 'vda': the domain was destroyed" in errors
+    assert not list(scratch_dir.iterdir())
+    assert not list(state_dir.glob("*.json"))
