@@ -228,12 +228,34 @@ def test_a_drive_that_is_not_in_the_xml_is_refused_by_its_id(
         domain.monitor("blockdev-add", driver="raw", node_name="extra", file=file)
         domain.monitor("device_add", driver="scsi-hd", id="disk9", drive="extra", bus="scsi0.0")
         dom = connection.lookupByName("unlike")
-        with pytest.raises(virtbackup.Error, match=rf"device 'disk9' of QEMU writes '{raw}'"):
-            dom.backupStart(document(host))
+        for disks in ("", '<disk name="disk9"/>', '<disk name="vda"/><disk name="disk9"/>'):
+            with pytest.raises(virtbackup.Error, match=rf"device 'disk9' of QEMU writes '{raw}'"):
+                dom.backupStart(document(host, disks))
         with pytest.raises(virtbackup.Error, match=r"no disk named 'vdz'"):
             dom.backupStart(document(host, '<disk name="vdz" present="no"/>'
                                            '<disk name="disk9" present="no"/>'))  # fmt: skip
         dom.backupStart(document(host, '<disk name="disk9" present="no"/>'))
+        assert right(host)
+        dom.backupStop()
+
+
+def test_a_drive_of_the_command_line_is_refused_by_its_id(
+    host: libvirtd.Host, connection: virtbackup.Connection
+) -> None:
+    """``<qemu:commandline>``; one that is only read is no matter."""
+    drives = ""
+    for name, options in (("own", ""), ("seen", ",read-only=on")):
+        raw = image(host.path(f"{name}.raw"), 3, "raw")
+        blockdev = f"driver=raw,node-name={name},file.driver=file,file.filename={raw}{options}"
+        for words in ("-blockdev", blockdev), ("-device", f"virtio-blk-pci,drive={name},id={name}"):
+            drives += "".join(f"<qemu:arg value='{word}'/>" for word in words)
+    more = f"<qemu:commandline>{drives}</qemu:commandline>"
+    with host.domain("unlike", two_disks(host), more=more):
+        dom = connection.lookupByName("unlike")
+        for disks in ("", '<disk name="own"/>'):
+            with pytest.raises(virtbackup.Error, match=r"device 'own' of QEMU writes '.*own.raw'"):
+                dom.backupStart(document(host, disks))
+        dom.backupStart(document(host, '<disk name="own" present="no"/>'))
         assert right(host)
         dom.backupStop()
 
