@@ -236,14 +236,14 @@ def test_a_pull_of_a_transient_domain_tells_why_that_ended(
     """The shell runs an event loop of its own."""
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
     argv += ["backup-pull", NAME, str(tmp_path / "out")]
+    raw = host.path("large.raw")
+    raw.write_bytes(os.urandom(1 << 20) * 256)
     with (
-        domain(host, persistent=False) as one,
+        host.domain(NAME, disk_xml("vda", raw, "raw")) as one,
         subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as pull,
     ):
-        libvirtd.wait_for(
-            lambda: [left.phase for _, left in status.all_in(state_dir)] == ["running"]
-        )
-        pull.send_signal(signal.SIGSTOP)  # it has hardly begun to copy
+        libvirtd.wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob("out/vda.*")))
+        pull.send_signal(signal.SIGSTOP)
         one.libvirt.destroy()
         pull.send_signal(signal.SIGCONT)
         _, errors = pull.communicate(timeout=libvirtd.DEADLINE)

@@ -244,10 +244,13 @@ def test_a_drive_of_the_command_line_is_refused_by_its_id(
 ) -> None:
     """``<qemu:commandline>``; one that is only read is no matter."""
     drives = ""
-    for name, options in (("own", ""), ("seen", ",read-only=on")):
+    for name, options, slot in (("own", "", "0x10"), ("seen", ",read-only=on", "0x11")):
         raw = image(host.path(f"{name}.raw"), 3, "raw")
         blockdev = f"driver=raw,node-name={name},file.driver=file,file.filename={raw}{options}"
-        for words in ("-blockdev", blockdev), ("-device", f"virtio-blk-pci,drive={name},id={name}"):
+        for words in (
+            ("-blockdev", blockdev),
+            ("-device", f"virtio-blk-pci,drive={name},id={name},addr={slot}"),
+        ):
             drives += "".join(f"<qemu:arg value='{word}'/>" for word in words)
     more = f"<qemu:commandline>{drives}</qemu:commandline>"
     with host.domain("unlike", two_disks(host), more=more):
@@ -600,12 +603,13 @@ def test_an_internal_snapshot_meanwhile(
         dom = connection.lookupByName("inside")
         dom.backupStart(document(host))
         domain.write("vda", 3)
-        with pytest.raises(libvirt.libvirtError, match="Failed to take snapshot"):
+        # Newer ones can.
+        with contextlib.suppress(libvirt.libvirtError):
             domain.libvirt.snapshotCreateXML(SNAPSHOT.format("s"))
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         assert libvirtd.read(socket(host), "vda") == pattern(1)
         dom.backupStop()
-        domain.libvirt.snapshotCreateXML(SNAPSHOT.format("s"))
+        domain.libvirt.snapshotCreateXML(SNAPSHOT.format("later"))
         assert not list(scratch_dir.iterdir())
 
 
@@ -622,9 +626,8 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
     before = persistent.state()
     dom.backupStart(document(host))
     refused: dict[str, Callable[[], object]] = {
-        "job 'domain save' unexpectedly failed": lambda: domain.save(saved),
-        "'domain save' unexpectedly failed": domain.managedSave,
-        "Node '[^']*' is busy": lambda: domain.snapshotCreateXML(SNAPSHOT.format("s"), DISK_ONLY),
+        "job 'domain save' .*failed": lambda: domain.save(saved),
+        "'domain save' .*failed": domain.managedSave,
         "NBD server already running": lambda: domain.backupBegin(
             NATIVE.format(host.path("theirs")), None
         ),
@@ -633,6 +636,10 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
             "vda", COPY.format(host.path("copy.qcow2")), {}, COPY_FLAGS
         ),
     }
+    if dom.backupGetInfo().engine == "classic":
+        refused["Node '[^']*' is busy"] = lambda: domain.snapshotCreateXML(
+            SNAPSHOT.format("s"), DISK_ONLY
+        )
     for reason, call in refused.items():
         with pytest.raises(libvirt.libvirtError, match=reason):
             call()
@@ -749,7 +756,7 @@ def test_a_migration_meanwhile_fails_and_harms_neither(
     ):
         dom = connection.lookupByName("moves")
         dom.backupStart(document(host))
-        with pytest.raises(libvirt.libvirtError, match="'migration out' unexpectedly failed"):
+        with pytest.raises(libvirt.libvirtError, match=r"job 'migration (out|in)' .*failed"):
             domain.libvirt.migrate(there, *to)
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         domain.write("vda", 3)
