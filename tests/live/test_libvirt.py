@@ -771,6 +771,37 @@ def test_a_migration_meanwhile_fails_and_harms_neither(
         assert not list(scratch_dir.iterdir())
 
 
+def test_saves_during_an_increment_harm_nobody(
+    host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
+) -> None:
+    """QEMU stores all bitmaps when it gives a disk away, and that one is being read."""
+    disks = disk_xml("vda", image(host.path("a.qcow2"), 1))
+    with host.domain("saved", disks, persistent=True) as domain:
+        dom = connection.lookupByName("saved")
+        branch = document(host, '<disk name="vda" type="auto"/>', "nightly")
+        dom.backupStart(branch)
+        dom.backupStop()
+        domain.write("vda", 1)
+        dom.backupStart(branch)
+        domain.write("vda", 2)
+        for _ in range(3):
+            for call in (
+                lambda: domain.libvirt.save(str(host.path("s"))),
+                domain.libvirt.managedSave,
+            ):
+                with pytest.raises(libvirt.libvirtError, match=r"job 'domain save' .*failed"):
+                    call()
+        assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        assert changed(socket(host), "nightly") == {1}
+        dom.backupStop()
+        domain.libvirt.save(str(host.path("s")))
+        host.connection.restore(str(host.path("s")))
+        dom.backupStart(branch)
+        assert changed(socket(host), "nightly") == {2}
+        dom.backupStop()
+        assert not list(scratch_dir.iterdir())
+
+
 def test_scratch_space_that_runs_out_ends_the_backup_and_not_the_guest(
     host: libvirtd.Host,
     connection: virtbackup.Connection,
