@@ -55,7 +55,7 @@ class DomainObj:
         anything of the domain."""
         self.file = file
         self._host = host
-        self.job = job.BackupJob(file, connect, self._why_ended)
+        self.job = job.BackupJob(file, connect, self._why_ended, self._ended)
         self._engine = engine
         self._agent = quiesce
         self._watch: watch.Watch | None = None
@@ -123,6 +123,10 @@ class DomainObj:
             watching.close()
         self._watched = None
 
+    def _ended(self, reason: str) -> None:
+        if self._host is not None:
+            self._host.backup_ended(reason)
+
     def _why_ended(self) -> str | None:
         """Why there is no QEMU any more, or another one."""
         if self._watched is not None and (heard := self._watched.heard()) is not None:
@@ -174,17 +178,12 @@ class _Watched:
 
     def note_end(self, reason: str) -> None:
         self._job.note_end(self._id, reason)
-        if self._host is not None:
-            self._host.backup_ended(reason)
 
     def guest_trouble(self) -> str | None:
         return self._job.guest_trouble(self._id)
 
     def give_up(self, reason: str) -> bool:
-        ended = self._job.give_up(self._id, reason)
-        if ended and self._host is not None:
-            self._host.backup_ended(reason)
-        return ended or self._host is None
+        return self._job.give_up(self._id, reason) or self._host is None
 
     def let_go(self) -> None:
         self._hearing.close()

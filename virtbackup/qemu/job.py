@@ -53,11 +53,14 @@ class BackupJob:
         file: status.StatusFile,
         connect: Connect,
         why_ended: Callable[[], str | None] = lambda: None,
+        on_end: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows."""
+        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows.
+        ON_END is told why a backup ended that nobody has stopped, by who noted it."""
         self._file = file
         self._connect = connect
         self._why_ended = why_ended
+        self._on_end = on_end
 
     def start(
         self,
@@ -163,6 +166,7 @@ class BackupJob:
             ended = dataclasses.replace(running, given_up=reason, server=server, disks=disks)
             self._file.save(ended)
         logger.warning("backup=%s %s", id, reason)
+        self._on_end(reason)
         return True
 
     def note_end(self, id: naming.BackupId, reason: str) -> None:
@@ -177,6 +181,7 @@ class BackupJob:
             ended = dataclasses.replace(running, given_up=reason, server=False, disks=disks)
             self._file.save(ended)
         logger.info("backup=%s ended: %s", id, reason)
+        self._on_end(reason)
 
     def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
