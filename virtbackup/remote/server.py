@@ -535,7 +535,6 @@ class Workers:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._idle = 0
-        self._closed = False
 
     def do(self, what: Callable[[], None]) -> None:
         """Have a thread do WHAT; what it raises is logged."""
@@ -557,9 +556,8 @@ class Workers:
     def close(self, timeout: float = 5.0) -> None:
         """Do what is left to do, for up to TIMEOUT seconds."""
         end = time.monotonic() + timeout
-        for _ in self._threads:
-            self._todo.put(None)
-        for thread in self._threads:
+        self._todo.put(None)
+        for thread in self._threads:  # and those that are made meanwhile
             thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
@@ -569,8 +567,12 @@ class Workers:
             what = self._todo.get()
             with self._lock:
                 self._idle -= 1
-            if what is None:
-                return
+            if what is None:  # of which there is one, for all
+                is_last = self._todo.empty()
+                self._todo.put(None)
+                if is_last:
+                    return
+                continue
             try:
                 what()
             except Exception:
