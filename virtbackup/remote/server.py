@@ -252,7 +252,7 @@ class Client:
             self.socket = context.wrap_socket(
                 accepted, server_side=True, do_handshake_on_connect=False
             )
-        self.address = _address_of(accepted)
+        self.address = _address_of(self.socket)
         """For logs."""
         self._since = time.monotonic()
         self._parser = rpc.Parser()
@@ -459,7 +459,8 @@ class Client:
         """Send what the socket takes. Under the lock. Errors: OSError."""
         while self._unsent:
             try:
-                sent = self.socket.send(memoryview(self._unsent)[: transport.CHUNK])
+                # A copy: a view, which an error would hold on to, lets nothing be taken away.
+                sent = self.socket.send(self._unsent[: transport.CHUNK])
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             except OSError:
