@@ -29,8 +29,9 @@ MAY_IMPORT = {
 MAY_IMPORT_MORE = {
     # What is said on a monitor is below any driver interface.
     "tools/monitor_tools.py": {"qemu", "test"},
-    # The daemon is handed its drivers.
-    "tools/virtbackupd.py": {"hypervisor", "remote"},
+    # So is what goes over the wire, and the daemon is handed its drivers.
+    "tools/rpc_tools.py": {"remote"},
+    "tools/virtbackupd.py": {"hypervisor", "qemu", "remote"},
 }
 
 PURE = {

@@ -143,7 +143,10 @@ class QueryDriver(Driver, Protocol):
         """DOMAINS empty: of all that there are."""
 
     def domain_fsfreeze(self, domain: DomainRef, mountpoints: Sequence[str], flags: int) -> int:
-        """How many file systems were frozen."""
+        """How many file systems were frozen; MOUNTPOINTS empty: all that there are."""
+
+    def domain_fsthaw(self, domain: DomainRef, mountpoints: Sequence[str], flags: int) -> int:
+        """How many file systems were thawed; MOUNTPOINTS empty: all that there are."""
 
     def domain_suspend(self, domain: DomainRef) -> None: ...
 
@@ -172,6 +175,14 @@ class BackupEnded:
 
 
 Event = LifecycleEvent | BackupEnded
+
+
+class KeeperDriver(Driver, Protocol):
+    """The hook for who stays: a daemon."""
+
+    def adopt_backups(self) -> None:
+        """Watch the backups that run, as if they had been started by this driver. Takes as long as
+        file systems hang. Errors: OSError, errors.Error."""
 
 
 class EventDriver(Driver, Protocol):

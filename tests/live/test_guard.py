@@ -15,7 +15,7 @@ import pytest
 
 import virtbackup
 from demo import guest, records
-from tests.live import machines, scene
+from tests.live import daemons, libvirtd, machines, scene
 from virtbackup.qemu import monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
@@ -236,6 +236,24 @@ def test_the_interactive_shell_watches(
             machine.io("vda", f"write -P 2 {at} {MIB // 2}")
         out, _ = shell.communicate("backup-info 1\nbackup-stop 1\nquit\n", timeout=60)
     assert out.count("given up before the scratch image") == 2, out
+    assert machine.probe("query-jobs") == []
+
+
+def test_a_daemon_watches_what_it_finds_running(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    xml = tmp_path / "x.xml"
+    xml.write_text(document(tmp_path, f'dir="{small}"'))
+    assert virsh(machine.uri, "backup-start", "1", str(xml)).returncode == 0
+    socket, log = tmp_path / "virtbackup-sock", tmp_path / "log"
+    with daemons.daemon(socket, machine.uri, log=log):
+        libvirtd.wait_for(lambda: "found running" in log.read_text())
+        for at in range(0, SIZE, MIB // 2):
+            machine.io("vda", f"write -P 2 {at} {MIB // 2}")
+        assert machine.probe("query-status")["status"] == "running"
+        done = virsh(f"virtbackup+unix://{socket}", "backup-stop", "1")
+        assert done.returncode == 1
+        assert "disk 'vda': given up before the scratch image" in done.stderr
     assert machine.probe("query-jobs") == []
 
 

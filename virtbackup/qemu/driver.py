@@ -142,6 +142,9 @@ class QmpDriver:
 
     # --- backup ---
 
+    def adopt_backups(self) -> None:
+        self._domain.adopt()
+
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         self._domain.backup_start(translate.read(xml, self._definition), flags)
 

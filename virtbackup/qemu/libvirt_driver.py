@@ -22,6 +22,8 @@ from virtbackup.qemu import (
     capabilities,
     domain,
     domain_obj,
+    libvirt_events,
+    libvirt_queries,
     passthrough,
     qmp,
     status,
@@ -46,15 +48,8 @@ _ENDS = {
 """Why a domain does not run, as libvirt tells it."""
 
 
-@contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
-    """libvirt's errors are errors of ours: the same, but of the type that callers look for."""
-    try:
-        yield
-    except errors.Error:
-        raise
-    except libvirt.libvirtError as failure:
-        raise errors.of_libvirt(failure) from failure
+_own_errors = libvirt_queries.own_errors
+_ref = libvirt_queries.ref_of
 
 
 class Opener:
@@ -112,7 +107,7 @@ def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
     return urllib.parse.urlunsplit(parts._replace(query="&".join(rest))), engine, native == "yes"
 
 
-class LibvirtDriver:
+class LibvirtDriver(libvirt_events.LibvirtEvents):
     """The driver for all domains of one libvirt."""
 
     def __init__(
@@ -124,6 +119,7 @@ class LibvirtDriver:
     ) -> None:
         """CONNECT opens one anew after libvirt's daemon was restarted, or after CONNECTION was
         closed by whom it belongs to, where it is not OWNED by us."""
+        super().__init__()
         self._current = connection
         self._uri: str = connection.getURI()
         self._connect = connect
@@ -133,7 +129,6 @@ class LibvirtDriver:
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
-        self._domains: dict[str, domain_obj.DomainObj] = {}
         self._identities: dict[str, tuple[int, domain.Identity]] = {}
         """By uuid: of the domain's run of that id."""
 
@@ -145,6 +140,7 @@ class LibvirtDriver:
             return
         for one in list(self._domains.values()):
             one.close()
+        self._events.close()
         if self._owned:
             with contextlib.suppress(libvirt.libvirtError):
                 self._current.close()
@@ -157,6 +153,7 @@ class LibvirtDriver:
                 self._current = self._connect()
                 self._owned = True
                 logger.info("connected to libvirt anew")
+                self._connected_anew(self._current)
             return self._current
 
     @_own_errors()
@@ -183,12 +180,7 @@ class LibvirtDriver:
         """libvirt's; and transient ones that are gone, while their backups' status files are."""
         found = [_ref(one) for one in self._connection.listAllDomains()]
         known = {ref.uuid for ref in found}
-        left = status.all_in(runtime.directory())
-        return found + [
-            hypervisor.DomainRef(one.name, one.uuid, None)
-            for file, one in left
-            if one.uuid not in known and self._file(one.uuid).path == file
-        ]
+        return found + [ref for ref in self._left_behind() if ref.uuid not in known]
 
     def _file(self, uuid: str) -> status.StatusFile:
         """The same for every way to spell the URI of one libvirt."""
@@ -218,6 +210,7 @@ class LibvirtDriver:
                     self._engine,
                     quiesce=agent.LibvirtAgent(lambda: self.lookup(ref), ref.name),
                     why_gone=lambda: self._why_gone(ref),
+                    notify=self._notify(ref),
                 )
             return self._domains[ref.uuid]
 
@@ -262,6 +255,11 @@ class LibvirtDriver:
 
     # --- backup ---
 
+    def adopt_backups(self) -> None:
+        for file, left in status.all_in(runtime.directory()):
+            if self._file(left.uuid).path == file:
+                self._obj(hypervisor.DomainRef(left.name, left.uuid, None)).adopt()
+
     @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         found = self.lookup(ref)
@@ -295,11 +293,6 @@ class LibvirtDriver:
 
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._obj(ref).job.delete_branch(name)
-
-
-def _ref(found: "libvirt.virDomain") -> hypervisor.DomainRef:
-    id = found.ID()
-    return hypervisor.DomainRef(found.name(), found.UUIDString(), None if id < 0 else id)
 
 
 def _check_jobs(found: "libvirt.virDomain", definition: backup_conf.BackupDef) -> None:
@@ -355,4 +348,6 @@ def _libvirts_job(found: "libvirt.virDomain") -> str | None:
 
 
 _: Callable[["libvirt.virConnect"], hypervisor.BackupDriver] = LibvirtDriver
-"""mypy's proof that the driver has every hook."""
+_queries: Callable[["libvirt.virConnect"], hypervisor.QueryDriver] = LibvirtDriver
+_events: Callable[["libvirt.virConnect"], hypervisor.EventDriver] = LibvirtDriver
+"""mypy's proofs that the driver has every hook."""

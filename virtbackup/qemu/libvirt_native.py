@@ -7,14 +7,14 @@ So that one program can use, and compare, both engines.
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 import libvirt
 
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_job
-from virtbackup.qemu import domain_obj, libvirt_driver, scratch
+from virtbackup.qemu import domain_obj, libvirt_driver, libvirt_queries, scratch, status
 
 _LOOK_AGAIN = 0.01
 
@@ -23,7 +23,7 @@ def _image(disk: str) -> str:
     return native_job.image_path(scratch.default_directory(), disk, secrets.token_hex(4))
 
 
-class NativeDriver:
+class NativeDriver(libvirt_queries.LibvirtQueries):
     """The driver of libvirt's own engine; all but backups is as without it."""
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
@@ -58,6 +58,16 @@ class NativeDriver:
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return self._host.domain_get_xml_desc(ref, flags)
+
+    @property
+    def _connection(self) -> "libvirt.virConnect":
+        return self._host._connection
+
+    def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
+        return self._host.lookup(ref)
+
+    def _file(self, uuid: str) -> status.StatusFile:
+        return self._host._file(uuid)
 
     # --- backup ---
 
@@ -128,3 +138,7 @@ class NativeDriver:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 raise
             raise native_job.none_runs() from failure
+
+
+_: Callable[[libvirt_driver.LibvirtDriver], hypervisor.QueryDriver] = NativeDriver
+"""mypy's proof that the driver has every hook."""

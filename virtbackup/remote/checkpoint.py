@@ -83,11 +83,18 @@ def missing(detail: str) -> errors.Error:
 
 
 def name_of(wanted: checkpoint_conf.CheckpointDef, found: domains.Found) -> str:
-    """The name for a new checkpoint: the time, where none is given. Errors: VIR_ERR_INVALID_ARG for
-    one that no branch can have, VIR_ERR_OPERATION_INVALID for one that is there."""
+    """The name for a new checkpoint that begins now: the time, where none is given. Waits until its
+    second is not that of an earlier one, as they are told apart by that.
+
+    Errors: VIR_ERR_INVALID_ARG for one that no branch can have, VIR_ERR_OPERATION_INVALID for one
+    that is there.
+    """
+    known = of(found)
+    while known and int(known[-1].time) == int(time.time()):
+        time.sleep(0.01)
     name = wanted.name or str(int(time.time()))
     backup_conf.check_branch_name(name)
-    if any(one.name == name for one in of(found)):
+    if any(one.name == name for one in known):
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID, f"domain moment {name} already exists"
         )

@@ -322,6 +322,14 @@ def fsfreeze(session: Session, args: structs.DomainFsfreezeArgs) -> structs.Doma
     return structs.DomainFsfreezeRet(frozen)
 
 
+@handles(REMOTE, "DOMAIN_FSTHAW")
+def fsthaw(session: Session, args: structs.DomainFsfreezeArgs) -> structs.DomainFsfreezeRet:
+    function = "virDomainFSThaw"
+    found = session.domain(args.dom, function, access.Perm.BACKUP)
+    thawed = found.call(function, "domain_fsthaw", args.mountpoints, args.flags)
+    return structs.DomainFsfreezeRet(thawed)
+
+
 @handles(REMOTE, "DOMAIN_SUSPEND")
 def suspend(session: Session, args: structs.DomainArgs) -> None:
     function = "virDomainSuspend"

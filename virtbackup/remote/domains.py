@@ -49,10 +49,19 @@ class Host:
             raise
         logger.info("uri=%s opened", self.uri)
         self._failure = None
+        adopt = getattr(driver, "adopt_backups", None)
+        if adopt is not None:
+            threading.Thread(target=self._adopt, args=(adopt,), daemon=True).start()
         register = getattr(driver, "event_register", None)
         if register is not None and self._callback is not None:
             register(self._callback)
         return driver
+
+    def _adopt(self, adopt: Callable[[], None]) -> None:
+        try:
+            adopt()
+        except (OSError, libvirt.libvirtError) as failure:
+            logger.warning("uri=%s backups that run are not watched: %s", self.uri, failure)
 
     def close(self) -> None:
         """Let go of the driver; backups that are to end with us end."""

@@ -535,6 +535,11 @@ class RemoteDriver:
     ) -> int:
         return int(self._of(ref, "DOMAIN_FSFREEZE", tuple(mountpoints), flags).filesystems)
 
+    def domain_fsthaw(
+        self, ref: hypervisor.DomainRef, mountpoints: Sequence[str], flags: int
+    ) -> int:
+        return int(self._of(ref, "DOMAIN_FSTHAW", tuple(mountpoints), flags).filesystems)
+
     def domain_suspend(self, ref: hypervisor.DomainRef) -> None:
         self._of(ref, "DOMAIN_SUSPEND")
 

@@ -103,6 +103,7 @@ REMOTE = program.Program(
         event(318, "DOMAIN_EVENT_CALLBACK_LIFECYCLE", structs.DomainEventCallbackLifecycleMsg),
         event(326, "DOMAIN_EVENT_CALLBACK_BLOCK_JOB", structs.DomainEventCallbackBlockJobMsg),
         Proc(335, "DOMAIN_FSFREEZE", structs.DomainFsfreezeArgs, structs.DomainFsfreezeRet),
+        Proc(336, "DOMAIN_FSTHAW", structs.DomainFsfreezeArgs, structs.DomainFsfreezeRet),
         event(339, "DOMAIN_EVENT_BLOCK_JOB_2", structs.DomainEventBlockJob2Msg),
         Proc(
             344,

@@ -127,21 +127,26 @@ def _is_left_over(path: str) -> bool:
     return False
 
 
+def connected(address: Address, timeout: float | None = None) -> socket.socket:
+    """A socket that is connected to a server, without TLS yet. Errors: OSError."""
+    if address.kind != "unix":
+        return socket.create_connection((address.host or "localhost", address.port), timeout)
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.settimeout(timeout)
+        made.connect(address.path)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
 def connect(
     address: Address, context: ssl.SSLContext | None = None, timeout: float | None = None
 ) -> "Transport":
     """A connection to a server within TIMEOUT seconds; CONTEXT is for tls, and checks the server's
     name where it says so. Errors: OSError, NotAccepted among them."""
-    if address.kind == "unix":
-        made = socket.socket(socket.AF_UNIX)
-        try:
-            made.settimeout(timeout)
-            made.connect(address.path)
-        except BaseException:
-            made.close()
-            raise
-    else:
-        made = socket.create_connection((address.host or "localhost", address.port), timeout)
+    made = connected(address, timeout)
     if address.kind != "tls":
         return Transport(made)
     assert context is not None

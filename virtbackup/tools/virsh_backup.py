@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import virtbackup
 from virtbackup.tools import (
     monitor_tools,
+    rpc_tools,
     virsh_branch,
     virsh_compare,
     virsh_connection,
@@ -383,6 +384,7 @@ TABLE = vsh.Table(
         GROUP,
         virsh_branch.GROUP,
         monitor_tools.GROUP,
+        rpc_tools.GROUP,
         vsh.Group(vsh.GROUP, "Virsh-backup itself"),
     ),
     commands=tuple(
@@ -393,6 +395,7 @@ TABLE = vsh.Table(
                 *COMMANDS,
                 *virsh_branch.COMMANDS,
                 *monitor_tools.COMMANDS,
+                rpc_tools.DUMP,
                 virsh_compare.COMPARE,
                 virsh_pull.PULL,
                 virsh_translate.TRANSLATE,

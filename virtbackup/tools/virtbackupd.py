@@ -17,6 +17,7 @@ import libvirt
 
 from virtbackup import api, config, errors, hypervisor
 from virtbackup.conf import virtbackup_conf
+from virtbackup.qemu import libvirt_events
 from virtbackup.remote import daemon, domains, transport
 
 logger = logging.getLogger("virtbackupd")
@@ -118,6 +119,8 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         domains.Host(uri, functools.partial(hypervisor.open_driver, uri, False))
         for uri in settings.uris
     ]
+    if any(uri.startswith("qemu") for uri in settings.uris):
+        libvirt_events.start_loop()
     served = daemon.Daemon(hosts, settings)
     try:
         places = [served.adopt(fd) for fd in _handed_over()] if not settings.listen else []

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A process that prints what happens: python -m tests.live.event_printer URI [loop]
+
+A line of JSON for each event; ``ready`` once events are told; it ends with its input. Without
+``loop``, libvirt's event loop is not run.
+"""
+
+import json
+import sys
+
+import libvirt
+
+from virtbackup import hypervisor
+from virtbackup.qemu import libvirt_events
+
+
+def told(event: hypervisor.Event) -> list[object]:
+    """An event as JSON has it."""
+    ref = event.domain
+    match event:
+        case hypervisor.LifecycleEvent():
+            return ["lifecycle", ref.name, ref.uuid, ref.id, event.event, event.detail]
+        case hypervisor.BackupEnded():
+            return ["ended", ref.name, ref.uuid, event.good, event.reason]
+
+
+def main(uri: str, *options: str) -> None:
+    libvirt.registerErrorHandler(lambda *_: None, None)
+    if "loop" in options:
+        libvirt_events.start_loop()
+        libvirt_events.start_loop()
+    driver = hypervisor.open_driver(uri, False)
+    end = driver.event_register(lambda event: print(json.dumps(told(event)), flush=True))  # type: ignore[attr-defined]
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line == "deregister\n":
+            end()
+            end()
+            print("silent", flush=True)
+    driver.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
