@@ -411,7 +411,7 @@ def test_events_of_the_api(server: rpc_server.Server, uri: str) -> None:
     with virtbackup.open(uri) as opened:
         opened.domainEventRegisterAny(
             None,
-            virtbackup.api.VIR_DOMAIN_EVENT_ID_BACKUP_ENDED,
+            virtbackup.VIR_DOMAIN_EVENT_ID_BACKUP_ENDED,
             lambda conn, dom, *rest: told.put((dom.name(), *rest)),
             "opaque",
         )

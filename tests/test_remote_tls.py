@@ -200,9 +200,11 @@ def test_the_default_places(monkeypatch: pytest.MonkeyPatch, pki: pathlib.Path) 
 
 @pytest.fixture
 def served(
-    authority: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    authority: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[daemons.Served]:
-    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path_factory.mktemp("state")))
     settings = virtbackup_conf.Settings(tls_x509_cert_dir=str(authority))
     open = functools.partial(test_driver.open, "test:///default", False)
     with daemons.serving([("test:///default", open)], LOOPBACK, settings) as made:
