@@ -17,6 +17,14 @@ DEADLINE = 20.0
 Open = Callable[[], hypervisor.Driver]
 
 
+def threads_left(*names: str) -> list[str]:
+    """The threads whose names begin with one of NAMES and that do not come to an end."""
+    found = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
+    for thread in found:
+        thread.join(DEADLINE)
+    return [thread.name for thread in found if thread.is_alive()]
+
+
 class Served:
     """A daemon that runs."""
 

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 import virtbackup
 from tests import daemons
+from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.qemu import driver
 from virtbackup.remote import transport
@@ -37,9 +39,7 @@ def state(
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(directory))
     yield directory
     assert list(directory.iterdir()) == []
-    names = ("rpc ", "daemon", "worker-", "fake ")
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
-    assert not left
+    assert not daemons.threads_left("rpc ", "daemon", "worker-", "fake ")
 
 
 @dataclasses.dataclass
@@ -269,6 +269,17 @@ def test_tcp(tmp_path: pathlib.Path) -> None:
             assert vm(connection).ID() == 1
 
 
+def is_lost(connection: virtbackup.Connection) -> bool:
+    return connection.isAlive() == 0
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + daemons.DEADLINE
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_a_daemon_that_stops_and_comes_back(tmp_path: pathlib.Path) -> None:
     """With reconnect=yes the next call connects anew, and events come again."""
     open = functools.partial(test_driver.open, DEFAULT, False)
@@ -281,7 +292,7 @@ def test_a_daemon_that_stops_and_comes_back(tmp_path: pathlib.Path) -> None:
             again = stack.enter_context(virtbackup.open(f"{served.uri}?reconnect=yes"))
             vm(plain_one).backupStart(xml)
         for connection in (plain_one, again):
-            assert connection.isAlive() == 0
+            wait_until(functools.partial(is_lost, connection))
         with pytest.raises(virtbackup.Error) as caught:
             again.listAllDomains()
         assert caught.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
@@ -294,6 +305,24 @@ def test_a_daemon_that_stops_and_comes_back(tmp_path: pathlib.Path) -> None:
             assert again.isAlive() == 1
             again.close()
     keeper.close()
+
+
+def test_a_daemon_that_serves_a_daemon(tmp_path: pathlib.Path) -> None:
+    open = functools.partial(test_driver.open, DEFAULT, False)
+    xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
+    first, second = (transport.Address("unix", path=str(tmp_path / n)) for n in ("1", "2"))
+    with daemons.serving([(DEFAULT, open)], first) as inner:
+        between = functools.partial(hypervisor.open_driver, inner.uri, False)
+        with (
+            daemons.serving([(inner.uri, between)], second) as outer,
+            virtbackup.open(outer.uri) as connection,
+        ):
+            vm(connection).backupStart(xml, virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+            assert [disk.name for disk in vm(connection).backupGetInfo().disks] == ["sdb", "vda"]
+            with virtbackup.open(inner.uri) as other:
+                connection.close()
+                with pytest.raises(virtbackup.Error, match="no domain backup job present"):
+                    vm(other).backupGetInfo()
 
 
 def test_many_connections_and_threads(tmp_path: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import rpc_server
+from tests import daemons, rpc_server
 from virtbackup import errors, hypervisor
 from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
@@ -55,8 +55,7 @@ def uri(tmp_path: pathlib.Path) -> str:
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     yield
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("rpc ")]
-    assert not left
+    assert not daemons.threads_left("rpc ")
 
 
 def fails(what: Callable[[], object]) -> errors.Error:

@@ -57,7 +57,7 @@ def state(
     yield directory
     hypervisor.unregister("test")
     assert list(directory.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fake ")]
+    assert not daemons.threads_left("fake ")
 
 
 @pytest.fixture(params=URIS)
