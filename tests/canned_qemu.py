@@ -126,6 +126,18 @@ class CannedQemu:
     def _query_status(self, command: monitor_json.Command, arguments: Any) -> Reply:
         return {"running": self.run_state == "running", "status": self.run_state}
 
+    def _query_memory_size_summary(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        return {"base-memory": 64 << 20, "plugged-memory": 0}
+
+    def _query_cpus_fast(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        return [{"cpu-index": 0, "qom-path": "/machine", "thread-id": 1, "target": "x86_64"}]
+
+    def _query_blockstats(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        return []
+
+    def _human_monitor_command(self, command: monitor_json.Command, arguments: Any) -> Reply:
+        return ""
+
     def _query_block(self, command: monitor_json.Command, arguments: Any) -> Reply:
         drives = copy.deepcopy(self._block.get("query-block", []))
         for drive in drives:

@@ -2,16 +2,16 @@
 """Comparing what a fake QEMU answers with what a real one did.
 
 Left out is what differs from one run of the same QEMU to the next: automatic names, numbers of
-descriptors and of graph vertices, space used, the order of nodes, the
-guest's write cache (its driver sets it); and the nameless bitmaps by which
-a job remembers what it saved.
+descriptors, threads and graph vertices, space used, the order of nodes, the guest's write cache
+(its driver sets it), how often it did what (by names alone); and the nameless bitmaps by which a
+job remembers what it saved.
 """
 
 import json
 import re
 from typing import Any
 
-_VOLATILE = {"actual-size", "fd", "timestamp", "writeback"}
+_VOLATILE = {"actual-size", "fd", "thread-id", "timestamp", "writeback"}
 _PERMS = {"perm", "shared-perm"}
 
 
@@ -43,6 +43,8 @@ def _members(reply: dict[str, Any]) -> dict[str, Any]:
             value = [bitmap for bitmap in value if "name" in bitmap]
             if not value:
                 continue
+        if name == "stats":
+            value = list(value)
         if name not in _VOLATILE:
             found[name] = comparable(value)
     return found

@@ -77,7 +77,7 @@ def drivers() -> Iterator[None]:
     hypervisor.register("recorder", BackupRecorder)
     hypervisor.register("plain", Recorder)
     yield
-    for scheme in ("recorder", "plain", "test"):
+    for scheme in ("recorder", "plain", "test", "finder"):
         hypervisor.unregister(scheme)
 
 
@@ -179,8 +179,48 @@ def test_a_closed_connection() -> None:
 def test_read_only_connections_may_read() -> None:
     assert up(readonly=True).XMLDesc()
     assert opened[0].readonly
-    hooks = {name for name in vars(hypervisor.BackupDriver) if name.startswith("domain_backup")}
-    assert hooks < set(access.NEEDED)
+    protocols = (hypervisor.BackupDriver, hypervisor.QueryDriver, hypervisor.EventDriver)
+    hooks = {name for protocol in protocols for name in vars(protocol) if name[0] != "_"}
+    assert hooks <= set(access.NEEDED)
+    assert not access.allowed("domain_suspend", access.READ_ONLY)
+
+
+class Finder(BackupRecorder):
+    """One that finds its domains by itself, and knows more of them."""
+
+    def list_domains(self) -> list[hypervisor.DomainRef]:
+        raise AssertionError("they are not to be listed")
+
+    def domain_lookup(self, **wanted: Any) -> hypervisor.DomainRef | None:
+        self.calls.append(("lookup", wanted))
+        return None if "none" in wanted.values() else hypervisor.DomainRef("up", UUID, 7)
+
+    def domain_get_info(self, domain: hypervisor.DomainRef) -> tuple[int, int, int, int, int]:
+        return libvirt.VIR_DOMAIN_RUNNING, 2048, 1024, 2, 10**9
+
+    def domain_get_os_type(self, domain: hypervisor.DomainRef) -> str:
+        return "hvm"
+
+    def domain_is_persistent(self, domain: hypervisor.DomainRef) -> bool:
+        return True
+
+
+def test_a_driver_that_finds_its_domains() -> None:
+    hypervisor.register("finder", Finder)
+    with virtbackup.open("finder:///", readonly=True) as conn:
+        for dom in (
+            conn.lookupByName("up"), conn.lookupByUUIDString(UUID.upper()), conn.lookupByID(7)
+        ):  # fmt: skip
+            assert dom.name() == "up"
+        wanted: list[dict[str, object]] = [{"name": "up"}, {"uuid": UUID}, {"id": 7}]
+        assert opened[0].calls == [("lookup", one) for one in wanted]
+        with pytest.raises(virtbackup.Error, match="no domain with matching name 'none'"):
+            conn.lookupByName("none")
+        assert dom.info() == [libvirt.VIR_DOMAIN_RUNNING, 2048, 1024, 2, 10**9]
+        assert (dom.OSType(), dom.isPersistent()) == ("hvm", 1)
+    with pytest.raises(virtbackup.Error) as caught:
+        up("plain:///").info()
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT
 
 
 @pytest.fixture

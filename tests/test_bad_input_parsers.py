@@ -219,6 +219,16 @@ SCHEMA = [
     {"name": "3", "meta-type": "object", "members": [{"name": "on-cbw-error", "type": "str"}]},
 ]  # fmt: skip
 
+BLOCK_STATS = {
+    f"{verb}_{what}": 1
+    for verb, names in {
+        "rd": ("operations", "bytes", "total_time_ns"),
+        "wr": ("operations", "bytes", "total_time_ns"),
+        "flush": ("operations", "total_time_ns"),
+    }.items()
+    for what in names
+}
+
 PARSERS: dict[str, tuple[Parser, list[Any]]] = {
     "parse_block": (block.parse_block, _recorded("query-block")),
     "parse_named_nodes": (block.parse_named_nodes, NAMED_NODES),
@@ -245,6 +255,23 @@ PARSERS: dict[str, tuple[Parser, list[Any]]] = {
     "parse_block_jobs": (
         monitor_json.parse_block_jobs,
         [[{"device": "j", "type": "backup", "status": "running", "error": "e", "speed": 0}]],
+    ),
+    "parse_others_block_jobs": (
+        monitor_json.parse_others_block_jobs,
+        [[{"device": "j", "type": "mirror", "speed": 1, "offset": 0, "len": 2}]],
+    ),
+    "parse_memory_size": (
+        monitor_json.parse_memory_size,
+        [{"base-memory": 1 << 26, "plugged-memory": 0}, {"base-memory": 1 << 26}],
+    ),
+    "parse_cpus": (
+        monitor_json.parse_cpus,
+        [[{"cpu-index": 0, "thread-id": 7, "qom-path": "/machine/unattached/device[0]"}]],
+    ),
+    "parse_text": (monitor_json.parse_text, ["VM status: running\r\n"]),
+    "parse_blockstats": (
+        block.parse_blockstats,
+        [[{"device": "", "node-name": "A", "qdev": "sdb", "stats": BLOCK_STATS}]],
     ),
     "parse_exports": (monitor_json.parse_exports, _recorded("query-block-exports")),
     "parse_features": (capabilities.parse_features, [SCHEMA]),

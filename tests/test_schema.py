@@ -19,14 +19,16 @@ import libvirt
 import pytest
 
 from tests import canned_qemu, replies, schema
-from virtbackup import errors, runtime
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     capabilities,
     domain,
+    domain_obj,
     job,
     monitor_json,
     nbdserver,
+    queries,
     recording,
     status,
     sweep,
@@ -220,6 +222,51 @@ def in_an_iothread(bench: Bench) -> None:
         bench.stop()
 
 
+class Asked(queries.QmpQueries):
+    """The driver, for what libvirt's clients ask."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self._bench = bench
+        self._identity = bench.identify()
+        self._domain = domain_obj.DomainObj(bench.file, bench._session)
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[domain.Session]:
+        with self._bench._session() as session:
+            yield session
+
+    def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
+        with self._session() as session:
+            return domain.state(session.qemu, session.capabilities)
+
+
+def ask(bench: Bench) -> None:
+    """All that may be asked of a QEMU and its disks; of a process without a guest not all may."""
+    driver = Asked(bench)
+    ref = bench.identify().ref
+    driver.domain_get_info(ref)
+    with bench._session() as session:
+        disks = [disk.target for disk in bench.job.disks(session) if disk.medium]
+    for disk in disks:
+        assert driver.domain_get_block_info(ref, disk, 0)[0]
+        assert driver.domain_get_block_job_info(ref, disk, 0) is None
+    for deed in (
+        lambda: driver.domain_block_stats_flags(ref, "", 0),
+        lambda: driver.domain_suspend(ref),
+        lambda: driver.domain_monitor_command(ref, "info status", 1),
+    ):
+        try:
+            deed()
+        except errors.Error as failure:
+            assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+            assert not bench.identify().capabilities.devices
+    bench.qemu.run_state = "paused"
+    if bench.identify().capabilities.devices:
+        driver.domain_resume(ref)
+    bench.qemu.run_state = "running"
+
+
 KINDS: list[Callable[[Bench], None]] = [
     good, paused, over_tcp, on_a_picked_port, with_certificates, with_a_key,
     with_certificates_on_a_unix_socket,
@@ -249,6 +296,8 @@ def sent_by(path: pathlib.Path, directory: pathlib.Path) -> list[monitor_json.Co
     first = Bench(path, directory, None)
     identity = first.identify()
     sent = first.qemu.sent
+    if "query-named-block-nodes" in identity.capabilities.commands:
+        ask(first)
     try:
         identity.capabilities.check_backup()
     except errors.Error as failure:

@@ -18,7 +18,7 @@ from virtbackup.conf import backup_conf
 
 logger = logging.getLogger(__name__)
 
-VERSION = 0 * 1000000 + 1 * 1000 + 0
+VERSION = hypervisor.VERSION
 """This library's version as virConnectGetLibVersion counts."""
 
 VIR_DOMAIN_BACKUP_START_QUIESCE = 1 << 0
@@ -202,16 +202,16 @@ class Connection:
         end()
         return 0
 
-    def _lookup(self, function: str, otherwise: str, **wanted: Any) -> "Domain":
-        """The domain whose one WANTED field is so."""
+    def _lookup(self, function: str, otherwise: str, **wanted: str | int) -> "Domain":
+        """The domain by its name, uuid or id. Errors: VIR_ERR_NO_DOMAIN with words OTHERWISE."""
         driver = self._open(function)
-        lookup = getattr(driver, "domain_lookup", None)
-        if lookup is not None:
-            found = lookup(**wanted)
-        else:
+        find = getattr(driver, "domain_lookup", None)
+        if find is None:
             [(field, value)] = wanted.items()
             refs = driver.list_domains()
             found = next((ref for ref in refs if getattr(ref, field) == value), None)
+        else:
+            found = find(**wanted)
         if found is None:
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, otherwise)
         return Domain(self, found)
@@ -257,6 +257,19 @@ class Domain:
         function = "virDomainGetState"
         _check_flags(function, flags, 0)
         return list(self._connection._open(function).domain_get_state(self._ref))
+
+    def info(self) -> list[int]:
+        """[VIR_DOMAIN_* state, maximum memory, memory, virtual CPUs, CPU time]; KiB, and ns."""
+        return list(self._call("virDomainGetInfo", "domain_get_info")(self._ref))
+
+    def OSType(self) -> str:
+        """What kind of machine the guest runs on: ``hvm``."""
+        kind: str = self._call("virDomainGetOSType", "domain_get_os_type")(self._ref)
+        return kind
+
+    def isPersistent(self) -> int:
+        """1 when the domain is there also while it does not run, else 0."""
+        return int(self._call("virDomainIsPersistent", "domain_is_persistent")(self._ref))
 
     def XMLDesc(self, flags: int = 0) -> str:
         """The ``<domain>`` document: at least name, uuid and disks."""

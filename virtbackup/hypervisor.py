@@ -19,6 +19,9 @@ from virtbackup.conf import backup_conf
 if TYPE_CHECKING:
     import importlib.metadata
 
+VERSION = 0 * 1000000 + 1 * 1000 + 0
+"""This library's version as virConnectGetLibVersion counts."""
+
 ENTRY_POINTS = "virtbackup.drivers"
 
 

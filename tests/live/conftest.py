@@ -18,7 +18,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     # These run what is installed, whatever QEMU is under test: ./dev test --matrix has it once.
     collect_ignore = ["test_copy.py", "test_demo.py", "test_incremental.py", "test_libvirt.py"]
-    collect_ignore += ["test_drop_in.py", "test_quiesce.py"]
+    collect_ignore += [
+        "test_drop_in.py",
+        "test_quiesce.py",
+        "test_rpc_traffic.py",
+        "test_rpc_libvirtd.py",
+    ]
 
 
 @pytest.fixture(autouse=True)

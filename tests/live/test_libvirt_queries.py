@@ -2,6 +2,8 @@
 """What libvirt's own clients ask for, and events, by the driver on a real libvirt: as libvirt has
 them."""
 
+import contextlib
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,15 +24,45 @@ pytestmark = pytest.mark.needs("libvirtd", "qemu-system-x86_64", "unshare")
 def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
     yield libvirt_host
     for path in libvirt_host.directory.iterdir():
-        path.unlink()
+        if not path.is_dir():
+            path.unlink()
+
+
+@contextlib.contextmanager
+def running(host: libvirtd.Host, name: str, directory: pathlib.Path) -> Iterator[libvirtd.Domain]:
+    """A domain with two disks in DIRECTORY."""
+    vda = image(directory / f"{name}-a.qcow2", 1)
+    sdb = image(directory / f"{name}-b.raw", 2, "raw")
+    with host.domain(name, disk_xml("vda", vda) + disk_xml("sdb", sdb, "raw")) as domain:
+        yield domain
+
+
+@pytest.fixture(scope="module")
+def place(libvirt_host: libvirtd.Host) -> pathlib.Path:
+    """Where files may stay as long as this module's tests go on."""
+    path = libvirt_host.path("asked")
+    path.mkdir()
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(libvirt_host: libvirtd.Host, place: pathlib.Path) -> Iterator[str]:
+    """The name of a domain for all tests: it runs before and after each."""
+    with running(libvirt_host, "asked", place):
+        yield "asked"
 
 
 @pytest.fixture
-def domain(host: libvirtd.Host) -> Iterator[libvirtd.Domain]:
-    disks = disk_xml("vda", image(host.path("a.qcow2"), 1)) + disk_xml(
-        "sdb", image(host.path("b.raw"), 2, "raw"), "raw"
-    )
-    with host.domain("asked", disks) as domain:
+def domain(host: libvirtd.Host, asked: str) -> libvirtd.Domain:
+    """By the connection of now: a test may have restarted the daemon."""
+    return libvirtd.Domain(host.connection.lookupByName(asked))
+
+
+@pytest.fixture
+def doomed(host: libvirtd.Host) -> Iterator[libvirtd.Domain]:
+    """One for a test that ends it."""
+    with running(host, "doomed", host.directory) as domain:
         yield domain
 
 
@@ -72,25 +104,29 @@ def test_lookups(host: libvirtd.Host, domain: libvirtd.Domain, driver: Any) -> N
 
 
 def test_a_domain_that_is_gone_is_found_while_its_backup_is_not(
-    host: libvirtd.Host, domain: libvirtd.Domain
+    host: libvirtd.Host, doomed: libvirtd.Domain
 ) -> None:
     with virtbackup.open(host.daemon.uri) as connection:
-        dom = connection.lookupByName("asked")
+        dom = connection.lookupByName("doomed")
         dom.backupStart(
             f'<domainbackup><address type="unix" path="{host.path("nbd.sock")}"/></domainbackup>'
         )
-        domain.libvirt.destroy()
+        doomed.libvirt.destroy()
         for found in (
-            connection.lookupByName("asked"), connection.lookupByUUIDString(dom.UUIDString())
+            connection.lookupByName("doomed"), connection.lookupByUUIDString(dom.UUIDString())
         ):  # fmt: skip
-            assert (found.name(), found.UUIDString(), found.ID()) == ("asked", dom.UUIDString(), -1)
+            assert (found.name(), found.UUIDString(), found.ID()) == (
+                "doomed",
+                dom.UUIDString(),
+                -1,
+            )
         with pytest.raises(virtbackup.Error, match="the domain is gone"):
             dom.backupStop()
-        with pytest.raises(virtbackup.Error, match="no domain with matching name 'asked'"):
-            connection.lookupByName("asked")
+        with pytest.raises(virtbackup.Error, match="no domain with matching name 'doomed'"):
+            connection.lookupByName("doomed")
 
 
-def test_a_domain(host: libvirtd.Host, domain: libvirtd.Domain, driver: Any) -> None:
+def test_a_domain(place: pathlib.Path, domain: libvirtd.Domain, driver: Any) -> None:
     domain.write("vda", 3)
     domain.libvirt.suspend()
     ref, theirs = ref_of(domain), domain.libvirt
@@ -106,17 +142,18 @@ def test_a_domain(host: libvirtd.Host, domain: libvirtd.Domain, driver: Any) -> 
     messages = driver.domain_get_messages(ref, 0)
     assert messages == theirs.messages(0)
     assert any("tainted" in line for line in messages)
-    for path in ("vda", "sdb", str(host.path("a.qcow2"))):
+    for path in ("vda", "sdb", str(place / "asked-a.qcow2")):
         assert driver.domain_get_block_info(ref, path, 0) == tuple(theirs.blockInfo(path, 0))
     for path in ("vda", "sdb", ""):
         assert driver.domain_block_stats_flags(ref, path, 0) == theirs.blockStatsFlags(path, 0)
+    domain.libvirt.resume()
 
 
 def test_statistics(host: libvirtd.Host, domain: libvirtd.Domain, driver: Any) -> None:
     ref = ref_of(domain)
     gone = hypervisor.DomainRef("gone", "6695eb01-f6a4-8304-79aa-97f2502e193f", 7)
     [(theirs, expected)] = host.connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_BLOCK, 0)
-    assert theirs.name() == "asked"
+    assert theirs.name() == ref.name
     assert expected["block.count"] == 2
     for domains in ([], [ref], [gone, ref]):
         found = driver.get_all_domain_stats(domains, libvirt.VIR_DOMAIN_STATS_BLOCK, 0)
@@ -227,17 +264,17 @@ def test_events_go_on_after_a_restart_of_libvirt(host: libvirtd.Host) -> None:
 
 
 def test_without_a_loop_only_the_ends_of_backups(
-    host: libvirtd.Host, domain: libvirtd.Domain
+    host: libvirtd.Host, doomed: libvirtd.Domain
 ) -> None:
     document = f'<domainbackup><address type="unix" path="{host.path("nbd.sock")}"/></domainbackup>'
-    uuid = domain.libvirt.UUIDString()
+    uuid = doomed.libvirt.UUIDString()
     with virtbackup.open(host.daemon.uri) as connection:
-        dom = connection.lookupByName("asked")
+        dom = connection.lookupByName("doomed")
         dom.backupStart(document)  # found when the listener comes
         with listening.listening(host.daemon.uri) as listener:
-            domain.libvirt.suspend()
-            domain.libvirt.destroy()
-            assert listener.next("ended") == ["asked", uuid, False, "the domain is gone"]
+            doomed.libvirt.suspend()
+            doomed.libvirt.destroy()
+            assert listener.next("ended") == ["doomed", uuid, False, "the domain is gone"]
             with pytest.raises(virtbackup.Error):
                 dom.backupStop()
             assert listener.close() == []

@@ -44,6 +44,8 @@ class Medium:
     bitmaps: tuple[Bitmap, ...] = ()
     stores_bitmaps: bool = False
     """Whether the image can hold persistent bitmaps."""
+    allocation: int | None = None
+    """Bytes that its file takes, where the driver can tell."""
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -129,6 +131,56 @@ def parse_write_thresholds(reply: Any) -> dict[naming.NodeName, int]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What was done in a drive since QEMU began: requests, bytes, and ns that they took."""
+
+    rd_operations: int = 0
+    rd_bytes: int = 0
+    rd_time_ns: int = 0
+    wr_operations: int = 0
+    wr_bytes: int = 0
+    wr_time_ns: int = 0
+    flush_operations: int = 0
+    flush_time_ns: int = 0
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Statistics(*(one + another for one, another in pairs))
+
+
+def parse_blockstats(reply: Any) -> dict[str, Statistics]:
+    """``query-blockstats``: by each way to name a drive, its device's place in QEMU's object tree,
+    its own id, and its root node."""
+    found: dict[str, Statistics] = {}
+    for item in _items(reply):
+        statistics = _parse_statistics(item.get("stats"))
+        names = (_qom_path(_name(item, "qdev")), _name(item, "device"), _name(item, "node-name"))
+        found.update((name, statistics) for name in names if name)
+    return found
+
+
+def _parse_statistics(stats: Any) -> Statistics:
+    match stats:
+        case {
+            "rd_operations": rd_operations,
+            "rd_bytes": rd_bytes,
+            "rd_total_time_ns": rd_time_ns,
+            "wr_operations": wr_operations,
+            "wr_bytes": wr_bytes,
+            "wr_total_time_ns": wr_time_ns,
+            "flush_operations": flush_operations,
+            "flush_total_time_ns": flush_time_ns,
+        }:
+            counts = (
+                rd_operations, rd_bytes, rd_time_ns, wr_operations, wr_bytes, wr_time_ns,
+                flush_operations, flush_time_ns,
+            )  # fmt: skip
+            if all(map(_is_size, counts)):
+                return Statistics(*counts)
+    raise _unexpected("statistics", stats)
+
+
 def disks_of_nodes(
     nodes: Mapping[naming.NodeName, Medium], graph: "Graph | None"
 ) -> tuple[Disk, ...]:
@@ -157,6 +209,7 @@ def _parse_medium(inserted: Any) -> Medium:
                 readonly,
                 _parse_bitmaps(inserted.get("dirty-bitmaps", [])),
                 driver == "qcow2" and _stores_bitmaps(image),
+                allocation if _is_size(allocation := image.get("actual-size")) else None,
             )
     raise _unexpected("info", inserted)
 

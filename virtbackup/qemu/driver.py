@@ -9,13 +9,13 @@ import contextlib
 import os
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, translate
-from virtbackup.qemu import agent, capabilities, domain, domain_obj, monitor, qmp, status
+from virtbackup.qemu import agent, capabilities, domain, domain_obj, monitor, qmp, queries, status
 
 
 def open(uri: str, readonly: bool) -> "QmpDriver":
@@ -55,7 +55,7 @@ def _is_absolute(path: str) -> bool:
         return False
 
 
-class QmpDriver:
+class QmpDriver(queries.QmpQueries):
     """The driver for the one QEMU (or qemu-storage-daemon) behind a QMP socket."""
 
     def __init__(
@@ -66,6 +66,7 @@ class QmpDriver:
         quiesce: agent.Agent | None = None,
     ) -> None:
         """FILE is where the state of PATH's backup is, in place of the user's state directory."""
+        super().__init__()
         self._path = path
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -86,6 +87,7 @@ class QmpDriver:
         was forked from the one that opened us, nothing: what there is is the other's."""
         if os.getpid() == self._pid:
             self._domain.close()
+            self._events.close()
 
     def get_type(self) -> str:
         return "QEMU"
@@ -113,6 +115,7 @@ class QmpDriver:
             process = domain.process_of(qemu)
             if self._identity is None or process is None or process != self._identity.process:
                 self._identity = domain.identify(qemu)
+                self._watch_process()
             yield domain.Session(qemu, self._identity)
 
     # --- domains ---
@@ -183,5 +186,18 @@ def _qmp_border() -> Iterator[None]:
         raise errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, f"QEMU monitor: {failure}") from failure
 
 
+if TYPE_CHECKING:
+
+    class _Complete(QmpDriver):
+        """With those hooks of ``hypervisor.QueryDriver`` that only libvirt has."""
+
+        get_all_domain_stats: Any
+        domain_fsfreeze: Any
+        domain_fsthaw: Any
+
+    _queries: type[hypervisor.QueryDriver] = _Complete
+
+
 _: Callable[[str, bool], hypervisor.BackupDriver] = open
-"""mypy's proof that the driver has every hook."""
+_events: Callable[[str, bool], hypervisor.EventDriver] = open
+"""mypy's proofs that the driver has every hook."""

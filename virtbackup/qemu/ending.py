@@ -51,6 +51,8 @@ class Ending:
         self._changed = threading.Condition()
         self._id: naming.BackupId | None = None
         """The backup whose end is to be told."""
+        self._told: naming.BackupId | None = None
+        """The one whose end was told last; it may be there yet, to be stopped."""
         self._stops = 0
         """How many calls stop it just now: it is theirs to tell."""
 
@@ -72,10 +74,10 @@ class Ending:
         if running is None or running.phase == "starting" or _known_end(running) is not None:
             return
         with self._changed:
-            unseen = self._id not in (None, running.id)
-            if self._id == running.id or self._notify is None:
+            if running.id in (self._id, self._told) or self._notify is None:
                 return
-            notify, self._id = self._notify, running.id
+            notify, unseen = self._notify, self._id is not None
+            self._id = running.id
             self._changed.notify_all()
         if unseen:
             notify(False, _ELSEWHERE)
@@ -105,7 +107,7 @@ class Ending:
         with self._changed:
             if id is None or self._id != id or (seen and self._stops):
                 return
-            self._id, notify = None, self._notify
+            self._id, self._told, notify = None, id, self._notify
             self._changed.notify_all()
         if notify is not None:
             notify(good, reason)

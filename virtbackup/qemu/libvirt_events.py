@@ -75,16 +75,16 @@ class Lifecycle:
         with self._lock:
             if connection is self._connection or not loop_runs():
                 return
-            self._let_go()
             with libvirt_queries.own_errors():
                 id = connection.domainEventRegisterAny(
                     None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._hear, None
                 )
-                self._connection = connection
-                self._undo.append(lambda: connection.domainEventDeregisterAny(id))
+                undo = [lambda: connection.domainEventDeregisterAny(id)]
                 if owned:
                     connection.registerCloseCallback(self._lost, None)
-                    self._undo.append(connection.unregisterCloseCallback)
+                    undo.append(connection.unregisterCloseCallback)
+            self._let_go()
+            self._connection, self._undo = connection, undo
 
     def detach(self) -> None:
         """Tell nothing more."""
@@ -158,7 +158,9 @@ class LibvirtEvents(libvirt_queries.LibvirtQueries):
             one.listen(None)
 
     def _reconnect(self) -> None:
-        _ = self._connection
+        connection = self._connection
+        if self._events:
+            self._lifecycle.attach(connection, self._owned)
 
     def _connected_anew(self, connection: "libvirt.virConnect") -> None:
         """CONNECTION takes the place of a lost one, and is ours."""

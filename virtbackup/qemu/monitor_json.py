@@ -105,6 +105,23 @@ def cont() -> Command:
     return _command("cont")
 
 
+def stop() -> Command:
+    return _command("stop")
+
+
+def query_memory_size_summary() -> Command:
+    return _command("query-memory-size-summary")
+
+
+def query_cpus_fast() -> Command:
+    return _command("query-cpus-fast")
+
+
+def human_monitor_command(line: str) -> Command:
+    """A command of the monitor for people."""
+    return _command("human-monitor-command", command_line=line)
+
+
 def parse_commands(reply: Any) -> frozenset[str]:
     """The names in a ``query-commands`` reply."""
     return frozenset(_str(item, "name") for item in _list(reply))
@@ -143,6 +160,24 @@ def parse_status(reply: Any) -> RunState:
     raise _unexpected("query-status", reply)
 
 
+def parse_memory_size(reply: Any) -> int:
+    """Bytes of memory that the guest has, those that were plugged in included."""
+    base = _int(reply, "base-memory")
+    return min(base + (_int(reply, "plugged-memory") if "plugged-memory" in reply else 0), _MOST)
+
+
+def parse_cpus(reply: Any) -> int:
+    """How many virtual CPUs there are."""
+    return len(_list(reply))
+
+
+def parse_text(reply: Any) -> str:
+    """What the monitor for people says, line ends and all."""
+    if isinstance(reply, str):
+        return reply
+    raise _unexpected("human-monitor-command", reply)
+
+
 # --- block devices, nodes, the graph: parsed in block ---
 
 
@@ -152,6 +187,10 @@ def query_block() -> Command:
 
 def query_named_block_nodes() -> Command:
     return _command("query-named-block-nodes")
+
+
+def query_blockstats() -> Command:
+    return _command("query-blockstats")
 
 
 def query_block_graph() -> Command:
@@ -447,6 +486,37 @@ def parse_block_jobs(reply: Any) -> dict[naming.JobId, Job]:
     return jobs
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockJob:
+    """One entry of ``query-block-jobs``: QAPI's BlockJobInfo, of a job that is none of ours."""
+
+    id: naming.JobId
+    type: str
+    speed: int
+    """Its limit, bytes a second; 0: none."""
+    offset: int
+    length: int
+
+
+def parse_others_block_jobs(reply: Any) -> tuple[BlockJob, ...]:
+    """``query-block-jobs``: how far the jobs are that are none of ours."""
+    found = (
+        BlockJob(
+            naming.JobId(_str(item, "device")),
+            _str(item, "type"),
+            _int(item, "speed"),
+            _int(item, "offset"),
+            _int(item, "len"),
+        )
+        for item in _list(reply)
+    )
+    return tuple(
+        job
+        for job in found
+        if naming.backup_of(job.id) is None and naming.job_of_speed(job.speed) is None
+    )
+
+
 def block_job_cancel(job: str) -> Command:
     """Also of a job that somebody has paused. Fails as JobNotFound when the job is gone."""
     return _command("block-job-cancel", device=job, force=True)
@@ -568,9 +638,13 @@ def _bool(item: Any, key: str) -> bool:
 def _int(item: Any, key: str) -> int:
     """A number, zero or more."""
     value = item.get(key) if isinstance(item, dict) else None
-    if type(value) is int and 0 <= value < 1 << 63:
+    if type(value) is int and 0 <= value <= _MOST:
         return value
     raise _unexpected(f"a query ('{key}')", item)
+
+
+_MOST = (1 << 63) - 1
+"""The largest number that QEMU counts with."""
 
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

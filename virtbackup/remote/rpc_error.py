@@ -5,14 +5,15 @@ Source: libvirt's virnetprotocol.x (virNetMessageError) and virnetclientprogram.
 """
 
 import dataclasses
+import re
 
 import libvirt
 
 from virtbackup import errors
 from virtbackup.remote import program, remote_types, rpc, xdr
 
-MAX_TEXT = 65536
-"""Bytes of one text of an error that are sent."""
+MAX_TEXT = program.STRING_MAX // 4
+"""Characters of one text of an error that are sent: whatever they are, they fit a string."""
 
 _UNKNOWN_PROCEDURE = "unknown procedure"
 _UNKNOWN_PROGRAM = "Cannot find program"
@@ -116,12 +117,13 @@ def _signed(number: int) -> int:
 
 
 def _fitting(text: str | None) -> str | None:
+    """TEXT as a string of the wire: cut, without NUL, and with halves of characters only where
+    they stand for bytes."""
     if text is None:
         return None
-    data = text.encode("utf-8", "surrogateescape" if _has_only_bytes(text) else "replace")
-    return data[:MAX_TEXT].replace(b"\0", b"").decode("utf-8", "surrogateescape")
+    text = text[:MAX_TEXT].replace("\0", "")
+    return _NO_BYTES.sub("?", text)
 
 
-def _has_only_bytes(text: str) -> bool:
-    """Whether all halves of characters in TEXT stand for bytes."""
-    return not any("\ud800" <= char < "\udc80" or "\udcff" < char <= "\udfff" for char in text)
+_NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Halves of characters that ``surrogateescape`` does not make of bytes."""

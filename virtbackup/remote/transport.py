@@ -169,14 +169,17 @@ def _accepted(context: ssl.SSLContext, made: socket.socket, host: str) -> ssl.SS
 
 
 def serve(
-    accepted: socket.socket, context: ssl.SSLContext | None = None, timeout: float | None = None
+    accepted: socket.socket,
+    context: ssl.SSLContext | None = None,
+    timeout: float | None = None,
+    max_length: int = program.MESSAGE_MAX,
 ) -> "Transport":
     """The other end of ``connect``: with CONTEXT a tls connection once the client has shaken
     hands within TIMEOUT seconds, so not a call for the thread that accepts. Errors: OSError."""
     if context is None:
-        return Transport(accepted)
+        return Transport(accepted, max_length)
     accepted.settimeout(timeout)
-    return _handshake(accepted, lambda: _accepting(context, accepted))
+    return _handshake(accepted, functools.partial(_accepting, context, accepted), max_length)
 
 
 def _accepting(context: ssl.SSLContext, accepted: socket.socket) -> ssl.SSLSocket:
@@ -185,9 +188,13 @@ def _accepting(context: ssl.SSLContext, accepted: socket.socket) -> ssl.SSLSocke
     return wrapped
 
 
-def _handshake(plain: socket.socket, wrap: Callable[[], ssl.SSLSocket]) -> "Transport":
+def _handshake(
+    plain: socket.socket,
+    wrap: Callable[[], ssl.SSLSocket],
+    max_length: int = program.MESSAGE_MAX,
+) -> "Transport":
     try:
-        return Transport(wrap())
+        return Transport(wrap(), max_length)
     except BaseException:
         plain.close()
         raise
@@ -243,10 +250,9 @@ class Transport:
         """
         deadline = _deadline(timeout)
         while (message := self._parser.next_message()) is None:
+            take = functools.partial(read, self._socket)
             with self._closed_on_error():
-                got = self._when_ready(
-                    functools.partial(read, self._socket), select.POLLIN, deadline
-                )
+                got = self._when_ready(take, select.POLLIN, deadline)
             if got is None:
                 return None
             data, fds = got
@@ -269,7 +275,7 @@ class Transport:
         self._socket.close()
 
     def credentials(self) -> tuple[int, int, int]:
-        """(pid, uid, gid) of the process at the other end of a unix socket."""
+        """(pid, uid, gid) of the process at the other end of a unix socket, and of no other."""
         found = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, gid = struct.unpack("iII", found)
         return pid, uid, gid

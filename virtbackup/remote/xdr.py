@@ -44,6 +44,8 @@ class CodecError(ProtocolError):
 class Codec:
     """How one type travels."""
 
+    name = ""
+    """As XDR writes the type, where that takes no structs."""
     least: int = 4
     """The fewest bytes a value takes; no array can have more elements than there are bytes for."""
 
@@ -87,7 +89,7 @@ def decode_prefix(kind: type[T], data: bytes) -> tuple[T, int]:
 # --- numbers ---
 
 
-class _Number(Codec):
+class Number(Codec):
     """One number of a fixed size, with more narrow bounds than its size where LEAST is given."""
 
     def __init__(self, name: str, format: str, low: int | None = None, high: int = 0) -> None:
@@ -116,7 +118,7 @@ class _Number(Codec):
             raise CodecError(f"{value!r:.50} is no {self.name}")
 
 
-class _Bool(Codec):
+class Boolean(Codec):
     name = "bool"
 
     def encode(self, value: Any, out: bytearray) -> None:
@@ -131,18 +133,18 @@ class _Bool(Codec):
         return value == 1, offset
 
 
-INT = _Number("int", ">i")
+INT = Number("int", ">i")
 
 Int = Annotated[int, INT]
-UInt = Annotated[int, _Number("unsigned int", ">I")]
-Hyper = Annotated[int, _Number("hyper", ">q")]
-UHyper = Annotated[int, _Number("unsigned hyper", ">Q")]
-Double = Annotated[float, _Number("double", ">d")]
-Char = Annotated[int, _Number("char", ">i", -128, 127)]
-UChar = Annotated[int, _Number("unsigned char", ">I", 0, 255)]
-Short = Annotated[int, _Number("short", ">i", -32768, 32767)]
-UShort = Annotated[int, _Number("unsigned short", ">I", 0, 65535)]
-Bool = Annotated[bool, _Bool()]
+UInt = Annotated[int, Number("unsigned int", ">I")]
+Hyper = Annotated[int, Number("hyper", ">q")]
+UHyper = Annotated[int, Number("unsigned hyper", ">Q")]
+Double = Annotated[float, Number("double", ">d")]
+Char = Annotated[int, Number("char", ">i", -128, 127)]
+UChar = Annotated[int, Number("unsigned char", ">I", 0, 255)]
+Short = Annotated[int, Number("short", ">i", -32768, 32767)]
+UShort = Annotated[int, Number("unsigned short", ">I", 0, 65535)]
+Bool = Annotated[bool, Boolean()]
 """XDR's ``bool``; libvirt's own structs use ``int``."""
 
 _LENGTH = struct.Struct(">I")
@@ -176,12 +178,13 @@ def _too_long(name: str, size: int, max: int) -> CodecError:
     return CodecError(f"{name} of {size} bytes, at most {max}")
 
 
-@dataclasses.dataclass(frozen=True)
 class String(Codec):
     """``string<MAX>``: at most MAX bytes, which need not be UTF-8 (``surrogateescape``); and none
     of them NUL, where C code would see another string than we do."""
 
-    max: int
+    def __init__(self, max: int) -> None:
+        self.name = f"string<{max}>"
+        self.max = max
 
     def encode(self, value: Any, out: bytearray) -> None:
         if not isinstance(value, str):
@@ -211,15 +214,13 @@ def _refuse_nul(text: bytes) -> None:
         raise CodecError("a NUL byte in a string")
 
 
-@dataclasses.dataclass(frozen=True)
 class Opaque(Codec):
     """``opaque[SIZE]``: that many bytes."""
 
-    size: int
-
-    @property
-    def least(self) -> int:  # type: ignore[override]
-        return self.size + -self.size % 4
+    def __init__(self, size: int) -> None:
+        self.name = f"opaque[{size}]"
+        self.size = size
+        self.least = size + -size % 4
 
     def encode(self, value: Any, out: bytearray) -> None:
         _check_bytes(value, "opaque", self.size, self.size)
@@ -230,11 +231,12 @@ class Opaque(Codec):
         return _slice(data, offset, self.size, "opaque")
 
 
-@dataclasses.dataclass(frozen=True)
 class Chars(Codec):
     """``char<MAX>`` as bytes: four on the wire for each. A C peer's sign does not matter."""
 
-    max: int
+    def __init__(self, max: int) -> None:
+        self.name = f"char<{max}>"
+        self.max = max
 
     def encode(self, value: Any, out: bytearray) -> None:
         _check_bytes(value, "chars", 0, self.max)
@@ -249,15 +251,13 @@ class Chars(Codec):
         return _narrowed(wide), end
 
 
-@dataclasses.dataclass(frozen=True)
 class FixedChars(Codec):
     """``char[SIZE]`` as exactly SIZE bytes: four on the wire for each."""
 
-    size: int
-
-    @property
-    def least(self) -> int:  # type: ignore[override]
-        return 4 * self.size
+    def __init__(self, size: int) -> None:
+        self.name = f"char[{size}]"
+        self.size = size
+        self.least = 4 * size
 
     def encode(self, value: Any, out: bytearray) -> None:
         _check_bytes(value, "chars", self.size, self.size)
@@ -271,7 +271,9 @@ class FixedChars(Codec):
 def _check_bytes(value: Any, name: str, low: int, high: int) -> None:
     if not isinstance(value, bytes):
         raise CodecError(f"{value!r:.50} is no {name}")
-    if not low <= len(value) <= high:
+    if low == high != len(value):
+        raise CodecError(f"{name} of {len(value)} bytes, not {high}")
+    if len(value) > high:
         raise _too_long(name, len(value), high)
 
 

@@ -302,6 +302,8 @@ class Fake:
             "query-block-jobs": lambda: layer.info.block_jobs(),
             "query-block-exports": lambda: layer.info.exports(),
             "query-fdsets": self._query_fdsets,
+            "query-memory-size-summary": self._query_memory,
+            "query-cpus-fast": self._query_cpus,
             "stop": lambda: self._set_running(False, "paused"),
             "cont": lambda: self._set_running(True, "running"),
             "quit": self._quit,
@@ -310,6 +312,7 @@ class Fake:
         changes: dict[str, _Change] = {
             "qmp_capabilities": self._negotiate,
             "query-named-block-nodes": lambda a: layer.info.named_block_nodes(a.get("flat", False)),
+            "query-blockstats": self._query_blockstats,
             "blockdev-add": self._blockdev_add,
             "blockdev-create": self._blockdev_create,
             "blockdev-del": lambda a: layer.blockdev_del(a["node-name"]),
@@ -364,6 +367,30 @@ class Fake:
         self._end_server()
         data = {"guest": False, "reason": "host-qmp-quit"}
         self.layer.events.append(fake_layer.event("SHUTDOWN", data))
+
+    def _query_memory(self) -> Any:
+        recorded = self._static("query-memory-size-summary")
+        return recorded or {"base-memory": MEMORY, "plugged-memory": 0}
+
+    def _query_cpus(self) -> Any:
+        """One, of a PC, where it was not recorded."""
+        if (recorded := self._static("query-cpus-fast")) is not None:
+            return recorded
+        [cpu] = self._zero("query-cpus-fast")
+        known = {"arch": "x86", "qom-type": "qemu64-x86_64-cpu"}
+        cpu |= {name: value for name, value in known.items() if name in cpu}
+        return [{**cpu, **_CPU}]
+
+    def _query_blockstats(self, arguments: Message) -> list[Message]:
+        zero = self._zero("query-blockstats")[0]["stats"]
+        if arguments.get("query-nodes"):
+            return self.layer.info.node_blockstats(zero)
+        return self.layer.info.blockstats(zero)
+
+    def _zero(self, execute: str) -> Any:
+        if self._schema is None or not self._schema.knows(execute):
+            raise schema.Refused(f"'{execute}' cannot be simulated without its schema")
+        return self._schema.zero(execute)
 
     def _unplug(self, id: str) -> None:
         """The guest is taken to let go at once."""
@@ -623,6 +650,15 @@ class Fake:
         self._fds.clear()
         self._fdsets.clear()
 
+
+MEMORY = 64 << 20
+"""Bytes that the guest has where nothing was recorded of that."""
+
+_CPU: Mapping[str, Any] = {
+    "qom-path": "/machine/unattached/device[0]",
+    "props": {"core-id": 0, "thread-id": 0, "socket-id": 0},
+    "target": "x86_64",
+}
 
 _CREDENTIALS: Mapping[str, Sequence[str]] = {
     "tls-creds-x509": ("ca-cert.pem", "server-cert.pem", "server-key.pem"),

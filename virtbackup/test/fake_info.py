@@ -255,6 +255,37 @@ class Info:
             if job.type == "backup"
         ]  # fmt: skip
 
+    def blockstats(self, zero: Message) -> list[Message]:
+        """``query-blockstats``; ZERO is QAPI's BlockDeviceStats, in which nothing was done."""
+        found = []
+        for device in self._state.devices:
+            recorded = device.recorded
+            drive: Message = {"device": recorded.get("device", "")}
+            if device.qdev:
+                drive["qdev"] = device.qdev
+            if device.root is not None:
+                drive |= self._node_stats(self._state.nodes[device.root], zero, below=True)
+            counts = {"account_failed": True, "account_invalid": True}
+            found.append({**drive, "stats": {**zero, **counts}})
+        return found
+
+    def node_blockstats(self, zero: Message) -> list[Message]:
+        """``query-blockstats`` of nodes."""
+        nodes = self._state.nodes.values()
+        return [self._node_stats(node, zero, below=False) for node in nodes]
+
+    def _node_stats(self, node: fake_state.Node, zero: Message, below: bool) -> Message:
+        """BELOW: with what the node is over."""
+        found: Message = {"node-name": node.name, "stats": dict(zero)}
+        if node.driver == "file":
+            found["driver-specific"] = dict(_FILE_STATS)
+        nodes = self._state.nodes
+        if below and (role := _over(node)) is not None:
+            found["backing"] = self._node_stats(nodes[node.children[role]], zero, below)
+        if "file" in node.children:
+            found["parent"] = self._node_stats(nodes[node.children["file"]], zero, below)
+        return found
+
     def exports(self) -> list[Message]:
         return [
             {"id": export.id, "node-name": export.node, "type": "nbd", "shutting-down": False}
@@ -262,5 +293,12 @@ class Info:
         ]
 
 
+def _over(node: fake_state.Node) -> str | None:
+    """The role of what a node is over: a filter's only child, or an image's backing."""
+    role = "file" if node.driver in fake_state.FILTERS else "backing"
+    return role if role in node.children else None
+
+
+_FILE_STATS = {"driver": "file", "discard-bytes-ok": 0, "discard-nb-failed": 0, "discard-nb-ok": 0}
 _QCOW2_FACTS = {"compat": "1.1", "compression-type": "zlib", "corrupt": False,
                 "extended-l2": False, "lazy-refcounts": False, "refcount-bits": 16}  # fmt: skip

@@ -32,6 +32,7 @@ _IS: Mapping[str, Any] = {
     "null": lambda value: value is None,
     "value": lambda value: True,
 }
+_ZERO: Mapping[str, Any] = {"string": "", "boolean": False, "null": None}
 _EXPECTED = {"string": "string", "boolean": "boolean", "int": "integer", "number": "number",
              "null": "null"}  # fmt: skip
 
@@ -61,6 +62,25 @@ class Schema:
             self._check(self.entities[self.entities[command]["arg-type"]], arguments, "")
         except (KeyError, TypeError, AttributeError) as failure:
             raise Refused(f"the schema of '{command}' makes no sense: {failure!r}") from failure
+
+    def zero(self, command: str) -> Any:
+        """What COMMAND may return, with the members that there must be, and all of them zero; one
+        item in each list at the top."""
+        found = self.entities[self.entities[command]["ret-type"]]
+        if found["meta-type"] == "array":
+            return [self._zero(self.entities[found["element-type"]])]
+        return self._zero(found)
+
+    def _zero(self, entity: Mapping[str, Any]) -> Any:
+        match entity["meta-type"]:
+            case "object":
+                needed = (member for member in entity["members"] if "default" not in member)
+                return {m["name"]: self._zero(self.entities[m["type"]]) for m in needed}
+            case "array":
+                return []
+            case "enum":
+                return (entity.get("values") or [m["name"] for m in entity["members"]])[0]
+        return _ZERO.get(entity.get("json-type", ""), 0)
 
     def _check(self, entity: Mapping[str, Any], value: Any, path: str) -> None:
         match entity["meta-type"]:
