@@ -14,7 +14,8 @@ from tests.live import machines
 HERE = pathlib.Path(__file__).parent / "qemublockdata"
 QUERIES = ("query-block", "query-named-block-nodes", "x-debug-query-block-graph", "query-jobs",
            "query-block-exports", "query-commands", "query-name", "query-uuid", "query-status",
-           "query-fdsets")  # fmt: skip
+           "query-fdsets", "query-block-jobs", "query-blockstats", "query-memory-size-summary",
+           "query-cpus-fast")  # fmt: skip
 
 
 def main() -> None:

@@ -129,3 +129,38 @@ def test_a_reply_of_another_shape_is_a_protocol_error(parse: Any, reply: Any) ->
         parse(reply)
     except qmp.ProtocolError as failure:
         assert "unexpected" in str(failure)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_asked_of_the_guest(version: str) -> None:
+    memory = monitor_json.parse_memory_size(recorded(version, "rest", "query-memory-size-summary"))
+    assert memory == 64 << 20
+    assert monitor_json.parse_cpus(recorded(version, "rest", "query-cpus-fast")) == 1
+    assert monitor_json.parse_others_block_jobs(recorded(version, "rest", "query-block-jobs")) == ()
+    [job] = monitor_json.parse_others_block_jobs(recorded(version, "mirror", "query-block-jobs"))
+    assert (job.id, job.type, job.speed, job.length) == ("mirror0", "mirror", 1, 4 << 20)
+    assert job.offset <= job.length
+
+
+def test_jobs_of_ours_are_not_others() -> None:
+    ours = naming.backup_job(naming.BackupId("00000001"), 0)
+    job = {"type": "backup", "offset": 0, "len": 1, "speed": 0, "device": ours}
+    by_speed = {**job, "device": "drive", "speed": naming.job_speed(ours)}
+    assert monitor_json.parse_others_block_jobs([job, by_speed]) == ()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_statistics_by_every_name_of_a_drive(version: str) -> None:
+    found = block.parse_blockstats(recorded(version, "rest", "query-blockstats"))
+    for disk in block.parse_block(recorded(version, "rest", "query-block")):
+        for name in (disk.qom_path, disk.drive, disk.medium.node if disk.medium else None):
+            assert name is None or name in found
+    reply = recorded(version, "rest", "query-blockstats")
+    for number, drive in enumerate(reply, 1):
+        names = ("rd_operations", "rd_bytes", "rd_total_time_ns", "wr_operations", "wr_bytes",
+                 "wr_total_time_ns", "flush_operations", "flush_total_time_ns")  # fmt: skip
+        drive["stats"] |= {name: number * 10 + at for at, name in enumerate(names)}
+    [vda] = [n for n, drive in enumerate(reply, 1) if "/vda/" in drive["qdev"]]
+    counted = block.parse_blockstats(reply)["/machine/peripheral/vda"]
+    assert counted == block.Statistics(*range(10 * vda, 10 * vda + 8))
+    assert counted + counted == block.Statistics(*range(20 * vda, 20 * vda + 16, 2))

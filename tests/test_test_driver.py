@@ -88,6 +88,29 @@ def script(directory: pathlib.Path, *rules: dict[str, Any], name: str = "qemu-7.
     return f"test://{directory}"
 
 
+@pytest.mark.parametrize("path", sorted(RECORDINGS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_what_libvirts_clients_ask_for(path: pathlib.Path) -> None:
+    driver = test_driver.open(f"test:///{path.stem}", False)
+    guest = not path.stem.startswith("storage-daemon")
+    [ref] = driver.list_domains()
+    state, most, memory, vcpus, _ = driver.domain_get_info(ref)
+    assert (state, most, memory) == (libvirt.VIR_DOMAIN_RUNNING, *[64 << 10 if guest else 0] * 2)
+    assert vcpus == int(guest)
+    disks = domain_conf.DomainDef.parse(driver.domain_get_xml_desc(ref, 0)).disks
+    sizes = [driver.domain_get_block_info(ref, d.target, 0)[0] for d in disks if d.has_medium]
+    assert sizes == [disk.capacity for disk in disks if disk.has_medium]
+    assert driver.domain_get_block_job_info(ref, disks[0].target, 0) is None
+    happened: list[hypervisor.Event] = []
+    end = driver.event_register(happened.append)
+    if guest:
+        assert set(driver.domain_block_stats_flags(ref, "", 0).values()) == {0}
+        driver.domain_suspend(ref)
+        driver.domain_resume(ref)
+    assert len(happened) == 2 * guest
+    end()
+    driver.close()
+
+
 # --- all is well ---
 
 

@@ -8,9 +8,10 @@ from lxml import etree
 
 from tests import datacases
 from tests.test_backup_conf import DOMAIN, name
-from virtbackup.conf import native_conf, translate
+from virtbackup.conf import capabilities_conf, native_conf, translate
 
 SCHEMA = pathlib.Path("/usr/share/libvirt/schemas/domainbackup.rng")
+CAPABILITIES = SCHEMA.with_name("capability.rng")
 
 NOT_EVERY_LIBVIRTS = {
     "bare-pull": "its schema demands a server that its code can do without",
@@ -48,6 +49,13 @@ def test_what_we_read_and_write(case: pathlib.Path, schema: etree.RelaxNG) -> No
         written = native_conf.BackupDef.parse(case.read_text()).format()
         assert _is_valid(schema, case.read_text()), schema.error_log
         assert _is_valid(schema, written), schema.error_log
+
+
+def test_capabilities() -> None:
+    if not CAPABILITIES.exists():
+        pytest.skip("libvirt's schemas are not installed")
+    schema = etree.RelaxNG(etree.parse(str(CAPABILITIES)))
+    assert _is_valid(schema, capabilities_conf.Capabilities("x86_64").format()), schema.error_log
 
 
 @pytest.mark.parametrize("case", datacases.inputs("nativexmldata/invalid"), ids=name)

@@ -14,6 +14,14 @@ from typing import Any, TypeGuard
 from virtbackup.conf import domain_conf
 from virtbackup.qemu import naming, qmp
 
+FILTERS = frozenset(
+    {
+        "backup-top", "blkdebug", "blklogwrites", "blkverify", "commit_top", "compress",
+        "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
+    }
+)  # fmt: skip
+"""Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bitmap:
@@ -74,7 +82,7 @@ class Disk:
             self.target,
             device,
             source=self.medium.filename,
-            format=self.medium.driver,
+            format=None if self.medium.driver in FILTERS else self.medium.driver,
             readonly=self.medium.readonly,
             capacity=self.medium.size,
         )

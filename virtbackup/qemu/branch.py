@@ -26,14 +26,6 @@ from typing import Any
 
 from virtbackup.qemu import block, monitor_json, naming
 
-_FILTERS = frozenset(
-    {
-        "backup-top", "blkdebug", "blklogwrites", "blkverify", "commit_top", "compress",
-        "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
-    }
-)  # fmt: skip
-"""Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
-
 DEFAULT_GRANULARITY = 65536
 """Bytes."""
 
@@ -93,7 +85,9 @@ def images(
     node: naming.NodeName | None = root
     while node is not None:
         below = graph.roles.get((node, "backing"))
-        if node not in nodes or nodes[node].driver in _FILTERS:  # implicit filters are not told
+        if (
+            node not in nodes or nodes[node].driver in block.FILTERS
+        ):  # implicit filters are not told
             below = graph.roles.get((node, "file"), below)
         else:
             chain.append(nodes[node])

@@ -16,6 +16,8 @@ REMOTE = protocol.REMOTE
 
 KEEPALIVE, EVENT_CALLBACK, CLOSE_CALLBACK = 10, 14, 15
 """virConnectFeature / VIR_DRV_FEATURE_*: the numbers are the wire's."""
+SPOKEN = 9 * 1000000
+"""The libvirt whose calls these are."""
 _FEATURES = frozenset({KEEPALIVE, EVENT_CALLBACK, CLOSE_CALLBACK})
 
 
@@ -90,7 +92,8 @@ def get_version(session: Session, args: None) -> structs.ConnectGetVersionRet:
 
 @handles(REMOTE, "CONNECT_GET_LIB_VERSION")
 def get_lib_version(session: Session, args: None) -> structs.ConnectGetLibVersionRet:
-    version = ask(session, "virConnectGetLibVersion", "get_lib_version")
+    """Of the protocol that is spoken, where the driver is of no libvirt: clients go by that."""
+    version = max(SPOKEN, ask(session, "virConnectGetLibVersion", "get_lib_version"))
     return structs.ConnectGetLibVersionRet(version)
 
 
