@@ -21,7 +21,7 @@ def threads_left(*names: str) -> list[str]:
     """The threads whose names begin with one of NAMES and that do not come to an end."""
     found = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
     for thread in found:
-        thread.join(DEADLINE)
+        thread.join(5)
     return [thread.name for thread in found if thread.is_alive()]
 
 
