@@ -458,6 +458,18 @@ def test_the_next_call_connects_anew_and_events_go_on(server: rpc_server.Server,
     opened.close()
 
 
+def test_events_that_cannot_be_had_again_keep_no_call_from_being_made(
+    server: rpc_server.Server, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Registry(server)
+    with virtbackup.open(f"{uri}?reconnect=yes") as opened:
+        opened.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, print, None)
+        lose(server, opened)
+        server.handlers["VIRTBACKUP.BACKUP_EVENT_REGISTER"] = refuse
+        assert opened.getHostname() == "here"
+    assert "no events any more: access denied: not you" in caplog.text
+
+
 def test_a_call_that_was_on_its_way_is_not_made_again(server: rpc_server.Server, uri: str) -> None:
     """Whether it took effect nobody knows."""
     own = server.handlers["REMOTE.CONNECT_GET_HOSTNAME"]
@@ -761,6 +773,23 @@ def test_autodestroy_is_ours_to_see_to(daemon: Libvirtd, uri: str) -> None:
     third.domain_backup_start(REF, PROPOSAL, 0)
     third.close()
     assert daemon.aborted == 1
+
+
+def test_a_backup_that_cannot_be_ended_on_close_is_said(
+    daemon: Libvirtd, theirs: rpc_server.Server, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = driver.open(uri, False)
+    opened.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = refuse
+    opened.close()
+    assert "domain=vm backup not ended on close: access denied: not you" in caplog.text
+    opened = driver.open(uri, False)
+    daemon.begun = None
+    opened.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    daemon.begun = None  # somebody else has ended it
+    caplog.clear()
+    opened.close()
+    assert "not ended" not in caplog.text
 
 
 @pytest.mark.parametrize(
