@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.remote import client, transport
+from virtbackup.remote import client, rpc_error, transport
 
 PORTS = {"tls": 16514, "tcp": 16509}
 """libvirtd's."""
@@ -74,8 +74,8 @@ def parse_uri(uri: str) -> Target:
 
 
 def _shape(scheme: str) -> str:
-    options = (f"[{name}={_VALUES.get(name, 'URI')}]" for name in _OPTIONS[scheme])
-    return f"{_SHAPES[scheme]}?{'&'.join(options)}"
+    options = (f"{name}={_VALUES.get(name, 'URI')}" for name in _OPTIONS[scheme])
+    return f"{_SHAPES[scheme]}[?{'][&'.join(options)}]"
 
 
 def _options(parts: urllib.parse.SplitResult) -> dict[str, str]:
@@ -107,9 +107,9 @@ def _address(parts: urllib.parse.SplitResult) -> transport.Address:
         if parts.netloc:
             raise ValueError("a unix socket is on this host")
         path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-        if path.strip("/") == "":
-            raise ValueError("the path of the socket is missing")
-        return transport.parse_address(f"unix:{path}")
+        if not path.strip("/") or "\0" in path:
+            raise ValueError("the path of the socket is missing, or none")
+        return transport.Address("unix", path=path)
     if parts.path not in ("", "/"):
         raise ValueError(f"the path '{parts.path}' has no meaning")
     if "@" in parts.netloc or not parts.hostname:
@@ -126,7 +126,7 @@ def connect(target: Target, timeout: float = CONNECT_TIMEOUT) -> transport.Trans
     """A connection to the server.
 
     Errors: VIR_ERR_SYSTEM_ERROR, by address or by file; VIR_ERR_AUTH_FAILED for a server that has
-    not proved who it is.
+    not proved who it is; VIR_ERR_RPC from a server to which we have not proved who we are.
     """
     address = target.address
     context = context_of(target) if address.kind == "tls" else None
@@ -137,6 +137,11 @@ def connect(target: Target, timeout: float = CONNECT_TIMEOUT) -> transport.Trans
             libvirt.VIR_ERR_AUTH_FAILED,
             f"Failed to verify peer's certificate: '{place(address)}': {failure.verify_message}",
             domain=libvirt.VIR_FROM_RPC,
+        ) from failure
+    except transport.NotAccepted as failure:
+        raise rpc_error.rpc_error(
+            f"server verification (of our certificate '{_files(target)[1]}') failed:"
+            f" '{place(address)}': {failure.strerror}"
         ) from failure
     except OSError as failure:
         text = f"unable to connect to server at '{place(address)}'"

@@ -2,6 +2,7 @@
 """The calls about backups: the proposed ones, and those that libvirt has come to have, which take
 libvirt's own dialect and checkpoints."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 
@@ -22,7 +23,7 @@ from virtbackup.remote import (
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote import virtbackup_protocol as ours
 from virtbackup.remote.dispatch import MESSAGES_OF, Session, check_flags, handles
-from virtbackup.remote.dispatch_connect import ask
+from virtbackup.remote.dispatch_connect import hostname
 from virtbackup.remote.dispatch_domain import typed
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
@@ -45,8 +46,7 @@ def supported(session: Session, args: None) -> ours.SupportedRet:
 @handles(VIRTBACKUP, "CONNECT_GET_HOST")
 def get_host(session: Session, args: None) -> ours.ConnectGetHostRet:
     driver = session.daemon.domains.first()
-    hostname = ask(session, "virConnectGetHostname", "get_hostname")
-    return ours.ConnectGetHostRet(driver.get_type(), driver.get_version(), hostname)
+    return ours.ConnectGetHostRet(driver.get_type(), driver.get_version(), hostname(session))
 
 
 @handles(VIRTBACKUP, "LIST_DOMAINS")
@@ -80,7 +80,10 @@ def backup_stop(session: Session, args: structs.DomainFlagsArgs) -> None:
 
 def stop(session: Session, found: domains.Found, function: str, flags: int) -> None:
     """Stop a domain's backup, and keep in mind what is told of a job that has ended."""
-    session.daemon.ended.ending(found.own.uuid, job_stats.running(found))
+    progress: job_stats.Stats = {}
+    with contextlib.suppress(libvirt.libvirtError):  # the stop says better what is wrong
+        progress = job_stats.running(found)
+    session.daemon.ended.ending(found.own.uuid, progress)
     session.ends_with.pop(found.own.uuid, None)
     found.call(function, "domain_backup_stop", flags)
 
@@ -112,6 +115,13 @@ def branch_list(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainB
     function = "virDomainBranchList"
     found = session.domain(args.dom, function)
     return wire_conf.branches_to_wire(found.call(function, "domain_branch_list", args.flags))
+
+
+@handles(VIRTBACKUP, "DOMAIN_BRANCH_CREATE")
+def branch_create(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
+    function = "virDomainBranchCreate"
+    found = session.domain(args.dom, function, BACKUP)
+    found.call(function, "domain_branch_create", args.name, args.flags)
 
 
 @handles(VIRTBACKUP, "DOMAIN_BRANCH_DELETE")

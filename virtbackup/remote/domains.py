@@ -91,7 +91,7 @@ def hook_of(driver: hypervisor.Driver, function: str, hook: str) -> Callable[...
     """A driver's HOOK. Errors: VIR_ERR_NO_SUPPORT, of the public FUNCTION."""
     found: Callable[..., Any] | None = getattr(driver, hook, None)
     if found is None:
-        raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function)
+        raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)
     return found
 
 

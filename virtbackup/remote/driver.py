@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf
+from virtbackup.conf import xml as conf_xml
 from virtbackup.remote import (
     client,
     connect,
@@ -28,6 +30,7 @@ from virtbackup.remote import (
     rpc_error,
     virtbackup_protocol,
     wire_conf,
+    xdr,
 )
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.protocol import QEMU, REMOTE, VIRTBACKUP
@@ -238,7 +241,7 @@ class RemoteDriver:
         self._current = self._connect()
 
     def __del__(self) -> None:
-        if "_current" in vars(self) and not self._closed:
+        if "_current" in vars(self) and not self._closed and not sys.is_finalizing():
             self._current.client.abandon()
 
     # --- the connection ---
@@ -249,12 +252,12 @@ class RemoteDriver:
         """
         if os.getpid() != self._pid:
             return
+        self._jobs.close()
         with self._connecting:
             if self._closed:
                 return
             self._closed = True
         connection = self._current.client
-        self._jobs.close()
         with contextlib.suppress(errors.Error):  # it is lost, or being shut down
             connection.call(REMOTE, "CONNECT_CLOSE", timeout=CLOSE_TIMEOUT)
         connection.close()
@@ -334,6 +337,10 @@ class RemoteDriver:
             assert id is not None
             call = "DOMAIN_LOOKUP_BY_ID", structs.DomainLookupByIdArgs(id)
         try:
+            xdr.encode(call[1])
+        except rpc.CodecError:
+            return None  # no domain has such a name, or id
+        try:
             return wire_conf.domain_from_wire(self._call(REMOTE, *call).dom)
         except errors.Error as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
@@ -361,7 +368,13 @@ class RemoteDriver:
         if not self._session().is_ours:
             self._jobs.start(ref, xml, flags)
             return
-        self._of(ref, "DOMAIN_BACKUP_START", xml, flags, of=VIRTBACKUP)
+        dom = wire_conf.domain_to_wire(ref)
+        args = virtbackup_protocol.DomainBackupStartArgs(dom, xml, flags)
+        try:
+            xdr.encode(args)
+        except rpc.CodecError:
+            conf_xml.parse(xml, "domainbackup")  # which says better what is wrong
+        self._call(VIRTBACKUP, "DOMAIN_BACKUP_START", args)
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         if not self._session().is_ours:

@@ -252,7 +252,7 @@ class Client:
             self.socket = context.wrap_socket(
                 accepted, server_side=True, do_handshake_on_connect=False
             )
-        self.address = _address_of(accepted)
+        self.address = _address_of(self.socket)
         """For logs."""
         self._since = time.monotonic()
         self._parser = rpc.Parser()
@@ -402,6 +402,8 @@ class Client:
             self._server.select(self, selectors.EVENT_WRITE)
             return False
         self._handshaking = False
+        with self._lock:
+            self._unsent += transport.ACCEPTED
         self._session = self._server.serve(self)
         logger.info("client=%d connected: %s", self.number, self.address)
         return True
@@ -457,7 +459,8 @@ class Client:
         """Send what the socket takes. Under the lock. Errors: OSError."""
         while self._unsent:
             try:
-                sent = self.socket.send(memoryview(self._unsent)[: transport.CHUNK])
+                # A copy: a view, which an error would hold on to, lets nothing be taken away.
+                sent = self.socket.send(self._unsent[: transport.CHUNK])
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             except OSError:
@@ -533,7 +536,6 @@ class Workers:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._idle = 0
-        self._closed = False
 
     def do(self, what: Callable[[], None]) -> None:
         """Have a thread do WHAT; what it raises is logged."""
@@ -555,9 +557,8 @@ class Workers:
     def close(self, timeout: float = 5.0) -> None:
         """Do what is left to do, for up to TIMEOUT seconds."""
         end = time.monotonic() + timeout
-        for _ in self._threads:
-            self._todo.put(None)
-        for thread in self._threads:
+        self._todo.put(None)
+        for thread in self._threads:  # and those that are made meanwhile
             thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
@@ -567,8 +568,12 @@ class Workers:
             what = self._todo.get()
             with self._lock:
                 self._idle -= 1
-            if what is None:
-                return
+            if what is None:  # of which there is one, for all
+                is_last = self._todo.empty()
+                self._todo.put(None)
+                if is_last:
+                    return
+                continue
             try:
                 what()
             except Exception:

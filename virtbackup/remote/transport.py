@@ -30,6 +30,15 @@ SCM_MAX_FD = 253
 """Descriptors that come with one recvmsg at most (the kernel's limit)."""
 
 
+ACCEPTED = b"\1"
+"""What a server says by tls before all messages, once it takes the client for what its certificate
+says (libvirt's virnetserverclient.c)."""
+
+
+class NotAccepted(OSError):
+    """The server does not take our certificate, or wants one."""
+
+
 class Closed(Exception):
     """The connection has ended: by either side, or since the peer takes nothing more."""
 
@@ -136,12 +145,27 @@ def connect(
     address: Address, context: ssl.SSLContext | None = None, timeout: float | None = None
 ) -> "Transport":
     """A connection to a server within TIMEOUT seconds; CONTEXT is for tls, and checks the server's
-    name where it says so. Errors: OSError."""
+    name where it says so. Errors: OSError, NotAccepted among them."""
     made = connected(address, timeout)
     if address.kind != "tls":
         return Transport(made)
     assert context is not None
-    return _handshake(made, lambda: context.wrap_socket(made, server_hostname=address.host))
+    return _handshake(made, lambda: _accepted(context, made, address.host))
+
+
+def _accepted(context: ssl.SSLContext, made: socket.socket, host: str) -> ssl.SSLSocket:
+    wrapped = context.wrap_socket(made, server_hostname=host)
+    try:
+        # Since TLS 1.3 it is not before this that a client hears of a certificate that is no good.
+        if wrapped.recv(1) != ACCEPTED:
+            raise NotAccepted(0, "end of file")
+    except (ssl.SSLError, ConnectionError) as failure:
+        wrapped.close()
+        raise NotAccepted(0, failure.strerror or str(failure)) from failure
+    except BaseException:
+        wrapped.close()
+        raise
+    return wrapped
 
 
 def serve(
@@ -155,8 +179,13 @@ def serve(
     if context is None:
         return Transport(accepted, max_length)
     accepted.settimeout(timeout)
-    wrap = functools.partial(context.wrap_socket, accepted, server_side=True)
-    return _handshake(accepted, wrap, max_length)
+    return _handshake(accepted, functools.partial(_accepting, context, accepted), max_length)
+
+
+def _accepting(context: ssl.SSLContext, accepted: socket.socket) -> ssl.SSLSocket:
+    wrapped = context.wrap_socket(accepted, server_side=True)
+    wrapped.sendall(ACCEPTED)
+    return wrapped
 
 
 def _handshake(
