@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import libvirt
 import pytest
+from hypothesis import strategies as st
 
 from tests import rpc_server
 from virtbackup import errors
@@ -291,6 +293,56 @@ def test_garbage_ends_the_connection(
     failure = fails(lambda: hostname(connect()))
     assert failure.get_error_code() == libvirt.VIR_ERR_RPC
     assert "message of " in str(failure)
+
+
+@hypothesis.given(data=st.binary(max_size=200), whole=st.booleans())
+def test_anything_may_come(data: bytes, whole: bool) -> None:
+    """The call has an end, and so has the connection."""
+    first, second = socket.socketpair()
+    one = client.Client(transport.Transport(first), "pair", lambda message: None)
+    if whole:  # a message, by its length
+        data = (len(data) + 4).to_bytes(4, "big") + data
+    second.send(data)
+    second.shutdown(socket.SHUT_WR)
+    failure = fails(lambda: hostname(one))
+    assert failure.get_error_domain() == libvirt.VIR_FROM_RPC
+    one.close()
+    second.close()
+
+
+@hypothesis.given(
+    type=st.integers(-1, 7),
+    serial=st.integers(0, 1),
+    status=st.integers(-1, 3),
+    number=st.sampled_from([59, 318, 1, -1, 2]),
+    of=st.sampled_from(list(protocol.PROGRAMS.values())),
+    payload=st.binary(max_size=64),
+)
+def test_any_message_may_come(
+    type: int, serial: int, status: int, number: int, of: program.Program, payload: bytes
+) -> None:
+    first, second = socket.socketpair()
+    one = client.Client(transport.Transport(first), "pair", lambda message: None)
+    with contextlib.suppress(rpc.CodecError):
+        message = rpc_server.raw(of, number, type, serial, payload, status)
+        second.send(message.encode())
+    second.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(errors.Error):
+        hostname(one)
+    one.close()
+    second.close()
+
+
+def test_nothing_is_left_of_many_connections(server: rpc_server.Server, connect: Connect) -> None:
+    before = leftovers()
+    for _ in range(50):
+        one = connect()
+        server.peer().send(lifecycle(1))
+        hostname(one)
+        one.close()
+    for peer in server.peers:
+        assert peer.ended.wait(DEADLINE)
+    assert leftovers() == before
 
 
 def test_streams_and_unknown_events_are_passed_over(

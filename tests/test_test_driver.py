@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The test driver: all of the API and the shell on a fake QEMU, with none installed."""
+"""The test driver: all of the API and the shell on a fake QEMU, with none installed.
+
+And all of it once more at the other end of a connection to a daemon: the API's suite, which runs
+unchanged on the local and on the remote driver.
+"""
 
 import configparser
+import contextlib
 import gc
 import io
 import json
@@ -21,6 +26,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import daemons
 from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import domain_conf
 from virtbackup.qemu import recording
@@ -34,19 +40,24 @@ URIS = ("test:///default", "test:///qemu-7.2.22", "test:///qemu-5.2.0", "test://
 """Both engines, old and new, with and without devices."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, params=["local", "remote"])
 def state(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[pathlib.Path]:
     """Where our files live, and scratch images; nothing may be left there."""
     directory = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(directory))
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(directory))
-    hypervisor.register("test", test_driver.open)
+    opener: hypervisor.Opener = test_driver.open
+    if request.param == "remote":
+        opener = daemons.through_daemon(opener)
+    hypervisor.register("test", opener)
     yield directory
     hypervisor.unregister("test")
     assert list(directory.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fake ")]
+    assert not daemons.threads_left("fake ")
 
 
 @pytest.fixture(params=URIS)
@@ -359,7 +370,17 @@ def test_qemu_that_ends(xml: str, tmp_path: pathlib.Path) -> None:
         domain.backupStart(xml)
         text = str(failure(domain.backupStop))
         assert "QEMU is gone" in text
-        assert connection.isAlive() == 0
+
+
+def test_a_connection_whose_qemu_has_ended_is_dead(xml: str, tmp_path: pathlib.Path) -> None:
+    """Of the local driver; one through a daemon stands while the daemon does."""
+    uri = script(tmp_path, {"command": "query-block-exports", "nth": 2, "quit": True})
+    with contextlib.closing(test_driver.open(uri, False)) as opened:
+        [ref] = opened.list_domains()
+        opened.domain_backup_start(ref, xml, 0)
+        assert opened.is_alive()
+        failure(lambda: opened.domain_backup_stop(ref, 0))
+        assert not opened.is_alive()
 
 
 # --- the shell ---
@@ -449,7 +470,9 @@ class Wire:
     def __init__(self, path: pathlib.Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(20)
-        self.socket.connect(str(path))
+        end = time.monotonic() + 20
+        while self.socket.connect_ex(str(path)):  # until somebody listens
+            assert time.monotonic() < end
         self.file = self.socket.makefile("rb")
 
     def receive(self) -> Any:
@@ -558,9 +581,6 @@ def test_monitor_replay(tmp_path: pathlib.Path) -> None:
     argv = ["monitor-replay", str(recorded), "--socket", str(path), "--faults", str(rules)]
     thread = threading.Thread(target=virsh_backup.main, args=(argv,))
     thread.start()
-    end = time.monotonic() + 20
-    while not path.is_socket():
-        assert time.monotonic() < end
     client = Wire(path)
     client.receive()
     for execute in ("qmp_capabilities", "query-status", "quit"):

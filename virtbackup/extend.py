@@ -37,6 +37,8 @@ CONSTANTS = (
 _MARK = "_virtbackup_method"
 _OURS = "_virtbackup"
 """Where a virConnect keeps our connection on it."""
+_LEAVE = "_virtbackup_leave"
+"""Where it keeps what has our driver hear nothing more over it."""
 
 
 class virDomain(Protocol):
@@ -76,6 +78,9 @@ def uninstall(module: types.ModuleType = libvirt) -> None:
             delattr(owner, name)
     with _connecting:
         for connection in list(_connections):
+            leave = vars(connection).pop(_LEAVE, None)
+            if leave is not None:
+                leave()
             for name in (_OURS, "close"):
                 vars(connection).pop(name, None)
         _connections.clear()
@@ -162,6 +167,7 @@ def _connect(connection: Any, domain: Any, function: str) -> api.Connection:
     try:
         adopted = hypervisor.adopt_driver(connection)
         if adopted is not None:
+            vars(connection)[_LEAVE] = getattr(adopted, "leave", None)
             return api.Connection(uri, adopted, readonly=False)
         ours = api.open(uri)
     except errors.Error as failure:
@@ -190,6 +196,7 @@ def _end_with(connection: Any, ours: api.Connection) -> None:
         assert closing is not None
         vars(closing).pop("close", None)
         vars(closing).pop(_OURS, None)
+        vars(closing).pop(_LEAVE, None)
         ours.close()
         code: int = type(closing).close(closing)
         return code

@@ -232,7 +232,8 @@ class Adopter(Protocol):
     def __call__(self, uri: str, readonly: bool) -> Driver: ...
 
     def adopt(self, connection: Any) -> Driver:
-        """A driver on CONNECTION, a virConnect, which its owner closes."""
+        """A driver on CONNECTION, a virConnect, which its owner closes. It may have a method
+        ``leave()``: to hear nothing more over it, as it is to be as it was."""
 
 
 def adopt_driver(connection: Any) -> Driver | None:

@@ -18,12 +18,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     # These run what is installed, whatever QEMU is under test: ./dev test --matrix has it once.
     collect_ignore = ["test_copy.py", "test_demo.py", "test_incremental.py", "test_libvirt.py"]
-    collect_ignore += [
-        "test_drop_in.py",
-        "test_quiesce.py",
-        "test_rpc_traffic.py",
-        "test_rpc_libvirtd.py",
-    ]
+    collect_ignore += ["test_drop_in.py", "test_events.py", "test_quiesce.py", "test_session.py"]
+    collect_ignore += ["test_rpc_traffic.py", "test_rpc_libvirtd.py", "test_virtnbdbackup.py"]
+    collect_ignore += ["test_daemon_virsh.py", "test_libvirt_queries.py", "test_examples.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,8 @@ def parse(document: str, root: str) -> etree._Element:
         raise xml_error(f"not text that UTF-8 can carry: {failure.reason}") from failure
     if len(data) > MAX_DOCUMENT:
         raise xml_error(f"document of {len(data)} bytes is larger than {MAX_DOCUMENT}")
+    if "\0" in document:  # where libxml2 would take it to end
+        raise xml_error("document with a NUL character")
     if (start := document.find("<!DOCTYPE")) >= 0:
         line = document.count("\n", 0, start) + 1
         raise xml_error(f"document type declarations and entities are refused (line {line})")

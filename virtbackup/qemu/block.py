@@ -14,6 +14,14 @@ from typing import Any, TypeGuard
 from virtbackup.conf import domain_conf
 from virtbackup.qemu import naming, qmp
 
+FILTERS = frozenset(
+    {
+        "backup-top", "blkdebug", "blklogwrites", "blkverify", "commit_top", "compress",
+        "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
+    }
+)  # fmt: skip
+"""Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
+
 
 FILTERS = frozenset(
     {

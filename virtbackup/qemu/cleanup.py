@@ -151,13 +151,19 @@ def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Swe
 
 
 def forget(left: status.Status, file: status.StatusFile) -> list[str]:
-    """Remove the files of a backup of which nothing is in QEMU (any more)."""
+    """Forget a backup of which nothing is in QEMU (any more); a line for each thing removed."""
+    removed = remove_outside(left)
+    file.remove()
+    return removed
+
+
+def remove_outside(left: status.Status) -> list[str]:
+    """Remove the files of a backup that a QEMU which is gone has left; a line for each."""
     removed = remove_files(left)
     address = _address(left)
     if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
         pathlib.Path(address.path).unlink(missing_ok=True)
         removed.append(f"socket '{address.path}'")
-    file.remove()
     return removed
 
 

@@ -5,13 +5,25 @@ that, and whether it ends with the connection."""
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
+from typing import Protocol
 
 import libvirt
 
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import agent, capabilities, ending, job, naming, qcow2, status, watch
+from virtbackup.qemu import (
+    agent,
+    capabilities,
+    ending,
+    job,
+    lifecycle,
+    naming,
+    qcow2,
+    status,
+    watch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +31,24 @@ logger = logging.getLogger(__name__)
 START_QUIESCE = 1 << 0
 START_AUTODESTROY = 1 << 1
 STOP_CANCEL = 1 << 0
+
+
+GRACE = 2.0
+"""Seconds from the end of QEMU to libvirt's word of it, where that may be heard."""
+
+
+class Host(Protocol):
+    """Who knows more of a domain than its QEMU does."""
+
+    def why_ended(self) -> str | None:
+        """Why its last run, before the one there may be now, ended; None where that is not known.
+        For a domain that is not known any more: ``lifecycle.UNKNOWN``."""
+
+    def listen(self, hearing: lifecycle.Hearing) -> None:
+        """Have HEARING hear what there is to be heard. Errors: errors.Error."""
+
+    def backup_ended(self, reason: str) -> None:
+        """Its backup has ended before it was stopped, for REASON."""
 
 
 class DomainObj:
@@ -30,18 +60,20 @@ class DomainObj:
         connect: job.Connect,
         engine: capabilities.Engine | None = None,
         quiesce: agent.Agent | None = None,
-        why_gone: Callable[[], str | None] = lambda: None,
+        host: "Host | None" = None,
         notify: ending.Notify | None = None,
     ) -> None:
-        """QUIESCE None: there is no guest agent to be asked. WHY_GONE: as ``BackupJob``. NOTIFY:
-        as ``listen``."""
+        """QUIESCE None: there is no guest agent to be asked. HOST None: nobody but QEMU knows
+        anything of the domain. NOTIFY: as ``listen``."""
         self.file = file
-        self.job = job.BackupJob(file, connect, why_gone)
+        self._host = host
+        self.job = job.BackupJob(file, connect, self._why_ended, self._ended)
         self._engine = engine
         self._agent = quiesce
         self._watch: watch.Watch | None = None
+        self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
-        self._ending = ending.Ending(file, why_gone)
+        self._ending = ending.Ending(file, self._why_ended)
         self._ending.listen(notify)
 
     def listen(self, notify: ending.Notify | None) -> None:
@@ -77,7 +109,7 @@ class DomainObj:
             self._autodestroy = id
         self._stop_watching()
         try:
-            self._watch = self._watching(id, images)
+            self._begin_to_watch(id, images)
         except BaseException:
             for image in images:
                 os.close(image.fd)
@@ -96,17 +128,14 @@ class DomainObj:
             return
         if running is None or self._watch is not None or self.job.is_over(running.id):
             return
-        self._watch = self._watching(running.id, _images(running))
+        self._begin_to_watch(running.id, _images(running))
         logger.info("backup=%s found running", running.id)
         self._ending.find()
 
-    def _watching(self, id: naming.BackupId, images: list[watch.Image]) -> watch.Watch:
-        return watch.Watch(
-            images,
-            is_over=lambda: self.job.is_over(id),
-            guest_trouble=lambda: self.job.guest_trouble(id),
-            give_up=lambda reason: self.job.give_up(id, reason),
-        )
+    def _begin_to_watch(self, id: naming.BackupId, images: list[watch.Image]) -> None:
+        self._watched = _Watched(self.job, id, self._host)
+        self._watch = watch.Watch(images, self._watched)
+        self._watched.listen(self._watch.wake)
 
     def backup_stop(self, flags: int) -> None:
         cancel = bool(flags & STOP_CANCEL)
@@ -124,6 +153,7 @@ class DomainObj:
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 self._autodestroy = None
+                self._stop_watching()
             raise
         self._autodestroy = None
         self._stop_watching()
@@ -143,6 +173,20 @@ class DomainObj:
         watching, self._watch = self._watch, None
         if watching is not None:
             watching.close()
+        self._watched = None
+
+    def _ended(self, reason: str) -> None:
+        if self._host is not None:
+            self._host.backup_ended(reason)
+
+    def _why_ended(self) -> str | None:
+        """Why there is no QEMU any more, or another one."""
+        if self._watched is not None and (heard := self._watched.heard()) is not None:
+            return heard
+        asked = None if self._host is None else self._host.why_ended()
+        if asked == lifecycle.UNKNOWN and self._watched is not None:
+            return self._watched.heard(lifecycle.PATIENCE) or asked
+        return asked
 
 
 def _images(running: status.Status) -> list[watch.Image]:
@@ -160,3 +204,55 @@ def _images(running: status.Status) -> list[watch.Image]:
             images.append(watch.Image(disk.target, fd, qcow2.full_size(disk.size)))
         undo.pop_all()
         return images
+
+
+class _Watched:
+    """Backup ID of one domain, for who watches it."""
+
+    def __init__(self, backup: job.BackupJob, id: naming.BackupId, host: Host | None) -> None:
+        self._job = backup
+        self._id = id
+        self._host = host
+        self._qemu = backup.qemu_of(id)
+        self._gone_since: float | None = None
+        self._hearing = lifecycle.Hearing()
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Have WAKE called when there is news of the domain."""
+        if self._host is None:
+            return
+        self._hearing.wake = wake
+        try:
+            self._host.listen(self._hearing)
+        except errors.Error as failure:
+            logger.warning("backup=%s nothing is heard of the domain: %s", self._id, failure)
+
+    def heard(self, timeout: float = 0.0) -> str | None:
+        """Why the domain ended, where that was heard, or is within TIMEOUT seconds."""
+        return self._hearing.reason(timeout)
+
+    def is_over(self) -> bool:
+        return self._job.is_over(self._id)
+
+    def why_ended(self) -> str | None:
+        if self._host is None or (self._qemu is not None and runtime.is_alive(self._qemu)):
+            return None
+        if (heard := self._hearing.reason()) is not None or self._qemu is None:
+            return heard
+        if self._gone_since is None:
+            self._gone_since = time.monotonic()
+        if self._hearing.listens and time.monotonic() < self._gone_since + GRACE:
+            return None
+        return self._host.why_ended()
+
+    def note_end(self, reason: str) -> None:
+        self._job.note_end(self._id, reason)
+
+    def guest_trouble(self) -> str | None:
+        return self._job.guest_trouble(self._id)
+
+    def give_up(self, reason: str) -> bool:
+        return self._job.give_up(self._id, reason) or self._host is None
+
+    def let_go(self) -> None:
+        self._hearing.close()

@@ -52,12 +52,15 @@ class BackupJob:
         self,
         file: status.StatusFile,
         connect: Connect,
-        why_gone: Callable[[], str | None] = lambda: None,
+        why_ended: Callable[[], str | None] = lambda: None,
+        on_end: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """WHY_GONE tells why there is no QEMU any more, where somebody knows."""
+        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows.
+        ON_END is told why a backup ended that nobody has stopped, by who noted it."""
         self._file = file
         self._connect = connect
-        self._why_gone = why_gone
+        self._why_ended = why_ended
+        self._on_end = on_end
 
     def start(
         self,
@@ -120,6 +123,11 @@ class BackupJob:
             or running.given_up is not None
         )
 
+    def qemu_of(self, id: naming.BackupId) -> runtime.Process | None:
+        """QEMU, of backup ID; None where it cannot be seen, or the backup is over."""
+        running = self._file.load()
+        return running.qemu if running is not None and running.id == id else None
+
     def guest_trouble(self, id: naming.BackupId) -> str | None:
         """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
         with self._file.locked():
@@ -139,24 +147,41 @@ class BackupJob:
             return None
         return "given up, as a scratch image failed and the guest was paused"
 
-    def give_up(self, id: naming.BackupId, reason: str) -> None:
-        """End backup ID for the guest's sake; its stop will tell REASON. Errors: the monitor's."""
+    def give_up(self, id: naming.BackupId, reason: str) -> bool:
+        """End backup ID for the guest's sake; its stop will tell REASON. Whether it is over: not
+        where QEMU is gone, of which the stop will tell why. Errors: the monitor's."""
         with self._file.locked():
             if self.is_over(id):
-                return
+                return True
             running = self._running()
             try:
                 with self._connect() as session:
                     cleanup.sweeper_of(session, running).stop_saving()
                     _, rest = cleanup.take_out(session, running)
             except monitor.NotListening:
-                return  # the stop will say so
+                return False
             cleanup.remove_files(running)
             disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
             server = cleanup.NBD_SERVER in rest
             ended = dataclasses.replace(running, given_up=reason, server=server, disks=disks)
             self._file.save(ended)
         logger.warning("backup=%s %s", id, reason)
+        self._on_end(reason)
+        return True
+
+    def note_end(self, id: naming.BackupId, reason: str) -> None:
+        """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
+        it; what the backup left outside of QEMU is removed."""
+        with self._file.locked():
+            if self.is_over(id):
+                return
+            running = self._running()
+            cleanup.remove_outside(running)
+            disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
+            ended = dataclasses.replace(running, given_up=reason, server=False, disks=disks)
+            self._file.save(ended)
+        logger.info("backup=%s ended: %s", id, reason)
+        self._on_end(reason)
 
     def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
@@ -194,7 +219,7 @@ class BackupJob:
         except monitor.NotListening:
             return self._gone(running)
         except monitor.MonitorLost:
-            if self._listening():
+            if not _is_dead(running.qemu) and self._listening():
                 raise
             return self._gone(running)
         return reasons
@@ -210,9 +235,9 @@ class BackupJob:
             running = self._running(only)
             try:
                 with self._connect() as session:
-                    return verdict.look(session, running)
+                    return verdict.look(session, self._knowing_end(session, running))
             except monitor.NotListening:
-                why = self._why_gone() or _GONE
+                why = running.given_up or self._why_ended() or _GONE
                 return verdict.info(running, verdict.of_all(running, why))
 
     def branches(self) -> list[backup_conf.Branch]:
@@ -362,7 +387,10 @@ class BackupJob:
             except monitor.NotListening:
                 cleanup.forget(starting, self._file)
             except errors.Error as lasting:
-                logger.warning("backup=%s left for backup-cleanup: %s", starting.id, lasting)
+                if _is_dead(starting.qemu):
+                    cleanup.forget(starting, self._file)
+                else:
+                    logger.warning("backup=%s left for backup-cleanup: %s", starting.id, lasting)
 
     # --- stop and info ---
 
@@ -380,6 +408,7 @@ class BackupJob:
         """
         if running.verdict is not None:
             return running.verdict
+        running = self._knowing_end(session, running)
         cleanup.check_scratch(session, running)
         before = verdict.look_at(session, running)
         if not session.capabilities.block_exports and not cleanup.still_serves(session, running):
@@ -404,6 +433,12 @@ class BackupJob:
         self._file.save(dataclasses.replace(running, phase="stopping", verdict=reasons))
         return reasons
 
+    def _knowing_end(self, session: domain.Session, running: status.Status) -> status.Status:
+        """RUNNING with why its QEMU ended, where another one runs by now and somebody knows."""
+        if running.given_up is not None or not session.restarted_since(running.qemu):
+            return running
+        return dataclasses.replace(running, given_up=self._why_ended())
+
     def _advance(self, session: domain.Session, judged: status.Status) -> status.Status:
         """A backup that was good, as the last point of its branch."""
         if judged.advances is None or judged.advanced:
@@ -425,7 +460,8 @@ class BackupJob:
         done = last.advances is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
-            reasons = verdict.of_all(running, self._why_gone() or _GONE)
+            why = last.given_up or self._why_ended() or _GONE
+            reasons = verdict.of_all(running, why)
             self._forget(dataclasses.replace(last, cancelled=last.cancelled or may_be_point))
             return reasons
         self._forget(last)
@@ -632,6 +668,11 @@ def _is_stale(session: domain.Session, state: backup.BlockState, left: status.St
         or session.restarted_since(left.qemu)
         or (left.given_up is None and left.id not in state.backups())
     )
+
+
+def _is_dead(qemu: runtime.Process | None) -> bool:
+    """Whether QEMU is seen to have ended, be that noticed by who passes commands on or not."""
+    return qemu is not None and not runtime.is_alive(qemu)
 
 
 def _alive(owner: runtime.Process | None) -> bool:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
@@ -24,6 +25,7 @@ from virtbackup.qemu import (
     domain_obj,
     libvirt_events,
     libvirt_queries,
+    lifecycle,
     passthrough,
     qmp,
     status,
@@ -35,17 +37,6 @@ _ENGINES: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
 
 _OURS = ("engine", "native")
 """Options of a URI that libvirt is not told."""
-
-_ENDS = {
-    libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "the guest shut down",
-    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "the domain was destroyed",
-    libvirt.VIR_DOMAIN_SHUTOFF_CRASHED: "QEMU crashed or was killed",
-    libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED: "the domain was migrated to another host",
-    libvirt.VIR_DOMAIN_SHUTOFF_SAVED: "the domain was saved to a file",
-    libvirt.VIR_DOMAIN_SHUTOFF_FAILED: "the domain failed",
-    libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT: "the domain was set back to a snapshot",
-}
-"""Why a domain does not run, as libvirt tells it."""
 
 
 _own_errors = libvirt_queries.own_errors
@@ -131,6 +122,14 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
         self._trace: TextIO | None = None
         self._identities: dict[str, tuple[int, domain.Identity]] = {}
         """By uuid: of the domain's run of that id."""
+        self._hearings: weakref.WeakKeyDictionary[lifecycle.Hearing, str] = (
+            weakref.WeakKeyDictionary()
+        )
+        """Who listens to a domain, to its uuid."""
+        self._listens = True
+        self.backup_ended: Callable[[str, str], None] = lambda uuid, reason: None
+        """Called, in any thread, with a domain's uuid and the reason, when a backup that was
+        started here ends before it is stopped."""
 
     # --- the connection ---
 
@@ -145,6 +144,21 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
             with contextlib.suppress(libvirt.libvirtError):
                 self._current.close()
 
+    def leave(self) -> None:
+        """Hear nothing more over libvirt's connection; what was started goes on."""
+        with self._connecting:
+            self._listens = False
+            for hearing in self._hearings:
+                hearing.pause()
+
+    def listen(self, hearing: lifecycle.Hearing, uuid: str) -> None:
+        """Have HEARING listen to a domain, through all connections. Errors: libvirt's own."""
+        connection = self._connection
+        with self._connecting:
+            self._hearings[hearing] = uuid
+            if self._listens:
+                hearing.listen(connection, uuid)
+
     @property
     def _connection(self) -> "libvirt.virConnect":
         """libvirt, by a new connection where the last was lost. Errors: libvirt's own."""
@@ -154,6 +168,8 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
                 self._owned = True
                 logger.info("connected to libvirt anew")
                 self._connected_anew(self._current)
+                for hearing, uuid in self._hearings.items() if self._listens else ():
+                    hearing.listen(self._current, uuid)
             return self._current
 
     @_own_errors()
@@ -209,19 +225,10 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
                     lambda: self._session(ref),
                     self._engine,
                     quiesce=agent.LibvirtAgent(lambda: self.lookup(ref), ref.name),
-                    why_gone=lambda: self._why_gone(ref),
+                    host=_Host(self, ref),
                     notify=self._notify(ref),
                 )
             return self._domains[ref.uuid]
-
-    def _why_gone(self, ref: hypervisor.DomainRef) -> str | None:
-        """Why the domain does not run, in libvirt's knowledge; None where it has none."""
-        try:
-            state, reason = self.lookup(ref).state()
-        except libvirt.libvirtError as failure:
-            gone = failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
-            return "the domain is gone" if gone else None
-        return _ENDS.get(reason) if state == libvirt.VIR_DOMAIN_SHUTOFF else None
 
     @contextlib.contextmanager
     def _session(self, ref: hypervisor.DomainRef) -> Iterator[domain.Session]:
@@ -293,6 +300,28 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
 
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._obj(ref).job.delete_branch(name)
+
+
+class _Host:
+    """What libvirt knows of one domain (``domain_obj.Host``)."""
+
+    def __init__(self, driver: LibvirtDriver, ref: hypervisor.DomainRef) -> None:
+        self._driver = driver
+        self._ref = ref
+
+    def why_ended(self) -> str | None:
+        try:
+            state, reason = self._driver.lookup(self._ref).state()
+        except libvirt.libvirtError as failure:
+            gone = failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
+            return lifecycle.UNKNOWN if gone else None
+        return lifecycle.why_ended(state, reason)
+
+    def listen(self, hearing: lifecycle.Hearing) -> None:
+        self._driver.listen(hearing, self._ref.uuid)
+
+    def backup_ended(self, reason: str) -> None:
+        self._driver.backup_ended(self._ref.uuid, reason)
 
 
 def _check_jobs(found: "libvirt.virDomain", definition: backup_conf.BackupDef) -> None:

@@ -7,6 +7,7 @@ tainted with the first. Events stay with libvirt; whoever waits for one asks aga
 
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import logging
@@ -35,6 +36,8 @@ LOOK_AGAIN = 0.01
 _GONE = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN})
 """What libvirt says of a domain that is not running, or not there."""
 
+_PASSES_FILES = 8_002_000
+"""libvirt's first version with virDomainQemuMonitorCommandWithFiles."""
 
 _REFUSED = frozenset({libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_OPERATION_TIMEOUT})
 """What libvirt says of a command that it did not pass on: the connection is read-only, or another
@@ -53,10 +56,13 @@ class NotRunning(monitor.NotListening):
 class LibvirtMonitor:
     """A ``monitor.Monitor`` of a domain of libvirt's."""
 
-    @property
+    @functools.cached_property
     def passes_files(self) -> bool:
-        """libvirt hands descriptors to QEMU from 8.2 on."""
-        return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
+        """Whether libvirt hands descriptors to QEMU: its library, and its daemon, which may be
+        older. Errors: libvirt's own."""
+        if not hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles"):
+            return False
+        return bool(self._domain.connect().getLibVersion() >= _PASSES_FILES)
 
     def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
         """Errors: NotRunning when DOMAIN does not run; monitor.MonitorLost."""

@@ -100,7 +100,8 @@ class Status:
     owner: runtime.Process | None
     """The process whose end is the backup's end; None: it goes on without one."""
     given_up: str | None
-    """Why the backup was ended before its time, to be told by the stop; None while it runs."""
+    """Why the backup was ended before its time, by whoever watched it or by QEMU's end, to be told
+    by the stop; None while it runs."""
     was_stopped: bool
     """The guest was paused for an I/O error already at the start: that is not for us to end."""
     cancelled: bool

@@ -5,6 +5,7 @@ The guest's writes wait for the scratch images, and fail or stand still when the
 for those. So whoever started the backup and is still there looks at the room that is left, by
 descriptors of the images and without the monitor, the more often the less there is, and has the
 backup given up before it is too late. Now and then QEMU is asked, too, whether the guest stands.
+And where QEMU ends, what the backup has left outside of it goes at once, the images' room included.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from virtbackup import errors
 from virtbackup.qemu import scratch
@@ -49,23 +51,39 @@ class Image:
         return max(0, self.worst_case - os.fstat(self.fd).st_blocks * 512)
 
 
+class Watched(Protocol):
+    """The backup that is watched. Errors, of each: errors.Error."""
+
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+
+    def why_ended(self) -> str | None:
+        """Why it has, without anybody having said so to it: there is no QEMU of it any more. None:
+        there is, or it is not known yet."""
+
+    def note_end(self, reason: str) -> None:
+        """It has ended so, for REASON."""
+
+    def guest_trouble(self) -> str | None:
+        """Why the guest stands still, if it does."""
+
+    def give_up(self, reason: str) -> bool:
+        """End it for REASON. Whether there is nothing more to watch: not where QEMU turns out to
+        have ended, and why is to be known yet."""
+
+    def let_go(self) -> None:
+        """It is watched no more."""
+
+
 class Watch:
     """A thread that watches one backup until it is over, given up, or nobody watches any more."""
 
-    def __init__(
-        self,
-        images: Sequence[Image],
-        is_over: Callable[[], bool],
-        guest_trouble: Callable[[], str | None],
-        give_up: Callable[[str], None],
-    ) -> None:
-        """Begin to watch. IS_OVER: the backup has ended. GUEST_TROUBLE: why the guest stands still,
-        if it does. GIVE_UP ends the backup for a reason; all three may raise errors.Error."""
+    def __init__(self, images: Sequence[Image], backup: Watched) -> None:
+        """Begin to watch."""
         self._images = images
-        self._is_over = is_over
-        self._guest_trouble = guest_trouble
-        self._give_up = give_up
+        self._backup = backup
         self._closed = threading.Event()
+        self._woken = threading.Event()
         self._keep = {
             os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
             for image in images
@@ -73,31 +91,45 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
         self._thread.start()
 
+    def wake(self) -> None:
+        """Have a look at once; returns before that."""
+        self._woken.set()
+
     def close(self) -> None:
         """Watch no more; returns when the images' descriptors are closed, or after a while when a
         file system hangs."""
         self._closed.set()
+        self._woken.set()
         self._thread.join(_JOIN)
 
     def _run(self) -> None:
         try:
             next_look = time.monotonic() + LOOK
-            while not self._closed.wait(self._pause()) and not self._over():
+            while self._goes_on():
+                if (ended := self._ask(self._backup.why_ended)) is not None:
+                    self._insist(self._backup.note_end, ended)
+                    return
                 reason = self._no_room()
                 if reason is None and time.monotonic() > next_look:
                     next_look = time.monotonic() + LOOK
-                    reason = self._trouble()
-                if reason is not None:
-                    self._end(reason)
+                    reason = self._ask(self._backup.guest_trouble)
+                if reason is not None and self._insist(self._backup.give_up, reason):
                     return
         finally:
             for image in self._images:
                 with contextlib.suppress(OSError):
                     os.close(image.fd)
+            self._backup.let_go()
+
+    def _goes_on(self) -> bool:
+        """Whether to watch on, after a pause."""
+        self._woken.wait(self._pause())
+        self._woken.clear()
+        return not self._closed.is_set() and not self._over()
 
     def _over(self) -> bool:
         try:
-            return self._is_over()
+            return self._backup.is_over()
         except errors.Error as failure:
             logger.warning("watch: cannot tell whether the backup is over: %s", failure)
             return False
@@ -132,19 +164,20 @@ class Watch:
                 )
         return None
 
-    def _trouble(self) -> str | None:
+    def _ask(self, what: Callable[[], str | None]) -> str | None:
         try:
-            return self._guest_trouble()
+            return what()
         except errors.Error as failure:
             logger.warning("watch: cannot look at the guest: %s", failure)
             return None
 
-    def _end(self, reason: str) -> None:
+    def _insist(self, end: Callable[[str], bool | None], reason: str) -> bool:
+        """Whether there is nothing more to watch."""
         while not self._over():
             try:
-                self._give_up(reason)
-                return
+                return end(reason) is not False
             except errors.Error as failure:
                 logger.warning("watch: cannot end the backup, trying again: %s", failure)
             if self._closed.wait(TRY_AGAIN):
-                return
+                break
+        return True

@@ -74,8 +74,8 @@ def parse_uri(uri: str) -> Target:
 
 
 def _shape(scheme: str) -> str:
-    options = (f"[{name}={_VALUES.get(name, 'URI')}]" for name in _OPTIONS[scheme])
-    return f"{_SHAPES[scheme]}?{'&'.join(options)}"
+    options = (f"{name}={_VALUES.get(name, 'URI')}" for name in _OPTIONS[scheme])
+    return f"{_SHAPES[scheme]}[?{'][&'.join(options)}]"
 
 
 def _options(parts: urllib.parse.SplitResult) -> dict[str, str]:
@@ -107,9 +107,9 @@ def _address(parts: urllib.parse.SplitResult) -> transport.Address:
         if parts.netloc:
             raise ValueError("a unix socket is on this host")
         path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-        if path.strip("/") == "":
-            raise ValueError("the path of the socket is missing")
-        return transport.parse_address(f"unix:{path}")
+        if not path.strip("/") or "\0" in path:
+            raise ValueError("the path of the socket is missing, or none")
+        return transport.Address("unix", path=path)
     if parts.path not in ("", "/"):
         raise ValueError(f"the path '{parts.path}' has no meaning")
     if "@" in parts.netloc or not parts.hostname:

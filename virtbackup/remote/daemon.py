@@ -243,6 +243,8 @@ def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     made.verify_mode = ssl.CERT_REQUIRED
+    # libvirt's client takes what comes first for the word that it is accepted.
+    made.num_tickets = 0
     ca, cert, key = (
         str(pathlib.Path(directory, name))
         for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem")

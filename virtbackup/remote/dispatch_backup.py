@@ -2,6 +2,7 @@
 """The calls about backups: the proposed ones, and those that libvirt has come to have, which take
 libvirt's own dialect and checkpoints."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 
@@ -94,7 +95,10 @@ def backup_stop(session: Session, args: structs.DomainFlagsArgs) -> None:
 
 def stop(session: Session, found: domains.Found, function: str, flags: int) -> None:
     """Stop a domain's backup, and keep in mind what is told of a job that has ended."""
-    session.daemon.ended.ending(found.own.uuid, job_stats.running(found))
+    progress: job_stats.Stats = {}
+    with contextlib.suppress(libvirt.libvirtError):  # the stop says better what is wrong
+        progress = job_stats.running(found)
+    session.daemon.ended.ending(found.own.uuid, progress)
     found.call(function, "domain_backup_stop", flags)
     for other in session.daemon.sessions():
         other.has_ended(found.own.uuid)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -240,7 +241,7 @@ class RemoteDriver:
         self._current = self._connect()
 
     def __del__(self) -> None:
-        if "_current" in vars(self) and not self._closed:
+        if "_current" in vars(self) and not self._closed and not sys.is_finalizing():
             self._current.client.abandon()
 
     # --- the connection ---
@@ -251,12 +252,12 @@ class RemoteDriver:
         """
         if os.getpid() != self._pid:
             return
+        self._jobs.close()
         with self._connecting:
             if self._closed:
                 return
             self._closed = True
         connection = self._current.client
-        self._jobs.close()
         with contextlib.suppress(errors.Error):  # it is lost, or being shut down
             connection.call(REMOTE, "CONNECT_CLOSE", timeout=CLOSE_TIMEOUT)
         connection.close()

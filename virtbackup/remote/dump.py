@@ -4,9 +4,10 @@
 What is secret is not shown: what SASL says, passwords in documents and in monitor commands.
 """
 
+import dataclasses
 import datetime
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from virtbackup.remote import protocol, remote_types, rpc, xdr
 from virtbackup.remote.program import MessageStatus, MessageType
@@ -22,12 +23,12 @@ _SECRET = frozenset({"AUTH_SASL_START", "AUTH_SASL_STEP"})
 
 _HIDDEN = "(hidden)"
 _PASSWORDS = (
-    # <graphics passwd='...'>, within a text that repr may have escaped
-    re.compile(r"""(\bpasswd=\\?(["']))(?:(?!\\?\2).)*"""),
+    # <graphics passwd='...'>
+    re.compile(r"""(\bpasswd\s*=\s*(["']))(?:(?!\2).)*""", re.DOTALL),
     # {"password": "..."}, {"qom-type": "secret", "data": "..."}
-    re.compile(r'("(?:password|passwd|data)"\s*:\s*(["]))(?:[^"\\]|\\.)*'),
+    re.compile(r'("(?:password|passwd|data)"\s*:\s*")(?:[^"\\]|\\.)*'),
     # set_password vnc ..., change vnc password ...
-    re.compile(r"(\b(?:set_password\s+(\w+)|change\s+\w+\s+password)\s+)[^\s'\"]+"),
+    re.compile(r"(\b(?:set_password\s+\w+|change\s+\w+\s+password)\s+)\S+"),
 )
 
 
@@ -71,7 +72,7 @@ def _carried(message: rpc.Message) -> str:
         return f"{size} that are not of its type: {failure}"
 
 
-def _decoded(message: rpc.Message) -> object:
+def _decoded(message: rpc.Message) -> Any:
     """The struct; None where there is none, or none that is known."""
     if message.type in (MessageType.STREAM, MessageType.STREAM_HOLE):
         return None
@@ -80,16 +81,21 @@ def _decoded(message: rpc.Message) -> object:
     if message.proc is None or message.status != MessageStatus.OK:
         return None
     is_reply = message.type in (MessageType.REPLY, MessageType.REPLY_WITH_FDS)
-    value: object = rpc.ret(message) if is_reply else rpc.args(message)
-    return value
+    return rpc.ret(message) if is_reply else rpc.args(message)
 
 
-def _shown(value: object, otherwise: str) -> str:
+def _shown(value: Any, otherwise: str) -> str:
     if value is None:
         return otherwise
-    text = repr(value)
-    for password in _PASSWORDS:
-        text = password.sub(rf"\g<1>{_HIDDEN}", text)
+    texts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    hidden = {name: _hidden(text) for name, text in texts.items() if isinstance(text, str)}
+    text = repr(dataclasses.replace(value, **hidden))
     if len(text) > MAX_TEXT:
         return f"{text[:MAX_TEXT]}... ({len(text)} characters)"
+    return text
+
+
+def _hidden(text: str) -> str:
+    for password in _PASSWORDS:
+        text = password.sub(rf"\g<1>{_HIDDEN}", text)
     return text

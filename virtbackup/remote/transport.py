@@ -193,8 +193,7 @@ def serve(
     if context is None:
         return Transport(accepted, max_length)
     accepted.settimeout(timeout)
-    wrap = functools.partial(_accepting, context, accepted)
-    return _handshake(accepted, wrap, max_length)
+    return _handshake(accepted, functools.partial(_accepting, context, accepted), max_length)
 
 
 def _accepting(context: ssl.SSLContext, accepted: socket.socket) -> ssl.SSLSocket:

@@ -47,14 +47,13 @@ class Workers:
                 logger.warning("threads=%d no more: %s", len(self._threads), failure)
 
     def close(self, timeout: float) -> None:
-        """Do what is left to do, for up to TIMEOUT seconds."""
+        """Do what is left to do, and what comes of that, for up to TIMEOUT seconds."""
         end = time.monotonic() + timeout
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            threads = list(self._threads)
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
+            while self._threads and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
 
     def _startable(self) -> int:
         """How much ordinary work need not wait."""
@@ -72,6 +71,8 @@ class Workers:
                 self._busy_with_ordinary -= is_ordinary
         with self._changed:
             self._threads.discard(threading.current_thread())
+            if self._closed:
+                self._changed.notify_all()
 
     def _next(self) -> tuple[Work, bool] | None:
         """What to do, and whether it is ordinary; None: end."""

@@ -9,10 +9,13 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import virtbackup
 from virtbackup.tools import vsh
+
+if TYPE_CHECKING:
+    from virtbackup.tools import virsh_events
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,10 @@ def default_uri() -> str:
     return "qemu:///system"
 
 
+_WITH_EVENTS = ("qemu:", "qemu+unix:")
+"""How the URIs begin that lead to libvirt."""
+
+
 class Control:
     """The shell's connection."""
 
@@ -34,6 +41,7 @@ class Control:
         self._trace: TextIO | None = None
         self._trace_path = ""
         self._connection: virtbackup.Connection | None = None
+        self._events: virsh_events.EventLoop | None = None
 
     def connection(self) -> virtbackup.Connection:
         """The open connection, opened now if need be. Errors: Failure when it is lost."""
@@ -80,11 +88,18 @@ class Control:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+        events, self._events = self._events, None
+        if events is not None:
+            events.close()
 
     def _open(self, uri: str, readonly: bool) -> virtbackup.Connection:
         import libvirt  # here, or help would wait for it
 
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
+        if self._events is None and uri.startswith(_WITH_EVENTS):
+            from virtbackup.tools import virsh_events
+
+            self._events = virsh_events.EventLoop()
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a trace shows of messages, and what it does not."""
+
+import datetime
+import os
+
+import libvirt
+import pytest
+
+from tests import rpc_server
+from virtbackup import errors
+from virtbackup.remote import dump, keepalive, program, rpc, rpc_error
+from virtbackup.remote import remote_structs as structs
+from virtbackup.remote.program import MessageType
+from virtbackup.remote.protocol import QEMU, REMOTE, VIRTBACKUP
+
+VM = rpc_server.VM
+LOOKUP = rpc.call(REMOTE, "DOMAIN_LOOKUP_BY_NAME", 5, structs.DomainLookupByNameArgs("v\nm"))
+NOBODY = program.Program("NOBODY", 0x20008088, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (LOOKUP, r"REMOTE.DOMAIN_LOOKUP_BY_NAME serial=5 CALL DomainLookupByNameArgs(name='v\nm')"),
+        (rpc.reply(LOOKUP, structs.DomainRet(rpc_server.domain("vm"))),
+         "REMOTE.DOMAIN_LOOKUP_BY_NAME serial=5 REPLY DomainArgs(dom=NonnullDomain(name='vm',"
+         f" uuid={bytes(16)!r}, id=-1))"),
+        (rpc.call(REMOTE, "CONNECT_CLOSE", 6), "REMOTE.CONNECT_CLOSE serial=6 CALL"),
+        (keepalive.PING, "KEEPALIVE.PING serial=0 MESSAGE"),
+        (rpc_server.raw(REMOTE, 23, 0, 1, b"\0\0\0\xff"),
+         "REMOTE.DOMAIN_LOOKUP_BY_NAME serial=1 CALL (4 bytes) that are not of its type:"
+         " DomainLookupByNameArgs.name: the data ends within string"),
+        (rpc_server.raw(REMOTE, 9999, 0, 1, b"abcd"), "REMOTE.9999 serial=1 CALL (4 bytes)"),
+        (rpc_server.raw(NOBODY, 4, 1, 2), "0x20008088/3.4 serial=2 REPLY"),
+        (rpc_server.raw(REMOTE, 208, MessageType.STREAM, 3, b"data", status=2),
+         "REMOTE.208 serial=3 STREAM CONTINUE (4 bytes)"),
+        (rpc_server.raw(REMOTE, 2, 77, 3, b"", status=9), "REMOTE.CONNECT_CLOSE serial=3 77 9"),
+    ],
+    ids=["call", "reply", "void", "ping", "short", "procedure", "program", "stream", "numbers"],
+)  # fmt: skip
+def test_a_message(message: rpc.Message, text: str) -> None:
+    assert dump.describe(message) == text
+
+
+def test_an_error() -> None:
+    failure = errors.error(libvirt.VIR_ERR_NO_DOMAIN, "no domain with matching name 'vm'")
+    shown = dump.describe(rpc_error.reply(LOOKUP, failure))
+    assert shown.startswith("REMOTE.DOMAIN_LOOKUP_BY_NAME serial=5 REPLY ERROR RemoteError(code=42")
+    assert "no domain with matching name" in shown
+    unknown = rpc_error.reply(rpc_server.raw(NOBODY, 4, 0, 2), failure)
+    assert "no domain with matching name" in dump.describe(unknown)
+
+
+def test_a_line() -> None:
+    when = datetime.datetime(2026, 1, 2, 3, 4, 5, 6, datetime.timezone.utc)
+    assert dump.line(when, "<-", keepalive.PONG) == (
+        "2026-01-02T03:04:05.000006Z <- KEEPALIVE.PONG serial=0 MESSAGE"
+    )
+
+
+def test_descriptors_are_counted() -> None:
+    args = structs.DomainFdAssociateArgs(VM, "vda", 0)
+    message = rpc.call(REMOTE, "DOMAIN_FD_ASSOCIATE", 1, args, [0, 1])
+    assert " CALL_WITH_FDS fds=2 DomainFdAssociateArgs(" in dump.describe(message)
+
+
+def test_what_is_long_is_cut() -> None:
+    args = structs.DomainLookupByNameArgs("x" * 10_000)
+    shown = dump.describe(rpc.call(REMOTE, "DOMAIN_LOOKUP_BY_NAME", 5, args))
+    assert len(shown) < dump.MAX_TEXT + 200
+    assert shown.endswith("... (10031 characters)")
+
+
+def monitor(command: str) -> rpc.Message:
+    kind = QEMU["DOMAIN_MONITOR_COMMAND"].args
+    assert kind is not None
+    return rpc.call(QEMU, "DOMAIN_MONITOR_COMMAND", 1, kind(VM, command, 0))
+
+
+SECRETS = {
+    "sasl start": rpc.call(
+        REMOTE, "AUTH_SASL_START", 1, structs.AuthSaslStartArgs("PLAIN", 0, b"\0fred\0hunter2")
+    ),
+    "sasl step": rpc.call(REMOTE, "AUTH_SASL_STEP", 1, structs.AuthSaslStepArgs(0, b"hunter2")),
+    "sasl answer": rpc.reply(
+        rpc.call(REMOTE, "AUTH_SASL_STEP", 1, structs.AuthSaslStepArgs(0, b"")),
+        structs.AuthSaslRet(0, 0, b"hunter2"),
+    ),
+    "graphics": rpc.reply(
+        rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
+        structs.XmlRet("<graphics type='vnc' passwd='hunter2' autoport=\"yes\"/>"),
+    ),
+    "graphics in double quotes": rpc.reply(
+        rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
+        structs.XmlRet('<graphics passwd="hunter2"/>'),
+    ),
+    "qmp password": monitor('{"execute":"set_password","arguments":{"password":"hunter2"}}'),
+    "qmp with quotes": monitor('{"a":"it\'s","password" : "\\"hunter2"}'),
+    "qmp secret": monitor('{"arguments":{"qom-type":"secret","id":"s","data":"hunter2"}}'),
+    "hmp password": monitor("set_password vnc hunter2"),
+    "hmp change": monitor("change vnc password hunter2"),
+}
+
+
+@pytest.mark.parametrize("message", SECRETS.values(), ids=SECRETS)
+def test_secrets_are_not_shown(message: rpc.Message) -> None:
+    shown = dump.describe(message)
+    assert "hunter2" not in shown
+    assert "(hidden)" in shown
+
+
+def test_what_stands_beside_a_secret_is_shown() -> None:
+    shown = dump.describe(SECRETS["graphics"])
+    assert "type='vnc'" in shown.replace("\\", "")
+    assert 'autoport="yes"' in shown.replace("\\", "")
+    assert '"qom-type":"secret"' in dump.describe(SECRETS["qmp secret"])
+
+
+def test_any_payload_can_be_shown() -> None:
+    for proc in (*REMOTE.procedures, *VIRTBACKUP.procedures):
+        for type in range(8):
+            for payload in (b"", os.urandom(4), os.urandom(400)):
+                message = rpc_server.raw(REMOTE, proc.number, type, 0, payload, status=type % 3)
+                assert "\n" not in dump.describe(message)
