@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import pathlib
+import signal
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import virtbackup
 from tests import test_qmp
 from virtbackup.qemu import monitor, monitor_json, qmp
 
+DEADLINE = 20.0
 Script = Callable[[socket.socket], None]
 
 
@@ -217,3 +219,38 @@ def test_all_of_a_batch_are_answered_before_the_first_failure_is_raised(
             qemu.execute_all(batch)
         assert caught.value.command is batch[1]
         assert qemu.execute(monitor_json.query_jobs()) == "next"
+
+
+def test_a_signal_while_others_are_served(tmp_path: pathlib.Path) -> None:
+    """It cuts the wait for the monitor short, which begins anew then."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    path = tmp_path / "qmp.sock"
+    got: list[object] = []
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as other:
+        server.bind(str(path))
+        server.listen(0)
+        other.connect(str(path))  # the queue is full
+
+        def connect() -> None:
+            try:
+                with monitor.SocketMonitor(str(path)):
+                    got.append("served")
+            except libvirt.libvirtError as failure:
+                got.append(failure)
+
+        thread = threading.Thread(target=connect)
+        thread.start()
+        assert thread.ident is not None
+        for _ in range(50):
+            if thread.is_alive():
+                signal.pthread_kill(thread.ident, signal.SIGUSR1)
+            thread.join(0.002)
+        assert got == []
+        server.accept()[0].close()
+        client, _ = server.accept()
+        with client:
+            greet(client)
+            until_closed(client)
+        thread.join(DEADLINE)
+    signal.signal(signal.SIGUSR1, before)
+    assert got == ["served"]

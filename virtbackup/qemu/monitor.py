@@ -5,6 +5,7 @@ import array
 import collections
 import contextlib
 import datetime
+import errno
 import logging
 import select
 import socket
@@ -260,9 +261,11 @@ class SocketMonitor:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # A full queue of waiting clients makes a non-blocking connect fail at once; a blocking
         # one waits for as long as it may send (unix(7)).
-        _limit_sending(connection, CONNECT_TIMEOUT)
+        end = time.monotonic() + CONNECT_TIMEOUT
         try:
-            connection.connect(self.path)
+            while not _is_connected(connection):
+                _limit_sending(connection, max(0.001, end - time.monotonic()))
+                connection.connect(self.path)
         except BlockingIOError as failure:
             connection.close()
             raise self._busy() from failure
@@ -387,6 +390,18 @@ class SocketMonitor:
             # Not the backup's business; ValueError: it was closed, or cannot hold a character.
             logger.warning("monitor=%s trace ends: %s", self.path, failure)
             self._trace = None
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    """Whether it is. Of a wait that a signal has cut short, or the freezer, Python's connect says
+    that it has come to a good end."""
+    try:
+        connection.getpeername()
+    except OSError as failure:
+        if failure.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
 
 
 def _limit_sending(connection: socket.socket, seconds: float) -> None:
