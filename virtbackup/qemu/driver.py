@@ -13,9 +13,18 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
-from virtbackup.qemu import agent, capabilities, domain, domain_obj, monitor, qmp, status
+from virtbackup.qemu import (
+    agent,
+    capabilities,
+    capabilities_cache,
+    domain,
+    domain_obj,
+    monitor,
+    qmp,
+    status,
+)
 
 
 def open(uri: str, readonly: bool) -> "QmpDriver":
@@ -112,7 +121,7 @@ class QmpDriver:
         with _qmp_border(), monitor.SocketMonitor(self._path, self._trace) as qemu:
             process = domain.process_of(qemu)
             if self._identity is None or process is None or process != self._identity.process:
-                self._identity = domain.identify(qemu)
+                self._identity = _identify(qemu, process)
             yield domain.Session(qemu, self._identity)
 
     # --- domains ---
@@ -166,6 +175,15 @@ class QmpDriver:
 
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._domain.job.delete_branch(name)
+
+
+def _identify(qemu: monitor.Monitor, process: runtime.Process | None) -> domain.Identity:
+    """Who answers, in PROCESS; what it can do is asked once in its life."""
+    known = capabilities_cache.load(process, qemu.greeting)
+    identity = domain.identify(qemu, known=known)
+    if known is None and identity.process == process:
+        capabilities_cache.store(process, qemu.greeting, identity.capabilities)
+    return identity
 
 
 @contextlib.contextmanager
