@@ -4,6 +4,8 @@
 The driver here is a third party's: a class that the registry was told of, no part of ours.
 """
 
+import configparser
+import pathlib
 import types
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -271,8 +273,17 @@ def test_install_replaces_nothing(fake_libvirt: types.ModuleType) -> None:
     assert fake_libvirt.virDomain.backupStop is own
 
 
-def test_a_driver_by_entry_point() -> None:
+def test_a_driver_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hypervisor, "_OWN", {})
     assert hypervisor._opener("qmp:///x").__module__ == "virtbackup.qemu.driver"
+
+
+def test_our_own_drivers_are_those_of_the_entry_points() -> None:
+    config = configparser.ConfigParser()
+    config.read(pathlib.Path(__file__).parents[1] / "setup.cfg")
+    declared = config["options.entry_points"][hypervisor.ENTRY_POINTS].split("\n")
+    for scheme, module in hypervisor._OWN.items():
+        assert f"{scheme} = {module}:open" in declared
 
 
 def test_every_code_has_libvirts_text() -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import socket
-import uuid as uuidlib
 from collections.abc import Callable, Set
 from types import TracebackType
 from typing import Any, TextIO
@@ -145,8 +144,10 @@ class Connection:
         _check_not_none(function, uuidstr=uuidstr)
         if not re.fullmatch(r"[0-9a-fA-F-]{32,36}", uuidstr):
             raise errors.invalid_arg(function, "uuidstr", "Invalid UUID")
+        import uuid  # slow to load, and few ask by one
+
         try:
-            wanted = str(uuidlib.UUID(uuidstr))
+            wanted = str(uuid.UUID(uuidstr))
         except ValueError as failure:
             raise errors.invalid_arg(function, "uuidstr", "Invalid UUID") from failure
         return self._lookup(function, f"no domain with matching uuid '{wanted}'", uuid=wanted)

@@ -61,10 +61,9 @@ def is_alive(process: Process) -> bool:
 def private_directory() -> Iterator[pathlib.Path]:
     """A directory that only this user reaches, for sockets and files; gone afterwards, or with the
     first ``sweep`` after this process was killed. Errors: OSError."""
-    import tempfile  # brings much with it, and few need it
-
     pid, start = this_process()
-    made = pathlib.Path(tempfile.mkdtemp(prefix=f"private-{pid}-{start}-", dir=make_directory()))
+    made = make_directory() / f"private-{pid}-{start}-{os.urandom(8).hex()}"
+    made.mkdir(mode=0o700)
     try:
         yield made
     finally:

@@ -906,6 +906,25 @@ def test_a_snapshot_in_the_middle(
         assert domain.backupCleanup() == []
 
 
+def test_a_guest_whose_disks_are_given_away_in_the_middle(
+    tmp_path: pathlib.Path, machine: machines.Machine, engine: str
+) -> None:
+    """As a migration or libvirt's save has it. Where QEMU does that, it outlives it: QEMU 5.2 would
+    not, if the branch's own bitmap was exported."""
+    one = client(tmp_path, engine)
+    one.backup()
+    one.write(machine, "vda", 3)
+    one.start(type="incremental")
+    machine.probe("stop")
+    machine.probe("migrate", uri="exec:cat >/dev/null")
+    while machine.probe("query-migrate")["status"] not in ("completed", "failed"):
+        pass  # the test's own time limit applies
+    assert machine.process.poll() is None
+    with contextlib.suppress(virtbackup.Error):
+        one.stop(cancel=True)
+    assert machine.process.poll() is None
+
+
 def test_an_overlay_made_while_the_guest_was_down_in_the_middle(tmp_path: pathlib.Path) -> None:
     """What the backup divided is in an image that is only read now."""
     images(tmp_path)

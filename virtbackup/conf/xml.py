@@ -3,7 +3,7 @@
 
 import contextlib
 import functools
-import importlib.resources
+import pathlib
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -19,6 +19,7 @@ MAX_DOCUMENT = 1 << 20
 _MAX_ATTRIBUTES = 5000
 """In one element: libxml2 compares each with each."""
 
+_SCHEMAS = pathlib.Path(__file__).parents[1] / "schemas"
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -145,4 +146,4 @@ def _compiled(schema: str) -> etree.XMLSchema:
 
 
 def _text(schema: str) -> str:
-    return (importlib.resources.files("virtbackup") / "schemas" / schema).read_text("utf-8")
+    return (_SCHEMAS / schema).read_text("utf-8")

@@ -316,12 +316,7 @@ class _Disk:
         Errors: what storing met.
         """
         for chunk in self.store.collect():
-            if chunk.zero:
-                self._tree.add_zeroes(chunk.offset, chunk.length)
-            else:
-                self._tree.add(chunk.offset, chunk.length, chunk.digests)
-                self._read += chunk.length
-            self._advance(chunk.length)
+            self._note_stored(chunk)
             self._free.append(chunk)
         if self._left:
             self._fill()
@@ -331,6 +326,16 @@ class _Disk:
                 self._loop.leave(one)
             self.store.finish()
         return self.store.stored is not None
+
+    def _note_stored(self, chunk: store.Chunk) -> None:
+        if chunk.zero:
+            for offset, length in chunk.pieces:
+                self._tree.add_zeroes(offset, length)
+        else:
+            for (offset, length), digests in zip(chunk.pieces, chunk.digests, strict=True):
+                self._tree.add(offset, length, digests)
+                self._read += length
+        self._advance(sum(length for _, length in chunk.pieces))
 
     def receive(self, one: connection.Connection) -> None:
         """Take what the connection brought."""
@@ -401,10 +406,27 @@ class _Disk:
         elif not self._free:
             return False
         elif extent.kind is extents.Kind.DATA:
-            self._start(self._free.pop(), _next_piece(walk.todo))
+            self._start(self._free.pop(), self._gather(walk))
         else:
             self._store_zeroes(self._free.pop(), walk.todo.popleft())
         return True
+
+    def _gather(self, walk: _Walk) -> list[extents.Extent]:
+        """The data at the head of WALK, up to the next border of a chunk; and more, when it is
+        known and comes before that, in small pieces with nothing between that is to be stored."""
+        pieces = [_next_piece(walk.todo)]
+        border = -(-pieces[0].end // CHUNK) * CHUNK
+        while walk.todo and walk.todo[0].offset < border:
+            extent = walk.todo[0]
+            if extent.kind is extents.Kind.DATA:
+                if self._worth_asking(extent, walk):
+                    break
+                pieces.append(_next_piece(walk.todo))
+            elif self._to_store(extent.kind) or self._tree.early >= _MOST_EARLY:
+                break
+            else:
+                self._pass_over(walk.todo.popleft())
+        return pieces
 
     def _worth_asking(self, extent: extents.Extent, walk: _Walk) -> bool:
         """Whether EXTENT, which has changed, may be zeroes, and many of them."""
@@ -421,7 +443,7 @@ class _Disk:
         return kind is not extents.Kind.SKIP and self._job.backing is not None
 
     def _store_zeroes(self, chunk: store.Chunk, extent: extents.Extent) -> None:
-        chunk.aim(extent.offset, extent.length, zero=True)
+        chunk.aim([(extent.offset, extent.length)], zero=True)
         self.store.put(chunk)
 
     def _pass_over(self, extent: extents.Extent) -> None:
@@ -442,11 +464,12 @@ class _Disk:
                 self._job.export, "read allocation of", str(failure), request.offset
             ) from failure
 
-    def _start(self, chunk: store.Chunk, piece: extents.Extent) -> None:
-        chunk.aim(piece.offset, piece.length)
-        for offset, length in extents.split(piece, self.connections[0].most):
-            one = min(self.connections, key=lambda c: c.load)
-            one.read(chunk, offset, length)
+    def _start(self, chunk: store.Chunk, pieces: Sequence[extents.Extent]) -> None:
+        chunk.aim([(piece.offset, piece.length) for piece in pieces])
+        for piece in pieces:
+            for offset, length in extents.split(piece, self.connections[0].most):
+                one = min(self.connections, key=lambda c: c.load)
+                one.read(chunk, offset, length)
 
     def _advance(self, count: int) -> None:
         self._left -= count

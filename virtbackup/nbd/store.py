@@ -9,36 +9,34 @@ import collections
 import os
 import queue
 import threading
+from collections.abc import Sequence
 
 from virtbackup.nbd import checksum, target
 
 
 class Chunk:
-    """A buffer of SPACE bytes on its way: OFFSET and LENGTH say which part of the disk it has.
+    """A buffer of SPACE bytes on its way: which PIECES of the disk it has, as (offset, length).
 
-    Or it says of that part that all of it is ZERO, and stands for more than it has space for.
+    The pieces are in order, and no more than SPACE is from the first one's start to the last one's
+    end. Or it says of one piece that all of it is ZERO, which may be more than it has space for.
     """
 
     def __init__(self, space: int) -> None:
         self._memory = memoryview(bytearray(space))
-        self.offset = self.length = 0
+        self.pieces: Sequence[tuple[int, int]] = ()
         self.zero = False
         self.pending = 0
         """Reads of it that are in flight."""
-        self.digests = b""
-        """Of its blocks, once it is stored."""
+        self.digests: Sequence[bytes] = ()
+        """Of each piece's blocks, once it is stored."""
 
-    def aim(self, offset: int, length: int, *, zero: bool = False) -> None:
-        self.offset, self.length, self.zero = offset, length, zero
+    def aim(self, pieces: Sequence[tuple[int, int]], *, zero: bool = False) -> None:
+        self.pieces, self.zero = pieces, zero
 
     def part(self, offset: int, length: int) -> memoryview:
         """Where LENGTH bytes at OFFSET of the disk go."""
-        start = offset - self.offset
+        start = offset - self.pieces[0][0]
         return self._memory[start : start + length]
-
-    @property
-    def data(self) -> memoryview:
-        return self._memory[: self.length]
 
 
 class Wake:
@@ -116,21 +114,24 @@ class Store(threading.Thread):
 
     def _store(self, chunk: Chunk) -> None:
         if chunk.zero:
-            self._target.write_zeroes(chunk.offset, chunk.length)
+            for offset, length in chunk.pieces:
+                self._target.write_zeroes(offset, length)
         else:
-            self._store_data(chunk)
+            chunk.digests = [self._store_piece(chunk, *piece) for piece in chunk.pieces]
         self._done.append(chunk)
         self._wake.set()
 
-    def _store_data(self, chunk: Chunk) -> None:
-        data, zeroes_from = chunk.data, 0
-        chunk.digests, runs = checksum.scan(data)
+    def _store_piece(self, chunk: Chunk, offset: int, length: int) -> bytes:
+        """The digests of its blocks."""
+        data, zeroes_from = chunk.part(offset, length), 0
+        digests, runs = checksum.scan(data)
         for start, end in runs:
-            self._zeroes(chunk, zeroes_from, start)
-            self._target.write(chunk.offset + start, data[start:end])
+            self._zeroes(offset + zeroes_from, offset + start)
+            self._target.write(offset + start, data[start:end])
             zeroes_from = end
-        self._zeroes(chunk, zeroes_from, chunk.length)
+        self._zeroes(offset + zeroes_from, offset + length)
+        return digests
 
-    def _zeroes(self, chunk: Chunk, start: int, end: int) -> None:
+    def _zeroes(self, start: int, end: int) -> None:
         if start < end:
-            self._target.write_zeroes(chunk.offset + start, end - start)
+            self._target.write_zeroes(start, end - start)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
 import select
 import socket
 import subprocess
@@ -158,7 +157,7 @@ class _Connection:
 
     def sync(self, end: float) -> None:
         """Wait until the agent answers us, whatever was said before. Errors: TimeoutError."""
-        token = secrets.randbelow(1 << 31)
+        token = int.from_bytes(os.urandom(4), "big") >> 1
         request = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
         self._socket.sendall(_SENTINEL + json.dumps(request).encode() + b"\n")
         seen = b""

@@ -64,36 +64,38 @@ class DiskPlan:
     since: naming.Point | None = None
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
-    """What the changes are called, where that is not the branch's name."""
+    """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
 
     @property
     def changes(self) -> monitor_json.BitmapOf | None:
         """The bitmap that is exported with the disk."""
         if self.since is None:
             return None
-        if self.renamed is not None:
-            return self.renamed
         assert self.step is not None
+        if self.copy is not None:
+            # Found from the scratch image itself; where another node is exported, by its name.
+            return dataclasses.replace(
+                self.copy, node=None if self.access is None else self.scratch
+            )
         # Found from an overlay over the disk; not from a node over its filter, which is no image.
         node = None if self.access is None else self.step.node
         return dataclasses.replace(self.step.own, node=node)
 
     @property
-    def renamed(self) -> monitor_json.BitmapOf | None:
-        """A copy of the branch's bitmap under another name: on the scratch image, with which it
-        goes."""
+    def copy(self) -> monitor_json.BitmapOf | None:
+        """A copy of the branch's bitmap on the scratch image, with which it goes."""
         if self.since is None or self.exportbitmap is None:
             return None
         return monitor_json.BitmapOf(self.scratch, self.exportbitmap)
 
-    def rename(self) -> list[dict[str, Any]]:
-        """The actions of a start that make that copy, once the branch's bitmap stands still."""
-        if self.renamed is None:
+    def make_copy(self) -> list[dict[str, Any]]:
+        """The actions of a start that make the copy, once the branch's bitmap stands still."""
+        if self.copy is None:
             return []
         assert self.step is not None
         return [
-            monitor_json.bitmap_add(self.renamed, self.step.granularity, False, disabled=True),
-            monitor_json.bitmap_merge(self.renamed, self.step.own),
+            monitor_json.bitmap_add(self.copy, self.step.granularity, False, disabled=True),
+            monitor_json.bitmap_merge(self.copy, self.step.own),
         ]
 
 
@@ -152,7 +154,7 @@ class BackupPlan:
         ]
         before = [action for step in steps for action in step.before()]
         after = [action for step in steps for action in step.after()]
-        copies = [action for disk in self.disks for action in disk.rename()]
+        copies = [action for disk in self.disks for action in disk.make_copy()]
         return monitor_json.transaction([*before, *jobs, *after, *copies])
 
     def export_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
@@ -274,7 +276,8 @@ def plan(
         plan = _disk(wanted, found[wanted.name], engine, caps, backup, len(disks))
         if line is not None:
             assert definition.branch is not None
-            plan = _with_branch(plan, definition.branch, wanted, line, backup, len(disks))
+            number = len(disks)
+            plan = _with_branch(plan, definition.branch, wanted, line, backup, number, caps)
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials)
@@ -318,12 +321,15 @@ def _with_branch(
     line: branch.Line,
     backup: naming.BackupId,
     number: int,
+    caps: capabilities.Capabilities,
 ) -> DiskPlan:
     assert wanted.granularity is not None
     step = branch.step(name, line, naming.next_bitmap(backup, number, name), wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
-    other = None if wanted.exportbitmap in (None, name) else wanted.exportbitmap
-    exportbitmap = None if other is None else naming.BitmapName(other)
+    copied = wanted.exportbitmap
+    if capabilities.BUSY_BITMAP_ABORT.affects(caps.version):
+        copied = copied or name
+    exportbitmap = None if copied is None else naming.BitmapName(copied)
     return dataclasses.replace(plan, step=step, since=since, exportbitmap=exportbitmap)
 
 

@@ -153,6 +153,17 @@ NAMED_NODES_CRASH = Defect(
 """Seen on 5.2.0 (a segmentation fault); what lies between it and 7.2 is taken to be alike."""
 
 
+BUSY_BITMAP_ABORT = Defect(
+    (0, 0, 0),
+    (7, 2, 0),
+    "QEMU aborts when it gives its disks away, to a migration or libvirt's save, while a bitmap"
+    " that is in an image is exported (Assertion `!bdrv_dirty_bitmap_busy(bitmap)' failed)",
+    "a copy of the branch's bitmap is exported",
+)
+"""Seen on 5.2.0 whether a client reads the export or not; 7.2.22 and 10.0.13 refuse to give such a
+disk away. What lies between is taken to be like 5.2."""
+
+
 TLS_INET_ONLY = Defect(
     (0, 0, 0),
     (7, 0, 0),

@@ -4,7 +4,6 @@
 import dataclasses
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
 import libvirt
@@ -84,25 +83,35 @@ class Session:
         return None not in (self.process, then) and self.process != then
 
 
-def identify(qemu: monitor.Monitor, ref: hypervisor.DomainRef | None = None) -> Identity:
-    """Ask QEMU what it can do and, where REF does not tell, who it is. A guest without a uuid gets
-    one made from the monitor's path."""
+def identify(
+    qemu: monitor.Monitor,
+    ref: hypervisor.DomainRef | None = None,
+    known: capabilities.Capabilities | None = None,
+) -> Identity:
+    """Ask QEMU what it can do, where that is not KNOWN, and who it is, where REF does not tell. A
+    guest without a uuid gets one made from the monitor's path."""
+    caps = known or _ask_capabilities(qemu)
+    if ref is not None:
+        return Identity(ref, caps, process_of(qemu))
+    name, given = None, _NO_UUID
+    if caps.devices:
+        told = qemu.execute_all([monitor_json.query_name(), monitor_json.query_uuid()])
+        name, given = monitor_json.parse_name(told[0]), monitor_json.parse_uuid(told[1])
+    if given == _NO_UUID:
+        import uuid  # slow to load, and most guests have one
+
+        given = str(uuid.uuid5(uuid.NAMESPACE_URL, f"qmp://{os.path.realpath(qemu.path)}"))
+    ref = hypervisor.DomainRef(name or pathlib.Path(qemu.path).name, given, ID)
+    return Identity(ref, caps, process_of(qemu))
+
+
+def _ask_capabilities(qemu: monitor.Monitor) -> capabilities.Capabilities:
     greeting = qemu.greeting
     commands = monitor_json.parse_commands(qemu.execute(monitor_json.query_commands()))
     features: frozenset[str] = frozenset()
     if "query-qmp-schema" in commands:
         features = capabilities.parse_features(qemu.execute(monitor_json.query_qmp_schema()))
-    caps = capabilities.Capabilities(greeting.version, greeting.package, commands, features)
-    if ref is not None:
-        return Identity(ref, caps, process_of(qemu))
-    name, given = None, _NO_UUID
-    if caps.devices:
-        name = monitor_json.parse_name(qemu.execute(monitor_json.query_name()))
-        given = monitor_json.parse_uuid(qemu.execute(monitor_json.query_uuid()))
-    if given == _NO_UUID:
-        given = str(uuid.uuid5(uuid.NAMESPACE_URL, f"qmp://{os.path.realpath(qemu.path)}"))
-    ref = hypervisor.DomainRef(name or pathlib.Path(qemu.path).name, given, ID)
-    return Identity(ref, caps, process_of(qemu))
+    return capabilities.Capabilities(greeting.version, greeting.package, commands, features)
 
 
 def process_of(qemu: monitor.Monitor) -> runtime.Process | None:

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
-from virtbackup.qemu import agent, capabilities, domain, domain_obj, monitor, qmp, queries, status
+from virtbackup.qemu import (
+    agent,
+    capabilities,
+    capabilities_cache,
+    domain,
+    domain_obj,
+    monitor,
+    qmp,
+    queries,
+    status,
+)
 
 
 def open(uri: str, readonly: bool) -> "QmpDriver":
@@ -114,7 +124,7 @@ class QmpDriver(queries.QmpQueries):
         with _qmp_border(), monitor.SocketMonitor(self._path, self._trace) as qemu:
             process = domain.process_of(qemu)
             if self._identity is None or process is None or process != self._identity.process:
-                self._identity = domain.identify(qemu)
+                self._identity = _identify(qemu, process)
                 self._watch_process()
             yield domain.Session(qemu, self._identity)
 
@@ -175,6 +185,15 @@ class QmpDriver(queries.QmpQueries):
 
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._domain.job.delete_branch(name)
+
+
+def _identify(qemu: monitor.Monitor, process: runtime.Process | None) -> domain.Identity:
+    """Who answers, in PROCESS; what it can do is asked once in its life."""
+    known = capabilities_cache.load(process, qemu.greeting)
+    identity = domain.identify(qemu, known=known)
+    if known is None and identity.process == process:
+        capabilities_cache.store(process, qemu.greeting, identity.capabilities)
+    return identity
 
 
 @contextlib.contextmanager

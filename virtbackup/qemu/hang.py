@@ -13,6 +13,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import select
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -52,7 +53,7 @@ class Question:
         while pending := {path for path, one in asked.items() if one.poll() is None}:
             if time.monotonic() > end:
                 break
-            time.sleep(_LOOK_AGAIN)
+            _wait(asked[min(pending)], end)
         return frozenset(pending)
 
     def __enter__(self) -> "Question":
@@ -114,6 +115,21 @@ def _ask(path: str) -> "subprocess.Popen[bytes] | None":
     if pending is not None and pending.poll() is None:
         return pending
     return _run("touch", "-c", "-a", "--", path)
+
+
+def _wait(one: "subprocess.Popen[bytes]", end: float) -> None:
+    """Until ONE ends, or END by the monotonic clock."""
+    try:
+        fd = os.pidfd_open(one.pid)
+    except OSError:  # the kernel has no such thing, or no descriptor to spare
+        time.sleep(_LOOK_AGAIN)
+        return
+    try:
+        ended = select.poll()
+        ended.register(fd, select.POLLIN)
+        ended.poll(max(0.0, end - time.monotonic()) * 1000 + 1)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ REPLY_TIMEOUT = 60.0
 """Seconds until a command must be answered."""
 SESSION_TIMEOUT = 900.0
 """Seconds that one connection may wait for replies in all, however many they are."""
+_JOIN = 2.0
+"""Seconds for the reader to end, once there is nothing to read."""
 MAX_EVENTS = 10_000
 """Events kept for whoever waits; the oldest go first."""
 MAX_EVENTS_WEIGHT = 16 << 20
@@ -133,8 +135,8 @@ class SocketMonitor:
         self._negotiated = False
         self._socket = self._connect()
         self._reader = threading.Thread(target=self._read, name=f"qmp {path}", daemon=True)
-        self._reader.start()
         try:
+            self._reader.start()
             self.greeting = self._wait_greeting()
             self.execute(monitor_json.qmp_capabilities())
             self._negotiated = True
@@ -156,7 +158,10 @@ class SocketMonitor:
     def close(self) -> None:
         """Hang up; QEMU then greets the next client."""
         self._hang_up()
-        self._reader.join()
+        # A signal's exception that came within a lock's own code may have left it locked (SIGINT).
+        # One that came as the thread began leaves it unknown whether it did.
+        if self._reader.is_alive():
+            self._reader.join(_JOIN)
         self._socket.close()
 
     def _hang_up(self) -> None:

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import re
@@ -51,7 +52,7 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
         _warn_of_scratch(shell, domain)
 
 
-def _warn_of_scratch(shell: virsh_connection.Shell, domain: virtbackup.Domain) -> None:
+def _warn_of_scratch(shell: virsh_connection.Shell, domain: "virtbackup.Domain") -> None:
     import libvirt
 
     with contextlib.suppress(libvirt.libvirtError):  # the backup runs all the same
@@ -461,13 +462,22 @@ virsh-backup [options]... <command> [args...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; its exit status."""
+    """Run the program; its exit status. ARGV None: the process's own, and it ends after this."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    finally:
+        if argv is None:
+            # Or the interpreter looks through all of it for garbage, 20 ms long, before it ends.
+            gc.freeze()
+
+
+def _main(argv: Sequence[str]) -> int:
     _mend_streams()
     control = virsh_connection.Control(virsh_connection.default_uri())
     shell = vsh.Shell(TABLE, control, virsh_connection.describe)
     try:
         try:
-            status = shell.guard(lambda: _run(shell, sys.argv[1:] if argv is None else argv))
+            status = shell.guard(lambda: _run(shell, argv))
         finally:
             shell.guard(shell.control.close)
         return max(status, shell.guard(shell.control.close_trace), shell.guard(vsh.flush))

@@ -43,7 +43,7 @@ class Control:
         self._connection: virtbackup.Connection | None = None
         self._events: virsh_events.EventLoop | None = None
 
-    def connection(self) -> virtbackup.Connection:
+    def connection(self) -> "virtbackup.Connection":
         """The open connection, opened now if need be. Errors: Failure when it is lost."""
         if self._connection is None:
             self._connection = self._open(self.uri, self.readonly)
@@ -92,7 +92,7 @@ class Control:
         if events is not None:
             events.close()
 
-    def _open(self, uri: str, readonly: bool) -> virtbackup.Connection:
+    def _open(self, uri: str, readonly: bool) -> "virtbackup.Connection":
         import libvirt  # here, or help would wait for it
 
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
@@ -156,7 +156,7 @@ def set_logging(level: int | None) -> None:
 # --- domains --------------------------------------------------------------------------------------
 
 
-def domain(shell: Shell, args: vsh.Args) -> virtbackup.Domain:
+def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
     """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order."""
     import libvirt
 

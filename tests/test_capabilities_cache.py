@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is kept of a QEMU's capabilities is for that program in that process, or it is not used."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from virtbackup import runtime
+from virtbackup.qemu import capabilities, capabilities_cache, nbdserver, qmp
+
+GREETING = qmp.Greeting((11, 1, 3), "Debian")
+KNOWN = capabilities.Capabilities(
+    GREETING.version,
+    GREETING.package,
+    frozenset({"query-commands", "query-status"}),
+    frozenset({"job-id"}),
+)
+
+
+@contextlib.contextmanager
+def program() -> Iterator[tuple[subprocess.Popen[bytes], runtime.Process]]:
+    """A process that becomes another program when it is sent a line."""
+    argv = ["sh", "-c", "echo; read line; exec cat"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        start = runtime.process_start(process.pid)
+        assert start is not None
+        try:
+            yield process, (process.pid, start)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(nbdserver, "is_qemu", lambda _: True)
+    return tmp_path
+
+
+@pytest.fixture
+def process() -> Iterator[runtime.Process]:
+    with program() as (_, process):
+        yield process
+
+
+def kept(process: runtime.Process) -> capabilities.Capabilities | None:
+    return capabilities_cache.load(process, GREETING)
+
+
+def test_what_was_stored_is_loaded(state: pathlib.Path, process: runtime.Process) -> None:
+    assert kept(process) is None
+    capabilities_cache.store(process, GREETING, KNOWN)
+    assert kept(process) == KNOWN
+    [file] = state.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_another_greeting_is_another_qemu(process: runtime.Process) -> None:
+    capabilities_cache.store(process, GREETING, KNOWN)
+    for other in (qmp.Greeting((11, 1, 4), "Debian"), qmp.Greeting((11, 1, 3), "")):
+        assert capabilities_cache.load(process, other) is None
+
+
+def test_another_process_is_another_qemu(state: pathlib.Path, process: runtime.Process) -> None:
+    capabilities_cache.store(process, GREETING, KNOWN)
+    [file] = state.iterdir()
+    with program() as (_, other):
+        assert kept(other) is None
+        file.rename(state / f"qemu-{other[0]}-{other[1]}.capabilities")
+        assert kept(other) is None
+
+
+def test_another_program_in_the_same_process() -> None:
+    """As QEMU may update itself."""
+    with program() as (running, process):
+        capabilities_cache.store(process, GREETING, KNOWN)
+        assert kept(process) == KNOWN
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdin.write(b"go\nhere\n")
+        running.stdin.flush()
+        assert running.stdout.readline() == b"here\n"
+        assert runtime.is_alive(process)
+        assert kept(process) is None
+
+
+def test_who_looks_for_more_asks_again(
+    monkeypatch: pytest.MonkeyPatch, process: runtime.Process
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(capabilities_cache, "_ASKED", "less")
+        capabilities_cache.store(process, GREETING, KNOWN)
+        assert kept(process) == KNOWN
+    assert kept(process) is None
+
+
+def test_nothing_is_kept_of_who_is_not_seen_to_be_qemu(
+    state: pathlib.Path, monkeypatch: pytest.MonkeyPatch, process: runtime.Process
+) -> None:
+    capabilities_cache.store(None, GREETING, KNOWN)
+    monkeypatch.setattr(nbdserver, "is_qemu", lambda _: False)
+    capabilities_cache.store(process, GREETING, KNOWN)
+    assert list(state.iterdir()) == []
+    assert capabilities_cache.load(None, GREETING) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", "{}", "[" * 100_000, '{"of": {}}', "cut", "numbers", "nothing"],
+)  # fmt: skip
+def test_a_broken_file_is_no_file(state: pathlib.Path, process: runtime.Process, text: str) -> None:
+    capabilities_cache.store(process, GREETING, KNOWN)
+    [file] = state.iterdir()
+    whole = file.read_text()
+    said = json.loads(whole)
+    made = {
+        "cut": whole[:-1],
+        "numbers": json.dumps({**said, "commands": [1]}),
+        "nothing": json.dumps({**said, "features": None}),
+    }
+    file.write_text(made.get(text, text))
+    assert kept(process) is None
+
+
+def test_without_a_directory_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, state: pathlib.Path, process: runtime.Process
+) -> None:
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state / "none"))
+    capabilities_cache.store(process, GREETING, KNOWN)
+    assert not (state / "none").exists()
+    assert kept(process) is None
+
+
+def test_what_was_kept_of_the_dead_goes(state: pathlib.Path, process: runtime.Process) -> None:
+    with program() as (_, gone):
+        capabilities_cache.store(gone, GREETING, KNOWN)
+    (state / "other").touch()
+    capabilities_cache.store(process, GREETING, KNOWN)
+    names = {path.name for path in state.iterdir()}
+    assert names == {"other", f"qemu-{process[0]}-{process[1]}.capabilities"}
+
+
+def test_all_of_it_is_kept() -> None:
+    """A field more would have to be in the file."""
+    names = [field.name for field in dataclasses.fields(capabilities.Capabilities)]
+    assert names == ["version", "package", "commands", "features"]
