@@ -99,8 +99,10 @@ class Connection:
         return self._open("virConnectGetType").get_type()
 
     def getHostname(self) -> str:
-        """The name of the host this process runs on."""
-        return socket.gethostname()
+        """The name of the host on which the domains run."""
+        driver = self._open("virConnectGetHostname")
+        get: Callable[[], str] = getattr(driver, "get_hostname", socket.gethostname)
+        return get()
 
     def getVersion(self) -> int:
         """The hypervisor's version: major * 1000000 + minor * 1000 + micro."""

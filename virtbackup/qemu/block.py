@@ -23,15 +23,6 @@ FILTERS = frozenset(
 """Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
 
 
-FILTERS = frozenset(
-    {
-        "backup-top", "blkdebug", "blklogwrites", "blkverify", "commit_top", "compress",
-        "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
-    }
-)  # fmt: skip
-"""Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Bitmap:
     """A dirty bitmap that has a name (QAPI's BlockDirtyInfo)."""

@@ -274,6 +274,7 @@ class Domains:
         until = time.monotonic() + self.patience
         for host in self.hosts:
             host.close(max(0.0, until - time.monotonic()))
+        self._workers.close(max(0.0, until - time.monotonic()))
 
     # --- asking hosts ---
 
