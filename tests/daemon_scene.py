@@ -161,6 +161,8 @@ class Raw:
         try:
             while self.receive() is not None:
                 pass
+        except TimeoutError:
+            return False
         except (OSError, rpc.ProtocolError):
             return True
         return True

@@ -132,7 +132,7 @@ def test_before_it_is_open(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> 
 @pytest.mark.parametrize(
     "garbage",
     [
-        words(0), words(3), words(4), words(27), words(33554437), words(0xFFFFFFFF),
+        words(0), words(3), words(4), words(33554437), words(0xFFFFFFFF),
         words(27) + b"\0" * 23, raw(REMOTE, 1, 66, type=4),
         raw(REMOTE, 1, 66, type=4, payload=words(33)),
     ],
