@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import libvirt
 import pytest
@@ -112,6 +113,58 @@ def test_a_chain(machine: machines.Machine, domain: virtbackup.Domain, out: path
     own = [(e["start"], e["length"], e["zero"]) for e in zeroes if e["depth"] == 0]
     assert own == [(64 << 10, 64 << 10, False), (512 << 10, 128 << 10, True)]
     assert copy.checksum_of_increment(out / vda.file) == vda.checksum.value
+
+
+def test_a_compressed_chain(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    """What changed to zeroes hides what is below, in QEMU's own compressed overlays as well."""
+    pull.pull(domain, out, branch="daily", kind="auto", compress=True, check=True)
+    machine.io("vda", "write -P 2 64k 4k")
+    machine.io("vda", "write -z 512k 128k")
+    machine.io("sdb", f"write -P 3 {SIZE - 1024} 1k")
+    made = pull.pull(domain, out, branch="daily", kind="incremental", compress=True, check=True)
+    now = live(machine)
+    for disk in made.disks:
+        assert machines.contents(out / disk.file, "qcow2")[:SIZE] == now[disk.name]
+        told = subprocess.run(
+            ["qemu-img", "info", "--output=json", out / disk.file], check=True, capture_output=True
+        ).stdout
+        assert json.loads(told)["format-specific"]["data"]["compression-type"] == "zstd"
+
+
+def test_a_disk_that_reads_otherwise_the_second_time(
+    domain: virtbackup.Domain, out: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is not what was written, as by a medium that lies."""
+    plain = copy.checksum_of_file
+
+    def spoilt(path: pathlib.Path, *args: Any, **options: Any) -> str:
+        with path.open("r+b") as file:
+            file.seek(-65536, os.SEEK_END)
+            file.write(b"\xff" * 65536)
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(copy, "checksum_of_file", spoilt)
+    with pytest.raises(virtbackup.Error, match=r"disk 'vda': '.*' has not what was written"):
+        pull.pull(domain, out, fmt="raw", check=True)
+    assert not out.exists()
+
+
+def test_a_branch_that_does_not_advance_is_no_chain(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    for more in ('advance="no"', 'fork="weekly"'):
+        xml = (
+            f'<domainbackup><address type="unix" path="{machine.directory}/n"/>'
+            f'<branch name="daily" {more}/></domainbackup>'
+        )
+        said = refused(
+            lambda xml=xml: pull.pull(domain, out, xml=xml),  # type: ignore[misc]
+            machine,
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        )
+        assert "branch 'daily' has to advance with each pull" in said
 
 
 def test_a_full_one_begins_a_new_chain(

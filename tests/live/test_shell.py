@@ -243,11 +243,57 @@ def test_pull_as_a_document_says_and_json(run: Run, tmp_path: pathlib.Path) -> N
     words = ["--xml", "-", "--format", "raw", "--json", "--domain", "1", str(tmp_path / "made")]
     status, out, err = run("backup-pull", *words, text=document)
     assert (status, err) == (0, "")
-    made = json.loads(out)
+    *events, made = map(json.loads, out.splitlines())
+    assert events[0]["event"] == "disk"
+    assert events[-1]["event"] == "progress"
+    assert events[-1]["done"] == events[-1]["total"] == events[0]["size"]
+    assert made.pop("event") == "finished"
     assert [(disk["name"], disk["file"], disk["format"]) for disk in made["disks"]] == [
         ("vda", "vda.raw", "raw")
     ]
     assert json.loads((tmp_path / "made/manifest.json").read_text()) == made
+
+
+def test_pull_compressed_checked_and_slowly(
+    run: Run, machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    """Not faster than is asked for; QEMU says that it is compressed, and what is in it."""
+    machine.io("vda", "write -P 7 1M 2M")
+    begin = time.monotonic()
+    words = ["--compress", "--check", "--bandwidth", "2MiB", "1", str(tmp_path / "made")]
+    assert run("-q", "backup-pull", *words) == (0, "", "")
+    assert time.monotonic() - begin > 0.8  # but for the first tenth of a second
+    plain = tmp_path / "plain"
+    assert run("-q", "backup-pull", "1", str(plain)) == (0, "", "")
+    for disk in ("vda", "sdb"):
+        image = tmp_path / "made" / f"{disk}.qcow2"
+        told = json.loads(_output("qemu-img", "info", "--output=json", str(image)))
+        assert told["format-specific"]["data"]["compression-type"] == "zstd"
+        _output("qemu-img", "check", "-q", str(image))
+        _output("qemu-img", "compare", str(image), str(plain / f"{disk}.qcow2"))
+    sizes = [(path / "vda.qcow2").stat().st_blocks for path in (tmp_path / "made", plain)]
+    assert sizes[0] < sizes[1] / 2
+
+
+def _output(*argv: str) -> bytes:
+    return subprocess.run(argv, check=True, capture_output=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (["--compress", "--format", "raw"], 1, "a raw image cannot be compressed"),
+        (["--bandwidth", "fast"], 2, "'fast' for <--bandwidth> is no size"),
+        (["--bandwidth", "0"], 2, "'0' for <--bandwidth> is no size"),
+    ],
+)
+def test_pull_as_cannot_be(
+    run: Run, tmp_path: pathlib.Path, words: list[str], status: int, text: str
+) -> None:
+    code, _, err = run("backup-pull", "1", str(tmp_path / "made"), *words)
+    assert code == status
+    assert text in err
+    assert not (tmp_path / "made").exists()
 
 
 def test_quiet_pull_says_nothing(run: Run, tmp_path: pathlib.Path) -> None:

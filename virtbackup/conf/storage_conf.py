@@ -54,6 +54,10 @@ class Source:
             element.set("reserve", "yes" if self.reserve else "no")
 
 
+SIZE = r"[0-9]{1,19} *([bB]|bytes|[kKmMgGtT]([iI]?[bB])?)?"
+"""The shape of a scaled size, as in the schema."""
+
+
 def parse_size(text: str) -> int:
     """Bytes of a scaled size: ``65536``, ``64k``, ``64K``, ``64Kib``, ``64KiB``; ``64KB`` is 64000.
 

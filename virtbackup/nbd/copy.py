@@ -18,13 +18,17 @@ import dataclasses
 import json
 import pathlib
 import select
+import time
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import libvirt
 
 from virtbackup import errors
 from virtbackup.nbd import checksum, connection, extents, qcow2, store, target
+
+if TYPE_CHECKING:
+    from virtbackup.nbd import writer
 
 Format = Literal["qcow2", "raw"]
 Backing = qcow2.Backing
@@ -37,6 +41,9 @@ MAX_BUFFERS = 64
 """For all disks together, but one for each at least."""
 CONNECTIONS = 2
 """To a server that says that several clients see the same."""
+_BURST = 0.1
+"""Seconds of a bandwidth that may be read at once."""
+_TICK = 0.001
 _LOOK_AHEAD = 256
 """Extents known and not yet read below which the server is asked for more."""
 _MOST_EARLY = 1024
@@ -61,6 +68,8 @@ class Job:
     of that. None: it is full."""
     backing: Backing | None = None
     """What an increment is written on top of, and nothing else: FORMAT is qcow2 then."""
+    compression: "writer.Compression | None" = None
+    """How QEMU is to compress what it writes; None: nothing is compressed. FORMAT is qcow2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +124,36 @@ class Cancel:
         self._wake.close()
 
 
+class Rate:
+    """How much may be read for now: so many BYTES a second, of all disks together."""
+
+    def __init__(self, bytes: int) -> None:
+        self._bytes = bytes
+        self._most = max(float(CHUNK), bytes * _BURST)
+        self._left = self._most
+        self._at = time.monotonic()
+
+    def delay(self) -> float:
+        """Seconds until the next read may begin."""
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._at) * self._bytes)
+        self._at = now
+        return 0.0 if self._left > 0 else -self._left / self._bytes + _TICK
+
+    def take(self, count: int) -> None:
+        """A read of COUNT bytes begins; the next may have to wait for that."""
+        self._left -= count
+
+
 def copy(
-    jobs: Sequence[Job], *, progress: Progress | None = None, cancel: Cancel | None = None
+    jobs: Sequence[Job],
+    *,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+    bandwidth: int | None = None,
 ) -> list[Result]:
-    """Copy every disk; when this returns, all files are whole and on disk.
+    """Copy every disk; when this returns, all files are whole and on disk. BANDWIDTH: bytes that
+    are read a second, of all disks together; None: as many as can be.
 
     Errors: VIR_ERR_OPERATION_FAILED for a server that cannot be reached, refuses, answers wrong or
     does not tell what has changed; VIR_ERR_SYSTEM_ERROR for a file; VIR_ERR_OPERATION_ABORTED when
@@ -126,13 +161,13 @@ def copy(
     """
     for job in jobs:
         assert job.path is None or (job.dirty is None) == (job.backing is None), job
-        assert job.backing is None or job.format == "qcow2", job
+        assert (job.backing or job.compression) is None or job.format == "qcow2", job
     buffers = min(BUFFERS, max(1, MAX_BUFFERS // max(1, len(jobs))))
     with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
         if cancel is None:
             cancel = Cancel()
             always.callback(cancel.close)
-        loop = _Loop(cancel)
+        loop = _Loop(cancel, None if bandwidth is None else Rate(bandwidth))
         always.callback(loop.close)
         disks = []
         for index, job in enumerate(jobs):
@@ -188,8 +223,9 @@ def _file(path: pathlib.Path) -> dict[str, str]:
 class _Loop:
     """Waits for all connections at once, for what was stored, and for the cancel."""
 
-    def __init__(self, cancel: Cancel) -> None:
+    def __init__(self, cancel: Cancel, rate: Rate | None = None) -> None:
         self._cancel = cancel
+        self._rate = rate
         self.stored = store.Wake()
         self._poll = select.poll()
         self._poll.register(cancel, select.POLLIN)
@@ -224,7 +260,8 @@ class _Loop:
                 self._poll.register(fd, mask)
                 self._masks[fd] = mask
         moved = []
-        for fd, event in self._poll.poll():
+        delay = self._rate.delay() if self._rate is not None else 0.0
+        for fd, event in self._poll.poll(delay * 1000 if delay else None):
             if fd in self._connections:
                 self._connections[fd].notify(event)
                 moved.append(self._connections[fd])
@@ -232,6 +269,15 @@ class _Loop:
                 self.stored.clear()
         self._cancel.check()
         return moved
+
+    def may_read(self) -> bool:
+        """Whether a read may begin just now; where not, ``wait`` returns when one may."""
+        return self._rate is None or self._rate.delay() == 0.0
+
+    def note_read(self, count: int) -> None:
+        """Reads of COUNT bytes have begun."""
+        if self._rate is not None:
+            self._rate.take(count)
 
     def leave(self, one: connection.Connection) -> None:
         """Close the connection and wait for it no more."""
@@ -406,6 +452,8 @@ class _Disk:
         elif not self._free:
             return False
         elif extent.kind is extents.Kind.DATA:
+            if not self._loop.may_read():
+                return False
             self._start(self._free.pop(), self._gather(walk))
         else:
             self._store_zeroes(self._free.pop(), walk.todo.popleft())
@@ -466,6 +514,7 @@ class _Disk:
 
     def _start(self, chunk: store.Chunk, pieces: Sequence[extents.Extent]) -> None:
         chunk.aim([(piece.offset, piece.length) for piece in pieces])
+        self._loop.note_read(sum(piece.length for piece in pieces))
         for piece in pieces:
             for offset, length in extents.split(piece, self.connections[0].most):
                 one = min(self.connections, key=lambda c: c.load)
@@ -504,4 +553,8 @@ def _open(job: Job, size: int) -> target.Target:
         return target.Nowhere()
     if job.format == "raw":
         return target.Raw(job.path, size)
+    if job.compression is not None:
+        from virtbackup.nbd import writer  # few need it
+
+        return writer.QemuWriter(job.path, size, job.backing, job.compression)
     return target.Qcow2(job.path, size, job.backing)

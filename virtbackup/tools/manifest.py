@@ -82,7 +82,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(self.facts(), indent=2) + "\n"
+
+    def facts(self) -> dict[str, Any]:
+        """What the file says."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":

@@ -47,13 +47,17 @@ def pull(
     progress: copy.Progress | None = None,
     branch: str | None = None,
     kind: backup_conf.DiskType | None = None,
+    compress: bool = False,
+    bandwidth: int | None = None,
+    check: bool = False,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
     XML is a ``<domainbackup>``; without one all writable disks are exported on a unix socket in a
     private directory. FMT is of what is no increment; None: qcow2. BRANCH and KIND, where given,
     take the place of what XML says; an ``auto`` disk is pulled whole where DIRECTORY or the guest
-    has not what an increment needs, and the manifest says why.
+    has not what an increment needs, and the manifest says why. COMPRESS: by zstd, qcow2 only.
+    BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
     branch, an increment that would leave a gap, those of ``BackupDef``, before the guest is
@@ -63,6 +67,10 @@ def pull(
     """
     if fmt not in (None, *FORMATS):
         raise errors.invalid_arg("backupPull", "fmt", f"unknown format '{fmt}'")
+    if compress and fmt == "raw":
+        raise errors.invalid_arg("backupPull", "compress", "a raw image cannot be compressed")
+    if bandwidth is not None and bandwidth <= 0:
+        raise errors.invalid_arg("backupPull", "bandwidth", "the bandwidth must be at least 1")
     domain_xml = domain.XMLDesc()
     with (
         _deferred_signals() as cancel,
@@ -83,9 +91,13 @@ def pull(
             info = domain.backupGetInfo()
             plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(live_xml)
-            jobs = _jobs(live, directory, plan, tls)
+            jobs = _jobs(live, directory, plan, tls, compress)
             cancel.check()
-            results = copy.copy(list(jobs.values()), progress=progress, cancel=cancel)
+            results = copy.copy(
+                list(jobs.values()), progress=progress, cancel=cancel, bandwidth=bandwidth
+            )
+            if check:
+                _check(jobs, results, cancel, bandwidth)
             of = manifest.Domain(domain.name(), domain.UUIDString())
             made = _manifest(of, plan, info, results, live_xml, domain_xml)
             _write_manifest(directory, plan, made)
@@ -176,6 +188,12 @@ def _wanted(
     domain = domain_conf.DomainDef.parse(domain_xml)
     given = translate.read(xml, lambda: domain)
     given = dataclasses.replace(given, branch=branch or given.branch)
+    if given.advance is False or given.fork is not None:
+        raise errors.error(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            f"branch '{given.branch}' has to advance with each pull, as the next one in the"
+            " directory follows this one",
+        )
     # What BRANCH may be called, the parser says.
     given = backup_conf.BackupDef.parse(given.format())
     aligned = given.align_disks(domain)
@@ -364,20 +382,52 @@ def _jobs(
     directory: pathlib.Path,
     plan: _Plan,
     tls: connection.Tls | None,
+    compress: bool,
 ) -> dict[str, copy.Job]:
     """What to copy, by the disk's name."""
     server = exports.server(live.address)
     names = {disk.name: disk.exportname or disk.name for disk in live.disks}
+    changes = {disk.name: disk.exportbitmap or live.branch for disk in live.disks}
     return {
         disk.name: copy.Job(
             connection.Export(server, names[disk.name], tls),
             directory / (disk.file + PARTIAL),
             disk.format,
-            dirty=f"qemu:dirty-bitmap:{live.branch}" if disk.backing else None,
+            dirty=f"qemu:dirty-bitmap:{changes[disk.name]}" if disk.backing else None,
             backing=_backing(disk),
+            compression="zstd" if compress else None,
         )
         for disk in plan.disks
     }
+
+
+def _check(
+    jobs: Mapping[str, copy.Job],
+    results: Sequence[copy.Result],
+    cancel: copy.Cancel,
+    bandwidth: int | None,
+) -> None:
+    """Read every export and every file once more. Errors: VIR_ERR_OPERATION_FAILED where one is not
+    what was read at first, by disk; those of ``copy.copy``."""
+    again = [
+        dataclasses.replace(job, path=None, format="raw", backing=None, compression=None)
+        for job in jobs.values()
+    ]
+    read = copy.copy(again, cancel=cancel, bandwidth=bandwidth)
+    for (name, job), first, second in zip(jobs.items(), results, read, strict=True):
+        assert job.path is not None
+        if second.checksum != first.checksum:
+            raise _differs(name, "its export does not read as it did before")
+        if job.dirty is None:
+            stored = copy.checksum_of_file(job.path, job.format, first.size, cancel=cancel)
+        else:
+            stored = copy.checksum_of_increment(job.path, first.size, cancel=cancel)
+        if stored != first.checksum:
+            raise _differs(name, f"'{job.path}' has not what was written")
+
+
+def _differs(name: str, what: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"disk '{name}': {what}")
 
 
 def _backing(disk: _Disk) -> copy.Backing | None:

@@ -3,10 +3,13 @@
 
 import contextlib
 import pathlib
+import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+import virtbackup
 from virtbackup.tools import virsh_branch, virsh_connection, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
@@ -31,9 +34,52 @@ class Bar:
         self._bar.update(count)
 
 
+class Lines:
+    """JSON objects for programs, one a line: each disk as it begins, then now and then how far all
+    of them are (``virtbackup.nbd.copy.Progress``). All sizes are bytes."""
+
+    EVERY = 0.5
+    """Seconds between two lines of progress, at least."""
+
+    def __init__(self, shell: virsh_connection.Shell) -> None:
+        self._shell = shell
+        self._total = self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def tell(self, event: str, **facts: object) -> None:
+        """Print an event."""
+        import json
+
+        self._shell.print_document(json.dumps({"event": event, **facts}) + "\n")
+        vsh.flush()
+
+    def start(self, index: int, size: int) -> None:
+        """The disk was opened and has SIZE bytes."""
+        self._total += size
+        self.tell("disk", index=index, size=size)
+
+    def advance(self, index: int, count: int) -> None:
+        """COUNT more bytes are done."""
+        self._done += count
+        now = time.monotonic()
+        if now < self._last + self.EVERY and self._done < self._total:
+            return
+        self._last = now
+        rate = self._done / max(now - self._began, 1e-6)
+        self.tell("progress", done=self._done, total=self._total, rate=round(rate))
+
+
 @contextlib.contextmanager
-def _progress(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
-    """A bar on standard error where people look at it."""
+def _progress(shell: virsh_connection.Shell, as_json: bool) -> "Iterator[Bar | Lines | None]":
+    """Lines on standard output for programs, a bar on standard error where people look at it."""
+    if as_json:
+        lines = Lines(shell)
+        try:
+            yield lines
+        except virtbackup.Error as failure:
+            lines.tell("failed", code=failure.get_error_code(), error=str(failure))
+            raise
+        return
     if shell.quiet or not sys.stderr.isatty():
         yield None
         return
@@ -52,7 +98,8 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     domain = virsh_connection.domain(shell, args)
     if document is not None:
         virsh_connection.warn_of_listener(shell, args, document)
-    with _progress(shell) as progress:
+    as_json = args.flag("json")
+    with _progress(shell, as_json) as progress:
         made = pull.pull(
             domain,
             directory,
@@ -62,9 +109,13 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             progress=progress,
             branch=args.optional("branch"),
             kind=_kind(args),
+            compress=args.flag("compress"),
+            bandwidth=_bandwidth(args),
+            check=args.flag("check"),
         )
-    if args.flag("json"):
-        shell.print_document(made.to_json())
+        if isinstance(progress, Lines):
+            progress.tell("finished", **made.facts())
+    if as_json:
         return
     size = virsh_connection.human_size
     for disk in made.disks:
@@ -75,6 +126,17 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             f"{disk.name}: {path} ({kind}{size(disk.size)}, {size(disk.stored)} stored{why})"
         )
     shell.extra("Domain backup pulled")
+
+
+def _bandwidth(args: vsh.Args) -> int | None:
+    from virtbackup.conf import storage_conf
+
+    given = args.optional("bandwidth")
+    if given is None:
+        return None
+    if not re.fullmatch(storage_conf.SIZE, given) or not (size := storage_conf.parse_size(given)):
+        raise vsh.UsageError(f"'{given}' for <--bandwidth> is no size: expected such as 50MiB")
+    return size
 
 
 def _kind(args: vsh.Args) -> "backup_conf.DiskType | None":
@@ -110,9 +172,14 @@ PULL = vsh.Command(
         vsh.Option(
             "format", vsh.Kind.STRING, "qcow2 (default) or raw", choices=("qcow2", "raw")
         ),
+        vsh.Option("compress", vsh.Kind.BOOL, "have qcow2 files compressed by QEMU (zstd)"),
+        vsh.Option(
+            "bandwidth", vsh.Kind.STRING, "bytes to read a second at most, such as 50MiB"
+        ),
+        vsh.Option("check", vsh.Kind.BOOL, "read exports and files once more before the stop"),
         virsh_connection.QUIESCE,
         virsh_connection.INSECURE,
-        virsh_connection.JSON,
+        vsh.Option("json", vsh.Kind.BOOL, "print what happens as lines of JSON"),
     ),
     _pull,
 )  # fmt: skip
