@@ -2,6 +2,7 @@
 """<domainbackup> read and written: mostly files of tests/backupxmldata."""
 
 import pathlib
+from typing import Any
 
 import libvirt
 import pytest
@@ -159,7 +160,7 @@ def test_the_two_schema_engines_agree(pieces: list[str]) -> None:
     """What lxml refuses, xmlschema can explain; what it accepts, xmlschema accepts."""
     import xmlschema
 
-    root = xml.parse(f"<domainbackup>{''.join(pieces)}</domainbackup>", "domainbackup")
+    root: Any = xml.parse(f"<domainbackup>{''.join(pieces)}</domainbackup>", "domainbackup")
     schema = xmlschema.XMLSchema10(xml._text(backup_conf.SCHEMA))
     assert schema.is_valid(root) == xml.is_valid(root, backup_conf.SCHEMA)
 

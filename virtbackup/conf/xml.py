@@ -94,11 +94,12 @@ def explain(element: etree._Element, schema: str, texts: Collection[str] = ()) -
         path = element.getroottree().getpath(parent)
         text = f"line {parent.sourceline}: {path}: text between elements: expected elements only"
         return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, text)
-    for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(element):
+    tree: Any = element  # of lxml, which not every version's types know
+    for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(tree):
         line = found.sourceline or element.sourceline
-        reason = " ".join((found.reason or found.message).split())
+        reason = " ".join((found.reason or found.message).split()).rstrip(".")
         if expected := _documentation(found.validator):
-            reason = f"{reason.partition(': value')[0].rstrip('.')}: expected {expected}"
+            reason = f"{reason.partition(': value')[0]}: expected {expected}"
         return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, f"line {line}: {found.path}: {reason}")
     raise AssertionError(f"the two schema engines disagree about {schema}")
 
