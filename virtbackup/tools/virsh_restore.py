@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands about what a directory of backups holds: is it whole, and how to get it back."""
+
+import contextlib
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from virtbackup.tools import virsh_connection, virsh_pull, vsh
+
+if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
+    from virtbackup.tools import listing, verify
+
+
+@contextlib.contextmanager
+def _progress(shell: virsh_connection.Shell) -> Iterator[virsh_pull.Bar | None]:
+    """A bar on standard error where people look at it."""
+    if shell.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    import tqdm
+
+    with tqdm.tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+        yield virsh_pull.Bar(bar)
+
+
+def _read(args: vsh.Args) -> "listing.Backups":
+    from virtbackup.tools import listing
+
+    return listing.read(pathlib.Path(args.text("directory")))
+
+
+def _complete_points(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The points of the directory."""
+    if not args.flag("directory"):
+        return []
+    return [point.label for point in _read(args).points]
+
+
+def _complete_disks(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The disks of the point."""
+    if not args.flag("directory"):
+        return []
+    point = _read(args).find(args.optional("point"))
+    return [disk.name for disk in point.made.disks]
+
+
+DIRECTORY = vsh.Option(
+    "directory", vsh.Kind.DATA, "directory of backups", required=True, completer=vsh.complete_files
+)
+POINT = vsh.Option(
+    "point", vsh.Kind.STRING, "its number, its id, or how its time begins (default: the newest)",
+    completer=_complete_points,
+)  # fmt: skip
+DISK = vsh.Option("disk", vsh.Kind.STRING, "one disk alone", completer=_complete_disks)
+
+
+# --- backup-list ----------------------------------------------------------------------------------
+
+
+def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import listing
+
+    backups = _read(args)
+    states = {
+        link.disk.file: listing.problem(link) or _chain_problem(backups, point, link.disk.name)
+        for point in backups.points
+        for disk in point.made.disks
+        for link in [listing.Link(point, disk, backups.directory / disk.file)]
+    }
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _list_facts(backups, states))
+        return
+    newest = backups.points[-1].made
+    shell.extra(f"Guest:  {vsh.visible(newest.domain.name)} ({vsh.visible(newest.domain.uuid)})")
+    if newest.branch is not None:
+        shell.extra(f"Branch: {vsh.visible(newest.branch)}")
+    shell.extra("")
+    size = virsh_connection.human_size
+    shell.print_table(
+        ("Point", "Time", "Disk", "Kind", "Size", "Stored", "State"),
+        [
+            (
+                "-" if point.made.number is None else point.label,
+                point.time,
+                disk.name,
+                disk.kind,
+                size(disk.size),
+                size(disk.stored),
+                states[disk.file] or "there",
+            )
+            for point in backups.points
+            for disk in point.made.disks
+        ],
+    )
+    for problem in backups.problems:
+        shell.warn(str(problem))
+    for unfinished in backups.unfinished:
+        shell.warn(f"no part of a backup: {unfinished}")
+
+
+def _chain_problem(backups: "listing.Backups", point: "listing.Point", name: str) -> str | None:
+    """Why disk NAME of POINT cannot be whole, its own file aside."""
+    import libvirt
+
+    from virtbackup.tools import listing, verify
+
+    try:
+        links = backups.links(point, name)
+    except libvirt.libvirtError as failure:
+        return verify.reason(failure)
+    for link in links[1:]:
+        if problem := listing.problem(link):
+            return f"{link.disk.file}: {problem}"
+    return None
+
+
+def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> dict[str, object]:
+    newest = backups.points[-1].made
+    return {
+        "directory": str(backups.directory),
+        "domain": {"name": newest.domain.name, "uuid": newest.domain.uuid},
+        "branch": newest.branch,
+        "points": [
+            {
+                **_point_facts(point),
+                "kind": point.made.kind,
+                "disks": [
+                    {
+                        "name": disk.name,
+                        "kind": disk.kind,
+                        "file": disk.file,
+                        "format": disk.format,
+                        "size": disk.size,
+                        "stored": disk.stored,
+                        "backing": disk.backing,
+                        "since": disk.since,
+                        "reason": disk.reason,
+                        "problem": states[disk.file],
+                    }
+                    for disk in point.made.disks
+                ],
+            }
+            for point in backups.points
+        ],
+        "problems": [_problem_facts(problem) for problem in backups.problems],
+        "unfinished": [_problem_facts(problem) for problem in backups.unfinished],
+    }
+
+
+def _point_facts(point: "listing.Point") -> dict[str, object]:
+    made = point.made
+    return {"number": made.number, "id": made.id, "time": made.time}
+
+
+def _problem_facts(problem: "listing.Problem") -> dict[str, object]:
+    return {
+        "disk": problem.disk, "file": problem.file, "point": problem.point,
+        "problem": problem.text,
+    }  # fmt: skip
+
+
+LIST = vsh.Command(
+    "backup-list", "backup", "List the backups in a directory",
+    "List the points that a directory can be restored to, disk by disk, and what of them can be\n"
+    "seen to be missing without reading all of it; backup-verify does that.",
+    (DIRECTORY, virsh_connection.JSON),
+    _list,
+)  # fmt: skip
+
+
+# --- backup-verify --------------------------------------------------------------------------------
+
+
+def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
+    from virtbackup.tools import interrupt, verify
+
+    backups = _read(args)
+    wanted = args.optional("point")
+    point = None if wanted is None else backups.find(wanted)
+    begin = time.monotonic()
+    with _progress(shell) as progress, interrupt.deferred() as cancel:
+        verdict = verify.verify(backups, point, progress=progress, cancel=cancel)
+    seconds = time.monotonic() - begin
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _verdict_facts(backups, verdict, seconds))
+    else:
+        for problem in verdict.problems:
+            place = "" if problem.point is None else f"point {problem.point}, "
+            shell.print(vsh.visible(f"{place}{problem}"))
+        size = virsh_connection.human_size
+        shell.extra(
+            f"{len(verdict.files)} files, {size(verdict.read)} read"
+            f" ({size(int(verdict.read / max(seconds, 0.001)))}/s)"
+        )
+    if verdict.good:
+        if not args.flag("json"):
+            shell.extra("Backups verified")
+        return vsh.DONE
+    raise vsh.Failure(_summary(backups, verdict))
+
+
+def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
+    first, more = verdict.problems[0], len(verdict.problems) - 1
+    text = f"the backups in {backups.directory} are not whole: {first}"
+    if more:
+        text += f" (and {more} more)"
+    if verdict.bad_points:
+        text += f"; not to be restored: {', '.join(p.label for p in verdict.bad_points)}"
+    return text
+
+
+def _verdict_facts(
+    backups: "listing.Backups", verdict: "verify.Verdict", seconds: float
+) -> dict[str, object]:
+    return {
+        "directory": str(backups.directory),
+        "good": verdict.good,
+        "files": [link.disk.file for link in verdict.files],
+        "problems": [_problem_facts(problem) for problem in verdict.problems],
+        "bad_points": [_point_facts(point) for point in verdict.bad_points],
+        "read": verdict.read,
+        "seconds": seconds,
+    }
+
+
+VERIFY = vsh.Command(
+    "backup-verify", "backup", "Read backups again and compare them with their checksums",
+    "Read every file of the backups in a directory, or of one point, and compare it with the\n"
+    "checksum in its manifest. Exit status 1, and what is wrong by disk, file and point, when\n"
+    "anything is.",
+    (
+        DIRECTORY,
+        vsh.Option(
+            "point", vsh.Kind.STRING, "one alone: its number, its id, or how its time begins",
+            completer=_complete_points,
+        ),
+        virsh_connection.JSON,
+    ),
+    _verify,
+)  # fmt: skip
+
+
+COMMANDS = (LIST, VERIFY)
