@@ -28,7 +28,7 @@ BOTH = ["sdb", "vda"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
     """Four points, never to be changed."""
-    return points.chain(tmp_path_factory.mktemp("whole"))
+    return points.pulled(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture

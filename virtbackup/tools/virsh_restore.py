@@ -6,12 +6,13 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from virtbackup.tools import virsh_connection, virsh_pull, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
-    from virtbackup.tools import listing, verify
+    from virtbackup.nbd import copy
+    from virtbackup.tools import listing, restore, verify
 
 
 @contextlib.contextmanager
@@ -243,4 +244,92 @@ VERIFY = vsh.Command(
 )  # fmt: skip
 
 
-COMMANDS = (LIST, VERIFY)
+# --- backup-restore -------------------------------------------------------------------------------
+
+
+def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt, restore
+
+    args.exclusive("json", "define")
+    backups = _read(args)
+    point = backups.find(args.optional("point"))
+    with _progress(shell) as progress, interrupt.deferred() as cancel:
+        done = restore.restore(
+            backups,
+            point,
+            args.text("out"),
+            disk=args.optional("disk"),
+            fmt=cast("copy.Format | None", args.optional("format")),
+            force=args.flag("force"),
+            progress=progress,
+            cancel=cancel,
+        )
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _restored_facts(point, done))
+        return
+    if args.flag("define"):
+        document, left = restore.domain_xml(point, [one.output for one in done])
+        shell.print_document(document)
+        for name in left:
+            shell.warn(f"disk '{name}' was not restored and is where it was")
+        return
+    size = virsh_connection.human_size
+    for one in done:
+        output = one.output
+        stored = f", {size(one.stored)} stored" if output.type == "file" else ""
+        shell.extra(
+            vsh.visible(
+                f"{output.disk}: {output.place} ({output.format}, {size(one.size)}{stored})"
+            )
+        )
+    shell.extra(f"Backup of {point.time} restored")
+
+
+def _restored_facts(point: "listing.Point", done: "list[restore.Restored]") -> dict[str, object]:
+    return {
+        "point": _point_facts(point),
+        "disks": [
+            {
+                "name": one.output.disk,
+                "type": one.output.type,
+                "place": one.output.place,
+                "format": one.output.format,
+                "size": one.size,
+                "stored": one.stored,
+                "read": one.read,
+                "checksum": one.checksum,
+            }
+            for one in done
+        ],
+    }
+
+
+RESTORE = vsh.Command(
+    "backup-restore", "backup", "Put the disks of a backup back",
+    "Write the disks of a point, as they were then, into a directory; with --disk one of them\n"
+    "into a file, a block device or an NBD server (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH).\n"
+    "All that is read is checked: a file has its name when, and only when, the disk is good.",
+    (
+        DIRECTORY,
+        vsh.Option(
+            "out", vsh.Kind.DATA, "a directory, made where absent; with --disk a file or a URI",
+            required=True, completer=vsh.complete_files,
+        ),
+        POINT,
+        DISK,
+        vsh.Option(
+            "format", vsh.Kind.STRING,
+            "qcow2, or raw (default: raw for a device, a server and files called .raw or .img)",
+            choices=("qcow2", "raw"),
+        ),
+        vsh.Option("force", vsh.Kind.BOOL, "overwrite what is there"),
+        vsh.Option(
+            "define", vsh.Kind.BOOL, "print the domain XML of then, its disks where they are now"
+        ),
+        virsh_connection.JSON,
+    ),
+    _restore,
+)  # fmt: skip
+
+
+COMMANDS = (LIST, VERIFY, RESTORE)
