@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from virtbackup.tools import virsh_connection, virsh_pull, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
+    from virtbackup.conf import backup_conf
     from virtbackup.nbd import copy
     from virtbackup.tools import listing, restore, verify
 
@@ -332,4 +333,89 @@ RESTORE = vsh.Command(
 )  # fmt: skip
 
 
-COMMANDS = (LIST, VERIFY, RESTORE)
+# --- backup-serve ---------------------------------------------------------------------------------
+
+
+def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
+    from virtbackup.conf import backup_conf
+    from virtbackup.tools import interrupt, serve
+
+    unix = args.optional("unix")
+    for other in ("host", "port"):
+        args.exclusive("unix", other)
+    backups = _read(args)
+    point = backups.find(args.optional("point"))
+    disk = args.optional("disk")
+    names = [one.name for one in point.made.disks] if disk is None else [disk]
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(contextlib.suppress(KeyboardInterrupt, SystemExit))
+        cancel = undo.enter_context(interrupt.deferred())
+        address: backup_conf.Address | None = None
+        if args.flag("host") or args.flag("port"):
+            address = _tcp_address(shell, args)
+        elif unix is not None:
+            address = backup_conf.UnixAddress(unix)
+        server = undo.enter_context(serve.serving(backups, point, names, address))
+        _tell_exports(shell, args, point, names, server.address)
+        vsh.flush()
+        server.wait(cancel)
+    return vsh.DONE
+
+
+def _tcp_address(shell: virsh_connection.Shell, args: vsh.Args) -> "backup_conf.IpAddress":
+    from virtbackup.conf import backup_conf
+
+    host, port = args.optional("host") or "127.0.0.1", args.number("port")
+    port = _NBD_PORT if port is None else port
+    if not 1 <= port <= 65535:
+        raise vsh.UsageError(
+            f"Numeric value '{port}' for <port> option is malformed or out of range"
+        )
+    if not args.flag("insecure") and not virsh_connection.is_loopback(host):
+        shell.warn(f"whoever reaches {host} can read the backup, see --insecure")
+    return backup_conf.IpAddress(host, port, None, None)
+
+
+_NBD_PORT = 10809
+
+
+def _tell_exports(
+    shell: virsh_connection.Shell,
+    args: vsh.Args,
+    point: "listing.Point",
+    names: list[str],
+    address: "backup_conf.Address",
+) -> None:
+    from virtbackup.tools import virsh_backup
+
+    uris = {name: virsh_backup.nbd_uri(address, name) for name in names}
+    if args.flag("json"):
+        virsh_connection.print_json(shell, {"point": _point_facts(point), "exports": uris})
+        return
+    shell.extra(f"Backup of {point.time}, until ^C:")
+    for name, uri in uris.items():
+        shell.print(vsh.visible(f"{name}: {uri}"))
+
+
+SERVE = vsh.Command(
+    "backup-serve", "backup", "Serve the disks of a backup over NBD",
+    "Serve the disks of a point, as they were then and for reading only, until it is interrupted.\n"
+    "An export has the disk's name. Nothing is restored, and no file of the backup is changed.",
+    (
+        DIRECTORY,
+        POINT,
+        DISK,
+        vsh.Option(
+            "unix", vsh.Kind.STRING, "path of the socket (default: one in a private directory)",
+            completer=vsh.complete_files,
+        ),
+        vsh.Option("host", vsh.Kind.STRING, "address to listen on (with --port: 127.0.0.1)"),
+        vsh.Option("port", vsh.Kind.INT, "TCP port to listen on (with --host: 10809)"),
+        virsh_connection.INSECURE,
+        virsh_connection.JSON,
+    ),
+    _serve,
+)  # fmt: skip
+
+
+COMMANDS = (LIST, VERIFY, RESTORE, SERVE)
