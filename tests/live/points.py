@@ -36,7 +36,8 @@ class Backed:
     def copy(self, directory: pathlib.Path) -> "Backed":
         """The same in another place, to be spoilt."""
         shutil.copytree(self.directory, directory)
-        return Backed(directory, dict(self.shown), dict(self.made))
+        shown = {number: dict(disks) for number, disks in self.shown.items()}
+        return Backed(directory, shown, dict(self.made))
 
 
 @dataclasses.dataclass

@@ -170,7 +170,7 @@ def read(directory: pathlib.Path) -> Backups:
     for number, name in numbered:
         _read_point(directory, name, number, points, problems)
     if manifest.FILE in names:
-        _read_newest(directory, points, problems)
+        _read_newest(directory, names, points, problems)
     elif numbered:
         problems.append(Problem(manifest.FILE, "it is missing"))
     problems += _strangers(points)
@@ -204,12 +204,16 @@ def _read_point(
     points.append(Point(name, found))
 
 
-def _read_newest(directory: pathlib.Path, points: list[Point], problems: list[Problem]) -> None:
+def _read_newest(
+    directory: pathlib.Path, names: list[str], points: list[Point], problems: list[Problem]
+) -> None:
     """``manifest.json``: all there is, or the same as the last of POINTS, or in its place."""
     before = len(problems)
     found: list[Point] = []
     _read_point(directory, manifest.FILE, None, found, problems)
-    if len(problems) > before or (points and found[0].made == points[-1].made):
+    if len(problems) > before:
+        return
+    if points and found[0].made in (points[-1].made, _merged(directory, points[-1], names).made):
         return
     [newest] = found
     number = newest.made.number
@@ -251,11 +255,13 @@ def _merged(directory: pathlib.Path, point: Point, names: list[str]) -> Point:
         coming = manifest.read(directory, point.file + MERGED)
     except errors.Error:
         return point
-    new = {disk.file: disk for disk in coming.disks}
+    new = {disk.file: disk for disk in coming.disks if disk.backing is None}
     disks = tuple(
         new[disk.file] if disk.file in new and _stands_alone(directory / disk.file) else disk
         for disk in point.made.disks
     )
+    if disks == coming.disks:
+        return Point(point.file, coming)
     return Point(point.file, dataclasses.replace(point.made, disks=disks))
 
 

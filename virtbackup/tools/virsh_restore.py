@@ -13,7 +13,7 @@ from virtbackup.tools import virsh_connection, virsh_pull, vsh
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
     from virtbackup.conf import backup_conf
     from virtbackup.nbd import copy
-    from virtbackup.tools import listing, restore, verify
+    from virtbackup.tools import listing, prune, restore, verify
 
 
 @contextlib.contextmanager
@@ -418,4 +418,71 @@ SERVE = vsh.Command(
 )  # fmt: skip
 
 
-COMMANDS = (LIST, VERIFY, RESTORE, SERVE)
+# --- backup-prune ---------------------------------------------------------------------------------
+
+
+def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt, prune
+
+    keep = args.number("keep")
+    if not keep:
+        raise vsh.UsageError("--keep is the number of points to keep, one or more")
+    if args.flag("dry-run"):
+        plan = prune.plan(_read(args), keep)
+    else:
+        directory = pathlib.Path(args.text("directory"))
+        _read(args)  # or it says that something is wrong with the lock
+        with _progress(shell) as progress, interrupt.deferred() as cancel:
+            plan = prune.prune(directory, keep, progress=progress, cancel=cancel)
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _prune_facts(plan, args.flag("dry-run")))
+        return
+    would = "would be " if args.flag("dry-run") else ""
+    for links in plan.merges:
+        disk, files = links[0].disk, [link.disk.file for link in links]
+        shell.print(
+            vsh.visible(f"{disk.name}: {disk.file} {would}made whole of {', '.join(files[1:])}")
+        )
+    for point in plan.dropped:
+        shell.print(vsh.visible(f"point {point.label} ({point.time}) {would}removed"))
+    size = sum(disk.stored for p in plan.dropped for disk in p.made.disks)
+    shell.extra(
+        f"{len(plan.kept)} points {would}kept, {len(plan.dropped)} {would}removed"
+        f" ({virsh_connection.human_size(size)})"
+    )
+
+
+def _prune_facts(plan: "prune.Plan", dry_run: bool) -> dict[str, object]:
+    return {
+        "dry_run": dry_run,
+        "kept": [_point_facts(point) for point in plan.kept],
+        "removed": [_point_facts(point) for point in plan.dropped],
+        "merged": [
+            {
+                "disk": links[0].disk.name,
+                "file": links[0].disk.file,
+                "of": [link.disk.file for link in links],
+            }
+            for links in plan.merges
+        ],
+        "files": [*plan.manifests, *plan.files],
+    }
+
+
+PRUNE = vsh.Command(
+    "backup-prune", "backup", "Remove all but the newest backups of a directory",
+    "Keep the newest points and remove the older ones. The oldest one that is kept becomes a full\n"
+    "backup, made aside of the files that it needs, which are checked on the way; all others stay\n"
+    "as they are. Whatever ends it, every point that is listed can be restored; the next prune\n"
+    "finishes what was begun.",
+    (
+        DIRECTORY,
+        vsh.Option("keep", vsh.Kind.INT, "how many points to keep", required=True),
+        vsh.Option("dry-run", vsh.Kind.BOOL, "change nothing, tell what would be done"),
+        virsh_connection.JSON,
+    ),
+    _prune,
+)  # fmt: skip
+
+
+COMMANDS = (LIST, VERIFY, RESTORE, SERVE, PRUNE)
