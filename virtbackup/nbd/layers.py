@@ -84,13 +84,26 @@ def merge(
     return Result(run.tree.hexdigest(), run.read, stored)
 
 
-def kinds(
-    jobs: Sequence[copy.Job], cancel: copy.Cancel
-) -> Iterator[tuple[list[list[extents.Extent]], list[view.Part]]]:
-    """Stretch by stretch, the extents of every layer and which of them shows through."""
+def shown(jobs: Sequence[copy.Job], cancel: copy.Cancel) -> Iterator[view.Part]:
+    """What shows through of a disk of layers, as ``merge`` has them; nothing is read."""
     with contextlib.ExitStack() as always:
         sources = [_Source(job, cancel, always) for job in jobs]
-        yield from _stretches(sources, sources[0].size)
+        for _, parts in _stretches(sources, sources[0].size):
+            yield from parts
+
+
+def changes(
+    job: copy.Job, cancel: copy.Cancel
+) -> Iterator[tuple[int, int, extents.Kind, extents.Kind]]:
+    """(start, end, how it is allocated, SKIP where it has not changed) of an export; where the
+    server does not tell of changes, nothing has changed. Errors: as ``merge``."""
+    with contextlib.ExitStack() as always:
+        source = _Source(job, cancel, always, demand=(connection.ALLOCATION,))
+        start = 0
+        while start < source.size:
+            end = min(source.size, start + STRETCH)
+            yield from source.told(start, end)
+            start = end
 
 
 def _stretches(
@@ -129,8 +142,14 @@ class _Chunk:
 class _Source:
     """One layer: a libnbd handle, and the checksum in the making."""
 
-    def __init__(self, job: copy.Job, cancel: copy.Cancel, undo: contextlib.ExitStack) -> None:
-        assert isinstance(job.export.server, connection.Program)
+    def __init__(
+        self,
+        job: copy.Job,
+        cancel: copy.Cancel,
+        undo: contextlib.ExitStack,
+        demand: tuple[str, ...] | None = None,
+    ) -> None:
+        """The server has to have the contexts DEMANDed; None: all that JOB asks in."""
         self._job = job
         self._cancel = cancel
         self._in_flight: dict[int, _Chunk] = {}
@@ -142,15 +161,16 @@ class _Source:
             if job.dirty is not None:
                 self._handle.add_meta_context(job.dirty)
             self._handle.set_pread_initialize(False)
-            self._handle.aio_connect_systemd_socket_activation(list(job.export.server.argv))
+            _connect(self._handle, job.export)
             self._wait(lambda: not self._handle.aio_is_connecting())
             whole = self._handle.get_size()
-            told = all(map(self._handle.can_meta_context, self._contexts()))
+            asked = (connection.ALLOCATION, *([job.dirty] if job.dirty else []))
+            self._contexts = tuple(filter(self._handle.can_meta_context, asked))
         self.size: int = whole if job.size is None else job.size
         self._whole: int = whole
         if self.size > whole:
             raise self.failed("read", f"it has {whole} bytes, expected {self.size}")
-        if not told:
+        if not set(self._contexts) >= set(asked if demand is None else demand):
             raise self.failed("read allocation of", "the server does not tell it")
         self.tree = checksum.Tree(self.size)
 
@@ -165,6 +185,13 @@ class _Source:
         if self._job.dirty is None:
             return allocation
         return view.held(_aligned(told[self._job.dirty], end), allocation)
+
+    def told(self, start: int, end: int) -> Iterator[tuple[int, int, extents.Kind, extents.Kind]]:
+        """(start, end, allocation, change), as the server tells them."""
+        found = {name: extents.clip(some, end) for name, some in self._ask(start, end).items()}
+        unchanged = [extents.Extent(start, end - start, extents.Kind.SKIP)]
+        change = found.get(self._job.dirty or "", iter(unchanged))
+        return view.together(found[connection.ALLOCATION], change)
 
     def read(self, chunk: _Chunk) -> None:
         with self._naming("read", chunk.offset):
@@ -197,14 +224,9 @@ class _Source:
     def failed(self, what: str, reason: str, offset: int | None = None) -> Exception:
         return connection.failed(self._job.export, what, reason, offset)
 
-    def _contexts(self) -> tuple[str, ...]:
-        if self._job.dirty is None:
-            return (connection.ALLOCATION,)
-        return (connection.ALLOCATION, self._job.dirty)
-
     def _ask(self, start: int, end: int) -> dict[str, list[extents.Extent]]:
         """Context -> extents from START on, to END at least."""
-        found: dict[str, list[extents.Extent]] = {name: [] for name in self._contexts()}
+        found: dict[str, list[extents.Extent]] = {name: [] for name in self._contexts}
         reach = dict.fromkeys(found, start)
         while (offset := min(reach.values())) < end:
             for name, entries in self._block_status(offset, end - offset):
@@ -254,6 +276,25 @@ class _Source:
             if offset is None and self._in_flight:
                 offset = min(chunk.offset for chunk in self._in_flight.values())
             raise self.failed(what, reason, offset) from failure
+
+
+def _connect(handle: Any, export: connection.Export) -> None:
+    server, tls = export.server, export.tls
+    if tls is not None:
+        handle.set_tls(nbd.TLS_REQUIRE)
+        handle.set_tls_verify_peer(tls.verify)
+        if tls.certificates is not None:
+            handle.set_tls_certificates(tls.certificates)
+        if tls.psk_file is not None:
+            handle.set_tls_psk_file(tls.psk_file)
+        if tls.username is not None:
+            handle.set_tls_username(tls.username)
+    if isinstance(server, connection.Program):
+        handle.aio_connect_systemd_socket_activation(list(server.argv))
+    elif isinstance(server, str):
+        handle.aio_connect_unix(server)
+    else:
+        handle.aio_connect_tcp(server[0], str(server[1]))
 
 
 def _from(found: list[extents.Extent], start: int) -> list[extents.Extent]:

@@ -39,17 +39,19 @@ def held(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """From START to END LAYER has what is shown."""
+    """From START to END LAYER has what is shown, all of it of one KIND."""
 
     start: int
     end: int
     layer: int
+    kind: extents.Kind
 
 
 def owners(layers: Sequence[Sequence[extents.Extent]]) -> list[Part]:
     """Which of LAYERS, the uppermost first, shows through; the last one has everything."""
-    top = [Part(extent.offset, extent.end, len(layers) - 1) for extent in layers[-1]]
-    for index in reversed(range(len(layers) - 1)):
+    last = len(layers) - 1
+    top = [Part(extent.offset, extent.end, last, extent.kind) for extent in layers[-1]]
+    for index in reversed(range(last)):
         top = list(_over(layers[index], index, top))
     return top
 
@@ -59,11 +61,11 @@ def _over(layer: Sequence[extents.Extent], index: int, below: Sequence[Part]) ->
     part = next(parts, None)
     for extent in layer:
         if extent.kind is not extents.Kind.SKIP:
-            yield Part(extent.offset, extent.end, index)
+            yield Part(extent.offset, extent.end, index, extent.kind)
         while part is not None and part.start < extent.end:
             if extent.kind is extents.Kind.SKIP:
                 start, end = max(part.start, extent.offset), min(part.end, extent.end)
-                yield Part(start, end, part.layer)
+                yield Part(start, end, part.layer, part.kind)
             if part.end > extent.end:
                 break
             part = next(parts, None)
