@@ -22,6 +22,7 @@ from lxml import etree
 import virtbackup
 from tests.live import machines, nbdclient, points, test_copy, test_verify
 from virtbackup.nbd import checksum, copy, destination
+from virtbackup.nbd import layers as layers_module
 from virtbackup.tools import listing, restore
 
 pytestmark = [
@@ -222,8 +223,14 @@ def test_round_trip(
         assert test_verify.found(backed.directory).good
 
 
-def test_much_that_is_hidden_and_many_links(tmp_path: pathlib.Path) -> None:
-    """More of everything than there are buffers; memory stays where it is."""
+@pytest.mark.parametrize("stretch", [layers_module.STRETCH, 4 * BLOCK])
+def test_much_that_is_hidden_and_many_links(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stretch: int
+) -> None:
+    """More of everything than there are buffers; questions are asked while data is on its way."""
+    monkeypatch.setattr(layers_module, "STRETCH", stretch)
+    if stretch < 1 << 20:
+        monkeypatch.setattr(layers_module, "_MOST_STRETCH", stretch)
     source = random.Random(3)
     layers: list[dict[int, int | None]] = [
         {source.randrange(600): source.choice([None, n]) for n in range(300)} for _ in range(25)

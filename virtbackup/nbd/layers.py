@@ -207,19 +207,22 @@ class _Source:
         read = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
         return read | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
 
-    def notify(self, events: int) -> Iterator[_Chunk]:
-        """Hand what poll said to libnbd; the chunks that are read by now. Errors: they cannot."""
+    def notify(self, events: int) -> None:
+        """Hand what poll said to libnbd. Errors: the connection is lost."""
         with self._naming("read"):
             direction = self._handle.aio_get_direction()
             if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
                 self._handle.aio_notify_read()
             elif direction & nbd.AIO_DIRECTION_WRITE:
                 self._handle.aio_notify_write()
-            while self._in_flight and (cookie := self._handle.aio_peek_command_completed()) > 0:
-                chunk = self._in_flight.pop(cookie)
-                with self._naming("read", chunk.offset):
-                    self._handle.aio_command_completed(cookie)
-                yield chunk
+
+    def completed(self) -> Iterator[_Chunk]:
+        """The chunks that are read by now. Errors: they cannot be."""
+        while self._in_flight and (cookie := self._handle.aio_peek_command_completed()) > 0:
+            chunk = self._in_flight.pop(cookie)
+            with self._naming("read", chunk.offset):
+                self._handle.aio_command_completed(cookie)
+            yield chunk
 
     def failed(self, what: str, reason: str, offset: int | None = None) -> Exception:
         return connection.failed(self._job.export, what, reason, offset)
@@ -409,9 +412,20 @@ class _Run:
         return done
 
     def _wait(self) -> None:
-        for source, event in self._poll([one for one in self._sources if one.busy]):
-            for chunk in source.notify(event):
-                self._writer.put(chunk)
+        busy = [source for source in self._sources if source.busy]
+        # Some may have come with the answer to a question; nothing tells of these any more.
+        if self._receive(busy):
+            return
+        for source, event in self._poll(busy):
+            source.notify(event)
+        self._receive(busy)
+
+    def _receive(self, busy: Sequence[_Source]) -> bool:
+        """Hand on what was read; whether there was any."""
+        chunks = [chunk for source in busy for chunk in source.completed()]
+        for chunk in chunks:
+            self._writer.put(chunk)
+        return bool(chunks)
 
     def _poll(self, sources: Sequence[_Source]) -> list[tuple[_Source, int]]:
         """Sleep until one of SOURCES can go on, or something was written. Errors: cancelled."""
