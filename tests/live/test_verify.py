@@ -286,7 +286,8 @@ def test_a_bad_link(
     status, out, _ = points.call("backup-list", str(backed.directory))
     assert status == 0
     if text and text != "it is not what was backed up":
-        assert f"vda.0002.qcow2: {text}" in out
+        assert f" {text}\n" in out
+        assert out.count(f" of vda.0002.qcow2: {text}\n") == 2
 
 
 def test_a_manifest_is_missing(backed: points.Backed) -> None:
@@ -298,6 +299,11 @@ def test_a_manifest_is_missing(backed: points.Backed) -> None:
         for _ in (3, 4)
         for disk in ("vda", "sdb")
     ]
+    states = listing.read(backed.directory).states()
+    assert states["vda.0003.qcow2"] == "no older manifest tells of vda.0002.qcow2"
+    assert states["vda.0004.qcow2"] == (
+        "of vda.0003.qcow2: no older manifest tells of vda.0002.qcow2"
+    )
     [unfinished, _] = listing.read(backed.directory).unfinished
     assert unfinished.text == "no manifest tells of it"
 

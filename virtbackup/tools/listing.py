@@ -8,6 +8,7 @@ as problems beside the points that are still there.
 
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 import re
@@ -123,18 +124,44 @@ class Backups:
         Errors: VIR_ERR_INVALID_ARG for the name; VIR_ERR_OPERATION_FAILED where the manifests do
         not lead to a whole disk.
         """
-        by_file = {d.file: (p, d) for p in self.points for d in p.made.disks}
         links = [Link(point, point.disk(name), self.directory / point.disk(name).file)]
+        seen = {links[0].disk.file}
         while (backing := links[-1].disk.backing) is not None:
-            if backing not in by_file:
+            if backing not in self._by_file:
                 raise bad(f"disk '{name}': {self.directory} has no manifest of {backing}")
-            owner, disk = by_file[backing]
-            if any(link.disk.file == backing for link in links) or disk.size != links[0].disk.size:
+            owner, disk = self._by_file[backing]
+            if backing in seen or disk.size != links[0].disk.size:
                 raise bad(f"disk '{name}': {backing} cannot be behind {links[-1].disk.file}")
+            seen.add(backing)
             links.append(Link(owner, disk, self.directory / backing))
         if links[-1].disk.kind != "full":
             raise bad(f"disk '{name}': nothing is told to be behind {links[-1].disk.file}")
         return tuple(links)
+
+    def states(self) -> dict[str, str | None]:
+        """Of the file of every disk of every point, why the disk cannot be whole, as far as that is
+        seen without reading it; None: nothing is seen."""
+        found: dict[str, str | None] = {}
+        for point in self.points:
+            for disk in point.made.disks:
+                own = problem(Link(point, disk, self.directory / disk.file))
+                found[disk.file] = own or self._state_behind(disk, found)
+        return found
+
+    def _state_behind(self, disk: manifest.Disk, found: dict[str, str | None]) -> str | None:
+        """FOUND is that of the files of older points."""
+        if disk.backing is None:
+            return None if disk.kind == "full" else "nothing is told to be behind it"
+        if disk.backing not in found:
+            return f"no older manifest tells of {disk.backing}"
+        behind = found[disk.backing]
+        if behind is None or behind.startswith("of "):
+            return behind
+        return f"of {disk.backing}: {behind}"
+
+    @functools.cached_property
+    def _by_file(self) -> dict[str, tuple[Point, manifest.Disk]]:
+        return {disk.file: (point, disk) for point in self.points for disk in point.made.disks}
 
 
 def bad(text: str) -> errors.Error:

@@ -63,15 +63,8 @@ DISK = vsh.Option("disk", vsh.Kind.STRING, "one disk alone", completer=_complete
 
 
 def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    from virtbackup.tools import listing
-
     backups = _read(args)
-    states = {
-        link.disk.file: listing.problem(link) or _chain_problem(backups, point, link.disk.name)
-        for point in backups.points
-        for disk in point.made.disks
-        for link in [listing.Link(point, disk, backups.directory / disk.file)]
-    }
+    states = backups.states()
     if args.flag("json"):
         virsh_connection.print_json(shell, _list_facts(backups, states))
         return
@@ -101,22 +94,6 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         shell.warn(str(problem))
     for unfinished in backups.unfinished:
         shell.warn(f"no part of a backup: {unfinished}")
-
-
-def _chain_problem(backups: "listing.Backups", point: "listing.Point", name: str) -> str | None:
-    """Why disk NAME of POINT cannot be whole, its own file aside."""
-    import libvirt
-
-    from virtbackup.tools import listing, verify
-
-    try:
-        links = backups.links(point, name)
-    except libvirt.libvirtError as failure:
-        return verify.reason(failure)
-    for link in links[1:]:
-        if problem := listing.problem(link):
-            return f"{link.disk.file}: {problem}"
-    return None
 
 
 def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> dict[str, object]:
