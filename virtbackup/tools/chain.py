@@ -210,7 +210,7 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
             write(directory, manifest.FILE, made)
             (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)
         for path in (directory, directory.absolute().parent):
-            _sync_directory(path)
+            sync_directory(path)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot finish the backup in {directory}") from failure
 
@@ -221,10 +221,11 @@ def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
         opened.write(made.to_json())
         opened.flush()
         os.fsync(opened.fileno())
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
-def _sync_directory(path: pathlib.Path) -> None:
+def sync_directory(path: pathlib.Path) -> None:
+    """Make the names in a directory durable. Errors: OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

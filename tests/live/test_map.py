@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""backup-map: what it draws is where the data is, of a directory and of a running backup."""
+
+import contextlib
+import json
+import os
+import pathlib
+import pty
+import subprocess
+import sys
+
+import pytest
+from lxml import etree
+
+import virtbackup
+from tests.live import points, test_prune
+from virtbackup.nbd import checksum
+
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
+    pytest.mark.timeout(120),
+]
+
+BLOCK = checksum.BLOCK
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """One disk in four points."""
+    directory = tmp_path_factory.mktemp("layered") / "backups"
+    return points.built(directory, 16 * BLOCK - 100, test_prune.LAYERS)
+
+
+def told(*argv: str) -> dict[str, list[tuple[int, int, str, bool | None]]]:
+    """Disk -> (start, length, kind, dirty), in blocks."""
+    status, out, err = points.call(*argv, "--json")
+    assert (status, err) == (0, "")
+    found = {}
+    for disk in json.loads(out)["disks"]:
+        at = 0
+        for one in disk["ranges"]:
+            assert one["start"] == at
+            at += one["length"]
+        assert at == disk["size"]
+        found[disk["name"]] = [
+            (one["start"] // BLOCK, -(-one["length"] // BLOCK), one["kind"], one["dirty"])
+            for one in disk["ranges"]
+        ]
+    return found
+
+
+def test_a_directory(layered: points.Backed) -> None:
+    directory = str(layered.directory)
+    assert told("backup-map", directory, "--point=1") == {
+        "vda": [(0, 12, "data", None), (12, 4, "hole", None)]
+    }
+    assert told("backup-map", directory, "--point=3")["vda"] == [
+        (0, 5, "data", False), (5, 1, "zero", True), (6, 1, "zero", False), (7, 1, "data", True),
+        (8, 4, "data", False), (12, 4, "hole", False),
+    ]  # fmt: skip
+    status, out, err = points.call("backup-map", directory, "--disk=vda")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"{directory}, backup of 2026-01-01T00:00:04Z"
+    assert lines[2].startswith("vda: 1023.90 KiB, ")
+    assert lines[-1].split() == ["◆", "dirty", str(2 * BLOCK), "bytes", "12.5%"]
+    assert points.call("backup-map", directory, "--disk=x")[2] == (
+        f"error: no disk 'x' in {lines[0]}: it has vda\n"
+    )
+
+
+def test_pictures(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    for name in ("m.svg", "m.png"):
+        argv = ("backup-map", str(layered.directory), f"--output={tmp_path / name}")
+        assert points.call(*argv) == (0, "", "")
+    assert etree.fromstring((tmp_path / "m.svg").read_bytes()).tag.endswith("svg")
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert points.call("backup-map", "d", "--output=x.gif")[0] == 2
+    status, _, err = points.call("backup-map", str(layered.directory), "--output=/none/x.png")
+    assert (status, err) == (1, "error: cannot write /none/x.png: No such file or directory\n")
+
+
+def test_terminals(layered: points.Backed) -> None:
+    """Colors on a terminal alone, and no sign that the encoding has not."""
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-map"]
+    argv.append(str(layered.directory))
+    plain = subprocess.run(
+        argv, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    ).stdout
+    assert b"\033" not in plain
+    assert b"  # data" in plain
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    with subprocess.Popen(argv, stdout=theirs, env=environment) as process:
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(ours, 65536):
+                text += part
+        os.close(ours)
+    assert process.returncode == 0
+    assert b"\033[34m" in text
+    assert "█".encode() in text
+
+
+def test_a_running_backup(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "images").mkdir()
+    backed = points.Backed(tmp_path / "backups")
+    with points.guest(tmp_path / "images", 4 << 20) as one:
+        uri = one.machine.uri
+        status, out, err = points.call("-c", uri, "backup-map", "vm")
+        assert (status, out) == (1, "")
+        assert "error: Domain backup job id not found" in err
+        assert points.call("-c", uri, "backup-map", "vm", "--point=1")[0] == 2
+        assert points.call("-c", uri, "backup-map", "nobody")[0] == 1
+        one.back_up(backed)
+        one.machine.io("vda", "write -P 7 1M 64k")
+        socket = tmp_path / "nbd.sock"
+        document = (
+            f"<domainbackup><address type='unix' path='{socket}'/><branch name='daily'/><disks>"
+            "<disk name='vda' type='incremental'/><disk name='sdb' type='full'/></disks>"
+            "</domainbackup>"
+        )
+        one.domain.backupStart(document)
+        try:
+            one.machine.io("vda", "write -P 8 3M 64k")
+            found = told("-c", uri, "backup-map", "vm")
+            assert found["vda"] == [
+                (0, 16, "data", False), (16, 1, "data", True), (17, 15, "hole", False),
+                (32, 8, "data", False), (40, 24, "hole", False),
+            ]  # fmt: skip
+            assert {dirty for _, _, _, dirty in found["sdb"]} == {None}
+            status, out, err = points.call("-c", uri, "backup-map", "vm", "--disk=vda")
+            assert (status, err) == (0, "")
+            assert out.startswith("vm, running backup\n")
+            assert "◆ dirty" in out
+        finally:
+            one.domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""backup-prune: what is kept is what it was, whenever it is killed, and the branch goes on."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import libvirt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import virtbackup
+from tests.live import machines, points, test_copy, test_restore, test_verify
+from virtbackup.nbd import checksum, copy
+from virtbackup.tools import chain, listing, manifest, prune, pull
+
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit"),
+    pytest.mark.timeout(180),
+]
+
+BLOCK = checksum.BLOCK
+LAYERS: list[dict[int, int | None]] = [
+    {n: n for n in range(12)},
+    {5: 100, 6: None},
+    {5: None, 7: 102},
+    {8: 103, 5: 104},
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """Four points, never to be changed."""
+    return points.pulled(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def backed(whole: points.Backed, tmp_path: pathlib.Path) -> points.Backed:
+    return whole.copy(tmp_path / "backups")
+
+
+@pytest.fixture
+def layered(tmp_path: pathlib.Path) -> points.Backed:
+    """One disk in four points."""
+    return points.built(tmp_path / "backups", 12 * BLOCK - 100, LAYERS, "raw")
+
+
+def cut(directory: pathlib.Path, keep: int) -> prune.Plan:
+    cancel = copy.Cancel()
+    try:
+        return prune.prune(directory, keep, cancel=cancel)
+    finally:
+        cancel.close()
+
+
+def refused(directory: pathlib.Path, keep: int = 2) -> str:
+    with pytest.raises(virtbackup.Error) as raised:
+        cut(directory, keep)
+    return str(raised.value)
+
+
+def numbers(directory: pathlib.Path) -> list[int]:
+    return [point.made.number or 0 for point in listing.read(directory).points]
+
+
+def names(directory: pathlib.Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def check(backed: points.Backed, restored: bool = False) -> list[int]:
+    """All that is listed is what it was, by our own reading and by QEMU's, and can be RESTORED;
+    which points those are."""
+    backups = listing.read(backed.directory)
+    verdict = test_verify.found(backed.directory)
+    assert verdict.good, verdict.problems
+    for point in backups.points:
+        shown = backed.shown[point.made.number or 0]
+        for disk in point.made.disks:
+            content = machines.contents(backed.directory / disk.file, disk.format)
+            assert content == test_restore.padded(shown[disk.name])
+        if not restored:
+            continue
+        with tempfile.TemporaryDirectory() as out:
+            done = test_restore.put_back(backed, out, point=point.label, fmt="raw", force=True)
+            assert {d.output.disk: d.output.path.read_bytes() for d in done} == shown
+    return numbers(backed.directory)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_keep(backed: points.Backed, keep: int) -> None:
+    newest = {
+        name: (backed.directory / name).read_bytes()
+        for number in range(6 - keep, 5)
+        for name in (f"vda.000{number}.qcow2", f"sdb.000{number}.qcow2")
+    }
+    cut(backed.directory, keep)
+    kept = list(range(5 - keep, 5))
+    assert check(backed, restored=True) == kept
+    assert names(backed.directory) == {
+        "manifest.json", *(f"manifest.000{n}.json" for n in kept),
+        *(f"{disk}.000{n}.qcow2" for n in kept for disk in ("vda", "sdb")),
+    }  # fmt: skip
+    oldest = listing.read(backed.directory).points[0].made
+    assert oldest.kind == "full"
+    for disk in oldest.disks:
+        assert (disk.kind, disk.backing, disk.since) == ("full", None, None)
+        assert disk.reason == "older backups were pruned"
+        path = backed.directory / disk.file
+        subprocess.run(["qemu-img", "check", "-q", str(path)], check=True)
+        assert disk.stored == path.stat().st_blocks * 512
+    before = backed.made[oldest.number or 0]
+    assert dataclasses.replace(before, disks=oldest.disks, kind="full") == oldest
+    for name, content in newest.items():
+        assert (backed.directory / name).read_bytes() == content
+    assert manifest.read(backed.directory).number == 4
+
+
+def test_nothing_to_do(backed: points.Backed) -> None:
+    before = names(backed.directory)
+    plan = cut(backed.directory, 4)
+    assert (plan.dropped, plan.merges) == ((), ())
+    assert cut(backed.directory, 100).dropped == ()
+    assert names(backed.directory) == before
+
+
+def test_the_command(backed: points.Backed) -> None:
+    directory = str(backed.directory)
+    before = names(backed.directory)
+    assert points.call("backup-prune", directory, "--keep=0")[0] == 2
+    status, out, err = points.call("backup-prune", directory, "--keep=2", "--dry-run")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[:3] == [
+        "vda: vda.0003.qcow2 would be made whole of vda.0002.qcow2, vda.0001.qcow2",
+        "sdb: sdb.0003.qcow2 would be made whole of sdb.0002.qcow2, sdb.0001.qcow2",
+        f"point 1 ({listing.shown_time(backed.made[1].time)}) would be removed",
+    ]
+    assert out.splitlines()[-1].startswith("2 points would be kept, 2 would be removed (")
+    assert names(backed.directory) == before
+    status, out, err = points.call("backup-prune", directory, "--keep=3", "--json")
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert [point["number"] for point in facts["kept"]] == [2, 3, 4]
+    assert [one["file"] for one in facts["merged"]] == ["vda.0002.qcow2", "sdb.0002.qcow2"]
+    assert facts["files"] == ["manifest.0001.json", "vda.0001.qcow2", "sdb.0001.qcow2"]
+    status, out, err = points.call("backup-prune", directory, "--keep=2")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1].startswith("2 points kept, 1 removed (")
+    assert check(backed) == [3, 4]
+
+
+# --- the branch goes on ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_pulls_go_on(tmp_path: pathlib.Path, keep: int) -> None:
+    (tmp_path / "images").mkdir()
+    backed = points.Backed(tmp_path / "backups")
+    with points.guest(tmp_path / "images") as one:
+        for step in range(3):
+            one.change(step)
+            one.back_up(backed)
+        for step in range(3, 5):
+            cut(backed.directory, keep)
+            assert len(check(backed)) == keep
+            one.change(step)
+            made = one.back_up(backed)
+            assert made.kind == "incremental"
+            assert check(backed, restored=True) == list(range(step + 2 - keep - 1, step + 2))
+
+
+def test_a_disk_that_comes_and_goes(backed: points.Backed) -> None:
+    """Points 2 and 3 are without sdb, whose increment in 4 is over its file of 1."""
+    for number in (2, 3):
+        path = backed.directory / f"manifest.000{number}.json"
+        made = manifest.read(backed.directory, path.name)
+        path.write_text(dataclasses.replace(made, disks=made.disks[:1]).to_json())
+        (backed.directory / f"sdb.000{number}.qcow2").unlink()
+        del backed.shown[number]["sdb"]
+    path = backed.directory / "sdb.0004.qcow2"
+    subprocess.run(
+        ["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", "sdb.0001.qcow2", str(path)], check=True
+    )
+    made = backed.made[4]
+    [vda, sdb] = made.disks
+    changed = dataclasses.replace(sdb, backing="sdb.0001.qcow2")
+    for name in ("manifest.0004.json", "manifest.json"):
+        text = dataclasses.replace(made, disks=(vda, changed)).to_json()
+        (backed.directory / name).write_text(text)
+    backed.shown[4]["sdb"] = machines.contents(path, "qcow2")
+    assert check(backed) == [1, 2, 3, 4]
+    plan = cut(backed.directory, 2)
+    assert [[link.disk.file for link in links] for links in plan.merges] == [
+        ["vda.0003.qcow2", "vda.0002.qcow2", "vda.0001.qcow2"],
+        ["sdb.0004.qcow2", "sdb.0001.qcow2"],
+    ]
+    assert check(backed) == [3, 4]
+    assert listing.read(backed.directory).points[1].made.kind == "incremental"
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+CHANGES = ("os.rename", "os.remove", "os.truncate", "open")
+
+
+def killed_at(directory: pathlib.Path, keep: int, count: int) -> bool:
+    """Prune in a process that is killed before the COUNT-th thing that it does to DIRECTORY's
+    names; whether it was, and not done before."""
+    pid = os.fork()
+    if pid == 0:
+        left = count
+        own = os.fspath(directory)
+
+        def audit(event: str, args: tuple[object, ...]) -> None:
+            nonlocal left
+            if event not in CHANGES or not str(args[0]).startswith(own):
+                return
+            if event == "open" and not int(args[2]) & (os.O_WRONLY | os.O_RDWR):  # type: ignore[call-overload]
+                return
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(audit)
+        try:
+            cut(directory, keep)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def test_killed_anywhere(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    """Also twice, the second time in the clean-up; all that is listed is right at any moment, and a
+    prune without more ado ends as if nothing had been."""
+    want = layered.copy(tmp_path / "want")
+    cut(want.directory, 2)
+    count, lists = 1, []
+    while True:
+        one = layered.copy(tmp_path / f"killed{count}")
+        if not killed_at(one.directory, 2, count):
+            break
+        lists.append(check(one))
+        if count % 2:
+            killed_at(one.directory, 2, 1 + count % 5)
+        plan = cut(one.directory, 2)
+        assert check(one) == [3, 4]
+        assert names(one.directory) == names(want.directory)
+        assert (one.directory / "manifest.0003.json").read_bytes() == (
+            want.directory / "manifest.0003.json"
+        ).read_bytes()
+        assert plan.kept[-1].made.number == 4
+        count += 1
+    assert count > 12
+    assert lists[0] == [1, 2, 3, 4]
+    assert [1, 3, 4] in lists
+    assert lists[-1] == [3, 4]
+
+
+def test_killed_with_two_disks_and_the_newest_merged(
+    tmp_path: pathlib.Path, whole: points.Backed
+) -> None:
+    """In the steps that one disk has not: between the images, and at manifest.json."""
+    count = 3
+    while True:
+        one = whole.copy(tmp_path / f"killed{count}")
+        assert killed_at(one.directory, 1, count)
+        if not [name for name in names(one.directory) if name.endswith(".merged")]:
+            break
+        if count % 2:
+            assert check(one) == [1, 2, 3, 4]
+        count += 1
+    assert count > 8
+    cut(one.directory, 1)
+    assert check(one) == [4]
+
+
+@pytest.mark.parametrize("count", [5, 13])
+def test_a_pull_comes_after_the_kill(tmp_path: pathlib.Path, count: int) -> None:
+    (tmp_path / "images").mkdir()
+    backed = points.Backed(tmp_path / "backups")
+    with points.guest(tmp_path / "images") as one:
+        for step in range(3):
+            one.change(step)
+            one.back_up(backed)
+        assert killed_at(backed.directory, 1 + count % 2, count)
+        one.change(4)
+        assert one.back_up(backed).kind == "incremental"
+        assert check(backed)[-1] == 4
+        cut(backed.directory, 2)
+        assert check(backed) == [3, 4]
+        assert not listing.read(backed.directory).unfinished
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(test_restore.LAYER, min_size=2, max_size=5), st.integers(1, 4), st.integers(1, 18),
+    test_restore.SIZES, st.sampled_from(test_restore.FORMATS),
+)  # fmt: skip
+def test_any_layers(
+    layers: list[dict[int, int | None]], keep: int, count: int, size: int, base: copy.Format
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        backed = points.built(pathlib.Path(name, "backups"), size, layers, base)
+        killed_at(backed.directory, keep, count)
+        assert check(backed)[-1] == len(layers)
+        cut(backed.directory, keep)
+        assert check(backed) == list(range(max(1, len(layers) - keep + 1), len(layers) + 1))
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_as_it_was(backed: points.Backed) -> None:
+    """It is needed: then nothing is changed. It is not: then it goes."""
+    path = backed.directory / "vda.0002.qcow2"
+    test_verify.flip(path, test_verify.find_data(path, 101))
+    before = {file.name: file.read_bytes() for file in backed.directory.iterdir()}
+    text = refused(backed.directory)
+    assert f"disk 'vda': {path} is not good: it is not what was backed up" in text
+    assert {file.name: file.read_bytes() for file in backed.directory.iterdir()} == before
+
+
+def test_directories_that_are_not_sound(
+    backed: points.Backed, tmp_path: pathlib.Path, whole: points.Backed
+) -> None:
+    (backed.directory / "manifest.0002.json").write_text("{")
+    assert "is not sound: manifest.0002.json: not a backup manifest" in refused(backed.directory)
+    with chain.locked(whole.directory):
+        assert "another backup is pulled into" in refused(whole.directory)
+    alone = tmp_path / "alone"
+    with points.guest(tmp_path) as one:
+        pull.pull(one.domain, alone)
+    assert "without a branch: nothing to prune" in refused(alone)
+    assert "cannot prune" in refused(tmp_path / "none")
+
+
+def test_of_a_pull_cut_off(backed: points.Backed) -> None:
+    partial = backed.directory / "manifest.0005.json.partial"
+    partial.touch()
+    assert "was cut off: the next one has to finish it first" in refused(backed.directory)
+    partial.unlink()
+    (backed.directory / "vda.0005.qcow2.partial").touch()
+    cut(backed.directory, 2)
+    assert (backed.directory / "vda.0005.qcow2.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"manifests": 1, "files": []}', '{"manifests": [], "files": ["../x"]}',
+     '{"manifests": [], "files": ["manifest.json"]}',
+     '{"manifests": [], "files": ["vda.0002.qcow2"]}',
+     '{"manifests": ["manifest.0004.json"], "files": ["vda.0003.qcow2"]}',
+     '{"manifests": ["manifest.0001.json", "manifest.0002.json", "manifest.0003.json",'
+     ' "manifest.0004.json"], "files": []}'],
+)  # fmt: skip
+def test_a_journal_of_nobody(backed: points.Backed, text: str) -> None:
+    before = names(backed.directory)
+    (backed.directory / "prune.json").write_text(text)
+    assert "prune.json" in refused(backed.directory)
+    assert names(backed.directory) == {*before, "prune.json"}
+
+
+def test_an_announcement_of_nobody(backed: points.Backed) -> None:
+    (backed.directory / "manifest.0009.json.merged").write_text("{}")
+    assert "is of a backup that is not there" in refused(backed.directory)
+    (backed.directory / "manifest.0009.json.merged").rename(
+        backed.directory / "manifest.0003.json.merged"
+    )
+    assert "not a backup manifest" in refused(backed.directory)
+    assert numbers(backed.directory) == [1, 2, 3, 4]
+
+
+@pytest.mark.may_skip
+def test_a_full_disk(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", str(out)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mount refused")
+    try:
+        one = whole.copy(out / "backups")
+        before = names(one.directory)
+        assert "No space left on device" in refused(one.directory)
+        assert names(one.directory) == before
+        assert check(one) == [1, 2, 3, 4]
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+@contextlib.contextmanager
+def pruning(directory: pathlib.Path) -> Iterator["subprocess.Popen[bytes]"]:
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-prune", str(directory)]
+    one = subprocess.Popen([*argv, "--keep=1"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        yield one
+    finally:
+        one.kill()
+        one.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
+    """In the middle of the merge: as if nothing had been."""
+    layers: list[dict[int, int | None]] = [{n: n for n in range(2000)}, {1999: 1}]
+    backed = points.built(tmp_path / "backups", 2000 * BLOCK, layers)
+    before = names(backed.directory)
+    with pruning(backed.directory) as one:
+        aside = backed.directory / "vda.0002.qcow2.merged"
+        test_copy.wait_until(lambda: aside.exists() and aside.stat().st_blocks > 0, one)
+        one.send_signal(number)
+        one.wait(20)
+        assert one.returncode == (130 if number == signal.SIGINT else 143)
+    assert names(backed.directory) == before
+    assert test_verify.found(backed.directory).good
+
+
+def test_cancel_between(layered: points.Backed) -> None:
+    cancel = copy.Cancel()
+    cancel.set()
+    with pytest.raises(virtbackup.Error) as raised:
+        prune.prune(layered.directory, 2, cancel=cancel)
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
+    cancel.close()
+    assert check(layered) == [1, 2, 3, 4]

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""backup-restore: the bytes of every point, wherever they go; and what is left when it fails."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+
+import libvirt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lxml import etree
+
+import virtbackup
+from tests.live import machines, nbdclient, points, test_copy, test_verify
+from virtbackup.nbd import checksum, copy, destination
+from virtbackup.nbd import layers as layers_module
+from virtbackup.tools import listing, restore
+
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit", "nbdcopy"),
+    pytest.mark.timeout(120),
+]
+
+BLOCK = checksum.BLOCK
+FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """Four points, never to be changed."""
+    return points.pulled(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """One disk of half a sector more than 40 blocks, in three points."""
+    layers: list[dict[int, int | None]] = [
+        {n: n for n in range(30)}, {5: 100, 6: None, 39: 101}, {5: None, 7: 102, 40: 103},
+    ]  # fmt: skip
+    directory = tmp_path_factory.mktemp("layered") / "backups"
+    return points.built(directory, 40 * BLOCK + 256, layers)
+
+
+def put_back(backed: points.Backed, out: object, **options: object) -> list[restore.Restored]:
+    backups = listing.read(backed.directory)
+    point = backups.find(options.pop("point", None))  # type: ignore[arg-type]
+    cancel = copy.Cancel()
+    try:
+        return restore.restore(backups, point, str(out), cancel=cancel, **options)  # type: ignore[arg-type]
+    finally:
+        cancel.close()
+
+
+def refused(backed: points.Backed, out: object, **options: object) -> str:
+    with pytest.raises(virtbackup.Error) as raised:
+        put_back(backed, out, **options)
+    return str(raised.value)
+
+
+def content_of(path: pathlib.Path, fmt: str) -> bytes:
+    """Of a raw file to the byte."""
+    return path.read_bytes() if fmt == "raw" else machines.contents(path, fmt)
+
+
+def padded(content: bytes) -> bytes:
+    """As a qcow2 image has it: of whole sectors."""
+    return content + bytes(-len(content) % 512)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_every_point(
+    whole: points.Backed, tmp_path: pathlib.Path, number: int, fmt: copy.Format
+) -> None:
+    done = put_back(whole, tmp_path / "a" / "b", point=str(number), fmt=fmt)
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [
+        f"sdb.{fmt}", f"vda.{fmt}",
+    ]  # fmt: skip
+    for one in done:
+        path = one.output.path
+        assert machines.contents(path, fmt) == whole.shown[number][one.output.disk]
+        assert copy.checksum_of_file(path, fmt) == one.checksum
+        assert one.stored == path.stat().st_blocks * 512 < 2 << 20
+        assert path.stat().st_mode & 0o777 == 0o600
+        if fmt == "qcow2":
+            subprocess.run(["qemu-img", "check", "-q", str(path)], check=True)
+
+
+def test_over_raw(tmp_path: pathlib.Path) -> None:
+    backed = points.pulled(tmp_path, 2, fmt="raw")
+    put_back(backed, tmp_path / "o")
+    assert machines.contents(tmp_path / "o" / "vda.qcow2", "qcow2") == backed.shown[2]["vda"]
+
+
+def test_the_command(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    directory, out = str(whole.directory), str(tmp_path / "out")
+    status, said, err = points.call("backup-restore", directory, out, "--point=2")
+    assert (status, err) == (0, "")
+    assert said.splitlines()[0].startswith(f"vda: {out}/vda.qcow2 (qcow2, 4.00 MiB, 1.")
+    assert said.endswith(f"Backup of {listing.shown_time(whole.made[2].time)} restored\n")
+    again = points.call("backup-restore", directory, out)
+    assert again[:2] == (1, "")
+    assert again[2].endswith(f"{out}/vda.qcow2 exists already; --force overwrites it\n")
+    assert machines.contents(tmp_path / "out" / "vda.qcow2", "qcow2") == whole.shown[2]["vda"]
+    status, said, err = points.call("backup-restore", directory, out, "--force", "--json")
+    assert (status, err) == (0, "")
+    facts = json.loads(said)
+    assert facts["point"]["number"] == 4
+    assert [disk["place"] for disk in facts["disks"]] == [
+        f"{out}/{d}.qcow2" for d in ("vda", "sdb")
+    ]
+    assert machines.contents(tmp_path / "out" / "vda.qcow2", "qcow2") == whole.shown[4]["vda"]
+    assert points.call("backup-restore", directory, out, "--point=9")[0] == 1
+    assert points.call("backup-restore", directory, out, "--disk=x")[2].endswith(
+        "no disk 'x' in point 4: it has vda, sdb\n"
+    )
+    assert points.call("backup-restore", directory, out, "--json", "--define")[0] == 2
+
+
+def test_define(
+    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, said, err = points.call(
+        "backup-restore", str(whole.directory), "out.img", "--disk=sdb", "--define"
+    )
+    assert (status, err) == (0, "warning: disk 'vda' was not restored and is where it was\n")
+    [_, sdb] = etree.fromstring(said).findall("devices/disk")
+    source, driver = sdb.find("source"), sdb.find("driver")
+    assert source is not None
+    assert driver is not None
+    assert source.get("file") == str(tmp_path / "out.img")
+    assert driver.get("type") == "raw"
+    assert (tmp_path / "out.img").read_bytes() == whole.shown[4]["sdb"]
+    bare = whole.copy(tmp_path / "bare")
+    for name in ("manifest.0004.json", "manifest.json"):
+        text = json.loads((bare.directory / name).read_text())
+        (bare.directory / name).write_text(json.dumps({**text, "domain_xml": ""}))
+    status, said, err = points.call("backup-restore", str(bare.directory), "o", "--define")
+    assert (status, said) == (1, "")
+    assert err == "error: operation failed: point 4 has no domain XML\n"
+
+
+def test_one_disk(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    for name, fmt in (("a", "qcow2"), ("a.raw", "raw"), ("b.img", "raw"), ("c.x", "qcow2")):
+        put_back(layered, tmp_path / name, disk="vda")
+        want = layered.shown[3]["vda"]
+        content = content_of(tmp_path / name, fmt)
+        assert content == (want if fmt == "raw" else padded(want))
+    assert (tmp_path / "a.raw").stat().st_size == 40 * BLOCK + 256
+
+
+def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(file)
+    assert "exists already; --force" in refused(layered, link, disk="vda")
+    assert "is not a directory" in refused(layered, file)
+    assert "is a directory" in refused(layered, tmp_path, disk="vda")
+    assert "neither a file nor a block device" in refused(layered, "/dev/null", disk="vda")
+    assert "name it by --disk" in refused(layered, "nbd://localhost")
+    assert "there is no format qcow2" in refused(layered, "nbd://h", disk="vda", fmt="qcow2")
+    own = layered.directory / "vda.0001.qcow2"
+    before = own.read_bytes()
+    (tmp_path / "other").symlink_to(own)
+    for place in (own, tmp_path / "other"):
+        text = refused(layered, place, disk="vda", force=True)
+        assert "is a file of the backups themselves" in text
+    assert own.read_bytes() == before
+    assert file.read_text() == "mine"
+    put_back(layered, link, disk="vda", force=True)
+    assert link.is_symlink()
+    assert machines.contents(file, "qcow2") == padded(layered.shown[3]["vda"])
+    partial = tmp_path / "x.partial"
+    partial.write_text("half")
+    assert "another restore runs, or was killed" in refused(layered, tmp_path / "x", disk="vda")
+    put_back(layered, tmp_path / "x", disk="vda", force=True)
+    assert not partial.exists()
+    assert "cannot make /proc/x" in refused(layered, "/proc/x")
+    assert "cannot create" in refused(layered, tmp_path / "none" / "x", disk="vda")
+
+
+LAYER = st.dictionaries(st.integers(0, 20), st.none() | st.integers(0, 9), max_size=12)
+SIZES = st.sampled_from([0, 1, 511, 512, 513, BLOCK - 1, BLOCK, BLOCK + 1]) | st.integers(
+    0, 20 * BLOCK
+)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    SIZES, st.lists(LAYER, min_size=1, max_size=4),
+    st.sampled_from(FORMATS), st.sampled_from(FORMATS), st.data(),
+)  # fmt: skip
+def test_round_trip(
+    size: int,
+    layers: list[Mapping[int, int | None]],
+    base: copy.Format,
+    fmt: copy.Format,
+    data: st.DataObject,
+) -> None:
+    """Any sizes, any blocks of data and zeroes: restored is what was backed up."""
+    with tempfile.TemporaryDirectory() as name:
+        backed = points.built(pathlib.Path(name, "backups"), size, layers, base)
+        number = data.draw(st.integers(1, len(layers)))
+        out = pathlib.Path(name, "out")
+        [one] = put_back(backed, out, point=str(number), disk="vda", fmt=fmt)
+        want = backed.shown[number]["vda"]
+        content = content_of(out, fmt) if size else b""
+        assert content == (want if fmt == "raw" else padded(want))
+        assert one.checksum == test_copy.defined_checksum(want)
+        assert test_verify.found(backed.directory).good
+
+
+@pytest.mark.parametrize("stretch", [layers_module.STRETCH, 4 * BLOCK])
+def test_much_that_is_hidden_and_many_links(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stretch: int
+) -> None:
+    """More of everything than there are buffers; questions are asked while data is on its way."""
+    monkeypatch.setattr(layers_module, "STRETCH", stretch)
+    if stretch < 1 << 20:
+        monkeypatch.setattr(layers_module, "_MOST_STRETCH", stretch)
+    source = random.Random(3)
+    layers: list[dict[int, int | None]] = [
+        {source.randrange(300): source.choice([None, n]) for n in range(150)} for _ in range(12)
+    ]
+    backed = points.built(tmp_path / "backups", 300 * BLOCK - 7, layers)
+    put_back(backed, tmp_path / "out.raw", disk="vda")
+    assert (tmp_path / "out.raw").read_bytes() == backed.shown[12]["vda"]
+
+
+# --- not as it was backed up ----------------------------------------------------------------------
+
+
+def test_a_flipped_bit(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    """Also one that does not show in the point, as a later increment hides it."""
+    backed = whole.copy(tmp_path / "backups")
+    path = backed.directory / "vda.0002.qcow2"
+    test_verify.flip(path, test_verify.find_data(path, 101))
+    text = refused(backed, tmp_path / "out")
+    assert f"disk 'vda': {path} is not good: it is not what was backed up: its checksum" in text
+    assert not (tmp_path / "out").exists()
+    put_back(backed, tmp_path / "out", point="1")
+    put_back(backed, tmp_path / "sdb", disk="sdb")
+    (tmp_path / "vda").write_text("mine")
+    status, out, err = points.call(
+        "backup-restore", str(backed.directory), str(tmp_path / "vda"), "--disk=vda", "--force"
+    )
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert (tmp_path / "vda").read_text() == "mine"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_missing_links(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    backed = layered.copy(tmp_path / "backups")
+    path = backed.directory / "vda.0001.qcow2"
+    path.rename(tmp_path / "away")
+    assert f"{path} is not good: it is missing" in refused(backed, tmp_path / "out")
+    path.write_bytes(b"")
+    assert "shorter than the header" in refused(backed, tmp_path / "out")
+    path.unlink()
+    (tmp_path / "away").rename(path)
+    manifest = backed.directory / "manifest.0001.json"
+    text = json.loads(manifest.read_text())
+    text["disks"][0]["checksum"]["algorithm"] = "crc"
+    manifest.write_text(json.dumps(text))
+    assert "a checksum 'crc' is unknown" in refused(backed, tmp_path / "out")
+    manifest.unlink()
+    assert "has no manifest of vda.0001.qcow2" in refused(backed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.may_skip
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_full_disk(whole: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(out)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mount refused")
+    try:
+        text = refused(whole, out, fmt=fmt)
+        assert f"cannot write {out}/sdb.{fmt}.partial: No space left on device" in text
+        assert list(out.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+# --- a block device -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def loop_device(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
+    path.write_bytes(b"\xff" * size)
+    argv = ["losetup", "--find", "--show", str(path)]
+    made = subprocess.run(argv, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip("no loop device")
+    device = made.stdout.strip()
+    try:
+        yield pathlib.Path(device)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.may_skip
+@pytest.mark.needs("losetup")
+def test_a_block_device(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    size = 41 * BLOCK
+    with loop_device(tmp_path / "disk", size) as device:
+        text = refused(layered, device, disk="vda")
+        assert f"{device} exists already; --force overwrites it" in text
+        assert "there is no format" in refused(layered, device, disk="vda", fmt="qcow2")
+        status, out, err = points.call(
+            "backup-restore", str(layered.directory), str(device), "--disk=vda", "--force",
+        )  # fmt: skip
+        assert (status, err) == (0, "")
+        assert out.startswith(f"vda: {device} (raw, 2.50 MiB)\n")
+        content = device.read_bytes()
+        want = layered.shown[3]["vda"]
+        assert content[: len(want)] == want
+        assert content[len(want) :] == b"\xff" * (size - len(want))
+    with loop_device(tmp_path / "small", 40 * BLOCK) as device:
+        text = refused(layered, device, disk="vda", force=True)
+        assert text.endswith(
+            f"{device} is too small: it has {40 * BLOCK} bytes, and the disk {40 * BLOCK + 256}"
+        )
+        assert device.read_bytes() == b"\xff" * 40 * BLOCK
+
+
+# --- a server -------------------------------------------------------------------------------------
+
+
+def uri(server: test_copy.Server) -> str:
+    assert isinstance(server.export.server, str)
+    return nbdclient.uri(pathlib.Path(server.export.server), server.export.name)
+
+
+@pytest.mark.parametrize(
+    "kit",
+    [
+        ["memory", "3M"],
+        ["--filter=nozero", "memory", "3M"],
+        ["--filter=blocksize-policy", "memory", "3M", "blocksize-minimum=4096",
+         "blocksize-preferred=4096", "blocksize-maximum=64K", "blocksize-error-policy=error"],
+        ["--filter=noextents", "memory", "3M"],
+        ["--filter=delay", "memory", "3M", "delay-write=20ms"],
+        ["--filter=error", "memory", "3M", "error-trim=EIO", "error-trim-rate=100%"],
+    ],
+    ids=lambda kit: kit[0],
+)  # fmt: skip
+def test_a_server(layered: points.Backed, tmp_path: pathlib.Path, kit: list[str]) -> None:
+    """Fast, slow, one without zeroes, one of large blocks: the same bytes, twice over."""
+    with test_copy.nbdkit(tmp_path, *kit) as server:
+        if "noextents" in kit[0]:
+            assert "has data; --force overwrites it" in refused(layered, uri(server), disk="vda")
+        for number in (2, 1, 3):
+            force = number != 2 or "noextents" in kit[0]
+            if force and "noextents" not in kit[0]:
+                text = refused(layered, uri(server), disk="vda")
+                assert text.endswith("has data; --force overwrites it")
+            put_back(layered, uri(server), disk="vda", point=str(number), force=force)
+            want = layered.shown[number]["vda"]
+            assert server.contents() == want + bytes((3 << 20) - len(want))
+
+
+def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    """Into an image through QEMU's own writer, whatever it is."""
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "3M"], check=True)
+    socket = tmp_path / "s"
+    argv = ["qemu-nbd", "-f", "qcow2", "-k", str(socket), "-x", "e x", str(image)]
+    with test_copy.running(argv, socket.exists):
+        status, out, err = points.call(
+            "backup-restore", str(layered.directory), nbdclient.uri(socket, "e%20x"), "--disk=vda",
+            "--define",
+        )  # fmt: skip
+        assert (status, err) == (0, "warning: disk 'vdb' was not restored and is where it was\n")
+        assert '<host transport="unix"' in out
+    want = layered.shown[3]["vda"]
+    deadline = time.monotonic() + 10
+    while True:  # the server ends with its client, and until then has the image
+        with contextlib.suppress(subprocess.CalledProcessError):
+            content = machines.contents(image, "qcow2")
+            break
+        assert time.monotonic() < deadline
+    assert content == want + bytes((3 << 20) - len(want))
+
+
+@pytest.mark.parametrize(
+    ("kit", "text"),
+    [
+        (["-r", "memory", "3M"], "it is read-only"),
+        (["memory", "2M"], "is too small: it has 2097152 bytes, and the disk 2621696"),
+        (["--filter=truncate", "memory", "3M", "truncate=1M"], "is too small: it has 1048576"),
+        (["--filter=error", "memory", "3M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%"],
+         "at offset"),
+        (["eval", "get_size=echo 3M", "pread=dd if=/dev/zero count=$3 iflag=count_bytes",
+          "pwrite=echo ENOSPC full >&2; exit 1", "can_write=exit 0"], "No space left on device"),
+        (["--filter=error", "memory", "3M", "error-zero=EIO", "error-zero-rate=100%"], ""),
+    ],
+    ids=["read-only", "small", "truncate", "error", "full", "zero"],
+)  # fmt: skip
+def test_a_bad_server(
+    layered: points.Backed, tmp_path: pathlib.Path, kit: list[str], text: str
+) -> None:
+    with test_copy.nbdkit(tmp_path, *kit) as server:
+        said = refused(layered, uri(server), disk="vda", force=True) if text else ""
+        assert text in said
+        if "at offset" in said:
+            assert said.endswith(f"(what {uri(server)} has now is not the disk)")
+        if not text:  # a blank server needs no zeroes
+            put_back(layered, uri(server), disk="vda", point="1")
+
+
+def test_a_server_that_closes(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    kit = ["--filter=delay", "memory", "3M", "delay-write=200ms"]
+    with test_copy.nbdkit(tmp_path, *kit) as server:
+
+        class Kill:
+            def start(self, index: int, size: int) -> None:
+                """Nothing."""
+
+            def advance(self, index: int, count: int) -> None:
+                server.process.kill()
+
+        said = refused(layered, uri(server), disk="vda", progress=Kill())
+    assert f"cannot write {uri(server)}" in said
+    assert said.endswith("has now is not the disk)")
+    assert "cannot connect to nbd+unix" in refused(layered, uri(server), disk="vda")
+
+
+def test_bad_data_for_a_server_is_told(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    backed = layered.copy(tmp_path / "backups")
+    test_verify.flip(backed.directory / "vda.0003.qcow2", 0x10000)
+    with test_copy.nbdkit(tmp_path, "memory", "3M") as server:
+        said = refused(backed, uri(server), disk="vda")
+    assert "vda.0003.qcow2 is not good: it is not what was backed up" in said
+    assert said.endswith("has now is not the disk)")
+
+
+def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    kit = ["--filter=delay", "memory", "3M", "delay-write=60"]
+    with test_copy.nbdkit(tmp_path, *kit) as server:
+        argv = ["backup-restore", str(layered.directory), uri(server), "--disk=vda"]
+        with process(*argv) as one:
+            time.sleep(0.7)
+            one.send_signal(signal.SIGINT)
+            one.wait(10)
+            assert one.returncode == 130
+
+
+def test_a_target_that_raises_nothing(tmp_path: pathlib.Path) -> None:
+    """What cannot be opened for writing."""
+    with pytest.raises(virtbackup.Error) as raised:
+        destination.BlockDevice(tmp_path / "none", 1)
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(*argv: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "virtbackup.tools.virsh_backup", *argv]
+    one = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        yield one
+    finally:
+        one.kill()
+        one.communicate()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """Large enough to be caught in the middle of."""
+    layers: list[dict[int, int | None]] = [{n: n for n in range(2000)}, {1999: 1}]
+    return points.built(tmp_path_factory.mktemp("large") / "backups", 2000 * BLOCK, layers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals(large: points.Backed, tmp_path: pathlib.Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    with process("backup-restore", str(large.directory), str(out), "--format=raw") as one:
+        partial = out / "vda.raw.partial"
+        test_copy.wait_until(lambda: partial.exists() and partial.stat().st_blocks > 0, one)
+        one.send_signal(number)
+        one.wait(20)
+        assert one.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    if number == signal.SIGKILL:
+        assert [path.name for path in out.iterdir()] == ["vda.raw.partial"]
+        put_back(large, out, fmt="raw", force=True)
+        assert [path.name for path in out.iterdir()] == ["vda.raw"]
+    else:
+        assert not out.exists()
+    own = str(large.directory).encode()
+    for entry in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                assert own not in (entry / "cmdline").read_bytes(), entry

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""backup-serve: what it exports is the point, and it leaves nothing and changes nothing."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.live import nbdclient, points, test_copy
+
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
+    pytest.mark.timeout(120),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """Four points, never to be changed."""
+    return points.pulled(tmp_path_factory.mktemp("whole"))
+
+
+class Served:
+    """A backup-serve that runs."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        assert process.stdout is not None
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, process.communicate()
+            text += line
+        self.facts = json.loads(text)
+        self.exports: dict[str, str] = self.facts["exports"]
+
+    def daemon(self) -> int:
+        """The pid of the server."""
+        pid = self.process.pid
+        [child] = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(child)
+
+
+@contextlib.contextmanager
+def served(backed: points.Backed, *options: str) -> Iterator[Served]:
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-serve"]
+    process = subprocess.Popen(
+        [*argv, str(backed.directory), *options, "--json"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield Served(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def state(directory: pathlib.Path) -> dict[str, str]:
+    return {
+        path.name: f"{path.stat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in directory.iterdir()
+    }
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return b"\0" not in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_point(whole: points.Backed, state_dir: pathlib.Path, number: signal.Signals) -> None:
+    before = state(whole.directory)
+    with served(whole, "--point=2") as one:
+        assert one.facts["point"]["number"] == 2
+        daemon = one.daemon()
+        for disk, uri in one.exports.items():
+            assert nbdclient.read_uri(uri) == whole.shown[2][disk]
+        argv = ["nbdcopy", "/dev/null", one.exports["vda"]]
+        assert subprocess.run(argv, capture_output=True).returncode
+        assert {path.stat().st_mode & 0o777 for path in state_dir.iterdir()} == {0o700}
+        one.process.send_signal(number)
+        _, err = one.process.communicate(timeout=20)
+        assert (one.process.returncode, err) == (0, "")
+    assert gone(daemon)
+    assert list(state_dir.iterdir()) == []
+    assert state(whole.directory) == before
+
+
+def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s, x"
+    with served(whole, "--disk=sdb", f"--unix={path}") as one:
+        assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
+        assert list(one.exports) == ["sdb"]
+        assert path.stat().st_mode & 0o77 == 0
+        again = points.run("backup-serve", str(whole.directory), f"--unix={path}")
+        assert again[:2] == (1, "")
+        assert again[2].endswith(f"{path} exists already\n")
+        one.process.send_signal(signal.SIGINT)
+        one.process.communicate(timeout=20)
+    assert not path.exists()
+
+
+def test_tcp(whole: points.Backed) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        status, out, err = points.run("backup-serve", str(whole.directory), f"--port={port}")
+        assert (status, out) == (1, "")
+        assert "error: operation failed: qemu-storage-daemon: " in err
+        assert err.endswith("Address already in use\n")
+    with served(whole, f"--port={port}") as one:
+        assert one.exports["vda"] == f"nbd://127.0.0.1:{port}/vda"
+        assert nbdclient.read_uri(one.exports["vda"]) == whole.shown[4]["vda"]
+    with served(whole, "--host=0.0.0.0", f"--port={port}", "--insecure") as one:
+        assert nbdclient.read_uri(f"nbd://127.0.0.1:{port}/vda") == whole.shown[4]["vda"]
+    status, _, err = points.call(
+        "backup-serve", str(whole.directory), "--host=198.51.100.1", "--port=7"
+    )
+    assert status == 1
+    assert err.startswith("warning: whoever reaches 198.51.100.1 can read the backup")
+    for wrong in ("--port=0", "--port=65536"):
+        assert points.call("backup-serve", str(whole.directory), wrong)[0] == 2
+    assert points.call("backup-serve", str(whole.directory), "--port=7", "--unix=/x")[0] == 2
+
+
+def test_the_server_ends_with_a_killed_process(whole: points.Backed) -> None:
+    with served(whole) as one:
+        daemon = one.daemon()
+        one.process.kill()
+        one.process.wait()
+        with subprocess.Popen(["sleep", "20"]) as clock:
+            test_copy.wait_until(lambda: gone(daemon), clock)
+            clock.kill()
+
+
+def test_a_killed_server_is_told(whole: points.Backed) -> None:
+    with served(whole) as one:
+        os.kill(one.daemon(), signal.SIGKILL)
+        _, err = one.process.communicate(timeout=20)
+        assert one.process.returncode == 1
+        assert err == "error: operation failed: qemu-storage-daemon: it ended with status -9\n"
+
+
+def test_what_cannot_be_served(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    backed = whole.copy(tmp_path / "backups")
+    (backed.directory / "vda.0001.qcow2").unlink()
+    status, _, err = points.call("backup-serve", str(backed.directory))
+    assert status == 1
+    assert "vda.0001.qcow2 is not good: it is missing" in err
+    assert points.call("backup-serve", str(backed.directory), "--disk=x")[0] == 1
+    status, _, err = points.call("backup-serve", str(whole.directory), f"--unix=/{'x' * 200}")
+    assert status == 1
+    assert err.count("\n") == 1
+
+
+def test_no_private_directory(whole: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", "/proc/x")
+    status, _, err = points.call("backup-serve", str(whole.directory))
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("error: cannot make a directory in /proc/x")

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What backup-list and backup-verify see in directories that a pull made and something spoilt."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+from collections.abc import Callable
+
+import libvirt
+import pytest
+
+import virtbackup
+from tests.live import machines, points
+from virtbackup.nbd import copy, header
+from virtbackup.tools import listing, manifest, verify
+
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
+    pytest.mark.timeout(120),
+]
+
+BOTH = ["sdb", "vda"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """Four points, never to be changed."""
+    return points.pulled(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def backed(whole: points.Backed, tmp_path: pathlib.Path) -> points.Backed:
+    return whole.copy(tmp_path / "backups")
+
+
+def found(directory: pathlib.Path, point: str | None = None) -> verify.Verdict:
+    backups = listing.read(directory)
+    return verify.verify(backups, None if point is None else backups.find(point))
+
+
+def told(verdict: verify.Verdict) -> list[tuple[str, str | None, str | None]]:
+    return [(one.file, one.disk, one.point) for one in verdict.problems]
+
+
+def labels(verdict: verify.Verdict) -> list[str]:
+    return [point.label for point in verdict.bad_points]
+
+
+def flip(path: pathlib.Path, offset: int, bit: int = 1) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        [byte] = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ bit]))
+
+
+def find_data(path: pathlib.Path, byte: int) -> int:
+    """Where a cluster of BYTE is in the file."""
+    return path.read_bytes().index(bytes([byte]) * 4096) + 2000
+
+
+# --- good -----------------------------------------------------------------------------------------
+
+
+def test_a_whole_chain_is_good(whole: points.Backed) -> None:
+    verdict = found(whole.directory)
+    assert verdict.good
+    assert labels(verdict) == []
+    assert {link.disk.file for link in verdict.files} == {
+        f"{disk}.000{n}.qcow2" for disk in BOTH for n in (1, 2, 3, 4)
+    }
+    assert len(found(whole.directory, "2").files) == 4
+    status, out, err = points.call("backup-verify", str(whole.directory))
+    assert (status, err) == (0, "")
+    assert "8 files" in out
+    assert out.endswith("Backups verified\n")
+    status, out, err = points.call("backup-verify", str(whole.directory), "--json", "--point=1")
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["good"]
+    assert facts["files"] == ["vda.0001.qcow2", "sdb.0001.qcow2"]
+
+
+def test_raw_and_alone(tmp_path: pathlib.Path) -> None:
+    """Disks of raw files, in a directory without a branch: its only point has no number."""
+    with points.guest(tmp_path) as one:
+        from virtbackup.tools import pull
+
+        made = pull.pull(one.domain, tmp_path / "out", fmt="raw")
+    assert found(tmp_path / "out").good
+    [point] = listing.read(tmp_path / "out").points
+    assert point.label == point.time == listing.shown_time(made.time)
+    status, out, _ = points.call("backup-list", str(tmp_path / "out"))
+    assert status == 0
+    assert " -       " + point.time in out
+    flip(tmp_path / "out" / "sdb.raw", 4 << 20)
+    verdict = found(tmp_path / "out")
+    assert told(verdict) == [("sdb.raw", "sdb", point.time)]
+    os.truncate(tmp_path / "out" / "vda.raw", 4 << 20)
+    assert str(found(tmp_path / "out").problems[0]) == (
+        f"disk 'vda', vda.raw: it has {4 << 20} bytes, expected {points.SIZE}"
+    )
+
+
+def test_list(whole: points.Backed) -> None:
+    status, out, err = points.call("backup-list", str(whole.directory))
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[:2] == [f"Guest:  vm ({points.UUID})", "Branch: daily"]
+    assert len(lines) == 3 + 2 + 8
+    assert lines[5].split() == [
+        "1", listing.shown_time(whole.made[1].time), "vda", "full", "4.00", "MiB",
+        *virsh_size(whole.made[1].disks[0].stored), "there",
+    ]  # fmt: skip
+    status, out, err = points.call("backup-list", str(whole.directory), "--json")
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert [point["number"] for point in facts["points"]] == [1, 2, 3, 4]
+    assert [point["id"] for point in facts["points"]] == [m.id for m in whole.made.values()]
+    disk = facts["points"][1]["disks"][1]
+    assert disk["name"] == "sdb"
+    assert disk["backing"] == "sdb.0001.qcow2"
+    assert disk["problem"] is None
+    assert facts["unfinished"] == facts["problems"] == []
+
+
+def virsh_size(size: int) -> list[str]:
+    from virtbackup.tools import virsh_connection
+
+    return virsh_connection.human_size(size).split()
+
+
+# --- points by name -------------------------------------------------------------------------------
+
+
+def test_names_of_points(whole: points.Backed) -> None:
+    backups = listing.read(whole.directory)
+    assert backups.find(None).label == "4"
+    assert backups.find("0002").label == backups.find("2").label == "2"
+    for number, made in whole.made.items():
+        assert made.id is not None
+        assert backups.find(made.id).made == made
+        assert backups.find(made.time).label == str(number)
+        assert backups.find(made.time.replace("T", " ")).label == str(number)
+    for wanted, text in (("7", "no point '7' in"), ("20", "'20' is more than one point of")):
+        with pytest.raises(virtbackup.Error) as raised:
+            backups.find(wanted)
+        assert raised.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+        assert text in str(raised.value)
+        assert f"1 ({backups.points[0].time}), 2 (" in str(raised.value)
+
+
+def test_of_many_points_the_newest_are_named(whole: points.Backed) -> None:
+    one = listing.read(whole.directory).points[0]
+    many = tuple(
+        listing.Point(one.file, dataclasses.replace(one.made, number=n)) for n in range(1, 100)
+    )
+    with pytest.raises(virtbackup.Error, match=r": 89 earlier, 90 \("):
+        listing.Backups(whole.directory, many).find("100")
+
+
+# --- spoilt ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("disk", BOTH)
+def test_one_flipped_bit_of_data(backed: points.Backed, disk: str, number: int) -> None:
+    file = f"{disk}.000{number}.qcow2"
+    flip(backed.directory / file, find_data(backed.directory / file, number + 99 if number > 1
+                                            else 9))  # fmt: skip
+    verdict = found(backed.directory)
+    assert told(verdict) == [(file, disk, str(number))]
+    assert "it is not what was backed up: its checksum is" in verdict.problems[0].text
+    assert labels(verdict) == [str(n) for n in range(number, 5)]
+    if number > 1:
+        assert found(backed.directory, str(number - 1)).good
+    status, out, err = points.call("backup-verify", str(backed.directory))
+    assert status == 1
+    assert f"point {number}, disk '{disk}', {file}: it is not what" in out
+    assert err.count("\n") == 1
+    assert err.startswith(
+        f"error: the backups in {backed.directory} are not whole: disk '{disk}', {file}: "
+    )
+    assert f"not to be restored: {', '.join(labels(verdict))}" in err
+    status, out, _ = points.call("backup-verify", str(backed.directory), "--json")
+    assert status == 1
+    facts = json.loads(out)
+    assert facts["problems"][0]["file"] == file
+    assert len(facts["bad_points"]) == 5 - number
+
+
+def test_one_flipped_bit_of_tables(backed: points.Backed) -> None:
+    """Anywhere in an increment but for its data: either it is found or it means nothing, and the
+    disk reads as before and QEMU has nothing to say."""
+    path = backed.directory / "vda.0003.qcow2"
+    content = path.read_bytes()
+    backups = listing.read(backed.directory)
+    link = backups.links(backups.find("3"), "vda")[0]
+    places = [i for i, byte in enumerate(content) if byte and i >= 112]
+    source = random.Random(8)
+    some = [*source.sample(range(112), 30), *source.sample(places, 20)]
+    some += source.sample(range(len(content)), 10)
+    missed = 0
+    for offset in some:
+        flip(path, offset, 1 << source.randrange(8))
+        if (listing.problem(link) or verify.examine(link)[0]) is None:
+            missed += 1
+            shown = machines.contents(backed.directory / "vda.0004.qcow2", "qcow2")
+            assert shown == backed.shown[4]["vda"], offset
+        path.write_bytes(content)
+    assert missed < len(some) // 2
+
+
+def spoil_truncate(directory: pathlib.Path) -> None:
+    path = directory / "vda.0002.qcow2"
+    os.truncate(path, path.stat().st_size - (1 << 16))
+
+
+def spoil_truncate_to_nothing(directory: pathlib.Path) -> None:
+    os.truncate(directory / "vda.0002.qcow2", 0)
+
+
+def spoil_remove(directory: pathlib.Path) -> None:
+    (directory / "vda.0002.qcow2").unlink()
+
+
+def spoil_replace_by_directory(directory: pathlib.Path) -> None:
+    spoil_remove(directory)
+    (directory / "vda.0002.qcow2").mkdir()
+
+
+def spoil_rebase(directory: pathlib.Path) -> None:
+    """Another backing file name, of the same length and so of nothing else changed."""
+    path = directory / "vda.0002.qcow2"
+    path.write_bytes(path.read_bytes().replace(b"vda.0001.qcow2", b"sdb.0001.qcow2", 1))
+
+
+def spoil_swap(directory: pathlib.Path) -> None:
+    """A good file, of the same size and with the right backing file's name, of another backup."""
+    path = directory / "vda.0002.qcow2"
+    other = (directory / "sdb.0004.qcow2").read_bytes()
+    path.write_bytes(other.replace(b"sdb.0003.qcow2", b"vda.0001.qcow2", 1))
+
+
+def spoil_standing_alone(directory: pathlib.Path) -> None:
+    shutil.copy(directory / "vda.0001.qcow2", directory / "vda.0002.qcow2")
+
+
+def spoil_other_format(directory: pathlib.Path) -> None:
+    (directory / "vda.0002.qcow2").write_bytes(bytes(1 << 20))
+
+
+def spoil_size(directory: pathlib.Path) -> None:
+    path = directory / "vda.0002.qcow2"
+    data = bytearray(path.read_bytes())
+    data[24:32] = (8 << 20).to_bytes(8, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (spoil_truncate, ""),
+        (spoil_truncate_to_nothing, "it is shorter than the header of a qcow2 image"),
+        (spoil_remove, "it is missing"),
+        (spoil_replace_by_directory, "it is no file"),
+        (spoil_rebase, "its backing file is sdb.0001.qcow2, expected vda.0001.qcow2"),
+        (spoil_swap, "it is not what was backed up"),
+        (spoil_standing_alone, "its backing file is none, expected vda.0001.qcow2"),
+        (spoil_other_format, "it is not a qcow2 image"),
+        (spoil_size, "it is a disk of 8388608 bytes, expected 4194816"),
+    ],
+)
+def test_a_bad_link(
+    backed: points.Backed, spoil: Callable[[pathlib.Path], None], text: str
+) -> None:
+    spoil(backed.directory)
+    verdict = found(backed.directory)
+    assert told(verdict) == [("vda.0002.qcow2", "vda", "2")]
+    assert text in verdict.problems[0].text
+    assert labels(verdict) == ["2", "3", "4"]
+    assert found(backed.directory, "1").good
+    status, out, _ = points.call("backup-list", str(backed.directory))
+    assert status == 0
+    if text and text != "it is not what was backed up":
+        assert f" {text}\n" in out
+        assert out.count(f" of vda.0002.qcow2: {text}\n") == 2
+
+
+def test_a_manifest_is_missing(backed: points.Backed) -> None:
+    (backed.directory / "manifest.0002.json").unlink()
+    verdict = found(backed.directory)
+    assert labels(verdict) == ["3", "4"]
+    assert [one.text for one in verdict.problems] == [
+        f"disk '{disk}': {backed.directory} has no manifest of {disk}.0002.qcow2"
+        for _ in (3, 4)
+        for disk in ("vda", "sdb")
+    ]
+    states = listing.read(backed.directory).states()
+    assert states["vda.0003.qcow2"] == "no older manifest tells of vda.0002.qcow2"
+    assert states["vda.0004.qcow2"] == (
+        "of vda.0003.qcow2: no older manifest tells of vda.0002.qcow2"
+    )
+    [unfinished, _] = listing.read(backed.directory).unfinished
+    assert unfinished.text == "no manifest tells of it"
+
+
+def test_the_newest_manifest_is_missing(backed: points.Backed) -> None:
+    """It is there a second time, as manifest.json."""
+    (backed.directory / "manifest.0004.json").unlink()
+    verdict = found(backed.directory)
+    assert told(verdict) == [("manifest.0004.json", None, None)]
+    assert labels(verdict) == []
+    assert listing.read(backed.directory).find("4").made == backed.made[4]
+    shutil.copy(backed.directory / "manifest.json", backed.directory / "manifest.0004.json")
+    assert found(backed.directory).good
+    (backed.directory / "manifest.json").unlink()
+    assert told(found(backed.directory)) == [("manifest.json", None, None)]
+    shutil.copy(backed.directory / "manifest.0002.json", backed.directory / "manifest.json")
+    assert told(found(backed.directory)) == [("manifest.json", None, None)]
+
+
+def _with(made: manifest.Manifest, **fields: object) -> str:
+    return dataclasses.replace(made, **fields).to_json()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0", "null", '{"version": 2}'])
+def test_a_manifest_is_broken(backed: points.Backed, text: str) -> None:
+    (backed.directory / "manifest.0003.json").write_text(text)
+    verdict = found(backed.directory)
+    assert verdict.problems[0].file == "manifest.0003.json"
+    assert labels(verdict) == ["4"]
+    status, _, err = points.call("backup-list", str(backed.directory))
+    assert status == 0
+    assert err.startswith("warning: manifest.0003.json: not a backup manifest: ")
+
+
+def test_a_manifest_of_others(backed: points.Backed) -> None:
+    made = backed.made[1]
+    path = backed.directory / "manifest.0001.json"
+    domain = manifest.Domain("x", points.UUID[:-1] + "2")
+    for text, problem in (
+        (_with(made, domain=domain), "it is of another guest, 'x'"),
+        (_with(made, branch="b"), "it is of another branch, 'b'"),
+        (_with(made, number=7), "it is the manifest of backup 7"),
+    ):
+        path.write_text(text)
+        assert str(found(backed.directory).problems[0]) == f"manifest.0001.json: {problem}"
+
+
+def test_a_manifest_that_leads_nowhere(backed: points.Backed) -> None:
+    """Loops, disks of other sizes, checksums and formats that nobody knows."""
+    made = backed.made[4]
+    [vda, sdb] = made.disks
+
+    def look(changed: manifest.Disk) -> str:
+        text = _with(made, disks=(changed, sdb))
+        for file in ("manifest.0004.json", "manifest.json"):
+            (backed.directory / file).write_text(text)
+        problem = found(backed.directory).problems[0]
+        assert (problem.file, problem.point) == (changed.file, "4")
+        return problem.text
+
+    assert "vda.0004.qcow2 cannot be behind vda.0004.qcow2" in look(
+        dataclasses.replace(vda, backing=vda.file)
+    )
+    assert "cannot be behind" in look(dataclasses.replace(vda, size=1 << 20))
+    assert "nothing is told to be behind" in look(dataclasses.replace(vda, backing=None))
+    wrong = dataclasses.replace(vda.checksum, algorithm="md5")
+    assert "a checksum 'md5' is unknown" in look(dataclasses.replace(vda, checksum=wrong))
+    assert "format 'vmdk' is unknown" in look(dataclasses.replace(vda, format="vmdk"))
+
+
+def test_an_image_that_would_open_others(backed: points.Backed, tmp_path: pathlib.Path) -> None:
+    """A header with an external data file, which QEMU would open, is refused before that."""
+    path = backed.directory / "vda.0001.qcow2"
+    data = bytearray(path.read_bytes())
+    data[79] |= 4
+    path.write_bytes(data)
+    assert header.parse(bytes(data)).external_data
+    assert "in another file" in found(backed.directory).problems[0].text
+
+
+# --- unfinished -----------------------------------------------------------------------------------
+
+
+def test_what_is_unfinished_is_told(backed: points.Backed) -> None:
+    for name in ("vda.0005.qcow2.partial", "manifest.0002.json.merged", "vda.0009.raw"):
+        (backed.directory / name).touch()
+    (backed.directory / "notes.txt").touch()
+    status, _, err = points.call("backup-list", str(backed.directory))
+    assert status == 0
+    assert err.splitlines() == [
+        "warning: no part of a backup: manifest.0002.json.merged: of a prune cut off",
+        "warning: no part of a backup: vda.0005.qcow2.partial: of a backup that was not finished",
+        "warning: no part of a backup: vda.0009.raw: no manifest tells of it",
+    ]
+    assert found(backed.directory).good
+
+
+def test_directories_without_a_backup(tmp_path: pathlib.Path) -> None:
+    for command in ("backup-list", "backup-verify"):
+        status, out, err = points.call(command, str(tmp_path / "none"))
+        assert (status, out) == (1, "")
+        assert err == f"error: cannot read {tmp_path / 'none'}: No such file or directory\n"
+    for name, text in (
+        (None, f"{tmp_path} has no backup"),
+        ("vda.qcow2.partial", "(vda.qcow2.partial: of a backup that was not finished)"),
+        ("manifest.json", "(manifest.json: not a backup manifest: "),
+    ):
+        if name is not None:
+            (tmp_path / name).write_text("")
+        status, out, err = points.call("backup-list", str(tmp_path))
+        assert (status, out) == (1, "")
+        assert text in err
+        if name is not None:
+            (tmp_path / name).unlink()
+
+
+# --- ended ----------------------------------------------------------------------------------------
+
+
+def test_cancel(whole: points.Backed) -> None:
+    cancel = copy.Cancel()
+    cancel.set()
+    with pytest.raises(virtbackup.Error) as raised:
+        verify.verify(listing.read(whole.directory), cancel=cancel)
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
+    cancel.close()
+
+
+def test_a_missing_program_is_named(whole: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(virtbackup.Error, match="cannot run qemu-nbd: No such file"):
+        found(whole.directory, "1")
+
+
+def test_names_that_qemu_could_take_for_something_else(
+    tmp_path: pathlib.Path, whole: points.Backed
+) -> None:
+    strange = whole.copy(tmp_path / "nbd:a, b")
+    assert found(strange.directory).good

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain's document with its disks elsewhere."""
+
+import pytest
+from lxml import etree
+
+import virtbackup
+from virtbackup.conf import redefine
+
+DOCUMENT = """<domain type='kvm' id='3'>
+  <name>vm</name>
+  <devices>
+    <disk type='network' device='disk' snapshot='external'>
+      <driver name='qemu' type='qcow2' cache='none'/>
+      <auth username='a'/>
+      <source protocol='rbd' name='p/i'><host name='h'/><encryption format='luks'/></source>
+      <backingStore type='file'><format type='raw'/><source file='/b'/></backingStore>
+      <target dev='vda' bus='virtio'/>
+      <mirror type='file'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <target dev='sr0'/>
+    </disk>
+    <disk type='block' device='disk'>
+      <source dev='/dev/x'/>
+      <target dev='vdb'/>
+    </disk>
+  </devices>
+</domain>
+"""
+
+
+def test_a_file() -> None:
+    made, left = redefine.redefine(DOCUMENT, {"vda": redefine.Medium("file", "/n<w", "raw")})
+    assert left == ["vdb"]
+    assert made.startswith('<domain type="kvm">\n  <name>vm</name>\n')
+    assert (
+        """    <disk type="file" device="disk">
+      <driver name="qemu" type="raw" cache="none"/>
+      <source file="/n&lt;w"/>
+      <target dev="vda" bus="virtio"/>
+    </disk>
+"""
+        in made
+    )
+    assert redefine.redefine(made, {"vda": redefine.Medium("file", "/n<w", "raw")})[0] == made
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("nbd://h:7/a%20b", '<source protocol="nbd" name="a b"><host name="h" port="7"/></source>'),
+        ("nbds://h", '<source protocol="nbd" tls="yes"><host name="h" port="10809"/></source>'),
+        ("nbd+unix:///?socket=/s%3f",
+         '<source protocol="nbd"><host transport="unix" socket="/s?"/></source>'),
+    ],
+)  # fmt: skip
+def test_a_server(place: str, source: str) -> None:
+    media = {"vdb": redefine.Medium("network", place, "raw")}
+    disk = etree.fromstring(redefine.redefine(DOCUMENT, media)[0]).findall("devices/disk")[2]
+    assert disk.get("type") == "network"
+    found = disk.find("source")
+    assert found is not None
+    assert disk.find("driver").attrib == {"name": "qemu", "type": "raw"}  # type: ignore[union-attr]
+    assert etree.tostring(found).decode().replace("\n", "").replace("  ", "").strip() == source
+
+
+def test_a_device_and_what_is_refused() -> None:
+    media = {"vdb": redefine.Medium("block", "/dev/y", "raw")}
+    assert '<source dev="/dev/y"/>' in redefine.redefine(DOCUMENT, media)[0]
+    with pytest.raises(virtbackup.Error, match="the domain has no disk 'vdz'"):
+        redefine.redefine(DOCUMENT, {"vdz": media["vdb"]})
+    with pytest.raises(virtbackup.Error, match="characters that XML cannot carry"):
+        redefine.redefine(DOCUMENT, {"vdb": redefine.Medium("file", "/\x01", "raw")})
+    with pytest.raises(virtbackup.Error, match="XML error"):
+        redefine.redefine("no document", {})

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain's XML with some of its disks elsewhere: as the document of a guest that is put back."""
+
+import dataclasses
+import urllib.parse
+from collections.abc import Mapping
+
+from lxml import etree
+
+from virtbackup.conf import xml
+
+_OF_OLD_MEDIUM = ("source", "backingStore", "mirror", "encryption", "auth", "capacity")
+"""Elements of a ``<disk>`` that tell of the medium that it had."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Medium:
+    """Where a disk is now: PLACE is a path, or of type ``network`` an NBD URI."""
+
+    type: str
+    """file, block or network."""
+    place: str
+    format: str
+
+
+def redefine(document: str, media: Mapping[str, Medium]) -> tuple[str, list[str]]:
+    """DOCUMENT, a ``<domain>``, with the disks of the target names in MEDIA there; and those of its
+    disks with a medium that are not in MEDIA. It is of no running domain.
+
+    Errors: VIR_ERR_XML_ERROR, also where it has no disk of a name in MEDIA.
+    """
+    root = xml.parse(document, "domain")
+    _forget(root, "id")
+    left, found = [], set()
+    for disk in root.iterfind("devices/disk"):
+        target = disk.find("target")
+        name = "" if target is None else target.get("dev", "")
+        if name in media:
+            with xml.writing():
+                _move(disk, media[name])
+            found.add(name)
+        elif disk.find("source") is not None:
+            left.append(name)
+    if missing := sorted(set(media) - found):
+        raise xml.xml_error(f"the domain has no disk '{missing[0]}'", root)
+    return xml.indented(root), left
+
+
+def _move(disk: etree._Element, medium: Medium) -> None:
+    for name in _OF_OLD_MEDIUM:
+        for old in disk.findall(name):
+            before = old.getprevious()
+            if old.getnext() is None and before is not None:
+                before.tail = old.tail  # where the line of the closing tag begins
+            disk.remove(old)
+    disk.set("type", medium.type)
+    _forget(disk, "snapshot")
+    driver = disk.find("driver")
+    if driver is None:
+        driver = etree.Element("driver", name="qemu")
+        disk.insert(0, driver)
+    driver.set("type", medium.format)
+    source = etree.Element("source")
+    match medium.type:
+        case "network":
+            _nbd(source, medium.place)
+        case "block":
+            source.set("dev", medium.place)
+        case _:
+            source.set("file", medium.place)
+    disk.insert(disk.index(driver) + 1, source)
+    source.tail = driver.tail
+
+
+def _forget(element: etree._Element, attribute: str) -> None:
+    if attribute in element.attrib:
+        del element.attrib[attribute]
+
+
+def _nbd(source: etree._Element, uri: str) -> None:
+    """What libvirt calls an NBD URI (the NBD URI specification)."""
+    parts = urllib.parse.urlsplit(uri)
+    source.set("protocol", "nbd")
+    if name := urllib.parse.unquote(parts.path.removeprefix("/")):
+        source.set("name", name)
+    if parts.scheme.startswith("nbds"):
+        source.set("tls", "yes")
+    host = etree.SubElement(source, "host")
+    sockets = urllib.parse.parse_qs(parts.query).get("socket")
+    if sockets:
+        host.set("transport", "unix")
+        host.set("socket", sockets[0])
+    else:
+        host.set("name", parts.hostname or "localhost")
+        host.set("port", str(parts.port or 10809))

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where a disk is put back that is there already: a block device, an export of an NBD server.
+
+Both are ``target.Target``s. What they had is overwritten, zeroes included, which are written so
+that they take no space where that can be done; what is behind the disk's end stays.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import libvirt
+import nbd
+
+from virtbackup import errors
+from virtbackup.nbd import connection, copy, extents
+
+_BLKZEROOUT = 0x127F
+_BLKSSZGET = 0x1268
+_ZEROES = memoryview(bytes(1 << 20))
+_MOST_ZEROES = 1 << 30
+_MOST_DATA = 32 << 20
+_MOST_STATUS = 1 << 31
+_POLL = 100
+"""Milliseconds after which a wait looks whether it is still wanted."""
+_IN_FLIGHT = 8
+
+
+def too_small(name: str, has: int, needs: int) -> errors.Error:
+    return errors.error(
+        libvirt.VIR_ERR_OPERATION_FAILED,
+        f"{name} is too small: it has {has} bytes, and the disk {needs}",
+    )
+
+
+class BlockDevice:
+    """A block device, held alone while it is written. Errors: it is mounted or in use."""
+
+    def __init__(self, path: pathlib.Path, size: int) -> None:
+        self._path = path
+        self._size = size
+        try:
+            # For a block device O_EXCL without O_CREAT is: nobody else has it, as a mount does.
+            self._fd: int | None = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+            has = os.lseek(self._fd, 0, os.SEEK_END)
+            self._sector = struct.unpack("i", fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)))[0]
+        except OSError as failure:
+            raise errors.system_error(failure, f"cannot open {path} for writing") from failure
+        if has < size:
+            os.close(self._fd)
+            raise too_small(str(path), has, size)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        assert self._fd is not None
+        try:
+            while data:
+                count = os.pwrite(self._fd, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as failure:
+            raise self._failed(failure) from failure
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        assert self._fd is not None
+        whole = length // self._sector * self._sector
+        for start in range(0, whole, _MOST_ZEROES):
+            count = min(_MOST_ZEROES, whole - start)
+            try:
+                fcntl.ioctl(self._fd, _BLKZEROOUT, struct.pack("QQ", offset + start, count))
+            except OSError as failure:
+                if failure.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+                    raise self._failed(failure) from failure
+                self._write_zeroes(offset + start, count)
+        self._write_zeroes(offset + whole, length - whole)
+
+    def _write_zeroes(self, offset: int, length: int) -> None:
+        for start in range(0, length, len(_ZEROES)):
+            self.write(offset + start, _ZEROES[: length - start])
+
+    def finish(self) -> int:
+        assert self._fd is not None
+        try:
+            os.fsync(self._fd)
+            fd, self._fd = self._fd, None
+            os.close(fd)
+        except OSError as failure:
+            raise self._failed(failure) from failure
+        return self._size
+
+    def shorten(self) -> None:
+        """What is written is written."""
+
+    def discard(self) -> None:
+        fd, self._fd = self._fd, None
+        with contextlib.suppress(OSError):
+            if fd is not None:
+                os.close(fd)
+
+    def _failed(self, failure: OSError) -> errors.Error:
+        return errors.system_error(failure, f"cannot write {self._path}")
+
+
+class Server:
+    """An export of a running NBD server, by its URI. No wait outlives ``shorten``."""
+
+    def __init__(
+        self, uri: str, size: int, *, overwrite: bool, cancel: copy.Cancel | None = None
+    ) -> None:
+        """Errors: it has data, or may have, and that is not to be OVERWRITten."""
+        self._uri = uri
+        self._cancel = cancel
+        self._size = size
+        self._unwanted = False
+        self._handle: Any = nbd.NBD()
+        self._in_flight: dict[int, tuple[int, memoryview | None]] = {}
+        """Cookie -> (offset, data, which stays as it is until it is written)."""
+        with self._naming("connect to"):
+            self._handle.set_pread_initialize(False)
+            self._handle.add_meta_context(connection.ALLOCATION)
+            self._handle.aio_connect_uri(uri)
+            self._wait(lambda: not self._handle.aio_is_connecting())
+            has = self._handle.get_size()
+            if self._handle.is_read_only():
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED, f"cannot write {uri}: it is read-only"
+                )
+            self._can_zero = self._handle.can_zero()
+            self._can_flush = self._handle.can_flush()
+            self._least = max(1, self._handle.get_block_size(nbd.SIZE_MINIMUM))
+            most = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or _MOST_DATA
+            self._most = max(self._least, min(most, _MOST_DATA) // self._least * self._least)
+        if has < size:
+            raise too_small(uri, has, size)
+        self._has: int = has
+        with self._naming("read allocation of"):
+            self._blank = self._is_blank()
+        if not (self._blank or overwrite):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID, f"{uri} has data; --force overwrites it"
+            )
+
+    def write(self, offset: int, data: memoryview) -> None:
+        # The caller uses DATA for something else after this.
+        copied = bytes(data) + bytes(self._lacking(offset + len(data)))
+        view = memoryview(copied)
+        for start in range(0, len(view), self._most):
+            self._write(offset + start, view[start : start + self._most])
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        if self._blank:
+            return
+        length += self._lacking(offset + length)
+        most = _MOST_ZEROES if self._can_zero else min(self._most, len(_ZEROES))
+        for start in range(0, length, most):
+            count = min(most, length - start)
+            if not self._can_zero:
+                self._write(offset + start, _ZEROES[:count])
+                continue
+            with self._naming("write", offset + start):
+                cookie = self._handle.aio_zero(count, offset + start)
+            self._under_way(cookie, offset + start, None)
+
+    def finish(self) -> int:
+        with self._naming("write"):
+            self._drain(0)
+            if self._can_flush:
+                cookie = self._handle.aio_flush()
+                self._wait(lambda: self._handle.aio_command_completed(cookie))
+            self._handle.aio_disconnect()
+        self._handle = None
+        return self._size
+
+    def shorten(self) -> None:
+        self._unwanted = True
+
+    def discard(self) -> None:
+        self._handle = None
+        self._in_flight.clear()
+
+    def _is_blank(self) -> bool:
+        """Whether the server says that all of the export is zero."""
+        if not self._handle.can_meta_context(connection.ALLOCATION):
+            return False
+        known: list[extents.Extent] = []
+
+        def extent(name: str, offset: int, entries: list[int], _error: object) -> int:
+            if name == connection.ALLOCATION:
+                known.extend(extents.parse(entries, offset, self._has))
+            return 0
+
+        offset = 0
+        while offset < self._has:
+            count = min(_MOST_STATUS, self._has - offset)
+            cookie = self._handle.aio_block_status(count, offset, extent)
+            self._wait(lambda cookie=cookie: self._handle.aio_command_completed(cookie))  # type: ignore[misc]
+            if not known or any(one.kind is extents.Kind.DATA for one in known):
+                return False
+            offset = known[-1].end
+            known.clear()
+        return True
+
+    def _lacking(self, end: int) -> int:
+        """Bytes from END, the disk's own, to where the server takes a request to end."""
+        least: int = self._least
+        return min(-(-end // least) * least, self._has) - end
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        with self._naming("write", offset):
+            cookie = self._handle.aio_pwrite(data, offset)
+        self._under_way(cookie, offset, data)
+
+    def _under_way(self, cookie: int, offset: int, data: memoryview | None) -> None:
+        self._in_flight[cookie] = offset, data
+        self._drain(_IN_FLIGHT - 1)
+
+    def _drain(self, most: int) -> None:
+        """Until MOST commands are in flight. Errors: one of them failed."""
+        while len(self._in_flight) > most:
+            with self._naming("write"):
+                self._wait(lambda: self._handle.aio_peek_command_completed() != 0)
+            while self._in_flight and (cookie := self._handle.aio_peek_command_completed()) > 0:
+                offset, _ = self._in_flight[cookie]
+                with self._naming("write", offset):
+                    self._handle.aio_command_completed(cookie)
+                del self._in_flight[cookie]
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while not done():
+            if self._unwanted:
+                raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
+            if self._cancel is not None:
+                self._cancel.check()
+            self._handle.poll(_POLL)
+
+    @contextlib.contextmanager
+    def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except nbd.Error as failure:
+            reason = os.strerror(failure.errnum) if failure.errnum else failure.string
+            place = "" if offset is None else f" at offset {offset}"
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED, f"cannot {what} {self._uri}{place}: {reason}"
+            ) from failure

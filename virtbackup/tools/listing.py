@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What backups a directory holds, whoever made them: its points, their files, what is unfinished.
+
+Nothing here needs a guest or changes anything. A point is one backup, of all its disks; the files
+that a disk of it is made of, the newest first, are its links. What a broken directory has is told
+as problems beside the points that are still there.
+"""
+
+import dataclasses
+import datetime
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.nbd import checksum, header, qcow2
+from virtbackup.tools import chain, manifest
+
+MERGED = ".merged"
+"""What a prune makes aside: an image or a manifest that is to take the place of that name."""
+JOURNAL = "prune.json"
+"""What a prune is about to remove."""
+
+_MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
+_UNFINISHED = {chain.PARTIAL: "of a backup that was not finished", MERGED: "of a prune cut off"}
+_MOST_TOLD = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One backup."""
+
+    file: str
+    """Its manifest's name."""
+    made: manifest.Manifest
+
+    @property
+    def label(self) -> str:
+        """What people call it: its number, of a backup without a branch its time."""
+        number = self.made.number
+        return self.time if number is None else str(number)
+
+    @property
+    def time(self) -> str:
+        """When it was, to the second: ``2026-01-02T03:04:05Z``."""
+        return shown_time(self.made.time)
+
+    def disk(self, name: str) -> manifest.Disk:
+        """Errors: VIR_ERR_INVALID_ARG for a name that the point has not."""
+        for disk in self.made.disks:
+            if disk.name == name:
+                return disk
+        known = ", ".join(disk.name for disk in self.made.disks) or "none"
+        raise _wrong("disk", f"no disk '{name}' in point {self.label}: it has {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """One file of a disk, and the point that it came with."""
+
+    point: Point
+    disk: manifest.Disk
+    path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file; of a disk and a point where that can be said."""
+
+    file: str
+    text: str
+    disk: str | None = None
+    point: str | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.disk is None else f"disk '{self.disk}', "
+        return f"{place}{self.file}: {self.text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backups:
+    """What DIRECTORY holds, the oldest point first."""
+
+    directory: pathlib.Path
+    points: tuple[Point, ...]
+    problems: tuple[Problem, ...] = ()
+    """Of manifests."""
+    unfinished: tuple[Problem, ...] = ()
+    """Files that are no part of a point, and why they are there."""
+
+    def find(self, wanted: str | None) -> Point:
+        """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
+        ``time`` have them; None is the newest. Errors: VIR_ERR_INVALID_ARG, naming what there is.
+        """
+        if wanted is None:
+            return self.points[-1]
+        for found in self._candidates(wanted):
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise _wrong("point", f"'{wanted}' is more than one point of {self._told(found)}")
+        raise _wrong("point", f"no point '{wanted}' in {self._told(self.points)}")
+
+    def _candidates(self, wanted: str) -> Iterator[list[Point]]:
+        if re.fullmatch(r"[0-9]{1,9}", wanted):
+            yield [p for p in self.points if p.made.number == int(wanted)]
+        yield [p for p in self.points if p.made.id == wanted]
+        times = (wanted, wanted.replace(" ", "T"))
+        yield [p for p in self.points if p.time.startswith(times)
+               or p.made.time.startswith(times)]  # fmt: skip
+
+    def _told(self, points: Iterable[Point]) -> str:
+        names = [p.time if p.made.number is None else f"{p.label} ({p.time})" for p in points]
+        more = f"{len(names) - _MOST_TOLD} earlier, " if len(names) > _MOST_TOLD else ""
+        return f"{self.directory}: {more}{', '.join(names[-_MOST_TOLD:])}"
+
+    def links(self, point: Point, name: str) -> tuple[Link, ...]:
+        """The files that disk NAME of POINT is made of, the newest first.
+
+        Errors: VIR_ERR_INVALID_ARG for the name; VIR_ERR_OPERATION_FAILED where the manifests do
+        not lead to a whole disk.
+        """
+        links = [Link(point, point.disk(name), self.directory / point.disk(name).file)]
+        seen = {links[0].disk.file}
+        while (backing := links[-1].disk.backing) is not None:
+            if backing not in self._by_file:
+                raise bad(f"disk '{name}': {self.directory} has no manifest of {backing}")
+            owner, disk = self._by_file[backing]
+            if backing in seen or disk.size != links[0].disk.size:
+                raise bad(f"disk '{name}': {backing} cannot be behind {links[-1].disk.file}")
+            seen.add(backing)
+            links.append(Link(owner, disk, self.directory / backing))
+        if links[-1].disk.kind != "full":
+            raise bad(f"disk '{name}': nothing is told to be behind {links[-1].disk.file}")
+        return tuple(links)
+
+    def states(self) -> dict[str, str | None]:
+        """Of the file of every disk of every point, why the disk cannot be whole, as far as that is
+        seen without reading it; None: nothing is seen."""
+        found: dict[str, str | None] = {}
+        for point in self.points:
+            for disk in point.made.disks:
+                own = problem(Link(point, disk, self.directory / disk.file))
+                found[disk.file] = own or self._state_behind(disk, found)
+        return found
+
+    def _state_behind(self, disk: manifest.Disk, found: dict[str, str | None]) -> str | None:
+        """FOUND is that of the files of older points."""
+        if disk.backing is None:
+            return None if disk.kind == "full" else "nothing is told to be behind it"
+        if disk.backing not in found:
+            return f"no older manifest tells of {disk.backing}"
+        behind = found[disk.backing]
+        if behind is None or behind.startswith("of "):
+            return behind
+        return f"of {disk.backing}: {behind}"
+
+    @functools.cached_property
+    def _by_file(self) -> dict[str, tuple[Point, manifest.Disk]]:
+        return {disk.file: (point, disk) for point in self.points for disk in point.made.disks}
+
+
+def bad(text: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, text)
+
+
+def _wrong(argument: str, text: str) -> errors.Error:
+    return errors.invalid_arg("backupRestore", argument, text)
+
+
+def shown_time(time: str) -> str:
+    """A manifest's time as people are shown it; what is no time, as it is."""
+    try:
+        read = datetime.datetime.fromisoformat(time)
+    except ValueError:
+        return time
+    return read.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# --- a directory ----------------------------------------------------------------------------------
+
+
+def read(directory: pathlib.Path) -> Backups:
+    """What DIRECTORY holds. Errors: VIR_ERR_SYSTEM_ERROR; VIR_ERR_OPERATION_INVALID when it has no
+    backup at all, saying what it has instead."""
+    try:
+        names = sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot read {directory}") from failure
+    numbered = sorted((int(m[1]), name) for name in names if (m := _MANIFEST.fullmatch(name)))
+    points: list[Point] = []
+    problems: list[Problem] = []
+    for number, name in numbered:
+        _read_point(directory, name, number, points, problems)
+    if manifest.FILE in names:
+        _read_newest(directory, names, points, problems)
+    elif numbered:
+        problems.append(Problem(manifest.FILE, "it is missing"))
+    problems += _strangers(points)
+    merged = [_merged(directory, point, names) for point in points]
+    unfinished = tuple(_unfinished(names, merged))
+    if not merged:
+        raise _no_backup(directory, (*problems, *unfinished))
+    return Backups(directory, tuple(merged), tuple(problems), unfinished)
+
+
+def _no_backup(directory: pathlib.Path, found: tuple[Problem, ...]) -> errors.Error:
+    why = f" ({'; '.join(map(str, found[:3]))})" if found else ""
+    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{directory} has no backup{why}")
+
+
+def _read_point(
+    directory: pathlib.Path,
+    name: str,
+    number: int | None,
+    points: list[Point],
+    problems: list[Problem],
+) -> None:
+    try:
+        found = manifest.read(directory, name)
+    except errors.Error as failure:
+        problems.append(Problem(name, str(failure)))
+        return
+    if number is not None and found.number != number:
+        problems.append(Problem(name, f"it is the manifest of backup {found.number}"))
+        return
+    points.append(Point(name, found))
+
+
+def _read_newest(
+    directory: pathlib.Path, names: list[str], points: list[Point], problems: list[Problem]
+) -> None:
+    """``manifest.json``: all there is, or the same as the last of POINTS, or in its place."""
+    before = len(problems)
+    found: list[Point] = []
+    _read_point(directory, manifest.FILE, None, found, problems)
+    if len(problems) > before:
+        return
+    if points and found[0].made in (points[-1].made, _merged(directory, points[-1], names).made):
+        return
+    [newest] = found
+    number = newest.made.number
+    if number is None:
+        if points:
+            problems.append(Problem(manifest.FILE, "it is of a backup without a branch"))
+        else:
+            points.append(newest)
+        return
+    last = points[-1].made.number if points else None
+    if last is None or number > last:
+        own = chain.manifest_file(number)
+        if not any(problem.file == own for problem in problems):
+            problems.append(Problem(own, "it is missing"))
+        points.append(newest)
+    else:
+        problems.append(Problem(manifest.FILE, f"it is not that of the newest backup, {last}"))
+
+
+def _strangers(points: list[Point]) -> Iterator[Problem]:
+    """Points of another guest or branch than the newest."""
+    for point in points[:-1]:
+        one, other = point.made, points[-1].made
+        if one.domain.uuid != other.domain.uuid:
+            yield Problem(point.file, f"it is of another guest, '{one.domain.name}'")
+        elif one.branch != other.branch:
+            yield Problem(point.file, f"it is of another branch, '{one.branch}'")
+
+
+def _merged(directory: pathlib.Path, point: Point, names: list[str]) -> Point:
+    """POINT, with those of its disks that a prune cut off has put in their places already.
+
+    Until its manifest follows, a file that stands alone is told from the increment that it takes
+    the place of by having no backing file.
+    """
+    if point.file + MERGED not in names:
+        return point
+    try:
+        coming = manifest.read(directory, point.file + MERGED)
+    except errors.Error:
+        return point
+    new = {disk.file: disk for disk in coming.disks if disk.backing is None}
+    disks = tuple(
+        new[disk.file] if disk.file in new and _stands_alone(directory / disk.file) else disk
+        for disk in point.made.disks
+    )
+    if disks == coming.disks:
+        return Point(point.file, coming)
+    return Point(point.file, dataclasses.replace(point.made, disks=disks))
+
+
+def _stands_alone(path: pathlib.Path) -> bool:
+    try:
+        return read_header(path).backing is None
+    except (OSError, header.BadHeader):
+        return False
+
+
+def _unfinished(names: list[str], points: list[Point]) -> Iterator[Problem]:
+    known = {disk.file for point in points for disk in point.made.disks}
+    image = re.compile(
+        "(?:" + "|".join(sorted({re.escape(d.name) for p in points for d in p.made.disks}))
+        + r")\.\d{4,9}\.(?:qcow2|raw)"
+    )  # fmt: skip
+    for name in names:
+        suffix = next((end for end in _UNFINISHED if name.endswith(end)), None)
+        if suffix is not None:
+            yield Problem(name, _UNFINISHED[suffix])
+        elif name == JOURNAL:
+            yield Problem(name, _UNFINISHED[MERGED])
+        elif points and name not in known and image.fullmatch(name):
+            yield Problem(name, "no manifest tells of it")
+
+
+# --- a file ---------------------------------------------------------------------------------------
+
+
+def read_header(path: pathlib.Path) -> header.Header:
+    """Of a qcow2 image. Errors: OSError, BadHeader."""
+    with path.open("rb") as file:
+        return header.parse(file.read(header.SIZE))
+
+
+def problem(link: Link) -> str | None:
+    """What can be seen of a file, without reading all of it, not to be as its manifest says."""
+    disk = link.disk
+    try:
+        if not link.path.is_file():
+            return "it is no file" if link.path.exists() else "it is missing"
+        if disk.format == "raw":
+            found = link.path.stat().st_size
+            return None if found == disk.size else f"it has {found} bytes, expected {disk.size}"
+        if disk.format != "qcow2":
+            return f"format '{disk.format}' is unknown"
+        return _problem_of_qcow2(disk, read_header(link.path))
+    except OSError as failure:
+        return f"it cannot be read: {failure.strerror}"
+    except header.BadHeader as failure:
+        return str(failure)
+
+
+def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:
+    if found.external_data or found.encrypted:
+        return "its data is encrypted or in another file, so it is not of a backup"
+    size = qcow2.virtual_size(disk.size)
+    if found.size != size:
+        return f"it is a disk of {found.size} bytes, expected {size}"
+    backing = None if found.backing is None else found.backing.removeprefix("./")
+    if backing != disk.backing:
+        return f"its backing file is {backing or 'none'}, expected {disk.backing or 'none'}"
+    if disk.backing is not None and found.cluster % checksum.BLOCK:
+        return f"it is no increment: its clusters have {found.cluster} bytes"
+    return None
+
+
+def check(links: Iterable[Link]) -> None:
+    """Raise VIR_ERR_OPERATION_FAILED for the first of LINKS that has a ``problem``."""
+    for link in links:
+        if found := problem(link):
+            raise bad(f"disk '{link.disk.name}': {link.path} is not good: {found}")

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The way back: the disks of a point into files, a block device or an NBD server.
+
+Every layer of a disk is checked while it is read, see ``layers``: what is not what was backed up
+does not get a name. A file has a partial name until all disks are good and on the medium; whatever
+ends a restore before, SIGINT and SIGTERM included, no file remains.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.conf import redefine
+from virtbackup.nbd import copy, destination, layers, target
+from virtbackup.tools import chain, listing, verify
+
+PARTIAL = chain.PARTIAL
+
+_URI = re.compile(r"nbds?(\+(unix|vsock))?://.*", re.DOTALL)
+_RAW_NAMES = (".raw", ".img")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where one disk goes."""
+
+    disk: str
+    place: str
+    """A path, or a URI."""
+    type: str
+    """file, block or network, as libvirt has it."""
+    format: copy.Format
+
+    @property
+    def path(self) -> pathlib.Path:
+        return pathlib.Path(self.place)
+
+    @property
+    def partial(self) -> pathlib.Path:
+        return self.path.with_name(self.path.name + PARTIAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """One disk that is back. Sizes are bytes."""
+
+    output: Output
+    size: int
+    stored: int
+    read: int
+    checksum: str
+    """Of the disk, ``checksum.ALGORITHM``."""
+
+
+def restore(
+    backups: listing.Backups,
+    point: listing.Point,
+    out: str,
+    *,
+    disk: str | None = None,
+    fmt: copy.Format | None = None,
+    force: bool = False,
+    progress: copy.Progress | None = None,
+    cancel: copy.Cancel,
+) -> list[Restored]:
+    """Put the disks of POINT, or DISK alone, back to OUT: a directory, with DISK a file, a block
+    device or an NBD URI.
+
+    FMT is a file's format; None: raw where the file is called so, else qcow2. FORCE overwrites.
+
+    Errors: VIR_ERR_OPERATION_INVALID for what is in the way; VIR_ERR_OPERATION_FAILED for a file of
+    the backup that is not as it was, a target that is too small; those of ``copy.copy``. On any
+    error OUT has no new file, and every file that was there.
+    """
+    verify.need("qemu-nbd")
+    names = [one.name for one in point.made.disks] if disk is None else [disk]
+    chains = {name: backups.links(point, name) for name in names}
+    outputs = _outputs(out, names, disk is not None, fmt)
+    for output in outputs:
+        _check_output(output, backups, force)
+    for links in chains.values():
+        check(links)
+    cancel.check()
+    with contextlib.ExitStack() as undo:
+        if disk is None:
+            _make(pathlib.Path(out), undo)
+        done = []
+        for index, output in enumerate(outputs):
+            with _claimed(output, force, undo):
+                done.append(_restore(chains[output.disk], output, index, force, progress, cancel))
+        cancel.check()
+        _finish(outputs)
+        undo.pop_all()
+    return done
+
+
+def check(links: Sequence[listing.Link]) -> None:
+    """Raise VIR_ERR_OPERATION_FAILED where one of LINKS cannot be what was backed up."""
+    listing.check(links)
+    for link in links:
+        if problem := verify.unknown_checksum(link.disk):
+            raise listing.bad(f"disk '{link.disk.name}': {link.path} is not good: {problem}")
+
+
+def merge(
+    links: Sequence[listing.Link],
+    open_target: Callable[[int], target.Target],
+    *,
+    progress: copy.Progress | None = None,
+    index: int = 0,
+    cancel: copy.Cancel,
+) -> layers.Result:
+    """Write what a disk shows that is made of LINKS, every one of them checked.
+
+    Errors: those of ``layers.merge``; VIR_ERR_OPERATION_FAILED naming the file that is not good.
+    """
+
+    def compare(found: Sequence[str]) -> None:
+        for link, value in zip(links, found, strict=True):
+            if value != link.disk.checksum.value:
+                text = verify.differs(value, link.disk)
+                raise listing.bad(f"disk '{link.disk.name}': {link.path} is not good: {text}")
+
+    jobs = [verify.job(link) for link in links]
+    return layers.merge(jobs, open_target, compare, progress=progress, index=index, cancel=cancel)
+
+
+def domain_xml(point: listing.Point, outputs: Sequence[Output]) -> tuple[str, list[str]]:
+    """The document of POINT's guest with its disks in OUTPUTS, and the disks that are not there.
+
+    Errors: VIR_ERR_XML_ERROR; VIR_ERR_OPERATION_FAILED where the backup has no such document.
+    """
+    if not point.made.domain_xml.strip():
+        raise listing.bad(f"point {point.label} has no domain XML")
+    media = {
+        one.disk: redefine.Medium(
+            one.type, one.place if one.type == "network" else str(one.path.absolute()), one.format
+        )
+        for one in outputs
+    }
+    return redefine.redefine(point.made.domain_xml, media)
+
+
+# --- where to -------------------------------------------------------------------------------------
+
+
+def _outputs(out: str, names: Sequence[str], one: bool, fmt: copy.Format | None) -> list[Output]:
+    """Errors: OUT or FMT make no sense."""
+    if one:
+        return [_output(names[0], out, fmt)]
+    if _URI.match(out):
+        raise _invalid("a server takes one disk: name it by --disk")
+    made = fmt or "qcow2"
+    directory = pathlib.Path(out)
+    if directory.exists() and not directory.is_dir():
+        raise _invalid(f"{out} is not a directory; one disk into a file is named by --disk")
+    return [Output(name, str(directory / f"{name}.{made}"), "file", made) for name in names]
+
+
+def _output(name: str, out: str, fmt: copy.Format | None) -> Output:
+    if _URI.match(out):
+        _only_raw(out, fmt)
+        return Output(name, out, "network", "raw")
+    path = pathlib.Path(out)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot write {out}") from failure
+    if stat.S_ISBLK(mode):
+        _only_raw(out, fmt)
+        return Output(name, out, "block", "raw")
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+        raise _invalid(f"{out} is {what}, and a disk goes into a file")
+    guessed: copy.Format = "raw" if path.suffix in _RAW_NAMES else "qcow2"
+    # Not the link to a file but the file is to be another one.
+    return Output(name, str(path.resolve() if path.exists() else path), "file", fmt or guessed)
+
+
+def _only_raw(out: str, fmt: copy.Format | None) -> None:
+    if fmt not in (None, "raw"):
+        raise _invalid(f"{out} gets the disk as it is: there is no format {fmt} to it")
+
+
+def _check_output(output: Output, backups: listing.Backups, force: bool) -> None:
+    """Errors: it is there, or it is a file of the backups."""
+    if output.type == "network":
+        return
+    path = output.path
+    if not os.path.lexists(path):
+        return
+    for point in backups.points:
+        for disk in point.made.disks:
+            own = backups.directory / disk.file
+            if own.exists() and path.exists() and path.samefile(own):
+                raise _invalid(f"{path} is a file of the backups themselves")
+    if not force:
+        raise _invalid(f"{path} exists already; --force overwrites it")
+    if output.type == "file" and not path.is_file():
+        raise _invalid(f"{path} is not a file")
+
+
+def _invalid(text: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+
+def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
+    """Make DIRECTORY where it is absent; UNDO removes what was made."""
+    try:
+        for one in (*reversed(directory.absolute().parents), directory):
+            if not one.is_dir():
+                one.mkdir()
+                undo.callback(_remove_empty, one)
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot make {directory}") from failure
+
+
+def _remove_empty(directory: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+# --- one disk -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _claimed(output: Output, force: bool, undo: contextlib.ExitStack) -> Iterator[None]:
+    """For the time that OUTPUT is written. UNDO removes what came to be of a file."""
+    if output.type != "file":
+        yield
+        return
+    partial = output.partial
+    if os.path.lexists(partial):
+        if not force:
+            raise _invalid(
+                f"{partial} exists already: another restore runs, or was killed; --force removes it"
+            )
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    yield
+    undo.callback(_remove, partial)
+
+
+def _remove(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _restore(
+    links: Sequence[listing.Link],
+    output: Output,
+    index: int,
+    force: bool,
+    progress: copy.Progress | None,
+    cancel: copy.Cancel,
+) -> Restored:
+    opened = False
+
+    def open_target(size: int) -> target.Target:
+        nonlocal opened
+        made = _open(output, size, force, cancel)
+        opened = True
+        return made
+
+    try:
+        made = merge(links, open_target, progress=progress, index=index, cancel=cancel)
+    except errors.Error as failure:
+        if output.type == "file" or not opened:
+            raise
+        text = f"{failure} (what {output.place} has now is not the disk)"
+        raise errors.Error(failure.get_error_code(), text) from failure
+    size = links[0].disk.size
+    return Restored(output, size, made.stored, made.read, made.checksum)
+
+
+def _open(output: Output, size: int, force: bool, cancel: copy.Cancel) -> target.Target:
+    match output.type:
+        case "network":
+            return destination.Server(output.place, size, overwrite=force, cancel=cancel)
+        case "block":
+            return destination.BlockDevice(output.path, size)
+    kind = target.Raw if output.format == "raw" else target.Qcow2
+    return kind(output.partial, size)
+
+
+def _finish(outputs: Sequence[Output]) -> None:
+    """Give the files, all of which are good and on the medium, their names."""
+    try:
+        for output in outputs:
+            if output.type == "file":
+                output.partial.rename(output.path)
+        for directory in {output.path.parent for output in outputs if output.type == "file"}:
+            chain.sync_directory(directory)
+    except OSError as failure:
+        raise errors.system_error(failure, "cannot finish the restore") from failure

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The disks of a point over NBD, as they were then: to look into a backup without restoring it.
+
+QEMU's storage daemon opens a disk's files as their manifests tell, one behind the other, and for
+reading only. It ends with this process, whatever ends that.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import libvirt
+
+from virtbackup import errors, runtime
+from virtbackup.conf import backup_conf
+from virtbackup.nbd import copy
+from virtbackup.tools import listing, verify
+
+PROGRAM = "qemu-storage-daemon"
+
+_START_TIMEOUT = 30.0
+_END_TIMEOUT = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclasses.dataclass
+class Server:
+    """A server that runs."""
+
+    process: "subprocess.Popen[bytes]"
+    log: IO[bytes]
+    address: backup_conf.Address
+
+    def wait(self, cancel: copy.Cancel) -> None:
+        """Until CANCEL is set. Errors: VIR_ERR_OPERATION_FAILED when the server ended first."""
+        poll = select.poll()
+        poll.register(cancel, select.POLLIN)
+        fd = os.pidfd_open(self.process.pid)
+        try:
+            poll.register(fd, select.POLLIN)
+            ready = {found for found, _ in poll.poll()}
+        finally:
+            os.close(fd)
+        if cancel.fileno() not in ready:
+            raise self.failed()
+
+    def failed(self) -> errors.Error:
+        """What the server said at last."""
+        status = self.process.wait()
+        self.log.seek(0)
+        # Of one that was killed the last words are about something else.
+        said = self.log.read().decode(errors="replace").splitlines() if status > 0 else []
+        reason = said[-1].removeprefix(f"{PROGRAM}: ") if said else (
+            f"it ended with status {status}"
+        )  # fmt: skip
+        return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"{PROGRAM}: {reason}")
+
+
+@contextlib.contextmanager
+def serving(
+    backups: listing.Backups,
+    point: listing.Point,
+    names: Sequence[str],
+    address: backup_conf.Address | None = None,
+) -> Iterator[Server]:
+    """A server of the disks NAMES of POINT, each an export of its name; it answers from here on and
+    is gone afterwards, and so is its socket. Without ADDRESS only this user reaches it.
+
+    Errors: VIR_ERR_INVALID_ARG for a name; VIR_ERR_OPERATION_FAILED for a file that is not as its
+    manifest says, as far as that is seen without reading all of it, and for ADDRESS;
+    VIR_ERR_OPERATION_INVALID where something is at the socket's path.
+    """
+    verify.need(PROGRAM)
+    argv = [PROGRAM]
+    for index, name in enumerate(names):
+        links = backups.links(point, name)
+        listing.check(links)
+        argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
+        argv += ["--export", json.dumps(_export(index, name))]
+    with contextlib.ExitStack() as undo:
+        private = _private_directory(undo)
+        where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
+        if isinstance(where, backup_conf.UnixAddress):
+            if os.path.lexists(where.path):
+                text = f"{where.path} exists already"
+                raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+            undo.callback(_remove, pathlib.Path(where.path))
+        ready = private / "pid"
+        argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
+        argv += ["--pidfile", str(ready)]
+        log = undo.enter_context((private / "log").open("w+b"))
+        server = Server(_start(argv, log), log, where)
+        undo.callback(_end, server.process)
+        _wait_until_it_listens(server, ready)
+        yield server
+
+
+def _private_directory(undo: contextlib.ExitStack) -> pathlib.Path:
+    try:
+        return undo.enter_context(runtime.private_directory())
+    except OSError as failure:
+        place = runtime.directory()
+        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure
+
+
+def _remove(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def tree(links: Sequence[listing.Link]) -> dict[str, object]:
+    """How QEMU opens LINKS, the newest first, as a disk, whatever they say is behind them."""
+    top: dict[str, object] | None = None
+    for link in reversed(links):
+        node = {**verify.node(link), "read-only": True}
+        node["file"] = {**verify.file_node(link.path), "read-only": True}
+        if link.disk.format == "qcow2":
+            node["backing"] = top
+        top = node
+    assert top is not None
+    return top
+
+
+def _export(index: int, name: str) -> dict[str, object]:
+    return {
+        "type": "nbd", "id": f"export{index}", "node-name": f"disk{index}", "name": name,
+        "writable": False,
+    }  # fmt: skip
+
+
+def _address(address: backup_conf.Address) -> dict[str, str]:
+    if isinstance(address, backup_conf.UnixAddress):
+        return {"type": "unix", "path": address.path}
+    return {"type": "inet", "host": address.host, "port": str(address.port)}
+
+
+def _start(argv: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before that
+            os._exit(1)
+
+    try:
+        # A session of its own: ^C is for us, who end it.
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=before_exec, umask=0o077,
+        )  # fmt: skip
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot run {PROGRAM}") from failure
+
+
+def _wait_until_it_listens(server: Server, ready: pathlib.Path) -> None:
+    """The daemon writes its pid file, READY, once it has made everything else."""
+    end = time.monotonic() + _START_TIMEOUT
+    while not ready.exists():
+        if server.process.poll() is not None:
+            raise server.failed()
+        if time.monotonic() > end:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"{PROGRAM} does not answer")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(0.01)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

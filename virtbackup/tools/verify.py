@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether what a directory holds is what was backed up: every file is read again, by QEMU.
+
+Each file of a chain has a checksum of its own in its manifest, an increment of what it holds and
+nothing behind it. So every file is read once, whatever the number of points, and what is wrong has
+a file's name; a point is good when all its files are, and their backing files are those told.
+"""
+
+import concurrent.futures
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.nbd import checksum, connection, copy
+from virtbackup.tools import listing, manifest
+
+FILES_AT_ONCE = 4
+"""Read at the same time, at most, and no more than there are processors: each takes a qemu-nbd and
+the buffers of a copy, whatever the file's size."""
+
+_HELD = "qemu:allocation-depth"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a look at a directory."""
+
+    files: tuple[listing.Link, ...]
+    """Those that were looked at."""
+    problems: tuple[listing.Problem, ...]
+    bad_points: tuple[listing.Point, ...]
+    """Those that cannot be restored as they were."""
+    read: int
+    """Bytes."""
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    backups: listing.Backups,
+    point: listing.Point | None = None,
+    *,
+    progress: copy.Progress | None = None,
+    cancel: copy.Cancel | None = None,
+) -> Verdict:
+    """Read again all that POINT is made of, all there is for None.
+
+    Errors: VIR_ERR_OPERATION_ABORTED when cancelled, VIR_ERR_SYSTEM_ERROR where QEMU's programs are
+    not installed. What is wrong with files is no error but in the verdict.
+    """
+    need("qemu-nbd", "qemu-img")
+    points = backups.points if point is None else (point,)
+    problems = list(backups.problems) if point is None else []
+    bad_points: list[listing.Point] = []
+    files: dict[str, listing.Link] = {}
+    users: dict[str, list[listing.Point]] = {}
+    for one in points:
+        for disk in one.made.disks:
+            try:
+                links = backups.links(one, disk.name)
+            except errors.Error as failure:
+                links = (listing.Link(one, disk, backups.directory / disk.file),)
+                problems.append(_problem(links[0], reason(failure)))
+                bad_points.append(one)
+            for link in links:
+                files.setdefault(link.disk.file, link)
+                users.setdefault(link.disk.file, []).append(one)
+    found = _read_all(list(files.values()), progress, cancel)
+    for link, (text, _) in zip(files.values(), found, strict=True):
+        if text is not None:
+            problems.append(_problem(link, text))
+            bad_points += users[link.disk.file]
+    return Verdict(
+        tuple(files.values()),
+        tuple(problems),
+        tuple(one for one in points if one in bad_points),
+        sum(count for _, count in found),
+    )
+
+
+def _problem(link: listing.Link, text: str) -> listing.Problem:
+    return listing.Problem(link.disk.file, text, link.disk.name, link.point.label)
+
+
+def _read_all(
+    links: Sequence[listing.Link], progress: copy.Progress | None, cancel: copy.Cancel | None
+) -> list[tuple[str | None, int]]:
+    """(what is wrong with it, bytes read) of each of LINKS."""
+    workers = max(1, min(FILES_AT_ONCE, os.cpu_count() or 1, len(links)))
+    own = cancel or copy.Cancel()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            reading = [
+                pool.submit(examine, link, index, progress, own) for index, link in enumerate(links)
+            ]
+            try:
+                return [future.result() for future in reading]
+            except BaseException:
+                own.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        if cancel is None:
+            own.close()
+
+
+def examine(
+    link: listing.Link,
+    index: int = 0,
+    progress: copy.Progress | None = None,
+    cancel: copy.Cancel | None = None,
+) -> tuple[str | None, int]:
+    """What is wrong with a file, None for nothing, and how much of it was read.
+
+    INDEX is the file's for PROGRESS. Errors: VIR_ERR_OPERATION_ABORTED when cancelled.
+    """
+    if cancel is not None:
+        cancel.check()
+    if problem := listing.problem(link) or unknown_checksum(link.disk):
+        return problem, 0
+    try:
+        told = None if progress is None else _As(progress, index)
+        [result] = copy.copy([job(link)], progress=told, cancel=cancel)
+    except errors.Error as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
+            raise
+        return reason(failure), 0
+    if result.checksum != link.disk.checksum.value:
+        return differs(result.checksum, link.disk), result.read
+    return _bad_tables(link), result.read
+
+
+class _As:
+    """Progress of the one job of a copy that is the INDEX-th to others."""
+
+    def __init__(self, progress: copy.Progress, index: int) -> None:
+        self._progress = progress
+        self._index = index
+
+    def start(self, index: int, size: int) -> None:
+        """The file was opened and has SIZE bytes."""
+        self._progress.start(self._index, size)
+
+    def advance(self, index: int, count: int) -> None:
+        """COUNT more bytes are done."""
+        self._progress.advance(self._index, count)
+
+
+def job(link: listing.Link) -> copy.Job:
+    """Reads all of one file, and of nothing behind it, by QEMU."""
+    options = () if link.disk.backing is None else ("-A",)
+    export = connection.Export(
+        connection.Program(
+            ("qemu-nbd", "--read-only", *options, f"json:{json.dumps(node(link))}"),
+            f"image {link.path}",
+        ),
+        "",
+    )
+    dirty = None if link.disk.backing is None else _HELD
+    return copy.Job(export, None, size=link.disk.size, dirty=dirty)
+
+
+def node(link: listing.Link) -> dict[str, object]:
+    """A file as QEMU's block layer opens it, alone."""
+    made: dict[str, object] = {"driver": link.disk.format, "file": file_node(link.path)}
+    if link.disk.format == "qcow2":
+        made["backing"] = None
+    return made
+
+
+def file_node(path: pathlib.Path) -> dict[str, object]:
+    return {"driver": "file", "filename": str(path.absolute())}
+
+
+def unknown_checksum(disk: manifest.Disk) -> str | None:
+    """Why nothing can be checked by what the manifest has as DISK's checksum."""
+    expected = checksum.ALGORITHM if disk.backing is None else checksum.INCREMENT
+    if (disk.checksum.algorithm, disk.checksum.block) == (expected, checksum.BLOCK):
+        return None
+    return f"a checksum '{disk.checksum.algorithm}' is unknown"
+
+
+def differs(found: str, disk: manifest.Disk) -> str:
+    return f"it is not what was backed up: its checksum is {found}, not {disk.checksum.value}"
+
+
+def need(*programs: str) -> None:
+    """Raise VIR_ERR_SYSTEM_ERROR for the first of PROGRAMS that is not installed."""
+    for program in programs:
+        if shutil.which(program) is None:
+            missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise errors.system_error(missing, f"cannot run {program}")
+
+
+def reason(failure: errors.Error) -> str:
+    """What was said, without libvirt's words in front of it."""
+    return str(failure.get_str2() or failure)
+
+
+def _bad_tables(link: listing.Link) -> str | None:
+    """What QEMU finds wrong with a qcow2 image that is read right all the same."""
+    if link.disk.format != "qcow2":
+        return None
+    argv = ["qemu-img", "check", "-q", "-U", "--output=json", f"json:{json.dumps(node(link))}"]
+    try:
+        done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    except OSError as failure:
+        raise errors.system_error(failure, "cannot run qemu-img") from failure
+    if done.returncode == 0:
+        return None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return (
+        f"its tables are damaged{_counts(done.stdout)}"
+        if not said
+        else (f"its tables are damaged: {said[0]}")
+    )
+
+
+def _counts(output: bytes) -> str:
+    try:
+        told = json.loads(output)
+    except ValueError:
+        return ""
+    kinds: Iterable[str] = ("corruptions", "leaks", "check-errors")
+    counts = [f"{told[kind]} {kind}" for kind in kinds if told.get(kind)]
+    return f": {', '.join(counts)}" if counts else ""

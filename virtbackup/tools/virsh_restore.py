@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands about what a directory of backups holds: is it whole, and how to get it back."""
+
+import contextlib
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, cast
+
+from virtbackup.tools import virsh_connection, virsh_pull, vsh
+
+if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
+    from virtbackup.conf import backup_conf
+    from virtbackup.nbd import copy
+    from virtbackup.tools import listing, prune, restore, verify
+
+
+@contextlib.contextmanager
+def _progress(shell: virsh_connection.Shell) -> Iterator[virsh_pull.Bar | None]:
+    """A bar on standard error where people look at it."""
+    if shell.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    import tqdm
+
+    with tqdm.tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+        yield virsh_pull.Bar(bar)
+
+
+def _read(args: vsh.Args) -> "listing.Backups":
+    from virtbackup.tools import listing
+
+    return listing.read(pathlib.Path(args.text("directory")))
+
+
+def _complete_points(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The points of the directory."""
+    if not args.flag("directory"):
+        return []
+    return [point.label for point in _read(args).points]
+
+
+def _complete_disks(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The disks of the point."""
+    if not args.flag("directory"):
+        return []
+    point = _read(args).find(args.optional("point"))
+    return [disk.name for disk in point.made.disks]
+
+
+DIRECTORY = vsh.Option(
+    "directory", vsh.Kind.DATA, "directory of backups", required=True, completer=vsh.complete_files
+)
+POINT = vsh.Option(
+    "point", vsh.Kind.STRING, "its number, its id, or how its time begins (default: the newest)",
+    completer=_complete_points,
+)  # fmt: skip
+DISK = vsh.Option("disk", vsh.Kind.STRING, "one disk alone", completer=_complete_disks)
+
+
+# --- backup-list ----------------------------------------------------------------------------------
+
+
+def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    backups = _read(args)
+    states = backups.states()
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _list_facts(backups, states))
+        return
+    newest = backups.points[-1].made
+    shell.extra(f"Guest:  {vsh.visible(newest.domain.name)} ({vsh.visible(newest.domain.uuid)})")
+    if newest.branch is not None:
+        shell.extra(f"Branch: {vsh.visible(newest.branch)}")
+    shell.extra("")
+    size = virsh_connection.human_size
+    shell.print_table(
+        ("Point", "Time", "Disk", "Kind", "Size", "Stored", "State"),
+        [
+            (
+                "-" if point.made.number is None else point.label,
+                point.time,
+                disk.name,
+                disk.kind,
+                size(disk.size),
+                size(disk.stored),
+                states[disk.file] or "there",
+            )
+            for point in backups.points
+            for disk in point.made.disks
+        ],
+    )
+    for problem in backups.problems:
+        shell.warn(str(problem))
+    for unfinished in backups.unfinished:
+        shell.warn(f"no part of a backup: {unfinished}")
+
+
+def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> dict[str, object]:
+    newest = backups.points[-1].made
+    return {
+        "directory": str(backups.directory),
+        "domain": {"name": newest.domain.name, "uuid": newest.domain.uuid},
+        "branch": newest.branch,
+        "points": [
+            {
+                **_point_facts(point),
+                "kind": point.made.kind,
+                "disks": [
+                    {
+                        "name": disk.name,
+                        "kind": disk.kind,
+                        "file": disk.file,
+                        "format": disk.format,
+                        "size": disk.size,
+                        "stored": disk.stored,
+                        "backing": disk.backing,
+                        "since": disk.since,
+                        "reason": disk.reason,
+                        "problem": states[disk.file],
+                    }
+                    for disk in point.made.disks
+                ],
+            }
+            for point in backups.points
+        ],
+        "problems": [_problem_facts(problem) for problem in backups.problems],
+        "unfinished": [_problem_facts(problem) for problem in backups.unfinished],
+    }
+
+
+def _point_facts(point: "listing.Point") -> dict[str, object]:
+    made = point.made
+    return {"number": made.number, "id": made.id, "time": made.time}
+
+
+def _problem_facts(problem: "listing.Problem") -> dict[str, object]:
+    return {
+        "disk": problem.disk, "file": problem.file, "point": problem.point,
+        "problem": problem.text,
+    }  # fmt: skip
+
+
+LIST = vsh.Command(
+    "backup-list", "backup", "List the backups in a directory",
+    "List the points that a directory can be restored to, disk by disk, and what of them can be\n"
+    "seen to be missing without reading all of it; backup-verify does that.",
+    (DIRECTORY, virsh_connection.JSON),
+    _list,
+)  # fmt: skip
+
+
+# --- backup-verify --------------------------------------------------------------------------------
+
+
+def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
+    from virtbackup.tools import interrupt, verify
+
+    backups = _read(args)
+    wanted = args.optional("point")
+    point = None if wanted is None else backups.find(wanted)
+    begin = time.monotonic()
+    with _progress(shell) as progress, interrupt.deferred() as cancel:
+        verdict = verify.verify(backups, point, progress=progress, cancel=cancel)
+    seconds = time.monotonic() - begin
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _verdict_facts(backups, verdict, seconds))
+    else:
+        for problem in verdict.problems:
+            place = "" if problem.point is None else f"point {problem.point}, "
+            shell.print(vsh.visible(f"{place}{problem}"))
+        size = virsh_connection.human_size
+        shell.extra(
+            f"{len(verdict.files)} files, {size(verdict.read)} read"
+            f" ({size(int(verdict.read / max(seconds, 0.001)))}/s)"
+        )
+    if verdict.good:
+        if not args.flag("json"):
+            shell.extra("Backups verified")
+        return vsh.DONE
+    raise vsh.Failure(_summary(backups, verdict))
+
+
+def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
+    first, more = verdict.problems[0], len(verdict.problems) - 1
+    text = f"the backups in {backups.directory} are not whole: {first}"
+    if more:
+        text += f" (and {more} more)"
+    if verdict.bad_points:
+        text += f"; not to be restored: {', '.join(p.label for p in verdict.bad_points)}"
+    return text
+
+
+def _verdict_facts(
+    backups: "listing.Backups", verdict: "verify.Verdict", seconds: float
+) -> dict[str, object]:
+    return {
+        "directory": str(backups.directory),
+        "good": verdict.good,
+        "files": [link.disk.file for link in verdict.files],
+        "problems": [_problem_facts(problem) for problem in verdict.problems],
+        "bad_points": [_point_facts(point) for point in verdict.bad_points],
+        "read": verdict.read,
+        "seconds": seconds,
+    }
+
+
+VERIFY = vsh.Command(
+    "backup-verify", "backup", "Read backups again and compare them with their checksums",
+    "Read every file of the backups in a directory, or of one point, and compare it with the\n"
+    "checksum in its manifest. Exit status 1, and what is wrong by disk, file and point, when\n"
+    "anything is.",
+    (
+        DIRECTORY,
+        vsh.Option(
+            "point", vsh.Kind.STRING, "one alone: its number, its id, or how its time begins",
+            completer=_complete_points,
+        ),
+        virsh_connection.JSON,
+    ),
+    _verify,
+)  # fmt: skip
+
+
+# --- backup-restore -------------------------------------------------------------------------------
+
+
+def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt, restore
+
+    args.exclusive("json", "define")
+    backups = _read(args)
+    point = backups.find(args.optional("point"))
+    with _progress(shell) as progress, interrupt.deferred() as cancel:
+        done = restore.restore(
+            backups,
+            point,
+            args.text("out"),
+            disk=args.optional("disk"),
+            fmt=cast("copy.Format | None", args.optional("format")),
+            force=args.flag("force"),
+            progress=progress,
+            cancel=cancel,
+        )
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _restored_facts(point, done))
+        return
+    if args.flag("define"):
+        document, left = restore.domain_xml(point, [one.output for one in done])
+        shell.print_document(document)
+        for name in left:
+            shell.warn(f"disk '{name}' was not restored and is where it was")
+        return
+    size = virsh_connection.human_size
+    for one in done:
+        output = one.output
+        stored = f", {size(one.stored)} stored" if output.type == "file" else ""
+        shell.extra(
+            vsh.visible(
+                f"{output.disk}: {output.place} ({output.format}, {size(one.size)}{stored})"
+            )
+        )
+    shell.extra(f"Backup of {point.time} restored")
+
+
+def _restored_facts(point: "listing.Point", done: "list[restore.Restored]") -> dict[str, object]:
+    return {
+        "point": _point_facts(point),
+        "disks": [
+            {
+                "name": one.output.disk,
+                "type": one.output.type,
+                "place": one.output.place,
+                "format": one.output.format,
+                "size": one.size,
+                "stored": one.stored,
+                "read": one.read,
+                "checksum": one.checksum,
+            }
+            for one in done
+        ],
+    }
+
+
+RESTORE = vsh.Command(
+    "backup-restore", "backup", "Put the disks of a backup back",
+    "Write the disks of a point, as they were then, into a directory; with --disk one of them\n"
+    "into a file, a block device or an NBD server (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH).\n"
+    "All that is read is checked: a file has its name when, and only when, the disk is good.",
+    (
+        DIRECTORY,
+        vsh.Option(
+            "out", vsh.Kind.DATA, "a directory, made where absent; with --disk a file or a URI",
+            required=True, completer=vsh.complete_files,
+        ),
+        POINT,
+        DISK,
+        vsh.Option(
+            "format", vsh.Kind.STRING,
+            "qcow2, or raw (default: raw for a device, a server and files called .raw or .img)",
+            choices=("qcow2", "raw"),
+        ),
+        vsh.Option("force", vsh.Kind.BOOL, "overwrite what is there"),
+        vsh.Option(
+            "define", vsh.Kind.BOOL, "print the domain XML of then, its disks where they are now"
+        ),
+        virsh_connection.JSON,
+    ),
+    _restore,
+)  # fmt: skip
+
+
+# --- backup-serve ---------------------------------------------------------------------------------
+
+
+def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
+    from virtbackup.conf import backup_conf
+    from virtbackup.tools import interrupt, serve
+
+    unix = args.optional("unix")
+    for other in ("host", "port"):
+        args.exclusive("unix", other)
+    backups = _read(args)
+    point = backups.find(args.optional("point"))
+    disk = args.optional("disk")
+    names = [one.name for one in point.made.disks] if disk is None else [disk]
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(contextlib.suppress(KeyboardInterrupt, SystemExit))
+        cancel = undo.enter_context(interrupt.deferred())
+        address: backup_conf.Address | None = None
+        if args.flag("host") or args.flag("port"):
+            address = _tcp_address(shell, args)
+        elif unix is not None:
+            address = backup_conf.UnixAddress(unix)
+        server = undo.enter_context(serve.serving(backups, point, names, address))
+        _tell_exports(shell, args, point, names, server.address)
+        vsh.flush()
+        server.wait(cancel)
+    return vsh.DONE
+
+
+def _tcp_address(shell: virsh_connection.Shell, args: vsh.Args) -> "backup_conf.IpAddress":
+    from virtbackup.conf import backup_conf
+
+    host, port = args.optional("host") or "127.0.0.1", args.number("port")
+    port = _NBD_PORT if port is None else port
+    if not 1 <= port <= 65535:
+        raise vsh.UsageError(
+            f"Numeric value '{port}' for <port> option is malformed or out of range"
+        )
+    if not args.flag("insecure") and not virsh_connection.is_loopback(host):
+        shell.warn(f"whoever reaches {host} can read the backup, see --insecure")
+    return backup_conf.IpAddress(host, port, None, None)
+
+
+_NBD_PORT = 10809
+
+
+def _tell_exports(
+    shell: virsh_connection.Shell,
+    args: vsh.Args,
+    point: "listing.Point",
+    names: list[str],
+    address: "backup_conf.Address",
+) -> None:
+    from virtbackup.tools import virsh_backup
+
+    uris = {name: virsh_backup.nbd_uri(address, name) for name in names}
+    if args.flag("json"):
+        virsh_connection.print_json(shell, {"point": _point_facts(point), "exports": uris})
+        return
+    shell.extra(f"Backup of {point.time}, until ^C:")
+    for name, uri in uris.items():
+        shell.print(vsh.visible(f"{name}: {uri}"))
+
+
+SERVE = vsh.Command(
+    "backup-serve", "backup", "Serve the disks of a backup over NBD",
+    "Serve the disks of a point, as they were then and for reading only, until it is interrupted.\n"
+    "An export has the disk's name. Nothing is restored, and no file of the backup is changed.",
+    (
+        DIRECTORY,
+        POINT,
+        DISK,
+        vsh.Option(
+            "unix", vsh.Kind.STRING, "path of the socket (default: one in a private directory)",
+            completer=vsh.complete_files,
+        ),
+        vsh.Option("host", vsh.Kind.STRING, "address to listen on (with --port: 127.0.0.1)"),
+        vsh.Option("port", vsh.Kind.INT, "TCP port to listen on (with --host: 10809)"),
+        virsh_connection.INSECURE,
+        virsh_connection.JSON,
+    ),
+    _serve,
+)  # fmt: skip
+
+
+# --- backup-prune ---------------------------------------------------------------------------------
+
+
+def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt, prune
+
+    keep = args.number("keep")
+    if not keep:
+        raise vsh.UsageError("--keep is the number of points to keep, one or more")
+    if args.flag("dry-run"):
+        plan = prune.plan(_read(args), keep)
+    else:
+        directory = pathlib.Path(args.text("directory"))
+        _read(args)  # or it says that something is wrong with the lock
+        with _progress(shell) as progress, interrupt.deferred() as cancel:
+            plan = prune.prune(directory, keep, progress=progress, cancel=cancel)
+    if args.flag("json"):
+        virsh_connection.print_json(shell, _prune_facts(plan, args.flag("dry-run")))
+        return
+    would = "would be " if args.flag("dry-run") else ""
+    for links in plan.merges:
+        disk, files = links[0].disk, [link.disk.file for link in links]
+        shell.print(
+            vsh.visible(f"{disk.name}: {disk.file} {would}made whole of {', '.join(files[1:])}")
+        )
+    for point in plan.dropped:
+        shell.print(vsh.visible(f"point {point.label} ({point.time}) {would}removed"))
+    size = sum(disk.stored for p in plan.dropped for disk in p.made.disks)
+    shell.extra(
+        f"{len(plan.kept)} points {would}kept, {len(plan.dropped)} {would}removed"
+        f" ({virsh_connection.human_size(size)})"
+    )
+
+
+def _prune_facts(plan: "prune.Plan", dry_run: bool) -> dict[str, object]:
+    return {
+        "dry_run": dry_run,
+        "kept": [_point_facts(point) for point in plan.kept],
+        "removed": [_point_facts(point) for point in plan.dropped],
+        "merged": [
+            {
+                "disk": links[0].disk.name,
+                "file": links[0].disk.file,
+                "of": [link.disk.file for link in links],
+            }
+            for links in plan.merges
+        ],
+        "files": [*plan.manifests, *plan.files],
+    }
+
+
+PRUNE = vsh.Command(
+    "backup-prune", "backup", "Remove all but the newest backups of a directory",
+    "Keep the newest points and remove the older ones. The oldest one that is kept becomes a full\n"
+    "backup, made aside of the files that it needs, which are checked on the way; all others stay\n"
+    "as they are. Whatever ends it, every point that is listed can be restored; the next prune\n"
+    "finishes what was begun.",
+    (
+        DIRECTORY,
+        vsh.Option("keep", vsh.Kind.INT, "how many points to keep", required=True),
+        vsh.Option("dry-run", vsh.Kind.BOOL, "change nothing, tell what would be done"),
+        virsh_connection.JSON,
+    ),
+    _prune,
+)  # fmt: skip
+
+
+COMMANDS = (LIST, VERIFY, RESTORE, SERVE, PRUNE)
