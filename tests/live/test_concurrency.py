@@ -144,7 +144,9 @@ class Domain:
             "runs": self.machine.probe("query-status"),
             "deleted": _deleted_files(self.machine.probe.pid),
             "files": {
-                name for name in names if not name.endswith(".lock") and "/pulled-" not in name
+                name
+                for name in names
+                if not name.endswith((".lock", ".capabilities")) and "/pulled-" not in name
             },
         }
 

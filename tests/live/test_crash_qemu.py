@@ -68,7 +68,7 @@ def files(directory: pathlib.Path, state: pathlib.Path) -> set[str]:
     places = [directory / "out", state, *state.glob("private-*")]
     found = test_undo.files(directory, state) - {str(directory / "out")}
     there = [path for place in places if place.exists() for path in place.iterdir()]
-    return found | {str(path) for path in there if path.suffix != ".lock"}
+    return found | {str(path) for path in there if path.suffix not in test_undo.KEPT}
 
 
 @pytest.mark.parametrize("fault", ["kill-qemu-before", "kill-qemu-after"])

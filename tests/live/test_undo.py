@@ -14,6 +14,8 @@ from tests.live import machines, proxy
 
 FAULTS: tuple[proxy.Fault, ...] = ("refuse", "lose-reply", "hang-up-before", "hang-up-after")
 TRANSACTION = "transaction"
+KEPT = (".lock", ".capabilities")
+"""What stays in the state directory: the lock of a monitor, and what is known of a running QEMU."""
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def spoiled(directory: pathlib.Path, *extra: str) -> Iterator[tuple[machines.Mac
 
 def files(directory: pathlib.Path, state: pathlib.Path) -> set[str]:
     """Every file that a start could have left; lock files are no more than locks."""
-    names = {str(p) for p in (*directory.iterdir(), *state.iterdir()) if p.suffix != ".lock"}
+    names = {str(p) for p in (*directory.iterdir(), *state.iterdir()) if p.suffix not in KEPT}
     return names | {str(p) for p in pathlib.Path(os.environ["VIRTBACKUP_SCRATCH_DIR"]).iterdir()}
 
 
