@@ -54,7 +54,7 @@ def xmlfile(tmp_path: pathlib.Path) -> str:
 # --- misuse, of every command ---------------------------------------------------------------------
 
 REQUIRED = {"domain": "vm1", "xmlfile": "x.xml", "directory": "/d", "file": "f", "first": "f",
-            "second": "g", "branch": "nightly", "to": "native"}  # fmt: skip
+            "second": "g", "branch": "nightly", "to": "native", "server": "unix:/s"}  # fmt: skip
 
 
 def _good(command: vsh.Command, but: vsh.Option | None = None) -> list[str]:

@@ -35,7 +35,7 @@ class Control:
         self._trace_path = ""
         self._connection: virtbackup.Connection | None = None
 
-    def connection(self) -> virtbackup.Connection:
+    def connection(self) -> "virtbackup.Connection":
         """The open connection, opened now if need be. Errors: Failure when it is lost."""
         if self._connection is None:
             self._connection = self._open(self.uri, self.readonly)
@@ -81,7 +81,7 @@ class Control:
         if connection is not None:
             connection.close()
 
-    def _open(self, uri: str, readonly: bool) -> virtbackup.Connection:
+    def _open(self, uri: str, readonly: bool) -> "virtbackup.Connection":
         import libvirt  # here, or help would wait for it
 
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
@@ -141,7 +141,7 @@ def set_logging(level: int | None) -> None:
 # --- domains --------------------------------------------------------------------------------------
 
 
-def domain(shell: Shell, args: vsh.Args) -> virtbackup.Domain:
+def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
     """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order."""
     import libvirt
 

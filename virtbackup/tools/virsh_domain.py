@@ -21,7 +21,7 @@ _STATES = (
 """By number, VIR_DOMAIN_NOSTATE first."""
 
 
-def _state(domain: virtbackup.Domain) -> str:
+def _state(domain: "virtbackup.Domain") -> str:
     number = domain.state()[0]
     return _STATES[number] if number < len(_STATES) else "no state"
 
@@ -46,11 +46,11 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         shell.print_table(("Id", "Name", "State"), rows)
 
 
-def _id(domain: virtbackup.Domain) -> str:
+def _id(domain: "virtbackup.Domain") -> str:
     return str(domain.ID()) if domain.isActive() else "-"
 
 
-def _facts(domain: virtbackup.Domain) -> dict[str, object]:
+def _facts(domain: "virtbackup.Domain") -> dict[str, object]:
     return {
         "id": domain.ID() if domain.isActive() else None,
         "name": domain.name(),
