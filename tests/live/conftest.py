@@ -23,6 +23,8 @@ if "VIRTBACKUP_QEMU_ROOT" in os.environ:
         "test_quiesce.py",
         "test_rpc_traffic.py",
         "test_rpc_libvirtd.py",
+        "test_completion.py",
+        "test_manual.py",
     ]
 
 
