@@ -24,6 +24,7 @@ if "VIRTBACKUP_QEMU_ROOT" in os.environ:
         "test_rpc_traffic.py",
         "test_rpc_libvirtd.py",
         "test_completion.py",
+        "test_deb.py",
         "test_manual.py",
     ]
 
