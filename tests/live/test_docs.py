@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the pages show is what happens: their sessions on a real QEMU; and the site is whole.
+
+``SESSIONS`` are the pages whose every command is run, and ``ELSEWHERE`` says where those of the
+others are; a page that is in neither fails. README's own are run by test_readme.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.live import machines
+from tests.live.test_readme import ROOT, VM, environment, squeezed
+
+DOCS = ROOT / "docs"
+SESSIONS = ("branches.md", "guide.md", "xml.md")
+ELSEWHERE = {
+    "daemon.md": "test_daemon_virsh.py",
+    "dialects.md": "../test_translate.py",
+    "libvirt.md": "test_libvirt.py",
+    "tls.md": "test_tls.py",
+}
+"""Those that want a libvirtd, certificates or a domain of their own."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+
+
+def session(page: str) -> list[tuple[str, str]]:
+    """(command, what it prints) in the order of the page."""
+    commands = []
+    for block in blocks(page, "console"):
+        parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
+        assert parts[0] == "", "a block begins with a command"
+        commands += list(zip(parts[1::2], parts[2::2], strict=True))
+    return commands
+
+
+def run(script: str, directory: pathlib.Path) -> str:
+    done = subprocess.run(
+        ["sh", "-c", script.replace(VM, str(directory))],
+        capture_output=True, text=True, timeout=120, env=environment(), check=True,
+    )  # fmt: skip
+    return done.stdout.replace(str(directory), VM)
+
+
+@pytest.mark.needs("qemu-img")
+@pytest.mark.parametrize("page", ["guide.md", "xml.md"])
+def test_the_session(page: str, tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        shown = session(page)
+        printed = run("\n".join(f"{command} 2>&1; echo END" for command, _ in shown), tmp_path)
+        outputs = printed.split("END\n")[:-1]
+        assert [squeezed(text) for text in outputs] == [squeezed(text) for _, text in shown]
+
+
+def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
+    """What it prints is not shown: figures and times."""
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock\n"
+        commands = [command for command, _ in session("branches.md")]
+        commands = [command.replace("/backup/vm", f"{VM}/backup") for command in commands]
+        printed = run("set -e\n" + uri + "\n".join(commands), tmp_path)
+        assert "incremental" in printed
+        assert re.search(r"nightly +vda .* sound$", printed, re.MULTILINE)
+
+
+@pytest.mark.needs("qemu-img")
+def test_what_the_guides_timer_starts(tmp_path: pathlib.Path) -> None:
+    service, timer = blocks("guide.md", "ini")
+    assert "[Timer]\nOnCalendar=" in timer
+    [command] = re.findall(r"^ExecStart=/usr/bin/(.*)$", service, re.MULTILINE)
+    [line] = re.findall(r"`0 2 \* \* \* root (.*?)`", (DOCS / "guide.md").read_text())
+    assert shlex.split(line) == shlex.split(command.replace("%i", "vm"))
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock\n"
+        ours = command.replace("%i", "vm").replace("/backup/", f"{VM}/backup/")
+        assert run(f"{uri}mkdir {VM}/backup; {ours} && ls {VM}/backup/vm", tmp_path).split() == [
+            "manifest.0001.json", "manifest.json", "sdb.0001.qcow2", "vda.0001.qcow2"
+        ]  # fmt: skip
+
+
+def test_every_page_is_run_or_says_where() -> None:
+    pages = {page.name for page in DOCS.glob("*.md") if "```console" in page.read_text()}
+    assert pages == {*SESSIONS, *ELSEWHERE}
+    for test in ELSEWHERE.values():
+        assert (pathlib.Path(__file__).parent / test).exists()
+
+
+@pytest.mark.needs("mkdocs")
+def test_the_site_is_built_without_a_warning(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        ["mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": os.fspath(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert "guide.html" in home
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=.https?://", home)
