@@ -175,7 +175,11 @@ def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 
 def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    removed = virsh_connection.domain(shell, args).backupCleanup()
+    domain = virsh_connection.domain(shell, args)
+    removed = domain.backupCleanup()
+    if args.flag("json"):
+        virsh_connection.print_json(shell, {"domain": domain.name(), "removed": removed})
+        return
     for line in removed:
         shell.print(line)
     if not removed:
@@ -310,7 +314,7 @@ COMMANDS = (
     vsh.Command(
         "backup-cleanup", GROUP.keyword, "Remove what a crash left of a backup",
         "Remove what a backup left behind whose manager was killed; a running backup stays.",
-        (virsh_connection.DOMAIN,),
+        (virsh_connection.DOMAIN, virsh_connection.JSON),
         _cleanup,
     ),
     vsh.Command(
@@ -452,7 +456,7 @@ def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:
         return vsh.DONE
     shell.quiet, shell.timing = options.quiet, options.timing
     shell.debug = options.debug == 0
-    virsh_connection.set_logging(options.debug)
+    virsh_connection.set_logging(options.debug, options.log)
     control = shell.control
     control.uri, control.readonly = options.connect or control.uri, options.readonly
     if options.trace is not None:

@@ -55,7 +55,7 @@ def _wants_file(table: vsh.Table, words: list[str], text: str) -> bool:
     """Whether it is the path of a file that is being typed."""
     own, _, _ = _own_option(words, text)
     if own is not None:
-        return own == "trace"
+        return own in ("log", "trace")
     option = vsh_readline.option_at(table, virsh_options.parse(words).rest, text)
     return option is not None and option.completer is vsh.complete_files
 

@@ -35,6 +35,7 @@ OWN_OPTIONS = (
     OwnOption("connect", "c", "hypervisor connection URI", "URI"),
     OwnOption("debug", "d", "debug level [0-4], 0 tells most", "NUM"),
     OwnOption("help", "h", "this help"),
+    OwnOption("log", "l", "log to the end of FILE", "FILE"),
     OwnOption("quiet", "q", "quiet mode"),
     OwnOption("readonly", "r", "connect readonly"),
     OwnOption("timing", "t", "print timing information"),
@@ -58,6 +59,7 @@ class Options:
     connect: str | None = None
     debug: int | None = None
     help: bool = False
+    log: str | None = None
     quiet: bool = False
     readonly: bool = False
     timing: bool = False
@@ -123,7 +125,7 @@ def _set_option(options: Options, name: str, value: str) -> None:
             if value not in ("", "short", "long"):
                 raise vsh.UsageError("option --version takes short or long")
             options.version = value or "short"
-        case "connect" | "trace":
+        case "connect" | "log" | "trace":
             setattr(options, name, value)
         case _:
             setattr(options, name, True)
