@@ -10,6 +10,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -83,6 +84,28 @@ def test_what_the_guides_timer_starts(tmp_path: pathlib.Path) -> None:
         assert run(f"{uri}mkdir {VM}/backup; {ours} && ls {VM}/backup/vm", tmp_path).split() == [
             "manifest.0001.json", "manifest.json", "sdb.0001.qcow2", "vda.0001.qcow2"
         ]  # fmt: skip
+
+
+@pytest.mark.needs("systemd-analyze")
+@pytest.mark.may_skip
+def test_systemd_takes_the_units(tmp_path: pathlib.Path) -> None:
+    """The guide's, and those that are installed."""
+    service, timer = blocks("guide.md", "ini")
+    units = {"virtbackup-nightly@.service": service, "virtbackup-nightly@.timer": timer}
+    for name in ("virtbackupd.service", "virtbackupd.socket"):
+        units[name] = (ROOT / "systemd" / name).read_text()
+    for name, unit in units.items():
+        # Neither the programs nor their manual pages are installed here.
+        here = re.sub(r"/usr/bin/(virsh-backup|virtbackupd)", sys.executable, unit)
+        (tmp_path / name).write_text(re.sub(r"^Documentation=.*\n", "", here, flags=re.MULTILINE))
+    names = [name.replace("@.", "@vm.") for name in units]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *names],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if "virtbackup" in line]
+    assert (done.returncode, said) == (0, [])
 
 
 def test_every_page_is_run_or_says_where() -> None:
