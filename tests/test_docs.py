@@ -79,4 +79,4 @@ def test_every_layer_has_its_picture() -> None:
 def test_every_bench_is_in_the_table() -> None:
     named = set(re.findall(r"python -m bench\.(\w+)", (DOCS / "performance.md").read_text()))
     benches = {path.stem for path in (ROOT / "bench").glob("[!_]*.py")}
-    assert benches == named
+    assert benches <= named

@@ -18,14 +18,12 @@ from tests.live import machines
 from tests.live.test_readme import ROOT, VM, environment, squeezed
 
 DOCS = ROOT / "docs"
-SESSIONS = ("branches.md", "guide.md", "xml.md")
+SESSIONS = ("branches.md", "daemon.md", "dialects.md", "guide.md", "xml.md")
 ELSEWHERE = {
-    "daemon.md": "test_daemon_virsh.py",
-    "dialects.md": "../test_translate.py",
     "libvirt.md": "test_libvirt.py",
     "tls.md": "test_tls.py",
 }
-"""Those that want a libvirtd, certificates or a domain of their own."""
+"""Those that want a libvirtd with a domain, or certificates."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -36,7 +34,7 @@ def session(page: str) -> list[tuple[str, str]]:
     """(command, what it prints) in the order of the page."""
     commands = []
     for block in blocks(page, "console"):
-        parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
+        parts = re.split(r"^[$#] (.*)\n", block, flags=re.MULTILINE)
         assert parts[0] == "", "a block begins with a command"
         commands += list(zip(parts[1::2], parts[2::2], strict=True))
     return commands
@@ -69,6 +67,70 @@ def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
         printed = run("set -e\n" + uri + "\n".join(commands), tmp_path)
         assert "incremental" in printed
         assert re.search(r"nightly +vda .* sound$", printed, re.MULTILINE)
+
+
+DIALECTS = (
+    """<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>""",
+    """<domainbackup mode="pull"><server transport="unix" socket="/run/x.sock"/>
+       <disks><disk name="vda" backup="yes" type="file"/></disks></domainbackup>""",
+)
+
+
+def test_the_session_about_dialects(tmp_path: pathlib.Path) -> None:
+    """The first document lists no disks, the second does; the page says so of each."""
+    shown = session("dialects.md")
+    printed = []
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; cd {VM}\n"
+        for (command, _), document in zip(shown, DIALECTS, strict=True):
+            (tmp_path / "backup.xml").write_text(document)
+            printed.append(run(uri + command, tmp_path))
+    assert '<server transport="unix" socket="/run/x.sock"/>' in printed[0]
+    assert re.search(r'<disk name="sdb" present="no"', printed[1])
+
+
+@pytest.mark.needs("virsh")
+def test_the_session_about_the_daemon(tmp_path: pathlib.Path) -> None:
+    """On a QEMU by its socket, in place of libvirt's domains."""
+    (serve, _), *commands = session("daemon.md")
+    here = {
+        "qemu:///system --listen": f"qmp://{VM}/qmp.sock --listen",
+        "/run/virtbackup/virtbackup-sock": f"{VM}/daemon.sock",
+        "/backup/vm": f"{VM}/backup",
+    }
+
+    def moved(command: str) -> str:
+        for theirs, ours in here.items():
+            command = command.replace(theirs, ours)
+        return command.replace(VM, str(tmp_path))
+
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        words = shlex.split(moved(serve))
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, env=environment(), text=True
+        ) as daemon:
+            try:
+                assert daemon.stdout is not None
+                assert daemon.stdout.readline().startswith("virtbackupd: listening on unix:")
+                printed = run("\n".join(moved(command) for command, _ in commands), tmp_path)
+            finally:
+                daemon.terminate()
+        assert daemon.returncode == 0
+    assert re.search(r"^ \d+ +vm +running$", printed, re.MULTILINE)
+    assert (tmp_path / "backup" / "manifest.json").exists()
+
+
+def test_the_commands_about_the_test_driver(tmp_path: pathlib.Path) -> None:
+    """Those that can be typed as they are: not FILE, A or B."""
+    page = (DOCS / "test-driver.md").read_text()
+    found = re.findall(r"^    (virsh-backup -c test:.*)$", page, re.MULTILINE)
+    assert len(found) == 2
+    printed = run(
+        "\n".join(f"{command} 2>&1" for command in found).replace("/tmp/b", f"{VM}/b"), tmp_path
+    )
+    assert re.search(r"^ vda +/images/vda.qcow2$", printed, re.MULTILINE)
+    assert '"transaction"' in printed
+    assert (tmp_path / "backup" / "manifest.json").exists()
 
 
 @pytest.mark.needs("qemu-img")

@@ -23,6 +23,7 @@ from virtbackup.tools import virtbackupd_options
 
 logger = logging.getLogger("virtbackupd")
 
+DEFAULT_LISTEN = virtbackupd_options.DEFAULT_LISTEN
 _FIRST_FD = 3
 """Of those that systemd hands over (sd_listen_fds)."""
 
@@ -119,7 +120,7 @@ def _run(settings: virtbackup_conf.Settings) -> int:
 
 
 def _default() -> transport.Address:
-    address = transport.parse_address(virtbackupd_options.DEFAULT_LISTEN)
+    address = transport.parse_address(DEFAULT_LISTEN)
     with contextlib.suppress(OSError):
         pathlib.Path(address.path).parent.mkdir(mode=0o755, parents=True)
     return address
