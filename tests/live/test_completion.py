@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import pty
+import resource
 import select
 import subprocess
 import sys
@@ -202,18 +203,19 @@ def test_fish(line: str, words: list[str], home: pathlib.Path) -> None:
     assert found == words
 
 
-def test_an_answer_is_there_at_once(home: pathlib.Path) -> None:
-    """Of the best of five, with domains of a recorded QEMU."""
-    for line, limit in (
-        ("virsh-backup back", 0.3),
-        ("virsh-backup -c test:///default dominfo ", 0.6),
-    ):
-        spent = []
-        for _ in range(5):
-            start = time.monotonic()
-            subprocess.run(
-                [sys.executable, "-m", "virtbackup.tools.virsh_backup", "--complete", line],
-                check=True, capture_output=True,
-            )  # fmt: skip
-            spent.append(time.monotonic() - start)
-        assert min(spent) < limit, spent
+@pytest.mark.parametrize(
+    ("line", "limit"),
+    [("virsh-backup back", 0.2), ("virsh-backup -c test:///default dominfo ", 0.3)],
+)
+def test_an_answer_is_there_at_once(line: str, limit: float) -> None:
+    """By the seconds that it keeps a processor busy, the best of five: others may be at work."""
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "virtbackup.tools.virsh_backup", "--complete", line],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(spent) < limit, spent
