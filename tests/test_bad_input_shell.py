@@ -84,6 +84,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_it
 
 
+_NOT_OURS = re.compile(r"-\w*[cl]|--[clt]")
+"""Options that would lead the program elsewhere, or have it write files: -c, --log, --trace."""
+
 quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -110,7 +113,7 @@ def test_any_line(run: Run, line: str) -> None:
 @quick
 @given(argv=st.lists(_words, min_size=1, max_size=6))
 def test_any_arguments(run: Run, argv: list[str]) -> None:
-    if argv[0].startswith("-") and any(word.startswith("-c") for word in argv):
+    if argv[0].startswith("-") and any(_NOT_OURS.match(word) for word in argv):
         argv = ["--", *argv]
     status, _, err = run(*argv)
     check(status, err)

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+COMMANDS = ("demo", "test", "lint", "bench", "record", "docs", "deb", "shell")
 NEEDED = ("sh", "dirname", "cat", "grep", "sed")
 
 
@@ -39,7 +40,7 @@ def dev(programs: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[
 def test_without_a_command_it_shows_its_commands(programs: pathlib.Path) -> None:
     done = dev(programs)
     assert done.returncode == 2
-    for command in ("demo", "test", "lint", "bench", "record", "shell"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stderr
 
 
@@ -49,7 +50,7 @@ def test_an_unknown_command_is_an_error(programs: pathlib.Path) -> None:
     assert done.stderr.splitlines()[-1] == "dev: unknown command: frobnicate"
 
 
-@pytest.mark.parametrize("command", ["demo", "test", "lint", "bench", "record", "shell"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_elsewhere_than_on_debian(programs: pathlib.Path, command: str) -> None:
     done = dev(programs, command)
     assert (done.returncode, done.stderr) == (1, "dev: not Debian 12 or newer\n")

@@ -15,10 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import libvirt
 import pytest
 
+import virtbackup
 from tests import shell_driver
-from virtbackup.conf import backup_conf
+from virtbackup import errors
+from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup, virsh_connection, vsh, vsh_readline
 
 URI = "fake:///two"
@@ -26,6 +29,9 @@ DEADLINE = 20.0
 """Seconds that a program may take to say what it is waited for."""
 
 BACKUP = '<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>'
+
+SHOWS = ": 'list --all' shows all that there are"
+"""Behind the name of a domain that there is not."""
 
 Output = tuple[int, str, str]
 """Exit status, standard output, standard error."""
@@ -165,6 +171,13 @@ def test_every_command_has_its_group_and_its_help(run: Run) -> None:
          "Did you mean: backup-start, backup-start-as, backup-stop?"),
         (["help", "backup-strat"], "command or command group 'backup-strat' doesn't exist\n"
          "Did you mean: backup-start, backup-start-as, backup-stop?"),
+        (["backup-d"], "unknown command: 'backup-d'\nDid you mean: backup-dumpxml?"),
+        (["help", "bran"], "command or command group 'bran' doesn't exist\n"
+         "Did you mean: branch?"),
+        (["backup-stop", "vm1", "--can"],
+         "command 'backup-stop' doesn't support option --can\nDid you mean: --cancel?"),
+        (["list", "--table", "--json"], "Options --json and --table are mutually exclusive"),
+        (["--log"], "option '-l'/'--log' requires an argument"),
         (["echo a; nope"], "unknown command: 'nope'"),
         (["list", ";", "uri"], "unexpected data ';'"),
         (["list", "--name", "--uuid"], "Options --name and --uuid are mutually exclusive"),
@@ -236,6 +249,32 @@ def test_trace_to_stderr(run: Run) -> None:
     assert run("--trace=-", "uri") == (0, "fake:///two\n", "closed\n")
 
 
+def test_log_goes_to_the_end_of_a_file(tmp_path: pathlib.Path) -> None:
+    log = tmp_path / "log"
+    for _ in range(2):
+        assert _process("--log", str(log), "-c", "test:///default", "list")[0] == 0
+    lines = log.read_text().splitlines()
+    assert lines
+    assert len({line.split()[2] for line in lines}) == 2  # two processes
+    assert " DEBUG virtbackup." in lines[0]
+    status, out, err = _process("-l", "/nowhere/x", "echo")
+    assert (status, out) == (1, "")
+    assert err == "error: Failed to open file '/nowhere/x': No such file or directory\n"
+
+
+def test_where_to_go_without_a_libvirtd(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def refuse(uri: str, readonly: bool) -> None:
+        raise errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, "no socket")
+
+    monkeypatch.setattr(virtbackup, "open", refuse)
+    status, _, err = run("list", uri=virsh_connection.DEFAULT_URI)
+    assert status == 1
+    assert err.endswith("no socket; -c URI names another one\n")
+    assert err.count("\n") == 1
+
+
 def test_trace_that_cannot_be_written(run: Run) -> None:
     message = "error: Failed to open file '/nowhere/x': No such file or directory\n"
     assert run("--trace", "/nowhere/x", "echo") == (1, "", message)
@@ -299,6 +338,24 @@ def test_list_all_in_every_form(run: Run) -> None:
     }  # fmt: skip
 
 
+def test_list_of_some_states(run: Run) -> None:
+    assert run("list", "--state-running", "--id") == (0, "1\n2\n3\n", "")
+    assert run("list", "--state-shutoff", "--name") == (0, "off\n", "")
+    assert run("list", "--state-shutoff", "--state-running", "--name")[1].endswith("vm\noff\n")
+    assert run("list", "--state-paused", "--state-other", "--name") == (0, "", "")
+    assert run("list", "--table") == run("list")
+
+
+def test_what_a_domain_is_called(run: Run) -> None:
+    uuid = shell_driver.UUID.format(4)
+    assert run("domid", "vm1") == (0, "1\n", "")
+    assert run("domid", "off") == (0, "-\n", "")
+    assert run("domname", uuid) == (0, "vm1\n", "")
+    assert run("domuuid", "1") == (0, f"{uuid}\n", "")
+    assert run("domstate", "off") == (0, "shut off\n", "")
+    assert domain_conf.DomainDef.parse(run("dumpxml", "vm1")[1]).name == "vm1"
+
+
 def test_dominfo(run: Run) -> None:
     uuid = shell_driver.UUID.format(4)
     out = (
@@ -319,7 +376,8 @@ def test_domain_is_an_id_then_a_uuid_then_a_name(given: str, name: str, run: Run
 
 @pytest.mark.parametrize("given", ["nope", "99", "00000000-0000-0000-0000-000000000000", "--x"])
 def test_no_such_domain(given: str, run: Run) -> None:
-    assert run("dominfo", "--domain", given) == (1, "", f"error: failed to get domain '{given}'\n")
+    message = f"error: failed to get domain '{given}'{SHOWS}\n"
+    assert run("dominfo", "--domain", given) == (1, "", message)
 
 
 def test_domblklist(run: Run) -> None:
@@ -475,7 +533,7 @@ def test_translate_asks_the_domain_for_its_disks(run: Run, tmp_path: pathlib.Pat
             " of disks that are not listed, the proposal includes all, libvirt none"
             " (line 3, element <disks>)",
         ),
-        (LISTS_A_DISK, ["--domain", "nobody"], "failed to get domain 'nobody'"),
+        (LISTS_A_DISK, ["--domain", "nobody"], f"failed to get domain 'nobody'{SHOWS}"),
         (
             LISTS_A_DISK.replace("vda", "sr0"),
             ["--domain", "vm1"],
@@ -619,6 +677,18 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
             },
         ],
     }
+
+
+def test_cleanup_as_json(run: Run) -> None:
+    facts = json.loads(run("backup-cleanup", "vm1", "--json", uri="fake:///bad")[1])
+    assert facts == {"domain": "vm1", "removed": ["node scratch-vda", "file /images/x"]}
+    assert json.loads(run("backup-cleanup", "vm1", "--json")[1])["removed"] == []
+
+
+def test_version_as_json(run: Run) -> None:
+    facts = json.loads(run("version", "--json")[1])
+    assert facts["hypervisor"] == {"type": "FAKE", "version": "1.2.3"}
+    assert facts["virtbackup"] in run("version")[1]
 
 
 def test_cleanup(run: Run) -> None:
@@ -826,7 +896,7 @@ def shell(run: Run) -> Iterator[virsh_connection.Shell]:
         ("translate x --to ", ["native", "proposal"]),
         ("translate x --domain v", ["vm1 "]),
         ("help backup-du", ["backup-dumpxml "]),
-        ("help do", ["domain", "domblklist", "dominfo"]),
+        ("help domi", ["domid", "dominfo"]),
     ],
 )
 def test_completion(line: str, words: list[str], shell: virsh_connection.Shell) -> None:
@@ -857,7 +927,7 @@ def _process(*argv: str, uri: str = URI, text: str | None = None) -> Output:
     ("argv", "status", "out", "err"),
     [
         (("uri",), 0, "fake:///two\n", ""),
-        (("dominfo", "x"), 1, "", "error: failed to get domain 'x'\n"),
+        (("dominfo", "x"), 1, "", f"error: failed to get domain 'x'{SHOWS}\n"),
         (("dominfo",), 2, "", "error: command 'dominfo' requires <domain> option\n"),
         (("echo", "a#b", "#c", "d e", ";"), 0, "a#b #c d e ;\n", ""),
     ],
@@ -1044,7 +1114,8 @@ def terminal(tmp_path: pathlib.Path) -> Iterator[Terminal]:
 def test_session(terminal: Terminal, tmp_path: pathlib.Path) -> None:
     assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
     assert terminal.line("nope") == "error: unknown command: 'nope'\nvirtbackup # "
-    assert terminal.line("dominfo nope") == "error: failed to get domain 'nope'\n\nvirtbackup # "
+    message = f"error: failed to get domain 'nope'{SHOWS}"
+    assert terminal.line("dominfo nope") == f"{message}\n\nvirtbackup # "
     assert terminal.line("cd /; pwd") == "\n/\n\nvirtbackup # "
     assert terminal.line("cd") == "\nvirtbackup # "
     assert terminal.line("pwd") == f"{tmp_path}\n\nvirtbackup # "
@@ -1077,7 +1148,7 @@ def test_tab_completes(terminal: Terminal) -> None:
 
 
 def test_tab_lists_what_there_is(terminal: Terminal) -> None:
-    terminal.type("domi\t")
+    terminal.type("domin\t")
     terminal.wait_for("dominfo ")
     terminal.type("\t\t")
     listed = terminal.wait_for("virtbackup # ").replace("\a", "")
@@ -1110,6 +1181,31 @@ def test_interrupt_ends_the_command_and_stays(tmp_path: pathlib.Path) -> None:
         assert terminal.line("uri") == "fake:///hang\nvirtbackup # "
         terminal.type("exit\n")
         assert terminal.close() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"TERM": "xterm"}, "\x1b[1;31merror:\x1b[0m unknown command: 'nope'"),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, "error: unknown command: 'nope'"),
+        ({"TERM": "dumb"}, "error: unknown command: 'nope'"),
+    ],
+)
+def test_colours_are_for_terminals_that_have_them(settings: dict[str, str], shown: str) -> None:
+    master, slave = pty.openpty()
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with os.fdopen(master, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(
+            [*PROGRAM, "nope"], stdout=subprocess.PIPE, stderr=slave, env={**plain, **settings}
+        )
+        os.close(slave)
+        assert process.communicate(timeout=DEADLINE)[0] == b""
+        assert terminal.read(4096).decode().split("\r\n")[0] == shown
+
+
+def test_no_colours_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert _process("nope")[2] == "error: unknown command: 'nope'\n"
 
 
 def test_history_is_kept_and_private(terminal: Terminal, tmp_path: pathlib.Path) -> None:

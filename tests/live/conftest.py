@@ -21,6 +21,7 @@ if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     collect_ignore += ["test_drop_in.py", "test_events.py", "test_quiesce.py", "test_session.py"]
     collect_ignore += ["test_rpc_traffic.py", "test_rpc_libvirtd.py", "test_virtnbdbackup.py"]
     collect_ignore += ["test_daemon_virsh.py", "test_libvirt_queries.py", "test_examples.py"]
+    collect_ignore += ["test_completion.py", "test_deb.py", "test_manual.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,24 @@ def test_a_compressed_chain(
         assert json.loads(told)["format-specific"]["data"]["compression-type"] == "zstd"
 
 
+@pytest.mark.parametrize("size", [(4 << 20) + 512, 512, 65536 + 1024])
+def test_a_compressed_disk_that_ends_within_a_cluster(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, size: int
+) -> None:
+    with machines.two_disks(tmp_path, size=size) as machine:
+        for disk in ("vda", "sdb"):
+            machine.io(disk, f"write -P 7 {size - 512} 512")
+        out = tmp_path / "out"
+        with virtbackup.open(machine.uri) as connection:
+            [domain] = connection.listAllDomains()
+            pull.pull(domain, out, branch="b", compress=True, check=True)
+            for disk in ("vda", "sdb"):
+                machine.io(disk, f"write -P 8 {size - 512} 512")
+            made = pull.pull(domain, out, branch="b", kind="incremental", compress=True, check=True)
+        for one in made.disks:
+            assert machines.contents(out / one.file, "qcow2") == bytes(size - 512) + b"\x08" * 512
+
+
 def test_a_disk_that_reads_otherwise_the_second_time(
     domain: virtbackup.Domain, out: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -425,3 +426,52 @@ def test_tables_look_as_virshs() -> None:
         lines = done.stdout.rstrip("\n").split("\n")
         cells = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in lines]
         assert vsh.table_lines(cells[0], cells[2:]) == lines
+
+
+@pytest.mark.needs("virsh")
+def test_what_virsh_has_is_where_and_what_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command of ours that virsh has, too: the same words of help, and no option that means
+    something else."""
+    usage = subprocess.run(["virsh", "help"], capture_output=True, text=True, check=True).stdout
+    theirs = dict(re.findall(r"^    (\S+) +(\S.*)$", usage, re.MULTILINE))
+    shared = [command for command in virsh_backup.TABLE.commands if command.name in theirs]
+    assert {
+        "list",
+        "dominfo",
+        "domblklist",
+        "dumpxml",
+        "domstate",
+        "connect",
+        "backup-dumpxml",
+    } <= {command.name for command in shared}
+    for command in shared:
+        page = subprocess.run(
+            ["virsh", "help", command.name], capture_output=True, text=True, check=True
+        ).stdout
+        assert virsh_backup.main(["help", command.name]) == 0
+        ours = capsys.readouterr().out
+        headings = re.findall(r"^  (NAME|SYNOPSIS|DESCRIPTION|OPTIONS)$", page, re.MULTILINE)
+        shown = re.findall(r"^  (NAME|SYNOPSIS|DESCRIPTION|OPTIONS)$", ours, re.MULTILINE)
+        assert [one for one in headings if one in shown] == [
+            one for one in shown if one in headings
+        ]
+        same = {option.name for option in command.options} & set(re.findall(r"--([\w-]+)", page))
+        for name in same:
+            [said] = re.findall(rf"^    \[?--{name}\]?(?: <\w+>)?  +(.*)$", page, re.MULTILINE)
+            option = command.option(name)
+            assert option is not None
+            assert (option.kind is vsh.Kind.BOOL) == (
+                f"--{name} <" not in page and f"[--{name}] <" not in page
+            ), said
+
+
+@pytest.mark.needs("virsh")
+@pytest.mark.parametrize("form", ["--id", "--name", "--uuid", "--table", "--state-running"])
+def test_list_takes_virshs_forms(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = subprocess.run([*VIRSH, "list", form], capture_output=True, text=True, check=True)
+    assert virsh_backup.main(["-c", "test:///default", "list", form]) == 0
+    ours = capsys.readouterr().out
+    assert (
+        re.sub(r"\S+", "x", ours).split("\n")[0]
+        == re.sub(r"\S+", "x", theirs.stdout).split("\n")[0]
+    )

@@ -63,11 +63,16 @@ class Settings:
     """All that can be set, with the defaults of what is not."""
 
     backup_tls_x509_cert_dir: str | None = None
+    """It has ca-cert.pem, server-cert.pem and server-key.pem, for exports with TLS."""
     backup_tls_x509_verify: bool = True
+    """Who reads an export must have a certificate of the same authority."""
     backup_tls_x509_client_cert_dir: str | None = None
-    """None: the same directory as the server's."""
+    """It has ca-cert.pem, client-cert.pem and client-key.pem, for backup-pull. None: the same
+    directory as the server's."""
     backup_tls_psk_dir: str | None = None
+    """It has keys.psk, for exports with TLS by keys that both ends have."""
     backup_tls_psk_username: str = "qemu"
+    """Whose key backup-pull takes."""
     insecure: bool = False
     """No warning of a backup that everybody on the network can read."""
     uris: tuple[str, ...] = ()
@@ -83,11 +88,15 @@ class Settings:
     access: tuple[str, ...] | None = None
     """Who may do what (access.Rule); None: whoever can connect may do everything."""
     max_clients: int = 500
+    """Clients of the daemon at a time."""
     max_client_requests: int = 5
+    """Calls of a client that are worked on at a time."""
     max_workers: int = 20
+    """Calls of all clients that are worked on at a time."""
     keepalive_interval: int = 5
-    """Seconds; 0: the daemon never pings."""
+    """Seconds of silence after which the daemon pings a client; 0: never."""
     keepalive_count: int = 5
+    """Pings without an answer after which a client is let go."""
     files: tuple[str, ...] = ()
     """Where settings were looked for; not one itself."""
     places: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)

@@ -44,6 +44,8 @@ class QemuWriter:
         """Errors: VIR_ERR_SYSTEM_ERROR for the file, VIR_ERR_OPERATION_FAILED for the programs."""
         self._path = path
         self._backing = backing
+        self._disk = size
+        self._size = _rounded(size, _SECTOR)
         self._errors: list[int] = []
         self._flying = 0
         with contextlib.ExitStack() as undo:
@@ -56,7 +58,9 @@ class QemuWriter:
             self._server: int | None = None
             """The program, as a pidfd."""
             self._handle: Any = None
-            _create(path, size, backing, compression)
+            # What compresses takes whole clusters only; the image is cut to its size afterwards.
+            self._made = self._size if compression is None else _rounded(size, qcow2.CLUSTER)
+            _create(path, self._made, backing, compression)
             self._start(compression is not None)
             undo.pop_all()
 
@@ -81,13 +85,19 @@ class QemuWriter:
                 raise self._failed(failure.string) from failure
 
     def write(self, offset: int, data: memoryview) -> None:
-        buffer = nbd.Buffer.from_bytearray(bytearray(data))
+        padding = self._padded(offset, len(data)) - len(data)
+        buffer = nbd.Buffer.from_bytearray(bytearray(data) + bytes(padding))
         self._begin(lambda done: self._handle.aio_pwrite(buffer, offset, done))
 
     def write_zeroes(self, offset: int, length: int) -> None:
         # Without a backing file, what no write has touched reads as zeroes.
         if self._backing is not None:
-            self._begin(lambda done: self._handle.aio_zero(length, offset, done))
+            whole = self._padded(offset, length)
+            self._begin(lambda done: self._handle.aio_zero(whole, offset, done))
+
+    def _padded(self, offset: int, length: int) -> int:
+        """LENGTH, with what is behind the disk's end in the image as it was made."""
+        return self._made - offset if offset + length >= self._disk else length
 
     def finish(self) -> int:
         """Everything on the disk, the file closed; the bytes that it takes there."""
@@ -99,6 +109,10 @@ class QemuWriter:
         except nbd.Error as failure:
             raise self._failed(failure.string) from failure
         self._end_server(END_TIMEOUT)
+        if self._made != self._size:
+            image = str(self._path.absolute())
+            _run(["qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", image, str(self._size)],
+                 self._path)  # fmt: skip
         assert self._fd is not None
         try:
             os.fsync(self._fd)
@@ -172,9 +186,12 @@ def _create(
     options = [] if compression is None else ["-o", f"compression_type={compression}"]
     if backing is not None:
         options += ["-u", "-b", backing.file, "-F", backing.format]
-    whole = -(-size // _SECTOR) * _SECTOR
-    argv = ["qemu-img", "create", "-q", "-f", "qcow2", *options, f"{path.absolute()}", str(whole)]
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", *options, f"{path.absolute()}", str(size)]
     _run(argv, path)
+
+
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _run(argv: Sequence[str], path: pathlib.Path) -> None:

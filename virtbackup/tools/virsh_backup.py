@@ -2,7 +2,6 @@
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
 import contextlib
-import dataclasses
 import gc
 import os
 import pathlib
@@ -19,10 +18,12 @@ from virtbackup.tools import (
     rpc_tools,
     virsh_branch,
     virsh_compare,
+    virsh_complete,
     virsh_connection,
     virsh_domain,
     virsh_host,
     virsh_map,
+    virsh_options,
     virsh_pull,
     virsh_restore,
     virsh_translate,
@@ -177,7 +178,11 @@ def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 
 def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    removed = virsh_connection.domain(shell, args).backupCleanup()
+    domain = virsh_connection.domain(shell, args)
+    removed = domain.backupCleanup()
+    if args.flag("json"):
+        virsh_connection.print_json(shell, {"domain": domain.name(), "removed": removed})
+        return
     for line in removed:
         shell.print(line)
     if not removed:
@@ -312,7 +317,7 @@ COMMANDS = (
     vsh.Command(
         "backup-cleanup", GROUP.keyword, "Remove what a crash left of a backup",
         "Remove what a backup left behind whose manager was killed; a running backup stays.",
-        (virsh_connection.DOMAIN,),
+        (virsh_connection.DOMAIN, virsh_connection.JSON),
         _cleanup,
     ),
     vsh.Command(
@@ -416,55 +421,6 @@ TABLE = vsh.Table(
 # --- the program ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Options:
-    """The program's own options, and the command behind them."""
-
-    connect: str | None = None
-    debug: int | None = None
-    help: bool = False
-    quiet: bool = False
-    readonly: bool = False
-    timing: bool = False
-    trace: str | None = None
-    version: str | None = None
-    """short or long."""
-    rest: list[str] = dataclasses.field(default_factory=list)
-
-
-_LETTERS = {
-    "c": "connect",
-    "d": "debug",
-    "h": "help",
-    "q": "quiet",
-    "r": "readonly",
-    "t": "timing",
-    "v": "version",
-    "V": "version",
-}
-_LONG = ("connect", "debug", "help", "quiet", "readonly", "timing", "trace", "version")
-_WITH_VALUE = ("connect", "debug", "trace")
-
-_USAGE = """
-virsh-backup [options]... [<command_string>]
-virsh-backup [options]... <command> [args...]
-
-  options:
-    -c | --connect=URI      hypervisor connection URI
-    -d | --debug=NUM        debug level [0-4], 0 tells most
-    -h | --help             this help
-    -q | --quiet            quiet mode
-    -r | --readonly         connect readonly
-    -t | --timing           print timing information
-         --trace=FILE       write all monitor traffic to FILE; - is standard error
-    -v                      short version
-    -V                      long version
-         --version[=TYPE]   version, TYPE is short or long (default short)
-  commands (non interactive mode):
-
-"""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; its exit status. ARGV None: the process's own, and it ends after this."""
     try:
@@ -477,11 +433,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     _mend_streams()
+    arguments = list(argv)
     control = virsh_connection.Control(virsh_connection.default_uri())
     shell = vsh.Shell(TABLE, control, virsh_connection.describe)
+    if arguments[:1] == ["--complete"]:
+        return virsh_complete.main(shell, arguments[1:])
     try:
         try:
-            status = shell.guard(lambda: _run(shell, argv))
+            status = shell.guard(lambda: _run(shell, arguments))
         finally:
             shell.guard(shell.control.close)
         return max(status, shell.guard(shell.control.close_trace), shell.guard(vsh.flush))
@@ -502,7 +461,7 @@ def _mend_streams() -> None:
 
 
 def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:
-    options = _parse_options(argv)
+    options = virsh_options.parse(argv)
     if options.help:
         shell.print_document(_usage())
         return vsh.DONE
@@ -511,7 +470,7 @@ def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:
         return vsh.DONE
     shell.quiet, shell.timing = options.quiet, options.timing
     shell.debug = options.debug == 0
-    virsh_connection.set_logging(options.debug)
+    virsh_connection.set_logging(options.debug, options.log)
     control = shell.control
     control.uri, control.readonly = options.connect or control.uri, options.readonly
     if options.trace is not None:
@@ -537,72 +496,16 @@ def _interact(shell: virsh_connection.Shell) -> int:
     return vsh.DONE
 
 
-def _parse_options(argv: Sequence[str]) -> _Options:
-    """The options in front of the command, short ones together or long ones shortened."""
-    options = _Options()
-    rest = list(argv)
-    while rest and rest[0].startswith("-") and rest[0] != "-":
-        word = rest.pop(0)
-        if word == "--":
-            break
-        if word.startswith("--"):
-            _take_long(options, word, rest)
-        else:
-            _take_short(options, word, rest)
-    options.rest = rest
-    return options
-
-
-def _take_long(options: _Options, word: str, rest: list[str]) -> None:
-    given, equals, value = word.removeprefix("--").partition("=")
-    names = [given] if given in _LONG else [name for name in _LONG if name.startswith(given)]
-    if len(names) != 1 or (equals and names[0] not in (*_WITH_VALUE, "version")):
-        raise vsh.UsageError(f"unsupported option '{word}'. See --help.")
-    if names[0] in _WITH_VALUE and not equals:
-        value = _next_value(names[0], rest)
-    _set_option(options, names[0], value)
-
-
-def _take_short(options: _Options, word: str, rest: list[str]) -> None:
-    letters = word.removeprefix("-")
-    while letters:
-        letter, letters = letters[0], letters[1:]
-        name = _LETTERS.get(letter)
-        if name is None:
-            raise vsh.UsageError(f"unsupported option '-{letter}'. See --help.")
-        value = "long" if letter == "V" else ""
-        if name in _WITH_VALUE:
-            value, letters = letters or _next_value(name, rest), ""
-        _set_option(options, name, value)
-
-
-def _next_value(name: str, rest: list[str]) -> str:
-    if rest:
-        return rest.pop(0)
-    letter = next((f"'-{key}'/" for key, value in _LETTERS.items() if value == name), "")
-    raise vsh.UsageError(f"option {letter}'--{name}' requires an argument")
-
-
-def _set_option(options: _Options, name: str, value: str) -> None:
-    match name:
-        case "debug":
-            if not re.fullmatch(r"[0-4]", value):
-                raise vsh.UsageError("option -d takes a number from 0 to 4")
-            options.debug = int(value)
-        case "version":
-            if value not in ("", "short", "long"):
-                raise vsh.UsageError("option --version takes short or long")
-            options.version = value or "short"
-        case "connect" | "trace":
-            setattr(options, name, value)
-        case _:
-            setattr(options, name, True)
-
-
 def _usage() -> str:
+    options = [
+        f"    {option.term if option.letter else '     ' + option.term:<23} {option.help}\n"
+        for option in virsh_options.OWN_OPTIONS
+    ]
     groups = "\n".join(vsh.group_help(TABLE, group) for group in TABLE.groups)
     return (
-        f"{_USAGE}{groups}\n\n"
+        "\nvirsh-backup [options]... [<command_string>]\n"
+        "virsh-backup [options]... <command> [args...]\n\n"
+        f"  options:\n{''.join(options)}  commands (non interactive mode):\n\n{groups}\n\n"
         "  (specify help <group> for details about the commands in the group)\n\n"
         "  (specify help <command> for details about the command)\n"
     )

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+DEFAULT_URI = "qemu:///system"
+
+
 def default_uri() -> str:
     """The URI to use where the user gives none."""
     for variable in ("VIRTBACKUP_DEFAULT_URI", "LIBVIRT_DEFAULT_URI"):
         if uri := os.environ.get(variable):
             return uri
-    return "qemu:///system"
+    return DEFAULT_URI
 
 
 _WITH_EVENTS = ("qemu:", "qemu+unix:")
@@ -103,7 +106,8 @@ class Control:
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:
-            raise vsh.Failure(f"failed to connect to the hypervisor: {error}") from error
+            hint = "; -c URI names another one" if uri == DEFAULT_URI else ""
+            raise vsh.Failure(f"failed to connect to the hypervisor: {error}{hint}") from error
         if self._trace is not None:
             connection.setTrace(self._trace)
         return connection
@@ -141,16 +145,26 @@ def _ignore(context: object, error: object) -> None:
     pass
 
 
-def set_logging(level: int | None) -> None:
-    """Log to standard error from LEVEL on, 0 (debug) to 4 (error).
+def set_logging(level: int | None, path: str | None = None) -> None:
+    """Log from LEVEL on, 0 (debug) to 4 (error), to standard error or to the end of the file at
+    PATH.
 
-    None: nothing at all, for that is where users look for one line of error.
+    Neither: nothing at all, for standard error is where users look for one line of error. A path
+    alone: all from 0 on. Errors: Failure when the file cannot be written.
     """
-    if level is None:
+    if level is None and path is None:
         logging.getLogger("virtbackup").addHandler(logging.NullHandler())
         return
     levels = (logging.DEBUG, logging.INFO, logging.INFO, logging.WARNING, logging.ERROR)
-    logging.basicConfig(level=levels[level], format="%(levelname)s %(name)s: %(message)s")
+    handler: logging.Handler = logging.StreamHandler()
+    line = "%(levelname)s %(name)s: %(message)s"
+    if path is not None:
+        line = f"%(asctime)s %(process)d {line}"
+        try:
+            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
+    logging.basicConfig(level=levels[level or 0], format=line, handlers=[handler])
 
 
 # --- domains --------------------------------------------------------------------------------------
@@ -173,7 +187,7 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    raise vsh.Failure(f"failed to get domain '{given}'")
+    raise vsh.Failure(f"failed to get domain '{given}': 'list --all' shows all that there are")
 
 
 def complete_domains(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:

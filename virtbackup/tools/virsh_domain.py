@@ -26,21 +26,35 @@ def _state(domain: "virtbackup.Domain") -> str:
     return _STATES[number] if number < len(_STATES) else "no state"
 
 
+_STATE_FILTERS = {
+    "state-running": ("running",),
+    "state-paused": ("paused",),
+    "state-shutoff": ("shut off",),
+    "state-other": ("no state", "idle", "in shutdown", "crashed", "pmsuspended"),
+}
+"""Option of list -> the states that it is about."""
+
+
 def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    args.exclusive("json", "name", "uuid")
+    for forms in (("json", "table"), ("table", "name"), ("table", "uuid"), ("table", "id")):
+        args.exclusive(*forms)
+    args.exclusive("json", "name", "uuid", "id")
+    states = [state for name, some in _STATE_FILTERS.items() if args.flag(name) for state in some]
     domains = [
         domain
         for domain in shell.control.connection().listAllDomains()
-        if args.flag("all") or bool(domain.isActive()) != args.flag("inactive")
+        if args.flag("all") or bool(states) or bool(domain.isActive()) != args.flag("inactive")
     ]
+    if states:
+        domains = [domain for domain in domains if _state(domain) in states]
     domains.sort(key=lambda domain: (not domain.isActive(), domain.ID(), domain.name()))
     only: Callable[[virtbackup.Domain], str]
     if args.flag("json"):
         virsh_connection.print_json(shell, [_facts(domain) for domain in domains])
-    elif args.flag("name") or args.flag("uuid"):
+    elif args.flag("name") or args.flag("uuid") or args.flag("id"):
         only = virtbackup.Domain.name if args.flag("name") else virtbackup.Domain.UUIDString
         for domain in domains:
-            shell.print(only(domain))
+            shell.print(_id(domain) if args.flag("id") else only(domain))
     else:
         rows = [(_id(domain), domain.name(), _state(domain)) for domain in domains]
         shell.print_table(("Id", "Name", "State"), rows)
@@ -71,6 +85,26 @@ def _dominfo(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         ("State", _state(domain)),
     ]
     virsh_connection.print_pairs(shell, pairs)
+
+
+def _domid(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    shell.print(_id(virsh_connection.domain(shell, args)))
+
+
+def _domname(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    shell.print(virsh_connection.domain(shell, args).name())
+
+
+def _domstate(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    shell.print(_state(virsh_connection.domain(shell, args)))
+
+
+def _domuuid(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    shell.print(virsh_connection.domain(shell, args).UUIDString())
+
+
+def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    shell.print_document(virsh_connection.domain(shell, args).XMLDesc())
 
 
 def _domblklist(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -121,11 +155,38 @@ COMMANDS = (
         _dominfo,
     ),
     vsh.Command(
+        "domid", GROUP.keyword, "convert a domain name or UUID to domain id",
+        "", (virsh_connection.DOMAIN,), _domid,
+    ),
+    vsh.Command(
+        "domname", GROUP.keyword, "convert a domain id or UUID to domain name",
+        "", (virsh_connection.DOMAIN,), _domname,
+    ),
+    vsh.Command(
+        "domstate", GROUP.keyword, "domain state",
+        "Returns state about a domain.", (virsh_connection.DOMAIN,), _domstate,
+    ),
+    vsh.Command(
+        "domuuid", GROUP.keyword, "convert a domain name or id to domain UUID",
+        "", (virsh_connection.DOMAIN,), _domuuid,
+    ),
+    vsh.Command(
+        "dumpxml", GROUP.keyword, "domain information in XML",
+        "Print what is known of the domain as an XML document: at least its name, uuid and disks.",
+        (virsh_connection.DOMAIN,), _dumpxml,
+    ),
+    vsh.Command(
         "list", GROUP.keyword, "list domains",
         "Returns list of domains.",
         (
             vsh.Option("inactive", vsh.Kind.BOOL, "list inactive domains"),
             vsh.Option("all", vsh.Kind.BOOL, "list inactive & active domains"),
+            vsh.Option("state-running", vsh.Kind.BOOL, "list domains in running state"),
+            vsh.Option("state-paused", vsh.Kind.BOOL, "list domains in paused state"),
+            vsh.Option("state-shutoff", vsh.Kind.BOOL, "list domains in shutoff state"),
+            vsh.Option("state-other", vsh.Kind.BOOL, "list domains in other states"),
+            vsh.Option("id", vsh.Kind.BOOL, "list domain IDs only"),
+            vsh.Option("table", vsh.Kind.BOOL, "list table (default)"),
             vsh.Option("uuid", vsh.Kind.BOOL, "list uuid's only"),
             vsh.Option("name", vsh.Kind.BOOL, "list domain names only"),
             virsh_connection.JSON,

@@ -25,6 +25,12 @@ def _version(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     connection = shell.control.connection()
     kind, own = connection.getType(), dotted(connection.getLibVersion())
     hypervisor = dotted(connection.getVersion())
+    if args.flag("json"):
+        facts = {"virtbackup": own, "libvirt": dotted(libvirt.getVersion())}
+        virsh_connection.print_json(
+            shell, {**facts, "hypervisor": {"type": kind, "version": hypervisor}}
+        )
+        return
     shell.print(f"Using library: virtbackup {own}")
     shell.print(f"Using library: libvirt {dotted(libvirt.getVersion())}")
     shell.print(f"Using API: {kind} {own}")
@@ -53,6 +59,7 @@ COMMANDS = (
     vsh.Command("uri", GROUP.keyword, "print the hypervisor canonical URI", "", (), _uri),
     vsh.Command(
         "version", GROUP.keyword, "show version",
-        "Display the versions of the library and of the hypervisor.", (), _version,
+        "Display the versions of the library and of the hypervisor.",
+        (virsh_connection.JSON,), _version,
     ),
 )  # fmt: skip

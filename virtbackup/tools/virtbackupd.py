@@ -20,10 +20,11 @@ from virtbackup import api, config, errors, hypervisor
 from virtbackup.conf import virtbackup_conf
 from virtbackup.qemu import libvirt_events
 from virtbackup.remote import daemon, domains, transport
+from virtbackup.tools import virtbackupd_options
 
 logger = logging.getLogger("virtbackupd")
 
-DEFAULT_LISTEN = "unix:/run/virtbackup/virtbackup-sock"
+DEFAULT_LISTEN = virtbackupd_options.DEFAULT_LISTEN
 _FIRST_FD = 3
 """Of those that systemd hands over (sd_listen_fds)."""
 _DRIVERS_FDS = 4096
@@ -32,7 +33,7 @@ _DRIVERS_FDS = 4096
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped, or the configuration is good; 1 it could not run; 2 usage."""
-    options = _parser().parse_args(argv)
+    options = virtbackupd_options.parser(_version()).parse_args(argv)
     logging.basicConfig(
         stream=sys.stderr,
         level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
@@ -49,33 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except libvirt.libvirtError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="virtbackupd",
-        description="Serve pull backups of QEMU guests over libvirt's wire protocol.",
-        epilog="Settings not given here are those of virtbackup.conf.",
-    )
-    parser.add_argument("--version", action="version", version=f"virtbackupd {_version()}")
-    parser.add_argument(
-        "--uri", action="append", metavar="URI",
-        help="what to serve: qemu:///system, qmp:///path, ...; may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--listen", action="append", metavar="ADDRESS",
-        help="unix:PATH, tcp:HOST:PORT (loopback only) or tls:HOST:PORT; may be given several"
-        f" times; by default the sockets that systemd hands over, or {DEFAULT_LISTEN}",
-    )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="in place of virtbackup.conf")
-    parser.add_argument(
-        "--check-config", action="store_true",
-        help="say whether settings, certificates and addresses are good, and end",
-    )  # fmt: skip
-    parser.add_argument(
-        "-v", "--verbose", action="count", default=0, help="log more; twice, more still"
-    )
-    return parser
 
 
 def _version() -> str:

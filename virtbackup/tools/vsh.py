@@ -147,14 +147,26 @@ class Table:
         return command
 
     def suggestion(self, name: str) -> str | None:
-        """A line that names what may have been meant."""
-        import difflib  # only those who mistype wait for it
-
-        near = difflib.get_close_matches(name, [command.name for command in self.commands], n=3)
-        return "Did you mean: " + ", ".join(near) + "?" if near else None
+        """A line that names the commands that may have been meant."""
+        return suggestion(name, [command.name for command in self.commands])
 
     def members(self, group: Group) -> list[Command]:
         return [command for command in self.commands if command.group == group.keyword]
+
+
+MAX_SUGGESTED = 3
+
+
+def suggestion(word: str, names: Sequence[str], prefix: str = "") -> str | None:
+    """A line with those of NAMES that WORD may have meant, behind their PREFIX: it is short for
+    them, or mistyped. No abbreviation is taken for what it is short for now: a later version may
+    have another such word."""
+    import difflib  # only those who mistype wait for it
+
+    short_for = [name for name in names if word and name.startswith(word)]
+    close = difflib.get_close_matches(word, names, n=MAX_SUGGESTED)
+    near = short_for if 0 < len(short_for) <= MAX_SUGGESTED else close
+    return "Did you mean: " + ", ".join(prefix + name for name in near) + "?" if near else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +373,11 @@ class ArgumentParser:
         name, equals, value = word.removeprefix("--").partition("=")
         option = self._command.option(name)
         if option is None or option.kind is Kind.ARGV:
-            raise UsageError(f"command '{self._command.name}' doesn't support option --{name}")
+            names = [one.name for one in self._command.options if one.kind is not Kind.ARGV]
+            raise UsageError(
+                f"command '{self._command.name}' doesn't support option --{name}",
+                suggestion(name, names, "--"),
+            )
         if option.name in self._values and not option.multi:
             raise UsageError(f"option --{name} already seen")
         if option.kind is Kind.BOOL:
@@ -540,19 +556,28 @@ class Shell(Generic[Control]):
         """Tell an error in one line; what is already printed comes first."""
         with contextlib.suppress(Failure):
             flush()
-        _write_error(f"error: {one_line(message)}\n")
+        _write_error(f"{_marked('error:', _RED)} {one_line(message)}\n")
 
     def warn(self, message: str) -> None:
         """Tell what may go wrong in one line; what is already printed comes first."""
         with contextlib.suppress(Failure):
             flush()
-        _write_error(f"warning: {one_line(message)}\n")
+        _write_error(f"{_marked('warning:', _YELLOW)} {one_line(message)}\n")
 
     def print_table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns; a quiet shell leaves the header out."""
         lines = table_lines(header, [[visible(cell) for cell in row] for row in rows])
         for line in lines[2:] if self.quiet else lines:
             self.print(line)
+
+
+_RED, _YELLOW = "1;31", "1;33"
+
+
+def _marked(word: str, colour: str) -> str:
+    """WORD in a COLOUR, where people look at standard error and want any (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return word if plain or not sys.stderr.isatty() else f"\x1b[{colour}m{word}\x1b[0m"
 
 
 def flush() -> None:
@@ -670,7 +695,8 @@ def _help(shell: Shell[Any], args: Args) -> None:
             shell.print_document(group_help(shell.table, group))
             return
     raise UsageError(
-        f"command or command group '{name}' doesn't exist", shell.table.suggestion(name)
+        f"command or command group '{name}' doesn't exist",
+        suggestion(name, list(complete_commands(shell, args, name))),
     )
 
 

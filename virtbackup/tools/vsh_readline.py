@@ -154,7 +154,7 @@ def completions(shell: vsh.Shell[Any], text: str) -> tuple[int, list[str]]:
         last = words.pop()
     else:
         last = vsh.Word("", len(text), len(text))
-    values = _values(shell, [word.value for word in words], last.value)
+    values = values_of(shell, [word.value for word in words], last.value)
     raw = text[last.start :]
     quoted = {_quote(value, raw) for value in values if value.startswith(last.value)}
     found = sorted(word for word in quoted if word.startswith(raw))
@@ -163,20 +163,40 @@ def completions(shell: vsh.Shell[Any], text: str) -> tuple[int, list[str]]:
     return last.start, found
 
 
-def _values(shell: vsh.Shell[Any], words: list[str], text: str) -> Iterable[str]:
+def values_of(shell: vsh.Shell[Any], words: list[str], text: str) -> Iterable[str]:
     """The values that the word after WORDS may have, TEXT being its start."""
     if not words:
         return [command.name for command in shell.table.commands]
-    command = shell.table.find(words[0])
+    parser = _parsed(shell.table, words)
+    return [] if parser is None else _arguments(shell, parser, text)
+
+
+def option_at(table: vsh.Table, words: list[str], text: str) -> vsh.Option | None:
+    """The option whose value TEXT, behind WORDS, is the start of."""
+    parser = _parsed(table, words) if words else None
+    if parser is None:
+        return None
+    if parser.pending is not None:
+        return parser.pending
+    if not text.startswith("--") or parser.data_only:
+        return parser.next_data()
+    name, equals, _ = text.removeprefix("--").partition("=")
+    named = [option for option in parser.open_options() if equals and option.name == name]
+    return named[0] if named else None
+
+
+def _parsed(table: vsh.Table, words: list[str]) -> vsh.ArgumentParser | None:
+    """The command in WORDS with its arguments so far; None where they make no sense."""
+    command = table.find(words[0])
     if command is None:
-        return []
+        return None
     parser = vsh.ArgumentParser(command)
     try:
         for word in words[1:]:
             parser.feed(word)
     except vsh.UsageError:
-        return []
-    return _arguments(shell, parser, text)
+        return None
+    return parser
 
 
 def _arguments(shell: vsh.Shell[Any], parser: vsh.ArgumentParser, text: str) -> Iterable[str]:
@@ -190,7 +210,10 @@ def _arguments(shell: vsh.Shell[Any], parser: vsh.ArgumentParser, text: str) -> 
                 return [f"--{name}={value}" for value in values]
         return []
     data = parser.next_data()
-    values = [] if data is None else list(_option_values(shell, parser, data, text))
+    if data is not None and (parser.data_only or not text.startswith("--")):
+        values = list(_option_values(shell, parser, data, text))
+    else:
+        values = []
     if parser.data_only or (values and not text.startswith("-")):
         return values
     return values + [f"--{option.name}" for option in parser.open_options()]

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Completion by bash, zsh and fish themselves, on terminals, of the program as it is installed."""
+
+import contextlib
+import os
+import pathlib
+import pty
+import resource
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from manual import __main__ as manual
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEADLINE = 30.0
+FAKE = "fake:///two"
+SHOW = "\x14"
+"""Ctrl-T, which prints the line that is being typed."""
+
+BASH = """
+PS1='> '
+. share/bash-completion/completions/virsh-backup
+. share/bash-completion/completions/virtbackupd
+bind 'set bell-style none'
+bind 'set show-all-if-ambiguous on'
+bind -x '"\\C-t": printf "LINE[%s]\\n" "$READLINE_LINE"'
+"""
+ZSH = """
+PS1='> '
+fpath=(share/zsh/site-functions $fpath)
+autoload -U compinit
+compinit -u -D
+setopt no_beep
+show() { zle -M "LINE[$BUFFER]"; BUFFER="" }
+zle -N show
+bindkey -e
+bindkey '^T' show
+"""
+
+
+class Terminal:
+    """A shell that is typed into."""
+
+    def __init__(self, home: pathlib.Path, *argv: str) -> None:
+        self.master, slave = pty.openpty()
+        environment = {
+            **os.environ,
+            "HOME": str(home),
+            "ZDOTDIR": str(home),
+            "TERM": "dumb",
+            "INPUTRC": "/dev/null",
+            "COLUMNS": "200",
+            "PATH": f"{home}/bin:{os.environ['PATH']}",
+        }
+        self.process = subprocess.Popen(
+            argv, stdin=slave, stdout=slave, stderr=slave, cwd=home, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """What comes up to TEXT and with it."""
+        end = time.monotonic() + DEADLINE
+        while text not in self.seen:
+            left = end - time.monotonic()
+            if left < 0 or not select.select([self.master], [], [], left)[0]:
+                raise AssertionError(f"no {text!r} in {self.seen!r}")
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
+        before, self.seen = self.seen.split(text, 1)
+        return before + text
+
+    def completed(self, line: str) -> tuple[str, str]:
+        """LINE after a TAB, and what was printed meanwhile."""
+        self.type(f"\x15{line}\t{SHOW}")
+        printed = self.wait_for("LINE[").removesuffix("LINE[")
+        return self.wait_for("]").removesuffix("]"), printed
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A home with the programs, their completion and a few files; the driver is the tests' own."""
+    directory = tmp_path_factory.mktemp("home")
+    manual.write(directory / "share")
+    (directory / "bin").mkdir()
+    program = directory / "bin" / "virsh-backup"
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.shell_driver "$@"\n'
+    )
+    program.chmod(0o755)
+    (directory / "disk one.xml").touch()
+    (directory / "images").mkdir()
+    (directory / "bashrc").write_text(BASH)
+    (directory / ".zshrc").write_text(ZSH)
+    return directory
+
+
+@contextlib.contextmanager
+def shell(home: pathlib.Path, *argv: str) -> Iterator[Terminal]:
+    terminal = Terminal(home, *argv)
+    try:
+        terminal.wait_for("> ")
+        yield terminal
+    finally:
+        terminal.close()
+
+
+COMPLETED = [
+    ("virsh-backup backup-du", "virsh-backup backup-dumpxml "),
+    ("virsh-backup -q backup-stop --canc", "virsh-backup -q backup-stop --cancel "),
+    (f"virsh-backup -c {FAKE} dominfo v", f"virsh-backup -c {FAKE} dominfo vm1 "),
+    (f"virsh-backup -c {FAKE} dominfo my", f"virsh-backup -c {FAKE} dominfo my\\ vm "),
+    (
+        f"virsh-backup -c {FAKE} dominfo --domain=v",
+        f"virsh-backup -c {FAKE} dominfo --domain=vm1 ",
+    ),
+    ("virsh-backup -c test", "virsh-backup -c test:///default "),
+    ("virsh-backup -c test:///d", "virsh-backup -c test:///default "),
+    (
+        f"virsh-backup -c {FAKE} branch-delete vm1 n",
+        f"virsh-backup -c {FAKE} branch-delete vm1 nightly ",
+    ),
+    (
+        f"virsh-backup -c {FAKE} backup-start-as vm1 --disk v",
+        f"virsh-backup -c {FAKE} backup-start-as vm1 --disk vda ",
+    ),
+    (
+        f"virsh-backup -c {FAKE} backup-start-as vm1 --disk vda,pre",
+        f"virsh-backup -c {FAKE} backup-start-as vm1 --disk vda,present=",
+    ),
+    ("virsh-backup translate x --to=p", "virsh-backup translate x --to=proposal "),
+    ("virsh-backup backup-start vm1 dis", "virsh-backup backup-start vm1 disk\\ one.xml "),
+    ("virsh-backup backup-pull vm1 im", "virsh-backup backup-pull vm1 images/"),
+    ("virsh-backup backup-pull vm1 /d --xml=ima", "virsh-backup backup-pull vm1 /d --xml=images/"),
+    ("virsh-backup -c nope:///x dominfo ", "virsh-backup -c nope:///x dominfo "),
+    ("virtbackupd --check", "virtbackupd --check-config "),
+    ("virtbackupd --config ima", "virtbackupd --config images/"),
+]
+
+
+@pytest.mark.needs("bash")
+def test_bash(home: pathlib.Path) -> None:
+    with shell(home, "bash", "--noprofile", "--rcfile", "bashrc", "-i") as bash:
+        assert [bash.completed(line)[0] for line, _ in COMPLETED] == [line for _, line in COMPLETED]
+        _, shown = bash.completed("virsh-backup backup-s")
+        assert {"backup-start", "backup-start-as", "backup-stop"} <= set(shown.split())
+
+
+@pytest.mark.needs("zsh")
+def test_zsh(home: pathlib.Path) -> None:
+    with shell(home, "zsh", "-i") as zsh:
+        assert [zsh.completed(line)[0] for line, _ in COMPLETED] == [line for _, line in COMPLETED]
+        _, shown = zsh.completed("virsh-backup backup-d")
+        assert "Dump XML of the running backup" not in shown  # the only one: it is there at once
+        zsh.type("\x15virsh-backup backup-s\t\t")
+        assert "End the exports" not in zsh.wait_for("Stop the running backup")
+
+
+FISH = [
+    ("virsh-backup backup-du", ["backup-dumpxml\tDump XML of the running backup"]),
+    ("virsh-backup backup-stop vm1 --canc", ["--cancel\tgive the backup up: the branch stays"]),
+    (f"virsh-backup -c {FAKE} dominfo ", ["7", "my vm", "off", "vm1"]),
+    (f"virsh-backup -c {FAKE} dominfo my\\ ", ["my vm"]),
+    (f"virsh-backup -c {FAKE} dominfo --domain=v", ["--domain=vm1"]),
+    ("virsh-backup -c test:///d", ["test:///default"]),
+    (f"virsh-backup -c {FAKE} branch-delete vm1 n", ["nightly"]),
+    (f"virsh-backup -c {FAKE} backup-start-as vm1 --disk vda,pre", ["vda,present="]),
+    ("virsh-backup backup-start vm1 dis", ["disk one.xml"]),
+    ("virsh-backup backup-pull vm1 /d --xml=ima", ["--xml=images/"]),
+    ("virsh-backup -c nope:///x dominfo ", []),
+    ("virtbackupd --check", ["--check-config"]),
+    ("virtbackupd --config ima", ["images/"]),
+]
+
+
+@pytest.mark.needs("fish")
+@pytest.mark.parametrize(("line", "words"), FISH)
+def test_fish(line: str, words: list[str], home: pathlib.Path) -> None:
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", 'for f in share/fish/vendor_completions.d/*; source $f; end\n'
+         "complete -C $argv[1]", line],
+        cwd=home, capture_output=True, text=True, timeout=DEADLINE,
+        env={**os.environ, "HOME": str(home), "PATH": f"{home}/bin:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.stderr == ""
+    if line.startswith("virtbackupd") or "dis" in line or "ima" in line:
+        found = [word.split("\t")[0] for word in done.stdout.splitlines()]
+    else:
+        found = done.stdout.splitlines()
+    assert found == words
+
+
+@pytest.mark.parametrize(
+    ("line", "limit"),
+    [("virsh-backup back", 0.2), ("virsh-backup -c test:///default dominfo ", 0.3)],
+)
+def test_an_answer_is_there_at_once(line: str, limit: float) -> None:
+    """By the seconds that it keeps a processor busy, the best of five: others may be at work."""
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "virtbackup.tools.virsh_backup", "--complete", line],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(spent) < limit, spent

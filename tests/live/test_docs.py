@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the pages show is what happens: their sessions on a real QEMU; and the site is whole.
+
+``SESSIONS`` are the pages whose every command is run, and ``ELSEWHERE`` says where those of the
+others are; a page that is in neither fails. README's own are run by test_readme.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.live import machines
+from tests.live.test_readme import ROOT, VM, environment, squeezed
+
+DOCS = ROOT / "docs"
+SESSIONS = ("branches.md", "daemon.md", "dialects.md", "guide.md", "xml.md")
+ELSEWHERE = {
+    "libvirt.md": "test_libvirt.py",
+    "restore.md": "test_restore_doc.py",
+    "tls.md": "test_tls.py",
+}
+"""Those that want a libvirtd with a domain, certificates, or a directory of backups."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+
+
+def session(page: str) -> list[tuple[str, str]]:
+    """(command, what it prints) in the order of the page."""
+    commands = []
+    for block in blocks(page, "console"):
+        parts = re.split(r"^[$#] (.*)\n", block, flags=re.MULTILINE)
+        assert parts[0] == "", "a block begins with a command"
+        commands += list(zip(parts[1::2], parts[2::2], strict=True))
+    return commands
+
+
+def run(script: str, directory: pathlib.Path) -> str:
+    done = subprocess.run(
+        ["sh", "-c", script.replace(VM, str(directory))],
+        capture_output=True, text=True, timeout=120, env=environment(), check=True,
+    )  # fmt: skip
+    return done.stdout.replace(str(directory), VM)
+
+
+@pytest.mark.needs("qemu-img")
+@pytest.mark.parametrize("page", ["guide.md", "xml.md"])
+def test_the_session(page: str, tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        shown = session(page)
+        printed = run("\n".join(f"{command} 2>&1; echo END" for command, _ in shown), tmp_path)
+        outputs = printed.split("END\n")[:-1]
+        assert [squeezed(text) for text in outputs] == [squeezed(text) for _, text in shown]
+
+
+def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
+    """What it prints is not shown: figures and times."""
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock\n"
+        commands = [command for command, _ in session("branches.md")]
+        commands = [command.replace("/backup/vm", f"{VM}/backup") for command in commands]
+        printed = run("set -e\n" + uri + "\n".join(commands), tmp_path)
+        assert "incremental" in printed
+        assert re.search(r"nightly +vda .* sound$", printed, re.MULTILINE)
+
+
+DIALECTS = (
+    """<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>""",
+    """<domainbackup mode="pull"><server transport="unix" socket="/run/x.sock"/>
+       <disks><disk name="vda" backup="yes" type="file"/></disks></domainbackup>""",
+)
+
+
+def test_the_session_about_dialects(tmp_path: pathlib.Path) -> None:
+    """The first document lists no disks, the second does; the page says so of each."""
+    shown = session("dialects.md")
+    printed = []
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; cd {VM}\n"
+        for (command, _), document in zip(shown, DIALECTS, strict=True):
+            (tmp_path / "backup.xml").write_text(document)
+            printed.append(run(uri + command, tmp_path))
+    assert '<server transport="unix" socket="/run/x.sock"/>' in printed[0]
+    assert re.search(r'<disk name="sdb" present="no"', printed[1])
+
+
+@pytest.mark.needs("virsh")
+def test_the_session_about_the_daemon(tmp_path: pathlib.Path) -> None:
+    """On a QEMU by its socket, in place of libvirt's domains."""
+    (serve, _), *commands = session("daemon.md")
+    here = {
+        "qemu:///system --listen": f"qmp://{VM}/qmp.sock --listen",
+        "/run/virtbackup/virtbackup-sock": f"{VM}/daemon.sock",
+        "/backup/vm": f"{VM}/backup",
+    }
+
+    def moved(command: str) -> str:
+        for theirs, ours in here.items():
+            command = command.replace(theirs, ours)
+        return command.replace(VM, str(tmp_path))
+
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        words = shlex.split(moved(serve))
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, env=environment(), text=True
+        ) as daemon:
+            try:
+                assert daemon.stdout is not None
+                assert daemon.stdout.readline().startswith("virtbackupd: listening on unix:")
+                printed = run("\n".join(moved(command) for command, _ in commands), tmp_path)
+            finally:
+                daemon.terminate()
+        assert daemon.returncode == 0
+    assert re.search(r"^ \d+ +vm +running$", printed, re.MULTILINE)
+    assert (tmp_path / "backup" / "manifest.json").exists()
+
+
+def test_the_commands_about_the_test_driver(tmp_path: pathlib.Path) -> None:
+    """Those that can be typed as they are: not FILE, A or B."""
+    page = (DOCS / "test-driver.md").read_text()
+    found = re.findall(r"^    (virsh-backup -c test:.*)$", page, re.MULTILINE)
+    assert len(found) == 2
+    printed = run(
+        "\n".join(f"{command} 2>&1" for command in found).replace("/tmp/b", f"{VM}/b"), tmp_path
+    )
+    assert re.search(r"^ vda +/images/vda.qcow2$", printed, re.MULTILINE)
+    assert '"transaction"' in printed
+    assert (tmp_path / "backup" / "manifest.json").exists()
+
+
+@pytest.mark.needs("qemu-img")
+def test_what_the_guides_timer_starts(tmp_path: pathlib.Path) -> None:
+    service, timer = blocks("guide.md", "ini")
+    assert "[Timer]\nOnCalendar=" in timer
+    [command] = re.findall(r"^ExecStart=/usr/bin/(.*)$", service, re.MULTILINE)
+    [line] = re.findall(r"`0 2 \* \* \* root (.*?)`", (DOCS / "guide.md").read_text())
+    assert shlex.split(line) == shlex.split(command.replace("%i", "vm"))
+    with machines.two_disks(tmp_path, "-name", "vm"):
+        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock\n"
+        ours = command.replace("%i", "vm").replace("/backup/", f"{VM}/backup/")
+        assert run(f"{uri}mkdir {VM}/backup; {ours} && ls {VM}/backup/vm", tmp_path).split() == [
+            "manifest.0001.json", "manifest.json", "sdb.0001.qcow2", "vda.0001.qcow2"
+        ]  # fmt: skip
+
+
+@pytest.mark.needs("systemd-analyze")
+@pytest.mark.may_skip
+def test_systemd_takes_the_units(tmp_path: pathlib.Path) -> None:
+    """The guide's, and those that are installed."""
+    service, timer = blocks("guide.md", "ini")
+    units = {"virtbackup-nightly@.service": service, "virtbackup-nightly@.timer": timer}
+    for name in ("virtbackupd.service", "virtbackupd.socket"):
+        units[name] = (ROOT / "systemd" / name).read_text()
+    for name, unit in units.items():
+        # Neither the programs nor their manual pages are installed here.
+        here = re.sub(r"/usr/bin/(virsh-backup|virtbackupd)", sys.executable, unit)
+        (tmp_path / name).write_text(re.sub(r"^Documentation=.*\n", "", here, flags=re.MULTILINE))
+    names = [name.replace("@.", "@vm.") for name in units]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *names],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if "virtbackup" in line]
+    assert (done.returncode, said) == (0, [])
+
+
+def test_every_page_is_run_or_says_where() -> None:
+    pages = {page.name for page in DOCS.glob("*.md") if "```console" in page.read_text()}
+    assert pages == {*SESSIONS, *ELSEWHERE}
+    for test in ELSEWHERE.values():
+        assert (pathlib.Path(__file__).parent / test).exists()
+
+
+@pytest.mark.needs("mkdocs")
+def test_the_site_is_built_without_a_warning(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        ["mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": os.fspath(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert "guide.html" in home
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=.https?://", home)
