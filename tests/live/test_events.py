@@ -15,6 +15,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import conftest
 from tests.live import libvirtd
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import passthrough, status
@@ -144,8 +145,12 @@ def test_why_a_domain_ended_is_heard_and_told_to_who_stops_the_backup(
         assert started("close()") == 0
 
 
-@pytest.mark.parametrize("loop", ["default", "asyncio", "idle", "none"])
-@pytest.mark.parametrize("way", ["open", "install"])
+LOOP_KINDS = ("default", "asyncio", "idle", "none")
+LOOPS = [(way, loop) for way in ("open", "install") for loop in LOOP_KINDS]
+"""Unless there is time, each kind once and each way twice."""
+
+
+@pytest.mark.parametrize(("way", "loop"), LOOPS if conftest.long() else LOOPS[::3] + LOOPS[5:6])
 def test_every_event_loop_and_none(
     host: libvirtd.Host, nothing_left: Callable[[], None], loop: str, way: str
 ) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 
 import libvirt
@@ -21,7 +22,7 @@ import virtbackup
 from tests.live import certificates, libvirtd, machines, scene
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, passthrough, process
-from virtbackup.tools import pull
+from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
 
@@ -1071,3 +1072,21 @@ def test_branches_and_libvirts_checkpoints_do_not_disturb_each_other(
         left = [m["name"] for d in persistent.monitor("query-block")
                 for m in d["inserted"].get("dirty-bitmaps", [])]  # fmt: skip
         assert left == []
+
+
+# --- the shell's event loop -----------------------------------------------------------------------
+
+
+def test_the_shells_event_loop_outlives_its_connections(libvirt_host: libvirtd.Host) -> None:
+    """libvirtd lets go of a connection whose process has a loop that nobody runs, half a minute
+    later: that of the shell, connected anew, and any other of the process."""
+    uri = libvirt_host.daemon.uri
+    control = virsh_connection.Control(uri)
+    control.connection()
+    control.connect(f"{uri}&engine=classic", readonly=False)
+    control.close()
+    control.connection()
+    control.close()
+    loops = [one for one in threading.enumerate() if one.name == "virsh-events"]
+    assert len(loops) == 1
+    assert loops[0].is_alive()

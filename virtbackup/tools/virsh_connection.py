@@ -9,13 +9,10 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 import virtbackup
 from virtbackup.tools import vsh
-
-if TYPE_CHECKING:
-    from virtbackup.tools import virsh_events
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,6 @@ class Control:
         self._trace: TextIO | None = None
         self._trace_path = ""
         self._connection: virtbackup.Connection | None = None
-        self._events: virsh_events.EventLoop | None = None
 
     def connection(self) -> "virtbackup.Connection":
         """The open connection, opened now if need be. Errors: Failure when it is lost."""
@@ -91,18 +87,15 @@ class Control:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-        events, self._events = self._events, None
-        if events is not None:
-            events.close()
 
     def _open(self, uri: str, readonly: bool) -> "virtbackup.Connection":
         import libvirt  # here, or help would wait for it
 
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
-        if self._events is None and uri.startswith(_WITH_EVENTS):
+        if uri.startswith(_WITH_EVENTS):
             from virtbackup.tools import virsh_events
 
-            self._events = virsh_events.EventLoop()
+            virsh_events.run()
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:

@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The shell's event loop, by which it hears from libvirt of the domains it backs up (virsh.c)."""
 
+import logging
+import os
 import threading
+import time
 
 import libvirt
 
+logger = logging.getLogger(__name__)
 
-class EventLoop:
-    """libvirt's own event loop in a thread, until closed. A process registers it once for good."""
+_lock = threading.Lock()
+_process: int | None = None
+"""That which runs the loop: a forked one has no threads of its parent's."""
+_TRY_AGAIN = 0.5
+"""Seconds, where the loop fails."""
 
-    def __init__(self) -> None:
-        """To be done before a connection is opened that is to have events."""
+
+def run() -> None:
+    """Run libvirt's own event loop, in a thread, from before the first connection to the end of the
+    process: libvirt's daemon lets go of who has a loop, and does not answer its pings by it."""
+    global _process
+    with _lock:
+        if _process == os.getpid():
+            return
         libvirt.virEventRegisterDefaultImpl()
-        self._closed = threading.Event()
-        self._timer = libvirt.virEventAddTimeout(-1, lambda *_: None, None)
-        self._thread = threading.Thread(target=self._run, name="virsh-events", daemon=True)
-        self._thread.start()
+        threading.Thread(target=_run, name="virsh-events", daemon=True).start()
+        _process = os.getpid()
 
-    def close(self) -> None:
-        """Run it no more."""
-        self._closed.set()
-        libvirt.virEventUpdateTimeout(self._timer, 0)
-        self._thread.join()
-        libvirt.virEventRemoveTimeout(self._timer)
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
+def _run() -> None:
+    while True:
+        try:
             libvirt.virEventRunDefaultImpl()
+        except libvirt.libvirtError as failure:
+            logger.warning("libvirt's event loop: %s", failure)
+            time.sleep(_TRY_AGAIN)
