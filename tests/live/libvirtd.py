@@ -26,6 +26,7 @@ import libvirt_qemu
 from lxml import etree
 
 from tests.live import machines
+from virtbackup.qemu import lifecycle
 
 HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 DEADLINE = 30.0
@@ -356,3 +357,9 @@ def wait_for(what: Callable[[], bool], deadline: float = DEADLINE) -> None:
     while not what():
         assert time.monotonic() < end, what
         time.sleep(LOOK_AGAIN)
+
+
+def end_of_a_transient_domain() -> str:
+    """Why a transient domain that is destroyed has ended, as a backup of this process has it: that
+    is heard where there is an event loop, which a test may have left behind."""
+    return "the domain was destroyed" if lifecycle._has_event_loop() else lifecycle.UNKNOWN
