@@ -12,6 +12,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import conftest
 from tests.live import proxy, test_undo
 
 CALL = """
@@ -40,6 +41,10 @@ def call(between: proxy.Proxy, *argv: str, spoil: tuple[int, proxy.Fault]) -> in
         process.wait(60)
     assert process.returncode in (0, -signal.SIGKILL)
     return process.returncode
+
+
+STEP = 1 if conftest.long() else 2
+"""Between two commands is after the one and before the other: unless there is time, once."""
 
 
 @pytest.mark.parametrize("fault", ["kill-before", "kill-after"])
@@ -75,7 +80,7 @@ def test_killed_in_the_middle_of_a_start(
             assert machine.state() == before, where
             if then == "start":
                 assert test_undo.files(tmp_path, state_dir) == files_before, where
-            number += 1
+            number += STEP
         assert number > 8
         between.disarm()
         with virtbackup.open(between.uri) as conn:
@@ -124,5 +129,5 @@ def test_killed_in_the_middle_of_a_stop(
             assert test_undo.files(tmp_path, state_dir) == files_before, where
             if status == 0:
                 break
-            number += 1
+            number += STEP
         assert number > 5
