@@ -156,7 +156,7 @@ def test_a_guest_waits_as_long_as_its_scratch_images_and_no_longer(
     linux: guest.Guest, tmp_path: pathlib.Path, kind: str, unmounted: bool
 ) -> None:
     """Also when an administrator has taken the name of what hangs away (umount -l)."""
-    with SERVERS[kind](tmp_path, 64 << 20) as storage, virtbackup.open(linux.uri) as conn:
+    with SERVERS[kind](tmp_path, 160 << 20) as storage, virtbackup.open(linux.uri) as conn:
         [dom] = conn.listAllDomains()
         linux.forget_slowest()
         scene.start_and_die(linux.uri, document(linux, storage))
