@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lxml import etree
 
 import virtbackup
-from tests.live import machines, nbdclient, points, test_copy, test_verify
+from tests.live import libvirtd, machines, nbdclient, points, test_copy, test_verify
 from virtbackup.nbd import checksum, copy, destination
 from virtbackup.nbd import layers as layers_module
 from virtbackup.tools import listing, restore
@@ -452,11 +452,12 @@ def test_bad_data_for_a_server_is_told(layered: points.Backed, tmp_path: pathlib
 
 
 def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path) -> None:
-    kit = ["--filter=delay", "memory", "3M", "delay-write=60"]
+    log = tmp_path / "log"
+    kit = ["--filter=log", "--filter=delay", "memory", "3M", "delay-write=60", f"logfile={log}"]
     with test_copy.nbdkit(tmp_path, *kit) as server:
         argv = ["backup-restore", str(layered.directory), uri(server), "--disk=vda"]
         with process(*argv) as one:
-            time.sleep(0.7)
+            libvirtd.wait_for(lambda: log.exists() and " Write " in log.read_text())
             one.send_signal(signal.SIGINT)
             one.wait(10)
             assert one.returncode == 130

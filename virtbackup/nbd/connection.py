@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One connection to an NBD export: the only place that calls libnbd, so its errors get names here.
+"""One connection of a copy to an NBD export: what libnbd says gets names here.
 
 Nothing waits: commands are issued, their answers collected when poll says so.
 """
@@ -96,7 +96,7 @@ class Connection:
             self._handle.set_pread_initialize(False)
             # libnbd knows DF for structured reads alone; it holds for every read.
             self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
-            _connect(self._handle, export)
+            connect(self._handle, export)
 
     def negotiate(self) -> None:
         """Once ready: read what the server said of itself."""
@@ -192,7 +192,8 @@ class Connection:
         return failed(self._export, what, reason, offset)
 
 
-def _connect(handle: Any, export: Export) -> None:
+def connect(handle: Any, export: Export) -> None:
+    """Have a libnbd handle begin to connect to EXPORT's server. Errors: nbd.Error."""
     server, tls = export.server, export.tls
     if tls is not None:
         handle.set_tls(nbd.TLS_REQUIRE)
@@ -221,7 +222,7 @@ def unreadable(export: Export, timeout: float) -> str | None:
     handle: Any = nbd.NBD()
     try:
         handle.set_export_name(export.name)
-        _connect(handle, export)
+        connect(handle, export)
         while handle.aio_is_connecting():
             _wait(handle, export, end)
         flags = nbd.CMD_FLAG_DF if handle.can_df() else 0

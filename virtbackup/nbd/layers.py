@@ -164,7 +164,7 @@ class _Source:
             if job.dirty is not None:
                 self._handle.add_meta_context(job.dirty)
             self._handle.set_pread_initialize(False)
-            _connect(self._handle, job.export)
+            connection.connect(self._handle, job.export)
 
     def negotiate(self) -> None:
         """Once it is connected, for which this waits: read what the server says of itself."""
@@ -297,25 +297,6 @@ def _open(
     for source in sources:
         source.negotiate()
     return sources
-
-
-def _connect(handle: Any, export: connection.Export) -> None:
-    server, tls = export.server, export.tls
-    if tls is not None:
-        handle.set_tls(nbd.TLS_REQUIRE)
-        handle.set_tls_verify_peer(tls.verify)
-        if tls.certificates is not None:
-            handle.set_tls_certificates(tls.certificates)
-        if tls.psk_file is not None:
-            handle.set_tls_psk_file(tls.psk_file)
-        if tls.username is not None:
-            handle.set_tls_username(tls.username)
-    if isinstance(server, connection.Program):
-        handle.aio_connect_systemd_socket_activation(list(server.argv))
-    elif isinstance(server, str):
-        handle.aio_connect_unix(server)
-    else:
-        handle.aio_connect_tcp(server[0], str(server[1]))
 
 
 def _from(found: list[extents.Extent], start: int) -> list[extents.Extent]:

@@ -257,12 +257,7 @@ def plan(
             continue
         medium = found[wanted.name].medium
         assert medium is not None
-        _check_size(wanted.name, medium)
-        _check_drive(found[wanted.name], caps)
-        _check_jobs(found[wanted.name], medium, state)
-        _check_iothread(wanted.name, state, caps)
-        _check_synchronous(wanted.name, state, caps)
-        _check_export_name(wanted, caps)
+        _check_disk(wanted, found[wanted.name], medium, state, caps)
         scratch = naming.scratch_node(backup, len(disks))
         wanted = dataclasses.replace(
             wanted,
@@ -442,6 +437,22 @@ def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:
                 raise _unsupported(
                     f"disks '{other}' and '{disk.name}' have the same source '{disk.source.file}'"
                 )
+
+
+def _check_disk(
+    wanted: backup_conf.BackupDiskDef,
+    disk: block.Disk,
+    medium: block.Medium,
+    state: BlockState,
+    caps: capabilities.Capabilities,
+) -> None:
+    """Refuse what cannot be backed up, or not as it is WANTED."""
+    _check_size(wanted.name, medium)
+    _check_drive(disk, caps)
+    _check_jobs(disk, medium, state)
+    _check_iothread(wanted.name, state, caps)
+    _check_synchronous(wanted.name, state, caps)
+    _check_export_name(wanted, caps)
 
 
 def _check_size(target: str, medium: block.Medium) -> None:

@@ -18,6 +18,7 @@ def deferred() -> Iterator[copy.Cancel]:
     """SIGINT and SIGTERM set the cancel, however many come, and take effect when the block ended:
     as KeyboardInterrupt, as SystemExit.
 
+    So no exception comes out of nowhere between a step and the note of it, nor into a clean-up.
     Ignored signals stay ignored; outside the main thread nothing can be caught.
     """
     cancel = copy.Cancel()

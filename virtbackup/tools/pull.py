@@ -17,24 +17,20 @@ import errno
 import logging
 import os
 import pathlib
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import libvirt
 
 from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import checksum, connection, copy
-from virtbackup.tools import chain, exports, manifest
+from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def pull(
@@ -73,7 +69,7 @@ def pull(
         raise errors.invalid_arg("backupPull", "bandwidth", "the bandwidth must be at least 1")
     domain_xml = domain.XMLDesc()
     with (
-        _deferred_signals() as cancel,
+        interrupt.deferred() as cancel,
         contextlib.ExitStack() as undo,
         contextlib.ExitStack() as files,
     ):
@@ -493,47 +489,3 @@ def _remove(paths: Iterable[pathlib.Path]) -> None:
             path.unlink(missing_ok=True)
         except OSError as failure:
             logger.warning("event=remove-failed path=%s error=%s", path, failure.strerror)
-
-
-# --- signals -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[copy.Cancel]:
-    """SIGINT and SIGTERM set the cancel, however many come, and take effect when the block ended.
-
-    So no exception comes out of nowhere between a step and the note of it, nor into a clean-up.
-    Ignored signals stay ignored; outside the main thread nothing can be caught.
-    """
-    cancel = copy.Cancel()
-    caught: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        cancel.set()
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield cancel
-    except errors.Error as failure:
-        if caught:
-            raise _exception_of(caught[0]) from failure
-        raise
-    finally:
-        # All at once: a signal in the middle waits until each has its own handler again.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        cancel.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if caught:
-        raise _exception_of(caught[0])
-
-
-def _exception_of(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
