@@ -30,8 +30,8 @@ DEADLINE = 20.0
 
 BACKUP = '<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>'
 
-SHOWS = ": 'list --all' shows all that there are"
-"""Behind the name of a domain that there is not."""
+SHOWS = "'list --all' shows all that there are\n"
+"""What to do about a domain that there is not."""
 
 Output = tuple[int, str, str]
 """Exit status, standard output, standard error."""
@@ -262,17 +262,26 @@ def test_log_goes_to_the_end_of_a_file(tmp_path: pathlib.Path) -> None:
     assert err == "error: Failed to open file '/nowhere/x': No such file or directory\n"
 
 
+NO_LIBVIRTD = (
+    "Failed to connect socket to '/var/run/libvirt/libvirt-sock': No such file or directory"
+)
+"""What libvirt 9.0 says."""
+
+
 def test_where_to_go_without_a_libvirtd(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     def refuse(uri: str, readonly: bool) -> None:
-        raise errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, "no socket")
+        raise errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, NO_LIBVIRTD)
 
     monkeypatch.setattr(virtbackup, "open", refuse)
     status, _, err = run("list", uri=virsh_connection.DEFAULT_URI)
     assert status == 1
-    assert err.endswith("no socket; -c URI names another one\n")
-    assert err.count("\n") == 1
+    assert err == (
+        f"error: failed to connect to the hypervisor: {NO_LIBVIRTD}\n"
+        "Start the daemon that listens there (libvirtd, virtqemud, virtbackupd), or name another"
+        " one: -c URI\n"
+    )
 
 
 def test_trace_that_cannot_be_written(run: Run) -> None:
@@ -289,6 +298,8 @@ def test_connection_that_fails(run: Run) -> None:
     message = (
         "error: failed to connect to the hypervisor:"
         " no connection driver available for nowhere:///x\n"
+        "A URI begins with qmp:///, qemu:///, test:///, virtbackup+unix:///, virtbackup+tls:// or"
+        " virtbackup+tcp://\n"
     )
     assert run("list", uri="nowhere:///x") == (1, "", message)
 
@@ -376,8 +387,9 @@ def test_domain_is_an_id_then_a_uuid_then_a_name(given: str, name: str, run: Run
 
 @pytest.mark.parametrize("given", ["nope", "99", "00000000-0000-0000-0000-000000000000", "--x"])
 def test_no_such_domain(given: str, run: Run) -> None:
-    message = f"error: failed to get domain '{given}'{SHOWS}\n"
-    assert run("dominfo", "--domain", given) == (1, "", message)
+    message = f"error: failed to get domain '{given}'\n"
+    assert run("dominfo", "--domain", given) == (1, "", message + SHOWS)
+    assert run("-q", "dominfo", "--domain", given) == (1, "", message)
 
 
 def test_domblklist(run: Run) -> None:
@@ -419,13 +431,16 @@ def test_pwd_and_cd(run: Run) -> None:
 def test_connect_elsewhere(run: Run) -> None:
     status, out, err = run("connect fake:///b; uri; connect nowhere:///; uri; connect; uri")
     assert (status, out) == (1, "fake:///b\nfake:///b\nfake:///b\n")
-    assert err.count("\n") == 1
+    assert err.count("error: ") == 1
 
 
 def test_connect_readonly_and_back(run: Run, xmlfile: str) -> None:
     start = f"backup-start vm1 {xmlfile}"
     status, _, err = run("-r", start)
-    message = "error: operation forbidden: read only access prevents virDomainBackupStart\n"
+    message = (
+        "error: operation forbidden: read only access prevents virDomainBackupStart\n"
+        "Leave out -r, or 'connect' anew without --readonly\n"
+    )
     assert (status, err) == (1, message)
     assert run(f"connect --readonly; {start}")[2] == message
     assert run("-r", f"connect; {start}")[0] == 0
@@ -434,7 +449,7 @@ def test_connect_readonly_and_back(run: Run, xmlfile: str) -> None:
 def test_lost_connection(run: Run) -> None:
     status, out, err = run("list --name; list; connect; list --name", uri="fake:///dies")
     assert (status, out) == (1, "vm1\n7\nmy vm\n" * 2)
-    assert err == "error: connection to fake:///dies is lost; 'connect' opens it again\n"
+    assert err == "error: connection to fake:///dies is lost\n'connect' opens it again\n"
 
 
 def test_start_and_stop(run: Run, xmlfile: str) -> None:
@@ -533,7 +548,7 @@ def test_translate_asks_the_domain_for_its_disks(run: Run, tmp_path: pathlib.Pat
             " of disks that are not listed, the proposal includes all, libvirt none"
             " (line 3, element <disks>)",
         ),
-        (LISTS_A_DISK, ["--domain", "nobody"], f"failed to get domain 'nobody'{SHOWS}"),
+        (LISTS_A_DISK, ["--domain", "nobody"], "failed to get domain 'nobody'"),
         (
             LISTS_A_DISK.replace("vda", "sr0"),
             ["--domain", "vm1"],
@@ -556,7 +571,7 @@ def test_translate_refuses(
     path = tmp_path / "document.xml"
     path.write_text(text)
     expected = (1, "", f"error: {message}\n")
-    assert run("translate", str(path), "--to", "proposal", *words) == expected
+    assert run("-q", "translate", str(path), "--to", "proposal", *words) == expected
 
 
 def test_translate_no_file(run: Run) -> None:
@@ -578,7 +593,9 @@ def test_translate_over_a_connection_that_fails(run: Run, tmp_path: pathlib.Path
 
 def test_stop_without_backup(run: Run) -> None:
     message = "error: Domain backup job id not found: no domain backup job present\n"
-    assert run("backup-stop", "vm1") == (1, "", message)
+    hint = "'backup-start' begins one; what another user began is that user's to see and to stop\n"
+    assert run("backup-stop", "vm1") == (1, "", message + hint)
+    assert run("-q", "backup-stop", "vm1") == (1, "", message)
 
 
 def test_stop_tells_every_bad_disk(run: Run, xmlfile: str) -> None:
@@ -588,7 +605,8 @@ def test_stop_tells_every_bad_disk(run: Run, xmlfile: str) -> None:
     assert (status, out) == (1, "Domain backup started\n")
     reasons = shell_driver.FAILED.replace("\n", "; ")
     warning = "warning: disk 'vda': does not; fit\n"
-    assert err == f"flags=0\n{warning}error: operation failed: {reasons}\n"
+    hint = "It has ended: throw away what was read of it, see to the reason, and take another one\n"
+    assert err == f"flags=0\n{warning}error: operation failed: {reasons}\n{hint}"
 
 
 def test_cancel_asks_for_no_verdict(run: Run, xmlfile: str) -> None:
@@ -927,7 +945,7 @@ def _process(*argv: str, uri: str = URI, text: str | None = None) -> Output:
     ("argv", "status", "out", "err"),
     [
         (("uri",), 0, "fake:///two\n", ""),
-        (("dominfo", "x"), 1, "", f"error: failed to get domain 'x'{SHOWS}\n"),
+        (("dominfo", "x"), 1, "", f"error: failed to get domain 'x'\n{SHOWS}"),
         (("dominfo",), 2, "", "error: command 'dominfo' requires <domain> option\n"),
         (("echo", "a#b", "#c", "d e", ";"), 0, "a#b #c d e ;\n", ""),
     ],
@@ -1114,8 +1132,8 @@ def terminal(tmp_path: pathlib.Path) -> Iterator[Terminal]:
 def test_session(terminal: Terminal, tmp_path: pathlib.Path) -> None:
     assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
     assert terminal.line("nope") == "error: unknown command: 'nope'\nvirtbackup # "
-    message = f"error: failed to get domain 'nope'{SHOWS}"
-    assert terminal.line("dominfo nope") == f"{message}\n\nvirtbackup # "
+    message = f"error: failed to get domain 'nope'\n{SHOWS}"
+    assert terminal.line("dominfo nope") == f"{message}\nvirtbackup # "
     assert terminal.line("cd /; pwd") == "\n/\n\nvirtbackup # "
     assert terminal.line("cd") == "\nvirtbackup # "
     assert terminal.line("pwd") == f"{tmp_path}\n\nvirtbackup # "

@@ -76,12 +76,13 @@ class Outcome:
     error: str
 
     def check(self, *kinds: str) -> None:
-        """Done, or one line that says why not: in the words of KINDS, else the usual ones."""
+        """Done, or a line that says why not: in the words of KINDS, else the usual ones; perhaps
+        one of what to do next behind it."""
         if self.status == 0:
             assert self.error == "", self
             return
         assert self.status == 1, self
-        assert re.fullmatch(r"error: [^\n]+\n", self.error), self
+        assert re.fullmatch(r"error: [^\n]+\n([A-Z'][^\n]+\n)?", self.error), self
         assert re.search("|".join(kinds or LOSERS[self.command]), self.error), self
 
 

@@ -47,7 +47,7 @@ class Control:
         if self._connection is None:
             self._connection = self._open(self.uri, self.readonly)
         elif not self._connection.isAlive():
-            raise vsh.Failure(f"connection to {self.uri} is lost; 'connect' opens it again")
+            raise vsh.Failure(f"connection to {self.uri} is lost", "'connect' opens it again")
         return self._connection
 
     def connect(self, uri: str, readonly: bool) -> None:
@@ -99,8 +99,10 @@ class Control:
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:
-            hint = "; -c URI names another one" if uri == DEFAULT_URI else ""
-            raise vsh.Failure(f"failed to connect to the hypervisor: {error}{hint}") from error
+            from virtbackup.tools import advice
+
+            text = f"failed to connect to the hypervisor: {error}"
+            raise vsh.Failure(text, advice.advice(error)) from error
         if self._trace is not None:
             connection.setTrace(self._trace)
         return connection
@@ -127,11 +129,15 @@ Shell = vsh.Shell[Control]
 """The shell that the commands get."""
 
 
-def describe(error: Exception) -> str | None:
-    """The text of an error that libvirt or we have worded; None for any other."""
+def describe(error: Exception) -> vsh.Failure | None:
+    """What an error that libvirt or we have worded is told as; None for any other."""
     import libvirt
 
-    return str(error) if isinstance(error, libvirt.libvirtError) else None
+    from virtbackup.tools import advice
+
+    if not isinstance(error, libvirt.libvirtError):
+        return None
+    return vsh.Failure(str(error), advice.advice(error))
 
 
 def _ignore(context: object, error: object) -> None:
@@ -167,6 +173,8 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
     """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order."""
     import libvirt
 
+    from virtbackup.tools import advice
+
     connection = shell.control.connection()
     given = args.text("domain")
     lookups: list[Callable[[str], virtbackup.Domain]] = [connection.lookupByName]
@@ -180,7 +188,7 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    raise vsh.Failure(f"failed to get domain '{given}': 'list --all' shows all that there are")
+    raise vsh.Failure(f"failed to get domain '{given}'", advice.NO_DOMAIN)
 
 
 def complete_domains(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:

@@ -23,16 +23,20 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
 
 
-class Failure(Exception):
-    """A command could not do its work; the message is for the user."""
-
-
-class UsageError(Exception):
-    """What was typed makes no sense; HINT is a line that may help."""
+class _Told(Exception):
+    """The user is told the message, and HINT, a line of what to do next, where that is known."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class Failure(_Told):
+    """A command could not do its work."""
+
+
+class UsageError(_Told):
+    """What was typed makes no sense."""
 
 
 class Quit(Exception):
@@ -474,9 +478,9 @@ class Shell(Generic[Control]):
         self,
         table: Table,
         control: Control,
-        describe: Callable[[Exception], str | None],
+        describe: Callable[[Exception], Failure | None],
     ) -> None:
-        """DESCRIBE gives the text of an error that is nobody's bug, None for any other error."""
+        """DESCRIBE gives what an error that is nobody's bug is told as, None for any other."""
         self.table = table
         self.control = control
         self.quiet = False
@@ -519,21 +523,24 @@ class Shell(Generic[Control]):
         try:
             return action() or DONE
         except UsageError as error:
-            self.error(str(error))
-            if error.hint:
-                _write_error(error.hint + "\n")
+            self._tell(error)
             return USAGE
         except Failure as error:
             self._trace()
-            self.error(str(error))
+            self._tell(error)
             return FAILED
         except (Quit, OutputClosed):
             raise
         except Exception as error:  # noqa: BLE001  # the border: users see no tracebacks
             self._trace()
-            text = self._describe(error)
-            self.error(text or f"internal error: {type(error).__name__}: {error}")
+            bug = f"internal error: {type(error).__name__}: {error}"
+            self._tell(self._describe(error) or Failure(bug))
             return FAILED
+
+    def _tell(self, error: _Told) -> None:
+        self.error(str(error))
+        if error.hint and not self.quiet:
+            _write_error(one_line(error.hint) + "\n")
 
     def _trace(self) -> None:
         if self.debug:
