@@ -33,7 +33,9 @@ DISKS = (
     domain_conf.DiskDef("sr0", device="cdrom"),
 )
 
-FAILED = "the backup is not good: disk 'vda': No space left on device\ndisk 'sdb': Input/output error"
+FAILED = (
+    "the backup is not good: disk 'vda': No space left on device\ndisk 'sdb': Input/output error"
+)
 
 
 class Driver:

@@ -134,9 +134,13 @@ def _option_misuses(
 MISUSES = list(_misuses())
 
 
+def _see_help(command: str) -> str:
+    return f"'help {command}' shows what it takes\n"
+
+
 @pytest.mark.parametrize(("title", "words", "message"), MISUSES, ids=[m[0] for m in MISUSES])
 def test_misuse(title: str, words: list[str], message: str, run: Run) -> None:
-    assert run(*words) == (2, "", f"error: {message}\n")
+    assert run(*words) == (2, "", f"error: {message}\n{_see_help(words[0])}")
 
 
 def test_every_command_has_its_group_and_its_help(run: Run) -> None:
@@ -149,6 +153,14 @@ def test_every_command_has_its_group_and_its_help(run: Run) -> None:
         assert (status, err) == (0, "")
         assert out.startswith(f"  NAME\n    {command.name} - {command.help}\n")
         assert run("help", command.name) == (0, out, "")
+
+
+def test_what_virsh_calls_otherwise_is_done_here() -> None:
+    for theirs, ours in virsh_backup.VIRSHS.items():
+        assert virsh_backup.TABLE.find(theirs) is None
+        name, *options = ours.split()
+        command = virsh_backup.TABLE.command(name)
+        assert all(command.option(option.removeprefix("--")) for option in options)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +177,7 @@ def test_every_command_has_its_group_and_its_help(run: Run) -> None:
         (["-d", "x"], "option -d takes a number from 0 to 4"),
         (["-d5"], "option -d takes a number from 0 to 4"),
         (["--version=x"], "option --version takes short or long"),
-        (["uri", "-c", "x"], "unexpected data '-c'"),
+        (["uri", "-c", "x"], "unexpected data '-c'\n'help uri' shows what it takes"),
         (["list; echo 'a"], "missing '"),
         (["backup-strat"], "unknown command: 'backup-strat'\n"
          "Did you mean: backup-start, backup-start-as, backup-stop?"),
@@ -176,11 +188,19 @@ def test_every_command_has_its_group_and_its_help(run: Run) -> None:
          "Did you mean: branch?"),
         (["backup-stop", "vm1", "--can"],
          "command 'backup-stop' doesn't support option --can\nDid you mean: --cancel?"),
-        (["list", "--table", "--json"], "Options --json and --table are mutually exclusive"),
+        (["backup-begin", "vm1"],
+         "unknown command: 'backup-begin'\nHere it is called: backup-start"),
+        (["help", "checkpoint-list"], "command or command group 'checkpoint-list' doesn't exist\n"
+         "Here it is called: branch-list"),
+        (["help", "nope"], "command or command group 'nope' doesn't exist\n"
+         "'help' shows all commands"),
+        (["list", "--table", "--json"],
+         "Options --json and --table are mutually exclusive\n'help list' shows what it takes"),
         (["--log"], "option '-l'/'--log' requires an argument"),
-        (["echo a; nope"], "unknown command: 'nope'"),
-        (["list", ";", "uri"], "unexpected data ';'"),
-        (["list", "--name", "--uuid"], "Options --name and --uuid are mutually exclusive"),
+        (["echo a; nope"], "unknown command: 'nope'\n'help' shows all commands"),
+        (["list", ";", "uri"], "unexpected data ';'\n'help list' shows what it takes"),
+        (["list", "--name", "--uuid"],
+         "Options --name and --uuid are mutually exclusive\n'help list' shows what it takes"),
     ],
 )  # fmt: skip
 def test_misuse_of_the_program(argv: list[str], message: str, run: Run) -> None:
@@ -874,7 +894,8 @@ def test_start_as_starts(run: Run) -> None:
     ],
 )  # fmt: skip
 def test_misuse_of_start_as(words: list[str], message: str, run: Run) -> None:
-    assert run("backup-start-as", "vm1", *words) == (2, "", f"error: {message}\n")
+    expected = (2, "", f"error: {message}\n{_see_help('backup-start-as')}")
+    assert run("backup-start-as", "vm1", *words) == expected
 
 
 def test_start_as_refuses_what_the_document_may_not_say(run: Run) -> None:
@@ -946,10 +967,13 @@ def _process(*argv: str, uri: str = URI, text: str | None = None) -> Output:
     [
         (("uri",), 0, "fake:///two\n", ""),
         (("dominfo", "x"), 1, "", f"error: failed to get domain 'x'\n{SHOWS}"),
-        (("dominfo",), 2, "", "error: command 'dominfo' requires <domain> option\n"),
+        (
+            ("dominfo",), 2, "",
+            f"error: command 'dominfo' requires <domain> option\n{_see_help('dominfo')}",
+        ),
         (("echo", "a#b", "#c", "d e", ";"), 0, "a#b #c d e ;\n", ""),
     ],
-)
+)  # fmt: skip
 def test_exit_status(argv: tuple[str, ...], status: int, out: str, err: str) -> None:
     assert _process(*argv) == (status, out, err)
 
@@ -1131,7 +1155,8 @@ def terminal(tmp_path: pathlib.Path) -> Iterator[Terminal]:
 
 def test_session(terminal: Terminal, tmp_path: pathlib.Path) -> None:
     assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
-    assert terminal.line("nope") == "error: unknown command: 'nope'\nvirtbackup # "
+    unknown = "error: unknown command: 'nope'\n'help' shows all commands\n"
+    assert terminal.line("nope") == f"{unknown}virtbackup # "
     message = f"error: failed to get domain 'nope'\n{SHOWS}"
     assert terminal.line("dominfo nope") == f"{message}\nvirtbackup # "
     assert terminal.line("cd /; pwd") == "\n/\n\nvirtbackup # "
@@ -1223,7 +1248,7 @@ def test_colours_are_for_terminals_that_have_them(settings: dict[str, str], show
 
 def test_no_colours_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    assert _process("nope")[2] == "error: unknown command: 'nope'\n"
+    assert _process("nope")[2].startswith("error: unknown command: 'nope'\n")
 
 
 def test_history_is_kept_and_private(terminal: Terminal, tmp_path: pathlib.Path) -> None:

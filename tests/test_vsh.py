@@ -58,6 +58,7 @@ TABLE = vsh.Table(
         vsh.Command("nothing", "test", "take nothing", "", (), _nothing),
         *vsh.COMMANDS,
     ),
+    others={"anything": "all-kinds --force"},
 )  # fmt: skip
 
 

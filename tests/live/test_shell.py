@@ -441,6 +441,7 @@ def test_what_virsh_has_is_where_and_what_it_is_there(capsys: pytest.CaptureFixt
     something else."""
     usage = subprocess.run(["virsh", "help"], capture_output=True, text=True, check=True).stdout
     theirs = dict(re.findall(r"^    (\S+) +(\S.*)$", usage, re.MULTILINE))
+    assert set(virsh_backup.VIRSHS) <= set(theirs)
     shared = [command for command in virsh_backup.TABLE.commands if command.name in theirs]
     assert {
         "list",
@@ -451,6 +452,11 @@ def test_what_virsh_has_is_where_and_what_it_is_there(capsys: pytest.CaptureFixt
         "connect",
         "backup-dumpxml",
     } <= {command.name for command in shared}
+    for group in re.split(r"^ (?=\S)", usage, flags=re.MULTILINE)[1:]:
+        [keyword] = re.findall(r"\(help keyword '(.*)'\)", group)
+        for command in shared:
+            if re.search(rf"^    {command.name} ", group, re.MULTILINE):
+                assert command.group == keyword
     for command in shared:
         page = subprocess.run(
             ["virsh", "help", command.name], capture_output=True, text=True, check=True

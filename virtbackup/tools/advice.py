@@ -193,9 +193,7 @@ KNOWN = (
         libvirt.VIR_ERR_OPERATION_INVALID, ("backups of branch", "not of"),
         f"{_ANOTHER_DIRECTORY}, or name the branch that there is",
     ),
-    Known(
-        libvirt.VIR_ERR_OPERATION_INVALID, ("a backup without a branch", "not of"), _ANOTHER_DIRECTORY
-    ),
+    Known(None, ("a backup without a branch", "not of"), _ANOTHER_DIRECTORY),
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("no increment of branch",),
         "--auto pulls disks whole where it must, --full all of them",

@@ -17,7 +17,7 @@ from virtbackup.tools import virsh_connection, vsh
 if TYPE_CHECKING:
     from virtbackup.qemu import recorder, recording
 
-GROUP = vsh.Group("monitor", "QEMU monitor")
+GROUP = vsh.Group("qmp", "QEMU monitor")
 MAX_FILE = 256 << 20
 """Bytes of what is compared."""
 

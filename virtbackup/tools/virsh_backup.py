@@ -385,9 +385,21 @@ COMMANDS = (
     ),
 )  # fmt: skip
 
+VIRSHS = {
+    "backup-begin": "backup-start",
+    "checkpoint-create": "branch-create",
+    "checkpoint-create-as": "branch-create",
+    "checkpoint-delete": "branch-delete",
+    "checkpoint-list": "branch-list",
+    "domjobabort": "backup-stop --cancel",
+    "domjobinfo": "backup-info",
+}
+"""What users of virsh may type -> what does that here."""
+
 TABLE = vsh.Table(
     groups=(
-        virsh_domain.GROUP,
+        virsh_domain.MANAGEMENT,
+        virsh_domain.MONITORING,
         virsh_host.GROUP,
         GROUP,
         virsh_branch.GROUP,
@@ -415,6 +427,7 @@ TABLE = vsh.Table(
             key=lambda command: command.name,
         )
     ),
+    others=VIRSHS,
 )
 
 

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TextIO, TypeVar
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -139,6 +139,8 @@ class Table:
 
     groups: tuple[Group, ...]
     commands: tuple[Command, ...]
+    others: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """A command of another shell -> the one that does its work here, perhaps with an option."""
 
     def find(self, name: str) -> Command | None:
         return next((command for command in self.commands if command.name == name), None)
@@ -150,9 +152,13 @@ class Table:
             raise UsageError(f"unknown command: '{name}'", self.suggestion(name))
         return command
 
-    def suggestion(self, name: str) -> str | None:
-        """A line that names the commands that may have been meant."""
-        return suggestion(name, [command.name for command in self.commands])
+    def suggestion(self, name: str, groups: Sequence[str] = ()) -> str:
+        """A line that names the commands that may have been meant, or GROUPS of them, or else tells
+        where they all are."""
+        if own := self.others.get(name):
+            return f"Here it is called: {own}"
+        names = [command.name for command in self.commands]
+        return suggestion(name, [*names, *groups]) or "'help' shows all commands"
 
     def members(self, group: Group) -> list[Command]:
         return [command for command in self.commands if command.group == group.keyword]
@@ -404,11 +410,22 @@ def parse(table: Table, words: Sequence[str]) -> Call:
         raise UsageError("a NUL character cannot be part of a command")
     command = table.command(words[0])
     parser = ArgumentParser(command)
-    for word in words[1:]:
-        parser.feed(word)
-        if parser.wants_help:
-            return Call(HELP, Args({"command": (command.name,)}))
-    return Call(command, parser.finish())
+    with _pointing_at_help(command):
+        for word in words[1:]:
+            parser.feed(word)
+            if parser.wants_help:
+                return Call(HELP, Args({"command": (command.name,)}))
+        return Call(command, parser.finish())
+
+
+@contextlib.contextmanager
+def _pointing_at_help(command: Command) -> Iterator[None]:
+    """A misuse of COMMAND that has no hint gets one."""
+    try:
+        yield
+    except UsageError as error:
+        error.hint = error.hint or f"'help {command.name}' shows what it takes"
+        raise
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -511,12 +528,16 @@ class Shell(Generic[Control]):
     def run(self, call: Call) -> int:
         """Run one command and tell how it failed; its exit status."""
         start = time.monotonic()
-        status = self.guard(lambda: call.command.handler(self, call.args))
+        status = self.guard(lambda: self._handle(call))
         if self.timing:
             self.print(f"\n(Time: {(time.monotonic() - start) * 1000:.3f} ms)\n")
         elif self.interactive:
             self.extra("")
         return status
+
+    def _handle(self, call: Call) -> int | None:
+        with _pointing_at_help(call.command):
+            return call.command.handler(self, call.args)
 
     def guard(self, action: Callable[[], int | None]) -> int:
         """Do ACTION; the exit status it returns or its error asks for, the reason already told."""
@@ -703,7 +724,7 @@ def _help(shell: Shell[Any], args: Args) -> None:
             return
     raise UsageError(
         f"command or command group '{name}' doesn't exist",
-        suggestion(name, list(complete_commands(shell, args, name))),
+        shell.table.suggestion(name, [group.keyword for group in shell.table.groups]),
     )
 
 
