@@ -717,6 +717,66 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
     }
 
 
+def test_start_as_json_tells_what_runs(run: Run, xmlfile: str) -> None:
+    told = run(f"backup-start vm1 {xmlfile}; backup-info vm1", uri="fake:///bad")[1]
+    assert told.startswith("Domain backup started\n")
+    for start in (
+        f"backup-start vm1 {xmlfile} --json",
+        "backup-start-as vm1 --unix /run/x.sock --json",
+    ):
+        status, out, err = run(f"{start}; backup-stop vm1 --cancel", uri="fake:///bad")
+        assert status == 0
+        assert err == "flags=0\nwarning: disk 'vda': does not; fit\n"
+        started = out.removesuffix("Domain backup stopped\n")
+        shown = run(f"{start}; backup-info vm1 --json", uri="fake:///bad")[1]
+        assert shown == started * 2
+        assert json.loads(started)["disks"][0]["uri"] == "nbd+unix:///vda?socket=/run/x.sock"
+
+
+def test_start_as_json_of_a_backup_that_tells_nothing(run: Run, xmlfile: str) -> None:
+    """It runs, so there is no error."""
+    status, out, _ = run("backup-start", "vm1", xmlfile, "--json", uri="fake:///mute")
+    assert (status, json.loads(out)) == (0, {"domain": "vm1"})
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words", "status", "good"),
+    [("two", "", 0, True), ("bad", "", 1, False), ("bad", "--cancel", 0, None)],
+)
+def test_stop_as_json(
+    trouble: str, words: str, status: int, good: bool | None, run: Run, xmlfile: str
+) -> None:
+    line = f"backup-start vm1 {xmlfile}; backup-stop vm1 --json {words}"
+    done, out, err = run(line, uri=f"fake:///{trouble}")
+    assert (done, "error: operation failed: " in err) == (status, good is False)
+    reason = None if good is not False else f"operation failed: {shell_driver.FAILED}"
+    assert json.loads(out.removeprefix("Domain backup started\n")) == {
+        "domain": "vm1", "cancelled": bool(words), "good": good, "reason": reason,
+    }  # fmt: skip
+
+
+def test_stop_of_nothing_as_json_has_no_verdict(run: Run) -> None:
+    status, out, err = run("backup-stop", "vm1", "--json")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: Domain backup job id not found")
+
+
+def test_branches_come_and_go(run: Run) -> None:
+    assert run("branch-create", "vm1", "weekly") == (0, "Branch weekly created\n", "")
+    assert run("branch-delete", "vm1", "nightly") == (0, "Branch nightly deleted\n", "")
+    assert run("-q", "branch-delete", "vm1", "nightly") == (0, "", "")
+    created = json.loads(run("branch-create", "vm1", "weekly", "--json")[1])
+    assert created == {"domain": "vm1", "created": "weekly"}
+    deleted = json.loads(run("branch-delete", "vm1", "nightly", "--json")[1])
+    assert deleted == {"domain": "vm1", "deleted": "nightly"}
+    assert run("branch-delete", "vm1", "none", "--json") == (
+        1,
+        "",
+        "error: Domain checkpoint not found: no branch named 'none'\n"
+        "'branch-list' shows the branches\n",
+    )
+
+
 def test_cleanup_as_json(run: Run) -> None:
     facts = json.loads(run("backup-cleanup", "vm1", "--json", uri="fake:///bad")[1])
     assert facts == {"domain": "vm1", "removed": ["node scratch-vda", "file /images/x"]}
@@ -865,6 +925,8 @@ def test_start_as_starts(run: Run) -> None:
     [
         ([], "command 'backup-start-as' requires --unix, or --host and --port"),
         (["--host", "h"], "command 'backup-start-as' requires --unix, or --host and --port"),
+        (["--unix", "/a", "--print-xml", "--json"],
+         "Options --print-xml and --json are mutually exclusive"),
         (["--port", "1"], "command 'backup-start-as' requires --unix, or --host and --port"),
         (["--unix", "/a", "--host", "h"], "Options --unix and --host are mutually exclusive"),
         (["--unix", "/a", "--port", "1"], "Options --unix and --port are mutually exclusive"),
@@ -930,7 +992,7 @@ def shell(run: Run) -> Iterator[virsh_connection.Shell]:
         ("backup-start-as vm1 --disk vda,type=f", ["vda,type=full "]),
         ("backup-start-as vm1 --disk vda,present=no,source=/et", ["vda,present=no,source=/etc/"]),
         ("backup-start vm1 /et", ["/etc/"]),
-        ("backup-start vm1 x --", ["--insecure", "--quiesce"]),
+        ("backup-start vm1 x --", ["--insecure", "--json", "--quiesce"]),
         ("translate /et", ["/etc/"]),
         ("translate x --to ", ["native", "proposal"]),
         ("translate x --domain v", ["vm1 "]),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
-import contextlib
+import dataclasses
 import gc
+import logging
 import os
 import pathlib
 import re
@@ -34,6 +35,8 @@ from virtbackup.tools import (
 if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
     from virtbackup.conf import backup_conf
 
+logger = logging.getLogger(__name__)
+
 GROUP = vsh.Group("backup", "Backup")
 
 
@@ -49,18 +52,32 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
     flags = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE if args.flag("quiesce") else 0
     domain = virsh_connection.domain(shell, args)
     domain.backupStart(document, flags)
-    shell.extra("Domain backup started")
+    as_json = args.flag("json")
+    if not as_json:
+        shell.extra("Domain backup started")
     virsh_connection.warn_of_listener(shell, args, document)
-    if not shell.quiet:
-        _warn_of_scratch(shell, domain)
+    if as_json or not shell.quiet:
+        _tell_started(shell, domain, as_json)
 
 
-def _warn_of_scratch(shell: virsh_connection.Shell, domain: "virtbackup.Domain") -> None:
+def _tell_started(
+    shell: virsh_connection.Shell, domain: "virtbackup.Domain", as_json: bool
+) -> None:
+    """Warn of what may go wrong, and print AS_JSON what runs."""
     import libvirt
 
-    with contextlib.suppress(libvirt.libvirtError):  # the backup runs all the same
-        for warning in _warnings(domain.backupGetInfo()):
-            shell.warn(warning)
+    facts: dict[str, object] = {"domain": domain.name()}
+    try:
+        info = domain.backupGetInfo()
+    except libvirt.libvirtError as failure:  # the backup runs all the same
+        logger.info("info=unknown domain=%s reason=%s", domain.name(), failure)
+    else:
+        facts = _info_facts(domain.name(), info)
+        if not shell.quiet:
+            for warning in _warnings(info):
+                shell.warn(warning)
+    if as_json:
+        virsh_connection.print_json(shell, facts)
 
 
 def _warnings(info: "backup_conf.BackupInfo") -> list[str]:
@@ -75,6 +92,7 @@ def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         disks=tuple(_parse_diskspec(spec) for spec in args.texts("disk")),
         branch=args.optional("branch"),
     )
+    args.exclusive("print-xml", "json")
     document = definition.format()
     backup_conf.BackupDef.parse(document)
     if args.flag("print-xml"):
@@ -168,8 +186,23 @@ def _complete_diskspec(shell: virsh_connection.Shell, args: vsh.Args, text: str)
 
 
 def _stop(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    flags = virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if args.flag("cancel") else 0
-    virsh_connection.domain(shell, args).backupStop(flags)
+    import libvirt
+
+    cancelled = args.flag("cancel")
+    domain = virsh_connection.domain(shell, args)
+    facts: dict[str, object] = {"domain": domain.name(), "cancelled": cancelled}
+    try:
+        domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if cancelled else 0)
+    except libvirt.libvirtError as failure:
+        # Any other error is no verdict: the backup may run on.
+        if args.flag("json") and failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:
+            reason = failure.get_error_message()
+            virsh_connection.print_json(shell, {**facts, "good": False, "reason": reason})
+        raise
+    if args.flag("json"):
+        good = None if cancelled else True
+        virsh_connection.print_json(shell, {**facts, "good": good, "reason": None})
+        return
     shell.extra("Domain backup stopped")
 
 
@@ -313,6 +346,10 @@ def nbd_uri(address: "backup_conf.Address", export: str) -> str:
 
 # --- the table ------------------------------------------------------------------------------------
 
+_JSON_OF_START = dataclasses.replace(
+    virsh_connection.JSON, help="print a JSON document, as backup-info"
+)
+
 COMMANDS = (
     vsh.Command(
         "backup-cleanup", GROUP.keyword, "Remove what a crash left of a backup",
@@ -344,6 +381,7 @@ COMMANDS = (
             ),
             virsh_connection.QUIESCE,
             virsh_connection.INSECURE,
+            _JSON_OF_START,
         ),
         _start,
     ),
@@ -371,6 +409,7 @@ COMMANDS = (
             virsh_connection.QUIESCE,
             virsh_connection.INSECURE,
             vsh.Option("print-xml", vsh.Kind.BOOL, "print the XML document, start nothing"),
+            _JSON_OF_START,
         ),
         _start_as,
     ),
@@ -380,6 +419,7 @@ COMMANDS = (
         (
             virsh_connection.DOMAIN,
             vsh.Option("cancel", vsh.Kind.BOOL, "give the backup up: the branch stays"),
+            virsh_connection.JSON,
         ),
         _stop,
     ),
