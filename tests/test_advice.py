@@ -12,8 +12,9 @@ from virtbackup.tools import advice, virsh_backup
 
 PACKAGE = pathlib.Path(errors.__file__).parent
 SYSTEMS = {"No such file or directory", "Connection refused", "Permission denied",
-           "Address already in use", "No space left on device"}  # fmt: skip
-"""Words of the operating system's, which nobody has to write."""
+           "Address already in use", "No space left on device",
+           "Cannot assign requested address", "address resolution failed"}  # fmt: skip
+"""Words of the operating system's and of QEMU's, which stand nowhere in the package."""
 
 
 def _literals() -> set[str]:

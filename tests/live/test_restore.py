@@ -259,7 +259,7 @@ def test_a_flipped_bit(whole: points.Backed, tmp_path: pathlib.Path) -> None:
     )
     assert (status, out) == (1, "")
     assert err.splitlines()[1:] == [
-        "'backup-verify' tells what is good; 'backup-restore' takes an older point by --point"
+        "'backup-verify' tells which points are good: --point names one"
     ]
     assert (tmp_path / "vda").read_text() == "mine"
     assert not list(tmp_path.glob("*.partial"))

@@ -35,12 +35,15 @@ NO_DOMAIN = "'list --all' shows all that there are"
 _START_QEMU = (
     "Start QEMU with -qmp unix:PATH,server=on,wait=off, or connect to the socket of one that runs"
 )
+_OWN_HOST = "Take an address or a name of the host that QEMU runs on"
 _START_DAEMON = (
     "Start the daemon that listens there (libvirtd, virtqemud, virtbackupd), or name another one:"
     " -c URI"
 )
 _ANOTHER_DIRECTORY = "Pull into another directory"
-_OLDER = "'backup-verify' tells what is good; 'backup-restore' takes an older point by --point"
+_ANOTHER_POINT = "'backup-verify' tells which points are good: --point names one"
+_DOCUMENT = "'backup-start-as' with --print-xml prints a document to begin with"
+_STATE = "Be root, or have $VIRTBACKUP_STATE_DIR name a directory of your own"
 _TLS = "'man virtbackup.conf' tells which files there have to be, and where"
 
 KNOWN = (
@@ -110,6 +113,8 @@ KNOWN = (
         libvirt.VIR_ERR_OPERATION_INVALID, ("another backup job is",),
         "'backup-info' shows it, 'backup-stop' ends it",
     ),
+    Known(None, ("cannot open state lock", _DENIED), _STATE),
+    Known(None, ("cannot make a directory in", _DENIED), _STATE),
     Known(
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("cannot acquire state lock",),
         "Try again once it is done",
@@ -123,10 +128,8 @@ KNOWN = (
         "Wait for the job to end, or leave the disk out: present=no",
     ),
     # --- what is wanted ---
-    Known(
-        libvirt.VIR_ERR_XML_INVALID_SCHEMA, (),
-        "'backup-start-as' with --print-xml prints a document to begin with",
-    ),
+    Known(libvirt.VIR_ERR_XML_INVALID_SCHEMA, (), _DOCUMENT),
+    Known(libvirt.VIR_ERR_XML_ERROR, (), _DOCUMENT),
     Known(
         libvirt.VIR_ERR_CONFIG_UNSUPPORTED, ("no disk named",),
         "'domblklist' shows the disks",
@@ -164,6 +167,8 @@ KNOWN = (
         "QEMU makes the socket: take a directory that its user may write to",
     ),
     Known(None, ("cannot listen on", _TAKEN), "Take another, or --autoport"),
+    Known(None, ("cannot listen on", "Cannot assign requested address"), _OWN_HOST),
+    Known(None, ("cannot listen on", "address resolution failed"), _OWN_HOST),
     Known(
         libvirt.VIR_ERR_INVALID_ARG, ("for backup of", "exists"),
         "Name a file that there is not, or leave out the source",
@@ -202,8 +207,8 @@ KNOWN = (
         libvirt.VIR_ERR_OPERATION_INVALID, (" has no backup",),
         "'backup-pull' makes backups, and a manifest.json with each",
     ),
-    Known(libvirt.VIR_ERR_OPERATION_FAILED, (" is not good: ",), _OLDER),
-    Known(libvirt.VIR_ERR_OPERATION_FAILED, (" has no manifest of ",), _OLDER),
+    Known(libvirt.VIR_ERR_OPERATION_FAILED, (" is not good: ",), _ANOTHER_POINT),
+    Known(libvirt.VIR_ERR_OPERATION_FAILED, (" has no manifest of ",), _ANOTHER_POINT),
     Known(
         None, ("cannot run qemu-", _ABSENT),
         "Install QEMU's tools: in Debian qemu-utils and qemu-system-common have them",

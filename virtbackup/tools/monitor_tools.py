@@ -106,7 +106,7 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
             traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
         )
     except RecursionError as error:
-        raise vsh.UsageError(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
+        raise _trouble(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
     difference = traffic.diff(first, second, paths)
     for line in difference:
         shell.print(line)
@@ -114,20 +114,25 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
 
 
 def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
-    """What was said, by the file at PATH. Errors: UsageError: there is nothing to compare."""
+    """What was said, by the file at PATH. Errors: Failure: there is nothing to compare."""
     from virtbackup.qemu import traffic
 
     try:
         with pathlib.Path(path).open("rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise vsh.UsageError(f"file '{path}' is larger than {MAX_FILE} bytes")
+            raise _trouble(f"file '{path}' is larger than {MAX_FILE} bytes")
         # A log may hold anything that a guest or a file was called.
         return traffic.parse(data.decode(errors="replace").replace("\r\n", "\n"), monitor)
     except OSError as error:
-        raise vsh.UsageError(f"Failed to open file '{path}': {error.strerror}") from error
+        raise _trouble(f"Failed to open file '{path}': {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise vsh.UsageError(f"file '{path}': {error}") from error
+        raise _trouble(f"file '{path}': {error}") from error
+
+
+def _trouble(text: str) -> vsh.Failure:
+    """Not to be taken for a difference, whose status is FAILED (diff(1))."""
+    return vsh.Failure(text, status=vsh.USAGE)
 
 
 COMMANDS = (

@@ -178,7 +178,7 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         if not args.flag("json"):
             shell.extra("Backups verified")
         return vsh.DONE
-    raise vsh.Failure(_summary(backups, verdict))
+    raise vsh.Failure(_summary(backups, verdict), _newest_good(backups, verdict, point))
 
 
 def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
@@ -189,6 +189,16 @@ def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
     if verdict.bad_points:
         text += f"; not to be restored: {', '.join(p.label for p in verdict.bad_points)}"
     return text
+
+
+def _newest_good(
+    backups: "listing.Backups", verdict: "verify.Verdict", only: "listing.Point | None"
+) -> str | None:
+    """What can be restored all the same; of points that were not looked at nothing is known."""
+    good = [point for point in backups.points if point not in verdict.bad_points]
+    if only is not None or not good or not verdict.bad_points:
+        return None
+    return f"'backup-restore' with --point {good[-1].label} takes the newest that is good"
 
 
 def _verdict_facts(

@@ -32,7 +32,11 @@ class _Told(Exception):
 
 
 class Failure(_Told):
-    """A command could not do its work."""
+    """A command could not do its work; the program ends with STATUS."""
+
+    def __init__(self, message: str, hint: str | None = None, status: int = FAILED) -> None:
+        super().__init__(message, hint)
+        self.status = status
 
 
 class UsageError(_Told):
@@ -549,7 +553,7 @@ class Shell(Generic[Control]):
         except Failure as error:
             self._trace()
             self._tell(error)
-            return FAILED
+            return error.status
         except (Quit, OutputClosed):
             raise
         except Exception as error:  # noqa: BLE001  # the border: users see no tracebacks
