@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import libvirt
 import nbd
 import pytest
 
@@ -304,11 +303,6 @@ def lost_writes(one: Scene) -> list[str]:
             if found[n * CLUSTER : (n + 1) * CLUSTER] != want[n * CLUSTER : (n + 1) * CLUSTER]
         ]
     return lost
-
-
-def is_unsupported(failure: virtbackup.Error) -> bool:
-    """Whether an engine is not for this QEMU."""
-    return bool(failure.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
 
 
 @contextlib.contextmanager
