@@ -4,7 +4,8 @@
 ``fake:///NAME`` has the domains vm1 (disks vda, sdb and an empty sr0), ``7``, ``my vm`` and the
 inactive ``off``. A backup lives as long as the connection. NAME asks for trouble: ``bad`` fails
 every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call,
-``mute`` tells nothing of a backup that runs.
+``mute`` tells nothing of a backup that runs, and ``theirs`` fails a start by libvirt-python's own
+error.
 """
 
 import dataclasses
@@ -80,6 +81,8 @@ class Driver:
     def domain_backup_start(self, domain: hypervisor.DomainRef, xml: str, flags: int) -> None:
         if self.trouble == "bug":
             raise RuntimeError("two\nlines")
+        if self.trouble == "theirs":
+            raise libvirt.libvirtError("said by libvirt itself")
         if self.trouble == "hang":
             print("hanging", flush=True)
             threading.Event().wait()

@@ -117,11 +117,12 @@ def _option_misuses(
             f"Failed to get option '{option.name}': Option argument is empty",
         )
     if option.kind is vsh.Kind.INT:
-        yield (
-            f"{title}=abc",
-            [*good, f"{use}=abc"],
-            f"Numeric value 'abc' for <{option.name}> option is malformed or out of range",
-        )
+        for value in ("abc", option.least - 1, option.most + 1):
+            yield (
+                f"{title}={value}",
+                [*good, f"{use}={value}"],
+                f"Numeric value '{value}' for <{option.name}> option is malformed or out of range",
+            )
     if option.choices:
         expected = " or ".join(option.choices)
         yield (
@@ -515,6 +516,15 @@ def test_start_from_no_text(run: Run, tmp_path: pathlib.Path) -> None:
     path.write_bytes(b"\xff")
     message = f"error: file '{path}' is not UTF-8 text\n"
     assert run("backup-start", "vm1", str(path)) == (1, "", message)
+
+
+def test_pull_tells_a_program_of_every_failure(run: Run, tmp_path: pathlib.Path) -> None:
+    """Also of one that is not worded by us: the driver of libvirt's hosts hands some on."""
+    made = tmp_path / "made"
+    status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///theirs")
+    assert (status, err) == (1, "error: said by libvirt itself\n")
+    assert json.loads(out) == {"event": "failed", "code": None, "error": "said by libvirt itself"}
+    assert not made.exists()
 
 
 # --- translate ------------------------------------------------------------------------------------
@@ -939,10 +949,6 @@ def test_start_as_starts(run: Run) -> None:
         (["--unix", "/a", "--autoport"], "Options --unix and --autoport are mutually exclusive"),
         (["--host", "h", "--port", "1", "--autoport"],
          "Options --port and --autoport are mutually exclusive"),
-        (["--host", "h", "--port", "-1"],
-         "Numeric value '-1' for <port> option is malformed or out of range"),
-        (["--host", "h", "--port", "65536"],
-         "Numeric value '65536' for <port> option is malformed or out of range"),
         (["--unix", "/a", "--disk", "a,b"], "invalid --disk 'a,b': 'b' is not understood"),
         (["--unix", "/a", "--disk", "a,b=c"], "invalid --disk 'a,b=c': 'b=c' is not understood"),
         (["--unix", "/a", "--disk", "a,source="],

@@ -115,10 +115,6 @@ def _address(args: vsh.Args) -> "backup_conf.Address":
         port = 0
     if host is None or port is None:
         raise vsh.UsageError("command 'backup-start-as' requires --unix, or --host and --port")
-    if not 0 <= port <= 65535:
-        raise vsh.UsageError(
-            f"Numeric value '{port}' for <port> option is malformed or out of range"
-        )
     return backup_conf.IpAddress(host, port or None, tls, None if port else True)
 
 
@@ -396,7 +392,9 @@ COMMANDS = (
                 completer=vsh.complete_files,
             ),
             vsh.Option("host", vsh.Kind.STRING, "host name or address to listen on"),
-            vsh.Option("port", vsh.Kind.INT, "TCP port to listen on; 0 is any that is free"),
+            vsh.Option(
+                "port", vsh.Kind.INT, "TCP port to listen on; 0 is any that is free", most=65535
+            ),
             vsh.Option("autoport", vsh.Kind.BOOL, "listen on any TCP port that is free"),
             vsh.Option("tls", vsh.Kind.BOOL, "export over TLS, as virtbackup.conf says"),
             vsh.Option(

@@ -13,7 +13,9 @@ import enum
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,6 +88,9 @@ class Option:
     """May be given more than once."""
     choices: tuple[str, ...] = ()
     """The values that make sense; empty: any."""
+    least: int = 0
+    most: int = 10**18 - 1
+    """Of an INT."""
     completer: Completer | None = None
 
     @property
@@ -99,7 +104,9 @@ class Option:
             return
         if not value:
             raise UsageError(f"Failed to get option '{self.name}': Option argument is empty")
-        if self.kind is Kind.INT and not re.fullmatch(r"[0-9]{1,18}", value):
+        if self.kind is Kind.INT and not (
+            re.fullmatch(r"[0-9]{1,18}", value) and self.least <= int(value) <= self.most
+        ):
             raise UsageError(
                 f"Numeric value '{value}' for <{self.name}> option is malformed or out of range"
             )
@@ -705,6 +712,18 @@ def _width(text: str) -> int:
         0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
         for char in text
     )
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Go on until SIGINT, SIGTERM or SIGHUP comes, for work that knows no other end."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        if threading.current_thread() is threading.main_thread():
+            for ending in (signal.SIGTERM, signal.SIGHUP):
+                before = signal.signal(ending, signal.default_int_handler)
+                stack.callback(signal.signal, ending, before)
+        yield
 
 
 # --- the commands of every shell ------------------------------------------------------------------
