@@ -7,8 +7,6 @@ They need a driver below libvirt's API, so unlike all other tools this one impor
 import contextlib
 import os
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -83,14 +81,10 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         except ValueError as error:
             raise vsh.Failure(f"'{args.text('file')}': {error}") from error
         stack.enter_context(server)
-        if threading.current_thread() is threading.main_thread():
-            for ending in (signal.SIGTERM, signal.SIGHUP):
-                before = signal.signal(ending, signal.default_int_handler)
-                stack.callback(signal.signal, ending, before)
-        with contextlib.suppress(KeyboardInterrupt):
-            shell.print(str(path))
-            vsh.flush()
-            server.ended.wait()
+        stack.enter_context(vsh.until_interrupted())
+        shell.print(str(path))
+        vsh.flush()
+        server.ended.wait()
 
 
 def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
