@@ -19,7 +19,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import shell_driver
+from tests import shell_driver, waiting
 from virtbackup import errors
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup, virsh_connection, vsh, vsh_readline
@@ -1186,8 +1186,7 @@ class Terminal:
         """Until it waits for what is typed: an interrupt that comes just before that is only seen
         with the next key (Python's readline)."""
         status = pathlib.Path(f"/proc/{self.process.pid}/stat")
-        while status.read_text().rpartition(")")[2].split()[0] != "S":
-            pass  # the test's own time limit applies
+        waiting.until(lambda: status.read_text().rpartition(")")[2].split()[0] == "S")
 
     def close(self) -> int:
         """The exit status."""

@@ -23,6 +23,7 @@ import pytest
 
 import virtbackup
 from demo import guest, judge, records
+from tests import waiting
 from tests.live import machines
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import monitor
@@ -164,9 +165,8 @@ def scene(
     below = source.format(file=file) if source else f"file.driver=file,file.filename={file}"
     thread = ("-object", "iothread,id=io0") if iothread else ()
     inside = ",iothread=io0" if iothread else ""
-    # A guest that does nothing at all, so that nothing happens but what a fault does.
-    halted = bytes.fromhex("fa f4 eb fd").ljust(16, b"\x90").rjust(64 << 10, b"\x90")
-    (directory / "halt.bin").write_bytes(halted)
+    # So that nothing happens but what a fault does.
+    (directory / "halt.bin").write_bytes(machines.HALT)
     with machines.qemu(
         directory, *thread, "-bios", f"{directory}/halt.bin",
         "-blockdev", f"qcow2,node-name=base,read-only=on,file.driver=file,"
@@ -395,9 +395,8 @@ def restart_watched(one: Scene) -> None:
 
 
 def wait_until_given_up(one: Scene) -> None:
-    """Until the watch has ended the backup; the test's own time limit applies."""
-    while one.info().state != "failed":
-        pass
+    """Until the watch has ended the backup."""
+    waiting.until(lambda: one.info().state == "failed")
 
 
 _START = """

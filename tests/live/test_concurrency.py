@@ -26,6 +26,7 @@ import nbd
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import machines, nbdclient
 from virtbackup.nbd import copy
 from virtbackup.qemu import status
@@ -564,7 +565,7 @@ def test_libvirts_own_backup(tmp_path: pathlib.Path, places: tuple[pathlib.Path,
             _all_refused(domain, theirs)
             assert peer.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
             peer.abortJob()
-            _wait_until(lambda: peer.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+            waiting.until(lambda: peer.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
             assert domain.everything() == before
 
             assert domain.one("start").status == 0
@@ -578,10 +579,3 @@ def test_libvirts_own_backup(tmp_path: pathlib.Path, places: tuple[pathlib.Path,
             machine.probe.close()
         finally:
             peer.destroy()
-
-
-def _wait_until(ready: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.01)
