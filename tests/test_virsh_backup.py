@@ -305,11 +305,6 @@ def test_where_to_go_without_a_libvirtd(
     )
 
 
-def test_what_cannot_be_compared_is_trouble_and_no_misuse(run: Run) -> None:
-    message = "error: Failed to open file '/nowhere': No such file or directory\n"
-    assert run("monitor-diff", "/nowhere", "/nowhere") == (2, "", message)
-
-
 def test_trace_that_cannot_be_written(run: Run) -> None:
     message = "error: Failed to open file '/nowhere/x': No such file or directory\n"
     assert run("--trace", "/nowhere/x", "echo") == (1, "", message)
