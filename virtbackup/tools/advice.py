@@ -66,7 +66,7 @@ KNOWN = (
     ),
     Known(
         None, ("unable to connect to server at", _REFUSED),
-        "Is virtbackupd running there, and told to --listen at that port?",
+        "Start virtbackupd there, told to --listen at that port",
     ),
     Known(
         None, ("Cannot read", "CA certificate"),
