@@ -175,7 +175,8 @@ def test_what_virsh_calls_otherwise_is_done_here() -> None:
         (["-d", "x"], "option -d takes a number from 0 to 4"),
         (["-d5"], "option -d takes a number from 0 to 4"),
         (["--version=x"], "option --version takes short or long"),
-        (["uri", "-c", "x"], "unexpected data '-c'\n'help uri' shows what it takes"),
+        (["uri", "-c", "x"],
+         "unexpected data '-c'\nThe shell's own options stand in front of the command"),
         (["list; echo 'a"], "missing '"),
         (["backup-strat"], "unknown command: 'backup-strat'\n"
          "Did you mean: backup-start, backup-start-as, backup-stop?"),
@@ -807,7 +808,7 @@ def test_cleanup(run: Run) -> None:
     ],
 )
 def test_nbd_uri(address: backup_conf.Address, uri: str) -> None:
-    assert virsh_backup.nbd_uri(address, "v%") == uri
+    assert virsh_connection.nbd_uri(address, "v%") == uri
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,11 @@ import pathlib
 import re
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import virtbackup
 from virtbackup.tools import (
-    monitor_tools,
-    rpc_tools,
     virsh_branch,
     virsh_compare,
     virsh_complete,
@@ -24,9 +21,11 @@ from virtbackup.tools import (
     virsh_domain,
     virsh_host,
     virsh_map,
+    virsh_monitor,
     virsh_options,
     virsh_pull,
     virsh_restore,
+    virsh_rpc,
     virsh_translate,
     vsh,
     vsh_readline,
@@ -225,7 +224,9 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         virsh_connection.print_json(shell, _info_facts(domain.name(), info))
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(info.started))
-    addresses = [("Address", nbd_uri(info.address, disk.export)) for disk in info.disks]
+    addresses = [
+        ("Address", virsh_connection.nbd_uri(info.address, disk.export)) for disk in info.disks
+    ]
     branch = [] if info.branch is None else [("Branch", info.branch)]
     facts = [
         ("State", info.state),
@@ -289,7 +290,7 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
         {
             "name": disk.name,
             "export": disk.export,
-            "uri": nbd_uri(info.address, disk.export),
+            "uri": virsh_connection.nbd_uri(info.address, disk.export),
             "state": disk.state,
             "reason": disk.reason,
             "capacity": disk.capacity,
@@ -326,18 +327,6 @@ def _address_facts(address: "backup_conf.Address") -> dict[str, object]:
     if isinstance(address, backup_conf.UnixAddress):
         return {"type": "unix", "path": address.path, "tls": tls}
     return {"type": "ip", "host": address.host, "port": address.port, "tls": tls}
-
-
-def nbd_uri(address: "backup_conf.Address", export: str) -> str:
-    """The URI by which NBD clients find EXPORT (the NBD URI specification)."""
-    from virtbackup.conf import backup_conf
-
-    name = urllib.parse.quote(export, safe="")
-    nbd = "nbds" if address.tls else "nbd"
-    if isinstance(address, backup_conf.UnixAddress):
-        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(address.path)}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"{nbd}://{host}:{address.port}/{name}"
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -441,8 +430,8 @@ TABLE = vsh.Table(
         virsh_host.GROUP,
         GROUP,
         virsh_branch.GROUP,
-        monitor_tools.GROUP,
-        rpc_tools.GROUP,
+        virsh_monitor.GROUP,
+        virsh_rpc.GROUP,
         vsh.Group(vsh.GROUP, "Virsh-backup itself"),
     ),
     commands=tuple(
@@ -452,8 +441,8 @@ TABLE = vsh.Table(
                 *virsh_host.COMMANDS,
                 *COMMANDS,
                 *virsh_branch.COMMANDS,
-                *monitor_tools.COMMANDS,
-                rpc_tools.DUMP,
+                *virsh_monitor.COMMANDS,
+                virsh_rpc.DUMP,
                 virsh_compare.COMPARE,
                 virsh_map.MAP,
                 virsh_pull.PULL,

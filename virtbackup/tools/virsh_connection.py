@@ -8,11 +8,15 @@ import os
 import pathlib
 import re
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import virtbackup
 from virtbackup.tools import vsh
+
+if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
+    from virtbackup.conf import backup_conf
 
 logger = logging.getLogger(__name__)
 
@@ -299,3 +303,15 @@ def human_size(size: int | None) -> str:
     while value >= 1023.995 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.2f} {units[0]}iB"
+
+
+def nbd_uri(address: "backup_conf.Address", export: str) -> str:
+    """The URI by which NBD clients find EXPORT (the NBD URI specification)."""
+    from virtbackup.conf import backup_conf
+
+    name = urllib.parse.quote(export, safe="")
+    nbd = "nbds" if address.tls else "nbd"
+    if isinstance(address, backup_conf.UnixAddress):
+        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(address.path)}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{nbd}://{host}:{address.port}/{name}"

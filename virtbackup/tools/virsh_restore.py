@@ -356,9 +356,7 @@ def _tell_exports(
     names: list[str],
     address: "backup_conf.Address",
 ) -> None:
-    from virtbackup.tools import virsh_backup
-
-    uris = {name: virsh_backup.nbd_uri(address, name) for name in names}
+    uris = {name: virsh_connection.nbd_uri(address, name) for name in names}
     if args.flag("json"):
         virsh_connection.print_json(shell, {"point": _point_facts(point), "exports": uris})
         return

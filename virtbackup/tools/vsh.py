@@ -387,7 +387,9 @@ class ArgumentParser:
     def _feed_data(self, word: str) -> None:
         option = self.next_data()
         if option is None:
-            raise UsageError(f"unexpected data '{word}'")
+            own = re.match(r"-\w", word)
+            hint = "The shell's own options stand in front of the command" if own else None
+            raise UsageError(f"unexpected data '{word}'", hint)
         self._give(option, word)
 
     def _feed_option(self, word: str) -> None:
