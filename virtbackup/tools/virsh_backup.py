@@ -460,9 +460,15 @@ TABLE = vsh.Table(
 
 # --- the program ----------------------------------------------------------------------------------
 
+_SELDOM = 100_000
+"""Objects that are new until garbage is looked for."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; its exit status. ARGV None: the process's own, and it ends after this."""
+    if argv is None:
+        # Or it is looked through for garbage, of which there is none, while modules are loaded.
+        gc.set_threshold(_SELDOM)
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     finally:
