@@ -25,12 +25,13 @@ import libvirt_qemu
 from lxml import etree
 
 from tests import waiting
-from tests.live import machines
+from tests.live import machines, nbdclient
 from virtbackup.qemu import lifecycle
 
 HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 DEADLINE = 30.0
 wait_for = waiting.until
+read = nbdclient.read
 MIB = 1 << 20
 
 # Everything below the directory in $1; the daemon takes the shell's place.
@@ -339,12 +340,6 @@ def _undefine(domain: "libvirt.virDomain") -> None:
     )
     with contextlib.suppress(libvirt.libvirtError):
         domain.undefineFlags(flags)
-
-
-def read(socket: pathlib.Path, export: str) -> bytes:
-    """What an export holds, by nbdcopy."""
-    uri = f"nbd+unix:///{export}?socket={socket}"
-    return subprocess.run(["nbdcopy", uri, "-"], check=True, capture_output=True).stdout
 
 
 def end_of_a_transient_domain() -> str:

@@ -319,16 +319,16 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def start_and_die(uri: str, xml: str, *flags: str) -> None:
+def start_and_die(uri: str, xml: str, autodestroy: bool = False) -> None:
     """By a process that is gone afterwards, so that nobody watches."""
-    owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if flags else 0
+    flags = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if autodestroy else 0
     code = (
         "import os, signal, sys, virtbackup\n"
         "dom = virtbackup.open(sys.argv[1]).listAllDomains()[0]\n"
         "dom.backupStart(sys.argv[2], int(sys.argv[3]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(owned)], check=False)
+    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(flags)], check=False)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -399,23 +399,9 @@ def wait_until_given_up(one: Scene) -> None:
     waiting.until(lambda: one.info().state == "failed")
 
 
-_START = """
-import os, signal, sys, virtbackup
-domain = virtbackup.open(sys.argv[1]).listAllDomains()[0]
-domain.backupStart(sys.argv[2], int(sys.argv[3]))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def restart_by_killed_process(one: Scene, autodestroy: bool = False) -> None:
     """The same backup again, by a process that is killed once it runs."""
-    flags = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if autodestroy else 0
-
-    def start() -> None:
-        argv = [sys.executable, "-c", _START, one.uri, one.document(), str(flags)]
-        assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
-
-    _anew(one, start)
+    _anew(one, lambda: start_and_die(one.uri, one.document(), autodestroy))
 
 
 def refused_while_held(one: Scene) -> str:
