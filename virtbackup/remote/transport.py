@@ -27,6 +27,8 @@ T = TypeVar("T")
 CHUNK = 1 << 16
 """Bytes that are read or written at once."""
 BACKLOG = 128
+SO_PASSRIGHTS = 83
+"""asm-generic/socket.h."""
 SCM_MAX_FD = 253
 """Descriptors that come with one recvmsg at most (the kernel's limit)."""
 
@@ -139,6 +141,13 @@ def _is_left_over(path: str) -> bool:
         except OSError:
             return False
     return False
+
+
+def refuse_descriptors(listening: socket.socket) -> None:
+    """Have the kernel (Linux 6.16) refuse descriptors that clients pass: some take their owner's
+    time to close, which is ours once we have them."""
+    with contextlib.suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def connected(address: Address, timeout: float | None = None) -> socket.socket:
