@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import pathlib
+import re
 import signal
 import socket
 import ssl
@@ -99,6 +100,29 @@ def test_a_host_that_comes_later(tmp_path: pathlib.Path) -> None:
         assert client.lookup("b").name == "b"
         late.tell(hypervisor.LifecycleEvent(B, 2, 0))
         assert client.event().proc == REMOTE["DOMAIN_EVENT_CALLBACK_LIFECYCLE"]
+
+
+def test_a_driver_whose_events_cannot_be_had_is_closed(tmp_path: pathlib.Path) -> None:
+    """It is opened anew with the next call, and the next."""
+    opened: list[daemon_scene.Driver] = []
+
+    class Deaf(daemon_scene.Driver):
+        def event_register(
+            self, callback: Callable[[hypervisor.Event], None]
+        ) -> Callable[[], None]:
+            if len(opened) < 3:
+                raise errors.error(libvirt.VIR_ERR_SYSTEM_ERROR, "too many callbacks")
+            return super().event_register(callback)
+
+    def open_driver() -> hypervisor.Driver:
+        opened.append(Deaf(A))
+        return opened[-1]
+
+    with daemon_scene.serving(tmp_path, open_driver) as served, served.connect() as client:
+        for _ in range(2):
+            assert "too many callbacks" in daemon_scene.code_of(client.names)[1]
+        assert client.names() == ["a"]
+        assert [one.closed for one in opened] == [True, True, False]
 
 
 def test_no_host_at_all(tmp_path: pathlib.Path) -> None:
@@ -735,6 +759,20 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
             assert client.open().names()
         assert program.end(signal.SIGINT) == 0
     notify.close()
+
+
+def test_what_clients_say_is_one_line_of_the_log(tmp_path: pathlib.Path) -> None:
+    """Of no more than so many characters, none of which controls a terminal."""
+    with daemon_scene.Program(tmp_path, "--uri", "test:///default") as program:
+        with program.connect() as client:
+            for name in ("x\nERROR root: forged", "\x1b[2J\u202e\udcff", "y" * 4_000_000):
+                daemon_scene.code_of(client.lookup, name)
+        assert program.end() == 0
+    log = program.log.read_text()
+    assert not re.search("^ERROR", log, re.MULTILINE)
+    assert r"matching name 'x\nERROR root: forged'" in log
+    assert r"matching name '\x1b[2J\u202e\udcff'" in log
+    assert max(map(len, log.splitlines())) < 5000
 
 
 ACTIVATED = """

@@ -63,14 +63,18 @@ class Host:
                 logger.warning("uri=%s cannot be opened: %s", self.uri, error)
             self._failure = str(error)
             raise error from failure
+        try:
+            register = getattr(driver, "event_register", None)
+            if register is not None and self._callback is not None:
+                register(self._callback)
+        except BaseException:
+            driver.close()
+            raise
         logger.info("uri=%s opened", self.uri)
         self._failure = None
         adopt = getattr(driver, "adopt_backups", None)
         if adopt is not None:
             threading.Thread(target=self._adopt, args=(adopt,), daemon=True).start()
-        register = getattr(driver, "event_register", None)
-        if register is not None and self._callback is not None:
-            register(self._callback)
         return driver
 
     def _adopt(self, adopt: Callable[[], None]) -> None:

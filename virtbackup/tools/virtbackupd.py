@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import libvirt
 
@@ -29,15 +30,18 @@ _FIRST_FD = 3
 """Of those that systemd hands over (sd_listen_fds)."""
 _DRIVERS_FDS = 4096
 """Descriptors that drivers have room for."""
+_MAX_LINE = 4000
+"""Characters of a line of the log."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped, or the configuration is good; 1 it could not run; 2 usage."""
     options = virtbackupd_options.parser(_version()).parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(
-        stream=sys.stderr,
         level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
-        format="%(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
     )
     libvirt.registerErrorHandler(lambda *_: None, None)  # it would print what is raised
     try:
@@ -50,6 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except libvirt.libvirtError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+
+
+class _Formatter(logging.Formatter):
+    """Clients choose what much of the log says, so that is shown: it neither begins a line, nor
+    controls a terminal, nor goes on for ever."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _shown(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {_shown(line)}" for line in super().formatException(ei).splitlines())
+
+
+def _shown(text: str) -> str:
+    """TEXT as one line of characters that can be seen, cut where it is too long."""
+    if len(text) > _MAX_LINE:
+        text = f"{text[:_MAX_LINE]}... ({len(text)} characters)"
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _version() -> str:
