@@ -244,9 +244,13 @@ def test_a_domain_that_is_hidden(tmp_path: pathlib.Path) -> None:
         refused = list(by(client, LOOKS + CHANGES + SECRETS))
         assert len(refused) == len(LOOKS + CHANGES + SECRETS)
         perms = ["read"] * len(LOOKS) + ["backup"] * len(CHANGES + SECRETS)
-        for (_, code, text), perm in zip(refused, perms, strict=True):
+        for (name, code, text), perm in zip(refused, perms, strict=True):
             assert code == libvirt.VIR_ERR_ACCESS_DENIED
-            assert text.endswith(f"has not the permission '{perm}' on domain 'web-1'")
+            said = {
+                "DOMAIN_LOOKUP_BY_ID": "with id 1",
+                "DOMAIN_LOOKUP_BY_UUID": f"with uuid '{WEB.uuid}'",
+            }.get(name, "'web-1'")
+            assert text.endswith(f"has not the permission '{perm}' on domain {said}")
         # Nor are its events told to whoever wants all.
         client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
         for ref in (WEB, DB):
@@ -307,7 +311,8 @@ def test_what_changes_something_is_not_for_read_only(tmp_path: pathlib.Path) -> 
 
 
 def test_a_name_that_a_client_makes_up(tmp_path: pathlib.Path) -> None:
-    """The uuid decides which domain is meant, so its own name decides who may."""
+    """The uuid decides which domain is meant, so its own name decides who may; and who may not look
+    at it does not hear that name."""
     driver = Driver(DB, WEB)
     settings = {"access": (f"unix:{me()} db-* read,backup",)}
     lie = wire_conf.domain_to_wire(hypervisor.DomainRef("db-1", WEB.uuid, 2))
@@ -316,7 +321,21 @@ def test_a_name_that_a_client_makes_up(tmp_path: pathlib.Path) -> None:
         served.connect() as client,
     ):
         code, text = daemon_scene.code_of(client.call, REMOTE, "DOMAIN_SUSPEND", lie)
-        assert (code, text[-7:]) == (libvirt.VIR_ERR_ACCESS_DENIED, "'web-1'")
+        assert code == libvirt.VIR_ERR_ACCESS_DENIED
+        assert text.endswith("has not the permission 'backup' on domain 'db-1'")
+
+
+def test_names_that_several_have_are_nobody_s_to_find_out(tmp_path: pathlib.Path) -> None:
+    """Nor is it told whether there is a domain of a name that is hidden."""
+    other = daemon_scene.ref("web-1", 1, number=77)
+    settings = {"access": (f"unix:{me()} db-* read,backup",)}
+    serving = daemon_scene.serving(tmp_path, Driver(WEB), Driver(other), settings=settings)
+    with serving as served, served.connect() as client:
+        for name in ("web-1", "web-2"):
+            code, text = daemon_scene.code_of(client.lookup, name)
+            assert code == libvirt.VIR_ERR_ACCESS_DENIED
+            assert text.endswith(f"has not the permission 'read' on domain '{name}'")
+        assert daemon_scene.code_of(client.lookup, "db-2")[0] == libvirt.VIR_ERR_NO_DOMAIN
 
 
 def test_nothing_for_whom_no_rule_is(tmp_path: pathlib.Path) -> None:

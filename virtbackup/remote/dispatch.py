@@ -159,24 +159,22 @@ class Session:
         does."""
         return perm in self.daemon.policy.granted(self.peer.identity, name)
 
-    def check(self, perm: access.Perm, name: str, function: str) -> None:
-        """Errors: VIR_ERR_OPERATION_DENIED for what a read-only connection may not do,
-        VIR_ERR_ACCESS_DENIED for what the policy does not grant."""
-        if self.read_only and perm not in access.READ_ONLY:
-            raise access.read_only(function)
+    def check(self, perm: access.Perm, name: str, called: str | None = None) -> None:
+        """CALLED is what the client has called the domain of that NAME, which whoever may not look
+        at it is not to hear. Errors: VIR_ERR_ACCESS_DENIED for what the policy does not grant."""
         if not self.may(perm, name):
-            raise access.denied(self.peer.identity, perm, name)
+            raise access.denied(self.peer.identity, perm, called or f"'{name}'")
 
     def domain(
         self, sent: remote_types.NonnullDomain, function: str, perm: access.Perm = access.Perm.READ
     ) -> domains.Found:
         """The domain that a client means, for a FUNCTION that takes PERM. Errors: as ``check``;
-        VIR_ERR_NO_DOMAIN."""
+        VIR_ERR_OPERATION_DENIED for what a read-only connection may not do; VIR_ERR_NO_DOMAIN."""
         ref = wire_conf.domain_from_wire(sent)
         if self.read_only and perm not in access.READ_ONLY:
             raise access.read_only(function)
         found = self.daemon.domains.by_uuid(ref.uuid)
-        self.check(perm, found.ref.name, function)
+        self.check(perm, found.ref.name, f"'{ref.name}'")
         return found
 
     def visible(self, found: Iterable[domains.Found]) -> list[domains.Found]:

@@ -136,25 +136,26 @@ def list_defined_domains(
     return structs.ConnectListDefinedDomainsRet(tuple(names[: max(0, args.maxnames)]))
 
 
-def _found(session: Session, one: domains.Found, function: str) -> structs.DomainRet:
-    session.check(access.Perm.READ, one.ref.name, function)
-    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
-
-
 @handles(REMOTE, "DOMAIN_LOOKUP_BY_ID")
 def lookup_by_id(session: Session, args: structs.DomainLookupByIdArgs) -> structs.DomainRet:
-    return _found(session, session.daemon.domains.by_id(args.id), "virDomainLookupByID")
+    one = session.daemon.domains.by_id(args.id)
+    session.check(access.Perm.READ, one.ref.name, f"with id {args.id}")
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
 
 
 @handles(REMOTE, "DOMAIN_LOOKUP_BY_NAME")
 def lookup_by_name(session: Session, args: structs.DomainLookupByNameArgs) -> structs.DomainRet:
-    return _found(session, session.daemon.domains.by_name(args.name), "virDomainLookupByName")
+    session.check(access.Perm.READ, args.name)
+    one = session.daemon.domains.by_name(args.name)
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
 
 
 @handles(REMOTE, "DOMAIN_LOOKUP_BY_UUID")
 def lookup_by_uuid(session: Session, args: structs.DomainLookupByUuidArgs) -> structs.DomainRet:
     uuid = wire_conf.uuid_from_wire(args.uuid)
-    return _found(session, session.daemon.domains.by_uuid(uuid), "virDomainLookupByUUID")
+    one = session.daemon.domains.by_uuid(uuid)
+    session.check(access.Perm.READ, one.ref.name, f"with uuid '{uuid}'")
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
 
 
 # --- what they are ---
