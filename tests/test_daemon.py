@@ -625,6 +625,44 @@ def test_a_group_that_may_connect(tmp_path: pathlib.Path) -> None:
         assert found.st_gid == 65534
 
 
+def test_a_link_in_the_place_of_the_socket(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write to the directory does not have us change what is elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    before = victim.stat()
+    settings = {"unix_sock_group": "nogroup", "unix_sock_mode": "0666"}
+    binds, listens = socket.socket.bind, transport.listen
+
+    def swap(path: str) -> None:
+        pathlib.Path(path).unlink()
+        pathlib.Path(path).symlink_to(victim)
+
+    def bind(self: socket.socket, path: str) -> None:
+        binds(self, path)
+        swap(path)
+
+    def listen(address: transport.Address, mode: int) -> socket.socket:
+        made = listens(address, mode)
+        swap(address.path)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "bind", bind)
+        serving = daemon_scene.serving(tmp_path, daemon_scene.Driver(A), settings=settings)
+        with pytest.raises(libvirt.libvirtError, match="somebody has replaced it"), serving:
+            pass
+    (tmp_path / "daemon.sock").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(transport, "listen", listen)
+        with daemon_scene.serving(tmp_path, daemon_scene.Driver(A), settings=settings):
+            pass
+    after = victim.stat()
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+
+
 # --- the program ---
 
 PROGRAM = [sys.executable, "-m", "virtbackup.tools.virtbackupd"]

@@ -108,7 +108,7 @@ class Daemon:
         if gid is None:
             return
         try:
-            os.chown(path, -1, gid)
+            os.chown(path, -1, gid, follow_symlinks=False)
         except OSError as failure:
             name = self.settings.unix_sock_group
             raise errors.system_error(failure, f"cannot give '{path}' to '{name}'") from failure

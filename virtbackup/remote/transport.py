@@ -8,6 +8,7 @@ connection at once. Descriptors travel over unix sockets alone.
 import array
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import os
@@ -108,12 +109,23 @@ def _listen_unix(path: str, mode: int) -> socket.socket:
                     raise
                 os.unlink(path)  # noqa: PTH108
                 made.bind(path)
-            os.chmod(path, mode)  # noqa: PTH101  (what the umask took)
+            _set_mode(path, mode)  # what the umask took
             made.listen(BACKLOG)
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _set_mode(path: str, mode: int) -> None:
+    """Of a socket at PATH, and not of what somebody puts there in its place. Errors: OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise OSError(errno.EEXIST, "somebody has replaced it")
+        os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
