@@ -95,8 +95,11 @@ def test_calls_reach_the_driver() -> None:
     assert opened[0].calls == [("start", "up", "<x/>", 1), ("stop", "up", 1)]
 
 
-def test_the_proposals_constant() -> None:
+def test_the_numbers_of_the_public_flags() -> None:
+    """They are the contract, and the wire's."""
     assert virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE == 1
+    assert virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY == 2
+    assert virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL == 1
 
 
 def test_lookups() -> None:

@@ -25,7 +25,6 @@ from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
     connect,
     driver,
-    native,
     remote_types,
     rpc,
     rpc_error,
@@ -749,7 +748,7 @@ def test_a_domain_that_ended_had_no_good_backup(
     no_domain = raises(errors.error(libvirt.VIR_ERR_NO_DOMAIN, "vm"))
     theirs.handlers["REMOTE.DOMAIN_IS_ACTIVE"] = no_domain
     theirs.handlers["REMOTE.DOMAIN_GET_JOB_STATS"] = no_domain
-    opened.domain_backup_stop(REF, native.STOP_CANCEL)
+    opened.domain_backup_stop(REF, hypervisor.STOP_CANCEL)
 
 
 def test_a_job_that_does_not_end(
@@ -764,7 +763,7 @@ def test_a_job_that_does_not_end(
 
 def test_autodestroy_is_ours_to_see_to(daemon: Libvirtd, uri: str) -> None:
     first, second = (driver.open(uri, False) for _ in range(2))
-    first.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    first.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     second.close()
     assert daemon.aborted == 0
     first.close()
@@ -779,13 +778,13 @@ def test_a_backup_that_cannot_be_ended_on_close_is_said(
     daemon: Libvirtd, theirs: rpc_server.Server, uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened = driver.open(uri, False)
-    opened.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = refuse
     opened.close()
     assert "domain=vm backup not ended on close: access denied: not you" in caplog.text
     opened = driver.open(uri, False)
     daemon.begun = None
-    opened.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     daemon.begun = None  # somebody else has ended it
     caplog.clear()
     opened.close()
@@ -803,7 +802,7 @@ def test_a_backup_that_cannot_be_ended_on_close_is_said(
          "virDomainBranchDelete (the server is libvirt's own"),
         (lambda d: d.domain_backup_cleanup(REF, 0), libvirt.VIR_ERR_NO_SUPPORT,
          "virDomainBackupCleanup (the server is libvirt's own"),
-        (lambda d: d.domain_backup_start(REF, PROPOSAL, native.START_QUIESCE),
+        (lambda d: d.domain_backup_start(REF, PROPOSAL, hypervisor.START_QUIESCE),
          libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "libvirt's own backup does not quiesce"),
         (lambda d: d.domain_backup_start(
             REF, PROPOSAL.replace("<disks>", '<branch name="b"/><disks>'), 0),
@@ -860,9 +859,3 @@ def test_a_server_that_changes_its_kind(uri: str, tmp_path: pathlib.Path) -> Non
         }
         with rpc_server.Server(address, handlers):
             assert opened.domain_branch_list(REF, 0) == []
-
-
-def test_the_numbers_of_the_public_flags() -> None:
-    assert native.START_QUIESCE == virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE
-    assert native.START_AUTODESTROY == virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
-    assert native.STOP_CANCEL == virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL

@@ -132,7 +132,7 @@ class Session:
         """Cancel a backup, if it is that one. Errors: VIR_ERR_NO_DOMAIN_BACKUP, the driver's."""
         found = self.daemon.domains.by_uuid(uuid)
         if id is None or backup_id(found) == id:
-            found.call("virDomainBackupStop", "domain_backup_stop", STOP_CANCEL)
+            found.call("virDomainBackupStop", "domain_backup_stop", hypervisor.STOP_CANCEL)
 
     def end_with(self, uuid: str, id: str | None) -> None:
         """Have a domain's backup end with the connection."""
@@ -311,9 +311,6 @@ MessagesOf = Callable[[Session, hypervisor.DomainRef, Any], Iterable[rpc.Message
 MESSAGES_OF: dict[type, MessagesOf] = {}
 """Kind of event -> the messages that a session wants of one."""
 
-STOP_CANCEL = 1 << 0
-"""The public flag (api.py), which this layer may not import: the number is the contract."""
-
 
 def handles(of: program.Program, name: str, opened: bool = True) -> Callable[[_F], _F]:
     """Marks the handler of the procedure NAME."""
@@ -327,9 +324,3 @@ def handles(of: program.Program, name: str, opened: bool = True) -> Callable[[_F
 
 def _name(call: rpc.Message) -> str:
     return call.proc.name if call.proc else f"{call.program:#x}:{call.procedure}"
-
-
-def check_flags(function: str, flags: int, known: int) -> None:
-    """Errors: VIR_ERR_INVALID_ARG for FLAGS that are not KNOWN."""
-    if unknown := flags & ~known:
-        raise errors.unsupported_flags(function, unknown)

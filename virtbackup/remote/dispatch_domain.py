@@ -10,15 +10,13 @@ import libvirt
 from virtbackup import access, errors, hypervisor
 from virtbackup.remote import domains, protocol, remote_types, rpc_error, wire_conf, xdr
 from virtbackup.remote import remote_structs as structs
-from virtbackup.remote.dispatch import Session, check_flags, handles
+from virtbackup.remote.dispatch import Session, handles
 from virtbackup.remote.dispatch_connect import terminated
 
 logger = logging.getLogger(__name__)
 
 REMOTE, QEMU = protocol.REMOTE, protocol.QEMU
 
-_MAX_BLOCK_STATS = 16
-"""REMOTE_DOMAIN_BLOCK_STATS_PARAMETERS_MAX."""
 _SECRET = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
 """Flags of virDomainGetXMLDesc that are not for read-only connections."""
 
@@ -83,7 +81,7 @@ def list_all_domains(
     known = 0
     for group, _ in _GROUPS:
         known |= group
-    check_flags("virConnectListAllDomains", args.flags, known)
+    errors.check_flags("virConnectListAllDomains", args.flags, known)
     found = session.visible(session.daemon.domains.all())
     for group, goes_by in _GROUPS:
         wanted = args.flags & group
@@ -178,7 +176,7 @@ def get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.Xml
 @handles(REMOTE, "DOMAIN_GET_STATE")
 def get_state(session: Session, args: structs.DomainFlagsArgs) -> structs.DomainGetStateRet:
     function = "virDomainGetState"
-    check_flags(function, args.flags, 0)
+    errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     return structs.DomainGetStateRet(*found.call(function, "domain_get_state"))
 
@@ -266,7 +264,7 @@ def block_stats_flags(
 ) -> structs.DomainBlockStatsFlagsRet:
     function = "virDomainBlockStatsFlags"
     found = session.domain(args.dom, function)
-    if not 0 <= args.nparams <= _MAX_BLOCK_STATS:
+    if not 0 <= args.nparams <= remote_types.DOMAIN_BLOCK_STATS_PARAMETERS_MAX:
         raise rpc_error.internal("nparams too large")
     stats = found.call(function, "domain_block_stats_flags", args.path, args.flags)
     if not args.nparams:
