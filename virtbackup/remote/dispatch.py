@@ -20,7 +20,6 @@ from virtbackup.remote import (
     domains,
     job_stats,
     program,
-    protocol,
     remote_types,
     rpc,
     rpc_error,
@@ -66,8 +65,6 @@ class Session:
         self.opened = False
         self.read_only = False
         self.wants_close_event = False
-        self.speaks_ours = False
-        """Whether it has called our own program, and so knows its events."""
         self.subscriptions: dict[int, Subscription] = {}
         self.ends_with: dict[str, str | None] = {}
         """Domains by uuid -> the id of their backup that is to end with the connection; None: the
@@ -101,8 +98,6 @@ class Session:
             raise rpc_error.undecodable() from failure
         if handler.opened and not self.opened:
             raise rpc_error.not_open()
-        if call.program == protocol.VIRTBACKUP.number:
-            self.speaks_ours = True
         ret = handler.function(self, args)
         try:
             return rpc.reply(call, ret)

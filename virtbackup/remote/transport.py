@@ -16,13 +16,12 @@ import select
 import socket
 import ssl
 import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
-from virtbackup.remote import program, rpc
+from virtbackup.remote import rpc
 
 T = TypeVar("T")
 CHUNK = 1 << 16
@@ -185,7 +184,11 @@ def connect(
     if address.kind != "tls":
         return Transport(made)
     assert context is not None
-    return _handshake(made, lambda: _accepted(context, made, address.host))
+    try:
+        return Transport(_accepted(context, made, address.host))
+    except BaseException:
+        made.close()
+        raise
 
 
 def _accepted(context: ssl.SSLContext, made: socket.socket, host: str) -> ssl.SSLSocket:
@@ -203,50 +206,18 @@ def _accepted(context: ssl.SSLContext, made: socket.socket, host: str) -> ssl.SS
     return wrapped
 
 
-def serve(
-    accepted: socket.socket,
-    context: ssl.SSLContext | None = None,
-    timeout: float | None = None,
-    max_length: int = program.MESSAGE_MAX,
-) -> "Transport":
-    """The other end of ``connect``: with CONTEXT a tls connection once the client has shaken
-    hands within TIMEOUT seconds, so not a call for the thread that accepts. Errors: OSError."""
-    if context is None:
-        return Transport(accepted, max_length)
-    accepted.settimeout(timeout)
-    return _handshake(accepted, functools.partial(_accepting, context, accepted), max_length)
-
-
-def _accepting(context: ssl.SSLContext, accepted: socket.socket) -> ssl.SSLSocket:
-    wrapped = context.wrap_socket(accepted, server_side=True)
-    wrapped.sendall(ACCEPTED)
-    return wrapped
-
-
-def _handshake(
-    plain: socket.socket,
-    wrap: Callable[[], ssl.SSLSocket],
-    max_length: int = program.MESSAGE_MAX,
-) -> "Transport":
-    try:
-        return Transport(wrap(), max_length)
-    except BaseException:
-        plain.close()
-        raise
-
-
 # --- messages ---
 
 
 class Transport:
-    """One connection; owns its socket. MAX_LENGTH: bytes of a message that is received."""
+    """One connection; owns its socket."""
 
-    def __init__(self, connected: socket.socket, max_length: int = program.MESSAGE_MAX) -> None:
+    def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._socket.setblocking(False)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._parser = rpc.Parser(max_length)
+        self._parser = rpc.Parser()
         self._sending = threading.Lock()
         self._using = threading.Lock()
         """Held for one call of a tls socket."""
@@ -308,26 +279,6 @@ class Transport:
         for fd in self._parser.take_fds():
             os.close(fd)
         self._socket.close()
-
-    def credentials(self) -> tuple[int, int, int]:
-        """(pid, uid, gid) of the process at the other end of a unix socket, and of no other."""
-        found = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, uid, gid = struct.unpack("iII", found)
-        return pid, uid, gid
-
-    def certificate(self) -> bytes | None:
-        """The peer's certificate (DER) as tls has checked it; None where it has shown none."""
-        if isinstance(self._socket, ssl.SSLSocket):
-            return self._socket.getpeercert(binary_form=True)
-        return None
-
-    def peer_name(self) -> str:
-        """The other end's address, for logs; empty for a unix socket."""
-        try:
-            name = self._socket.getpeername()
-        except OSError:
-            return ""
-        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
 
     def _when_ready(self, use: Callable[[], T], events: int, deadline: float | None) -> T | None:
         """What USE of the socket returns once it does not block, which is when there are EVENTS or
