@@ -317,5 +317,34 @@ def handles(of: program.Program, name: str, opened: bool = True) -> Callable[[_F
     return mark
 
 
+def hands_on(
+    of: program.Program,
+    name: str,
+    function: str,
+    hook: str,
+    ret: Callable[[Any], Any] | None = None,
+    flags: int | None = None,
+) -> None:
+    """Have the procedure NAME be the driver's HOOK, by the permission which that takes. The hook is
+    given the domain that the first argument is, and then the others; what it returns are the
+    reply's fields, or what RET makes of it. FUNCTION is the public one; FLAGS those that there are,
+    where that is not the driver's to say."""
+    proc = of[name]
+
+    def handler(session: Session, args: Any) -> Any:
+        _, *rest = (getattr(args, field.name) for field in dataclasses.fields(args))
+        if flags is not None:
+            errors.check_flags(function, args.flags, flags)
+        found = session.domain(args.dom, function, access.NEEDED[hook])
+        told = found.call(function, hook, *rest)
+        if ret is not None:
+            return ret(told)
+        if proc.ret is None:
+            return None
+        return proc.ret(*told) if isinstance(told, tuple) else proc.ret(told)
+
+    HANDLERS[of.number, proc.number] = Handler(handler, opened=True)
+
+
 def _name(call: rpc.Message) -> str:
     return call.proc.name if call.proc else f"{call.program:#x}:{call.procedure}"

@@ -22,7 +22,7 @@ from virtbackup.remote import (
 )
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote import virtbackup_protocol as ours
-from virtbackup.remote.dispatch import MESSAGES_OF, Session, backup_id, handles
+from virtbackup.remote.dispatch import MESSAGES_OF, Session, backup_id, handles, hands_on
 from virtbackup.remote.dispatch_connect import hostname
 from virtbackup.remote.dispatch_domain import typed
 
@@ -97,53 +97,32 @@ def stop(session: Session, found: domains.Found, function: str, flags: int) -> N
         other.has_ended(found.own.uuid)
 
 
-@handles(VIRTBACKUP, "DOMAIN_BACKUP_GET_XML_DESC")
-def backup_get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.XmlRet:
-    function = "virDomainBackupGetXMLDesc"
-    errors.check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function)
-    return structs.XmlRet(found.call(function, "domain_backup_get_xml_desc", args.flags))
+def _removed(told: Iterable[str]) -> ours.DomainBackupCleanupRet:
+    return ours.DomainBackupCleanupRet(tuple(told))
 
 
-@handles(VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO")
-def backup_get_info(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBackupGetInfoRet:
-    function = "virDomainBackupGetInfo"
-    errors.check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function)
-    return wire_conf.info_to_wire(found.call(function, "domain_backup_get_info", args.flags))
-
-
-@handles(VIRTBACKUP, "DOMAIN_BACKUP_CLEANUP")
-def backup_cleanup(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBackupCleanupRet:
-    function = "virDomainBackupCleanup"
-    errors.check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function, BACKUP)
-    removed = found.call(function, "domain_backup_cleanup", args.flags)
-    return ours.DomainBackupCleanupRet(tuple(removed))
-
-
-@handles(VIRTBACKUP, "DOMAIN_BRANCH_LIST")
-def branch_list(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBranchListRet:
-    function = "virDomainBranchList"
-    errors.check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function)
-    return wire_conf.branches_to_wire(found.call(function, "domain_branch_list", args.flags))
-
-
-@handles(VIRTBACKUP, "DOMAIN_BRANCH_CREATE")
-def branch_create(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
-    function = "virDomainBranchCreate"
-    errors.check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function, BACKUP)
-    found.call(function, "domain_branch_create", args.name, args.flags)
-
-
-@handles(VIRTBACKUP, "DOMAIN_BRANCH_DELETE")
-def branch_delete(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
-    function = "virDomainBranchDelete"
-    errors.check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function, BACKUP)
-    found.call(function, "domain_branch_delete", args.name, args.flags)
+hands_on(
+    VIRTBACKUP, "DOMAIN_BACKUP_GET_XML_DESC", "virDomainBackupGetXMLDesc",
+    "domain_backup_get_xml_desc", flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO", "virDomainBackupGetInfo", "domain_backup_get_info",
+    wire_conf.info_to_wire, flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BACKUP_CLEANUP", "virDomainBackupCleanup", "domain_backup_cleanup",
+    _removed, flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BRANCH_LIST", "virDomainBranchList", "domain_branch_list",
+    wire_conf.branches_to_wire, flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BRANCH_CREATE", "virDomainBranchCreate", "domain_branch_create", flags=0
+)
+hands_on(
+    VIRTBACKUP, "DOMAIN_BRANCH_DELETE", "virDomainBranchDelete", "domain_branch_delete", flags=0
+)
 
 
 # --- libvirt's own calls ---
