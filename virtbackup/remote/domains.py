@@ -190,7 +190,7 @@ class Domains:
     def open(self) -> None:
         """Open the hosts that are not, and do not wait for that."""
         for host in self.hosts:
-            if not host.is_open:
+            if not host.is_open and not self._is_asked(host):
                 self._ask(host, lambda driver: None)
 
     def first(self) -> hypervisor.Driver:
@@ -307,6 +307,12 @@ class Domains:
                 self._hanging[host] = question
         self._workers.do(question.ask, urgent=True)
         return question, True
+
+    def _is_asked(self, host: Host) -> bool:
+        """Whether HOST, which is opened to be asked, has not answered yet."""
+        with self._lock:
+            asked = self._hanging.get(host)
+        return asked is not None and not asked.is_answered
 
     def _search(self, described: str, **wanted: str) -> list[Found]:
         """The domain, at every host that has it, in their order. Errors: VIR_ERR_NO_DOMAIN, which
