@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The public API in libvirt-python's shapes (libvirt-domain-backup.c): check arguments, hand on."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -84,10 +85,11 @@ class Connection:
         """Close the connection; 0, as libvirt-python. Closing twice does nothing."""
         driver, self._driver = self._driver, None
         callbacks, self._callbacks = self._callbacks, {}
-        for end in callbacks.values():
-            end()
-        if driver is not None:
-            driver.close()
+        with contextlib.ExitStack() as stack:
+            if driver is not None:
+                stack.callback(driver.close)
+            for end in callbacks.values():
+                stack.callback(end)
         return 0
 
     def getURI(self) -> str:
