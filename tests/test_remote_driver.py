@@ -577,6 +577,8 @@ HOOKS: list[tuple[str, Any, Callable[[driver.RemoteDriver], Any], Any]] = [
      lambda d: d.get_all_domain_stats([REF], 0, 0), [(REF, {"a": True, "b": "x", "c": 0.5})]),
     ("REMOTE.DOMAIN_FSFREEZE", structs.DomainFsfreezeRet(2),
      lambda d: d.domain_fsfreeze(REF, ["/"], 0), 2),
+    ("REMOTE.DOMAIN_FSTHAW", structs.DomainFsfreezeRet(2),
+     lambda d: d.domain_fsthaw(REF, ["/"], 0), 2),
     ("REMOTE.DOMAIN_SUSPEND", None, lambda d: d.domain_suspend(REF), None),
     ("REMOTE.DOMAIN_RESUME", None, lambda d: d.domain_resume(REF), None),
     ("QEMU.DOMAIN_MONITOR_COMMAND", QEMU["DOMAIN_MONITOR_COMMAND"].ret("{}"),  # type: ignore[misc]
