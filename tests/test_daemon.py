@@ -874,6 +874,35 @@ def test_sockets_that_are_handed_over(tmp_path: pathlib.Path) -> None:
     tcp.close()
 
 
+def test_what_is_handed_over_is_served_beside_what_is_set(tmp_path: pathlib.Path) -> None:
+    """Nobody waits at a socket of systemd's for nothing; whose mode is not ours to set."""
+    path = tmp_path / "handed.sock"
+    conf = tmp_path / "x.conf"
+    conf.write_text(f'listen = ["unix:{tmp_path}/set.sock"]\nunix_sock_mode = "0666"\n')
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(path))
+        path.chmod(0o600)
+        unix.listen()
+        moved = os.dup2(unix.fileno(), 300)
+        script = "import os\nos.dup2(300, 3)\n" + ACTIVATED
+        command = [sys.executable, "-c", script, "--uri", "test:///default", "--config", str(conf)]
+        with daemon_scene.Program(
+            tmp_path, command=command, env={"LISTEN_FDS": "1"}, pass_fds=[3, moved]
+        ) as program:
+            assert program.places == [f"unix:{path}", f"unix:{tmp_path}/set.sock"]
+            for one in (path, tmp_path / "set.sock"):
+                with daemon_scene.Raw.unix(one) as client:
+                    assert client.open().names()
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert (tmp_path / "set.sock").stat().st_mode & 0o777 == 0o666
+            assert program.end() == 0
+        os.close(moved)
+    assert program.log.read_text() == (
+        f"WARNING virtbackup.remote.daemon: unix:{path} was handed over, and unix_sock_mode"
+        f" ({conf}:2) is not for it: set SocketMode= of its unit\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [

@@ -138,10 +138,11 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, served))
     try:
-        places = [served.adopt(fd) for fd in _handed_over()] if not settings.listen else []
-        if not places:
-            for address in _addresses(settings) or [_default()]:
-                places.append(served.listen(address))
+        places = [served.adopt(fd) for fd in _handed_over()]
+        wanted = _addresses(settings)
+        if not places and not wanted:
+            wanted = [_default()]
+        places += [served.listen(address) for address in wanted]
     except BaseException:
         served.close()
         raise
