@@ -19,7 +19,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import daemons, rpc_server
+from tests import daemon_scene, daemons, rpc_server
 from virtbackup import errors, hypervisor
 from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
@@ -252,14 +252,7 @@ def test_a_driver_that_is_forgotten_hangs_up(server: rpc_server.Server, uri: str
     del opened
     gc.collect()
     assert server.peer().ended.wait(DEADLINE)
-    wait_until(lambda: not any(t.name.startswith("rpc ") for t in threading.enumerate()))
-
-
-def wait_until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    daemon_scene.wait_for(lambda: not any(t.name.startswith("rpc ") for t in threading.enumerate()))
 
 
 def test_a_close_in_a_forked_child_does_nothing(server: rpc_server.Server, uri: str) -> None:
@@ -434,7 +427,7 @@ def lose(server: rpc_server.Server, opened: virtbackup.Connection) -> None:
     server.peer().hang_up()
     inner = opened._driver
     assert isinstance(inner, driver.RemoteDriver)
-    wait_until(lambda: not inner._current.client.is_alive)
+    daemon_scene.wait_for(lambda: not inner._current.client.is_alive)
 
 
 def test_the_next_call_connects_anew_and_events_go_on(server: rpc_server.Server, uri: str) -> None:
@@ -504,7 +497,7 @@ def test_a_server_that_does_not_come_back(uri: str, tmp_path: pathlib.Path) -> N
     server = rpc_server.Server(rpc_server.unix(tmp_path))
     with virtbackup.open(f"{uri}?reconnect=yes") as opened:
         server.close()
-        wait_until(lambda: opened.isAlive() == 0)
+        daemon_scene.wait_for(lambda: opened.isAlive() == 0)
         failure = fails(opened.getHostname)
         assert str(failure).startswith("Failed to connect socket to")
         with rpc_server.Server(rpc_server.unix(tmp_path)):
@@ -854,7 +847,7 @@ def test_a_server_that_changes_its_kind(uri: str, tmp_path: pathlib.Path) -> Non
             opened = driver.open(f"{uri}?reconnect=yes", False)
             stack.callback(opened.close)
             assert fails(lambda: opened.domain_branch_list(REF, 0))
-        wait_until(lambda: not opened._current.client.is_alive)
+        daemon_scene.wait_for(lambda: not opened._current.client.is_alive)
         branches = virtbackup_protocol.DomainBranchListRet(())
         handlers: dict[str, rpc_server.Handler] = {
             "VIRTBACKUP.DOMAIN_BRANCH_LIST": lambda *_: branches

@@ -124,7 +124,8 @@ def get_capabilities(session: Session, args: None) -> structs.ConnectGetCapabili
 @handles(REMOTE, "NODE_GET_INFO")
 def node_get_info(session: Session, args: None) -> structs.NodeGetInfoRet:
     model, *numbers = ask(session, "virNodeGetInfo", "node_get_info")
-    return structs.NodeGetInfoRet(model.encode()[:31].ljust(32, b"\0"), *numbers)
+    chars = model.encode("utf-8", "surrogateescape")[:31]
+    return structs.NodeGetInfoRet(chars.ljust(32, b"\0"), *numbers)
 
 
 @handles(REMOTE, "NODE_GET_SECURITY_MODEL")
