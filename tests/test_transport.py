@@ -345,6 +345,25 @@ def test_a_unix_socket_that_nobody_serves_is_replaced(tmp_path: pathlib.Path) ->
         transport.listen(address)
 
 
+def test_a_server_that_has_no_room_yet(tmp_path: pathlib.Path) -> None:
+    """It is waited for, as for a server that is far."""
+    address = transport.Address("unix", path=f"{tmp_path}/s")
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as stack:
+        listening.bind(address.path)
+        listening.listen(0)
+        stack.enter_context(transport.connected(address))
+        with pytest.raises(TimeoutError, match="timed out"):
+            transport.connected(address, 0.1)
+        accepting = threading.Timer(0.1, lambda: stack.enter_context(listening.accept()[0]))
+        accepting.start()
+        late = stack.enter_context(transport.connected(address, DEADLINE))
+        accepting.join()
+        assert late.gettimeout() == DEADLINE
+        late.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            late.recv(1)
+
+
 def test_nobody_is_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError):
         transport.connect(transport.Address("unix", path=f"{tmp_path}/s"))

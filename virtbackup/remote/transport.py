@@ -16,6 +16,7 @@ import select
 import socket
 import ssl
 import stat
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -167,12 +168,27 @@ def connected(address: Address, timeout: float | None = None) -> socket.socket:
         return socket.create_connection((address.host or "localhost", address.port), timeout)
     made = socket.socket(socket.AF_UNIX)
     try:
-        made.settimeout(timeout)
-        made.connect(address.path)
+        _connect_unix(made, address.path, timeout)
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _connect_unix(made: socket.socket, path: str, timeout: float | None) -> None:
+    """By a call that blocks: one that does not fails where many wait to be accepted."""
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout or 0.0))
+    try:
+        made.connect(path)
+    except BlockingIOError as failure:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from failure
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0.0))
+    made.settimeout(timeout)
+
+
+def _timeval(seconds: float) -> bytes:
+    """As C has it; 0: for ever."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def connect(
