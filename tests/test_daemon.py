@@ -19,8 +19,10 @@ import pytest
 
 from tests import daemon_scene
 from tests.live import certificates
+from tests.test_access import me
 from virtbackup import errors, hypervisor
-from virtbackup.remote import protocol, transport, wire_conf
+from virtbackup.conf import backup_conf
+from virtbackup.remote import dispatch, protocol, transport, wire_conf
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 A, B, C = daemon_scene.ref("a", 1), daemon_scene.ref("b", 2), daemon_scene.ref("c", None)
@@ -332,6 +334,33 @@ def test_another_s_backup_does_not(tmp_path: pathlib.Path, elsewhere: bool) -> N
     assert ("domain_backup_stop", A, CANCEL) not in driver.calls
 
 
+class Silent(daemon_scene.Driver):
+    """Does not tell which backup runs; and no backup of it is good."""
+
+    def domain_backup_get_info(
+        self, domain: hypervisor.DomainRef, flags: int
+    ) -> backup_conf.BackupInfo:
+        raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, "virDomainBackupGetInfo")
+
+    def domain_backup_stop(self, domain: hypervisor.DomainRef, flags: int) -> None:
+        super().domain_backup_stop(domain, flags)
+        raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, "vda: it broke")
+
+
+def test_another_s_backup_does_not_after_a_bad_one(tmp_path: pathlib.Path) -> None:
+    """A stop that says that the backup was not good has ended it all the same."""
+    driver = Silent(A)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as other:
+        with served.connect() as client:
+            start(client, A, AUTODESTROY)
+            code, _ = daemon_scene.code_of(lambda: stop(other, A))
+            assert code == libvirt.VIR_ERR_OPERATION_FAILED
+            start(other, A)
+        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 1)
+    assert A.uuid in driver.running
+    assert ("domain_backup_stop", A, CANCEL) not in driver.calls
+
+
 def test_a_start_that_outlives_its_client(tmp_path: pathlib.Path) -> None:
     driver = daemon_scene.Driver(A)
     held = driver.hold("domain_backup_start")
@@ -428,6 +457,28 @@ def test_subscriptions_are_not_without_end(tmp_path: pathlib.Path) -> None:
                 assert client.reply().status == 0
         code, text = daemon_scene.code_of(client.call, REMOTE, register, 0, None)
         assert (code, text) == (1, "internal error: more than 4096 event callbacks")
+
+
+def test_one_user_s_subscriptions_are_not_without_end(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many connections there are: the driver waits until all have been told."""
+    monkeypatch.setattr(dispatch, "MAX_SUBSCRIPTIONS_OF_ONE", 10)
+    register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
+    with (
+        daemon_scene.serving(tmp_path, daemon_scene.Driver(A)) as served,
+        served.connect() as client,
+    ):
+        with served.connect() as other:
+            for _ in range(5):
+                for one in (client, other):
+                    one.call(REMOTE, register, 0, None)
+            code, text = daemon_scene.code_of(client.call, REMOTE, register, 0, None)
+            assert code == libvirt.VIR_ERR_INTERNAL_ERROR
+            assert text == f"internal error: more than 10 event callbacks of unix client '{me()}'"
+        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 1)
+        for _ in range(5):
+            client.call(REMOTE, register, 0, None)
 
 
 def test_arguments_out_of_range(tmp_path: pathlib.Path) -> None:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SUBSCRIPTIONS = 4096
 """Of one client."""
+MAX_SUBSCRIPTIONS_OF_ONE = 4 * MAX_SUBSCRIPTIONS
+"""Of all clients that are the same user, or have the same certificate."""
 
 
 class Peer(Protocol):
@@ -177,7 +179,12 @@ class Session:
         return [one for one in found if self.may(access.Perm.READ, one.ref.name)]
 
     def subscribe(self, subscription: Subscription) -> int:
-        """The number of a new subscription."""
+        """The number of a new subscription. Errors: VIR_ERR_INTERNAL_ERROR."""
+        who = self.peer.identity
+        if self.daemon.subscriptions(who) >= MAX_SUBSCRIPTIONS_OF_ONE:
+            raise rpc_error.internal(
+                f"more than {MAX_SUBSCRIPTIONS_OF_ONE} event callbacks of {who}"
+            )
         with self._lock:
             if len(self.subscriptions) >= MAX_SUBSCRIPTIONS:
                 raise rpc_error.internal(f"more than {MAX_SUBSCRIPTIONS} event callbacks")
@@ -238,6 +245,11 @@ class Daemon:
         """Of all clients that are connected."""
         with self._lock:
             return list(self._sessions)
+
+    def subscriptions(self, who: access.Identity) -> int:
+        """How many all clients have that are WHO."""
+        opened = [session for session in self.sessions() if session.opened]
+        return sum(len(one.subscriptions) for one in opened if one.peer.identity == who)
 
     def describe(self, uuid: str, checkpoint: str, text: str | None) -> None:
         """Keep the description of a domain's new checkpoint."""

@@ -92,7 +92,17 @@ def stop(session: Session, found: domains.Found, function: str, flags: int) -> N
     with contextlib.suppress(libvirt.libvirtError):  # the stop says better what is wrong
         progress = job_stats.running(found)
     session.daemon.ended.ending(found.own.uuid, progress)
-    found.call(function, "domain_backup_stop", flags)
+    try:
+        found.call(function, "domain_backup_stop", flags)
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:  # it was not good
+            _has_ended(session, found)
+        raise
+    _has_ended(session, found)
+
+
+def _has_ended(session: Session, found: domains.Found) -> None:
+    """A domain's backup has: it is to end with no client any more."""
     for other in session.daemon.sessions():
         other.has_ended(found.own.uuid)
 
