@@ -951,7 +951,27 @@ def test_what_is_handed_over_is_served_beside_what_is_set(tmp_path: pathlib.Path
     assert program.log.read_text() == (
         f"WARNING virtbackup.remote.daemon: unix:{path} was handed over, and unix_sock_mode"
         f" ({conf}:2) is not for it: set SocketMode= of its unit\n"
+        f"WARNING virtbackupd: unix:{tmp_path}/set.sock: every user of this host may use it, unless"
+        " access is set\n"
     )
+
+
+def test_sockets_that_are_for_everybody(tmp_path: pathlib.Path) -> None:
+    """Where no rule says who may do what, they are warned of."""
+    from virtbackup.tools import virtbackupd
+
+    for mode, expected in ((0o660, False), (0o662, True), (0o666, True)):
+        address = transport.Address("unix", path=f"{tmp_path}/{mode}")
+        with transport.listen(address, mode):
+            assert virtbackupd._is_for_everybody(str(address)) == expected
+    assert virtbackupd._is_for_everybody("tcp:127.0.0.1:1")
+    assert not virtbackupd._is_for_everybody("tls:127.0.0.1:1")
+    conf = tmp_path / "x.conf"
+    conf.write_text('access = ["tcp * read"]\n')
+    argv = ["--uri", "test:///default", "--config", str(conf), "--listen", "tcp:127.0.0.1:0"]
+    with daemon_scene.Program(tmp_path, *argv) as program:
+        assert program.end() == 0
+    assert "every user of this host" not in program.log.read_text()
 
 
 @pytest.mark.parametrize(

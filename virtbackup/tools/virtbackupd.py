@@ -11,6 +11,7 @@ import pathlib
 import resource
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -149,11 +150,22 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     served.domains.open()
     print(f"virtbackupd: listening on {', '.join(places)}", flush=True)
     for place in places:
-        if place.startswith("tcp:") and settings.access is None:
+        if settings.access is None and _is_for_everybody(place):
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
     served.run()
     return 0
+
+
+def _is_for_everybody(place: str) -> bool:
+    """Whether all users of this host can connect to a PLACE where we listen."""
+    kind, _, path = place.partition(":")
+    if kind != "unix":
+        return kind == "tcp"
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IWOTH)  # noqa: PTH116
+    except OSError:
+        return False
 
 
 def _stop(served: daemon.Daemon, *_: object) -> None:
