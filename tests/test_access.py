@@ -406,6 +406,67 @@ def test_another_user(rule: str, said: str) -> None:
             assert done.stdout.strip() == said, done.stderr
 
 
+MANY = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+os.setgid(65534); os.setuid(65534)
+from tests import daemon_scene
+opened = []
+try:
+    for _ in range(10):
+        opened.append(daemon_scene.Raw.unix(sys.argv[1]).open())
+except (AssertionError, OSError):
+    pass
+print(len(opened), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be somebody else takes root")
+def test_one_user_does_not_have_all_places() -> None:
+    """Not even with a right to each of them."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        directory = pathlib.Path(name)
+        directory.chmod(0o755)
+        settings = {
+            "access": ("unix:nobody * read", "unix:root * backup"),
+            "unix_sock_mode": "0666",
+            "max_clients": 10,
+        }
+        root = str(pathlib.Path(__file__).parents[1])
+        with (
+            daemon_scene.serving(directory, Driver(WEB), settings=settings) as served,
+            subprocess.Popen(
+                [sys.executable, "-c", MANY, str(served.path), root],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            ) as many,
+        ):  # fmt: skip
+            assert many.stdout is not None
+            assert many.stdout.readline() == "9\n"
+            with served.connect() as client:
+                assert client.names() == ["web-1"]
+            many.communicate()
+
+
+def test_tcp_does_not_have_all_places(tmp_path: pathlib.Path) -> None:
+    """Whoever is behind it."""
+    serving = daemon_scene.serving(
+        tmp_path, Driver(WEB), listen=["tcp:127.0.0.1:0"], settings={"max_clients": 10}
+    )
+    with serving as served:
+        many = [daemon_scene.Raw.tcp(served.port("tcp")).open() for _ in range(9)]
+        with pytest.raises((AssertionError, OSError)):
+            daemon_scene.Raw.tcp(served.port("tcp")).open()
+        with served.connect() as client:
+            assert client.names() == ["web-1"]
+        many.pop().close()
+        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 8)
+        with daemon_scene.Raw.tcp(served.port("tcp")) as next_one:
+            assert next_one.open().is_served()
+        for one in many:
+            one.close()
+
+
 def test_groups_that_a_process_took_are_not_the_user_s() -> None:
     """A user's groups are the system's; the kernel tells no more than the process's first."""
     found = peer.user(0, 65534)

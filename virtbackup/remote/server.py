@@ -36,7 +36,8 @@ class Limits:
     """What clients may take; the names of the first three are libvirtd.conf's."""
 
     max_clients: int = 500
-    """Further ones wait until there is room."""
+    """Further ones wait until there is room. Of one user nine tenths at most, but for root and the
+    server's own, and so of one certificate, and by tcp; further ones are let go."""
     max_client_requests: int = 5
     """Calls of one client that are worked on at once."""
     max_workers: int = 20
@@ -240,6 +241,11 @@ class Server:
         elif current is not None and current.events != mask:
             self._selector.modify(client.socket, mask, client.ready)
 
+    def has_its_share(self, who: object) -> bool:
+        """Whether all clients but a tenth of those that there may be are WHO's already."""
+        most = max(1, self.limits.max_clients * 9 // 10)
+        return sum(client.who == who for client in self._clients) > most
+
     @property
     def patience(self) -> float:
         """Seconds for a client to open the hypervisor."""
@@ -294,7 +300,7 @@ class Client:
         """For logs."""
         self._server = server
         self._limits = server.limits
-        self._peer = peer.Peer(accepted)
+        self._peer = peer.Peer(accepted, tls=context is not None)
         accepted.setblocking(False)
         if accepted.family in (socket.AF_INET, socket.AF_INET6):
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -349,6 +355,11 @@ class Client:
         self._server.ask(self._start_keepalive)
 
     @property
+    def who(self) -> object:
+        """As ``Peer.who``."""
+        return self._peer.who
+
+    @property
     def identity(self) -> access.Identity:
         """Who the client is."""
         return self._peer.identity
@@ -379,6 +390,9 @@ class Client:
             self._select()
 
     def _begin_session(self) -> None:
+        if not self._peer.has_all_places and self._server.has_its_share(self.who):
+            self.drop(f"there are too many of {self._peer.address}")
+            return
         self._session = self._server.serve(self)
         logger.info("client=%d connected: %s", self.number, self._peer.address)
 
@@ -398,6 +412,8 @@ class Client:
             return
         try:
             if self.is_handshaking and not self._shake_hands():
+                return
+            if self._gone:
                 return
             with self._lock:
                 self._flush()
