@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import libvirt
@@ -566,6 +567,24 @@ def test_slow_handshakes_are_nobody_else_s_trouble(
         assert client.open().names() == ["a"]
     for one in slow:
         one.close()
+
+
+def test_who_shakes_no_hands_keeps_nobody_out(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
+    """Where more of them wait than there is room for, they are given less time."""
+    settings = {"tls_x509_cert_dir": str(pki)}
+    limits = {"max_handshaking": 3, "crowded_timeout": 0.1, "keepalive_interval": 0.05}
+    serving = daemon_scene.serving(
+        tmp_path, daemon_scene.Driver(A), listen=["tls:127.0.0.1:0"], settings=settings,
+        limits=limits,
+    )  # fmt: skip
+    with serving as served:
+        silent = [daemon_scene.Raw.tcp(served.port("tls")) for _ in range(9)]
+        begin = time.monotonic()
+        with daemon_scene.Raw.tcp(served.port("tls"), client_context(pki)) as client:
+            assert client.open().names() == ["a"]
+        assert time.monotonic() - begin < served.daemon.server.limits.handshake_timeout
+        for one in silent:
+            one.close()
 
 
 def test_a_reset_with_much_unread(by_tls: daemon_scene.Served, pki: pathlib.Path) -> None:

@@ -61,7 +61,7 @@ class Limits:
     """Seconds that a client may be there without having opened the hypervisor, as whoever has no
     rights never has."""
     crowded_timeout: float = 2.0
-    """The same, while there is no room for further clients."""
+    """For either, while there is no room for further clients."""
     keepalive_interval: float = 5.0
     keepalive_count: int = 5
 
@@ -95,6 +95,8 @@ class Server:
         self._stop_by: float | None = None
         self._accept_from = 0.0
         """When clients are accepted again, after that went wrong."""
+        self._all_shake_hands = False
+        """Whether there is no room for clients that have not shaken hands."""
         self._numbers = 0
         self._held = 0
         """Bytes that wait for something: for their end, for a worker, for the client."""
@@ -203,9 +205,9 @@ class Server:
         room = self._stop_by is None and not self.is_full
         room = room and time.monotonic() >= self._accept_from
         handshaking = sum(client.is_handshaking for client in self._clients)
+        self._all_shake_hands = handshaking >= self.limits.max_handshaking
         for listener in self._listeners:
-            full = listener.context is not None and handshaking >= self.limits.max_handshaking
-            accepts = room and not full
+            accepts = room and not (listener.context is not None and self._all_shake_hands)
             if accepts and not listener.accepts:
                 accept = functools.partial(self._accept_of, listener)
                 self._selector.register(listener.socket, selectors.EVENT_READ, accept)
@@ -240,6 +242,12 @@ class Server:
             self._selector.unregister(client.socket)
         elif current is not None and current.events != mask:
             self._selector.modify(client.socket, mask, client.ready)
+
+    @property
+    def handshake_patience(self) -> float:
+        """Seconds for a client to shake hands by TLS."""
+        limits = self.limits
+        return limits.crowded_timeout if self._all_shake_hands else limits.handshake_timeout
 
     def has_its_share(self, who: object) -> bool:
         """Whether all clients but a tenth of those that there may be are WHO's already."""
@@ -431,7 +439,7 @@ class Client:
     def look_at_the_clock(self, now: float) -> None:
         """Ping, or let go of who has not answered, or does not come to the point."""
         if self.is_handshaking:
-            if now > self._since + self._limits.handshake_timeout:
+            if now > self._since + self._server.handshake_patience:
                 self.drop("no TLS handshake in time")
             return
         if self._has_opened:
