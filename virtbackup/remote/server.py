@@ -387,7 +387,8 @@ class Client:
 
     @property
     def _has_opened(self) -> bool:
-        return self._session is not None and self._session.opened
+        session = self._session  # which a worker may take away
+        return session is not None and session.opened
 
     def begin(self) -> None:
         """Take what the client sends."""
@@ -438,6 +439,8 @@ class Client:
 
     def look_at_the_clock(self, now: float) -> None:
         """Ping, or let go of who has not answered, or does not come to the point."""
+        if self._gone:
+            return
         if self.is_handshaking:
             if now > self._since + self._server.handshake_patience:
                 self.drop("no TLS handshake in time")
