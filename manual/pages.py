@@ -201,9 +201,8 @@ def virtbackupd_page() -> str:
             " virsh-backup(1) by the URIs `virtbackup+unix:`, `virtbackup+tls:` and"
             " `virtbackup+tcp:`.",
             "What it serves and where it listens is said by its options, else by"
-            " virtbackup.conf(5). It listens on the sockets that systemd hands over, where there"
-            " are any and nothing else is said. Backups are QEMU's: they run on when the daemon"
-            " ends, and the next one finds them.",
+            " virtbackup.conf(5). It listens on the sockets that systemd hands over besides."
+            " Backups are QEMU's: they run on when the daemon ends, and the next one finds them.",
         )),
         roff.section("OPTIONS", roff.tagged(
             (

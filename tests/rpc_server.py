@@ -4,6 +4,7 @@
 import collections
 import contextlib
 import pathlib
+import socket
 import ssl
 import threading
 from collections.abc import Callable
@@ -32,6 +33,17 @@ SILENCE = object()
 """What a handler returns for no reply."""
 
 Handler = Callable[["Peer", rpc.Message], Any]
+
+
+def serve(
+    accepted: socket.socket, context: ssl.SSLContext | None, timeout: float
+) -> transport.Transport:
+    """The other end of ``transport.connect``. Errors: OSError."""
+    if context is not None:
+        accepted.settimeout(timeout)
+        accepted = context.wrap_socket(accepted, server_side=True)
+        accepted.sendall(transport.ACCEPTED)
+    return transport.Transport(accepted)
 
 
 class Peer:
@@ -132,7 +144,7 @@ class Server:
 
     def _serve(self, accepted: Any) -> None:
         try:
-            peer = Peer(transport.serve(accepted, self._context, DEADLINE))
+            peer = Peer(serve(accepted, self._context, DEADLINE))
         except OSError:
             return
         self.peers.append(peer)

@@ -11,7 +11,8 @@ from virtbackup.remote import protocol, remote_types, xdr
 STRUCTS: list[type] = sorted(
     {
         kind
-        for proc in protocol.PROCEDURES.values()
+        for each in protocol.PROGRAMS.values()
+        for proc in each.procedures
         for kind in (proc.args, proc.ret)
         if kind is not None
     }

@@ -244,9 +244,13 @@ def test_a_domain_that_is_hidden(tmp_path: pathlib.Path) -> None:
         refused = list(by(client, LOOKS + CHANGES + SECRETS))
         assert len(refused) == len(LOOKS + CHANGES + SECRETS)
         perms = ["read"] * len(LOOKS) + ["backup"] * len(CHANGES + SECRETS)
-        for (_, code, text), perm in zip(refused, perms, strict=True):
+        for (name, code, text), perm in zip(refused, perms, strict=True):
             assert code == libvirt.VIR_ERR_ACCESS_DENIED
-            assert text.endswith(f"has not the permission '{perm}' on domain 'web-1'")
+            said = {
+                "DOMAIN_LOOKUP_BY_ID": "with id 1",
+                "DOMAIN_LOOKUP_BY_UUID": f"with uuid '{WEB.uuid}'",
+            }.get(name, "'web-1'")
+            assert text.endswith(f"has not the permission '{perm}' on domain {said}")
         # Nor are its events told to whoever wants all.
         client.call(REMOTE, "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
         for ref in (WEB, DB):
@@ -307,7 +311,8 @@ def test_what_changes_something_is_not_for_read_only(tmp_path: pathlib.Path) -> 
 
 
 def test_a_name_that_a_client_makes_up(tmp_path: pathlib.Path) -> None:
-    """The uuid decides which domain is meant, so its own name decides who may."""
+    """The uuid decides which domain is meant, so its own name decides who may; and who may not look
+    at it does not hear that name."""
     driver = Driver(DB, WEB)
     settings = {"access": (f"unix:{me()} db-* read,backup",)}
     lie = wire_conf.domain_to_wire(hypervisor.DomainRef("db-1", WEB.uuid, 2))
@@ -316,7 +321,21 @@ def test_a_name_that_a_client_makes_up(tmp_path: pathlib.Path) -> None:
         served.connect() as client,
     ):
         code, text = daemon_scene.code_of(client.call, REMOTE, "DOMAIN_SUSPEND", lie)
-        assert (code, text[-7:]) == (libvirt.VIR_ERR_ACCESS_DENIED, "'web-1'")
+        assert code == libvirt.VIR_ERR_ACCESS_DENIED
+        assert text.endswith("has not the permission 'backup' on domain 'db-1'")
+
+
+def test_names_that_several_have_are_nobody_s_to_find_out(tmp_path: pathlib.Path) -> None:
+    """Nor is it told whether there is a domain of a name that is hidden."""
+    other = daemon_scene.ref("web-1", 1, number=77)
+    settings = {"access": (f"unix:{me()} db-* read,backup",)}
+    serving = daemon_scene.serving(tmp_path, Driver(WEB), Driver(other), settings=settings)
+    with serving as served, served.connect() as client:
+        for name in ("web-1", "web-2"):
+            code, text = daemon_scene.code_of(client.lookup, name)
+            assert code == libvirt.VIR_ERR_ACCESS_DENIED
+            assert text.endswith(f"has not the permission 'read' on domain '{name}'")
+        assert daemon_scene.code_of(client.lookup, "db-2")[0] == libvirt.VIR_ERR_NO_DOMAIN
 
 
 def test_nothing_for_whom_no_rule_is(tmp_path: pathlib.Path) -> None:
@@ -385,6 +404,67 @@ def test_another_user(rule: str, said: str) -> None:
             argv = [sys.executable, "-c", AS_USER, str(served.path), "", "65534", root]
             done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
             assert done.stdout.strip() == said, done.stderr
+
+
+MANY = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+os.setgid(65534); os.setuid(65534)
+from tests import daemon_scene
+opened = []
+try:
+    for _ in range(10):
+        opened.append(daemon_scene.Raw.unix(sys.argv[1]).open())
+except (AssertionError, OSError):
+    pass
+print(len(opened), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be somebody else takes root")
+def test_one_user_does_not_have_all_places() -> None:
+    """Not even with a right to each of them."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        directory = pathlib.Path(name)
+        directory.chmod(0o755)
+        settings = {
+            "access": ("unix:nobody * read", "unix:root * backup"),
+            "unix_sock_mode": "0666",
+            "max_clients": 10,
+        }
+        root = str(pathlib.Path(__file__).parents[1])
+        with (
+            daemon_scene.serving(directory, Driver(WEB), settings=settings) as served,
+            subprocess.Popen(
+                [sys.executable, "-c", MANY, str(served.path), root],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            ) as many,
+        ):  # fmt: skip
+            assert many.stdout is not None
+            assert many.stdout.readline() == "9\n"
+            with served.connect() as client:
+                assert client.names() == ["web-1"]
+            many.communicate()
+
+
+def test_tcp_does_not_have_all_places(tmp_path: pathlib.Path) -> None:
+    """Whoever is behind it."""
+    serving = daemon_scene.serving(
+        tmp_path, Driver(WEB), listen=["tcp:127.0.0.1:0"], settings={"max_clients": 10}
+    )
+    with serving as served:
+        many = [daemon_scene.Raw.tcp(served.port("tcp")).open() for _ in range(9)]
+        with pytest.raises((AssertionError, OSError)):
+            daemon_scene.Raw.tcp(served.port("tcp")).open()
+        with served.connect() as client:
+            assert client.names() == ["web-1"]
+        many.pop().close()
+        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 8)
+        with daemon_scene.Raw.tcp(served.port("tcp")) as next_one:
+            assert next_one.open().is_served()
+        for one in many:
+            one.close()
 
 
 def test_groups_that_a_process_took_are_not_the_user_s() -> None:

@@ -96,8 +96,11 @@ def test_calls_reach_the_driver() -> None:
     assert opened[0].calls == [("start", "up", "<x/>", 1), ("stop", "up", 1)]
 
 
-def test_the_proposals_constant() -> None:
+def test_the_numbers_of_the_public_flags() -> None:
+    """They are the contract, and the wire's."""
     assert virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE == 1
+    assert virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY == 2
+    assert virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL == 1
 
 
 def test_lookups() -> None:
@@ -177,6 +180,27 @@ def test_a_closed_connection() -> None:
         dom.backupStop()
     assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
     assert dom.connect().isAlive() == 0
+
+
+class Deaf(BackupRecorder):
+    """One whose callbacks cannot be ended."""
+
+    def event_register(self, callback: Any) -> Any:
+        def end() -> None:
+            raise errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, "lost")
+
+        return end
+
+
+def test_a_callback_that_cannot_be_ended_keeps_no_driver_open() -> None:
+    hypervisor.register("finder", Deaf)
+    conn = virtbackup.open("finder:///")
+    for _ in range(2):
+        conn.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, print, None)
+    with pytest.raises(virtbackup.Error, match="lost"):
+        conn.close()
+    assert opened[0].closed == 1
+    assert conn.close() == 0
 
 
 def test_read_only_connections_may_read() -> None:

@@ -11,7 +11,6 @@ import pathlib
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import daemons
+from tests import daemon_scene, daemons
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.qemu import driver
@@ -277,13 +276,6 @@ def is_lost(connection: virtbackup.Connection) -> bool:
     return connection.isAlive() == 0
 
 
-def wait_until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + daemons.DEADLINE
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def test_a_daemon_that_stops_and_comes_back(tmp_path: pathlib.Path) -> None:
     """With reconnect=yes the next call connects anew, and events come again."""
     open = functools.partial(test_driver.open, DEFAULT, False)
@@ -296,7 +288,7 @@ def test_a_daemon_that_stops_and_comes_back(tmp_path: pathlib.Path) -> None:
             again = stack.enter_context(virtbackup.open(f"{served.uri}?reconnect=yes"))
             vm(plain_one).backupStart(xml)
         for connection in (plain_one, again):
-            wait_until(functools.partial(is_lost, connection))
+            daemon_scene.wait_for(functools.partial(is_lost, connection))
         with pytest.raises(virtbackup.Error) as caught:
             again.listAllDomains()
         assert caught.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR

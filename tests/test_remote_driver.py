@@ -19,13 +19,12 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import daemons, rpc_server
+from tests import daemon_scene, daemons, rpc_server
 from virtbackup import errors, hypervisor
 from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
     connect,
     driver,
-    native,
     remote_types,
     rpc,
     rpc_error,
@@ -253,14 +252,7 @@ def test_a_driver_that_is_forgotten_hangs_up(server: rpc_server.Server, uri: str
     del opened
     gc.collect()
     assert server.peer().ended.wait(DEADLINE)
-    wait_until(lambda: not any(t.name.startswith("rpc ") for t in threading.enumerate()))
-
-
-def wait_until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    daemon_scene.wait_for(lambda: not any(t.name.startswith("rpc ") for t in threading.enumerate()))
 
 
 def test_a_close_in_a_forked_child_does_nothing(server: rpc_server.Server, uri: str) -> None:
@@ -435,7 +427,7 @@ def lose(server: rpc_server.Server, opened: virtbackup.Connection) -> None:
     server.peer().hang_up()
     inner = opened._driver
     assert isinstance(inner, driver.RemoteDriver)
-    wait_until(lambda: not inner._current.client.is_alive)
+    daemon_scene.wait_for(lambda: not inner._current.client.is_alive)
 
 
 def test_the_next_call_connects_anew_and_events_go_on(server: rpc_server.Server, uri: str) -> None:
@@ -505,7 +497,7 @@ def test_a_server_that_does_not_come_back(uri: str, tmp_path: pathlib.Path) -> N
     server = rpc_server.Server(rpc_server.unix(tmp_path))
     with virtbackup.open(f"{uri}?reconnect=yes") as opened:
         server.close()
-        wait_until(lambda: opened.isAlive() == 0)
+        daemon_scene.wait_for(lambda: opened.isAlive() == 0)
         failure = fails(opened.getHostname)
         assert str(failure).startswith("Failed to connect socket to")
         with rpc_server.Server(rpc_server.unix(tmp_path)):
@@ -578,6 +570,8 @@ HOOKS: list[tuple[str, Any, Callable[[driver.RemoteDriver], Any], Any]] = [
      lambda d: d.get_all_domain_stats([REF], 0, 0), [(REF, {"a": True, "b": "x", "c": 0.5})]),
     ("REMOTE.DOMAIN_FSFREEZE", structs.DomainFsfreezeRet(2),
      lambda d: d.domain_fsfreeze(REF, ["/"], 0), 2),
+    ("REMOTE.DOMAIN_FSTHAW", structs.DomainFsfreezeRet(2),
+     lambda d: d.domain_fsthaw(REF, ["/"], 0), 2),
     ("REMOTE.DOMAIN_SUSPEND", None, lambda d: d.domain_suspend(REF), None),
     ("REMOTE.DOMAIN_RESUME", None, lambda d: d.domain_resume(REF), None),
     ("QEMU.DOMAIN_MONITOR_COMMAND", QEMU["DOMAIN_MONITOR_COMMAND"].ret("{}"),  # type: ignore[misc]
@@ -749,7 +743,7 @@ def test_a_domain_that_ended_had_no_good_backup(
     no_domain = raises(errors.error(libvirt.VIR_ERR_NO_DOMAIN, "vm"))
     theirs.handlers["REMOTE.DOMAIN_IS_ACTIVE"] = no_domain
     theirs.handlers["REMOTE.DOMAIN_GET_JOB_STATS"] = no_domain
-    opened.domain_backup_stop(REF, native.STOP_CANCEL)
+    opened.domain_backup_stop(REF, hypervisor.STOP_CANCEL)
 
 
 def test_a_job_that_does_not_end(
@@ -764,7 +758,7 @@ def test_a_job_that_does_not_end(
 
 def test_autodestroy_is_ours_to_see_to(daemon: Libvirtd, uri: str) -> None:
     first, second = (driver.open(uri, False) for _ in range(2))
-    first.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    first.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     second.close()
     assert daemon.aborted == 0
     first.close()
@@ -779,13 +773,13 @@ def test_a_backup_that_cannot_be_ended_on_close_is_said(
     daemon: Libvirtd, theirs: rpc_server.Server, uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened = driver.open(uri, False)
-    opened.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = refuse
     opened.close()
     assert "domain=vm backup not ended on close: access denied: not you" in caplog.text
     opened = driver.open(uri, False)
     daemon.begun = None
-    opened.domain_backup_start(REF, PROPOSAL, native.START_AUTODESTROY)
+    opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     daemon.begun = None  # somebody else has ended it
     caplog.clear()
     opened.close()
@@ -803,7 +797,7 @@ def test_a_backup_that_cannot_be_ended_on_close_is_said(
          "virDomainBranchDelete (the server is libvirt's own"),
         (lambda d: d.domain_backup_cleanup(REF, 0), libvirt.VIR_ERR_NO_SUPPORT,
          "virDomainBackupCleanup (the server is libvirt's own"),
-        (lambda d: d.domain_backup_start(REF, PROPOSAL, native.START_QUIESCE),
+        (lambda d: d.domain_backup_start(REF, PROPOSAL, hypervisor.START_QUIESCE),
          libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "libvirt's own backup does not quiesce"),
         (lambda d: d.domain_backup_start(
             REF, PROPOSAL.replace("<disks>", '<branch name="b"/><disks>'), 0),
@@ -853,16 +847,10 @@ def test_a_server_that_changes_its_kind(uri: str, tmp_path: pathlib.Path) -> Non
             opened = driver.open(f"{uri}?reconnect=yes", False)
             stack.callback(opened.close)
             assert fails(lambda: opened.domain_branch_list(REF, 0))
-        wait_until(lambda: not opened._current.client.is_alive)
+        daemon_scene.wait_for(lambda: not opened._current.client.is_alive)
         branches = virtbackup_protocol.DomainBranchListRet(())
         handlers: dict[str, rpc_server.Handler] = {
             "VIRTBACKUP.DOMAIN_BRANCH_LIST": lambda *_: branches
         }
         with rpc_server.Server(address, handlers):
             assert opened.domain_branch_list(REF, 0) == []
-
-
-def test_the_numbers_of_the_public_flags() -> None:
-    assert native.START_QUIESCE == virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE
-    assert native.START_AUTODESTROY == virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
-    assert native.STOP_CANCEL == virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL

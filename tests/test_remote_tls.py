@@ -80,7 +80,9 @@ def refused(open: Callable[[], object]) -> errors.Error:
 def test_both_prove_who_they_are(server: rpc_server.Server, pki: pathlib.Path, host: str) -> None:
     with virtbackup.open(uri(server, pki, host)) as opened:
         assert opened.getHostname() == "here"
-        assert server.peer().transport.certificate()
+        connected = server.peer().transport._socket
+        assert isinstance(connected, ssl.SSLSocket)
+        assert connected.getpeercert(binary_form=True)
 
 
 def test_a_server_of_another_name(context: ssl.SSLContext, pki: pathlib.Path) -> None:

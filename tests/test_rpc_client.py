@@ -16,7 +16,7 @@ import libvirt
 import pytest
 from hypothesis import strategies as st
 
-from tests import rpc_server
+from tests import daemon_scene, rpc_server
 from virtbackup import errors
 from virtbackup.remote import (
     client,
@@ -542,16 +542,9 @@ def test_a_ping_while_another_thread_sends_is_answered_after_that(
     one = connect()
     with one._sending:
         server.peer().send(keepalive.PING)
-        wait_until(lambda: bool(one._due))
+        daemon_scene.wait_for(lambda: bool(one._due))
     assert hostname(one) == "here"
     assert not one._due
-
-
-def wait_until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 # --- events ---
@@ -659,8 +652,8 @@ def test_events_before_the_end_are_seen(
     for detail in range(5):
         server.peer().send(lifecycle(detail))
     server.peer().hang_up()
-    wait_until(lambda: len(seen) == 5)
-    assert not one.is_alive
+    daemon_scene.wait_for(lambda: not one.is_alive)
+    daemon_scene.wait_for(lambda: len(seen) == 5)
 
 
 # --- forks, traces ---
@@ -691,7 +684,7 @@ def test_a_trace(server: rpc_server.Server, connect: Connect) -> None:
     trace.to = text
     hostname(one)
     server.peer().send(keepalive.PING)
-    wait_until(lambda: "PONG" in text.getvalue())
+    daemon_scene.wait_for(lambda: "PONG" in text.getvalue())
     trace.to = None
     hostname(one)
     lines = [line.split(" ", 1) for line in text.getvalue().splitlines()]

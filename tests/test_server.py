@@ -2,6 +2,8 @@
 """The server: what it answers to anything that comes, and that no client disturbs another."""
 
 import array
+import contextlib
+import functools
 import gc
 import os
 import pathlib
@@ -15,7 +17,7 @@ import pytest
 
 from tests import daemon_scene
 from virtbackup import hypervisor
-from virtbackup.remote import program, protocol, rpc, rpc_error, server, workers
+from virtbackup.remote import program, protocol, rpc, rpc_error, server, transport, workers
 
 REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
 VM = daemon_scene.ref("vm", 7)
@@ -192,56 +194,81 @@ def fds_of_this_process() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
-def test_descriptors_with_a_call_are_closed(served: daemon_scene.Served) -> None:
+@contextlib.contextmanager
+def lingering() -> Iterator[int]:
+    """A descriptor that nobody closes for the last time before a minute is over, or this is."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname())
+        other, _ = listening.accept()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    one.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            one.send(bytes(1 << 20))
+    one.setblocking(True)
+    fd = one.detach()
+    try:
+        yield fd
+    finally:
+        other.close()  # with much unread, which is a reset
+
+
+@pytest.fixture
+def by_older_kernel(
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[daemon_scene.Served]:
+    """A server whose kernel cannot refuse descriptors for it."""
+    monkeypatch.setattr(transport, "SO_PASSRIGHTS", 9999)
+    with daemon_scene.serving(tmp_path, driver) as one:
+        yield one
+
+
+def test_descriptors_are_refused(served: daemon_scene.Served) -> None:
     with served.connect() as client:
-        before = fds_of_this_process()
-        for _ in range(20):
-            client.send(raw(REMOTE_, 1, 66, type=4, payload=words(2)))
-            send_fds(client, b"\0", 1)
-            send_fds(client, b"\0", 1)
-            assert client.reply(5).status == 0
-        assert fds_of_this_process() == before
+        try:
+            send_fds(client, raw(REMOTE_, 1, 66), 1)
+        except PermissionError:
+            assert client.is_served()
+        else:  # before Linux 6.16
+            assert client.is_dropped()
 
 
-def test_too_many_descriptors(served: daemon_scene.Served) -> None:
-    with served.raw() as bad, served.connect() as other:
-        before = fds_of_this_process()
-        send_fds(bad, b"\0", 33)
+@pytest.mark.parametrize("count", [1, 32, 33])
+@pytest.mark.parametrize("call", [raw(REMOTE_, 1, 66), raw(REMOTE_, 1, 66, type=4), words(100)])
+def test_who_passes_descriptors_is_let_go(
+    by_older_kernel: daemon_scene.Served, count: int, call: bytes
+) -> None:
+    """Every one is closed, whatever it came with."""
+    before = fds_of_this_process()
+    with by_older_kernel.raw() as bad, by_older_kernel.connect() as other:
+        send_fds(bad, call, count)
         assert bad.is_dropped()
         assert other.is_served()
-        daemon_scene.wait_for(lambda: fds_of_this_process() == before - 1)
-
-
-def test_descriptors_that_no_call_takes_are_not_hoarded(served: daemon_scene.Served) -> None:
-    """Each of these connections is within its limit, and all together would have us run out."""
-    before = fds_of_this_process()
-    clients = [served.raw() for _ in range(20)]
-    for client in clients:
-        send_fds(client, words(100), 32)
-    with served.connect() as other:
-        assert other.is_served()
-    assert fds_of_this_process() - before <= 2 * len(clients) + 64 + 32
-    for client in clients:
-        client.close()
     daemon_scene.wait_for(lambda: fds_of_this_process() == before)
 
 
-def test_a_queue_of_calls_holds_no_descriptors(
-    served: daemon_scene.Served, driver: daemon_scene.Driver
+@pytest.mark.parametrize("before", [raw(REMOTE_, 1, 66), bytes(28)], ids=["read", "left unread"])
+def test_a_descriptor_that_takes_long_to_close(
+    tmp_path: pathlib.Path,
+    driver: daemon_scene.Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    before: bytes,
 ) -> None:
-    held = driver.hold("domain_get_state")
-    with served.connect() as client:
-        before = fds_of_this_process()
-        for _ in range(10):
-            call = client.message(REMOTE, "DOMAIN_GET_STATE", daemon_scene.domain("vm"), 0)
-            client.send(raw(REMOTE_, 1, 212, type=4, payload=words(16) + call.payload))
-            for _ in range(16):
-                send_fds(client, b"\0", 1)
-        driver.wait_entered("domain_get_state", 5)
-        client.send(daemon_scene.PING.encode())  # so all before it was read
-        assert client.receive() is not None
-        assert fds_of_this_process() - before < 16
-        held.set()
+    """The server has the last of its kind, so it is the one who waits; and keeps nobody waiting."""
+    monkeypatch.setattr(transport, "SO_PASSRIGHTS", 9999)
+    monkeypatch.setattr(transport, "CHUNK", len(before))
+    serving = daemon_scene.serving(tmp_path, driver, settings={"max_clients": 1})
+    with serving as served, lingering() as fd:
+        with served.connect():
+            bad = served.raw()  # which is not accepted yet
+            bad.send(before)
+            socket.send_fds(bad.socket, [b"\0"], [fd])
+            os.close(fd)
+        assert bad.is_dropped()
+        bad.close()
+        with served.raw() as other:
+            other.socket.settimeout(5.0)
+            assert other.is_served()
 
 
 # --- other clients ---
@@ -255,6 +282,15 @@ def test_half_a_message_for_ever(served: daemon_scene.Served) -> None:
         assert other.names() == ["vm"]
     for client in clients:
         client.close()
+
+
+def held_by(served: daemon_scene.Served) -> int:
+    """Bytes."""
+    return sum(client._holds() for client in served.daemon.server.clients)
+
+
+def holds(served: daemon_scene.Served, least: int) -> bool:
+    return held_by(served) >= least
 
 
 def test_all_together_hold_no_more_than_there_is(
@@ -276,12 +312,28 @@ def test_all_together_hold_no_more_than_there_is(
                 dropped += 1
         with served.connect() as other:
             assert other.is_served()
-        held = sum(client._held.bytes for client in served.daemon.server.clients)
-        assert held <= (16 << 20) + (8 << 20)
+        assert held_by(served) <= (16 << 20) + (8 << 20)
         assert len(served.daemon.server.clients) < 10
         for client in greedy:
             client.close()
         modest.send(b"\0" * 1000)
+
+
+def test_who_holds_most_is_let_go(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
+    """Not who happens to come when it is too much, with less."""
+    with (
+        daemon_scene.serving(tmp_path, driver, limits={"max_held": 8 << 20}) as served,
+        served.connect() as modest,
+    ):
+        greedy = [served.connect() for _ in range(4)]
+        for number, client in enumerate(greedy, 1):
+            client.send(words(33554432) + bytes(2000000))
+            daemon_scene.wait_for(functools.partial(holds, served, 2000000 * number))
+        modest.send(raw(REMOTE_, 1, 66, payload=bytes(1 << 20)))
+        assert modest.reply(5).status == 0
+        assert len(served.daemon.server.clients) == 4
+        for client in greedy:
+            client.close()
 
 
 def test_who_reads_no_replies_is_not_worked_for(
@@ -442,6 +494,34 @@ def test_one_more_client_than_may_be(tmp_path: pathlib.Path, driver: daemon_scen
             client.close()
 
 
+def test_who_does_not_open_is_let_go(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
+    """Whatever else it says; and who has opened may be as silent as it likes."""
+    limits = {"open_timeout": 0.1, "keepalive_interval": 0.05}
+    settings = {"keepalive_interval": 0}
+    serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
+    with serving as served, served.connect() as open, served.connect() as closed:
+        with served.raw() as silent, served.raw() as busy:
+            closed.call(REMOTE, "CONNECT_CLOSE")
+            busy.send(daemon_scene.PING.encode())
+            for one in (silent, busy, closed):
+                assert one.is_dropped()
+        assert open.is_served()
+
+
+def test_who_has_no_rights_keeps_nobody_out(
+    tmp_path: pathlib.Path, driver: daemon_scene.Driver
+) -> None:
+    """All places are taken by clients that never open, and more wait."""
+    settings = {"max_clients": 4}
+    limits = {"crowded_timeout": 0.1, "keepalive_interval": 0.05}
+    with daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits) as served:
+        idle = [served.raw() for _ in range(20)]
+        with served.connect() as other:
+            assert other.names() == ["vm"]
+        for client in idle:
+            client.close()
+
+
 def test_threads_end_that_are_too_many() -> None:
     some = workers.Workers(2)
     go, running = threading.Event(), threading.Semaphore(0)
@@ -480,6 +560,8 @@ def test_work_that_raises_ends_no_thread(caplog: pytest.LogCaptureFixture) -> No
 
 class Failing:
     """A session that does as a test says."""
+
+    opened = True
 
     def __init__(self, reply: Callable[[rpc.Message], rpc.Message | None]) -> None:
         self._reply = reply
@@ -559,7 +641,7 @@ def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemon_scene.Dr
 
 def test_no_pings_where_they_are_off(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
     serving = daemon_scene.serving(tmp_path, driver, settings={"keepalive_interval": 0})
-    with serving as served, served.raw() as client:
+    with serving as served, served.connect() as client:
         assert client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10).supported == 1
         assert client.is_served()
         [one] = served.daemon.server.clients

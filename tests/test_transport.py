@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import test_rpc
+from tests import rpc_server, test_rpc
 from virtbackup.remote import keepalive, program, rpc, transport
 
 DEADLINE = 20.0
@@ -36,7 +36,7 @@ def joined(
         accepted: list[transport.Transport] = []
 
         def accept() -> None:
-            accepted.append(transport.serve(listening.accept()[0], server, DEADLINE))
+            accepted.append(rpc_server.serve(listening.accept()[0], server, DEADLINE))
 
         thread = threading.Thread(target=accept)
         thread.start()
@@ -262,53 +262,11 @@ def test_descriptors_that_there_is_no_room_for(unix: Ends, monkeypatch: pytest.M
     assert open_fds() == before
 
 
-def test_a_server_may_take_less() -> None:
-    ours, theirs = socket.socketpair()
-    client, server = transport.Transport(ours), transport.serve(theirs, max_length=1000)
-    with contextlib.closing(client), contextlib.closing(server):
-        client.send(test_rpc.LOOKUP)
-        assert server.receive(DEADLINE) == test_rpc.LOOKUP
-        client.send(dataclasses.replace(BIG, payload=bytes(1000)))
-        with pytest.raises(rpc.ProtocolError, match="not from 28 to 1004"):
-            server.receive(DEADLINE)
-
-
 def test_tcp_passes_none() -> None:
     with joined(transport.Address("tcp", host="127.0.0.1")) as (client, _):
         assert not client.passes_fds
         with pytest.raises(AssertionError):
             client.send(dataclasses.replace(test_rpc.WITH_FDS, fds=(0,)))
-
-
-# --- who it is ---
-
-
-def test_credentials(unix: Ends) -> None:
-    assert unix[0].credentials() == (os.getpid(), os.getuid(), os.getgid())
-    assert unix[0].certificate() is None
-    assert unix[0].peer_name() == ""
-
-
-def test_certificates(certificate: pathlib.Path) -> None:
-    client, server = contexts(certificate)
-    der = ssl.PEM_cert_to_DER_cert(certificate.with_suffix(".crt").read_text())
-    with joined(transport.Address("tls", host="127.0.0.1"), client, server) as ends:
-        assert ends[0].certificate() == ends[1].certificate() == der
-        assert ends[1].peer_name().startswith("127.0.0.1:")
-
-
-def test_a_client_that_shakes_no_hands(certificate: pathlib.Path) -> None:
-    _, server = contexts(certificate)
-    ours, theirs = socket.socketpair()
-    with ours:
-        for bad in (None, b"no tls at all, but more than five bytes"):
-            if bad:
-                ours, theirs = socket.socketpair()
-                ours.send(bad)
-            with pytest.raises(OSError, match=r"timed out|WRONG_VERSION|wrong version"):
-                transport.serve(theirs, server, 0.1)
-            assert theirs.fileno() == -1
-            ours.close()
 
 
 # --- addresses ---
@@ -385,6 +343,25 @@ def test_a_unix_socket_that_nobody_serves_is_replaced(tmp_path: pathlib.Path) ->
     pathlib.Path(address.path).write_text("a file")
     with pytest.raises(OSError, match="Address already in use"):
         transport.listen(address)
+
+
+def test_a_server_that_has_no_room_yet(tmp_path: pathlib.Path) -> None:
+    """It is waited for, as for a server that is far."""
+    address = transport.Address("unix", path=f"{tmp_path}/s")
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as stack:
+        listening.bind(address.path)
+        listening.listen(0)
+        stack.enter_context(transport.connected(address))
+        with pytest.raises(TimeoutError, match="timed out"):
+            transport.connected(address, 0.1)
+        accepting = threading.Timer(0.1, lambda: stack.enter_context(listening.accept()[0]))
+        accepting.start()
+        late = stack.enter_context(transport.connected(address, DEADLINE))
+        accepting.join()
+        assert late.gettimeout() == DEADLINE
+        late.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            late.recv(1)
 
 
 def test_nobody_is_there(tmp_path: pathlib.Path) -> None:

@@ -165,9 +165,10 @@ class Policy:
 
 
 def denied(who: Identity, perm: Perm, domain: str) -> errors.Error:
-    """The refusal of a call that takes a permission which the policy does not grant."""
+    """The refusal of a call that takes a permission which the policy does not grant; DOMAIN is what
+    WHO has called it, quotes and all."""
     return errors.error(
         libvirt.VIR_ERR_ACCESS_DENIED,
-        f"{who} has not the permission '{perm.value}' on domain '{domain}'",
+        f"{who} has not the permission '{perm.value}' on domain {domain}",
         domain=libvirt.VIR_FROM_ACCESS,
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The public API in libvirt-python's shapes (libvirt-domain-backup.c): check arguments, hand on."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -20,11 +21,11 @@ logger = logging.getLogger(__name__)
 VERSION = hypervisor.VERSION
 """This library's version as virConnectGetLibVersion counts."""
 
-VIR_DOMAIN_BACKUP_START_QUIESCE = 1 << 0
+VIR_DOMAIN_BACKUP_START_QUIESCE = hypervisor.START_QUIESCE
 """The guest agent freezes all mounted file systems for the instant of the start."""
-VIR_DOMAIN_BACKUP_START_AUTODESTROY = 1 << 1
+VIR_DOMAIN_BACKUP_START_AUTODESTROY = hypervisor.START_AUTODESTROY
 """The backup ends, cancelled, when the connection that started it closes or its process dies."""
-VIR_DOMAIN_BACKUP_STOP_CANCEL = 1 << 0
+VIR_DOMAIN_BACKUP_STOP_CANCEL = hypervisor.STOP_CANCEL
 """Give the backup up: the branch stays where it was and no verdict is asked for."""
 
 VIR_DOMAIN_EVENT_ID_BACKUP_ENDED = 1 << 16
@@ -84,10 +85,11 @@ class Connection:
         """Close the connection; 0, as libvirt-python. Closing twice does nothing."""
         driver, self._driver = self._driver, None
         callbacks, self._callbacks = self._callbacks, {}
-        for end in callbacks.values():
-            end()
-        if driver is not None:
-            driver.close()
+        with contextlib.ExitStack() as stack:
+            if driver is not None:
+                stack.callback(driver.close)
+            for end in callbacks.values():
+                stack.callback(end)
         return 0
 
     def getURI(self) -> str:
@@ -127,7 +129,7 @@ class Connection:
     def listAllDomains(self, flags: int = 0) -> list["Domain"]:
         """All domains; FLAGS: VIR_CONNECT_LIST_DOMAINS_ACTIVE, _INACTIVE, or both."""
         function = "virConnectListAllDomains"
-        _check_flags(function, flags, _ACTIVE | _INACTIVE)
+        errors.check_flags(function, flags, _ACTIVE | _INACTIVE)
         refs = self._open(function).list_domains()
         wanted = flags & (_ACTIVE | _INACTIVE) or (_ACTIVE | _INACTIVE)
         return [
@@ -256,7 +258,7 @@ class Domain:
     def state(self, flags: int = 0) -> list[int]:
         """[VIR_DOMAIN_* state, reason]."""
         function = "virDomainGetState"
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         return list(self._connection._open(function).domain_get_state(self._ref))
 
     def info(self) -> list[int]:
@@ -288,7 +290,7 @@ class Domain:
         """
         function = "virDomainBackupStart"
         start = self._call(function, "domain_backup_start")
-        _check_flags(function, flags, START_FLAGS)
+        errors.check_flags(function, flags, START_FLAGS)
         _check_not_none(function, xmlDesc=xmlDesc)
         start(self._ref, xmlDesc, flags)
         return 0
@@ -303,7 +305,7 @@ class Domain:
         """
         function = "virDomainBackupStop"
         stop = self._call(function, "domain_backup_stop")
-        _check_flags(function, flags, STOP_FLAGS)
+        errors.check_flags(function, flags, STOP_FLAGS)
         stop(self._ref, flags)
         return 0
 
@@ -311,7 +313,7 @@ class Domain:
         """The running backup with every default filled in. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
         function = "virDomainBackupGetXMLDesc"
         get = self._call(function, "domain_backup_get_xml_desc")
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         xml: str = get(self._ref, flags)
         return xml
 
@@ -319,7 +321,7 @@ class Domain:
         """How the running backup does, disk by disk. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
         function = "virDomainBackupGetInfo"
         get = self._call(function, "domain_backup_get_info")
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         info: backup_conf.BackupInfo = get(self._ref, flags)
         return info
 
@@ -327,7 +329,7 @@ class Domain:
         """Remove what a crash left of a backup, and only that; one line for each thing removed."""
         function = "virDomainBackupCleanup"
         cleanup = self._call(function, "domain_backup_cleanup")
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         return list(cleanup(self._ref, flags))
 
     def branchList(self, flags: int = 0) -> list[backup_conf.Branch]:
@@ -336,7 +338,7 @@ class Domain:
         Errors: VIR_ERR_OPERATION_UNSUPPORTED where the hypervisor cannot have any."""
         function = "virDomainBranchList"
         get = self._call(function, "domain_branch_list")
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         return list(get(self._ref, flags))
 
     def branchCreate(self, name: str, flags: int = 0) -> int:
@@ -348,7 +350,7 @@ class Domain:
         """
         function = "virDomainBranchCreate"
         create = self._call(function, "domain_branch_create")
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         _check_not_none(function, name=name)
         create(self._ref, name, flags)
         return 0
@@ -361,7 +363,7 @@ class Domain:
         """
         function = "virDomainBranchDelete"
         delete = self._call(function, "domain_branch_delete")
-        _check_flags(function, flags, 0)
+        errors.check_flags(function, flags, 0)
         _check_not_none(function, name=name)
         delete(self._ref, name, flags)
         return 0
@@ -375,11 +377,6 @@ class Domain:
         if hook is None:
             raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)
         return hook
-
-
-def _check_flags(function: str, flags: int, known: int) -> None:
-    if unknown := flags & ~known:
-        raise errors.unsupported_flags(function, unknown)
 
 
 def _check_not_none(function: str, **arguments: object) -> None:

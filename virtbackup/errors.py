@@ -134,9 +134,11 @@ def null_arg(function: str, argument: str) -> Error:
     return invalid_arg(function, argument, f"{argument} in {function} must not be NULL")
 
 
-def unsupported_flags(function: str, flags: int) -> Error:
-    """FLAGS are the bits the call does not know (virCheckFlags)."""
-    return invalid_arg(function, "flags", f"unsupported flags (0x{flags:x}) in function {function}")
+def check_flags(function: str, flags: int, known: int) -> None:
+    """Errors: VIR_ERR_INVALID_ARG for FLAGS that are not KNOWN (virCheckFlags)."""
+    if unknown := flags & ~known:
+        text = f"unsupported flags (0x{unknown:x}) in function {function}"
+        raise invalid_arg(function, "flags", text)
 
 
 def system_error(failure: OSError, text: str) -> Error:

@@ -25,6 +25,11 @@ VERSION = 0 * 1000000 + 1 * 1000 + 0
 
 ENTRY_POINTS = "virtbackup.drivers"
 
+START_QUIESCE = 1 << 0
+START_AUTODESTROY = 1 << 1
+STOP_CANCEL = 1 << 0
+"""The flags of a backup's start and stop, which api.py has by their public names."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DomainRef:

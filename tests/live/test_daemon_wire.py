@@ -10,7 +10,7 @@ import pytest
 
 from tests import daemon_scene
 from tests.live import libvirtd
-from tests.test_server import IGNORED, REFUSED, raw, send_fds, text, words
+from tests.test_server import IGNORED, REFUSED, raw, text, words
 from virtbackup import hypervisor
 
 pytestmark = pytest.mark.needs("libvirtd")
@@ -146,13 +146,12 @@ def test_what_ends_the_connection(
         assert client.is_dropped()
 
 
-def test_descriptors(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> None:
+def test_room_for_descriptors(theirs: daemon_scene.Raw, ours: daemon_scene.Raw) -> None:
+    """With some in it libvirtd answers, too, and we do not: see tests/test_server.py."""
     replies = []
     for client in (theirs, ours):
         client.call(daemon_scene.REMOTE, "AUTH_LIST")
-        client.send(raw(REMOTE, 1, 66, type=4, payload=words(2)))
-        for _ in range(2):
-            send_fds(client, b"\0", 1)
+        client.send(raw(REMOTE, 1, 66, type=4, payload=words(0)))
         message = client.receive()
         assert message is not None
         replies.append(message.encode())

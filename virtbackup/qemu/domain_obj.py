@@ -11,7 +11,7 @@ from typing import Protocol
 
 import libvirt
 
-from virtbackup import errors, runtime
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     agent,
@@ -26,12 +26,6 @@ from virtbackup.qemu import (
 )
 
 logger = logging.getLogger(__name__)
-
-# The public flags (api.py), which a driver may not import: the numbers are the contract.
-START_QUIESCE = 1 << 0
-START_AUTODESTROY = 1 << 1
-STOP_CANCEL = 1 << 0
-
 
 GRACE = 2.0
 """Seconds from the end of QEMU to libvirt's word of it, where that may be heard."""
@@ -97,12 +91,12 @@ class DomainObj:
                 logger.warning("backup=%s could not be ended on close: %s", id, failure)
 
     def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
-        quiesce = self._agent if flags & START_QUIESCE else None
-        if flags & START_QUIESCE and quiesce is None:
+        quiesce = self._agent if flags & hypervisor.START_QUIESCE else None
+        if flags & hypervisor.START_QUIESCE and quiesce is None:
             raise errors.error(
                 libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "QEMU guest agent is not configured"
             )
-        owned = bool(flags & START_AUTODESTROY)
+        owned = bool(flags & hypervisor.START_AUTODESTROY)
         owner = runtime.this_process() if owned else None
         id, images = self.job.start(definition, owner, self._engine, quiesce)
         if owned:
@@ -138,7 +132,7 @@ class DomainObj:
         self._watched.listen(self._watch.wake)
 
     def backup_stop(self, flags: int) -> None:
-        cancel = bool(flags & STOP_CANCEL)
+        cancel = bool(flags & hypervisor.STOP_CANCEL)
         with self._ending.stopping() as ended:
             reasons = self._stop(cancel)
             reason = ending.CANCELLED if cancel else ending.reason_of(reasons) if reasons else None

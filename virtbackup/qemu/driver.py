@@ -219,4 +219,5 @@ if TYPE_CHECKING:
 
 _: Callable[[str, bool], hypervisor.BackupDriver] = open
 _events: Callable[[str, bool], hypervisor.EventDriver] = open
+_keeps: Callable[[str, bool], hypervisor.KeeperDriver] = open
 """mypy's proofs that the driver has every hook."""

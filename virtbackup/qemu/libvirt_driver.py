@@ -379,4 +379,5 @@ def _libvirts_job(found: "libvirt.virDomain") -> str | None:
 _: Callable[["libvirt.virConnect"], hypervisor.BackupDriver] = LibvirtDriver
 _queries: Callable[["libvirt.virConnect"], hypervisor.QueryDriver] = LibvirtDriver
 _events: Callable[["libvirt.virConnect"], hypervisor.EventDriver] = LibvirtDriver
+_keeps: Callable[["libvirt.virConnect"], hypervisor.KeeperDriver] = LibvirtDriver
 """mypy's proofs that the driver has every hook."""

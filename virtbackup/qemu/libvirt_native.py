@@ -14,7 +14,7 @@ import libvirt
 
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_job
-from virtbackup.qemu import domain_obj, libvirt_driver, libvirt_queries, scratch, status
+from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
 
 _LOOK_AGAIN = 0.01
 
@@ -73,13 +73,13 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, libvirt's own."""
-        quiesce = bool(flags & domain_obj.START_QUIESCE)
+        quiesce = bool(flags & hypervisor.START_QUIESCE)
         native = native_job.begin(xml, quiesce, lambda: self._definition(ref), _image)
         found = self._host.lookup(ref)
         if self._is_running(found):
             raise native_job.another_runs()
         found.backupBegin(native.format(), None, 0)
-        if flags & domain_obj.START_AUTODESTROY:
+        if flags & hypervisor.START_AUTODESTROY:
             self._owned[ref.uuid] = ref
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
@@ -87,7 +87,7 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         self._running(found)
         self._owned.pop(ref.uuid, None)
         self._end(found)
-        if not found.isActive() and not flags & domain_obj.STOP_CANCEL:
+        if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()
 
     def _end(self, found: "libvirt.virDomain") -> None:

@@ -196,8 +196,7 @@ class QmpQueries:
         """A command of QMP and its reply, QEMU's refusal included, as JSON; or with FLAGS 1 one of
         the monitor for people, and what that says. Errors, too: VIR_ERR_INVALID_ARG,
         VIR_ERR_INTERNAL_ERROR for what is not JSON, VIR_ERR_OPERATION_UNSUPPORTED."""
-        if unknown := flags & ~_HMP:
-            raise errors.unsupported_flags("virDomainQemuMonitorCommand", unknown)
+        errors.check_flags("virDomainQemuMonitorCommand", flags, _HMP)
         if flags & _HMP:
             with self._session() as session:
                 _check_devices(session, "monitor for people")

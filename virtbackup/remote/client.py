@@ -276,7 +276,7 @@ class Client:
             self._end(_lost(failure, "Cannot write data"))
         return waiting
 
-    def _send(self, message: rpc.Message, timeout: float | None = None) -> None:
+    def _send(self, message: rpc.Message) -> None:
         """Errors: CodecError, transport.Closed."""
         with self._sending:
             self._show("->", message)

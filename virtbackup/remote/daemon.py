@@ -85,10 +85,21 @@ class Daemon:
         made = _adopted(fd)
         with _closed_on_error(made):
             if made.family == socket.AF_UNIX:
-                return self._add(made, "unix", None)
+                place = self._add(made, "unix", None)
+                self._warn_of_settings(place)
+                return place
             on_loopback = _is_loopback(made.getsockname()[0])
             context = None if on_loopback else tls_context(self.settings)
             return self._add(made, "tcp" if on_loopback else "tls", context)
+
+    def _warn_of_settings(self, place: str) -> None:
+        """Of those that a socket which somebody else has made does not go by."""
+        for name, theirs in (("unix_sock_mode", "SocketMode"), ("unix_sock_group", "SocketGroup")):
+            if name in self.settings.places:
+                logger.warning(
+                    "%s was handed over, and %s (%s) is not for it: set %s= of its unit",
+                    place, name, self.settings.places[name], theirs,
+                )  # fmt: skip
 
     def _add(self, made: socket.socket, kind: str, context: ssl.SSLContext | None) -> str:
         name = made.getsockname()
@@ -108,7 +119,7 @@ class Daemon:
         if gid is None:
             return
         try:
-            os.chown(path, -1, gid)
+            os.chown(path, -1, gid, follow_symlinks=False)
         except OSError as failure:
             name = self.settings.unix_sock_group
             raise errors.system_error(failure, f"cannot give '{path}' to '{name}'") from failure

@@ -20,7 +20,6 @@ from virtbackup.remote import (
     domains,
     job_stats,
     program,
-    protocol,
     remote_types,
     rpc,
     rpc_error,
@@ -31,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SUBSCRIPTIONS = 4096
 """Of one client."""
+MAX_SUBSCRIPTIONS_OF_ONE = 4 * MAX_SUBSCRIPTIONS
+"""Of all clients that are the same user, or have the same certificate."""
 
 
 class Peer(Protocol):
@@ -66,8 +67,6 @@ class Session:
         self.opened = False
         self.read_only = False
         self.wants_close_event = False
-        self.speaks_ours = False
-        """Whether it has called our own program, and so knows its events."""
         self.subscriptions: dict[int, Subscription] = {}
         self.ends_with: dict[str, str | None] = {}
         """Domains by uuid -> the id of their backup that is to end with the connection; None: the
@@ -101,8 +100,6 @@ class Session:
             raise rpc_error.undecodable() from failure
         if handler.opened and not self.opened:
             raise rpc_error.not_open()
-        if call.program == protocol.VIRTBACKUP.number:
-            self.speaks_ours = True
         ret = handler.function(self, args)
         try:
             return rpc.reply(call, ret)
@@ -132,7 +129,7 @@ class Session:
         """Cancel a backup, if it is that one. Errors: VIR_ERR_NO_DOMAIN_BACKUP, the driver's."""
         found = self.daemon.domains.by_uuid(uuid)
         if id is None or backup_id(found) == id:
-            found.call("virDomainBackupStop", "domain_backup_stop", STOP_CANCEL)
+            found.call("virDomainBackupStop", "domain_backup_stop", hypervisor.STOP_CANCEL)
 
     def end_with(self, uuid: str, id: str | None) -> None:
         """Have a domain's backup end with the connection."""
@@ -159,24 +156,22 @@ class Session:
         does."""
         return perm in self.daemon.policy.granted(self.peer.identity, name)
 
-    def check(self, perm: access.Perm, name: str, function: str) -> None:
-        """Errors: VIR_ERR_OPERATION_DENIED for what a read-only connection may not do,
-        VIR_ERR_ACCESS_DENIED for what the policy does not grant."""
-        if self.read_only and perm not in access.READ_ONLY:
-            raise access.read_only(function)
+    def check(self, perm: access.Perm, name: str, called: str | None = None) -> None:
+        """CALLED is what the client has called the domain of that NAME, which whoever may not look
+        at it is not to hear. Errors: VIR_ERR_ACCESS_DENIED for what the policy does not grant."""
         if not self.may(perm, name):
-            raise access.denied(self.peer.identity, perm, name)
+            raise access.denied(self.peer.identity, perm, called or f"'{name}'")
 
     def domain(
         self, sent: remote_types.NonnullDomain, function: str, perm: access.Perm = access.Perm.READ
     ) -> domains.Found:
         """The domain that a client means, for a FUNCTION that takes PERM. Errors: as ``check``;
-        VIR_ERR_NO_DOMAIN."""
+        VIR_ERR_OPERATION_DENIED for what a read-only connection may not do; VIR_ERR_NO_DOMAIN."""
         ref = wire_conf.domain_from_wire(sent)
         if self.read_only and perm not in access.READ_ONLY:
             raise access.read_only(function)
         found = self.daemon.domains.by_uuid(ref.uuid)
-        self.check(perm, found.ref.name, function)
+        self.check(perm, found.ref.name, f"'{ref.name}'")
         return found
 
     def visible(self, found: Iterable[domains.Found]) -> list[domains.Found]:
@@ -184,7 +179,12 @@ class Session:
         return [one for one in found if self.may(access.Perm.READ, one.ref.name)]
 
     def subscribe(self, subscription: Subscription) -> int:
-        """The number of a new subscription."""
+        """The number of a new subscription. Errors: VIR_ERR_INTERNAL_ERROR."""
+        who = self.peer.identity
+        if self.daemon.subscriptions(who) >= MAX_SUBSCRIPTIONS_OF_ONE:
+            raise rpc_error.internal(
+                f"more than {MAX_SUBSCRIPTIONS_OF_ONE} event callbacks of {who}"
+            )
         with self._lock:
             if len(self.subscriptions) >= MAX_SUBSCRIPTIONS:
                 raise rpc_error.internal(f"more than {MAX_SUBSCRIPTIONS} event callbacks")
@@ -245,6 +245,11 @@ class Daemon:
         """Of all clients that are connected."""
         with self._lock:
             return list(self._sessions)
+
+    def subscriptions(self, who: access.Identity) -> int:
+        """How many all clients have that are WHO."""
+        opened = [session for session in self.sessions() if session.opened]
+        return sum(len(one.subscriptions) for one in opened if one.peer.identity == who)
 
     def describe(self, uuid: str, checkpoint: str, text: str | None) -> None:
         """Keep the description of a domain's new checkpoint."""
@@ -313,9 +318,6 @@ MessagesOf = Callable[[Session, hypervisor.DomainRef, Any], Iterable[rpc.Message
 MESSAGES_OF: dict[type, MessagesOf] = {}
 """Kind of event -> the messages that a session wants of one."""
 
-STOP_CANCEL = 1 << 0
-"""The public flag (api.py), which this layer may not import: the number is the contract."""
-
 
 def handles(of: program.Program, name: str, opened: bool = True) -> Callable[[_F], _F]:
     """Marks the handler of the procedure NAME."""
@@ -327,11 +329,34 @@ def handles(of: program.Program, name: str, opened: bool = True) -> Callable[[_F
     return mark
 
 
+def hands_on(
+    of: program.Program,
+    name: str,
+    function: str,
+    hook: str,
+    ret: Callable[[Any], Any] | None = None,
+    flags: int | None = None,
+) -> None:
+    """Have the procedure NAME be the driver's HOOK, by the permission which that takes. The hook is
+    given the domain that the first argument is, and then the others; what it returns are the
+    reply's fields, or what RET makes of it. FUNCTION is the public one; FLAGS those that there are,
+    where that is not the driver's to say."""
+    proc = of[name]
+
+    def handler(session: Session, args: Any) -> Any:
+        _, *rest = (getattr(args, field.name) for field in dataclasses.fields(args))
+        if flags is not None:
+            errors.check_flags(function, args.flags, flags)
+        found = session.domain(args.dom, function, access.NEEDED[hook])
+        told = found.call(function, hook, *rest)
+        if ret is not None:
+            return ret(told)
+        if proc.ret is None:
+            return None
+        return proc.ret(*told) if isinstance(told, tuple) else proc.ret(told)
+
+    HANDLERS[of.number, proc.number] = Handler(handler, opened=True)
+
+
 def _name(call: rpc.Message) -> str:
     return call.proc.name if call.proc else f"{call.program:#x}:{call.procedure}"
-
-
-def check_flags(function: str, flags: int, known: int) -> None:
-    """Errors: VIR_ERR_INVALID_ARG for FLAGS that are not KNOWN."""
-    if unknown := flags & ~known:
-        raise errors.unsupported_flags(function, unknown)

@@ -22,21 +22,12 @@ from virtbackup.remote import (
 )
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote import virtbackup_protocol as ours
-from virtbackup.remote.dispatch import (
-    MESSAGES_OF,
-    STOP_CANCEL,
-    Session,
-    backup_id,
-    check_flags,
-    handles,
-)
+from virtbackup.remote.dispatch import MESSAGES_OF, Session, backup_id, handles, hands_on
 from virtbackup.remote.dispatch_connect import hostname
 from virtbackup.remote.dispatch_domain import typed
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 
-START_QUIESCE, START_AUTODESTROY = 1 << 0, 1 << 1
-"""The public flags (api.py), which this layer may not import: the numbers are the contract."""
 JOB_COMPLETED = libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED
 
 BACKUP = access.Perm.BACKUP
@@ -72,7 +63,9 @@ def list_domains(session: Session, args: None) -> ours.ListDomainsRet:
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_START")
 def backup_start(session: Session, args: ours.DomainBackupStartArgs) -> None:
-    check_flags("virDomainBackupStart", args.flags, START_QUIESCE | START_AUTODESTROY)
+    errors.check_flags(
+        "virDomainBackupStart", args.flags, hypervisor.START_QUIESCE | hypervisor.START_AUTODESTROY
+    )
     found = session.domain(args.dom, "virDomainBackupStart", BACKUP)
     start(session, found, args.xml_desc, args.flags)
 
@@ -82,13 +75,13 @@ def start(session: Session, found: domains.Found, document: str, flags: int) -> 
     before = session.daemon.ended.told(found.own.uuid, keep=True)
     found.call("virDomainBackupStart", "domain_backup_start", document, flags)
     session.daemon.ended.begin(found.own.uuid, before)
-    if flags & START_AUTODESTROY:
+    if flags & hypervisor.START_AUTODESTROY:
         session.end_with(found.own.uuid, backup_id(found))
 
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_STOP")
 def backup_stop(session: Session, args: structs.DomainFlagsArgs) -> None:
-    check_flags("virDomainBackupStop", args.flags, STOP_CANCEL)
+    errors.check_flags("virDomainBackupStop", args.flags, hypervisor.STOP_CANCEL)
     found = session.domain(args.dom, "virDomainBackupStop", BACKUP)
     stop(session, found, "virDomainBackupStop", args.flags)
 
@@ -99,58 +92,47 @@ def stop(session: Session, found: domains.Found, function: str, flags: int) -> N
     with contextlib.suppress(libvirt.libvirtError):  # the stop says better what is wrong
         progress = job_stats.running(found)
     session.daemon.ended.ending(found.own.uuid, progress)
-    found.call(function, "domain_backup_stop", flags)
+    try:
+        found.call(function, "domain_backup_stop", flags)
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:  # it was not good
+            _has_ended(session, found)
+        raise
+    _has_ended(session, found)
+
+
+def _has_ended(session: Session, found: domains.Found) -> None:
+    """A domain's backup has: it is to end with no client any more."""
     for other in session.daemon.sessions():
         other.has_ended(found.own.uuid)
 
 
-@handles(VIRTBACKUP, "DOMAIN_BACKUP_GET_XML_DESC")
-def backup_get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.XmlRet:
-    function = "virDomainBackupGetXMLDesc"
-    check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function)
-    return structs.XmlRet(found.call(function, "domain_backup_get_xml_desc", args.flags))
+def _removed(told: Iterable[str]) -> ours.DomainBackupCleanupRet:
+    return ours.DomainBackupCleanupRet(tuple(told))
 
 
-@handles(VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO")
-def backup_get_info(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBackupGetInfoRet:
-    function = "virDomainBackupGetInfo"
-    check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function)
-    return wire_conf.info_to_wire(found.call(function, "domain_backup_get_info", args.flags))
-
-
-@handles(VIRTBACKUP, "DOMAIN_BACKUP_CLEANUP")
-def backup_cleanup(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBackupCleanupRet:
-    function = "virDomainBackupCleanup"
-    check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function, BACKUP)
-    removed = found.call(function, "domain_backup_cleanup", args.flags)
-    return ours.DomainBackupCleanupRet(tuple(removed))
-
-
-@handles(VIRTBACKUP, "DOMAIN_BRANCH_LIST")
-def branch_list(session: Session, args: structs.DomainFlagsArgs) -> ours.DomainBranchListRet:
-    function = "virDomainBranchList"
-    check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function)
-    return wire_conf.branches_to_wire(found.call(function, "domain_branch_list", args.flags))
-
-
-@handles(VIRTBACKUP, "DOMAIN_BRANCH_CREATE")
-def branch_create(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
-    function = "virDomainBranchCreate"
-    check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function, BACKUP)
-    found.call(function, "domain_branch_create", args.name, args.flags)
-
-
-@handles(VIRTBACKUP, "DOMAIN_BRANCH_DELETE")
-def branch_delete(session: Session, args: ours.DomainBranchDeleteArgs) -> None:
-    function = "virDomainBranchDelete"
-    check_flags(function, args.flags, 0)
-    found = session.domain(args.dom, function, BACKUP)
-    found.call(function, "domain_branch_delete", args.name, args.flags)
+hands_on(
+    VIRTBACKUP, "DOMAIN_BACKUP_GET_XML_DESC", "virDomainBackupGetXMLDesc",
+    "domain_backup_get_xml_desc", flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO", "virDomainBackupGetInfo", "domain_backup_get_info",
+    wire_conf.info_to_wire, flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BACKUP_CLEANUP", "virDomainBackupCleanup", "domain_backup_cleanup",
+    _removed, flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BRANCH_LIST", "virDomainBranchList", "domain_branch_list",
+    wire_conf.branches_to_wire, flags=0,
+)  # fmt: skip
+hands_on(
+    VIRTBACKUP, "DOMAIN_BRANCH_CREATE", "virDomainBranchCreate", "domain_branch_create", flags=0
+)
+hands_on(
+    VIRTBACKUP, "DOMAIN_BRANCH_DELETE", "virDomainBranchDelete", "domain_branch_delete", flags=0
+)
 
 
 # --- libvirt's own calls ---
@@ -161,7 +143,7 @@ def backup_begin(session: Session, args: structs.DomainBackupBeginArgs) -> None:
     """libvirt's own call, on our engine. A checkpoint that it is to begin is a branch from then on,
     once the backup was good."""
     function = "virDomainBackupBegin"
-    check_flags(function, args.flags, 0)
+    errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
     definition = _definition(found, args.backup_xml)
     if definition.branch is not None:
@@ -199,7 +181,7 @@ def definition_of(found: domains.Found) -> domain_conf.DomainDef:
 @handles(REMOTE, "DOMAIN_BACKUP_GET_XML_DESC")
 def native_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.XmlRet:
     function = "virDomainBackupGetXMLDesc"
-    check_flags(function, args.flags, 0)
+    errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     document = found.call(function, "domain_backup_get_xml_desc", 0)
     live = backup_conf.BackupDef.parse(document)
@@ -226,7 +208,7 @@ def abort_job(session: Session, args: structs.DomainArgs) -> None:
 
 @handles(REMOTE, "DOMAIN_ABORT_JOB_FLAGS")
 def abort_job_flags(session: Session, args: structs.DomainFlagsArgs) -> None:
-    check_flags("virDomainAbortJobFlags", args.flags, 0)
+    errors.check_flags("virDomainAbortJobFlags", args.flags, 0)
     _abort(session, args.dom, "virDomainAbortJobFlags")
 
 
@@ -263,7 +245,7 @@ def get_job_stats(session: Session, args: structs.DomainFlagsArgs) -> structs.Do
     function = "virDomainGetJobStats"
     completed = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
     keep = libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
-    check_flags(function, args.flags, completed | keep)
+    errors.check_flags(function, args.flags, completed | keep)
     found = session.domain(args.dom, function)
     if args.flags & completed:
         stats = session.daemon.ended.told(found.own.uuid, bool(args.flags & keep))

@@ -9,7 +9,7 @@ from virtbackup import access, errors
 from virtbackup.conf import checkpoint_conf
 from virtbackup.remote import checkpoint, domains, protocol, remote_types, wire_conf
 from virtbackup.remote import remote_structs as structs
-from virtbackup.remote.dispatch import Session, check_flags, handles
+from virtbackup.remote.dispatch import Session, handles
 from virtbackup.remote.dispatch_backup import definition_of
 
 REMOTE = protocol.REMOTE
@@ -47,7 +47,7 @@ def list_all(
     session: Session, args: structs.DomainListAllCheckpointsArgs
 ) -> structs.CheckpointsRet:
     function = "virDomainListAllCheckpoints"
-    check_flags(function, args.flags, _ROOTS | _TOPOLOGICAL | _LEAVES | _NO_LEAVES)
+    errors.check_flags(function, args.flags, _ROOTS | _TOPOLOGICAL | _LEAVES | _NO_LEAVES)
     found = session.domain(args.dom, function)
     known = checkpoint.of(found)
     listed = _with_leaves(known, args.flags)
@@ -61,7 +61,7 @@ def list_all_children(
     session: Session, args: structs.DomainCheckpointListAllChildrenArgs
 ) -> structs.CheckpointsRet:
     function = "virDomainCheckpointListAllChildren"
-    check_flags(function, args.flags, _DESCENDANTS | _TOPOLOGICAL | _LEAVES | _NO_LEAVES)
+    errors.check_flags(function, args.flags, _DESCENDANTS | _TOPOLOGICAL | _LEAVES | _NO_LEAVES)
     found, one = _found(session, args.checkpoint, function)
     known = checkpoint.of(found)
     names = [other.name for other in known]
@@ -86,7 +86,7 @@ def lookup_by_name(
     session: Session, args: structs.DomainCheckpointLookupByNameArgs
 ) -> structs.CheckpointRet:
     function = "virDomainCheckpointLookupByName"
-    check_flags(function, args.flags, 0)
+    errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     return structs.CheckpointRet(_wire(found, checkpoint.by_name(found, args.name).name))
 
@@ -96,7 +96,7 @@ def get_parent(
     session: Session, args: structs.CheckpointFlagsArgs
 ) -> structs.DomainCheckpointGetParentRet:
     function = "virDomainCheckpointGetParent"
-    check_flags(function, args.flags, 0)
+    errors.check_flags(function, args.flags, 0)
     found, one = _found(session, args.checkpoint, function)
     if one.parent is None:
         raise checkpoint.missing(f"checkpoint '{one.name}' does not have a parent")
@@ -111,7 +111,7 @@ def get_xml_desc(session: Session, args: structs.CheckpointFlagsArgs) -> structs
         | libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
         | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
     )
-    check_flags(function, args.flags, known)
+    errors.check_flags(function, args.flags, known)
     secret = bool(args.flags & libvirt.VIR_DOMAIN_CHECKPOINT_XML_SECURE)
     if session.read_only and secret:
         raise errors.error(
@@ -139,7 +139,7 @@ def create_xml(
     function = "virDomainCheckpointCreateXML"
     redefine = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
     validate = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
-    check_flags(function, args.flags, redefine | validate)
+    errors.check_flags(function, args.flags, redefine | validate)
     found = session.domain(args.dom, function, access.Perm.BACKUP)
     wanted = checkpoint_conf.CheckpointDef.parse(args.xml_desc)
     if args.flags & redefine:
@@ -174,7 +174,7 @@ def delete(session: Session, args: structs.CheckpointFlagsArgs) -> None:
     function = "virDomainCheckpointDelete"
     children = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN
     only = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN_ONLY
-    check_flags(function, args.flags, children | only)
+    errors.check_flags(function, args.flags, children | only)
     found, one = _found(session, args.checkpoint, function, access.Perm.BACKUP)
     names = [other.name for other in checkpoint.of(found)]
     later = names[names.index(one.name) + 1 :] if args.flags & (children | only) else []

@@ -10,15 +10,19 @@ import libvirt
 from virtbackup import errors
 from virtbackup.remote import domains, protocol, remote_types, rpc_error
 from virtbackup.remote import remote_structs as structs
-from virtbackup.remote.dispatch import Session, check_flags, handles
+from virtbackup.remote.dispatch import Session, handles
 
 REMOTE = protocol.REMOTE
 
-KEEPALIVE, EVENT_CALLBACK, CLOSE_CALLBACK = 10, 14, 15
-"""virConnectFeature / VIR_DRV_FEATURE_*: the numbers are the wire's."""
 SPOKEN = 9 * 1000000
 """The libvirt whose calls these are."""
-_FEATURES = frozenset({KEEPALIVE, EVENT_CALLBACK, CLOSE_CALLBACK})
+_FEATURES = frozenset(
+    {
+        remote_types.FEATURE_PROGRAM_KEEPALIVE,
+        remote_types.FEATURE_REMOTE_EVENT_CALLBACK,
+        remote_types.FEATURE_REMOTE_CLOSE_CALLBACK,
+    }
+)
 
 
 def ask(session: Session, function: str, hook: str, *args: Any) -> Any:
@@ -36,14 +40,14 @@ def auth_list(session: Session, args: None) -> structs.AuthListRet:
 def supports_feature(
     session: Session, args: structs.ConnectSupportsFeatureArgs
 ) -> structs.ConnectSupportsFeatureRet:
-    if args.feature == KEEPALIVE:
+    if args.feature == remote_types.FEATURE_PROGRAM_KEEPALIVE:
         session.peer.start_keepalive()
     return structs.ConnectSupportsFeatureRet(int(args.feature in _FEATURES))
 
 
 @handles(REMOTE, "CONNECT_OPEN", opened=False)
 def connect_open(session: Session, args: structs.ConnectOpenArgs) -> None:
-    check_flags("virConnectOpenAuth", args.flags, libvirt.VIR_CONNECT_RO)
+    errors.check_flags("virConnectOpenAuth", args.flags, libvirt.VIR_CONNECT_RO)
     if args.name is None:
         raise rpc_error.internal("connection not open")  # libvirtd's word for it
     if not session.daemon.serves(args.name):
@@ -120,7 +124,8 @@ def get_capabilities(session: Session, args: None) -> structs.ConnectGetCapabili
 @handles(REMOTE, "NODE_GET_INFO")
 def node_get_info(session: Session, args: None) -> structs.NodeGetInfoRet:
     model, *numbers = ask(session, "virNodeGetInfo", "node_get_info")
-    return structs.NodeGetInfoRet(model.encode()[:31].ljust(32, b"\0"), *numbers)
+    chars = model.encode("utf-8", "surrogateescape")[:31]
+    return structs.NodeGetInfoRet(chars.ljust(32, b"\0"), *numbers)
 
 
 @handles(REMOTE, "NODE_GET_SECURITY_MODEL")

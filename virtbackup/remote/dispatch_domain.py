@@ -10,15 +10,13 @@ import libvirt
 from virtbackup import access, errors, hypervisor
 from virtbackup.remote import domains, protocol, remote_types, rpc_error, wire_conf, xdr
 from virtbackup.remote import remote_structs as structs
-from virtbackup.remote.dispatch import Session, check_flags, handles
+from virtbackup.remote.dispatch import Session, handles, hands_on
 from virtbackup.remote.dispatch_connect import terminated
 
 logger = logging.getLogger(__name__)
 
 REMOTE, QEMU = protocol.REMOTE, protocol.QEMU
 
-_MAX_BLOCK_STATS = 16
-"""REMOTE_DOMAIN_BLOCK_STATS_PARAMETERS_MAX."""
 _SECRET = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
 """Flags of virDomainGetXMLDesc that are not for read-only connections."""
 
@@ -83,7 +81,7 @@ def list_all_domains(
     known = 0
     for group, _ in _GROUPS:
         known |= group
-    check_flags("virConnectListAllDomains", args.flags, known)
+    errors.check_flags("virConnectListAllDomains", args.flags, known)
     found = session.visible(session.daemon.domains.all())
     for group, goes_by in _GROUPS:
         wanted = args.flags & group
@@ -136,25 +134,26 @@ def list_defined_domains(
     return structs.ConnectListDefinedDomainsRet(tuple(names[: max(0, args.maxnames)]))
 
 
-def _found(session: Session, one: domains.Found, function: str) -> structs.DomainRet:
-    session.check(access.Perm.READ, one.ref.name, function)
-    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
-
-
 @handles(REMOTE, "DOMAIN_LOOKUP_BY_ID")
 def lookup_by_id(session: Session, args: structs.DomainLookupByIdArgs) -> structs.DomainRet:
-    return _found(session, session.daemon.domains.by_id(args.id), "virDomainLookupByID")
+    one = session.daemon.domains.by_id(args.id)
+    session.check(access.Perm.READ, one.ref.name, f"with id {args.id}")
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
 
 
 @handles(REMOTE, "DOMAIN_LOOKUP_BY_NAME")
 def lookup_by_name(session: Session, args: structs.DomainLookupByNameArgs) -> structs.DomainRet:
-    return _found(session, session.daemon.domains.by_name(args.name), "virDomainLookupByName")
+    session.check(access.Perm.READ, args.name)
+    one = session.daemon.domains.by_name(args.name)
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
 
 
 @handles(REMOTE, "DOMAIN_LOOKUP_BY_UUID")
 def lookup_by_uuid(session: Session, args: structs.DomainLookupByUuidArgs) -> structs.DomainRet:
     uuid = wire_conf.uuid_from_wire(args.uuid)
-    return _found(session, session.daemon.domains.by_uuid(uuid), "virDomainLookupByUUID")
+    one = session.daemon.domains.by_uuid(uuid)
+    session.check(access.Perm.READ, one.ref.name, f"with uuid '{uuid}'")
+    return structs.DomainRet(wire_conf.domain_to_wire(one.ref))
 
 
 # --- what they are ---
@@ -177,7 +176,7 @@ def get_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.Xml
 @handles(REMOTE, "DOMAIN_GET_STATE")
 def get_state(session: Session, args: structs.DomainFlagsArgs) -> structs.DomainGetStateRet:
     function = "virDomainGetState"
-    check_flags(function, args.flags, 0)
+    errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function)
     return structs.DomainGetStateRet(*found.call(function, "domain_get_state"))
 
@@ -188,75 +187,47 @@ def is_active(session: Session, args: structs.DomainArgs) -> structs.DomainIsAct
     return structs.DomainIsActiveRet(int(found.ref.id is not None))
 
 
-@handles(REMOTE, "DOMAIN_GET_INFO")
-def get_info(session: Session, args: structs.DomainArgs) -> structs.DomainGetInfoRet:
-    function = "virDomainGetInfo"
-    found = session.domain(args.dom, function)
-    return structs.DomainGetInfoRet(*found.call(function, "domain_get_info"))
-
-
-@handles(REMOTE, "DOMAIN_GET_OS_TYPE")
-def get_os_type(session: Session, args: structs.DomainArgs) -> structs.TypeRet:
-    function = "virDomainGetOSType"
-    found = session.domain(args.dom, function)
-    return structs.TypeRet(found.call(function, "domain_get_os_type"))
-
-
-@handles(REMOTE, "DOMAIN_IS_PERSISTENT")
-def is_persistent(session: Session, args: structs.DomainArgs) -> structs.DomainIsPersistentRet:
-    function = "virDomainIsPersistent"
-    found = session.domain(args.dom, function)
-    return structs.DomainIsPersistentRet(int(found.call(function, "domain_is_persistent")))
-
-
-@handles(REMOTE, "DOMAIN_GET_AUTOSTART")
-def get_autostart(session: Session, args: structs.DomainArgs) -> structs.DomainGetAutostartRet:
-    function = "virDomainGetAutostart"
-    found = session.domain(args.dom, function)
-    return structs.DomainGetAutostartRet(int(found.call(function, "domain_get_autostart")))
-
-
-@handles(REMOTE, "DOMAIN_HAS_MANAGED_SAVE_IMAGE")
-def has_managed_save_image(
-    session: Session, args: structs.DomainFlagsArgs
-) -> structs.DomainHasManagedSaveImageRet:
-    function = "virDomainHasManagedSaveImage"
-    found = session.domain(args.dom, function)
-    has = found.call(function, "domain_has_managed_save_image", args.flags)
-    return structs.DomainHasManagedSaveImageRet(int(has))
-
-
-@handles(REMOTE, "DOMAIN_GET_SECURITY_LABEL")
-def get_security_label(
-    session: Session, args: structs.DomainArgs
-) -> structs.DomainGetSecurityLabelRet:
-    function = "virDomainGetSecurityLabel"
-    found = session.domain(args.dom, function)
-    label, enforcing = found.call(function, "domain_get_security_label")
+def _label(told: tuple[str, bool]) -> structs.DomainGetSecurityLabelRet:
+    label, enforcing = told
     return structs.DomainGetSecurityLabelRet(terminated(label), int(enforcing))
 
 
-@handles(REMOTE, "DOMAIN_GET_MESSAGES")
-def get_messages(session: Session, args: structs.DomainFlagsArgs) -> structs.DomainGetMessagesRet:
-    function = "virDomainGetMessages"
-    found = session.domain(args.dom, function)
-    said = found.call(function, "domain_get_messages", args.flags)
-    return structs.DomainGetMessagesRet(tuple(said))
+def _messages(told: Sequence[str]) -> structs.DomainGetMessagesRet:
+    return structs.DomainGetMessagesRet(tuple(told))
+
+
+hands_on(REMOTE, "DOMAIN_GET_INFO", "virDomainGetInfo", "domain_get_info")
+hands_on(REMOTE, "DOMAIN_GET_OS_TYPE", "virDomainGetOSType", "domain_get_os_type")
+hands_on(REMOTE, "DOMAIN_IS_PERSISTENT", "virDomainIsPersistent", "domain_is_persistent")
+hands_on(REMOTE, "DOMAIN_GET_AUTOSTART", "virDomainGetAutostart", "domain_get_autostart")
+hands_on(
+    REMOTE, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", "virDomainHasManagedSaveImage",
+    "domain_has_managed_save_image",
+)  # fmt: skip
+hands_on(
+    REMOTE, "DOMAIN_GET_SECURITY_LABEL", "virDomainGetSecurityLabel", "domain_get_security_label",
+    _label,
+)  # fmt: skip
+hands_on(REMOTE, "DOMAIN_GET_MESSAGES", "virDomainGetMessages", "domain_get_messages", _messages)
 
 
 # --- their disks ---
 
 
-@handles(REMOTE, "DOMAIN_GET_BLOCK_INFO")
-def get_block_info(
-    session: Session, args: structs.DomainPathFlagsArgs
-) -> structs.DomainGetBlockInfoRet:
-    function = "virDomainGetBlockInfo"
-    found = session.domain(args.dom, function)
-    capacity, allocation, physical = found.call(
-        function, "domain_get_block_info", args.path, args.flags
-    )
+def _sizes(told: tuple[int, int, int]) -> structs.DomainGetBlockInfoRet:
+    capacity, allocation, physical = told
     return structs.DomainGetBlockInfoRet(allocation, capacity, physical)
+
+
+def _job(told: tuple[int, int, int, int] | None) -> structs.DomainGetBlockJobInfoRet:
+    return structs.DomainGetBlockJobInfoRet(int(told is not None), *(told or (0, 0, 0, 0)))
+
+
+hands_on(REMOTE, "DOMAIN_GET_BLOCK_INFO", "virDomainGetBlockInfo", "domain_get_block_info", _sizes)
+hands_on(
+    REMOTE, "DOMAIN_GET_BLOCK_JOB_INFO", "virDomainGetBlockJobInfo", "domain_get_block_job_info",
+    _job,
+)  # fmt: skip
 
 
 @handles(REMOTE, "DOMAIN_BLOCK_STATS_FLAGS")
@@ -265,7 +236,7 @@ def block_stats_flags(
 ) -> structs.DomainBlockStatsFlagsRet:
     function = "virDomainBlockStatsFlags"
     found = session.domain(args.dom, function)
-    if not 0 <= args.nparams <= _MAX_BLOCK_STATS:
+    if not 0 <= args.nparams <= remote_types.DOMAIN_BLOCK_STATS_PARAMETERS_MAX:
         raise rpc_error.internal("nparams too large")
     stats = found.call(function, "domain_block_stats_flags", args.path, args.flags)
     if not args.nparams:
@@ -275,16 +246,6 @@ def block_stats_flags(
         for name, value in stats.items()
     )[: args.nparams]
     return structs.DomainBlockStatsFlagsRet(params, len(params))
-
-
-@handles(REMOTE, "DOMAIN_GET_BLOCK_JOB_INFO")
-def get_block_job_info(
-    session: Session, args: structs.DomainPathFlagsArgs
-) -> structs.DomainGetBlockJobInfoRet:
-    function = "virDomainGetBlockJobInfo"
-    found = session.domain(args.dom, function)
-    job = found.call(function, "domain_get_block_job_info", args.path, args.flags)
-    return structs.DomainGetBlockJobInfoRet(int(job is not None), *(job or (0, 0, 0, 0)))
 
 
 @handles(REMOTE, "CONNECT_GET_ALL_DOMAIN_STATS")
@@ -330,41 +291,8 @@ def typed(name: str, value: hypervisor.Value) -> remote_types.TypedParam:
 
 # --- what is done to them ---
 
-
-@handles(REMOTE, "DOMAIN_FSFREEZE")
-def fsfreeze(session: Session, args: structs.DomainFsfreezeArgs) -> structs.DomainFsfreezeRet:
-    function = "virDomainFSFreeze"
-    found = session.domain(args.dom, function, access.Perm.BACKUP)
-    mountpoints: Sequence[str] = args.mountpoints
-    frozen = found.call(function, "domain_fsfreeze", mountpoints, args.flags)
-    return structs.DomainFsfreezeRet(frozen)
-
-
-@handles(REMOTE, "DOMAIN_FSTHAW")
-def fsthaw(session: Session, args: structs.DomainFsfreezeArgs) -> structs.DomainFsfreezeRet:
-    function = "virDomainFSThaw"
-    found = session.domain(args.dom, function, access.Perm.BACKUP)
-    thawed = found.call(function, "domain_fsthaw", args.mountpoints, args.flags)
-    return structs.DomainFsfreezeRet(thawed)
-
-
-@handles(REMOTE, "DOMAIN_SUSPEND")
-def suspend(session: Session, args: structs.DomainArgs) -> None:
-    function = "virDomainSuspend"
-    session.domain(args.dom, function, access.Perm.BACKUP).call(function, "domain_suspend")
-
-
-@handles(REMOTE, "DOMAIN_RESUME")
-def resume(session: Session, args: structs.DomainArgs) -> None:
-    function = "virDomainResume"
-    session.domain(args.dom, function, access.Perm.BACKUP).call(function, "domain_resume")
-
-
-@handles(QEMU, "DOMAIN_MONITOR_COMMAND")
-def monitor_command(session: Session, args: Any) -> Any:
-    function = "virDomainQemuMonitorCommand"
-    found = session.domain(args.dom, function, access.Perm.BACKUP)
-    said = found.call(function, "domain_monitor_command", args.cmd, args.flags)
-    ret = QEMU["DOMAIN_MONITOR_COMMAND"].ret
-    assert ret is not None
-    return ret(said)
+hands_on(REMOTE, "DOMAIN_FSFREEZE", "virDomainFSFreeze", "domain_fsfreeze")
+hands_on(REMOTE, "DOMAIN_FSTHAW", "virDomainFSThaw", "domain_fsthaw")
+hands_on(REMOTE, "DOMAIN_SUSPEND", "virDomainSuspend", "domain_suspend")
+hands_on(REMOTE, "DOMAIN_RESUME", "virDomainResume", "domain_resume")
+hands_on(QEMU, "DOMAIN_MONITOR_COMMAND", "virDomainQemuMonitorCommand", "domain_monitor_command")

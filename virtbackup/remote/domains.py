@@ -63,14 +63,18 @@ class Host:
                 logger.warning("uri=%s cannot be opened: %s", self.uri, error)
             self._failure = str(error)
             raise error from failure
+        try:
+            register = getattr(driver, "event_register", None)
+            if register is not None and self._callback is not None:
+                register(self._callback)
+        except BaseException:
+            driver.close()
+            raise
         logger.info("uri=%s opened", self.uri)
         self._failure = None
         adopt = getattr(driver, "adopt_backups", None)
         if adopt is not None:
             threading.Thread(target=self._adopt, args=(adopt,), daemon=True).start()
-        register = getattr(driver, "event_register", None)
-        if register is not None and self._callback is not None:
-            register(self._callback)
         return driver
 
     def _adopt(self, adopt: Callable[[], None]) -> None:
@@ -186,7 +190,7 @@ class Domains:
     def open(self) -> None:
         """Open the hosts that are not, and do not wait for that."""
         for host in self.hosts:
-            if not host.is_open:
+            if not host.is_open and not self._is_asked(host):
                 self._ask(host, lambda driver: None)
 
     def first(self) -> hypervisor.Driver:
@@ -303,6 +307,12 @@ class Domains:
                 self._hanging[host] = question
         self._workers.do(question.ask, urgent=True)
         return question, True
+
+    def _is_asked(self, host: Host) -> bool:
+        """Whether HOST, which is opened to be asked, has not answered yet."""
+        with self._lock:
+            asked = self._hanging.get(host)
+        return asked is not None and not asked.is_answered
 
     def _search(self, described: str, **wanted: str) -> list[Found]:
         """The domain, at every host that has it, in their order. Errors: VIR_ERR_NO_DOMAIN, which

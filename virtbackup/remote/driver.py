@@ -43,8 +43,6 @@ it answers pings."""
 CLOSE_TIMEOUT = 60.0
 """Seconds that a server may take to end the backups that were to end with the connection."""
 
-_FEATURE_KEEPALIVE = 10
-"""VIR_DRV_FEATURE_PROGRAM_KEEPALIVE."""
 _ALL_NEEDED = 1
 """``need_results``: what is listed is wanted, not only how much it is."""
 
@@ -99,7 +97,7 @@ def _backup_ended(sent: virtbackup_protocol.BackupEndedMsg) -> hypervisor.Event 
 def _job_completed(sent: structs.DomainEventCallbackJobCompletedMsg) -> hypervisor.Event | None:
     """Of libvirt's own: a pull that was aborted is one that ended as it should."""
     params = wire_conf.params_from_wire(sent.params)
-    if params.get("operation") != native.JOB_OPERATION_BACKUP:
+    if params.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
         return None
     good = bool(params.get("success", True))
     reason = None if good else str(params.get("errmsg", "libvirt's backup job failed"))
@@ -121,7 +119,8 @@ _Registration = tuple[program.Program, str, object, str]
 
 def _registrations(is_ours: bool) -> Iterator[_Registration]:
     """What has a server tell us of all domains."""
-    lifecycle, job_completed = 0, 21  # VIR_DOMAIN_EVENT_ID_*
+    lifecycle = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+    job_completed = libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED
     register = "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY"
     deregister = "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY"
     for id in (lifecycle,) if is_ours else (lifecycle, job_completed):
@@ -144,7 +143,7 @@ class _Session:
         self._registered: list[tuple[program.Program, str, int]] = []
         try:
             self._authenticate()
-            if self._supports(_FEATURE_KEEPALIVE):
+            if self._supports(remote_types.FEATURE_PROGRAM_KEEPALIVE):
                 connection.start_keepalive()
             flags = libvirt.VIR_CONNECT_RO if readonly else 0
             connection.call(REMOTE, "CONNECT_OPEN", structs.ConnectOpenArgs(target.name, flags))

@@ -52,9 +52,8 @@ class Ended:
         with self._lock:
             self._ending[uuid] = stats
 
-    def end(self, event: hypervisor.BackupEnded) -> Stats:
-        """A job has ended; what is told of it from now on. A pull that is good ends by being
-        cancelled, as libvirt says, too."""
+    def end(self, event: hypervisor.BackupEnded) -> None:
+        """A job has ended. A pull that is good ends by being cancelled, as libvirt says, too."""
         with self._lock:
             stats = self._ending.pop(event.domain.uuid, {})
             stats |= {
@@ -63,7 +62,6 @@ class Ended:
                 "errmsg": "Operation canceled" if event.good else event.reason or "unknown error",
             }
             self._ended[event.domain.uuid] = stats
-            return stats
 
     def told(self, uuid: str, keep: bool) -> Stats:
         """What is known of a domain's last job, once, unless it is to be KEPT; empty: nothing."""

@@ -18,15 +18,8 @@ from virtbackup.remote import remote_structs as structs
 
 logger = logging.getLogger(__name__)
 
-# The public flags (api.py), which a driver may not import: the numbers are the contract.
-START_QUIESCE = 1 << 0
-START_AUTODESTROY = 1 << 1
-STOP_CANCEL = 1 << 0
-
 SCRATCH_DIRECTORY = "/var/tmp"
 """On the server's host, for scratch images for which nobody named a place."""
-JOB_OPERATION_BACKUP = 9
-"""VIR_DOMAIN_JOB_OPERATION_BACKUP, which libvirt-python does not have before 6.0."""
 
 _LOOK_AGAIN = 0.02
 
@@ -67,7 +60,7 @@ class NativeJobs:
     def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, the server's."""
         native = native_job.begin(
-            xml, bool(flags & START_QUIESCE), lambda: self._definition(ref), _image
+            xml, bool(flags & hypervisor.START_QUIESCE), lambda: self._definition(ref), _image
         )
         if self._runs(ref):
             raise native_job.another_runs()
@@ -75,7 +68,7 @@ class NativeJobs:
         self._call(
             "DOMAIN_BACKUP_BEGIN", structs.DomainBackupBeginArgs(dom, native.format(), None, 0)
         )
-        if flags & START_AUTODESTROY:
+        if flags & hypervisor.START_AUTODESTROY:
             with self._lock:
                 self._owned[ref.uuid] = ref
 
@@ -84,7 +77,7 @@ class NativeJobs:
         with self._lock:
             self._owned.pop(ref.uuid, None)
         self._end(ref)
-        if not flags & STOP_CANCEL and not self._is_active(ref):
+        if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()
 
     def xml_desc(self, ref: hypervisor.DomainRef) -> str:

@@ -15,8 +15,8 @@ from virtbackup import access
 class Peer:
     """The other end of a CONNECTED socket, in words and, once that is known, as a policy has it."""
 
-    def __init__(self, connected: socket.socket) -> None:
-        """Errors: OSError where it is gone already."""
+    def __init__(self, connected: socket.socket, tls: bool = False) -> None:
+        """TLS: it has yet to prove who it is. Errors: OSError where it is gone already."""
         self._lock = threading.Lock()
         self._identity: access.Identity | None = None
         self._credentials: tuple[int, int, int] | None = None
@@ -27,7 +27,18 @@ class Peer:
         else:
             name = connected.getpeername()
             self.address = f"{name[0]}:{name[1]}"
-            self._identity = access.Identity("tcp")
+            self._identity = None if tls else access.Identity("tcp")
+
+    @property
+    def has_all_places(self) -> bool:
+        """Whether nobody is to be protected from the peer: it is root, or who runs us."""
+        return self._credentials is not None and self._credentials[1] in (0, os.geteuid())
+
+    @property
+    def who(self) -> object:
+        """The same for all clients of one user or certificate, and for all by tcp; None: not known
+        yet. Without a question to anybody."""
+        return self._identity if self._credentials is None else self._credentials[1]
 
     def has_shaken_hands(self, connected: ssl.SSLSocket) -> None:
         """By tls: its certificate was checked."""

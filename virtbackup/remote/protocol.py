@@ -21,8 +21,3 @@ PROGRAMS: Mapping[int, program.Program] = {
     each.number: each for each in (REMOTE, QEMU, VIRTBACKUP, KEEPALIVE)
 }
 """Number -> program."""
-
-PROCEDURES: Mapping[tuple[int, int], Proc] = {
-    (each.number, proc.number): proc for each in PROGRAMS.values() for proc in each.procedures
-}
-"""(program, number) -> procedure."""

@@ -130,11 +130,6 @@ class Parser:
         """How many bytes wait for the end of their message."""
         return len(self._buffer)
 
-    @property
-    def held_fds(self) -> int:
-        """How many descriptors do."""
-        return len(self._fds)
-
     def take_fds(self) -> list[int]:
         """The descriptors that belong to no message yet, for their new owner to close."""
         taken = list(self._fds)

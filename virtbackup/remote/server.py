@@ -36,7 +36,8 @@ class Limits:
     """What clients may take; the names of the first three are libvirtd.conf's."""
 
     max_clients: int = 500
-    """Further ones wait until there is room."""
+    """Further ones wait until there is room. Of one user nine tenths at most, but for root and the
+    server's own, and so of one certificate, and by tcp; further ones are let go."""
     max_client_requests: int = 5
     """Calls of one client that are worked on at once."""
     max_workers: int = 20
@@ -50,14 +51,17 @@ class Limits:
     """Bytes of replies that a client leaves unread, before no more of its calls are worked on; of
     events, before it is let go."""
     max_held: int = 256 << 20
-    """Bytes of all clients together that wait for anything, before one that has more than its share
-    is let go."""
-    max_held_fds: int = 64
-    """Descriptors of all clients together, likewise."""
+    """Bytes of all clients together that wait for anything, before who has most of them is let go,
+    if that is more than its share."""
     max_handshaking: int = 50
     """Clients that have not shaken hands by TLS yet; further ones wait."""
     handshake_timeout: float = 10.0
     """Seconds for TLS."""
+    open_timeout: float = 60.0
+    """Seconds that a client may be there without having opened the hypervisor, as whoever has no
+    rights never has."""
+    crowded_timeout: float = 2.0
+    """For either, while there is no room for further clients."""
     keepalive_interval: float = 5.0
     keepalive_count: int = 5
 
@@ -65,9 +69,11 @@ class Limits:
 class Session(Protocol):
     """What a server keeps of one client for whom it serves."""
 
+    opened: bool
+    """Whether the client has opened the hypervisor, and not closed it."""
+
     def handle(self, call: rpc.Message) -> rpc.Message | None:
-        """The reply to a call; runs in a worker, several at once. Descriptors that came with the
-        call are not for it."""
+        """The reply to a call; runs in a worker, several at once."""
 
     def close(self) -> None:
         """The client is gone, and no call of it is worked on any more; runs in a worker."""
@@ -89,8 +95,11 @@ class Server:
         self._stop_by: float | None = None
         self._accept_from = 0.0
         """When clients are accepted again, after that went wrong."""
+        self._all_shake_hands = False
+        """Whether there is no room for clients that have not shaken hands."""
         self._numbers = 0
-        self._held = _Held()
+        self._held = 0
+        """Bytes that wait for something: for their end, for a worker, for the client."""
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
@@ -102,6 +111,7 @@ class Server:
         """Serve the clients of a LISTENING socket, which is the server's now; with CONTEXT by TLS.
         Before ``run``."""
         listening.setblocking(False)
+        transport.refuse_descriptors(listening)
         self._listeners.append(_Listener(listening, context))
 
     def run(self) -> None:
@@ -186,24 +196,29 @@ class Server:
             return
         self._clients.add(client)
         client.begin()
-        if len(self._clients) >= self.limits.max_clients:
+        if self.is_full:
             logger.warning("clients=%d no more are accepted for now", len(self._clients))
         self._select_listeners()
 
     def _select_listeners(self) -> None:
         """Accept at those listeners for whose clients there is room."""
-        room = self._stop_by is None and len(self._clients) < self.limits.max_clients
+        room = self._stop_by is None and not self.is_full
         room = room and time.monotonic() >= self._accept_from
         handshaking = sum(client.is_handshaking for client in self._clients)
+        self._all_shake_hands = handshaking >= self.limits.max_handshaking
         for listener in self._listeners:
-            full = listener.context is not None and handshaking >= self.limits.max_handshaking
-            accepts = room and not full
+            accepts = room and not (listener.context is not None and self._all_shake_hands)
             if accepts and not listener.accepts:
                 accept = functools.partial(self._accept_of, listener)
                 self._selector.register(listener.socket, selectors.EVENT_READ, accept)
             elif listener.accepts and not accepts:
                 self._selector.unregister(listener.socket)
             listener.accepts = accepts
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for further clients."""
+        return len(self._clients) >= self.limits.max_clients
 
     def _accept_of(self, listener: "_Listener", mask: int) -> None:
         if listener.accepts:  # not, where an earlier one's client was the last for now
@@ -228,16 +243,30 @@ class Server:
         elif current is not None and current.events != mask:
             self._selector.modify(client.socket, mask, client.ready)
 
-    def may_hold(self, before: "_Held", after: "_Held") -> bool:
-        """Count what a client holds; False: all together hold too much, and it more than its
-        share."""
-        self._held = self._held + after - before
+    @property
+    def handshake_patience(self) -> float:
+        """Seconds for a client to shake hands by TLS."""
         limits = self.limits
-        return not (
-            (self._held.bytes > limits.max_held
-             and after.bytes > limits.max_held // limits.max_clients)
-            or (self._held.fds > limits.max_held_fds and after.fds > 1)
-        )  # fmt: skip
+        return limits.crowded_timeout if self._all_shake_hands else limits.handshake_timeout
+
+    def has_its_share(self, who: object) -> bool:
+        """Whether all clients but a tenth of those that there may be are WHO's already."""
+        most = max(1, self.limits.max_clients * 9 // 10)
+        return sum(client.who == who for client in self._clients) > most
+
+    @property
+    def patience(self) -> float:
+        """Seconds for a client to open the hypervisor."""
+        return self.limits.crowded_timeout if self.is_full else self.limits.open_timeout
+
+    def hold(self, more: int) -> None:
+        """Count MORE bytes that a client holds."""
+        self._held += more
+        while self._held > self.limits.max_held:
+            greediest = max(self._clients, key=lambda client: client.held)
+            if greediest.held <= self.limits.max_held // self.limits.max_clients:
+                return
+            greediest.drop("it has too much wait, and all clients together have")
 
     def serve(self, client: "Client") -> Session:
         """The session of a client."""
@@ -256,7 +285,7 @@ class Server:
         if self._accept_from and now >= self._accept_from:
             self._accept_from = 0.0
             self._select_listeners()
-        for client in [client for client in self._clients if client.has_deadline]:
+        for client in list(self._clients):
             client.look_at_the_clock(now)
 
 
@@ -265,23 +294,6 @@ class _Listener:
     socket: socket.socket
     context: ssl.SSLContext | None
     accepts: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Held:
-    """What waits for something: for its end, for a worker, for the client."""
-
-    bytes: int = 0
-    fds: int = 0
-
-    def __add__(self, other: "_Held") -> "_Held":
-        return _Held(self.bytes + other.bytes, self.fds + other.fds)
-
-    def __sub__(self, other: "_Held") -> "_Held":
-        return _Held(self.bytes - other.bytes, self.fds - other.fds)
-
-
-_NOTHING = _Held()
 
 
 class Client:
@@ -296,10 +308,12 @@ class Client:
         """For logs."""
         self._server = server
         self._limits = server.limits
-        self._peer = peer.Peer(accepted)
+        self._peer = peer.Peer(accepted, tls=context is not None)
         accepted.setblocking(False)
         if accepted.family in (socket.AF_INET, socket.AF_INET6):
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A host that is gone says nothing of it, and not every client asks to be pinged.
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.socket: socket.socket = accepted
         self.is_handshaking = context is not None
         if context is not None:
@@ -307,6 +321,7 @@ class Client:
                 accepted, server_side=True, do_handshake_on_connect=False
             )
         self._since = time.monotonic()
+        """When it came, or was last seen to have the hypervisor open."""
         self._parser = rpc.Parser()
         self._session: Session | None = None
         self._keepalive: keepalive.Keepalive | None = None
@@ -320,8 +335,8 @@ class Client:
         """The workers that are going to look for calls: whether an urgent one is, and another."""
         self._gone = False
         self._reads = True
-        self._held = _NOTHING
-        """As the server has counted it."""
+        self.held = 0
+        """Bytes, as the server has counted them."""
 
     # --- any thread ---
 
@@ -348,6 +363,11 @@ class Client:
         self._server.ask(self._start_keepalive)
 
     @property
+    def who(self) -> object:
+        """As ``Peer.who``."""
+        return self._peer.who
+
+    @property
     def identity(self) -> access.Identity:
         """Who the client is."""
         return self._peer.identity
@@ -363,7 +383,12 @@ class Client:
     @property
     def has_deadline(self) -> bool:
         """Whether time alone may have something happen."""
-        return self.is_handshaking or self._keepalive is not None
+        return self._keepalive is not None or not self._has_opened
+
+    @property
+    def _has_opened(self) -> bool:
+        session = self._session  # which a worker may take away
+        return session is not None and session.opened
 
     def begin(self) -> None:
         """Take what the client sends."""
@@ -374,6 +399,9 @@ class Client:
             self._select()
 
     def _begin_session(self) -> None:
+        if not self._peer.has_all_places and self._server.has_its_share(self.who):
+            self.drop(f"there are too many of {self._peer.address}")
+            return
         self._session = self._server.serve(self)
         logger.info("client=%d connected: %s", self.number, self._peer.address)
 
@@ -394,6 +422,8 @@ class Client:
         try:
             if self.is_handshaking and not self._shake_hands():
                 return
+            if self._gone:
+                return
             with self._lock:
                 self._flush()
                 self._wake_a_worker()
@@ -408,10 +438,17 @@ class Client:
             self._select()
 
     def look_at_the_clock(self, now: float) -> None:
-        """Ping, or let go of who has not answered."""
+        """Ping, or let go of who has not answered, or does not come to the point."""
+        if self._gone:
+            return
         if self.is_handshaking:
-            if now > self._since + self._limits.handshake_timeout:
+            if now > self._since + self._server.handshake_patience:
                 self.drop("no TLS handshake in time")
+            return
+        if self._has_opened:
+            self._since = now
+        elif now > self._since + self._server.patience:
+            self.drop("it has not opened the hypervisor in time")
             return
         if self._keepalive is None or not self._may_read():
             return  # what is not read cannot be heard
@@ -430,16 +467,24 @@ class Client:
             self._server.select(self, 0)
             self._calls.clear()
             self._unsent.clear()
-            _close_all(self._parser.take_fds())
             with contextlib.suppress(OSError):
-                self.socket.close()
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
             idle = not self._working
         self.is_handshaking = False
-        self._server.may_hold(self._held, _NOTHING)
+        held, self.held = self.held, 0
+        self._server.hold(-held)
         logger.info("client=%d gone: %s", self.number, why)
         self._server.forget(self)
+        self._server.workers.do(self._close, urgent=True)
         if idle:
             self._close_session()
+
+    def _close(self) -> None:
+        """Close the socket, and what came over it: in a worker, as the last descriptor of a file or
+        socket may take its owner's time to close, also one that was passed and is not read yet."""
+        for fd in self._parser.take_fds():
+            os.close(fd)
+        self.socket.close()
 
     def _close_session(self) -> None:
         session, self._session = self._session, None
@@ -477,15 +522,16 @@ class Client:
         """Wait for what can be done now; but let go of a client that takes too much."""
         if self._gone or self.is_handshaking:
             return
-        held = _Held(
-            self._parser.held_bytes + self._calls_bytes + len(self._unsent), self._parser.held_fds
-        )
-        before, self._held = self._held, held
-        if not self._server.may_hold(before, held):
-            self.drop("it has too much wait, and all clients together have")
+        before, self.held = self.held, self._holds()
+        self._server.hold(self.held - before)
+        if self._gone:
             return
         mask = selectors.EVENT_READ if self._may_read() else 0
         self._server.select(self, mask | (selectors.EVENT_WRITE if self._unsent else 0))
+
+    def _holds(self) -> int:
+        """Bytes."""
+        return self._parser.held_bytes + self._calls_bytes + len(self._unsent)
 
     def _read(self) -> None:
         """Take what has come. Errors: ProtocolError, transport.Closed, OSError."""
@@ -495,6 +541,8 @@ class Client:
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
         self._parser.receive_data(data, fds)
+        if fds:
+            raise rpc.ProtocolError("descriptors, which no call of ours takes")
         if not data:
             raise transport.Closed("end of file")
         if self._keepalive is not None:
@@ -503,10 +551,6 @@ class Client:
             self._take(message)
 
     def _take(self, message: rpc.Message) -> None:
-        if message.fds:
-            # No call of ours takes any, and nobody is to have us hold all that there may be.
-            _close_all(message.fds)
-            message = dataclasses.replace(message, fds=())
         if keepalive.is_ping(message):
             self.send(keepalive.PONG, unasked=True)
         if message.type not in (MessageType.CALL, MessageType.CALL_WITH_FDS):
@@ -598,8 +642,3 @@ class Client:
             logger.warning("client=%d reply cannot be sent: %s", self.number, failure)
             too_large = rpc_error.rpc_error("Unable to encode message payload")
             self.send(rpc_error.reply(call, too_large))
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -8,6 +8,7 @@ connection at once. Descriptors travel over unix sockets alone.
 import array
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import os
@@ -21,12 +22,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
-from virtbackup.remote import program, rpc
+from virtbackup.remote import rpc
 
 T = TypeVar("T")
 CHUNK = 1 << 16
 """Bytes that are read or written at once."""
 BACKLOG = 128
+SO_PASSRIGHTS = 83
+"""asm-generic/socket.h."""
 SCM_MAX_FD = 253
 """Descriptors that come with one recvmsg at most (the kernel's limit)."""
 
@@ -106,12 +109,23 @@ def _listen_unix(path: str, mode: int) -> socket.socket:
                     raise
                 os.unlink(path)  # noqa: PTH108
                 made.bind(path)
-            os.chmod(path, mode)  # noqa: PTH101  (what the umask took)
+            _set_mode(path, mode)  # what the umask took
             made.listen(BACKLOG)
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _set_mode(path: str, mode: int) -> None:
+    """Of a socket at PATH, and not of what somebody puts there in its place. Errors: OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise OSError(errno.EEXIST, "somebody has replaced it")
+        os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -141,18 +155,40 @@ def _is_left_over(path: str) -> bool:
     return False
 
 
+def refuse_descriptors(listening: socket.socket) -> None:
+    """Have the kernel (Linux 6.16) refuse descriptors that clients pass: some take their owner's
+    time to close, which is ours once we have them."""
+    with contextlib.suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+
+
 def connected(address: Address, timeout: float | None = None) -> socket.socket:
     """A socket that is connected to a server, without TLS yet. Errors: OSError."""
     if address.kind != "unix":
         return socket.create_connection((address.host or "localhost", address.port), timeout)
     made = socket.socket(socket.AF_UNIX)
     try:
-        made.settimeout(timeout)
-        made.connect(address.path)
+        _connect_unix(made, address.path, timeout)
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _connect_unix(made: socket.socket, path: str, timeout: float | None) -> None:
+    """By a call that blocks: one that does not fails where many wait to be accepted."""
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout or 0.0))
+    try:
+        made.connect(path)
+    except BlockingIOError as failure:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from failure
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0.0))
+    made.settimeout(timeout)
+
+
+def _timeval(seconds: float) -> bytes:
+    """As C has it; 0: for ever."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def connect(
@@ -164,7 +200,11 @@ def connect(
     if address.kind != "tls":
         return Transport(made)
     assert context is not None
-    return _handshake(made, lambda: _accepted(context, made, address.host))
+    try:
+        return Transport(_accepted(context, made, address.host))
+    except BaseException:
+        made.close()
+        raise
 
 
 def _accepted(context: ssl.SSLContext, made: socket.socket, host: str) -> ssl.SSLSocket:
@@ -182,50 +222,18 @@ def _accepted(context: ssl.SSLContext, made: socket.socket, host: str) -> ssl.SS
     return wrapped
 
 
-def serve(
-    accepted: socket.socket,
-    context: ssl.SSLContext | None = None,
-    timeout: float | None = None,
-    max_length: int = program.MESSAGE_MAX,
-) -> "Transport":
-    """The other end of ``connect``: with CONTEXT a tls connection once the client has shaken
-    hands within TIMEOUT seconds, so not a call for the thread that accepts. Errors: OSError."""
-    if context is None:
-        return Transport(accepted, max_length)
-    accepted.settimeout(timeout)
-    return _handshake(accepted, functools.partial(_accepting, context, accepted), max_length)
-
-
-def _accepting(context: ssl.SSLContext, accepted: socket.socket) -> ssl.SSLSocket:
-    wrapped = context.wrap_socket(accepted, server_side=True)
-    wrapped.sendall(ACCEPTED)
-    return wrapped
-
-
-def _handshake(
-    plain: socket.socket,
-    wrap: Callable[[], ssl.SSLSocket],
-    max_length: int = program.MESSAGE_MAX,
-) -> "Transport":
-    try:
-        return Transport(wrap(), max_length)
-    except BaseException:
-        plain.close()
-        raise
-
-
 # --- messages ---
 
 
 class Transport:
-    """One connection; owns its socket. MAX_LENGTH: bytes of a message that is received."""
+    """One connection; owns its socket."""
 
-    def __init__(self, connected: socket.socket, max_length: int = program.MESSAGE_MAX) -> None:
+    def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._socket.setblocking(False)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._parser = rpc.Parser(max_length)
+        self._parser = rpc.Parser()
         self._sending = threading.Lock()
         self._using = threading.Lock()
         """Held for one call of a tls socket."""
@@ -287,26 +295,6 @@ class Transport:
         for fd in self._parser.take_fds():
             os.close(fd)
         self._socket.close()
-
-    def credentials(self) -> tuple[int, int, int]:
-        """(pid, uid, gid) of the process at the other end of a unix socket, and of no other."""
-        found = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, uid, gid = struct.unpack("iII", found)
-        return pid, uid, gid
-
-    def certificate(self) -> bytes | None:
-        """The peer's certificate (DER) as tls has checked it; None where it has shown none."""
-        if isinstance(self._socket, ssl.SSLSocket):
-            return self._socket.getpeercert(binary_form=True)
-        return None
-
-    def peer_name(self) -> str:
-        """The other end's address, for logs; empty for a unix socket."""
-        try:
-            name = self._socket.getpeername()
-        except OSError:
-            return ""
-        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
 
     def _when_ready(self, use: Callable[[], T], events: int, deadline: float | None) -> T | None:
         """What USE of the socket returns once it does not block, which is when there are EVENTS or

@@ -7,6 +7,7 @@ so that any NBD client can pull from it.
 """
 
 import dataclasses
+import enum
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -29,10 +30,23 @@ _SIMPLE_MAGIC = 0x67446698
 _CHUNK_MAGIC = 0x668E33EF
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
 
-_EXPORT_NAME, _ABORT, _LIST, _START_TLS, _INFO, _GO, _STRUCTURED = 1, 2, 3, 5, 6, 7, 8
-_LIST_CONTEXT, _SET_CONTEXT = 9, 10
+
+class _Option(enum.IntEnum):
+    """What a client may ask for before it reads; the protocol's NBD_OPT_*."""
+
+    EXPORT_NAME = 1
+    ABORT = 2
+    LIST = 3
+    START_TLS = 5
+    INFO = 6
+    GO = 7
+    STRUCTURED_REPLY = 8
+    LIST_META_CONTEXT = 9
+    SET_META_CONTEXT = 10
+
+
 _ACK, _SERVER, _REP_INFO, _REP_CONTEXT = 1, 2, 3, 4
-_UNSUP, _INVALID, _TLS_REQUIRED, _UNKNOWN, _TOO_BIG = ((1 << 31) + code for code in (1, 3, 5, 6, 9))
+_UNSUP, _INVALID, _TLS_REQUIRED, _UNKNOWN = ((1 << 31) + code for code in (1, 3, 5, 6))
 _INFO_EXPORT, _INFO_NAME, _INFO_DESCRIPTION, _INFO_BLOCK_SIZE = 0, 1, 2, 3
 
 # HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_DF, CAN_MULTI_CONN, SEND_CACHE
@@ -44,7 +58,7 @@ _DONE = 1
 _CHUNK_NONE, _CHUNK_DATA, _CHUNK_HOLE, _CHUNK_STATUS, _CHUNK_ERROR = 0, 1, 2, 5, (1 << 15) + 1
 _EPERM, _EINVAL = 1, 22
 
-_OPTION = struct.Struct(">QII")
+_OPTION_HEAD = struct.Struct(">QII")
 _OPTION_REPLY = struct.Struct(">QIII")
 _REQUEST = struct.Struct(">IHHQQI")
 _CHUNK = struct.Struct(">IHHQI")
@@ -145,35 +159,35 @@ class Server:
     # --- the handshake ---
 
     def _next_option(self) -> bytes | None:
-        if len(self._buffer) < _OPTION.size:
+        if len(self._buffer) < _OPTION_HEAD.size:
             return None
-        magic, option, length = _OPTION.unpack_from(self._buffer)
+        magic, option, length = _OPTION_HEAD.unpack_from(self._buffer)
         if magic != _OPTION_MAGIC or length > _MAX_OPTION:
             raise ProtocolError("not an option, or too large a one")
-        taken = self._take(_OPTION.size + length)
-        return None if taken is None else self._answer(option, taken[_OPTION.size :])
+        taken = self._take(_OPTION_HEAD.size + length)
+        return None if taken is None else self._answer(option, taken[_OPTION_HEAD.size :])
 
     def _answer(self, option: int, data: bytes) -> bytes:
-        if self._tls and option not in (_ABORT, _START_TLS):
-            self.over = option == _EXPORT_NAME
+        if self._tls and option not in (_Option.ABORT, _Option.START_TLS):
+            self.over = option == _Option.EXPORT_NAME
             return b"" if self.over else _reply(option, _TLS_REQUIRED)
         try:
             match option:
-                case 1:
+                case _Option.EXPORT_NAME:
                     return self._export_name(_text(data))
-                case 2:
+                case _Option.ABORT:
                     self.over = True
                     return _reply(option, _ACK)
-                case 3:
+                case _Option.LIST:
                     return self._list(data)
-                case 6 | 7:
+                case _Option.INFO | _Option.GO:
                     return self._go(option, data)
-                case 8:
+                case _Option.STRUCTURED_REPLY:
                     if data:
                         raise ValueError("structured replies take no data")
                     self._structured = True
                     return _reply(option, _ACK)
-                case 9 | 10:
+                case _Option.LIST_META_CONTEXT | _Option.SET_META_CONTEXT:
                     return self._meta_context(option, data)
         except (ValueError, struct.error) as failure:
             return _reply(option, _INVALID, str(failure).encode())
@@ -186,8 +200,8 @@ class Server:
         for name, export in self._exports().items():
             text = name.encode()
             about = (export.description or "").encode()
-            told.append(_reply(_LIST, _SERVER, struct.pack(">I", len(text)) + text + about))
-        return b"".join(told) + _reply(_LIST, _ACK)
+            told.append(_reply(_Option.LIST, _SERVER, struct.pack(">I", len(text)) + text + about))
+        return b"".join(told) + _reply(_Option.LIST, _ACK)
 
     def _export_name(self, name: str) -> bytes:
         """The option that has no way to say no."""
@@ -212,7 +226,7 @@ class Server:
         if _INFO_DESCRIPTION in asked and found.description is not None:
             infos.append(struct.pack(">H", _INFO_DESCRIPTION) + found.description.encode())
         infos.append(struct.pack(">HIII", _INFO_BLOCK_SIZE, 1, 4096, MAX_REQUEST))
-        if option == _GO:
+        if option == _Option.GO:
             self.export, self._size = name, found.size
         told = b"".join(_reply(option, _REP_INFO, info) for info in infos)
         return told + _reply(option, _ACK)
@@ -233,7 +247,7 @@ class Server:
         if found is None:
             return _reply(option, _UNKNOWN, f"export '{name}' not present".encode())
         known = found.contexts()
-        if option == _SET_CONTEXT:
+        if option == _Option.SET_META_CONTEXT:
             chosen = tuple(context for context in known if context in queries)
             self._contexts = name, chosen
         else:

@@ -3,6 +3,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import selectors
 import socket
@@ -56,11 +57,13 @@ class Proxy:
     def serve(self, listening: socket.socket, clients: int) -> None:
         """Until that many CLIENTS have come and gone; 0: for ever."""
         threads: list[threading.Thread] = []
-        for number in range(1, clients + 1) if clients else iter(lambda: len(threads) + 1, 0):
+        for number in itertools.count(1):
             client, _ = listening.accept()
             thread = threading.Thread(target=self._pass, args=(number, client), daemon=True)
             thread.start()
-            threads.append(thread)
+            threads = [*(one for one in threads if one.is_alive()), thread]
+            if number == clients:
+                break
         for thread in threads:
             thread.join()
 

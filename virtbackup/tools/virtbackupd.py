@@ -11,8 +11,10 @@ import pathlib
 import resource
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import libvirt
 
@@ -29,15 +31,18 @@ _FIRST_FD = 3
 """Of those that systemd hands over (sd_listen_fds)."""
 _DRIVERS_FDS = 4096
 """Descriptors that drivers have room for."""
+_MAX_LINE = 4000
+"""Characters of a line of the log."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped, or the configuration is good; 1 it could not run; 2 usage."""
     options = virtbackupd_options.parser(virsh_host.dotted(api.VERSION)).parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(
-        stream=sys.stderr,
         level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
-        format="%(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
     )
     libvirt.registerErrorHandler(lambda *_: None, None)  # it would print what is raised
     try:
@@ -50,6 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except libvirt.libvirtError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+
+
+class _Formatter(logging.Formatter):
+    """Clients choose what much of the log says, so that is shown: it neither begins a line, nor
+    controls a terminal, nor goes on for ever."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _shown(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {_shown(line)}" for line in super().formatException(ei).splitlines())
+
+
+def _shown(text: str) -> str:
+    """TEXT as one line of characters that can be seen, cut where it is too long."""
+    if len(text) > _MAX_LINE:
+        text = f"{text[:_MAX_LINE]}... ({len(text)} characters)"
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _settings(options: argparse.Namespace) -> virtbackup_conf.Settings:
@@ -109,21 +134,33 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, served))
     try:
-        places = [served.adopt(fd) for fd in _handed_over()] if not settings.listen else []
-        if not places:
-            for address in _addresses(settings) or [_default()]:
-                places.append(served.listen(address))
+        places = [served.adopt(fd) for fd in _handed_over()]
+        wanted = _addresses(settings)
+        if not places and not wanted:
+            wanted = [_default()]
+        places += [served.listen(address) for address in wanted]
     except BaseException:
         served.close()
         raise
     served.domains.open()
     print(f"virtbackupd: listening on {', '.join(places)}", flush=True)
     for place in places:
-        if place.startswith("tcp:") and settings.access is None:
+        if settings.access is None and _is_for_everybody(place):
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
     served.run()
     return 0
+
+
+def _is_for_everybody(place: str) -> bool:
+    """Whether all users of this host can connect to a PLACE where we listen."""
+    kind, _, path = place.partition(":")
+    if kind != "unix":
+        return kind == "tcp"
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IWOTH)  # noqa: PTH116
+    except OSError:
+        return False
 
 
 def _stop(served: daemon.Daemon, *_: object) -> None:

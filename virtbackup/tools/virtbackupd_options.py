@@ -21,8 +21,9 @@ def parser(version: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--listen", action="append", metavar="ADDRESS",
-        help="unix:PATH, tcp:HOST:PORT (loopback only) or tls:HOST:PORT; may be given several"
-        f" times; by default the sockets that systemd hands over, or {DEFAULT_LISTEN}",
+        help="unix:PATH, tcp:HOST:PORT (loopback only) or tls:HOST:PORT, beside the sockets that"
+        " systemd hands over; may be given several times; where there is neither,"
+        f" {DEFAULT_LISTEN}",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="in place of virtbackup.conf")
     parser.add_argument(
