@@ -289,6 +289,18 @@ class Capabilities:
         """The NBD server can be told how many clients to serve (5.2); before it serves any."""
         return "nbd-server-start.max-connections" in self.features
 
+    def gives_way(self, engine: Engine) -> bool:
+        """Whether this QEMU can be made to give away disks in the middle of a backup by ENGINE
+        (``backup.BackupPlan.give_way_commands``): seen on 7.2.22, 10.0.13 and 11.1.3, in each with
+        the engine that is its own. With the classic one it keeps the disk itself then, as the
+        overlay over that is left out. 5.2 does without: its migrations ask nothing."""
+        since = {"classic": (7, 2, 0), "hybrid": (10, 0, 0)}
+        return (
+            engine == self.engine
+            and self.version >= since[engine]
+            and {"blockdev-mirror", "job-cancel"} <= self.commands
+        )
+
     @property
     def devices(self) -> bool:
         """There is a guest with devices; qemu-storage-daemon has only nodes."""
