@@ -268,13 +268,14 @@ def test_a_good_end_that_cannot_be(
 
 
 GONE = f"remove A/{NEXT}"
+JOIN = ["disable A/b", "enable A/b", f"merge A/b A/{NEXT}"]
 
 
 @pytest.mark.parametrize(
     ("bitmaps", "next", "expected"),
     [
-        ([STILL, POINTED, MARKED], RECENT, ["enable A/b", f"merge A/b A/{NEXT}", GONE]),
-        ([STILL, MARKED], RECENT, ["enable A/b", f"merge A/b A/{NEXT}", GONE]),
+        ([STILL, POINTED, MARKED], RECENT, [*JOIN, GONE]),
+        ([STILL, MARKED], RECENT, [*JOIN, GONE]),
         ([], RECENT, [GONE]),
         ([POINTED, MARKED], RECENT, [GONE]),
         ([BROKEN, POINTED], RECENT, [GONE]),

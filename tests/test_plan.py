@@ -241,6 +241,42 @@ def test_tls_is_refused_where_there_is_none() -> None:
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
 
 
+def test_a_backup_that_lets_the_disks_be_given_away() -> None:
+    """What is over each scratch image for that is ours by name, and goes before the image."""
+    asked = state()
+    planned = backup.plan(definition(asked), asked, CAPS, ID, "/scratch", gives_way=True)
+    sent = [command for disk in planned.disks for command in planned.give_way_commands(disk)]
+    assert [command.execute for command in sent] == (
+        ["blockdev-add", "blockdev-add", "blockdev-mirror"] * len(planned.disks)
+    )
+    for number, disk in enumerate(planned.disks):
+        over, nowhere, job = (command.arguments for command in sent[3 * number : 3 * number + 3])
+        assert over["file"] == disk.scratch
+        assert (job["device"], job["target"]) == (over["node-name"], nowhere["node-name"])
+        assert nowhere["size"] == disk.size
+        names = [over["node-name"], nowhere["node-name"], job["job-id"]]
+        assert {naming.backup_of(name) for name in names} == {ID}
+        assert all(map(naming.is_image, names[:2]))
+        assert sorted([*names[:2], disk.scratch]).index(disk.scratch) == 1
+    assert not [c for disk in plan(asked).disks for c in plan(asked).give_way_commands(disk)]
+
+
+@pytest.mark.parametrize(
+    ("version", "engine", "expected"),
+    [
+        ((5, 2, 0), "classic", False),
+        ((7, 2, 22), "classic", True),
+        ((7, 2, 22), "hybrid", False),
+        ((8, 2, 0), "hybrid", False),
+        ((8, 2, 0), "classic", False),
+        ((10, 0, 13), "hybrid", True),
+        ((10, 0, 13), "classic", False),
+    ],
+)
+def test_who_can_give_the_disks_away(version: Any, engine: Any, expected: bool) -> None:
+    assert dataclasses.replace(CAPS, version=version).gives_way(engine) is expected
+
+
 def test_what_qemu_shows_of_us() -> None:
     assert state().backups() == frozenset()
     job = naming.backup_job(ID, 3)

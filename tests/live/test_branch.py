@@ -22,6 +22,7 @@ import virtbackup
 from tests.live import branched, machines, scene
 from tests.live.branched import CLUSTER, SIZE, Client
 from virtbackup.conf import backup_conf
+from virtbackup.qemu import block, branch, naming
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -922,6 +923,31 @@ def test_a_guest_whose_disks_are_given_away_in_the_middle(
     assert machine.process.poll() is None
     with contextlib.suppress(virtbackup.Error):
         one.stop(cancel=True)
+    assert machine.process.poll() is None
+
+
+def test_bitmaps_that_are_given_away_before_they_are_joined(
+    tmp_path: pathlib.Path, machine: machines.Machine, engine: str
+) -> None:
+    """With its disks a guest gives away what the end of a backup was just going to join."""
+    one = client(tmp_path, engine)
+    one.backup()
+    one.start(type="incremental")
+    nodes = block.parse_named_nodes(machine.probe("query-named-block-nodes"))
+    joins = [
+        branch.roll_back(medium, bitmap)
+        for medium in nodes.values()
+        for bitmap in medium.bitmaps
+        if naming.next_of(bitmap.name)
+    ]
+    assert joins
+    with contextlib.suppress(virtbackup.Error):
+        one.stop(cancel=True)
+    with one.domain() as domain:
+        domain.branchDelete("b")
+    for actions in joins:
+        reply = machine.probe.reply("transaction", actions=actions)
+        assert "not found" in reply["error"]["desc"]
     assert machine.process.poll() is None
 
 

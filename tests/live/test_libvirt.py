@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import libvirt
 import libvirt_qemu
+import nbd
 import pytest
 
 import virtbackup
@@ -569,6 +570,7 @@ def test_what_a_backup_does_not_mind(
             lambda: domain.coreDump(str(core), libvirt.VIR_DUMP_MEMORY_ONLY),
             libvirt.VIR_DOMAIN_RUNNING,
         ),
+        (lambda: domain.coreDump(str(core), 0), libvirt.VIR_DOMAIN_RUNNING),
     ):
         call()
         assert domain.state()[0] == state
@@ -628,8 +630,6 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
     before = persistent.state()
     dom.backupStart(document(host))
     refused: dict[str, Callable[[], object]] = {
-        "job 'domain save' .*failed": lambda: domain.save(saved),
-        "'domain save' .*failed": domain.managedSave,
         "NBD server already running": lambda: domain.backupBegin(
             NATIVE.format(host.path("theirs")), None
         ),
@@ -741,67 +741,147 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert not left_over(two, scratch_dir, state_dir)
 
 
-def test_a_migration_meanwhile_fails_and_harms_neither(
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_domain_that_is_migrated_meanwhile(
+    raw: bool,
     host: libvirtd.Host,
     connection: virtbackup.Connection,
     scratch_dir: pathlib.Path,
 ) -> None:
-    """QEMU does not give a disk away that a job writes around."""
+    """With the classic engine QEMU keeps the disks, and with both the lock of a raw image, and the
+    other one has to give up."""
+    a, b = host.path("a.qcow2"), host.path("b")
+    fmt = "raw" if raw else "qcow2"
+    disks = disk_xml("vda", image(a, 1)) + disk_xml("sdb", image(b, 2, fmt), fmt)
     flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_UNSAFE
     to = (flags, None, "tcp://127.0.0.1")
     with (
         tempfile.TemporaryDirectory(prefix="vb-libvirtd-", dir="/var/tmp") as name,
-        host.domain("moves", two_disks(host)) as domain,
+        host.domain("moves", disks) as domain,
         libvirtd.running(pathlib.Path(name), host.daemon) as elsewhere,
         contextlib.closing(libvirt.open(elsewhere.uri)) as there,
         virtbackup.open(elsewhere.uri) as connection_there,
     ):
         dom = connection.lookupByName("moves")
         dom.backupStart(document(host))
-        with pytest.raises(libvirt.libvirtError, match=r"job 'migration (out|in)' .*failed"):
+        if dom.backupGetInfo().engine == "hybrid" and not raw:
             domain.libvirt.migrate(there, *to)
-        assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
-        domain.write("vda", 3)
-        assert right(host)
-        dom.backupStop()
-        assert not left_in_qemu(domain)
-        domain.libvirt.migrate(there, *to)
+            with pytest.raises(virtbackup.Error, match=r"'vda': the domain (was migrated|is gone)"):
+                dom.backupStop()
+        else:
+            with pytest.raises(libvirt.libvirtError, match='Failed to get "write" lock'):
+                domain.libvirt.migrate(there, *to)
+            assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+            domain.write("vda", 3, pattern(1)[3 * libvirtd.CLUSTER])
+            assert right(host)
+            dom.backupStop()
+            assert not left_in_qemu(domain)
+            domain.libvirt.migrate(there, *to)
+        assert not list(scratch_dir.iterdir())
         moved = connection_there.lookupByName("moves")
+        assert not left_in_qemu(libvirtd.Domain(there.lookupByName("moves")))
         moved.backupStart(document(host))
-        assert libvirtd.read(socket(host), "sdb") == pattern(2)
+        assert right(host)
         moved.backupStop()
         assert not list(scratch_dir.iterdir())
 
 
-def test_saves_during_an_increment_harm_nobody(
+def test_a_domain_that_is_saved_during_an_increment(
+    host: libvirtd.Host, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """Nobody of ours is there when that happens; and nothing of the branch is lost by it. QEMU
+    stores all bitmaps when it gives a disk away, and a copy of this one is being read."""
+    disks = disk_xml("vda", image(host.path("a.qcow2"), 1))
+    branch = document(host, '<disk name="vda" type="auto"/>', "nightly")
+    saved = str(host.path("saved"))
+    with host.domain("saved", disks, persistent=True) as domain:
+        with virtbackup.open(host.daemon.uri) as before:
+            before.lookupByName("saved").backupStart(branch)
+            before.lookupByName("saved").backupStop()
+        for paused in (False, True):
+            for save in (lambda: domain.libvirt.save(saved), domain.libvirt.managedSave):
+                domain.write("vda", 1)
+                with virtbackup.open(host.daemon.uri) as before:
+                    before.lookupByName("saved").backupStart(branch)
+                domain.write("vda", 2)
+                with reading(socket(host), "vda"):
+                    if paused:
+                        domain.libvirt.suspend()
+                    save()
+                with virtbackup.open(host.daemon.uri) as after:
+                    dom = after.lookupByName("saved")
+                    reason = "'vda': the domain was saved to a file$"
+                    with pytest.raises(virtbackup.Error, match=reason):
+                        dom.backupStop()
+                    assert not list(scratch_dir.iterdir())
+                    assert not list(state_dir.glob("*.json"))
+                    assert not socket(host).exists()
+                    if domain.libvirt.hasManagedSaveImage():
+                        domain.libvirt.create()
+                    else:
+                        host.connection.restore(saved)
+                    if paused:
+                        domain.libvirt.resume()
+                    dom.backupStart(branch)
+                    assert changed(socket(host), "nightly") == {1, 2}
+                    domain.write("vda", 3)
+                    dom.backupStop()
+                    dom.backupStart(branch)
+                    assert changed(socket(host), "nightly") == {3}
+                    dom.backupStop()
+                    for command in ("query-jobs", "query-block-exports"):
+                        assert domain.monitor(command) == []
+                    assert not list(scratch_dir.iterdir())
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path, export: str) -> Iterator[None]:
+    """A client reads all the time, until it is cut off or this ends."""
+    client = nbd.NBD()
+    client.connect_uri(f"nbd+unix:///{export}?socket={path}")
+    ends = threading.Event()
+
+    def read() -> None:
+        with contextlib.suppress(nbd.Error):
+            while not ends.is_set():
+                client.pread(libvirtd.CLUSTER, 0)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join()
+
+
+def test_a_save_is_refused_where_nobody_else_is_kept_from_a_disk(
     host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
 ) -> None:
-    """QEMU stores all bitmaps when it gives a disk away, and that one is being read."""
-    disks = disk_xml("vda", image(host.path("a.qcow2"), 1))
-    with host.domain("saved", disks, persistent=True) as domain:
-        dom = connection.lookupByName("saved")
-        branch = document(host, '<disk name="vda" type="auto"/>', "nightly")
-        dom.backupStart(branch)
-        dom.backupStop()
-        domain.write("vda", 1)
-        dom.backupStart(branch)
-        domain.write("vda", 2)
-        for _ in range(3):
-            for call in (
-                lambda: domain.libvirt.save(str(host.path("s"))),
-                domain.libvirt.managedSave,
-            ):
-                with pytest.raises(libvirt.libvirtError, match=r"job 'domain save' .*failed"):
-                    call()
+    """As with the classic engine QEMU keeps a disk, also of a migration to another host."""
+    raw = host.path("remote.raw")
+    raw.write_bytes(pattern(1))
+    path = host.path("remote.sock")
+    disks = (
+        "<disk type='network' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source protocol='nbd' name=''><host transport='unix' socket='{path}'/></source>"
+        "<target dev='vda' bus='virtio'/></disk>"
+    )
+    with _served(path, raw), host.domain("remote", disks, persistent=True) as domain:
+        dom = connection.lookupByName("remote")
+        dom.backupStart(document(host))
+        saves = (lambda: domain.libvirt.save(str(host.path("s"))), domain.libvirt.managedSave)
+        for save in saves * 3:
+            if dom.backupGetInfo().engine == "hybrid":
+                break
+            with pytest.raises(libvirt.libvirtError, match=r"job 'domain save' .*failed"):
+                save()
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
-        assert changed(socket(host), "nightly") == {1}
-        dom.backupStop()
-        domain.libvirt.save(str(host.path("s")))
-        host.connection.restore(str(host.path("s")))
-        dom.backupStart(branch)
-        assert changed(socket(host), "nightly") == {2}
+        domain.write("vda", 3)
+        assert libvirtd.read(socket(host), "vda") == pattern(1)
         dom.backupStop()
         assert not list(scratch_dir.iterdir())
+        saves[0]()
 
 
 def test_scratch_space_that_runs_out_ends_the_backup_and_not_the_guest(

@@ -63,6 +63,8 @@ class DiskPlan:
     """What is done to the bitmaps of the backup's branch, if it has one."""
     since: naming.Point | None = None
     """The point since which the changes are told along with the disk; None: they are not."""
+    number: int = 0
+    """Of the disk, in the backup."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
 
@@ -112,6 +114,8 @@ class BackupPlan:
     dialect: dialect.Dialect
     credentials: virtbackup_conf.Credentials | None = None
     """What the NBD server does TLS by; None: it does not."""
+    gives_way: bool = False
+    """QEMU is let give the disks away, to a migration or libvirt's save, in the middle of it."""
 
     @property
     def address(self) -> backup_conf.Address:
@@ -156,6 +160,25 @@ class BackupPlan:
         after = [action for step in steps for action in step.after()]
         copies = [action for disk in self.disks for action in disk.make_copy()]
         return monitor_json.transaction([*before, *jobs, *after, *copies])
+
+    def give_way_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
+        """Have QEMU leave the scratch image out when it gives the disks away, which it refuses to
+        as long as it finds something that is written to.
+
+        It goes through its nodes from those on, over which there is no other node, and asks of
+        each below whether there is one over it yet that was not given away. It comes by none over
+        which there is only the filter of a job: so that, and what is under it, is never given away,
+        and the scratch image below both is never asked. The job has nothing to do.
+        """
+        if not self.gives_way:
+            return []
+        node = naming.yield_node(self.id, disk.number)
+        target = naming.yield_target(self.id, disk.number)
+        return [
+            monitor_json.blockdev_add_raw(node, disk.scratch),
+            monitor_json.blockdev_add_null(target, disk.size),
+            monitor_json.blockdev_mirror(naming.yield_job(self.id, disk.number), node, target),
+        ]
 
     def export_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
         """Show the frozen disk under its export name."""
@@ -226,9 +249,10 @@ def plan(
     scratch_dir: str,
     engine: capabilities.Engine | None = None,
     credentials: virtbackup_conf.Credentials | None = None,
+    gives_way: bool = False,
 ) -> BackupPlan:
     """Plan the backup of an aligned DEFINITION; images without a place go to SCRATCH_DIR. TLS, if
-    it is wanted, goes by CREDENTIALS.
+    it is wanted, goes by CREDENTIALS. GIVES_WAY: as ``BackupPlan``, which QEMU has to be made for.
 
     ENGINE None is the safest that this QEMU has. Errors, by disk: VIR_ERR_CONFIG_UNSUPPORTED for
     what is not offered, VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one
@@ -272,10 +296,11 @@ def plan(
         if line is not None:
             assert definition.branch is not None
             number = len(disks)
-            plan = _with_branch(plan, definition.branch, wanted, line, backup, number, caps)
+            copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
+            plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
-    return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials)
+    return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials, gives_way)
 
 
 def _disk(
@@ -306,6 +331,7 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
+        number=number,
     )
 
 
@@ -316,13 +342,14 @@ def _with_branch(
     line: branch.Line,
     backup: naming.BackupId,
     number: int,
-    caps: capabilities.Capabilities,
+    copies: bool,
 ) -> DiskPlan:
+    """PLAN with a branch; COPIES: the branch's own bitmap is not exported, but a copy of it."""
     assert wanted.granularity is not None
     step = branch.step(name, line, naming.next_bitmap(backup, number, name), wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
     copied = wanted.exportbitmap
-    if capabilities.BUSY_BITMAP_ABORT.affects(caps.version):
+    if copies:
         copied = copied or name
     exportbitmap = None if copied is None else naming.BitmapName(copied)
     return dataclasses.replace(plan, step=step, since=since, exportbitmap=exportbitmap)

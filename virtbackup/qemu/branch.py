@@ -388,7 +388,14 @@ def roll_back(medium: block.Medium, next: block.Bitmap) -> list[dict[str, Any]]:
         return gone  # and what was written is not known: the branch's own stands still for ever
     target = monitor_json.BitmapOf(medium.node, own.name)
     recent = monitor_json.BitmapOf(medium.node, next.name)
-    return [monitor_json.bitmap_enable(target), monitor_json.bitmap_merge(target, recent), *gone]
+    return [
+        # It does not record: this only fails where it is gone by now, and nothing else is done then
+        # (capabilities.ENABLE_CRASH).
+        monitor_json.bitmap_disable(target),
+        monitor_json.bitmap_enable(target),
+        monitor_json.bitmap_merge(target, recent),
+        *gone,
+    ]
 
 
 def disown(

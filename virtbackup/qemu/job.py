@@ -25,6 +25,7 @@ from virtbackup.qemu import (
     capabilities,
     cleanup,
     domain,
+    image_lock,
     listener,
     monitor,
     naming,
@@ -87,15 +88,17 @@ class BackupJob:
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             id = naming.BackupId(os.urandom(4).hex())
             place = scratch.default_directory()
-            plan = backup.plan(aligned, state, session.capabilities, id, place, engine, tls)
+            caps = session.capabilities
+            gives_way = _gives_way(session, engine or caps.engine, aligned, state)
+            plan = backup.plan(aligned, state, caps, id, place, engine, tls, gives_way)
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
             scratch.check(wanted, asked)
             thresholds = _thresholds(wanted)
-            if not session.capabilities.write_threshold:
+            if not caps.write_threshold:
                 thresholds = {}
             starting = _starting(plan, thresholds, session, owner, state.io_error)
-            fdsets = session.capabilities.fdsets and session.qemu.passes_files
+            fdsets = caps.fdsets and session.qemu.passes_files
             by_fd = fdsets and state.vcpus_run
             tries = listener.TRIES
             while True:
@@ -362,6 +365,7 @@ class BackupJob:
             with agent.standing_still(quiesce) if quiesce else contextlib.nullcontext():
                 run.freeze()
             run.exports()
+            run.give_way()
             starting = _with_changed(starting, run.changed())
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
@@ -618,6 +622,25 @@ def _starting(
             for disk in plan.disks
         ),
     )
+
+
+def _gives_way(
+    session: domain.Session,
+    engine: capabilities.Engine,
+    aligned: backup_conf.BackupDef,
+    state: backup.BlockState,
+) -> bool:
+    """Whether QEMU is to be let give its disks away in the middle of the backup: where somebody
+    knows the domain who migrates and saves it. With the classic engine QEMU then keeps the disks
+    all the same, so whoever takes them over must be kept from them until it has ended."""
+    if session.known is None or not session.capabilities.gives_way(engine):
+        return False
+    if engine == "hybrid":
+        return True
+    chosen = {disk.name for disk in aligned.disks if disk.present}
+    media = [disk.medium for disk in state.disks if disk.target in chosen]
+    pid = session.pid
+    return pid is not None and all(one and image_lock.is_kept(pid, one.filename) for one in media)
 
 
 def _takes_listener(session: domain.Session, plan: backup.BackupPlan) -> bool:

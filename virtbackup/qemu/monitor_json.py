@@ -324,6 +324,21 @@ def blockdev_add_snapshot_access(node: naming.NodeName, filter: naming.NodeName)
     return _command("blockdev-add", driver="snapshot-access", node_name=node, file=filter)
 
 
+def blockdev_add_raw(node: naming.NodeName, file: naming.NodeName) -> Command:
+    """Show FILE as NODE, as it is."""
+    return _command("blockdev-add", driver="raw", node_name=node, file=file)
+
+
+def blockdev_add_null(node: naming.NodeName, size: int) -> Command:
+    """A NODE of SIZE bytes that is nowhere."""
+    return _command("blockdev-add", driver="null-co", node_name=node, size=size, read_zeroes=True)
+
+
+def blockdev_mirror(job: naming.JobId, node: naming.NodeName, target: naming.NodeName) -> Command:
+    """From now on, what is written to NODE goes to TARGET, too."""
+    return _command("blockdev-mirror", job_id=job, device=node, target=target, sync="none")
+
+
 def blockdev_add_probe(driver: str, node: naming.NodeName, file: naming.NodeName) -> Command:
     """Open FILE, read-only, as an image of format DRIVER; see ``parse_probe``."""
     sector = {"driver": "raw", "file": file, "size": 512}

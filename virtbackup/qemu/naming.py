@@ -50,6 +50,21 @@ def probe_node(backup: BackupId, number: int) -> NodeName:
     return NodeName(f"{PREFIX}{backup}-{number}-probe")
 
 
+def yield_node(backup: BackupId, number: int) -> NodeName:
+    """What is over the scratch image, for that to be left out when QEMU gives its disks away."""
+    return NodeName(f"{PREFIX}{backup}-{number}-yield")
+
+
+def yield_target(backup: BackupId, number: int) -> NodeName:
+    """Where the job on that would write, if there was anything to be written."""
+    return NodeName(f"{PREFIX}{backup}-{number}-none")
+
+
+def yield_job(backup: BackupId, number: int) -> JobId:
+    """The job on that, which does nothing but to be there."""
+    return JobId(f"{PREFIX}{backup}-{number}-yield")
+
+
 def drive_id(node: NodeName) -> str:
     """The id of the drive that one of our nodes is in, where a QEMU wants it to be in one: nodes
     and drives may not have the same name."""
@@ -68,8 +83,8 @@ def is_probe(node: NodeName) -> bool:
 
 
 def is_image(node: NodeName) -> bool:
-    """Whether one of our nodes is a scratch image, which its job holds on to."""
-    return node.endswith("-scr")
+    """Whether one of our nodes is a scratch image, or goes with one: a job holds on to it."""
+    return node.endswith(("-scr", "-yield", "-none"))
 
 
 def backup_job(backup: BackupId, number: int) -> JobId:

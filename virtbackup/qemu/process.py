@@ -7,6 +7,7 @@ The caller undoes a run that fails, by a sweep; a step here only does.
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import pathlib
 import pwd
@@ -29,6 +30,8 @@ from virtbackup.qemu import (
     scratch,
     watch,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class ServerRefused(errors.Error):
@@ -184,6 +187,19 @@ class Run:
     def exports(self) -> None:
         """Show every frozen disk under its export name."""
         self._each(self.plan.export_commands)
+
+    def give_way(self) -> None:
+        """Let QEMU give the disks away in the middle of it, where that can be. What it refuses of
+        that is no reason not to back up."""
+        for disk in self.plan.disks:
+            try:
+                self.qemu.execute_all(self.plan.give_way_commands(disk))
+            except monitor_json.CommandFailed as failure:
+                logger.warning(
+                    "disk=%s no save and no migration of the guest meanwhile: %s",
+                    disk.target,
+                    failure,
+                )
 
     def _each(self, commands_for: Callable[[backup.DiskPlan], list[monitor_json.Command]]) -> None:
         """Commands for every disk, sent together; a refusal says of which disk it was."""

@@ -184,7 +184,8 @@ class Sweeper:
     def scratch_images(self) -> list[str]:
         """Delete our scratch images, after the jobs; the node of an image's file goes with it."""
         with hang.closed_by_another(self.pid, self.inodes):
-            return self._delete(filter(naming.is_image, self._own_nodes()))
+            # What is over an image goes before it.
+            return self._delete(reversed([*filter(naming.is_image, self._own_nodes())]))
 
     def delete_node(self, node: naming.NodeName) -> bool:
         """Whether a node, not one of ours, was deleted."""
