@@ -221,10 +221,12 @@ def _read_point(
     problems: list[Problem],
 ) -> None:
     try:
-        found = manifest.read(directory, name)
+        found, changed = manifest.read_checked(directory, name)
     except errors.Error as failure:
         problems.append(Problem(name, str(failure)))
         return
+    if changed is not None:
+        problems.append(Problem(name, changed))
     if number is not None and found.number != number:
         problems.append(Problem(name, f"it is the manifest of backup {found.number}"))
         return
@@ -235,10 +237,9 @@ def _read_newest(
     directory: pathlib.Path, names: list[str], points: list[Point], problems: list[Problem]
 ) -> None:
     """``manifest.json``: all there is, or the same as the last of POINTS, or in its place."""
-    before = len(problems)
     found: list[Point] = []
     _read_point(directory, manifest.FILE, None, found, problems)
-    if len(problems) > before:
+    if not found:
         return
     if points and found[0].made in (points[-1].made, _merged(directory, points[-1], names).made):
         return
@@ -256,7 +257,7 @@ def _read_newest(
         if not any(problem.file == own for problem in problems):
             problems.append(Problem(own, "it is missing"))
         points.append(newest)
-    else:
+    elif not any(problem.file == manifest.FILE for problem in problems):
         problems.append(Problem(manifest.FILE, f"it is not that of the newest backup, {last}"))
 
 

@@ -180,6 +180,7 @@ def _merge(
         backing=None,
         since=None,
         reason=REASON,
+        tables=manifest.tables_of(aside, disk.size, cancel),
     )
 
 

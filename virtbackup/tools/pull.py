@@ -95,7 +95,9 @@ def pull(
             if check:
                 _check(jobs, results, cancel, bandwidth)
             of = manifest.Domain(domain.name(), domain.UUIDString())
-            made = _manifest(of, plan, info, results, live_xml, domain_xml)
+            tables = [_tables(directory, disk, result.size, cancel)
+                      for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
+            made = _manifest(of, plan, info, results, tables, live_xml, domain_xml)
             _write_manifest(directory, plan, made)
             cancel.check()
         _stop(domain, directory)
@@ -442,6 +444,7 @@ def _manifest(
     plan: _Plan,
     info: backup_conf.BackupInfo,
     results: Iterable[copy.Result],
+    tables: Iterable[manifest.Checksum | None],
     live_xml: str,
     domain_xml: str,
 ) -> manifest.Manifest:
@@ -451,7 +454,7 @@ def _manifest(
         domain=domain,
         kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
         time=started.isoformat(),
-        disks=tuple(map(_describe, plan.disks, results)),
+        disks=tuple(map(_describe, plan.disks, results, tables)),
         backup_xml=live_xml,
         domain_xml=domain_xml,
         id=info.id,
@@ -460,7 +463,17 @@ def _manifest(
     )
 
 
-def _describe(disk: _Disk, result: copy.Result) -> manifest.Disk:
+def _tables(
+    directory: pathlib.Path, disk: _Disk, size: int, cancel: copy.Cancel
+) -> manifest.Checksum | None:
+    """Of a file that is still called partial. Errors: it cannot be read, or is not as a copy makes
+    it."""
+    if disk.format != "qcow2":
+        return None
+    return manifest.tables_of(directory / (disk.file + PARTIAL), size, cancel)
+
+
+def _describe(disk: _Disk, result: copy.Result, tables: manifest.Checksum | None) -> manifest.Disk:
     return manifest.Disk(
         name=disk.name,
         file=disk.file,
@@ -472,6 +485,7 @@ def _describe(disk: _Disk, result: copy.Result) -> manifest.Disk:
         backing=disk.backing.file if disk.backing else None,
         since=disk.since,
         reason=disk.reason,
+        tables=tables,
     )
 
 
