@@ -22,7 +22,7 @@ from lxml import etree
 
 import virtbackup
 from tests.live import libvirtd, machines, nbdclient, points, test_copy, test_verify
-from virtbackup.nbd import checksum, copy, destination
+from virtbackup.nbd import checksum, copy, device
 from virtbackup.nbd import layers as layers_module
 from virtbackup.tools import listing, manifest, restore
 
@@ -468,7 +468,7 @@ def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path
 def test_a_target_that_raises_nothing(tmp_path: pathlib.Path) -> None:
     """What cannot be opened for writing."""
     with pytest.raises(virtbackup.Error) as raised:
-        destination.BlockDevice(tmp_path / "none", 1)
+        device.Device(tmp_path / "none", 1)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
 
 
