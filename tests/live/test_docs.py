@@ -14,11 +14,11 @@ import sys
 
 import pytest
 
-from tests.live import machines
+from tests.live import machines, test_restore
 from tests.live.test_readme import ROOT, VM, environment, squeezed
 
 DOCS = ROOT / "docs"
-SESSIONS = ("branches.md", "daemon.md", "dialects.md", "guide.md", "xml.md")
+SESSIONS = ("branches.md", "daemon.md", "devices.md", "dialects.md", "guide.md", "xml.md")
 ELSEWHERE = {
     "libvirt.md": "test_libvirt.py",
     "restore.md": "test_restore_doc.py",
@@ -68,6 +68,23 @@ def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
         printed = run("set -e\n" + uri + "\n".join(commands), tmp_path)
         assert "incremental" in printed
         assert re.search(r"nightly +vda .* sound$", printed, re.MULTILINE)
+
+
+@pytest.mark.may_skip
+@pytest.mark.needs("losetup", "qemu-img", "qemu-nbd")
+def test_the_session_about_devices(tmp_path: pathlib.Path) -> None:
+    shown = session("devices.md")
+    with (
+        machines.two_disks(tmp_path, "-name", "vm"),
+        test_restore.loop_device(tmp_path / "device", 65 << 20) as device,
+    ):
+        script = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; set -e\n" + "\n".join(
+            f"{command} 2>&1; echo END" for command, _ in shown
+        )
+        script = script.replace("/dev/vg/backup-vda", str(device))
+        printed = run(script.replace("/backup", f"{VM}/backup"), tmp_path)
+    assert printed.split("END\n")[:-1] == [text for _, text in shown]
+    assert (tmp_path / "backup" / "restored.qcow2").exists()
 
 
 DIALECTS = (

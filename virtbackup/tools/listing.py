@@ -329,6 +329,8 @@ def problem(link: Link) -> str | None:
     """What can be seen of a file, without reading all of it, not to be as its manifest says."""
     disk = link.disk
     try:
+        if disk.type == "block":
+            return _problem_of_device(link)
         if not link.path.is_file():
             return "it is no file" if link.path.exists() else "it is missing"
         if disk.format == "raw":
@@ -341,6 +343,18 @@ def problem(link: Link) -> str | None:
         return f"it cannot be read: {failure.strerror}"
     except header.BadHeader as failure:
         return str(failure)
+
+
+def _problem_of_device(link: Link) -> str | None:
+    if not link.path.is_block_device():
+        return "it is no block device" if link.path.exists() else "it is missing"
+    if link.disk.format != "raw" or link.disk.backing is not None:
+        return "a block device has a whole disk, raw"
+    with link.path.open("rb") as device:
+        found = device.seek(0, os.SEEK_END)
+    return None if found >= link.disk.size else (
+        f"it has {found} bytes, expected at least {link.disk.size}"
+    )  # fmt: skip
 
 
 def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:

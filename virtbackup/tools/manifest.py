@@ -41,7 +41,7 @@ class Disk:
 
     name: str
     file: str
-    """In the manifest's directory."""
+    """In the manifest's directory; of a block device its path, which is absolute."""
     format: str
     size: int
     """Guest-visible; a qcow2 file's own is this rounded up to 512."""
@@ -59,6 +59,8 @@ class Disk:
     """Why the disk's backup is of this kind, where that was not the user's choice."""
     tables: Checksum | None = None
     """Of all else that is in a qcow2 file; None of a raw one, and of an older virtbackup."""
+    type: str = "file"
+    """``file``, or ``block``: a block device, of which the disk takes the first bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +161,20 @@ def file_name_problem(name: str) -> str | None:
     return None
 
 
+def device_problem(path: str) -> str | None:
+    """Why PATH cannot be that of a block device in a manifest; None when it can."""
+    if not path.startswith("/") or "\0" in path:
+        return f"'{path}' is not the path of a device"
+    return None
+
+
 def _disk(fields: Any) -> Disk:
     if not isinstance(fields, dict):
         raise _Bad("a disk is not an object")
-    file = _get(fields, "file", str)
-    if problem := file_name_problem(file):
+    file, type = _get(fields, "file", str), _optional(fields, "type", str) or "file"
+    if type not in ("file", "block"):
+        raise _Bad(f"a disk of type '{type}' is unknown")
+    if problem := file_name_problem(file) if type == "file" else device_problem(file):
         raise _Bad(problem)
     return Disk(
         name=_get(fields, "name", str),
@@ -177,6 +188,7 @@ def _disk(fields: Any) -> Disk:
         since=_optional(fields, "since", str),
         reason=_optional(fields, "reason", str),
         tables=None if (tables := _optional(fields, "tables", dict)) is None else _checksum(tables),
+        type=type,
     )
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import errno
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, copy, image
+from virtbackup.nbd import checksum, connection, copy, image, qcow2
 from virtbackup.tools import listing, manifest
 
 FILES_AT_ONCE = 4
@@ -231,14 +230,17 @@ def job(link: listing.Link) -> copy.Job:
 
 def node(link: listing.Link) -> dict[str, object]:
     """A file as QEMU's block layer opens it, alone."""
-    made: dict[str, object] = {"driver": link.disk.format, "file": file_node(link.path)}
+    made: dict[str, object] = {"driver": link.disk.format, "file": file_node(link)}
     if link.disk.format == "qcow2":
         made["backing"] = None
+    if link.disk.type == "block":
+        made["size"] = qcow2.virtual_size(link.disk.size)  # QEMU's are whole sectors, too
     return made
 
 
-def file_node(path: pathlib.Path) -> dict[str, object]:
-    return {"driver": "file", "filename": str(path.absolute())}
+def file_node(link: listing.Link) -> dict[str, object]:
+    driver = "host_device" if link.disk.type == "block" else "file"
+    return {"driver": driver, "filename": str(link.path.absolute())}
 
 
 def unknown_checksum(disk: manifest.Disk) -> str | None:

@@ -84,7 +84,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
                 disk.kind,
                 size(disk.size),
                 size(disk.stored),
-                states[disk.file] or "there",
+                states[disk.file] or ("there" if disk.type == "file" else f"on {disk.file}"),
             )
             for point in backups.points
             for disk in point.made.disks
@@ -110,6 +110,7 @@ def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> di
                     {
                         "name": disk.name,
                         "kind": disk.kind,
+                        "type": disk.type,
                         "file": disk.file,
                         "format": disk.format,
                         "size": disk.size,
