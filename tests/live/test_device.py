@@ -102,6 +102,9 @@ def test_a_disk_on_a_device(
     assert (status, err) == (0, "")
     for name in shown:
         assert (restored / f"{name}.raw").read_bytes() == shown[name]
+    argv = ("backup-restore", str(out), str(disk), "--disk=vda", "--force")
+    status, _, err = points.call(*argv)
+    assert (status, f"{disk} is a file of the backups themselves" in err) == (1, True)
 
     status, said, err = points.call("backup-map", str(out), "--disk=vda", "--json")
     assert (status, err) == (0, "")
