@@ -15,8 +15,8 @@ import pytest
 import virtbackup
 from tests import conftest
 from tests.live import points
-from virtbackup.nbd import checksum, copy, header
-from virtbackup.tools import listing, manifest, pull, verify
+from virtbackup.nbd import checksum, copy, header, layers
+from virtbackup.tools import interrupt, listing, manifest, pull, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -526,6 +526,20 @@ def test_cancel(whole: points.Backed) -> None:
         verify.verify(listing.read(whole.directory), cancel=cancel)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
     cancel.close()
+
+
+@pytest.mark.timeout(30)
+def test_what_has_hardly_begun_can_be_ended(whole: points.Backed) -> None:
+    """Where SIGTERM has a handler: a program that is not yet the program has it, too."""
+    backups = listing.read(whole.directory)
+    job = verify.job(backups.links(backups.points[0], "vda")[0])
+    with interrupt.deferred() as cancel:
+        cancel.set()
+        for _ in range(30):
+            with pytest.raises(virtbackup.Error, match="the copy was cancelled"):
+                copy.copy([job], cancel=cancel)
+            with pytest.raises(virtbackup.Error, match="the copy was cancelled"):
+                list(layers.shown([job], cancel))
 
 
 def test_a_missing_program_is_named(whole: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
