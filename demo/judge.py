@@ -18,10 +18,9 @@ class Verdict:
     disk: records.Disk
     newest: int
     """The number of the newest record in it: the guest's write it was frozen after."""
-    overwritten: int
-    """How many slots no longer hold record 0."""
     faults: tuple[str, ...]
-    """The first few bytes ranges that are not as they must be; empty when all is right."""
+    """The first few records, or what is behind them, that are not as they must be; empty when all
+    is right."""
 
 
 def first_difference(one: pathlib.Path, other: pathlib.Path) -> int | None:
@@ -55,7 +54,7 @@ def examine(disk: records.Disk, raw: pathlib.Path) -> Verdict:
         if record != disk.content(want, slot):
             faults.append(f"{disk.name} at {slot * disk.record}: record {found[slot]}, not {want}")
     faults += _rest_faults(disk, raw)
-    return Verdict(disk, newest, sum(bool(number) for number in found), tuple(faults[:_SHOWN]))
+    return Verdict(disk, newest, tuple(faults[:_SHOWN]))
 
 
 def together(verdicts: Sequence[Verdict]) -> tuple[str, ...]:

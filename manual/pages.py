@@ -64,7 +64,8 @@ _ENVIRONMENT = (
 
 _STATUS = (
     ("`0`", "Done."),
-    ("`1`", "A command failed, with a line on standard error that begins with `error:`."
+    ("`1`", "A command failed, with a line on standard error that begins with `error:` and, unless"
+     " the shell is quiet, perhaps one behind it of what to do next."
      " A `backup-stop` does so, too, where the backup was not good; it has ended all the same."),
     ("`2`", "What was typed makes no sense."),
     ("`130`", "Interrupted."),

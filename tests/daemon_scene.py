@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import libvirt
 
+from tests import waiting
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.remote import (
@@ -38,15 +39,8 @@ from virtbackup.remote import (
 
 DEADLINE = 20.0
 REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
+wait_for = waiting.until
 PING = rpc.Message(0x6B656570, 1, 1, 2, 0)
-
-
-def wait_for(what: Callable[[], Any], deadline: float = DEADLINE) -> None:
-    """Wait until WHAT holds: for what no event tells."""
-    end = time.monotonic() + deadline
-    while not what():
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
 
 
 # --- a client ---

@@ -19,7 +19,7 @@ QUERIES = ("query-block", "query-named-block-nodes", "x-debug-query-block-graph"
 
 
 def main() -> None:
-    """A machine with every kind of drive, at rest and with a mirror and a backup running."""
+    """A machine with every kind of drive, at rest and with a mirror running."""
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         images = {n: machines.image(directory / n, 4 << 20) for n in ("b", "c", "d", "e", "f")}

@@ -3,7 +3,9 @@
 
 ``fake:///NAME`` has the domains vm1 (disks vda, sdb and an empty sr0), ``7``, ``my vm`` and the
 inactive ``off``. A backup lives as long as the connection. NAME asks for trouble: ``bad`` fails
-every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call.
+every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call,
+``mute`` tells nothing of a backup that runs, and ``theirs`` fails a start by libvirt-python's own
+error.
 """
 
 import dataclasses
@@ -33,7 +35,9 @@ DISKS = (
     domain_conf.DiskDef("sr0", device="cdrom"),
 )
 
-FAILED = "disk 'vda': No space left on device\ndisk 'sdb': Input/output error"
+FAILED = (
+    "the backup is not good: disk 'vda': No space left on device\ndisk 'sdb': Input/output error"
+)
 
 
 class Driver:
@@ -77,6 +81,8 @@ class Driver:
     def domain_backup_start(self, domain: hypervisor.DomainRef, xml: str, flags: int) -> None:
         if self.trouble == "bug":
             raise RuntimeError("two\nlines")
+        if self.trouble == "theirs":
+            raise libvirt.libvirtError("said by libvirt itself")
         if self.trouble == "hang":
             print("hanging", flush=True)
             threading.Event().wait()
@@ -97,6 +103,8 @@ class Driver:
     def domain_backup_get_info(
         self, domain: hypervisor.DomainRef, flags: int
     ) -> backup_conf.BackupInfo:
+        if self.trouble == "mute":
+            raise errors.error(libvirt.VIR_ERR_RPC, "not now")
         state: Literal["running", "failed"] = "running"
         disks = (
             backup_conf.DiskInfo("vda", "vda", "running", None, 64 << 20, 196608, 1000),
@@ -138,6 +146,10 @@ class Driver:
                 "cp1", True, (backup_conf.BranchDisk("vda", 4096, 0, True, "theirs", None),)
             ),
         ]
+
+    def domain_branch_create(self, domain: hypervisor.DomainRef, name: str, flags: int) -> None:
+        if name == "nightly":
+            raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, f"there is a branch '{name}'")
 
     def domain_branch_delete(self, domain: hypervisor.DomainRef, name: str, flags: int) -> None:
         if name != "nightly":

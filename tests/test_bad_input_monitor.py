@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import virtbackup
 from tests import conftest, hostile_monitor, json_mutations, record_conversations
-from virtbackup.qemu import monitor, monitor_json, process, qmp, sweep
+from virtbackup.qemu import monitor, monitor_json, qmp, sweep
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -43,7 +43,6 @@ def impatient(directory: pathlib.Path) -> Iterator[None]:
             patch.setattr(monitor, name, PATIENCE)
         patch.setattr(monitor, "SESSION_TIMEOUT", 1.0)
         patch.setattr(sweep, "TIMEOUT", PATIENCE)
-        patch.setattr(process.Run, "check_server", lambda _: None)  # nobody serves NBD here
         patch.setenv("VIRTBACKUP_STATE_DIR", str(directory / "state"))
         (directory / "scratch").mkdir()
         patch.setenv("VIRTBACKUP_SCRATCH_DIR", str(directory / "scratch"))

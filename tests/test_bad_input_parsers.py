@@ -383,7 +383,29 @@ def _nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@pytest.mark.parametrize("reply", [_nested(400), [_nested(400)], "x" * 100_000, ["\n"] * 1000])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        7,
+        [7],
+        ["text"],
+        [[]],
+        {"nodes": 7, "edges": []},
+        {"nodes": [7], "edges": []},
+        {"nodes": [], "edges": [{"parent": 1, "child": 2}]},
+        [{"id": 7}],
+        [{"inserted": 7, "device": ""}],
+        [{"device": 7}],
+        [{"fdset-id": "0", "fds": []}],
+        [{"fdset-id": 0, "fds": 7}],
+        _nested(400),
+        [_nested(400)],
+        "x" * 100_000,
+        ["\n"] * 1000,
+    ],
+    ids=range(17),
+)
 def test_replies_of_odd_shape(name: str, reply: Any) -> None:
     parse(PARSERS[name][0], reply)
 

@@ -3,16 +3,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from virtbackup import runtime
 from virtbackup.qemu import capabilities, capabilities_cache, nbdserver, qmp
 
+QEMU = "qemu-system-x86"
 GREETING = qmp.Greeting((11, 1, 3), "Debian")
 KNOWN = capabilities.Capabilities(
     GREETING.version,
@@ -22,10 +25,22 @@ KNOWN = capabilities.Capabilities(
 )
 
 
+Running = tuple["subprocess.Popen[bytes]", runtime.Process]
+Program = Callable[[str], contextlib.AbstractContextManager[Running]]
+
+
+@pytest.fixture
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Runs a program of that name, which becomes another QEMU when it is sent a line."""
+    names = tmp_path_factory.mktemp("bin")
+    for name, what in ((QEMU, "sh"), ("other", "sh"), ("qemu-updated", "cat")):
+        (names / name).symlink_to(str(shutil.which(what)))
+    return functools.partial(_program, names)
+
+
 @contextlib.contextmanager
-def program() -> Iterator[tuple[subprocess.Popen[bytes], runtime.Process]]:
-    """A process that becomes another program when it is sent a line."""
-    argv = ["sh", "-c", "echo; read line; exec cat"]
+def _program(names: pathlib.Path, name: str) -> Iterator[Running]:
+    argv = [str(names / name), "-c", f"echo; read line; exec {names}/qemu-updated"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -40,13 +55,12 @@ def program() -> Iterator[tuple[subprocess.Popen[bytes], runtime.Process]]:
 @pytest.fixture(autouse=True)
 def state(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
-    monkeypatch.setattr(nbdserver, "is_qemu", lambda _: True)
     return tmp_path
 
 
 @pytest.fixture
-def process() -> Iterator[runtime.Process]:
-    with program() as (_, process):
+def process(program: Program) -> Iterator[runtime.Process]:
+    with program(QEMU) as (_, process):
         yield process
 
 
@@ -68,18 +82,20 @@ def test_another_greeting_is_another_qemu(process: runtime.Process) -> None:
         assert capabilities_cache.load(process, other) is None
 
 
-def test_another_process_is_another_qemu(state: pathlib.Path, process: runtime.Process) -> None:
+def test_another_process_is_another_qemu(
+    state: pathlib.Path, process: runtime.Process, program: Program
+) -> None:
     capabilities_cache.store(process, GREETING, KNOWN)
     [file] = state.iterdir()
-    with program() as (_, other):
+    with program(QEMU) as (_, other):
         assert kept(other) is None
         file.rename(state / f"qemu-{other[0]}-{other[1]}.capabilities")
         assert kept(other) is None
 
 
-def test_another_program_in_the_same_process() -> None:
+def test_another_program_in_the_same_process(program: Program) -> None:
     """As QEMU may update itself."""
-    with program() as (running, process):
+    with program(QEMU) as (running, process):
         capabilities_cache.store(process, GREETING, KNOWN)
         assert kept(process) == KNOWN
         assert running.stdin is not None
@@ -88,6 +104,7 @@ def test_another_program_in_the_same_process() -> None:
         running.stdin.flush()
         assert running.stdout.readline() == b"here\n"
         assert runtime.is_alive(process)
+        assert nbdserver.is_qemu(process[0])
         assert kept(process) is None
 
 
@@ -102,11 +119,11 @@ def test_who_looks_for_more_asks_again(
 
 
 def test_nothing_is_kept_of_who_is_not_seen_to_be_qemu(
-    state: pathlib.Path, monkeypatch: pytest.MonkeyPatch, process: runtime.Process
+    state: pathlib.Path, program: Program
 ) -> None:
     capabilities_cache.store(None, GREETING, KNOWN)
-    monkeypatch.setattr(nbdserver, "is_qemu", lambda _: False)
-    capabilities_cache.store(process, GREETING, KNOWN)
+    with program("other") as (_, process):
+        capabilities_cache.store(process, GREETING, KNOWN)
     assert list(state.iterdir()) == []
     assert capabilities_cache.load(None, GREETING) is None
 
@@ -138,8 +155,10 @@ def test_without_a_directory_nothing_is_kept(
     assert kept(process) is None
 
 
-def test_what_was_kept_of_the_dead_goes(state: pathlib.Path, process: runtime.Process) -> None:
-    with program() as (_, gone):
+def test_what_was_kept_of_the_dead_goes(
+    state: pathlib.Path, process: runtime.Process, program: Program
+) -> None:
+    with program(QEMU) as (_, gone):
         capabilities_cache.store(gone, GREETING, KNOWN)
     (state / "other").touch()
     capabilities_cache.store(process, GREETING, KNOWN)

@@ -28,9 +28,9 @@ MAY_IMPORT = {
 
 MAY_IMPORT_MORE = {
     # What is said on a monitor is below any driver interface.
-    "tools/monitor_tools.py": {"qemu", "test"},
+    "tools/virsh_monitor.py": {"qemu", "test"},
     # So is what goes over the wire, and the daemon is handed its drivers.
-    "tools/rpc_tools.py": {"remote"},
+    "tools/virsh_rpc.py": {"remote"},
     "tools/virtbackupd.py": {"hypervisor", "qemu", "remote"},
 }
 

@@ -56,7 +56,7 @@ def test_where_there_is_nothing_to_record(
     uri: str, reason: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a"
-    assert virsh_backup.main(["-c", uri, "monitor-record", str(file)]) == 1
+    assert virsh_backup.main(["-q", "-c", uri, "monitor-record", str(file)]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert reason in line
@@ -78,7 +78,7 @@ def test_a_monitor_that_does_not_answer_to_the_end(
         ):
             for turn in range(8):
                 hostile.play("domblklist", turn, spoil)
-                argv = ["-c", hostile.uri, "monitor-record", str(file)]
+                argv = ["-q", "-c", hostile.uri, "monitor-record", str(file)]
                 assert virsh_backup.main(argv) == 1
                 [line] = capsys.readouterr().err.splitlines()
                 assert line.startswith("error: ")

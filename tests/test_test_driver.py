@@ -425,7 +425,7 @@ def test_every_command_by_itself(
 ) -> None:
     for command in ("list", "version", "uri", "dominfo vm", "domblklist vm", "backup-cleanup 1"):
         assert virsh_backup.main(["-c", "test:///default", command]) == 0
-    assert virsh_backup.main(["-c", "test:///default", "backup-stop", "vm"]) == 1
+    assert virsh_backup.main(["-q", "-c", "test:///default", "backup-stop", "vm"]) == 1
     assert capsys.readouterr().err == (
         "error: Domain backup job id not found: no domain backup job present\n"
     )

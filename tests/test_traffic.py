@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 
-from virtbackup.qemu import recording, traffic
+from virtbackup.qemu import traffic
 from virtbackup.tools import virsh_backup
 
 DATA = pathlib.Path(__file__).parent / "trafficdata"
@@ -36,8 +36,10 @@ def test_monitor_diff(
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """Trouble, and no misuse: there is no help to it."""
     assert virsh_backup.main(["monitor-diff", "/no/where", "/no/where"]) == 2
-    assert "Failed to open file '/no/where': No such file" in capsys.readouterr().err
+    message = "error: Failed to open file '/no/where': No such file or directory\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_a_log_of_a_real_libvirtd() -> None:
@@ -51,9 +53,6 @@ def test_a_log_of_a_real_libvirtd() -> None:
     ]  # fmt: skip
     replies = [line for line in lines if line.direction == "<-" and "return" in line.message]
     assert len(replies) == len(sent)
-    assert traffic.comparable(lines) == traffic.comparable(
-        [recording.Line(line.direction, dict(line.message)) for line in lines]
-    )
 
 
 def _probe(monitor: str, execute: str) -> str:

@@ -58,6 +58,7 @@ TABLE = vsh.Table(
         vsh.Command("nothing", "test", "take nothing", "", (), _nothing),
         *vsh.COMMANDS,
     ),
+    others={"anything": "all-kinds --force"},
 )  # fmt: skip
 
 
@@ -191,9 +192,13 @@ def _raising(error: BaseException) -> vsh.Table:
     return vsh.Table(TABLE.groups, commands)
 
 
-def _run(table: vsh.Table, text: str, debug: bool = False) -> int:
-    shell = vsh.Shell(table, None, lambda e: "known" if isinstance(e, _Boom) else None)
-    shell.debug = debug
+def _describe(error: Exception) -> vsh.Failure | None:
+    return vsh.Failure("known", "as is\nthis") if isinstance(error, _Boom) else None
+
+
+def _run(table: vsh.Table, text: str, debug: bool = False, quiet: bool = False) -> int:
+    shell = vsh.Shell(table, None, _describe)
+    shell.debug, shell.quiet = debug, quiet
     return shell.run_all(shell.parse_line(text))
 
 
@@ -202,7 +207,7 @@ def _run(table: vsh.Table, text: str, debug: bool = False) -> int:
     [
         (vsh.Failure("no\n two\x1b\n"), 1, "error: no; two\\x1b\n"),
         (vsh.UsageError("what", "that"), 2, "error: what\nthat\n"),
-        (_Boom(), 1, "error: known\n"),
+        (_Boom(), 1, "error: known\nas is; this\n"),
         (ValueError("x"), 1, "error: internal error: ValueError: x\n"),
     ],
 )
@@ -211,6 +216,8 @@ def test_every_error_has_a_status_and_a_text(
 ) -> None:
     assert _run(_raising(error), "boom") == status
     assert capsys.readouterr() == ("", message)
+    assert _run(_raising(error), "boom", quiet=True) == status
+    assert capsys.readouterr() == ("", message.split("\n")[0] + "\n")
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,11 @@ _TEXTS = {
     ),
     libvirt.VIR_ERR_INVALID_ARG: ("invalid argument: %s", "invalid argument"),
     libvirt.VIR_ERR_OPERATION_FAILED: ("operation failed: %s", "operation failed"),
-    libvirt.VIR_ERR_XML_ERROR: ("XML error: %s", "XML description is invalid"),
-    libvirt.VIR_ERR_OPERATION_DENIED: ("operation forbidden: %s", "operation forbidden"),
+    libvirt.VIR_ERR_XML_ERROR: ("XML error: %s", "XML description is invalid or not well formed"),
+    libvirt.VIR_ERR_OPERATION_DENIED: (
+        "operation forbidden: %s",
+        "operation forbidden for read only access",
+    ),
     libvirt.VIR_ERR_SYSTEM_ERROR: ("%s", "system call error"),
     libvirt.VIR_ERR_RPC: ("%s", "RPC error"),
     libvirt.VIR_ERR_CONF_SYNTAX: (

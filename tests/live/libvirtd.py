@@ -16,21 +16,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import libvirt
 import libvirt_qemu
 from lxml import etree
 
-from tests.live import machines
+from tests import waiting
+from tests.live import machines, nbdclient
 from virtbackup.qemu import lifecycle
 
 HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 DEADLINE = 30.0
-LOOK_AGAIN = 0.005
+wait_for = waiting.until
+read = nbdclient.read
 MIB = 1 << 20
 
 # Everything below the directory in $1; the daemon takes the shell's place.
@@ -215,10 +216,6 @@ def disk_xml(
     )
 
 
-_HALT = bytes.fromhex("fa f4 eb fd").ljust(16, b"\x90").rjust(64 << 10, b"\x90")
-"""Firmware that halts the processor."""
-
-
 def pattern(seed: int, size: int = SIZE) -> bytes:
     """What an image holds at first: every cluster its own byte, none of them zero."""
     return b"".join(bytes([1 + (seed * 37 + n) % 251]) * CLUSTER for n in range(size // CLUSTER))
@@ -309,7 +306,7 @@ class Host:
         """A running domain; gone afterwards. MORE goes into its XML; without anything to boot, its
         guest does nothing at all."""
         firmware = self.daemon.directory / "halt.bin"
-        firmware.write_bytes(_HALT)
+        firmware.write_bytes(machines.HALT)
         more.setdefault("os", f"<loader type='rom'>{firmware}</loader>")
         xml = domain_xml(name, devices, **more)
         if persistent:
@@ -343,20 +340,6 @@ def _undefine(domain: "libvirt.virDomain") -> None:
     )
     with contextlib.suppress(libvirt.libvirtError):
         domain.undefineFlags(flags)
-
-
-def read(socket: pathlib.Path, export: str) -> bytes:
-    """What an export holds, by nbdcopy."""
-    uri = f"nbd+unix:///{export}?socket={socket}"
-    return subprocess.run(["nbdcopy", uri, "-"], check=True, capture_output=True).stdout
-
-
-def wait_for(what: Callable[[], bool], deadline: float = DEADLINE) -> None:
-    """Wait until WHAT holds: for what no event tells."""
-    end = time.monotonic() + deadline
-    while not what():
-        assert time.monotonic() < end, what
-        time.sleep(LOOK_AGAIN)
 
 
 def end_of_a_transient_domain() -> str:

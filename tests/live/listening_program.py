@@ -13,13 +13,13 @@ import contextlib
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import libvirt
 
 import virtbackup
+from tests import waiting
 from virtbackup import extend
 from virtbackup.qemu import libvirt_driver, lifecycle
 
@@ -62,10 +62,7 @@ class Program:
 
     def next_end(self) -> str:
         """What the driver tells next."""
-        end = time.monotonic() + 30
-        while not self.ended:
-            assert time.monotonic() < end, "nothing is told"
-            time.sleep(0.005)
+        waiting.until(lambda: self.ended)
         return self.ended.pop()[1]
 
     def listens(self) -> int:

@@ -33,6 +33,9 @@ STATE_QUERIES = (
 VOLATILE = {"actual-size", "writeback"}
 _WRITTEN = re.compile(r"^(wrote \d|aio_write failed: )", re.MULTILINE)
 
+HALT = bytes.fromhex("fa f4 eb fd").ljust(16, b"\x90").rjust(64 << 10, b"\x90")
+"""Firmware that halts the processor: a guest that does nothing at all."""
+
 INTO_ROOT = (
     ("chroot", os.environ["VIRTBACKUP_QEMU_ROOT"]) if "VIRTBACKUP_QEMU_ROOT" in os.environ else ()
 )

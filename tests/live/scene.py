@@ -18,12 +18,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import libvirt
 import nbd
 import pytest
 
 import virtbackup
 from demo import guest, judge, records
+from tests import waiting
 from tests.live import machines
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import monitor
@@ -165,9 +165,8 @@ def scene(
     below = source.format(file=file) if source else f"file.driver=file,file.filename={file}"
     thread = ("-object", "iothread,id=io0") if iothread else ()
     inside = ",iothread=io0" if iothread else ""
-    # A guest that does nothing at all, so that nothing happens but what a fault does.
-    halted = bytes.fromhex("fa f4 eb fd").ljust(16, b"\x90").rjust(64 << 10, b"\x90")
-    (directory / "halt.bin").write_bytes(halted)
+    # So that nothing happens but what a fault does.
+    (directory / "halt.bin").write_bytes(machines.HALT)
     with machines.qemu(
         directory, *thread, "-bios", f"{directory}/halt.bin",
         "-blockdev", f"qcow2,node-name=base,read-only=on,file.driver=file,"
@@ -306,11 +305,6 @@ def lost_writes(one: Scene) -> list[str]:
     return lost
 
 
-def is_unsupported(failure: virtbackup.Error) -> bool:
-    """Whether an engine is not for this QEMU."""
-    return bool(failure.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
-
-
 @contextlib.contextmanager
 def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
     """A file system of SIZE bytes at PATH, for as long as this lasts."""
@@ -325,16 +319,16 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def start_and_die(uri: str, xml: str, *flags: str) -> None:
+def start_and_die(uri: str, xml: str, autodestroy: bool = False) -> None:
     """By a process that is gone afterwards, so that nobody watches."""
-    owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if flags else 0
+    flags = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if autodestroy else 0
     code = (
         "import os, signal, sys, virtbackup\n"
         "dom = virtbackup.open(sys.argv[1]).listAllDomains()[0]\n"
         "dom.backupStart(sys.argv[2], int(sys.argv[3]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(owned)], check=False)
+    done = subprocess.run([sys.executable, "-c", code, uri, xml, str(flags)], check=False)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -401,28 +395,13 @@ def restart_watched(one: Scene) -> None:
 
 
 def wait_until_given_up(one: Scene) -> None:
-    """Until the watch has ended the backup; the test's own time limit applies."""
-    while one.info().state != "failed":
-        pass
-
-
-_START = """
-import os, signal, sys, virtbackup
-domain = virtbackup.open(sys.argv[1]).listAllDomains()[0]
-domain.backupStart(sys.argv[2], int(sys.argv[3]))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+    """Until the watch has ended the backup."""
+    waiting.until(lambda: one.info().state == "failed")
 
 
 def restart_by_killed_process(one: Scene, autodestroy: bool = False) -> None:
     """The same backup again, by a process that is killed once it runs."""
-    flags = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if autodestroy else 0
-
-    def start() -> None:
-        argv = [sys.executable, "-c", _START, one.uri, one.document(), str(flags)]
-        assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
-
-    _anew(one, start)
+    _anew(one, lambda: start_and_die(one.uri, one.document(), autodestroy))
 
 
 def refused_while_held(one: Scene) -> str:

@@ -26,6 +26,7 @@ import nbd
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import machines, nbdclient
 from virtbackup.nbd import copy
 from virtbackup.qemu import status
@@ -76,12 +77,13 @@ class Outcome:
     error: str
 
     def check(self, *kinds: str) -> None:
-        """Done, or one line that says why not: in the words of KINDS, else the usual ones."""
+        """Done, or a line that says why not: in the words of KINDS, else the usual ones; perhaps
+        one of what to do next behind it."""
         if self.status == 0:
             assert self.error == "", self
             return
         assert self.status == 1, self
-        assert re.fullmatch(r"error: [^\n]+\n", self.error), self
+        assert re.fullmatch(r"error: [^\n]+\n([A-Z'][^\n]+\n)?", self.error), self
         assert re.search("|".join(kinds or LOSERS[self.command]), self.error), self
 
 
@@ -563,7 +565,7 @@ def test_libvirts_own_backup(tmp_path: pathlib.Path, places: tuple[pathlib.Path,
             _all_refused(domain, theirs)
             assert peer.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
             peer.abortJob()
-            _wait_until(lambda: peer.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
+            waiting.until(lambda: peer.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
             assert domain.everything() == before
 
             assert domain.one("start").status == 0
@@ -577,10 +579,3 @@ def test_libvirts_own_backup(tmp_path: pathlib.Path, places: tuple[pathlib.Path,
             machine.probe.close()
         finally:
             peer.destroy()
-
-
-def _wait_until(ready: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -48,7 +48,7 @@ def run(script: str, directory: pathlib.Path) -> str:
     return done.stdout.replace(str(directory), VM)
 
 
-@pytest.mark.needs("qemu-img")
+@pytest.mark.needs("qemu-img", "nbdcopy")
 @pytest.mark.parametrize("page", ["guide.md", "xml.md"])
 def test_the_session(page: str, tmp_path: pathlib.Path) -> None:
     with machines.two_disks(tmp_path, "-name", "vm"):

@@ -383,8 +383,7 @@ def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
             f'<disk name="{disk.name}"><source dir="{room}"/></disk>' for disk in records.DISKS
         )
         xml = f"{address}<disks>{disks}</disks></domainbackup>"
-        flags = ["--owned"] if ends in ("cleanup", "start") else []
-        scene.start_and_die(linux.uri, xml, *flags)
+        scene.start_and_die(linux.uri, xml, autodestroy=ends in ("cleanup", "start"))
         number = linux.report.number
         with virtbackup.open(linux.uri) as conn:
             [dom] = conn.listAllDomains()

@@ -141,12 +141,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PATIENCE", QUICK)
 
 
-def _is_refused(what: Callable[[], object], words: str) -> None:
-    with pytest.raises(virtbackup.Error, match=words) as refusal:
-        what()
-    assert refusal.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
-
-
 SERVERS = {"file server": file_server, "disk that has filled its page cache": block_server}
 
 

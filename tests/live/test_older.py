@@ -150,7 +150,7 @@ def test_what_a_crash_leaves_is_removed(
     tmp_path: pathlib.Path, machine: machines.Machine, monitor: older.Monitor, ends: str
 ) -> None:
     before = machine.state()
-    scene.start_and_die(monitor.uri, document(tmp_path), "--owned")
+    scene.start_and_die(monitor.uri, document(tmp_path), autodestroy=True)
     assert machine.state() != before
     with virtbackup.open(monitor.uri) as conn:
         dom = conn.lookupByID(1)

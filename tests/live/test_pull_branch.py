@@ -404,7 +404,7 @@ def test_a_killed_backup_whose_job_has_ended(
         f'<domainbackup><address type="unix" path="{machine.directory}/nbd.sock"/>'
         '<branch name="daily"/></domainbackup>'
     )
-    scene.start_and_die(machine.uri, xml, "owned")
+    scene.start_and_die(machine.uri, xml, autodestroy=True)
     for job in machine.probe("query-jobs"):
         machine.probe("job-cancel", id=job["id"])
         machine.probe.wait_event("BLOCK_JOB_CANCELLED")

@@ -7,7 +7,6 @@ import pathlib
 import queue
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import listening, machines
 from virtbackup import errors, hypervisor
 from virtbackup.qemu import driver as qmp_driver
@@ -75,6 +75,7 @@ def test_disks(
     assert capacity == SIZE
     assert 0 < allocation < SIZE
     assert physical == (machine.directory / "a.qcow2").stat().st_size
+    machine.probe("stop")  # or the firmware may look for something to boot in between
     by_disk = [driver.domain_block_stats_flags(ref, path, 0) for path in ("vda", "sdb")]
     together = driver.domain_block_stats_flags(ref, "", 0)
     assert list(together) == [
@@ -95,9 +96,7 @@ def test_what_the_firmware_read_is_counted(tmp_path: pathlib.Path) -> None:
     ):
         driver = qmp_driver.open(booted.uri, True)
         [ref] = driver.list_domains()
-        end = time.monotonic() + PATIENCE
-        while not driver.domain_block_stats_flags(ref, "vda", 0)["rd_bytes"]:
-            assert time.monotonic() < end
+        waiting.until(lambda: driver.domain_block_stats_flags(ref, "vda", 0)["rd_bytes"])
         assert driver.domain_block_stats_flags(ref, str(image), 0)["rd_operations"]
 
 
@@ -218,13 +217,6 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name in names]
 
 
-def wait_for_no_threads() -> None:
-    end = time.monotonic() + PATIENCE
-    while threads():
-        assert time.monotonic() < end, threads()
-        time.sleep(0.005)
-
-
 def test_what_happens_to_the_guest(
     driver: qmp_driver.QmpDriver, ref: hypervisor.DomainRef, machine: machines.Machine
 ) -> None:
@@ -253,7 +245,7 @@ def test_what_happens_to_the_guest(
     assert ear.is_silent(0.1)
     assert other.is_silent(0.1)
     end()
-    wait_for_no_threads()
+    waiting.until(lambda: not threads())
 
 
 def test_threads_are_there_only_while_somebody_listens(driver: qmp_driver.QmpDriver) -> None:
@@ -261,10 +253,10 @@ def test_threads_are_there_only_while_somebody_listens(driver: qmp_driver.QmpDri
     end = driver.event_register(Ear())
     assert threads() == ["virtbackup-process-end"]
     end()
-    wait_for_no_threads()
+    waiting.until(lambda: not threads())
     driver.event_register(Ear())
     driver.close()
-    wait_for_no_threads()
+    waiting.until(lambda: not threads())
 
 
 def document(machine: machines.Machine) -> str:
@@ -297,7 +289,7 @@ def test_the_end_of_a_backup_is_told_once(
     assert str(caught.value) == f"operation failed: {told.reason}"
     assert ear.is_silent()
     end()
-    wait_for_no_threads()
+    waiting.until(lambda: not threads())
 
 
 def test_the_end_by_another_process(

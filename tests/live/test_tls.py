@@ -19,7 +19,7 @@ from tests import conftest
 from tests.live import certificates, machines, nbdclient, proxy, scene, test_crash, test_undo
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import connection
-from virtbackup.tools import pull, virsh_backup
+from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy", "nbdinfo", "openssl")
 
@@ -118,7 +118,7 @@ def objects(machine: machines.Machine) -> Any:
 def uri_of(domain: virtbackup.Domain, **parameters: str) -> str:
     info = domain.backupGetInfo()
     [export, _] = [disk.export for disk in info.disks]
-    uri = virsh_backup.nbd_uri(info.address, export)
+    uri = virsh_connection.nbd_uri(info.address, export)
     more = "&".join(f"{name.replace('_', '-')}={value}" for name, value in parameters.items())
     return f"{uri}{'&' if '?' in uri else '?'}{more}"
 

@@ -234,7 +234,9 @@ def test_start_clears_a_dead_backups_status_by_itself(tmp_path: pathlib.Path) ->
     (tmp_path / "probe.sock").unlink()
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
+        assert scratch.exists()
         conn.lookupByID(1).backupStop()
+    assert not scratch.exists()
 
 
 def test_autodestroy_ends_with_the_connection(tmp_path: pathlib.Path) -> None:

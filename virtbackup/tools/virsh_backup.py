@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
-import contextlib
+import dataclasses
 import gc
+import logging
 import os
 import pathlib
 import re
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import virtbackup
 from virtbackup.tools import (
-    monitor_tools,
-    rpc_tools,
     virsh_branch,
     virsh_compare,
     virsh_complete,
@@ -23,9 +21,11 @@ from virtbackup.tools import (
     virsh_domain,
     virsh_host,
     virsh_map,
+    virsh_monitor,
     virsh_options,
     virsh_pull,
     virsh_restore,
+    virsh_rpc,
     virsh_translate,
     vsh,
     vsh_readline,
@@ -33,6 +33,8 @@ from virtbackup.tools import (
 
 if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
     from virtbackup.conf import backup_conf
+
+logger = logging.getLogger(__name__)
 
 GROUP = vsh.Group("backup", "Backup")
 
@@ -49,18 +51,32 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
     flags = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE if args.flag("quiesce") else 0
     domain = virsh_connection.domain(shell, args)
     domain.backupStart(document, flags)
-    shell.extra("Domain backup started")
+    as_json = args.flag("json")
+    if not as_json:
+        shell.extra("Domain backup started")
     virsh_connection.warn_of_listener(shell, args, document)
-    if not shell.quiet:
-        _warn_of_scratch(shell, domain)
+    if as_json or not shell.quiet:
+        _tell_started(shell, domain, as_json)
 
 
-def _warn_of_scratch(shell: virsh_connection.Shell, domain: "virtbackup.Domain") -> None:
+def _tell_started(
+    shell: virsh_connection.Shell, domain: "virtbackup.Domain", as_json: bool
+) -> None:
+    """Warn of what may go wrong, and print AS_JSON what runs."""
     import libvirt
 
-    with contextlib.suppress(libvirt.libvirtError):  # the backup runs all the same
-        for warning in _warnings(domain.backupGetInfo()):
-            shell.warn(warning)
+    facts: dict[str, object] = {"domain": domain.name()}
+    try:
+        info = domain.backupGetInfo()
+    except libvirt.libvirtError as failure:  # the backup runs all the same
+        logger.info("info=unknown domain=%s reason=%s", domain.name(), failure)
+    else:
+        facts = _info_facts(domain.name(), info)
+        if not shell.quiet:
+            for warning in _warnings(info):
+                shell.warn(warning)
+    if as_json:
+        virsh_connection.print_json(shell, facts)
 
 
 def _warnings(info: "backup_conf.BackupInfo") -> list[str]:
@@ -75,6 +91,7 @@ def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         disks=tuple(_parse_diskspec(spec) for spec in args.texts("disk")),
         branch=args.optional("branch"),
     )
+    args.exclusive("print-xml", "json")
     document = definition.format()
     backup_conf.BackupDef.parse(document)
     if args.flag("print-xml"):
@@ -97,10 +114,6 @@ def _address(args: vsh.Args) -> "backup_conf.Address":
         port = 0
     if host is None or port is None:
         raise vsh.UsageError("command 'backup-start-as' requires --unix, or --host and --port")
-    if not 0 <= port <= 65535:
-        raise vsh.UsageError(
-            f"Numeric value '{port}' for <port> option is malformed or out of range"
-        )
     return backup_conf.IpAddress(host, port or None, tls, None if port else True)
 
 
@@ -168,8 +181,23 @@ def _complete_diskspec(shell: virsh_connection.Shell, args: vsh.Args, text: str)
 
 
 def _stop(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    flags = virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if args.flag("cancel") else 0
-    virsh_connection.domain(shell, args).backupStop(flags)
+    import libvirt
+
+    cancelled = args.flag("cancel")
+    domain = virsh_connection.domain(shell, args)
+    facts: dict[str, object] = {"domain": domain.name(), "cancelled": cancelled}
+    try:
+        domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if cancelled else 0)
+    except libvirt.libvirtError as failure:
+        # Any other error is no verdict: the backup may run on.
+        if args.flag("json") and failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:
+            reason = failure.get_error_message()
+            virsh_connection.print_json(shell, {**facts, "good": False, "reason": reason})
+        raise
+    if args.flag("json"):
+        good = None if cancelled else True
+        virsh_connection.print_json(shell, {**facts, "good": good, "reason": None})
+        return
     shell.extra("Domain backup stopped")
 
 
@@ -196,7 +224,9 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         virsh_connection.print_json(shell, _info_facts(domain.name(), info))
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(info.started))
-    addresses = [("Address", nbd_uri(info.address, disk.export)) for disk in info.disks]
+    addresses = [
+        ("Address", virsh_connection.nbd_uri(info.address, disk.export)) for disk in info.disks
+    ]
     branch = [] if info.branch is None else [("Branch", info.branch)]
     facts = [
         ("State", info.state),
@@ -260,7 +290,7 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
         {
             "name": disk.name,
             "export": disk.export,
-            "uri": nbd_uri(info.address, disk.export),
+            "uri": virsh_connection.nbd_uri(info.address, disk.export),
             "state": disk.state,
             "reason": disk.reason,
             "capacity": disk.capacity,
@@ -299,19 +329,11 @@ def _address_facts(address: "backup_conf.Address") -> dict[str, object]:
     return {"type": "ip", "host": address.host, "port": address.port, "tls": tls}
 
 
-def nbd_uri(address: "backup_conf.Address", export: str) -> str:
-    """The URI by which NBD clients find EXPORT (the NBD URI specification)."""
-    from virtbackup.conf import backup_conf
-
-    name = urllib.parse.quote(export, safe="")
-    nbd = "nbds" if address.tls else "nbd"
-    if isinstance(address, backup_conf.UnixAddress):
-        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(address.path)}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"{nbd}://{host}:{address.port}/{name}"
-
-
 # --- the table ------------------------------------------------------------------------------------
+
+_JSON_OF_START = dataclasses.replace(
+    virsh_connection.JSON, help="print a JSON document, as backup-info"
+)
 
 COMMANDS = (
     vsh.Command(
@@ -344,6 +366,7 @@ COMMANDS = (
             ),
             virsh_connection.QUIESCE,
             virsh_connection.INSECURE,
+            _JSON_OF_START,
         ),
         _start,
     ),
@@ -358,7 +381,9 @@ COMMANDS = (
                 completer=vsh.complete_files,
             ),
             vsh.Option("host", vsh.Kind.STRING, "host name or address to listen on"),
-            vsh.Option("port", vsh.Kind.INT, "TCP port to listen on; 0 is any that is free"),
+            vsh.Option(
+                "port", vsh.Kind.INT, "TCP port to listen on; 0 is any that is free", most=65535
+            ),
             vsh.Option("autoport", vsh.Kind.BOOL, "listen on any TCP port that is free"),
             vsh.Option("tls", vsh.Kind.BOOL, "export over TLS, as virtbackup.conf says"),
             vsh.Option(
@@ -371,6 +396,7 @@ COMMANDS = (
             virsh_connection.QUIESCE,
             virsh_connection.INSECURE,
             vsh.Option("print-xml", vsh.Kind.BOOL, "print the XML document, start nothing"),
+            _JSON_OF_START,
         ),
         _start_as,
     ),
@@ -380,19 +406,32 @@ COMMANDS = (
         (
             virsh_connection.DOMAIN,
             vsh.Option("cancel", vsh.Kind.BOOL, "give the backup up: the branch stays"),
+            virsh_connection.JSON,
         ),
         _stop,
     ),
 )  # fmt: skip
 
+VIRSHS = {
+    "backup-begin": "backup-start",
+    "checkpoint-create": "branch-create",
+    "checkpoint-create-as": "branch-create",
+    "checkpoint-delete": "branch-delete",
+    "checkpoint-list": "branch-list",
+    "domjobabort": "backup-stop --cancel",
+    "domjobinfo": "backup-info",
+}
+"""What users of virsh may type -> what does that here."""
+
 TABLE = vsh.Table(
     groups=(
-        virsh_domain.GROUP,
+        virsh_domain.MANAGEMENT,
+        virsh_domain.MONITORING,
         virsh_host.GROUP,
         GROUP,
         virsh_branch.GROUP,
-        monitor_tools.GROUP,
-        rpc_tools.GROUP,
+        virsh_monitor.GROUP,
+        virsh_rpc.GROUP,
         vsh.Group(vsh.GROUP, "Virsh-backup itself"),
     ),
     commands=tuple(
@@ -402,8 +441,8 @@ TABLE = vsh.Table(
                 *virsh_host.COMMANDS,
                 *COMMANDS,
                 *virsh_branch.COMMANDS,
-                *monitor_tools.COMMANDS,
-                rpc_tools.DUMP,
+                *virsh_monitor.COMMANDS,
+                virsh_rpc.DUMP,
                 virsh_compare.COMPARE,
                 virsh_map.MAP,
                 virsh_pull.PULL,
@@ -415,14 +454,21 @@ TABLE = vsh.Table(
             key=lambda command: command.name,
         )
     ),
+    others=VIRSHS,
 )
 
 
 # --- the program ----------------------------------------------------------------------------------
 
+_SELDOM = 100_000
+"""Objects that are new until garbage is looked for."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; its exit status. ARGV None: the process's own, and it ends after this."""
+    if argv is None:
+        # Or it is looked through for garbage, of which there is none, while modules are loaded.
+        gc.set_threshold(_SELDOM)
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from virtbackup.tools import virsh_connection, vsh
 
 if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
+    import virtbackup
     from virtbackup.conf import backup_conf
 
 GROUP = vsh.Group("branch", "Branch")
@@ -81,15 +82,25 @@ def point_facts(point: "backup_conf.Point | None") -> dict[str, object] | None:
 
 
 def _create(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    name = args.text("branch")
-    virsh_connection.domain(shell, args).branchCreate(name)
-    shell.extra(f"Branch {name} created")
+    domain = virsh_connection.domain(shell, args)
+    domain.branchCreate(args.text("branch"))
+    _tell_done(shell, args, domain, "created")
 
 
 def _delete(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    domain = virsh_connection.domain(shell, args)
+    domain.branchDelete(args.text("branch"))
+    _tell_done(shell, args, domain, "deleted")
+
+
+def _tell_done(
+    shell: virsh_connection.Shell, args: vsh.Args, domain: "virtbackup.Domain", done: str
+) -> None:
     name = args.text("branch")
-    virsh_connection.domain(shell, args).branchDelete(name)
-    shell.extra(f"Branch {name} deleted")
+    if args.flag("json"):
+        virsh_connection.print_json(shell, {"domain": domain.name(), done: name})
+    else:
+        shell.extra(f"Branch {name} {done}")
 
 
 def _complete(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
@@ -110,6 +121,7 @@ COMMANDS = (
         (
             virsh_connection.DOMAIN,
             vsh.Option("branch", vsh.Kind.DATA, "name of the branch", required=True),
+            virsh_connection.JSON,
         ),
         _create,
     ),
@@ -121,6 +133,7 @@ COMMANDS = (
             vsh.Option(
                 "branch", vsh.Kind.DATA, "name of the branch", required=True, completer=_complete
             ),
+            virsh_connection.JSON,
         ),
         _delete,
     ),

@@ -8,11 +8,15 @@ import os
 import pathlib
 import re
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import virtbackup
 from virtbackup.tools import vsh
+
+if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
+    from virtbackup.conf import backup_conf
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class Control:
         if self._connection is None:
             self._connection = self._open(self.uri, self.readonly)
         elif not self._connection.isAlive():
-            raise vsh.Failure(f"connection to {self.uri} is lost; 'connect' opens it again")
+            raise vsh.Failure(f"connection to {self.uri} is lost", "'connect' opens it again")
         return self._connection
 
     def connect(self, uri: str, readonly: bool) -> None:
@@ -99,8 +103,10 @@ class Control:
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:
-            hint = "; -c URI names another one" if uri == DEFAULT_URI else ""
-            raise vsh.Failure(f"failed to connect to the hypervisor: {error}{hint}") from error
+            from virtbackup.tools import advice
+
+            text = f"failed to connect to the hypervisor: {error}"
+            raise vsh.Failure(text, advice.advice(error)) from error
         if self._trace is not None:
             connection.setTrace(self._trace)
         return connection
@@ -127,11 +133,15 @@ Shell = vsh.Shell[Control]
 """The shell that the commands get."""
 
 
-def describe(error: Exception) -> str | None:
-    """The text of an error that libvirt or we have worded; None for any other."""
+def describe(error: Exception) -> vsh.Failure | None:
+    """What an error that libvirt or we have worded is told as; None for any other."""
     import libvirt
 
-    return str(error) if isinstance(error, libvirt.libvirtError) else None
+    from virtbackup.tools import advice
+
+    if not isinstance(error, libvirt.libvirtError):
+        return None
+    return vsh.Failure(str(error), advice.advice(error))
 
 
 def _ignore(context: object, error: object) -> None:
@@ -167,6 +177,8 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
     """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order."""
     import libvirt
 
+    from virtbackup.tools import advice
+
     connection = shell.control.connection()
     given = args.text("domain")
     lookups: list[Callable[[str], virtbackup.Domain]] = [connection.lookupByName]
@@ -180,7 +192,7 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    raise vsh.Failure(f"failed to get domain '{given}': 'list --all' shows all that there are")
+    raise vsh.Failure(f"failed to get domain '{given}'", advice.NO_DOMAIN)
 
 
 def complete_domains(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:
@@ -291,3 +303,15 @@ def human_size(size: int | None) -> str:
     while value >= 1023.995 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.2f} {units[0]}iB"
+
+
+def nbd_uri(address: "backup_conf.Address", export: str) -> str:
+    """The URI by which NBD clients find EXPORT (the NBD URI specification)."""
+    from virtbackup.conf import backup_conf
+
+    name = urllib.parse.quote(export, safe="")
+    nbd = "nbds" if address.tls else "nbd"
+    if isinstance(address, backup_conf.UnixAddress):
+        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(address.path)}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{nbd}://{host}:{address.port}/{name}"

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The commands that look at domains (virsh-domain-monitor.c)."""
+"""The commands that look at domains (virsh-domain.c, virsh-domain-monitor.c)."""
 
 from collections.abc import Callable
 
 import virtbackup
 from virtbackup.tools import virsh_connection, vsh
 
-GROUP = vsh.Group("domain", "Domain Monitoring")
+MANAGEMENT = vsh.Group("domain", "Domain Management")
+MONITORING = vsh.Group("monitor", "Domain Monitoring")
 
 _STATES = (
     "no state",
@@ -137,7 +138,7 @@ def _domblklist(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 COMMANDS = (
     vsh.Command(
-        "domblklist", GROUP.keyword, "list all domain blocks",
+        "domblklist", MONITORING.keyword, "list all domain blocks",
         "Get the summary of block devices for a domain.",
         (
             virsh_connection.DOMAIN,
@@ -149,34 +150,34 @@ COMMANDS = (
         _domblklist,
     ),
     vsh.Command(
-        "dominfo", GROUP.keyword, "domain information",
+        "dominfo", MONITORING.keyword, "domain information",
         "Returns basic information about the domain.",
         (virsh_connection.DOMAIN, virsh_connection.JSON),
         _dominfo,
     ),
     vsh.Command(
-        "domid", GROUP.keyword, "convert a domain name or UUID to domain id",
+        "domid", MANAGEMENT.keyword, "convert a domain name or UUID to domain id",
         "", (virsh_connection.DOMAIN,), _domid,
     ),
     vsh.Command(
-        "domname", GROUP.keyword, "convert a domain id or UUID to domain name",
+        "domname", MANAGEMENT.keyword, "convert a domain id or UUID to domain name",
         "", (virsh_connection.DOMAIN,), _domname,
     ),
     vsh.Command(
-        "domstate", GROUP.keyword, "domain state",
+        "domstate", MONITORING.keyword, "domain state",
         "Returns state about a domain.", (virsh_connection.DOMAIN,), _domstate,
     ),
     vsh.Command(
-        "domuuid", GROUP.keyword, "convert a domain name or id to domain UUID",
+        "domuuid", MANAGEMENT.keyword, "convert a domain name or id to domain UUID",
         "", (virsh_connection.DOMAIN,), _domuuid,
     ),
     vsh.Command(
-        "dumpxml", GROUP.keyword, "domain information in XML",
+        "dumpxml", MANAGEMENT.keyword, "domain information in XML",
         "Print what is known of the domain as an XML document: at least its name, uuid and disks.",
         (virsh_connection.DOMAIN,), _dumpxml,
     ),
     vsh.Command(
-        "list", GROUP.keyword, "list domains",
+        "list", MONITORING.keyword, "list domains",
         "Returns list of domains.",
         (
             vsh.Option("inactive", vsh.Kind.BOOL, "list inactive domains"),

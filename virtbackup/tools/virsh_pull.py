@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import virtbackup
 from virtbackup.tools import virsh_branch, virsh_connection, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
@@ -70,23 +69,28 @@ class Lines:
 
 
 @contextlib.contextmanager
-def _progress(shell: virsh_connection.Shell, as_json: bool) -> "Iterator[Bar | Lines | None]":
-    """Lines on standard output for programs, a bar on standard error where people look at it."""
-    if as_json:
-        lines = Lines(shell)
-        try:
-            yield lines
-        except virtbackup.Error as failure:
-            lines.tell("failed", code=failure.get_error_code(), error=str(failure))
-            raise
-        return
+def _lines(shell: virsh_connection.Shell) -> Iterator[Lines]:
+    """Lines on standard output for programs; the last one tells of a failure."""
+    import libvirt
+
+    lines = Lines(shell)
+    try:
+        yield lines
+    except libvirt.libvirtError as failure:
+        lines.tell("failed", code=failure.get_error_code(), error=str(failure))
+        raise
+
+
+@contextlib.contextmanager
+def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
+    """A bar on standard error where people look at it."""
     if shell.quiet or not sys.stderr.isatty():
         yield None
         return
     import tqdm
 
-    with tqdm.tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-        yield Bar(bar)
+    with tqdm.tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as shown:
+        yield Bar(shown)
 
 
 def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -99,7 +103,10 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     if document is not None:
         virsh_connection.warn_of_listener(shell, args, document)
     as_json = args.flag("json")
-    with _progress(shell, as_json) as progress, _telling_of_devices(shell):
+    with (
+        _lines(shell) if as_json else bar(shell) as progress,
+        _telling_of_devices(shell),
+    ):
         made = pull.pull(
             domain,
             directory,
@@ -148,7 +155,7 @@ def _telling_of_devices(shell: virsh_connection.Shell) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end.__cause__, virtbackup.Error) and "is not a backup" in str(end.__cause__):
+        if "is not a backup" in str(end.__cause__):
             shell.warn(str(end.__cause__))
         raise
 

@@ -3,9 +3,8 @@
 
 import contextlib
 import pathlib
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 from virtbackup.tools import virsh_connection, virsh_pull, vsh
@@ -14,18 +13,6 @@ if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with the
     from virtbackup.conf import backup_conf
     from virtbackup.nbd import copy
     from virtbackup.tools import listing, prune, restore, verify
-
-
-@contextlib.contextmanager
-def _progress(shell: virsh_connection.Shell) -> Iterator[virsh_pull.Bar | None]:
-    """A bar on standard error where people look at it."""
-    if shell.quiet or not sys.stderr.isatty():
-        yield None
-        return
-    import tqdm
-
-    with tqdm.tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-        yield virsh_pull.Bar(bar)
 
 
 def _read(args: vsh.Args) -> "listing.Backups":
@@ -161,7 +148,7 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     wanted = args.optional("point")
     point = None if wanted is None else backups.find(wanted)
     begin = time.monotonic()
-    with _progress(shell) as progress, interrupt.deferred() as cancel:
+    with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
         verdict = verify.verify(backups, point, progress=progress, cancel=cancel)
     seconds = time.monotonic() - begin
     if args.flag("json"):
@@ -184,7 +171,7 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         if not args.flag("json"):
             shell.extra("Backups verified")
         return vsh.DONE
-    raise vsh.Failure(_summary(backups, verdict))
+    raise vsh.Failure(_summary(backups, verdict), _newest_good(backups, verdict, point))
 
 
 def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
@@ -195,6 +182,16 @@ def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
     if verdict.bad_points:
         text += f"; not to be restored: {', '.join(p.label for p in verdict.bad_points)}"
     return text
+
+
+def _newest_good(
+    backups: "listing.Backups", verdict: "verify.Verdict", only: "listing.Point | None"
+) -> str | None:
+    """What can be restored all the same; of points that were not looked at nothing is known."""
+    good = [point for point in backups.points if point not in verdict.bad_points]
+    if only is not None or not good or not verdict.bad_points:
+        return None
+    return f"'backup-restore' with --point {good[-1].label} takes the newest that is good"
 
 
 def _verdict_facts(
@@ -241,7 +238,7 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     for problem in backups.problems:
         if problem.file == point.file:
             shell.warn(str(problem))
-    with _progress(shell) as progress, interrupt.deferred() as cancel:
+    with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
         done = restore.restore(
             backups,
             point,
@@ -354,10 +351,6 @@ def _tcp_address(shell: virsh_connection.Shell, args: vsh.Args) -> "backup_conf.
 
     host, port = args.optional("host") or "127.0.0.1", args.number("port")
     port = _NBD_PORT if port is None else port
-    if not 1 <= port <= 65535:
-        raise vsh.UsageError(
-            f"Numeric value '{port}' for <port> option is malformed or out of range"
-        )
     if not args.flag("insecure") and not virsh_connection.is_loopback(host):
         shell.warn(f"whoever reaches {host} can read the backup, see --insecure")
     return backup_conf.IpAddress(host, port, None, None)
@@ -373,9 +366,7 @@ def _tell_exports(
     names: list[str],
     address: "backup_conf.Address",
 ) -> None:
-    from virtbackup.tools import virsh_backup
-
-    uris = {name: virsh_backup.nbd_uri(address, name) for name in names}
+    uris = {name: virsh_connection.nbd_uri(address, name) for name in names}
     if args.flag("json"):
         virsh_connection.print_json(shell, {"point": _point_facts(point), "exports": uris})
         return
@@ -397,7 +388,10 @@ SERVE = vsh.Command(
             completer=vsh.complete_files,
         ),
         vsh.Option("host", vsh.Kind.STRING, "address to listen on (with --port: 127.0.0.1)"),
-        vsh.Option("port", vsh.Kind.INT, "TCP port to listen on (with --host: 10809)"),
+        vsh.Option(
+            "port", vsh.Kind.INT, "TCP port to listen on (with --host: 10809)",
+            least=1, most=65535,
+        ),
         virsh_connection.INSECURE,
         virsh_connection.JSON,
     ),
@@ -419,7 +413,7 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     else:
         directory = pathlib.Path(args.text("directory"))
         _read(args)  # or it says that something is wrong with the lock
-        with _progress(shell) as progress, interrupt.deferred() as cancel:
+        with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
             plan = prune.prune(directory, keep, progress=progress, cancel=cancel)
     if args.flag("json"):
         virsh_connection.print_json(shell, _prune_facts(plan, args.flag("dry-run")))

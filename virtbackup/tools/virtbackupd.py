@@ -20,7 +20,7 @@ from virtbackup import api, config, errors, hypervisor
 from virtbackup.conf import virtbackup_conf
 from virtbackup.qemu import libvirt_events
 from virtbackup.remote import daemon, domains, transport
-from virtbackup.tools import virtbackupd_options
+from virtbackup.tools import virsh_host, virtbackupd_options
 
 logger = logging.getLogger("virtbackupd")
 
@@ -33,7 +33,7 @@ _DRIVERS_FDS = 4096
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped, or the configuration is good; 1 it could not run; 2 usage."""
-    options = virtbackupd_options.parser(_version()).parse_args(argv)
+    options = virtbackupd_options.parser(virsh_host.dotted(api.VERSION)).parse_args(argv)
     logging.basicConfig(
         stream=sys.stderr,
         level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
@@ -50,11 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except libvirt.libvirtError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-
-
-def _version() -> str:
-    version = api.VERSION
-    return f"{version // 1000000}.{version // 1000 % 1000}.{version % 1000}"
 
 
 def _settings(options: argparse.Namespace) -> virtbackup_conf.Settings:

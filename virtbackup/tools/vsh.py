@@ -13,26 +13,36 @@ import enum
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TextIO, TypeVar
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
 
 
-class Failure(Exception):
-    """A command could not do its work; the message is for the user."""
-
-
-class UsageError(Exception):
-    """What was typed makes no sense; HINT is a line that may help."""
+class _Told(Exception):
+    """The user is told the message, and HINT, a line of what to do next, where that is known."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class Failure(_Told):
+    """A command could not do its work; the program ends with STATUS."""
+
+    def __init__(self, message: str, hint: str | None = None, status: int = FAILED) -> None:
+        super().__init__(message, hint)
+        self.status = status
+
+
+class UsageError(_Told):
+    """What was typed makes no sense."""
 
 
 class Quit(Exception):
@@ -78,6 +88,9 @@ class Option:
     """May be given more than once."""
     choices: tuple[str, ...] = ()
     """The values that make sense; empty: any."""
+    least: int = 0
+    most: int = 10**18 - 1
+    """Of an INT."""
     completer: Completer | None = None
 
     @property
@@ -91,7 +104,9 @@ class Option:
             return
         if not value:
             raise UsageError(f"Failed to get option '{self.name}': Option argument is empty")
-        if self.kind is Kind.INT and not re.fullmatch(r"[0-9]{1,18}", value):
+        if self.kind is Kind.INT and not (
+            re.fullmatch(r"[0-9]{1,18}", value) and self.least <= int(value) <= self.most
+        ):
             raise UsageError(
                 f"Numeric value '{value}' for <{self.name}> option is malformed or out of range"
             )
@@ -135,6 +150,8 @@ class Table:
 
     groups: tuple[Group, ...]
     commands: tuple[Command, ...]
+    others: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """A command of another shell -> the one that does its work here, perhaps with an option."""
 
     def find(self, name: str) -> Command | None:
         return next((command for command in self.commands if command.name == name), None)
@@ -146,9 +163,13 @@ class Table:
             raise UsageError(f"unknown command: '{name}'", self.suggestion(name))
         return command
 
-    def suggestion(self, name: str) -> str | None:
-        """A line that names the commands that may have been meant."""
-        return suggestion(name, [command.name for command in self.commands])
+    def suggestion(self, name: str, groups: Sequence[str] = ()) -> str:
+        """A line that names the commands that may have been meant, or GROUPS of them, or else tells
+        where they all are."""
+        if own := self.others.get(name):
+            return f"Here it is called: {own}"
+        names = [command.name for command in self.commands]
+        return suggestion(name, [*names, *groups]) or "'help' shows all commands"
 
     def members(self, group: Group) -> list[Command]:
         return [command for command in self.commands if command.group == group.keyword]
@@ -366,7 +387,9 @@ class ArgumentParser:
     def _feed_data(self, word: str) -> None:
         option = self.next_data()
         if option is None:
-            raise UsageError(f"unexpected data '{word}'")
+            own = re.match(r"-\w", word)
+            hint = "The shell's own options stand in front of the command" if own else None
+            raise UsageError(f"unexpected data '{word}'", hint)
         self._give(option, word)
 
     def _feed_option(self, word: str) -> None:
@@ -400,11 +423,22 @@ def parse(table: Table, words: Sequence[str]) -> Call:
         raise UsageError("a NUL character cannot be part of a command")
     command = table.command(words[0])
     parser = ArgumentParser(command)
-    for word in words[1:]:
-        parser.feed(word)
-        if parser.wants_help:
-            return Call(HELP, Args({"command": (command.name,)}))
-    return Call(command, parser.finish())
+    with _pointing_at_help(command):
+        for word in words[1:]:
+            parser.feed(word)
+            if parser.wants_help:
+                return Call(HELP, Args({"command": (command.name,)}))
+        return Call(command, parser.finish())
+
+
+@contextlib.contextmanager
+def _pointing_at_help(command: Command) -> Iterator[None]:
+    """A misuse of COMMAND that has no hint gets one."""
+    try:
+        yield
+    except UsageError as error:
+        error.hint = error.hint or f"'help {command.name}' shows what it takes"
+        raise
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -474,9 +508,9 @@ class Shell(Generic[Control]):
         self,
         table: Table,
         control: Control,
-        describe: Callable[[Exception], str | None],
+        describe: Callable[[Exception], Failure | None],
     ) -> None:
-        """DESCRIBE gives the text of an error that is nobody's bug, None for any other error."""
+        """DESCRIBE gives what an error that is nobody's bug is told as, None for any other."""
         self.table = table
         self.control = control
         self.quiet = False
@@ -507,33 +541,40 @@ class Shell(Generic[Control]):
     def run(self, call: Call) -> int:
         """Run one command and tell how it failed; its exit status."""
         start = time.monotonic()
-        status = self.guard(lambda: call.command.handler(self, call.args))
+        status = self.guard(lambda: self._handle(call))
         if self.timing:
             self.print(f"\n(Time: {(time.monotonic() - start) * 1000:.3f} ms)\n")
         elif self.interactive:
             self.extra("")
         return status
 
+    def _handle(self, call: Call) -> int | None:
+        with _pointing_at_help(call.command):
+            return call.command.handler(self, call.args)
+
     def guard(self, action: Callable[[], int | None]) -> int:
         """Do ACTION; the exit status it returns or its error asks for, the reason already told."""
         try:
             return action() or DONE
         except UsageError as error:
-            self.error(str(error))
-            if error.hint:
-                _write_error(error.hint + "\n")
+            self._tell(error)
             return USAGE
         except Failure as error:
             self._trace()
-            self.error(str(error))
-            return FAILED
+            self._tell(error)
+            return error.status
         except (Quit, OutputClosed):
             raise
         except Exception as error:  # noqa: BLE001  # the border: users see no tracebacks
             self._trace()
-            text = self._describe(error)
-            self.error(text or f"internal error: {type(error).__name__}: {error}")
+            bug = f"internal error: {type(error).__name__}: {error}"
+            self._tell(self._describe(error) or Failure(bug))
             return FAILED
+
+    def _tell(self, error: _Told) -> None:
+        self.error(str(error))
+        if error.hint and not self.quiet:
+            _write_error(one_line(error.hint) + "\n")
 
     def _trace(self) -> None:
         if self.debug:
@@ -675,6 +716,18 @@ def _width(text: str) -> int:
     )
 
 
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Go on until SIGINT, SIGTERM or SIGHUP comes, for work that knows no other end."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        if threading.current_thread() is threading.main_thread():
+            for ending in (signal.SIGTERM, signal.SIGHUP):
+                before = signal.signal(ending, signal.default_int_handler)
+                stack.callback(signal.signal, ending, before)
+        yield
+
+
 # --- the commands of every shell ------------------------------------------------------------------
 
 
@@ -696,7 +749,7 @@ def _help(shell: Shell[Any], args: Args) -> None:
             return
     raise UsageError(
         f"command or command group '{name}' doesn't exist",
-        suggestion(name, list(complete_commands(shell, args, name))),
+        shell.table.suggestion(name, [group.keyword for group in shell.table.groups]),
     )
 
 

@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import os
 import selectors
-import signal
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -40,14 +39,10 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             raise vsh.Failure(f"cannot listen on '{address}': {error.strerror}") from error
         if address.kind == "unix":
             stack.callback(os.unlink, address.path)
-        if threading.current_thread() is threading.main_thread():
-            for ending in (signal.SIGTERM, signal.SIGHUP):
-                before = signal.signal(ending, signal.default_int_handler)
-                stack.callback(signal.signal, ending, before)
+        stack.enter_context(vsh.until_interrupted())
         shell.print(str(address))
         vsh.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            Proxy(shell, server).serve(listening, args.number("clients") or 0)
+        Proxy(shell, server).serve(listening, args.number("clients") or 0)
 
 
 class Proxy:

@@ -7,8 +7,6 @@ They need a driver below libvirt's API, so unlike all other tools this one impor
 import contextlib
 import os
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ from virtbackup.tools import virsh_connection, vsh
 if TYPE_CHECKING:
     from virtbackup.qemu import recorder, recording
 
-GROUP = vsh.Group("monitor", "QEMU monitor")
+GROUP = vsh.Group("qmp", "QEMU monitor")
 MAX_FILE = 256 << 20
 """Bytes of what is compared."""
 
@@ -83,14 +81,10 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         except ValueError as error:
             raise vsh.Failure(f"'{args.text('file')}': {error}") from error
         stack.enter_context(server)
-        if threading.current_thread() is threading.main_thread():
-            for ending in (signal.SIGTERM, signal.SIGHUP):
-                before = signal.signal(ending, signal.default_int_handler)
-                stack.callback(signal.signal, ending, before)
-        with contextlib.suppress(KeyboardInterrupt):
-            shell.print(str(path))
-            vsh.flush()
-            server.ended.wait()
+        stack.enter_context(vsh.until_interrupted())
+        shell.print(str(path))
+        vsh.flush()
+        server.ended.wait()
 
 
 def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
@@ -106,7 +100,7 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
             traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
         )
     except RecursionError as error:
-        raise vsh.UsageError(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
+        raise _trouble(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
     difference = traffic.diff(first, second, paths)
     for line in difference:
         shell.print(line)
@@ -114,20 +108,25 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
 
 
 def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
-    """What was said, by the file at PATH. Errors: UsageError: there is nothing to compare."""
+    """What was said, by the file at PATH. Errors: Failure: there is nothing to compare."""
     from virtbackup.qemu import traffic
 
     try:
         with pathlib.Path(path).open("rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise vsh.UsageError(f"file '{path}' is larger than {MAX_FILE} bytes")
+            raise _trouble(f"file '{path}' is larger than {MAX_FILE} bytes")
         # A log may hold anything that a guest or a file was called.
         return traffic.parse(data.decode(errors="replace").replace("\r\n", "\n"), monitor)
     except OSError as error:
-        raise vsh.UsageError(f"Failed to open file '{path}': {error.strerror}") from error
+        raise _trouble(f"Failed to open file '{path}': {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise vsh.UsageError(f"file '{path}': {error}") from error
+        raise _trouble(f"file '{path}': {error}") from error
+
+
+def _trouble(text: str) -> vsh.Failure:
+    """Not to be taken for a difference, whose status is FAILED (diff(1))."""
+    return vsh.Failure(text, status=vsh.USAGE)
 
 
 COMMANDS = (

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the shell says to do next: of errors that there are, and nothing where nothing is known."""
+
+import ast
+import pathlib
+
+import libvirt
+import pytest
+
+from virtbackup import errors
+from virtbackup.tools import advice, virsh_backup
+
+PACKAGE = pathlib.Path(errors.__file__).parent
+SYSTEMS = {"No such file or directory", "Connection refused", "Permission denied",
+           "Address already in use", "No space left on device",
+           "Cannot assign requested address", "address resolution failed"}  # fmt: skip
+"""Words of the operating system's and of QEMU's, which stand nowhere in the package."""
+
+
+def _literals() -> set[str]:
+    """The texts in the package, of f-strings the parts, but for those of the advice itself."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "advice.py":
+            nodes = ast.walk(ast.parse(path.read_text()))
+            found |= {n.value for n in nodes if isinstance(n, ast.Constant)
+                      and isinstance(n.value, str)}  # fmt: skip
+    return found
+
+
+LITERALS = _literals()
+
+
+@pytest.mark.parametrize("known", advice.KNOWN, ids=lambda known: known.advice)
+def test_what_is_known_is_an_error_that_there_is(known: advice.Known) -> None:
+    """Its words stand in the source, or it would be about nothing once they change there."""
+    assert known.words or known.code
+    for words in set(known.words) - SYSTEMS:
+        assert any(words in literal for literal in LITERALS), words
+
+
+@pytest.mark.parametrize("known", advice.KNOWN, ids=lambda known: known.advice)
+def test_the_commands_and_options_that_are_named_are_there(known: advice.Known) -> None:
+    names = {command.name for command in virsh_backup.TABLE.commands}
+    options = {f"--{o.name}" for command in virsh_backup.TABLE.commands for o in command.options}
+    named = [word.strip("',;:?()") for word in known.advice.split()]
+    assert {w for w in named if w.startswith(("backup-", "branch-"))} <= names
+    assert {w for w in named if w.startswith("--")} <= options | {"--listen"}  # virtbackupd's
+
+
+@pytest.mark.parametrize("known", advice.KNOWN, ids=lambda known: known.advice)
+def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
+    code = known.code or libvirt.VIR_ERR_OPERATION_FAILED
+    assert advice.advice(errors.Error(code, " x ".join(known.words))) == known.advice
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "expected"),
+    [
+        (
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+            "failed to connect to monitor socket '/q': Permission denied",
+            "Be the user that QEMU runs as, or root",
+        ),
+        (
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            "Requested operation is not valid: another backup job is already running ('j'), but"
+            " there is no status of it in '/r'; if nobody owns it, backup-cleanup ends it",
+            "It may be another user's, who then has to stop it",
+        ),
+        (
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            "operation failed: the backup is not good: disk 'vda': No space left on device",
+            "It has ended: throw away what was read of it, see to the reason, and take another one",
+        ),
+        (libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: no backup job is running", None),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, "internal error", None),
+    ],
+)
+def test_advice(code: int, text: str, expected: str | None) -> None:
+    assert advice.advice(errors.Error(code, text)) == expected
