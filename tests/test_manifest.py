@@ -7,6 +7,7 @@ import typing
 
 import libvirt
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ manifests = st.builds(
             backing=st.none() | names,
             since=st.none() | texts,
             reason=st.none() | texts,
+            tables=st.none() | st.builds(manifest.Checksum, texts, sizes, texts),
         ),
         max_size=3,
     ).map(tuple),
@@ -63,6 +65,7 @@ GOOD = manifest.Manifest(
 @given(manifests)
 def test_what_is_written_is_read(made: manifest.Manifest) -> None:
     assert manifest.Manifest.from_json(made.to_json()) == made
+    assert manifest.changed(made.to_json()) is None
 
 
 def changed(**fields: object) -> str:
@@ -106,6 +109,45 @@ def test_what_is_not_a_manifest_is_refused(text: str, reason: str) -> None:
     assert f"not a backup manifest: {reason}" in str(raised.value)
 
 
+def test_its_checksum_is_of_what_stands_before_it() -> None:
+    """As the module defines it, for readers in another language."""
+    text = GOOD.to_json()
+    body = text[: text.index('  "checksum": "xxh3')]
+    value = json.loads(text)["checksum"]
+    assert value == f"xxh3-128:{xxhash.xxh3_128_hexdigest(body.encode())}"
+    assert text[len(body) :] == f'  "checksum": "{value}"\n}}\n'
+
+
+@pytest.mark.parametrize("mask", [1, 0x20, 0x80, 0xFF])
+def test_a_flip_of_any_byte_is_noticed(mask: int, tmp_path: pathlib.Path) -> None:
+    content = GOOD.to_json().encode()
+    path = tmp_path / manifest.FILE
+    for offset in range(len(content)):
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ mask]) + content[offset + 1 :])
+        try:
+            _, problem = manifest.read_checked(tmp_path)
+        except virtbackup.Error:
+            continue
+        assert problem is not None, (offset, content[offset - 10 : offset + 10])
+
+
+def test_what_is_before_and_behind_it_counts() -> None:
+    text = GOOD.to_json()
+    for wrong in (text + "\n", " " + text, text.replace("\n", "\r\n"), text[:-1]):
+        assert manifest.Manifest.from_json(wrong) == GOOD
+        assert manifest.changed(wrong) is not None
+
+
+def test_a_manifest_of_before_there_were_checksums_of_it() -> None:
+    old = json.loads(GOOD.to_json())
+    del old["checksum"]
+    assert manifest.changed(json.dumps(old)) is not None  # it tells of tables
+    for disk in old["disks"]:
+        del disk["tables"]
+    assert manifest.changed(json.dumps(old)) is None
+    assert manifest.Manifest.from_json(json.dumps(old)) == GOOD
+
+
 def test_reading_a_directory(tmp_path: pathlib.Path) -> None:
     with pytest.raises(virtbackup.Error, match=r"cannot read .*manifest\.json: No such file"):
         manifest.read(tmp_path)
@@ -121,6 +163,6 @@ def test_every_field_is_in_the_file() -> None:
     """A reader in another language finds these."""
     written = typing.cast("dict[str, object]", json.loads(GOOD.to_json()))
     assert sorted(written) == [
-        "backup_xml", "branch", "disks", "domain", "domain_xml", "id", "kind", "number", "time",
-        "version",
+        "backup_xml", "branch", "checksum", "disks", "domain", "domain_xml", "id", "kind", "number",
+        "time", "version",
     ]  # fmt: skip

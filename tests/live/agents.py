@@ -3,15 +3,17 @@
 to behave.
 """
 
+import contextlib
 import json
 import pathlib
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from demo import initramfs, kernel
+from tests.live import libvirtd
 
 DISK = 16 << 20
 CHANNEL = "org.qemu.guest_agent.0"
@@ -52,6 +54,22 @@ class Boot:
         self.console = directory / "console.log"
 
     command_line = "console=ttyS0 quiet loglevel=3 panic=-1"
+
+
+@contextlib.contextmanager
+def domain(host: libvirtd.Host, name: str, boot: Boot) -> Iterator[libvirtd.Domain]:
+    """A libvirt domain whose agent answers."""
+    devices = libvirtd.disk_xml("vda", boot.disk, "raw") + (
+        f"<serial type='file'><source path='{boot.console}'/></serial>"
+        f"<channel type='unix'><target type='virtio' name='{CHANNEL}'/></channel>"
+    )
+    os_xml = (
+        f"<kernel>{boot.kernel}</kernel><initrd>{boot.initrd}</initrd>"
+        f"<cmdline>{boot.command_line}</cmdline>"
+    )
+    with host.domain(name, devices, os=os_xml, memory=256) as running:
+        libvirtd.wait_for(lambda: "state='connected'" in running.libvirt.XMLDesc(), 90)
+        yield running
 
 
 def is_clean(path: pathlib.Path) -> bool:

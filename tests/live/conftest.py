@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from demo import guest, kernel, records
-from tests.live import libvirtd, machines
+from tests.live import agents, libvirtd, machines
 
 # A shell lets what it starts in the background ignore SIGINT, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,6 +22,7 @@ if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     collect_ignore += ["test_rpc_traffic.py", "test_rpc_libvirtd.py", "test_virtnbdbackup.py"]
     collect_ignore += ["test_daemon_virsh.py", "test_libvirt_queries.py", "test_examples.py"]
     collect_ignore += ["test_completion.py", "test_deb.py", "test_manual.py"]
+    collect_ignore += ["test_docs_libvirt.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,17 @@ def libvirt_host() -> Iterator[libvirtd.Host]:
         images.mkdir()
         with libvirtd.host(daemon, images) as host:
             yield host
+
+
+@pytest.fixture(scope="module")
+def boot() -> Iterator[agents.Boot]:
+    """A guest that runs the guest agent."""
+    with tempfile.TemporaryDirectory(prefix="vb-agent-", dir="/var/tmp") as name:
+        pathlib.Path(name).chmod(0o755)
+        try:
+            yield agents.Boot(pathlib.Path(name))
+        except kernel.Unavailable as error:
+            pytest.skip(f"no kernel for the guest: {error}")
 
 
 @pytest.fixture(scope="module")

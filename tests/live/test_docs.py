@@ -9,22 +9,21 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.live import machines
+from tests.live import certificates, machines, test_pull, test_restore
 from tests.live.test_readme import ROOT, VM, environment, squeezed
 
 DOCS = ROOT / "docs"
-SESSIONS = ("branches.md", "daemon.md", "dialects.md", "guide.md", "xml.md")
-ELSEWHERE = {
-    "libvirt.md": "test_libvirt.py",
-    "restore.md": "test_restore_doc.py",
-    "tls.md": "test_tls.py",
-}
-"""Those that want a libvirtd with a domain, certificates, or a directory of backups."""
+SESSIONS = (
+    "branches.md", "daemon.md", "devices.md", "dialects.md", "guide.md", "tls.md", "xml.md",
+)  # fmt: skip
+ELSEWHERE = {"libvirt.md": "test_docs_libvirt.py", "restore.md": "test_restore_doc.py"}
+"""Those that want a libvirtd with a domain, or a directory of backups."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -68,6 +67,78 @@ def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
         printed = run("set -e\n" + uri + "\n".join(commands), tmp_path)
         assert "incremental" in printed
         assert re.search(r"nightly +vda .* sound$", printed, re.MULTILINE)
+
+
+@pytest.mark.may_skip
+@pytest.mark.needs("losetup", "qemu-img", "qemu-nbd")
+def test_the_session_about_devices(tmp_path: pathlib.Path) -> None:
+    shown = session("devices.md")
+    with (
+        machines.two_disks(tmp_path, "-name", "vm"),
+        test_restore.loop_device(tmp_path / "device", 65 << 20) as device,
+    ):
+        script = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; set -e\n" + "\n".join(
+            f"{command} 2>&1; echo END" for command, _ in shown
+        )
+        script = script.replace("/dev/vg/backup-vda", str(device))
+        printed = run(script.replace("/backup", f"{VM}/backup"), tmp_path)
+    assert printed.split("END\n")[:-1] == [text for _, text in shown]
+    assert (tmp_path / "backup" / "restored.qcow2").exists()
+
+
+@pytest.fixture
+def tls(tmp_path: pathlib.Path) -> str:
+    """The page's own virtbackup.conf, for certificates and keys that are here."""
+    [settings] = blocks("tls.md", "ini")
+    pki, client = tmp_path / "pki", tmp_path / "root" / "pki"
+    certificates.authority(pki)
+    certificates.server(pki)
+    certificates.keys(tmp_path / "keys")
+    client.mkdir(parents=True)
+    certificates.client(pki)
+    for file in ("client-cert.pem", "client-key.pem", "ca-cert.pem"):
+        shutil.copy(pki / file, client)
+    shutil.copy(tmp_path / "keys" / "keys.psk", tmp_path / "root")
+    for theirs, ours in (
+        ("/etc/pki/qemu", pki), ("/root/", tmp_path / "root/"), ("/etc/virtbackup/", tmp_path)
+    ):  # fmt: skip
+        settings = settings.replace(theirs, f"{ours}{'/' if theirs.endswith('/') else ''}")
+    return settings
+
+
+def run_tls(number: int, settings: str, directory: pathlib.Path) -> None:
+    """A session of the page about TLS: all of the disk has to arrive."""
+    block = blocks("tls.md", "console")[number]
+    commands = re.findall(r"^\$ (.*)$", block, re.MULTILINE)
+    (directory / "virtbackup.conf").write_text(settings)
+    with machines.two_disks(directory, "-name", "vm") as one:
+        one.io("vda", "write -P 7 1M 5M")
+        port = str(test_pull.free_port())
+        script = "\n".join(commands).replace("10809", port).replace("/run/", f"{VM}/")
+        script = script.replace("backup.example", "localhost").replace("/root/", f"{VM}/root/")
+        uri, conf = f"qmp://{VM}/qmp.sock", f"{VM}/virtbackup.conf"
+        variables = f"VIRTBACKUP_DEFAULT_URI={uri} VIRTBACKUP_CONF={conf}"
+        run(f"set -e; cd {VM}; export {variables}\n{script}", directory)
+        one.io("vda", "flush")
+        assert (directory / "vda.raw").read_bytes() == machines.contents(
+            directory / "a.qcow2", "qcow2"
+        )
+
+
+@pytest.mark.needs("nbdcopy", "openssl", "qemu-img")
+def test_the_session_with_certificates(tls: str, tmp_path: pathlib.Path) -> None:
+    run_tls(0, tls, tmp_path)
+
+
+@pytest.mark.needs("nbdcopy", "openssl", "qemu-img")
+@pytest.mark.may_skip
+@pytest.mark.skipif(machines.version() < (7, 0, 0), reason="no TLS on a unix socket")
+def test_the_session_with_keys(tls: str, tmp_path: pathlib.Path) -> None:
+    """With the settings that are comments in the page."""
+    found = re.findall(r"^#(backup_tls_psk_.*\n)", tls, re.MULTILINE)
+    assert len(found) == 2
+    run_tls(1, "".join(found), tmp_path)
+    assert len(blocks("tls.md", "console")) == 2
 
 
 DIALECTS = (
@@ -174,8 +245,8 @@ def test_systemd_takes_the_units(tmp_path: pathlib.Path) -> None:
 def test_every_page_is_run_or_says_where() -> None:
     pages = {page.name for page in DOCS.glob("*.md") if "```console" in page.read_text()}
     assert pages == {*SESSIONS, *ELSEWHERE}
-    for test in ELSEWHERE.values():
-        assert (pathlib.Path(__file__).parent / test).exists()
+    for page, test in ELSEWHERE.items():
+        assert f'"{page}"' in (pathlib.Path(__file__).parent / test).read_text()
 
 
 @pytest.mark.needs("mkdocs")

@@ -190,7 +190,9 @@ def test_a_disk_that_comes_and_goes(backed: points.Backed) -> None:
     )
     made = backed.made[4]
     [vda, sdb] = made.disks
-    changed = dataclasses.replace(sdb, backing="sdb.0001.qcow2")
+    changed = dataclasses.replace(
+        sdb, backing="sdb.0001.qcow2", tables=manifest.tables_of(path, sdb.size)
+    )
     for name in ("manifest.0004.json", "manifest.json"):
         text = dataclasses.replace(made, disks=(vda, changed)).to_json()
         (backed.directory / name).write_text(text)
@@ -239,6 +241,13 @@ def killed_at(directory: pathlib.Path, keep: int, count: int) -> bool:
     return status != 0
 
 
+def told(directory: pathlib.Path) -> manifest.Manifest:
+    """What is told of point 3, but for the order of the clusters in its file."""
+    made = manifest.read(directory, "manifest.0003.json")
+    disks = tuple(dataclasses.replace(disk, tables=None) for disk in made.disks)
+    return dataclasses.replace(made, disks=disks)
+
+
 def test_killed_anywhere(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     """Also twice, the second time in the clean-up; all that is listed is right at any moment, and a
     prune without more ado ends as if nothing had been."""
@@ -255,9 +264,7 @@ def test_killed_anywhere(layered: points.Backed, tmp_path: pathlib.Path) -> None
         plan = cut(one.directory, 2)
         assert check(one) == [3, 4]
         assert names(one.directory) == names(want.directory)
-        assert (one.directory / "manifest.0003.json").read_bytes() == (
-            want.directory / "manifest.0003.json"
-        ).read_bytes()
+        assert told(one.directory) == told(want.directory)
         assert plan.kept[-1].made.number == 4
         count += 1
     assert count > 12

@@ -19,7 +19,6 @@ import libvirt_qemu
 import pytest
 
 import virtbackup
-from demo import kernel
 from tests import conftest
 from tests.live import agents, libvirtd, machines
 from virtbackup.qemu import agent, process
@@ -30,16 +29,6 @@ QUIESCE = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE
 
 
 # --- a real agent ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def boot() -> Iterator[agents.Boot]:
-    with tempfile.TemporaryDirectory(prefix="vb-agent-", dir="/var/tmp") as name:
-        pathlib.Path(name).chmod(0o755)
-        try:
-            yield agents.Boot(pathlib.Path(name))
-        except kernel.Unavailable as error:
-            pytest.skip(f"no kernel for the guest: {error}")
 
 
 def document(path: pathlib.Path) -> str:
@@ -68,19 +57,10 @@ def test_a_real_agent_by_way_of_libvirt(
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    devices = libvirtd.disk_xml("vda", boot.disk, "raw") + (
-        f"<serial type='file'><source path='{boot.console}'/></serial>"
-        f"<channel type='unix'><target type='virtio' name='{agents.CHANNEL}'/></channel>"
-    )
-    os_xml = (
-        f"<kernel>{boot.kernel}</kernel><initrd>{boot.initrd}</initrd>"
-        f"<cmdline>{boot.command_line}</cmdline>"
-    )
     with (
-        libvirt_host.domain("quiet", devices, os=os_xml, memory=256) as domain,
+        agents.domain(libvirt_host, "quiet", boot) as domain,
         virtbackup.open(libvirt_host.daemon.uri) as connection,
     ):
-        libvirtd.wait_for(lambda: "state='connected'" in domain.libvirt.XMLDesc(), 90)
         dom = connection.lookupByName("quiet")
         check_real_agent(dom, tmp_path, caplog)
         xml = document(pathlib.Path("/nonexistent/nbd.sock"))

@@ -2,6 +2,7 @@
 """backup-restore: the bytes of every point, wherever they go; and what is left when it fails."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,9 +22,9 @@ from lxml import etree
 
 import virtbackup
 from tests.live import libvirtd, machines, nbdclient, points, test_copy, test_verify
-from virtbackup.nbd import checksum, copy, destination
+from virtbackup.nbd import checksum, copy, device
 from virtbackup.nbd import layers as layers_module
-from virtbackup.tools import listing, restore
+from virtbackup.tools import listing, manifest, restore
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit", "nbdcopy"),
@@ -146,8 +147,9 @@ def test_define(
     assert (tmp_path / "out.img").read_bytes() == whole.shown[4]["sdb"]
     bare = whole.copy(tmp_path / "bare")
     for name in ("manifest.0004.json", "manifest.json"):
-        text = json.loads((bare.directory / name).read_text())
-        (bare.directory / name).write_text(json.dumps({**text, "domain_xml": ""}))
+        made = manifest.read(bare.directory, name)
+        text = dataclasses.replace(made, domain_xml="").to_json()
+        (bare.directory / name).write_text(text)
     status, said, err = points.call("backup-restore", str(bare.directory), "o", "--define")
     assert (status, said) == (1, "")
     assert err == "error: operation failed: point 4 has no domain XML\n"
@@ -274,12 +276,12 @@ def test_missing_links(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     assert "shorter than the header" in refused(backed, tmp_path / "out")
     path.unlink()
     (tmp_path / "away").rename(path)
-    manifest = backed.directory / "manifest.0001.json"
-    text = json.loads(manifest.read_text())
+    told = backed.directory / "manifest.0001.json"
+    text = json.loads(told.read_text())
     text["disks"][0]["checksum"]["algorithm"] = "crc"
-    manifest.write_text(json.dumps(text))
+    told.write_text(json.dumps(text))
     assert "a checksum 'crc' is unknown" in refused(backed, tmp_path / "out")
-    manifest.unlink()
+    told.unlink()
     assert "has no manifest of vda.0001.qcow2" in refused(backed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -468,7 +470,7 @@ def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path
 def test_a_target_that_raises_nothing(tmp_path: pathlib.Path) -> None:
     """What cannot be opened for writing."""
     with pytest.raises(virtbackup.Error) as raised:
-        destination.BlockDevice(tmp_path / "none", 1)
+        device.Device(tmp_path / "none", 1)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
 
 

@@ -7,15 +7,16 @@ import os
 import pathlib
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
 
 import virtbackup
-from tests.live import machines, points
-from virtbackup.nbd import copy, header
-from virtbackup.tools import listing, manifest, verify
+from tests import conftest
+from tests.live import points
+from virtbackup.nbd import checksum, copy, header, layers
+from virtbackup.tools import interrupt, listing, manifest, pull, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -87,8 +88,6 @@ def test_a_whole_chain_is_good(whole: points.Backed) -> None:
 def test_raw_and_alone(tmp_path: pathlib.Path) -> None:
     """Disks of raw files, in a directory without a branch: its only point has no number."""
     with points.guest(tmp_path) as one:
-        from virtbackup.tools import pull
-
         made = pull.pull(one.domain, tmp_path / "out", fmt="raw")
     assert found(tmp_path / "out").good
     [point] = listing.read(tmp_path / "out").points
@@ -193,26 +192,123 @@ def test_one_flipped_bit_of_data(backed: points.Backed, disk: str, number: int) 
     assert len(facts["bad_points"]) == 5 - number
 
 
-def test_one_flipped_bit_of_tables(backed: points.Backed) -> None:
-    """Anywhere in an increment but for its data: either it is found or it means nothing, and the
-    disk reads as before and QEMU has nothing to say."""
-    path = backed.directory / "vda.0003.qcow2"
+def places_of(path: pathlib.Path, source: random.Random) -> Iterator[int]:
+    """Some bytes of a file, of its header and of those that are not zero; in long tests all."""
+    size = path.stat().st_size
+    if conftest.long():
+        yield from range(size)
+        return
     content = path.read_bytes()
-    backups = listing.read(backed.directory)
-    link = backups.links(backups.find("3"), "vda")[0]
-    places = [i for i, byte in enumerate(content) if byte and i >= 112]
+    yield from range(0, min(size, 112), 4)
+    yield from source.sample(range(size), 40)
+    yield from source.sample([at for at in range(size) if content[at]], 40)
+
+
+def look_of(directory: pathlib.Path, file: str) -> Callable[[], bool]:
+    """Whether a look at a directory of one chain finds a problem of FILE: of an image at it alone,
+    for there are many."""
+    backups = listing.read(directory)
+    links = backups.links(backups.points[-1], "vda")
+    for link in links:
+        if link.disk.file == file:
+            return lambda: verify.examine(link)[0] is not None
+
+    def look() -> bool:
+        try:
+            problems = listing.read(directory).problems
+        except virtbackup.Error as failure:
+            return f" ({file}: not a backup manifest" in str(failure)
+        return file in [problem.file for problem in problems]
+
+    return look
+
+
+@pytest.mark.parametrize("base", ["qcow2", "raw"])
+def test_a_change_of_any_byte_of_any_file(tmp_path: pathlib.Path, base: copy.Format) -> None:
+    """Data, tables, counts, what nobody uses, manifests; and cuts and what is appended."""
+    layers: list[dict[int, int | None]] = [{0: 1, 2: 2}, {0: 4, 1: None, 2: 5}]
+    backed = points.built(tmp_path / "b", 2 * checksum.BLOCK + 700, layers, base)
+    assert found(backed.directory).good
     source = random.Random(8)
-    some = [*source.sample(range(112), 30), *source.sample(places, 20)]
-    some += source.sample(range(len(content)), 10)
-    missed = 0
-    for offset in some:
-        flip(path, offset, 1 << source.randrange(8))
-        if (listing.problem(link) or verify.examine(link)[0]) is None:
-            missed += 1
-            shown = machines.contents(backed.directory / "vda.0004.qcow2", "qcow2")
-            assert shown == backed.shown[4]["vda"], offset
+    for path in sorted(backed.directory.iterdir()):
+        content, look = path.read_bytes(), look_of(backed.directory, path.name)
+        assert not look()
+        for at in places_of(path, source):
+            bit = 1 << source.randrange(8)
+            flip(path, at, bit)
+            assert look(), (path, at, bit)
+            flip(path, at, bit)
+        for size in (0, len(content) - 1, *source.sample(range(len(content)), 10)):
+            os.truncate(path, size)
+            assert look(), (path, size)
+            path.write_bytes(content)
+        for more in (b"\0", b"\n", b"\xff", bytes(checksum.BLOCK)):
+            path.write_bytes(content + more)
+            assert look(), (path, more[:1])
         path.write_bytes(content)
-    assert missed < len(some) // 2
+    assert found(backed.directory).good
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_change_of_any_byte_of_what_a_pull_made(tmp_path: pathlib.Path, compress: bool) -> None:
+    """Of a real guest's disk, what is compressed too."""
+    with points.guest(tmp_path) as one:
+        pull.pull(one.domain, tmp_path / "out", compress=compress)
+    [point] = listing.read(tmp_path / "out").points
+    [link] = listing.read(tmp_path / "out").links(point, "vda")
+    assert verify.examine(link)[0] is None
+    source = random.Random(9)
+    content = link.path.read_bytes()
+    places = [at for at, byte in enumerate(content) if byte]
+    for at in (*source.sample(places, 20), *source.sample(range(len(content)), 20)):
+        flip(link.path, at, 1 << source.randrange(8))
+        assert (listing.problem(link) or verify.examine(link)[0]) is not None, at
+        link.path.write_bytes(content)
+
+
+def test_one_flipped_bit_of_tables_is_told_apart(backed: points.Backed) -> None:
+    path = backed.directory / "vda.0003.qcow2"
+    flip(path, 110)  # behind the header
+    verdict = found(backed.directory)
+    assert told(verdict) == [("vda.0003.qcow2", "vda", "3")]
+    assert "beside the disk's own bytes its checksum is" in verdict.problems[0].text
+
+
+def test_one_flipped_bit_of_a_manifest(backed: points.Backed) -> None:
+    """It is named, also where the point can be restored all the same."""
+    for file in ("manifest.0002.json", "manifest.json"):
+        path = backed.directory / file
+        content = path.read_bytes()
+        flip(path, content.index(b"<domain "))
+        verdict = found(backed.directory)
+        assert told(verdict) == [(file, None, None)]
+        assert "its own checksum does not fit" in verdict.problems[0].text
+        assert labels(verdict) == []
+        status, _, err = points.call("backup-verify", str(backed.directory))
+        assert status == 1
+        assert f"are not whole: {file}: it is not as it was written" in err
+        assert found(backed.directory, "1").good
+        path.write_bytes(content)
+    assert found(backed.directory).good
+    flip(backed.directory / "manifest.0002.json", content.index(b"<domain "))
+    assert told(found(backed.directory, "3")) == [("manifest.0002.json", None, None)]
+
+
+def test_manifests_of_an_older_virtbackup(backed: points.Backed) -> None:
+    """They tell of what a guest reads alone; that is compared as it was, and said."""
+    for path in backed.directory.glob("manifest*.json"):
+        fields = json.loads(path.read_text())
+        del fields["checksum"]
+        for disk in fields["disks"]:
+            del disk["tables"]
+        path.write_text(json.dumps(fields, indent=2) + "\n")
+    status, out, err = points.call("backup-verify", str(backed.directory))
+    assert (status, err) == (0, "")
+    assert "8 of them, of an older virtbackup, have no checksum of their tables" in out
+    status, out, _ = points.call("backup-verify", str(backed.directory), "--json")
+    assert (status, len(json.loads(out)["in_part"])) == (0, 8)
+    flip(backed.directory / "vda.0002.qcow2", find_data(backed.directory / "vda.0002.qcow2", 101))
+    assert told(found(backed.directory)) == [("vda.0002.qcow2", "vda", "2")]
 
 
 def spoil_truncate(directory: pathlib.Path) -> None:
@@ -431,6 +527,20 @@ def test_cancel(whole: points.Backed) -> None:
         verify.verify(listing.read(whole.directory), cancel=cancel)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
     cancel.close()
+
+
+@pytest.mark.timeout(30)
+def test_what_has_hardly_begun_can_be_ended(whole: points.Backed) -> None:
+    """Where SIGTERM has a handler: a program that is not yet the program has it, too."""
+    backups = listing.read(whole.directory)
+    job = verify.job(backups.links(backups.points[0], "vda")[0])
+    with interrupt.deferred() as cancel:
+        cancel.set()
+        for _ in range(30):
+            with pytest.raises(virtbackup.Error, match="the copy was cancelled"):
+                copy.copy([job], cancel=cancel)
+            with pytest.raises(virtbackup.Error, match="the copy was cancelled"):
+                list(layers.shown([job], cancel))
 
 
 def test_a_missing_program_is_named(whole: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,11 @@ longest run of blocks that the increment does not hold has, in place of their di
 So it costs what the increment holds, not what the disk has, and is made anew from the increment's
 file alone: a qcow2 file tells what it holds (allocated clusters of data and of zeroes, not those of
 its backing file) and its size, if not in which place of the last sector the disk ended.
+
+Definition, algorithm ``xxh3-128-tree-tables``, block 65536: of a qcow2 file, all that neither of
+the two above has seen. It is ``xxh3-128-tree`` of the file, as long as the file is, with zeroes in
+place of each byte that is a byte of the disk: those of clusters of data that are not compressed, up
+to the disk's end. So header, tables, counts, compressed clusters and what nobody uses count.
 """
 
 from collections.abc import Callable
@@ -36,6 +41,7 @@ import xxhash
 
 ALGORITHM = "xxh3-128-tree"
 INCREMENT = "xxh3-128-tree-increment"
+TABLES = "xxh3-128-tree-tables"
 BLOCK = 1 << 16
 """Bytes; also the grain at which zeroes are found and files are kept sparse."""
 

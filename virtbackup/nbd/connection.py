@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import os
 import select
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -174,9 +175,8 @@ class Connection:
     def close(self) -> None:
         """Let go; what is in flight is given up."""
         handle, self._handle = self._handle, None
-        if handle is not None and not self._in_flight:
-            with contextlib.suppress(nbd.Error):
-                handle.aio_disconnect()
+        if handle is not None:
+            leave(handle, self._export, idle=not self._in_flight)
 
     @contextlib.contextmanager
     def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
@@ -210,6 +210,19 @@ def connect(handle: Any, export: Export) -> None:
         handle.aio_connect_systemd_socket_activation(list(server.argv))
     else:
         handle.aio_connect_tcp(server[0], str(server[1]))
+
+
+def leave(handle: Any, export: Export, *, idle: bool) -> None:
+    """Before a libnbd handle is let go: say good-bye where it is IDLE, and end its program.
+
+    libnbd waits for that, after a SIGTERM of its own. Where this process has a handler of SIGTERM,
+    that is lost on a program that has not come to its exec.
+    """
+    with contextlib.suppress(nbd.Error):
+        if isinstance(export.server, Program):
+            handle.kill_subprocess(signal.SIGKILL)
+        elif idle:
+            handle.aio_disconnect()
 
 
 def unreadable(export: Export, timeout: float) -> str | None:

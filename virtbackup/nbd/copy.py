@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, extents, qcow2, store, target
+from virtbackup.nbd import checksum, connection, device, extents, qcow2, store, target
 
 if TYPE_CHECKING:
     from virtbackup.nbd import writer
@@ -56,7 +56,8 @@ _HELD = "qemu:allocation-depth"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One disk to copy; PATH is a file that does not exist yet, None to read for the sum alone."""
+    """One disk to copy; PATH is a file that does not exist yet or, for a raw one, a block device;
+    None to read for the sum alone."""
 
     export: connection.Export
     path: pathlib.Path | None
@@ -552,7 +553,8 @@ def _open(job: Job, size: int) -> target.Target:
     if job.path is None:
         return target.Nowhere()
     if job.format == "raw":
-        return target.Raw(job.path, size)
+        is_device = job.path.is_block_device()
+        return device.Device(job.path, size) if is_device else target.Raw(job.path, size)
     if job.compression is not None:
         from virtbackup.nbd import writer  # few need it
 

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where a disk is put back that is there already: a block device, an export of an NBD server.
+"""A disk put back into an export of an NBD server (``target.Target``).
 
-Both are ``target.Target``s. What they had is overwritten, zeroes included, which are written so
-that they take no space where that can be done; what is behind the disk's end stays.
+What it had is overwritten, zeroes included, which are written so that they take no space where that
+can be done; what is behind the disk's end stays.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
-import pathlib
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,10 +14,8 @@ import libvirt
 import nbd
 
 from virtbackup import errors
-from virtbackup.nbd import connection, copy, extents
+from virtbackup.nbd import connection, copy, device, extents
 
-_BLKZEROOUT = 0x127F
-_BLKSSZGET = 0x1268
 _ZEROES = memoryview(bytes(1 << 20))
 _MOST_ZEROES = 1 << 30
 _MOST_DATA = 32 << 20
@@ -29,79 +23,6 @@ _MOST_STATUS = 1 << 31
 _POLL = 100
 """Milliseconds after which a wait looks whether it is still wanted."""
 _IN_FLIGHT = 8
-
-
-def too_small(name: str, has: int, needs: int) -> errors.Error:
-    return errors.error(
-        libvirt.VIR_ERR_OPERATION_FAILED,
-        f"{name} is too small: it has {has} bytes, and the disk {needs}",
-    )
-
-
-class BlockDevice:
-    """A block device, held alone while it is written. Errors: it is mounted or in use."""
-
-    def __init__(self, path: pathlib.Path, size: int) -> None:
-        self._path = path
-        self._size = size
-        try:
-            # For a block device O_EXCL without O_CREAT is: nobody else has it, as a mount does.
-            self._fd: int | None = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
-            has = os.lseek(self._fd, 0, os.SEEK_END)
-            self._sector = struct.unpack("i", fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)))[0]
-        except OSError as failure:
-            raise errors.system_error(failure, f"cannot open {path} for writing") from failure
-        if has < size:
-            os.close(self._fd)
-            raise too_small(str(path), has, size)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        assert self._fd is not None
-        try:
-            while data:
-                count = os.pwrite(self._fd, data, offset)
-                data, offset = data[count:], offset + count
-        except OSError as failure:
-            raise self._failed(failure) from failure
-
-    def write_zeroes(self, offset: int, length: int) -> None:
-        assert self._fd is not None
-        whole = length // self._sector * self._sector
-        for start in range(0, whole, _MOST_ZEROES):
-            count = min(_MOST_ZEROES, whole - start)
-            try:
-                fcntl.ioctl(self._fd, _BLKZEROOUT, struct.pack("QQ", offset + start, count))
-            except OSError as failure:
-                if failure.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
-                    raise self._failed(failure) from failure
-                self._write_zeroes(offset + start, count)
-        self._write_zeroes(offset + whole, length - whole)
-
-    def _write_zeroes(self, offset: int, length: int) -> None:
-        for start in range(0, length, len(_ZEROES)):
-            self.write(offset + start, _ZEROES[: length - start])
-
-    def finish(self) -> int:
-        assert self._fd is not None
-        try:
-            os.fsync(self._fd)
-            fd, self._fd = self._fd, None
-            os.close(fd)
-        except OSError as failure:
-            raise self._failed(failure) from failure
-        return self._size
-
-    def shorten(self) -> None:
-        """What is written is written."""
-
-    def discard(self) -> None:
-        fd, self._fd = self._fd, None
-        with contextlib.suppress(OSError):
-            if fd is not None:
-                os.close(fd)
-
-    def _failed(self, failure: OSError) -> errors.Error:
-        return errors.system_error(failure, f"cannot write {self._path}")
 
 
 class Server:
@@ -134,7 +55,7 @@ class Server:
             most = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or _MOST_DATA
             self._most = max(self._least, min(most, _MOST_DATA) // self._least * self._least)
         if has < size:
-            raise too_small(uri, has, size)
+            raise device.too_small(uri, has, size)
         self._has: int = has
         with self._naming("read allocation of"):
             self._blank = self._is_blank()

@@ -274,9 +274,8 @@ class _Source:
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None
-        if handle is not None and not self._in_flight:
-            with contextlib.suppress(nbd.Error):
-                handle.aio_disconnect()
+        if handle is not None:
+            connection.leave(handle, self._job.export, idle=not self._in_flight)
 
     @contextlib.contextmanager
     def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:

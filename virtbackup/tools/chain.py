@@ -184,7 +184,7 @@ def recover(
             finish(directory, pending)
             logger.warning("directory=%s backup=%s of a pull cut off, kept", directory, pending.id)
             return True
-        left += [directory / disk.file for disk in pending.disks]
+        left += [directory / disk.file for disk in pending.disks if disk.type == "file"]
     for path in left:
         path.unlink(missing_ok=True)
     logger.warning("directory=%s removed files of a pull cut off: %d", directory, len(left))
@@ -202,7 +202,7 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
     durable when it returns. Errors: VIR_ERR_SYSTEM_ERROR."""
     own = manifest.FILE if made.number is None else manifest_file(made.number)
     try:
-        for name in (*(disk.file for disk in made.disks), own):
+        for name in (*(disk.file for disk in made.disks if disk.type == "file"), own):
             partial, final = directory / (name + PARTIAL), directory / name
             if partial.exists() or not final.exists():  # else an earlier attempt came so far
                 partial.rename(final)

@@ -221,10 +221,12 @@ def _read_point(
     problems: list[Problem],
 ) -> None:
     try:
-        found = manifest.read(directory, name)
+        found, changed = manifest.read_checked(directory, name)
     except errors.Error as failure:
         problems.append(Problem(name, str(failure)))
         return
+    if changed is not None:
+        problems.append(Problem(name, changed))
     if number is not None and found.number != number:
         problems.append(Problem(name, f"it is the manifest of backup {found.number}"))
         return
@@ -235,10 +237,9 @@ def _read_newest(
     directory: pathlib.Path, names: list[str], points: list[Point], problems: list[Problem]
 ) -> None:
     """``manifest.json``: all there is, or the same as the last of POINTS, or in its place."""
-    before = len(problems)
     found: list[Point] = []
     _read_point(directory, manifest.FILE, None, found, problems)
-    if len(problems) > before:
+    if not found:
         return
     if points and found[0].made in (points[-1].made, _merged(directory, points[-1], names).made):
         return
@@ -256,7 +257,7 @@ def _read_newest(
         if not any(problem.file == own for problem in problems):
             problems.append(Problem(own, "it is missing"))
         points.append(newest)
-    else:
+    elif not any(problem.file == manifest.FILE for problem in problems):
         problems.append(Problem(manifest.FILE, f"it is not that of the newest backup, {last}"))
 
 
@@ -328,6 +329,8 @@ def problem(link: Link) -> str | None:
     """What can be seen of a file, without reading all of it, not to be as its manifest says."""
     disk = link.disk
     try:
+        if disk.type == "block":
+            return _problem_of_device(link)
         if not link.path.is_file():
             return "it is no file" if link.path.exists() else "it is missing"
         if disk.format == "raw":
@@ -340,6 +343,18 @@ def problem(link: Link) -> str | None:
         return f"it cannot be read: {failure.strerror}"
     except header.BadHeader as failure:
         return str(failure)
+
+
+def _problem_of_device(link: Link) -> str | None:
+    if not link.path.is_block_device():
+        return "it is no block device" if link.path.exists() else "it is missing"
+    if link.disk.format != "raw" or link.disk.backing is not None:
+        return "a block device has a whole disk, raw"
+    with link.path.open("rb") as device:
+        found = device.seek(0, os.SEEK_END)
+    return None if found >= link.disk.size else (
+        f"it has {found} bytes, expected at least {link.disk.size}"
+    )  # fmt: skip
 
 
 def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:

@@ -3,6 +3,9 @@
 
 It is written last, so a directory that has one has a whole backup. Where backups of a branch follow
 one another each has its own, ``manifest.NUMBER.json``, and ``manifest.json`` is the newest of them.
+
+Its last field, ``checksum``, is the XXH3-128 of all that stands before it in the file; what follows
+it is always the same. A manifest of an older virtbackup has none, nor ``tables`` for its disks.
 """
 
 import dataclasses
@@ -11,18 +14,21 @@ import pathlib
 from typing import Any, TypeVar
 
 import libvirt
+import xxhash
 
 from virtbackup import errors
+from virtbackup.nbd import checksum, copy, image
 
 FILE = "manifest.json"
 VERSION = 1
+_OWN = "checksum"
 
 _T = TypeVar("_T", str, int, list[Any], dict[str, Any])
 
 
 @dataclasses.dataclass(frozen=True)
 class Checksum:
-    """Of what a guest reads; virtbackup.nbd.checksum defines ALGORITHM."""
+    """What virtbackup.nbd.checksum defines as ALGORITHM."""
 
     algorithm: str
     block: int
@@ -35,11 +41,12 @@ class Disk:
 
     name: str
     file: str
-    """In the manifest's directory."""
+    """In the manifest's directory; of a block device its path, which is absolute."""
     format: str
     size: int
     """Guest-visible; a qcow2 file's own is this rounded up to 512."""
     checksum: Checksum
+    """Of what a guest reads."""
     stored: int
     """What the file took on its file system when it was written."""
     kind: str = "full"
@@ -50,6 +57,10 @@ class Disk:
     """The id of the backup that an increment follows."""
     reason: str | None = None
     """Why the disk's backup is of this kind, where that was not the user's choice."""
+    tables: Checksum | None = None
+    """Of all else that is in a qcow2 file; None of a raw one, and of an older virtbackup."""
+    type: str = "file"
+    """``file``, or ``block``: a block device, of which the disk takes the first bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +93,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps(self.facts(), indent=2) + "\n"
+        text = json.dumps(self.facts(), indent=2).removesuffix("\n}") + ",\n"
+        return text + _ending(text)
 
     def facts(self) -> dict[str, Any]:
-        """What the file says."""
+        """What the file says, but for its own checksum."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -120,6 +132,24 @@ class Manifest:
             ) from failure
 
 
+def _ending(text: str) -> str:
+    """The rest of a manifest that begins with TEXT."""
+    digest: str = xxhash.xxh3_128_hexdigest(text.encode("utf-8"))
+    return f'  "{_OWN}": "xxh3-128:{digest}"\n}}\n'
+
+
+def changed(text: str) -> str | None:
+    """What tells that TEXT, which ``from_json`` takes, is not as ``to_json`` wrote it; None:
+    nothing does, or it was written before there was a checksum."""
+    body = text[: -len(_ending(""))]
+    if text == body + _ending(body):
+        return None
+    fields = json.loads(text)
+    if _OWN in fields or any("tables" in disk for disk in fields["disks"]):
+        return "it is not as it was written: its own checksum does not fit"
+    return None
+
+
 class _Bad(ValueError):
     """A field is missing, has another type, or says what cannot be."""
 
@@ -131,28 +161,40 @@ def file_name_problem(name: str) -> str | None:
     return None
 
 
+def device_problem(path: str) -> str | None:
+    """Why PATH cannot be that of a block device in a manifest; None when it can."""
+    if not path.startswith("/") or "\0" in path:
+        return f"'{path}' is not the path of a device"
+    return None
+
+
 def _disk(fields: Any) -> Disk:
     if not isinstance(fields, dict):
         raise _Bad("a disk is not an object")
-    checksum = _get(fields, "checksum", dict)
-    file = _get(fields, "file", str)
-    if problem := file_name_problem(file):
+    file, type = _get(fields, "file", str), _optional(fields, "type", str) or "file"
+    if type not in ("file", "block"):
+        raise _Bad(f"a disk of type '{type}' is unknown")
+    if problem := file_name_problem(file) if type == "file" else device_problem(file):
         raise _Bad(problem)
     return Disk(
         name=_get(fields, "name", str),
         file=file,
         format=_get(fields, "format", str),
         size=_get(fields, "size", int),
-        checksum=Checksum(
-            _get(checksum, "algorithm", str),
-            _get(checksum, "block", int),
-            _get(checksum, "value", str),
-        ),
+        checksum=_checksum(_get(fields, "checksum", dict)),
         stored=_get(fields, "stored", int),
         kind=_optional(fields, "kind", str) or "full",
         backing=_file(fields, "backing"),
         since=_optional(fields, "since", str),
         reason=_optional(fields, "reason", str),
+        tables=None if (tables := _optional(fields, "tables", dict)) is None else _checksum(tables),
+        type=type,
+    )
+
+
+def _checksum(fields: dict[str, Any]) -> Checksum:
+    return Checksum(
+        _get(fields, "algorithm", str), _get(fields, "block", int), _get(fields, "value", str)
     )
 
 
@@ -176,15 +218,39 @@ def _get(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
     return value
 
 
+def tables_of(path: pathlib.Path, size: int, cancel: copy.Cancel | None = None) -> Checksum:
+    """Of all that is in the qcow2 file at PATH beside its disk of SIZE bytes.
+
+    Errors: VIR_ERR_SYSTEM_ERROR; VIR_ERR_OPERATION_FAILED where it is no image as a copy makes one;
+    VIR_ERR_OPERATION_ABORTED when cancelled.
+    """
+    try:
+        value = image.tables_checksum(path, size, cancel)
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot read {path}") from failure
+    except image.Damaged as failure:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_FAILED, f"{path} is not as it was written: {failure}"
+        ) from failure
+    return Checksum(checksum.TABLES, checksum.BLOCK, value)
+
+
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
     """The manifest in DIRECTORY. Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
+    return read_checked(directory, file)[0]
+
+
+def read_checked(directory: pathlib.Path, file: str = FILE) -> tuple[Manifest, str | None]:
+    """The manifest in DIRECTORY, and what tells that it is not as it was written, as ``changed``.
+    Errors: as ``read``."""
     path = directory / file
     try:
-        text = path.read_text("utf-8")
+        # Not read_text: that makes one kind of line end of all.
+        text = path.read_bytes().decode("utf-8")
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read {path}") from failure
     except UnicodeDecodeError as failure:
         raise errors.error(
             libvirt.VIR_ERR_INVALID_ARG, f"{path} is not a backup manifest: {failure}"
         ) from failure
-    return Manifest.from_json(text)
+    return Manifest.from_json(text), changed(text)

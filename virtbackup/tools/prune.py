@@ -71,7 +71,8 @@ def plan(backups: listing.Backups, keep: int) -> Plan:
         for disk in point.made.disks
         if disk.backing is not None and disk.backing not in stay
     )
-    gone = [disk.file for point in reversed(dropped) for disk in point.made.disks]
+    gone = [disk.file for point in reversed(dropped) for disk in point.made.disks
+            if disk.type == "file"]  # fmt: skip
     return Plan(kept, dropped, merges, tuple(file for file in gone if file not in stay))
 
 
@@ -180,6 +181,7 @@ def _merge(
         backing=None,
         since=None,
         reason=REASON,
+        tables=manifest.tables_of(aside, disk.size, cancel),
     )
 
 

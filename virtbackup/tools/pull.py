@@ -5,6 +5,9 @@ What is not known to be good has no name in the directory: disks are ``NAME.FORM
 the stop said that the backup was good, and the manifest comes last. Whatever ends a pull before,
 SIGINT and SIGTERM included, the backup is cancelled and no file remains.
 
+A disk may go to a block device instead, raw, from the device's start. What a device had is gone
+once the copy has begun; the directory tells of it when, and only when, the backup is good.
+
 Backups of a branch follow one another in the same directory, see ``chain``. There the stop has an
 effect on the guest, too, the branch moves on; so all files are durable before it, and from then on
 the backup is kept whatever happens.
@@ -17,6 +20,7 @@ import errno
 import logging
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -24,7 +28,7 @@ import libvirt
 
 from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf, domain_conf, translate
-from virtbackup.nbd import checksum, connection, copy
+from virtbackup.nbd import checksum, connection, copy, device, image
 from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ def pull(
     compress: bool = False,
     bandwidth: int | None = None,
     check: bool = False,
+    targets: Mapping[str, pathlib.Path] | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
@@ -54,12 +59,14 @@ def pull(
     take the place of what XML says; an ``auto`` disk is pulled whole where DIRECTORY or the guest
     has not what an increment needs, and the manifest says why. COMPRESS: by zstd, qcow2 only.
     BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
+    TARGETS: disk -> the block device that it goes to, of a backup without a branch.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
-    branch, an increment that would leave a gap, those of ``BackupDef``, before the guest is
-    touched; then those of ``backupStart``, ``copy.copy`` and ``backupStop``. On any error the
-    backup is ended and DIRECTORY has no new file. SIGINT ends as KeyboardInterrupt, SIGTERM as
-    SystemExit, both after the same clean-up; in the main thread.
+    branch, an increment that would leave a gap, a device that is in use, is the guest's or is one
+    already, those of ``BackupDef``, before the guest is touched; then those of ``backupStart``,
+    ``copy.copy`` and ``backupStop``. On any error the backup is ended and DIRECTORY has no new
+    file; once a device may have been written, the error says so. SIGINT ends as KeyboardInterrupt,
+    SIGTERM as SystemExit, both after the same clean-up; in the main thread.
     """
     if fmt not in (None, *FORMATS):
         raise errors.invalid_arg("backupPull", "fmt", f"unknown format '{fmt}'")
@@ -74,28 +81,33 @@ def pull(
         contextlib.ExitStack() as files,
     ):
         wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
+        devices = _devices(targets or {}, wanted, domain_xml)
         tls = exports.tls(wanted.address)
         if wanted.branch is None:
-            plan = _plan_alone(wanted, fmt or "qcow2")
+            plan = _plan_alone(wanted, fmt or "qcow2", devices)
         else:
             _make(directory, files)
             undo.enter_context(chain.locked(directory))
             plan = _plan_next(domain, directory, wanted, fmt)
         _claim(directory, plan.paths(directory), files)
         cancel.check()
+        written = undo.enter_context(_telling_what_devices_have())
         with _started(domain, plan.definition.format(), quiesce) as live_xml:
             info = domain.backupGetInfo()
             plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(live_xml)
             jobs = _jobs(live, directory, plan, tls, compress)
             cancel.check()
+            written.update(devices)
             results = copy.copy(
                 list(jobs.values()), progress=progress, cancel=cancel, bandwidth=bandwidth
             )
             if check:
                 _check(jobs, results, cancel, bandwidth)
             of = manifest.Domain(domain.name(), domain.UUIDString())
-            made = _manifest(of, plan, info, results, live_xml, domain_xml)
+            tables = [_tables(directory, disk, result.size, cancel)
+                      for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
+            made = _manifest(of, plan, info, results, tables, live_xml, domain_xml)
             _write_manifest(directory, plan, made)
             cancel.check()
         _stop(domain, directory)
@@ -128,12 +140,19 @@ class _Disk:
 
     name: str
     file: str
+    """As ``manifest.Disk`` has it."""
     format: copy.Format
     backing: manifest.Disk | None = None
     """What an increment goes over; None for a whole disk."""
     since: str | None = None
     """The id of the backup that an increment follows."""
     reason: str | None = None
+    type: str = "file"
+    """Or ``block``, which has no other name before it is good."""
+
+    def path(self, directory: pathlib.Path) -> pathlib.Path:
+        """Where it goes, as long as it is not known to be good."""
+        return directory / (self.file if self.type == "block" else self.file + PARTIAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +169,8 @@ class _Plan:
         return manifest.FILE if self.number is None else chain.manifest_file(self.number)
 
     def paths(self, directory: pathlib.Path) -> list[pathlib.Path]:
-        """Every file of the backup, under its partial name and its final one."""
-        files = [self.manifest_file, *(disk.file for disk in self.disks)]
+        """Every file of the backup, under its partial name and its final one; no devices."""
+        files = [self.manifest_file, *(disk.file for disk in self.disks if disk.type == "file")]
         return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
 
     def as_started(self, info: backup_conf.BackupInfo) -> "_Plan":
@@ -203,7 +222,64 @@ def _wanted(
     return dataclasses.replace(aligned, disks=disks)
 
 
-def _plan_alone(wanted: backup_conf.BackupDef, fmt: copy.Format) -> _Plan:
+def _devices(
+    targets: Mapping[str, pathlib.Path], wanted: backup_conf.BackupDef, domain_xml: str
+) -> dict[str, pathlib.Path]:
+    """TARGETS, with absolute paths, once nothing speaks against them."""
+    domain = domain_conf.DomainDef.parse(domain_xml)
+    own = {_device_number(disk.source): disk.target for disk in domain.disks}
+    capacity = {disk.target: disk.capacity for disk in domain.disks}
+    chosen = {disk.name for disk in wanted.disks if disk.present}
+    numbers: dict[int, str] = {}
+    devices = {}
+    for name, given in targets.items():
+        path = pathlib.Path(os.path.abspath(given))  # noqa: PTH100  (a link stays one)
+        if name not in chosen:
+            raise _invalid(f"disk '{name}' is not in the backup, so {path} cannot take it")
+        if wanted.branch is not None:
+            raise _invalid(
+                f"disk '{name}': a backup of a branch cannot go to {path}, as increments are qcow2"
+                " images over the files of a directory"
+            )
+        with _naming_disk(name):
+            number, size = device.look(path)
+        if number in own:
+            raise _invalid(f"disk '{name}': {path} is the guest's own disk '{own[number]}'")
+        if number in numbers:
+            raise _invalid(f"disk '{name}': {path} takes disk '{numbers[number]}' already")
+        if size < (needs := capacity[name] or 0):
+            with _naming_disk(name):
+                raise device.too_small(str(path), size, needs)
+        numbers[number], devices[name] = name, path
+    return devices
+
+
+def _device_number(path: str | None) -> int | None:
+    """Of the block device at PATH; None of anything else."""
+    try:
+        found = None if path is None else pathlib.Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_rdev if found is not None and stat.S_ISBLK(found.st_mode) else None
+
+
+@contextlib.contextmanager
+def _naming_disk(name: str) -> Iterator[None]:
+    try:
+        yield
+    except errors.Error as failure:
+        raise errors.error(
+            failure.get_error_code(), f"disk '{name}': {failure.get_str2() or failure}"
+        ) from failure
+
+
+def _invalid(text: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+
+def _plan_alone(
+    wanted: backup_conf.BackupDef, fmt: copy.Format, devices: Mapping[str, pathlib.Path]
+) -> _Plan:
     """A backup without a branch."""
     for disk in wanted.disks:
         if disk.present and disk.type != "full":
@@ -211,7 +287,11 @@ def _plan_alone(wanted: backup_conf.BackupDef, fmt: copy.Format) -> _Plan:
                 libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
                 f"disk '{disk.name}': backup type '{disk.type}' needs a branch",
             )
-    disks = (_Disk(disk.name, f"{disk.name}.{fmt}", fmt) for disk in wanted.disks if disk.present)
+    disks = (
+        _Disk(disk.name, str(devices[disk.name]), "raw", type="block") if disk.name in devices else
+        _Disk(disk.name, f"{disk.name}.{fmt}", fmt)
+        for disk in wanted.disks if disk.present
+    )  # fmt: skip
     return _Plan(wanted, tuple(disks))
 
 
@@ -340,6 +420,26 @@ def _started(domain: api.Domain, xml: str, quiesce: bool) -> Iterator[str]:
         raise
 
 
+@contextlib.contextmanager
+def _telling_what_devices_have() -> Iterator[dict[str, pathlib.Path]]:
+    """Has an error of the block say that what is on the devices is no backup: on those that were
+    put into the dictionary, as they were to be written from then on."""
+    written: dict[str, pathlib.Path] = {}
+    try:
+        yield written
+    except errors.Error as failure:
+        if not written:
+            raise
+        code, domain = failure.get_error_code(), failure.get_error_domain()
+        what = f"(what {' and '.join(map(str, written.values()))} has now is not a backup)"
+        if (detail := failure.get_str2()) is None:
+            text = f"{failure.get_error_message()} {what}"
+            raise errors.Error(code, text, domain=domain) from failure
+        disk = next((f"disk '{name}': " for name, path in written.items()
+                     if str(path) in detail and f"'{name}'" not in detail), "")  # fmt: skip
+        raise errors.error(code, f"{disk}{detail} {what}", domain=domain) from failure
+
+
 def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
     """Why the backup that FAILURE ended is not good, disk by disk; none where that is not why."""
     if not isinstance(failure, errors.Error):
@@ -387,11 +487,11 @@ def _jobs(
     return {
         disk.name: copy.Job(
             connection.Export(server, names[disk.name], tls),
-            directory / (disk.file + PARTIAL),
+            disk.path(directory),
             disk.format,
             dirty=f"qemu:dirty-bitmap:{changes[disk.name]}" if disk.backing else None,
             backing=_backing(disk),
-            compression="zstd" if compress else None,
+            compression="zstd" if compress and disk.format == "qcow2" else None,
         )
         for disk in plan.disks
     }
@@ -414,12 +514,22 @@ def _check(
         assert job.path is not None
         if second.checksum != first.checksum:
             raise _differs(name, "its export does not read as it did before")
-        if job.dirty is None:
+        if job.path.is_block_device():
+            stored = _checksum_of_device(job.path, first.size, cancel)
+        elif job.dirty is None:
             stored = copy.checksum_of_file(job.path, job.format, first.size, cancel=cancel)
         else:
             stored = copy.checksum_of_increment(job.path, first.size, cancel=cancel)
         if stored != first.checksum:
             raise _differs(name, f"'{job.path}' has not what was written")
+
+
+def _checksum_of_device(path: pathlib.Path, size: int, cancel: copy.Cancel) -> str:
+    try:
+        with image.File(path) as file:
+            return image.read_raw(file, size, cancel=cancel).checksum
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot read {path}") from failure
 
 
 def _differs(name: str, what: str) -> errors.Error:
@@ -442,6 +552,7 @@ def _manifest(
     plan: _Plan,
     info: backup_conf.BackupInfo,
     results: Iterable[copy.Result],
+    tables: Iterable[manifest.Checksum | None],
     live_xml: str,
     domain_xml: str,
 ) -> manifest.Manifest:
@@ -451,7 +562,7 @@ def _manifest(
         domain=domain,
         kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
         time=started.isoformat(),
-        disks=tuple(map(_describe, plan.disks, results)),
+        disks=tuple(map(_describe, plan.disks, results, tables)),
         backup_xml=live_xml,
         domain_xml=domain_xml,
         id=info.id,
@@ -460,7 +571,17 @@ def _manifest(
     )
 
 
-def _describe(disk: _Disk, result: copy.Result) -> manifest.Disk:
+def _tables(
+    directory: pathlib.Path, disk: _Disk, size: int, cancel: copy.Cancel
+) -> manifest.Checksum | None:
+    """Of a file that is still called partial. Errors: it cannot be read, or is not as a copy makes
+    it."""
+    if disk.format != "qcow2":
+        return None
+    return manifest.tables_of(disk.path(directory), size, cancel)
+
+
+def _describe(disk: _Disk, result: copy.Result, tables: manifest.Checksum | None) -> manifest.Disk:
     return manifest.Disk(
         name=disk.name,
         file=disk.file,
@@ -472,6 +593,8 @@ def _describe(disk: _Disk, result: copy.Result) -> manifest.Disk:
         backing=disk.backing.file if disk.backing else None,
         since=disk.since,
         reason=disk.reason,
+        tables=tables,
+        type=disk.type,
     )
 
 

@@ -18,7 +18,7 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import redefine
-from virtbackup.nbd import copy, destination, layers, target
+from virtbackup.nbd import copy, destination, device, layers, target
 from virtbackup.tools import chain, listing, verify
 
 PARTIAL = chain.PARTIAL
@@ -287,7 +287,7 @@ def _open(output: Output, size: int, force: bool, cancel: copy.Cancel) -> target
         case "network":
             return destination.Server(output.place, size, overwrite=force, cancel=cancel)
         case "block":
-            return destination.BlockDevice(output.path, size)
+            return device.Device(output.path, size)
     kind = target.Raw if output.format == "raw" else target.Qcow2
     return kind(output.partial, size)
 

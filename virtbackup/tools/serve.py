@@ -123,7 +123,7 @@ def tree(links: Sequence[listing.Link]) -> dict[str, object]:
     top: dict[str, object] | None = None
     for link in reversed(links):
         node = {**verify.node(link), "read-only": True}
-        node["file"] = {**verify.file_node(link.path), "read-only": True}
+        node["file"] = {**verify.file_node(link), "read-only": True}
         if link.disk.format == "qcow2":
             node["backing"] = top
         top = node

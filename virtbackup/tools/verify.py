@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether what a directory holds is what was backed up: every file is read again, by QEMU.
+"""Whether what a directory holds is what was backed up: every file is read again.
 
-Each file of a chain has a checksum of its own in its manifest, an increment of what it holds and
+Each file of a chain has checksums of its own in its manifest, an increment of what it holds and
 nothing behind it. So every file is read once, whatever the number of points, and what is wrong has
 a file's name; a point is good when all its files are, and their backing files are those told.
+
+The checksums cover every byte of a file. It is read as it lies there; QEMU reads what is compressed
+and what is of an older virtbackup, which did not tell of all the bytes, and looks through the
+tables of every image.
 """
 
 import concurrent.futures
@@ -11,7 +15,6 @@ import dataclasses
 import errno
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -19,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, copy
+from virtbackup.nbd import checksum, connection, copy, image, qcow2
 from virtbackup.tools import listing, manifest
 
 FILES_AT_ONCE = 4
@@ -42,6 +45,11 @@ class Verdict:
     """Bytes."""
 
     @property
+    def in_part(self) -> tuple[listing.Link, ...]:
+        """Those of which the manifest tells only what a guest reads."""
+        return tuple(link for link in self.files if _is_told_in_part(link.disk))
+
+    @property
     def good(self) -> bool:
         return not self.problems
 
@@ -56,11 +64,10 @@ def verify(
     """Read again all that POINT is made of, all there is for None.
 
     Errors: VIR_ERR_OPERATION_ABORTED when cancelled, VIR_ERR_SYSTEM_ERROR where QEMU's programs are
-    not installed. What is wrong with files is no error but in the verdict.
+    not installed, unless all is raw. What is wrong with files is no error but in the verdict.
     """
-    need("qemu-nbd", "qemu-img")
     points = backups.points if point is None else (point,)
-    problems = list(backups.problems) if point is None else []
+    problems: list[listing.Problem] = []
     bad_points: list[listing.Point] = []
     files: dict[str, listing.Link] = {}
     users: dict[str, list[listing.Point]] = {}
@@ -75,6 +82,10 @@ def verify(
             for link in links:
                 files.setdefault(link.disk.file, link)
                 users.setdefault(link.disk.file, []).append(one)
+    if any(link.disk.format != "raw" for link in files.values()):
+        need("qemu-nbd", "qemu-img")
+    manifests = {link.point.file for link in files.values()} | {one.file for one in points}
+    problems[:0] = [one for one in backups.problems if point is None or one.file in manifests]
     found = _read_all(list(files.values()), progress, cancel)
     for link, (text, _) in zip(files.values(), found, strict=True):
         if text is not None:
@@ -129,15 +140,62 @@ def examine(
     if problem := listing.problem(link) or unknown_checksum(link.disk):
         return problem, 0
     try:
-        told = None if progress is None else _As(progress, index)
-        [result] = copy.copy([job(link)], progress=told, cancel=cancel)
+        return _examine(link, index, progress, cancel)
+    except image.Damaged as failure:
+        return f"its tables are damaged: {failure}", 0
+    except OSError as failure:
+        return f"it cannot be read: {failure.strerror}", 0
     except errors.Error as failure:
         if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
             raise
         return reason(failure), 0
-    if result.checksum != link.disk.checksum.value:
-        return differs(result.checksum, link.disk), result.read
-    return _bad_tables(link), result.read
+
+
+def _examine(
+    link: listing.Link, index: int, progress: copy.Progress | None, cancel: copy.Cancel | None
+) -> tuple[str | None, int]:
+    """The same. Errors: of the programs and the files."""
+    disk, read = link.disk, 0
+    content: image.Content | None = None
+    if disk.format == "raw":
+        with image.File(link.path) as file:
+            content = image.read_raw(file, disk.size, progress=progress, index=index, cancel=cancel)
+    elif disk.tables is not None:
+        with image.File(link.path) as file:
+            opened = image.Qcow2(file, disk.size)
+            tables = opened.read_tables(cancel)
+            if tables.checksum != disk.tables.value:
+                return _other_tables(tables.checksum, disk.tables.value), tables.read
+            read = tables.read
+            if not opened.has_compressed:
+                content = opened.read(
+                    disk.backing is not None, progress=progress, index=index, cancel=cancel
+                )
+    if content is None:
+        content = _read_by_qemu(link, index, progress, cancel)
+    read += content.read
+    if content.checksum != disk.checksum.value:
+        return differs(content.checksum, disk), read
+    return _bad_tables(link), read
+
+
+def _other_tables(found: str, told: str) -> str:
+    return (
+        "it is not what was backed up: beside the disk's own bytes its checksum is"
+        f" {found}, not {told}"
+    )
+
+
+def _read_by_qemu(
+    link: listing.Link, index: int, progress: copy.Progress | None, cancel: copy.Cancel | None
+) -> image.Content:
+    told = None if progress is None else _As(progress, index)
+    [result] = copy.copy([job(link)], progress=told, cancel=cancel)
+    return image.Content(result.checksum, result.read)
+
+
+def _is_told_in_part(disk: manifest.Disk) -> bool:
+    return disk.format == "qcow2" and disk.tables is None
 
 
 class _As:
@@ -172,22 +230,26 @@ def job(link: listing.Link) -> copy.Job:
 
 def node(link: listing.Link) -> dict[str, object]:
     """A file as QEMU's block layer opens it, alone."""
-    made: dict[str, object] = {"driver": link.disk.format, "file": file_node(link.path)}
+    made: dict[str, object] = {"driver": link.disk.format, "file": file_node(link)}
     if link.disk.format == "qcow2":
         made["backing"] = None
+    if link.disk.type == "block":
+        made["size"] = qcow2.virtual_size(link.disk.size)  # QEMU's are whole sectors, too
     return made
 
 
-def file_node(path: pathlib.Path) -> dict[str, object]:
-    return {"driver": "file", "filename": str(path.absolute())}
+def file_node(link: listing.Link) -> dict[str, object]:
+    driver = "host_device" if link.disk.type == "block" else "file"
+    return {"driver": driver, "filename": str(link.path.absolute())}
 
 
 def unknown_checksum(disk: manifest.Disk) -> str | None:
     """Why nothing can be checked by what the manifest has as DISK's checksum."""
     expected = checksum.ALGORITHM if disk.backing is None else checksum.INCREMENT
-    if (disk.checksum.algorithm, disk.checksum.block) == (expected, checksum.BLOCK):
-        return None
-    return f"a checksum '{disk.checksum.algorithm}' is unknown"
+    for one, known in ((disk.checksum, expected), (disk.tables, checksum.TABLES)):
+        if one is not None and (one.algorithm, one.block) != (known, checksum.BLOCK):
+            return f"a checksum '{one.algorithm}' is unknown"
+    return None
 
 
 def differs(found: str, disk: manifest.Disk) -> str:

@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from virtbackup.tools import virsh_branch, virsh_connection, vsh
@@ -96,14 +96,17 @@ def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
 def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import pull
 
-    xml = args.optional("xml")
+    xml, targets = args.optional("xml"), _targets(args)
     document = None if xml is None else virsh_connection.read_document(xml)
     directory = pathlib.Path(args.text("directory"))
     domain = virsh_connection.domain(shell, args)
     if document is not None:
         virsh_connection.warn_of_listener(shell, args, document)
     as_json = args.flag("json")
-    with _lines(shell) if as_json else bar(shell) as progress:
+    with (
+        _lines(shell) if as_json else bar(shell) as progress,
+        _telling_of_devices(shell),
+    ):
         made = pull.pull(
             domain,
             directory,
@@ -116,6 +119,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             compress=args.flag("compress"),
             bandwidth=_bandwidth(args),
             check=args.flag("check"),
+            targets=targets,
         )
         if isinstance(progress, Lines):
             progress.tell("finished", **made.facts())
@@ -130,6 +134,30 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             f"{disk.name}: {path} ({kind}{size(disk.size)}, {size(disk.stored)} stored{why})"
         )
     shell.extra("Domain backup pulled")
+
+
+def _targets(args: vsh.Args) -> dict[str, pathlib.Path]:
+    """Disk -> device."""
+    found: dict[str, pathlib.Path] = {}
+    for given in args.texts("target"):
+        name, _, path = given.partition("=")
+        if not name or not path:
+            raise vsh.UsageError(f"invalid --target '{given}': expected DISK=DEVICE")
+        if name in found:
+            raise vsh.UsageError(f"invalid --target '{given}': disk '{name}' has one already")
+        found[name] = pathlib.Path(path)
+    return found
+
+
+@contextlib.contextmanager
+def _telling_of_devices(shell: virsh_connection.Shell) -> Iterator[None]:
+    """What a signal leaves on a device is not a backup, and an error alone would say so."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        if "is not a backup" in str(end.__cause__):
+            shell.warn(str(end.__cause__))
+        raise
 
 
 def _bandwidth(args: vsh.Args) -> int | None:
@@ -152,12 +180,26 @@ def _kind(args: vsh.Args) -> "backup_conf.DiskType | None":
     return next((kind for kind in kinds if args.flag(kind)), None)
 
 
+def _complete_target(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The disks of the domain; behind the equals sign devices."""
+    from virtbackup.conf import domain_conf
+
+    name, equals, path = text.partition("=")
+    if equals:
+        return [f"{name}={found}" for found in vsh.complete_files(shell, args, path)]
+    if not args.flag("domain"):
+        return []
+    document = virsh_connection.domain(shell, args).XMLDesc()
+    return [f"{disk.target}=" for disk in domain_conf.DomainDef.parse(document).disks]
+
+
 PULL = vsh.Command(
     "backup-pull", "backup", "Pull a whole backup into a directory",
     "Start a backup, copy its disks into a directory, check and stop it.\n"
     "The directory holds a manifest.json when, and only when, the backup is good.\n"
     "With a branch, backups follow one another in the directory: an incremental one has what\n"
-    "changed since the last, as a qcow2 overlay over its file.",
+    "changed since the last, as a qcow2 overlay over its file.\n"
+    "With a target, a disk goes to a block device; the directory tells which.",
     (
         virsh_connection.DOMAIN,
         vsh.Option(
@@ -175,6 +217,11 @@ PULL = vsh.Command(
         vsh.Option("auto", vsh.Kind.BOOL, "incremental disk by disk where that is possible"),
         vsh.Option(
             "format", vsh.Kind.STRING, "qcow2 (default) or raw", choices=("qcow2", "raw")
+        ),
+        vsh.Option(
+            "target", vsh.Kind.STRING,
+            "DISK=DEVICE: a block device that the disk goes to, raw; what it has is overwritten",
+            multi=True, completer=_complete_target,
         ),
         vsh.Option("compress", vsh.Kind.BOOL, "have qcow2 files compressed by QEMU (zstd)"),
         vsh.Option(

@@ -71,7 +71,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
                 disk.kind,
                 size(disk.size),
                 size(disk.stored),
-                states[disk.file] or "there",
+                states[disk.file] or ("there" if disk.type == "file" else f"on {disk.file}"),
             )
             for point in backups.points
             for disk in point.made.disks
@@ -97,6 +97,7 @@ def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> di
                     {
                         "name": disk.name,
                         "kind": disk.kind,
+                        "type": disk.type,
                         "file": disk.file,
                         "format": disk.format,
                         "size": disk.size,
@@ -161,6 +162,11 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
             f"{len(verdict.files)} files, {size(verdict.read)} read"
             f" ({size(int(verdict.read / max(seconds, 0.001)))}/s)"
         )
+        if verdict.in_part:
+            shell.extra(
+                f"{len(verdict.in_part)} of them, of an older virtbackup, have no checksum of their"
+                " tables: compared is what a guest reads, and QEMU has looked through the tables"
+            )
     if verdict.good:
         if not args.flag("json"):
             shell.extra("Backups verified")
@@ -195,6 +201,7 @@ def _verdict_facts(
         "directory": str(backups.directory),
         "good": verdict.good,
         "files": [link.disk.file for link in verdict.files],
+        "in_part": [link.disk.file for link in verdict.in_part],
         "problems": [_problem_facts(problem) for problem in verdict.problems],
         "bad_points": [_point_facts(point) for point in verdict.bad_points],
         "read": verdict.read,
@@ -204,8 +211,8 @@ def _verdict_facts(
 
 VERIFY = vsh.Command(
     "backup-verify", "backup", "Read backups again and compare them with their checksums",
-    "Read every file of the backups in a directory, or of one point, and compare it with the\n"
-    "checksum in its manifest. Exit status 1, and what is wrong by disk, file and point, when\n"
+    "Read every byte of the backups in a directory, or of one point, and compare it with the\n"
+    "checksums in the manifests. Exit status 1, and what is wrong by disk, file and point, when\n"
     "anything is.",
     (
         DIRECTORY,
@@ -228,6 +235,9 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     args.exclusive("json", "define")
     backups = _read(args)
     point = backups.find(args.optional("point"))
+    for problem in backups.problems:
+        if problem.file == point.file:
+            shell.warn(str(problem))
     with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
         done = restore.restore(
             backups,

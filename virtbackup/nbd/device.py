@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A block device that a disk is written to (``target.Target``): from its start, all of the disk.
+
+What the device had is overwritten, zeroes included: a device has no holes, so what nobody wrote is
+zeroed at the end. Zeroes take no space where the device can do that; else they are written. What is
+behind the disk's end stays as it was.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import pathlib
+import stat
+import struct
+from collections.abc import Callable
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.nbd import checksum
+
+_BLKZEROOUT = 0x127F
+_BLKSSZGET = 0x1268
+_KEEP_SIZE_PUNCH_HOLE = 1 | 2
+_CANNOT = (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_FLOCK = struct.Struct("hhqqi4x")
+"""Of the system call for 64 bits: type, whence, start, length, process."""
+_ZEROES = memoryview(bytes(1 << 20))
+_MOST_ZEROES = 64 << 20
+"""Bytes of a request, during which nothing can end it."""
+_WINDOW = 16 << 20
+"""Bytes written before the device is told to begin with them."""
+
+
+def too_small(name: str, has: int, needs: int) -> errors.Error:
+    return errors.error(
+        libvirt.VIR_ERR_OPERATION_FAILED,
+        f"{name} is too small: it has {has} bytes, and the disk {needs}",
+    )
+
+
+def held(path: pathlib.Path) -> int:
+    """A descriptor of the block device at PATH, held alone: nobody has it mounted or open for
+    himself, and no QEMU uses it. Errors: VIR_ERR_OPERATION_INVALID, VIR_ERR_SYSTEM_ERROR."""
+    try:
+        if not stat.S_ISBLK(path.stat().st_mode):
+            raise _invalid(f"{path} is not a block device")
+        # For a block device O_EXCL without O_CREAT is: nobody else has it, as a mount does.
+        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as failure:
+        if failure.errno == errno.EBUSY:
+            raise _invalid(f"{path} is in use: it is mounted, or a part of something") from failure
+        raise errors.system_error(failure, f"cannot open {path} for writing") from failure
+    try:
+        # QEMU does not open a device so; it locks some bytes of it.
+        lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+    except OSError as failure:
+        os.close(fd)
+        if failure.errno in (errno.EAGAIN, errno.EACCES):
+            raise _invalid(f"{path} is in use: another program, as a QEMU, locks it") from failure
+        raise errors.system_error(failure, f"cannot lock {path}") from failure
+    return fd
+
+
+def _invalid(text: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+
+def look(path: pathlib.Path) -> tuple[int, int]:
+    """(device number, bytes) of a block device that can be written. Errors: as ``held``."""
+    fd = held(path)
+    try:
+        return os.fstat(fd).st_rdev, os.lseek(fd, 0, os.SEEK_END)
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot read the size of {path}") from failure
+    finally:
+        os.close(fd)
+
+
+class Device:
+    """A block device, held alone while it is written."""
+
+    def __init__(self, path: pathlib.Path, size: int) -> None:
+        """Errors: as ``held``; VIR_ERR_OPERATION_FAILED where SIZE bytes have no place on it."""
+        self._path = path
+        self._size = size
+        self._unwanted = False
+        self._seen = bytearray(-(-size // checksum.BLOCK))
+        """Of every block, whether it has what it is to have."""
+        self._written = 0
+        self._range: tuple[int, int] | None = None
+        self._before: int | None = None
+        self._ways: list[Callable[[int, int], None]] = [self._punch, self._zero_out]
+        """To zero a range, but for writing."""
+        self._fd: int | None = held(path)
+        try:
+            has = os.lseek(self._fd, 0, os.SEEK_END)
+            self._sector = struct.unpack("i", fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)))[0]
+        except OSError as failure:
+            self.discard()
+            raise errors.system_error(failure, f"cannot read the size of {path}") from failure
+        if has < size:
+            self.discard()
+            raise too_small(str(path), has, size)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._note(offset, len(data))
+        self._pwrite(offset, data)
+        self._hint(offset, offset + len(data))
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        self._note(offset, length)
+        whole = length // self._sector * self._sector
+        for start in range(0, whole, _MOST_ZEROES):
+            self._zero(offset + start, min(_MOST_ZEROES, whole - start))
+        self._write_zeroes(offset + whole, length - whole)
+
+    def finish(self) -> int:
+        assert self._fd is not None
+        block = checksum.BLOCK
+        start = self._seen.find(0)
+        while start >= 0:
+            end = self._seen.find(1, start)
+            end = self._size if end < 0 else end * block
+            self.write_zeroes(start * block, end - start * block)
+            start = self._seen.find(0, start)
+        try:
+            os.fsync(self._fd)
+            fd, self._fd = self._fd, None
+            os.close(fd)
+        except OSError as failure:
+            raise self._failed(failure) from failure
+        return self._size
+
+    def shorten(self) -> None:
+        self._unwanted = True
+
+    def discard(self) -> None:
+        """Close it: what is written is written."""
+        fd, self._fd = self._fd, None
+        with contextlib.suppress(OSError):
+            if fd is not None:
+                os.close(fd)
+
+    def _note(self, offset: int, length: int) -> None:
+        first, last = offset // checksum.BLOCK, -(-(offset + length) // checksum.BLOCK)
+        self._seen[first:last] = b"\1" * (last - first)
+
+    def _pwrite(self, offset: int, data: memoryview) -> None:
+        assert self._fd is not None
+        try:
+            while data:
+                count = os.pwrite(self._fd, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as failure:
+            raise self._failed(failure) from failure
+
+    def _hint(self, start: int, end: int) -> None:
+        """Have the device begin with what was written, and drop what it has from the page cache."""
+        assert self._fd is not None
+        self._written += end - start
+        low, high = self._range or (start, end)
+        low, high = self._range = min(low, start), max(high, end)
+        if self._written < _WINDOW:
+            return
+        first = low if self._before is None else min(low, self._before)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, first, high - first, os.POSIX_FADV_DONTNEED)
+        self._written, self._range, self._before = 0, None, low
+
+    def _zero(self, offset: int, length: int) -> None:
+        """A range of whole sectors."""
+        if self._unwanted:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
+        while self._ways:
+            try:
+                self._ways[0](offset, length)
+            except OSError as failure:
+                if failure.errno not in _CANNOT:
+                    raise self._failed(failure) from failure
+                del self._ways[0]
+            else:
+                return
+        self._write_zeroes(offset, length)
+
+    def _punch(self, offset: int, length: int) -> None:
+        """Of a device that promises zeroes where it gives space back: without, this fails."""
+        start, count = ctypes.c_int64(offset), ctypes.c_int64(length)
+        if _LIBC.fallocate(self._fd, _KEEP_SIZE_PUNCH_HOLE, start, count):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def _zero_out(self, offset: int, length: int) -> None:
+        """By the kernel, which writes zeroes where the device cannot zero."""
+        assert self._fd is not None
+        fcntl.ioctl(self._fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
+
+    def _write_zeroes(self, offset: int, length: int) -> None:
+        for start in range(0, length, len(_ZEROES)):
+            self._pwrite(offset + start, _ZEROES[: length - start])
+
+    def _failed(self, failure: OSError) -> errors.Error:
+        return errors.system_error(failure, f"cannot write {self._path}")
