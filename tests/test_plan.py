@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 import struct
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import record_conversations, test_block
+from tests import datacases, record_conversations, test_block
 from virtbackup import errors
 from virtbackup.conf import backup_conf, domain_conf, storage_conf, virtbackup_conf
 from virtbackup.qemu import (
@@ -180,6 +181,209 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     with pytest.raises(errors.Error, match="disk 'sdc' is a floppy or an SD card"):
         plan(asked, caps)
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
+
+
+# --- branches: what is decided and sent is in plandata ---
+
+PLANNED = pathlib.Path(__file__).parent / "plandata"
+HYBRID = dataclasses.replace(CAPS, version=(8, 0, 0))
+OLDER = dataclasses.replace(CAPS, version=(7, 1, 0))
+
+
+def breaking(caps: capabilities.Capabilities) -> capabilities.Capabilities:
+    """Of a QEMU that can have the backup break instead of the guest's write."""
+    return dataclasses.replace(caps, features=caps.features | {"on-cbw-error"})
+
+
+POINT = naming.Point(naming.BackupId("00000001"), 1700000000, 4 << 20)
+
+
+def bitmap(name: str, **fields: Any) -> block.Bitmap:
+    usual = block.Bitmap(naming.BitmapName(name), 65536, 0, True, True, False, False)
+    return dataclasses.replace(usual, **fields)
+
+
+OWN = bitmap("b", count=131072)
+POINTED = bitmap(naming.point_bitmap("b", POINT), recording=False)
+MARKED = bitmap(naming.mark_bitmap("b"))
+SOUND = (OWN, POINTED, MARKED)
+
+
+def branched_state(
+    *bitmaps: block.Bitmap, base: tuple[block.Bitmap, ...] = ()
+) -> backup.BlockState:
+    """BITMAPS are those of disk vda's image, BASE those of its backing image."""
+    reply = test_block.recorded(VERSION, "rest", "query-named-block-nodes")
+    nodes = block.parse_named_nodes(reply)
+    for node, held in ((naming.NodeName("A"), bitmaps), (naming.NodeName("#block008"), base)):
+        nodes[node] = dataclasses.replace(nodes[node], bitmaps=held)
+    return state(nodes=nodes)
+
+
+def branched_plan(
+    asked: backup.BlockState,
+    target: str = "vda",
+    caps: Any = CAPS,
+    branch: str | None = "b",
+    fork: str | None = None,
+    **fields: Any,
+) -> backup.BackupPlan:
+    """The plan of a backup of one disk."""
+    others = {found.target for found in asked.disks if found.medium} - {target}
+    left_out = (disk(name, present=False) for name in sorted(others))
+    disks = (disk(target, **fields), *left_out)
+    return plan(asked, caps, disks=disks, branch=branch, fork=fork)
+
+
+BRANCHED: dict[str, tuple[backup.BlockState, dict[str, Any]]] = {
+    "first": (branched_state(), {}),
+    "first-hybrid": (branched_state(), {"caps": HYBRID}),
+    "first-that-breaks": (branched_state(), {"caps": breaking(HYBRID)}),
+    "first-that-may-not-break": (branched_state(), {"caps": breaking(CAPS)}),
+    "first-in-raw": (branched_state(), {"target": "sdc"}),
+    "first-with-granularity": (branched_state(), {"granularity": 4096}),
+    "full-again": (branched_state(*SOUND), {}),
+    "full-of-lost": (branched_state(POINTED, MARKED), {}),
+    "incremental": (branched_state(*SOUND), {"type": "incremental"}),
+    "incremental-hybrid": (branched_state(*SOUND), {"type": "incremental", "caps": HYBRID}),
+    "incremental-of-granularity": (
+        branched_state(bitmap("b", granularity=512), POINTED, MARKED),
+        {"type": "incremental", "granularity": 512},
+    ),
+    "incremental-without-a-mark": (branched_state(OWN, POINTED), {"type": "incremental"}),
+    "incremental-through-an-overlay": (
+        branched_state(OWN, base=SOUND),
+        {"type": "incremental"},
+    ),
+    "incremental-named": (
+        branched_state(*SOUND),
+        {"type": "incremental", "exportbitmap": "c"},
+    ),
+    "incremental-named-hybrid": (
+        branched_state(*SOUND),
+        {"type": "incremental", "exportbitmap": "c", "caps": HYBRID},
+    ),
+    "incremental-named-older": (
+        branched_state(*SOUND),
+        {"type": "incremental", "exportbitmap": "c", "caps": OLDER},
+    ),
+    "incremental-older": (branched_state(*SOUND), {"type": "incremental", "caps": OLDER}),
+    "auto-first": (branched_state(), {"type": "auto"}),
+    "auto-sound": (
+        branched_state(bitmap("b", granularity=512), POINTED, MARKED),
+        {"type": "auto"},
+    ),
+    "auto-lost": (branched_state(POINTED, MARKED), {"type": "auto", "granularity": 512}),
+    "forked": (branched_state(*SOUND), {"type": "incremental", "fork": "d"}),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_a_branch(name: str) -> None:
+    """What the disk is going to have, then what is sent up to its export."""
+    asked, how = BRANCHED[name]
+    planned = branched_plan(asked, **how)
+    [one] = planned.disks
+    [told] = [found for found in planned.definition.disks if found.present]
+    commands = [
+        planned.scratch_command(one, "/dev/fdset/0"),
+        planned.transaction(),
+        *planned.export_commands(one),
+    ]
+    decided = {
+        "engine": planned.engine,
+        "type": told.type,
+        "reason": told.reason,
+        "granularity": told.granularity,
+        "since": one.since and one.since.backup,
+    }
+    sent = [{"execute": sent.execute, "arguments": dict(sent.arguments)} for sent in commands]
+    text = "".join(f"{json.dumps(line)}\n" for line in [decided, *sent])
+    datacases.check(PLANNED / f"{name}.jsonl", text)
+
+
+GRAPH = {"x-debug-query-block-graph"}
+UNSUPPORTED = libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+BRANCHES_REFUSED: list[tuple[backup.BlockState, dict[str, Any], int, str]] = [
+    (
+        branched_state(OWN),
+        {},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda' has a bitmap 'b' that was made by somebody else: choose another name for the"
+        " branch",
+    ),
+    (
+        branched_state(*SOUND),
+        {"granularity": 512},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda': the bitmap of branch 'b' has granularity 65536, not 512",
+    ),
+    (
+        branched_state(bitmap("b", busy=True), POINTED, MARKED),
+        {},
+        libvirt.VIR_ERR_OPERATION_INVALID,
+        "disk 'vda': the bitmap 'b' is in use by somebody else",
+    ),
+    (
+        branched_state(),
+        {"type": "incremental"},
+        errors.CHECKPOINT_INCONSISTENT,
+        "branch 'b' has no sound point to be incremental from: disk 'vda': it has no good backup of"
+        " this branch yet",
+    ),
+    (
+        branched_state(*SOUND, bitmap("d")),
+        {"fork": "d"},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda' has a bitmap 'd' already: choose another name for the new branch",
+    ),
+    (
+        branched_state(*SOUND, bitmap(naming.point_bitmap("d", POINT))),
+        {"fork": "d"},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda' has a bitmap 'd' already: choose another name for the new branch",
+    ),
+    (
+        dataclasses.replace(branched_state(), graph=None),
+        {},
+        UNSUPPORTED,
+        "disk 'vda': QEMU does not tell which image the guest writes to",
+    ),
+    (
+        branched_state(),
+        {"caps": dataclasses.replace(CAPS, commands=frozenset(CAPS.commands - GRAPH))},
+        UNSUPPORTED,
+        "branch 'b': QEMU 7.2.22 cannot begin, end and export dirty bitmaps at one instant: full"
+        " backups only",
+    ),
+    (
+        branched_state(),
+        {"branch": None, "granularity": 512},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda': a bitmap needs a branch",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "how", "code", "text"), BRANCHES_REFUSED)
+def test_a_branch_is_refused(
+    asked: backup.BlockState, how: dict[str, Any], code: int, text: str
+) -> None:
+    with pytest.raises(errors.Error) as caught:
+        branched_plan(asked, **how)
+    assert (caught.value.get_error_code(), caught.value.get_str2()) == (code, text)
+
+
+def test_every_disk_without_a_sound_point_is_named() -> None:
+    disks = tuple(
+        disk(found.target, type="incremental") if found.target in ("vda", "sdc")
+        else disk(found.target, present=False)
+        for found in state().disks if found.medium
+    )  # fmt: skip
+    with pytest.raises(errors.Error) as caught:
+        plan(branched_state(), disks=disks, branch="b")
+    why = "it has no good backup of this branch yet"
+    assert str(caught.value).endswith(f"from: disk 'sdc': {why}; disk 'vda': {why}")
 
 
 X509 = virtbackup_conf.X509("/tls", verify=True, client_directory="/client")
