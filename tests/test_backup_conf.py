@@ -163,7 +163,3 @@ def test_the_two_schema_engines_agree(pieces: list[str]) -> None:
     root: Any = xml.parse(f"<domainbackup>{''.join(pieces)}</domainbackup>", "domainbackup")
     schema = xmlschema.XMLSchema10(xml._text(backup_conf.SCHEMA))
     assert schema.is_valid(root) == xml.is_valid(root, backup_conf.SCHEMA)
-
-
-def test_domain_round_trip() -> None:
-    assert domain_conf.DomainDef.parse(DOMAIN.format()) == DOMAIN
