@@ -208,6 +208,10 @@ def test_what_padding_holds_does_not_matter() -> None:
     assert xdr.decode(Everything, data) == VALUE
 
 
+def test_without_a_path_there_is_the_reason_alone() -> None:
+    assert str(xdr.CodecError("why")) == "why"
+
+
 def test_the_path_leads_to_the_field() -> None:
     long = remote_types.NonnullDomain("x" * 5_000_000, UUID, 1)
     with pytest.raises(xdr.CodecError) as caught:
