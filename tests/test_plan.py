@@ -83,6 +83,52 @@ def test_all_disks_in_one_transaction() -> None:
     json.dumps(command.arguments)
 
 
+def test_everything_about_a_disk() -> None:
+    """The third of four: the number is the disk's among those that take part."""
+    planned = plan(state(), breaking(HYBRID))
+    assert planned.disks[2] == backup.DiskPlan(
+        target="vda",
+        node=naming.NodeName("A"),
+        source_name="A",
+        device="/machine/peripheral/vda",
+        size=4 << 20,
+        exportname="vda",
+        source=storage_conf.Source(dir="/scratch"),
+        scratch_file=naming.NodeName("virtbackup-0123abcd-2-file"),
+        scratch=naming.NodeName("virtbackup-0123abcd-2-scr"),
+        job=naming.JobId("virtbackup-0123abcd-2"),
+        filter=naming.NodeName("virtbackup-0123abcd-2-flt"),
+        access=naming.NodeName("virtbackup-0123abcd-2-acc"),
+        breaks_snapshot=True,
+        export=naming.ExportId("virtbackup-0123abcd-2"),
+        opaque="virtbackup-0123abcd-2",
+    )
+    assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
+
+
+def test_where_it_listens_is_told_later() -> None:
+    planned = plan(state())
+    picked = backup_conf.IpAddress("h", 7)
+    told = planned.listening_on(picked)
+    assert told.address == told.definition.address == picked
+    assert told.listening_on(planned.address) == planned
+
+
+@pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
+def test_a_disk_larger_than_a_scratch_image_can_be_is_refused(size: int, fits: bool) -> None:
+    medium = block.Medium(naming.NodeName("n"), "raw", "/n", size, False)
+    asked = state(disks=(block.Disk("vda", medium, None),))
+    if fits:
+        assert plan(asked).disks[0].size == size
+        return
+    with pytest.raises(errors.Error) as caught:
+        plan(asked)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+    assert caught.value.get_str2() == (
+        f"disk 'vda' of {size} bytes is larger than a scratch image can be: {qcow2.MAX_SIZE} bytes"
+    )
+
+
 def test_the_live_xml_has_every_default() -> None:
     planned = plan(state(), disks=(disk("sdc", source=storage_conf.Source(file="/my/sdc")),))
     live = {d.name: d for d in planned.definition.disks}
@@ -453,6 +499,35 @@ def test_what_qemu_shows_of_us() -> None:
     assert state(jobs={job: running}).backups() == {ID}
     assert state(jobs={job: running}).running_jobs() == (job,)
     assert state(jobs={job: ended}).running_jobs() == ()
+    theirs = naming.JobId("mirror0")
+    assert state(jobs={theirs: dataclasses.replace(running, id=theirs)}).running_jobs() == ()
+
+
+def test_an_export_or_a_node_shows_a_backup() -> None:
+    export, scratch = naming.export(ID, 0), naming.scratch_node(ID, 0)
+    shown = monitor_json.Export(export, "nbd", scratch, False)
+    assert state(exports={export: shown}).backups() == {ID}
+    assert state(graph=block.Graph({("block-driver", scratch): frozenset()})).backups() == {ID}
+    nodes = {scratch: block.Medium(scratch, "qcow2", "/s", 1, False)}
+    assert state(graph=None, nodes=nodes).backups() == {ID}
+
+
+@pytest.mark.parametrize(("readonly", "traces"), [(False, {ID}), (True, set())])
+def test_a_bitmap_in_an_image_that_is_written_to_is_a_trace(
+    readonly: bool, traces: set[naming.BackupId]
+) -> None:
+    left = (bitmap("b"), bitmap(naming.next_bitmap(ID, 0, "b")))
+    node = naming.NodeName("n")
+    medium = block.Medium(node, "qcow2", "/n", 1, readonly, left, True)
+    for asked in (
+        state(nodes={node: medium}),
+        state(disks=(block.Disk("vda", medium, None), block.Disk("empty", None, None))),
+    ):
+        assert asked.traces() == traces
+        assert asked.backups() == frozenset()
+    job = naming.backup_job(naming.BackupId("00000001"), 0)
+    running = {job: monitor_json.Job(job, "backup", "running", None)}
+    assert state(nodes={node: medium}, jobs=running).traces() == traces | {"00000001"}
 
 
 @pytest.mark.parametrize(
