@@ -62,6 +62,14 @@ def plan(asked: backup.BlockState, caps: Any = CAPS, **changes: Any) -> backup.B
     return backup.plan(definition(asked, **changes), asked, caps, ID, "/scratch")
 
 
+def refusal(asked: backup.BlockState, caps: Any = CAPS) -> str:
+    """Why this QEMU cannot do a backup of all disks now."""
+    with pytest.raises(errors.Error) as caught:
+        plan(asked, caps)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+    return str(caught.value.get_str2())
+
+
 def disk(name: str, **fields: Any) -> backup_conf.BackupDiskDef:
     return backup_conf.BackupDiskDef(name, **fields)
 
@@ -104,6 +112,27 @@ def test_everything_about_a_disk() -> None:
         opaque="virtbackup-0123abcd-2",
     )
     assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
+
+
+def test_the_engine_is_the_safest_or_the_one_that_is_wanted() -> None:
+    asked = state()
+    engines: list[tuple[Any, capabilities.Engine | None, str]] = [
+        (CAPS, None, "classic"),
+        (CAPS, "classic", "classic"),
+        (HYBRID, None, "hybrid"),
+        (HYBRID, "hybrid", "hybrid"),
+        (HYBRID, "classic", "classic"),
+    ]
+    for caps, wanted, engine in engines:
+        planned = backup.plan(definition(asked), asked, caps, ID, "/scratch", wanted)
+        assert planned.engine == engine
+        assert (planned.disks[0].access is not None) == (engine == "hybrid")
+    with pytest.raises(errors.Error, match=r"the hybrid engine is not for QEMU 7\.2\.22"):
+        backup.plan(definition(asked), asked, CAPS, ID, "/scratch", "hybrid")
+
+
+def test_the_socket_that_listens_is_passed_along() -> None:
+    assert [command.fds for command in plan(state()).server_commands(7)] == [(7,), ()]
 
 
 def test_where_it_listens_is_told_later() -> None:
@@ -178,12 +207,35 @@ def test_refused(changes: dict[str, Any], reason: str) -> None:
     assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
 
 
+def test_what_differs_is_not_refused() -> None:
+    sources = (storage_conf.Source(file="/s"), storage_conf.Source(file="/t"))
+    disks = (
+        disk("vda", source=sources[0], exportname="sdc"),
+        disk("sdc", source=sources[1], exportname="vda"),
+    )
+    planned = {one.target: one for one in plan(state(), disks=disks).disks}
+    assert (planned["vda"].source, planned["sdc"].source) == sources
+    assert (planned["vda"].exportname, planned["sdc"].exportname) == ("sdc", "vda")
+
+
 def test_a_disk_with_a_job_is_refused_by_name_unless_it_is_left_out() -> None:
     asked = state("mirror")
-    with pytest.raises(errors.Error, match=r"disk 'vda' already in .* 'mirror0' \(mirror\)"):
-        plan(asked)
+    assert refusal(asked) == "disk 'vda' already in active block job 'mirror0' (mirror)"
     planned = plan(asked, disks=(disk("vda", present=False),))
     assert "vda" not in {d.target for d in planned.disks}
+
+
+def test_a_job_that_only_the_graph_shows_is_one() -> None:
+    asked = state("mirror", jobs={})
+    assert refusal(asked) == "disk 'vda' already in active block job 'mirror0'"
+
+
+def test_without_a_graph_a_job_is_its_drives() -> None:
+    id = naming.JobId("drive-b")
+    jobs = {id: monitor_json.Job(id, "stream", "running", None)}
+    asked = state(graph=None, jobs=jobs)
+    assert refusal(asked) == "disk 'drive-b' already in active block job 'drive-b' (stream)"
+    assert plan(asked, disks=(disk("drive-b", present=False),))
 
 
 def test_a_job_filter_is_recognised_without_a_graph() -> None:
@@ -192,8 +244,8 @@ def test_a_job_filter_is_recognised_without_a_graph() -> None:
     assert vda.medium is not None
     filtered = dataclasses.replace(vda, medium=dataclasses.replace(vda.medium, driver="mirror_top"))
     disks = tuple(filtered if d is vda else d for d in asked.disks)
-    with pytest.raises(errors.Error, match="disk 'vda' already in active block job"):
-        plan(dataclasses.replace(asked, disks=disks))
+    filtered_state = dataclasses.replace(asked, disks=disks)
+    assert refusal(filtered_state) == "disk 'vda' already in active block job (mirror)"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +261,10 @@ def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) ->
     if not dies:
         assert plan(asked, caps)
         return
-    with pytest.raises(errors.Error, match="disk 'sdc' runs in iothread 'io0'"):
-        plan(asked, caps)
+    assert refusal(asked, caps) == (
+        f"disk 'sdc' runs in iothread 'io0', which QEMU {capabilities.dotted(version)} would not"
+        f" survive: {capabilities.NBD_IOTHREAD_ABORT.evidence}"
+    )
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
@@ -224,8 +278,11 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     if not dies:
         assert plan(asked, caps)
         return
-    with pytest.raises(errors.Error, match="disk 'sdc' is a floppy or an SD card"):
-        plan(asked, caps)
+    assert refusal(asked, caps) == (
+        "disk 'sdc' is a floppy or an SD card, the backup of which QEMU"
+        f" {capabilities.dotted(version)} might not survive:"
+        f" {capabilities.SYNCHRONOUS_WRITER.evidence}"
+    )
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
