@@ -88,6 +88,18 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
     assert storage_conf.parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0"), (1, "1"), (1000, "1000"), (1024, "1KiB"), (65536, "64KiB"), (1025, "1025"),
+        (1 << 20, "1MiB"), ((1 << 20) + 1024, "1025KiB"), (3 << 30, "3GiB"), (1 << 40, "1TiB"),
+        (1 << 50, "1024TiB"),
+    ],
+)  # fmt: skip
+def test_sizes_as_documents_have_them(size: int, text: str) -> None:
+    assert storage_conf.format_size(size) == text
+
+
 @given(st.integers(0, 1 << 50))
 def test_sizes_round_trip(size: int) -> None:
     assert storage_conf.parse_size(storage_conf.format_size(size)) == size
@@ -122,7 +134,12 @@ _definitions = st.builds(
     backup_conf.BackupDef,
     address=_addresses,
     disks=st.lists(_disks, max_size=5).map(tuple),
-    branch=st.none() | _names,
+    branch=_names,
+    advance=_yes_or_no,
+) | st.builds(
+    backup_conf.BackupDef,
+    address=_addresses,
+    disks=st.lists(_disks, max_size=5).map(tuple),
 )
 
 
