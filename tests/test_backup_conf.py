@@ -63,6 +63,30 @@ def test_refused_by_the_domain(case: pathlib.Path) -> None:
     datacases.check(case.with_suffix(".err"), refusal(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("branch", "text"),
+    [
+        ("", "branch name '': expected a name without '/'"),
+        ("a/b", "branch name 'a/b': expected a name without '/'"),
+        ("virtbackup-", "branch name 'virtbackup-' begins with 'virtbackup-', which is reserved"),
+        ("x" * 1024, "branch name is longer than 1023 bytes"),
+        ("é" * 512, "branch name is longer than 1023 bytes"),
+        ("x" * 1023, None),
+        ("not virtbackup-", None),
+        ("\ud800", None),
+    ],
+)
+def test_branch_names(branch: str, text: str | None) -> None:
+    if text is None:
+        backup_conf.check_branch_name(branch)
+        return
+    with pytest.raises(errors.Error) as caught:
+        backup_conf.check_branch_name(branch)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+    assert caught.value.get_error_domain() == libvirt.VIR_FROM_DOMAIN
+    assert caught.value.get_str2() == text
+
+
 def test_a_large_document_is_refused_unread() -> None:
     padding = "<!--" + "x" * xml.MAX_DOCUMENT + "-->"
     with pytest.raises(errors.Error, match=r"larger than 1048576") as caught:
