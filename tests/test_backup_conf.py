@@ -61,6 +61,35 @@ def test_refused_by_the_domain(case: pathlib.Path) -> None:
     with pytest.raises(errors.Error) as caught:
         backup_conf.BackupDef.parse(case.read_text()).align_disks(DOMAIN)
     datacases.check(case.with_suffix(".err"), refusal(caught.value))
+    assert caught.value.get_error_domain() == libvirt.VIR_FROM_DOMAIN
+
+
+@pytest.mark.parametrize(
+    ("disk", "limit"),
+    [
+        ('exportname="{}"', backup_conf.MAX_EXPORT_NAME),
+        ('type="incremental" exportbitmap="{}"', backup_conf.MAX_BITMAP_NAME),
+    ],
+)
+def test_the_longest_names(disk: str, limit: int) -> None:
+    document = (
+        '<domainbackup><address type="unix" path="/x"/><branch name="b"/>'
+        f'<disks><disk name="vda" {disk}/></disks></domainbackup>'
+    )
+    assert backup_conf.BackupDef.parse(document.format("x" * limit)).disks
+    for longer in ("x" * (limit + 1), "x" * (limit - 1) + "é"):
+        with pytest.raises(errors.Error, match=f"of disk 'vda' is longer than {limit} bytes"):
+            backup_conf.BackupDef.parse(document.format(longer))
+
+
+def test_an_address_without_a_port_is_one_that_picks_it() -> None:
+    bare = backup_conf.IpAddress("h")
+    read = backup_conf.BackupDef.parse(backup_conf.BackupDef(bare).format()).address
+    assert read == backup_conf.IpAddress("h", autoport=True)
+    assert bare.picks_port
+    assert not backup_conf.IpAddress("h", 1).picks_port
+    assert backup_conf.IpAddress("h", 1, autoport=True).picks_port
+    assert backup_conf.IpAddress("h", 1).endpoint == ("h", 1)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +182,11 @@ _disks = st.builds(
     granularity=st.none() | st.integers(9, 31).map(lambda bits: 1 << bits),
     exportname=st.none() | _names,
     reason=st.none() | _names,
+) | st.builds(
+    backup_conf.BackupDiskDef,
+    name=_names,
+    type=st.sampled_from(["incremental", "auto"]),
+    exportbitmap=st.none() | _names,
 )
 _definitions = st.builds(
     backup_conf.BackupDef,
