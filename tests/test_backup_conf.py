@@ -93,6 +93,30 @@ def test_an_address_without_a_port_is_one_that_picks_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("branch", "advance", "fork", "advances"),
+    [
+        (None, None, None, None),
+        ("b", None, None, "b"),
+        ("b", True, None, "b"),
+        ("b", False, None, None),
+        ("b", None, "c", "c"),
+        ("b", False, "c", "c"),
+    ],
+)
+def test_which_branch_advances(
+    branch: str | None, advance: bool | None, fork: str | None, advances: str | None
+) -> None:
+    address = backup_conf.UnixAddress("/x")
+    definition = backup_conf.BackupDef(address, branch=branch, advance=advance, fork=fork)
+    assert definition.advances == advances
+
+
+@pytest.mark.parametrize(("reason", "sound"), [(None, True), ("why", False)])
+def test_what_has_no_reason_against_it_is_sound(reason: str | None, sound: bool) -> None:
+    assert backup_conf.BranchDisk("vda", 1, 1, True, reason, None).sound == sound
+
+
+@pytest.mark.parametrize(
     ("branch", "text"),
     [
         ("", "branch name '': expected a name without '/'"),
