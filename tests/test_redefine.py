@@ -15,6 +15,7 @@ DOCUMENT = """<domain type='kvm' id='3'>
       <auth username='a'/>
       <source protocol='rbd' name='p/i'><host name='h'/><encryption format='luks'/></source>
       <backingStore type='file'><format type='raw'/><source file='/b'/></backingStore>
+
       <target dev='vda' bus='virtio'/>
       <mirror type='file'/>
       <encryption format='luks'/>
