@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The proposed calls on libvirt's own backup job: what is begun, what is told, what is refused."""
 
+from collections.abc import Callable
+
 import libvirt
 import pytest
 
@@ -115,29 +117,29 @@ def test_an_export_without_a_name_has_the_disks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "code", "text"),
+    ("made", "code", "text"),
     [
         (
-            native_job.another_runs(),
+            native_job.another_runs,
             libvirt.VIR_ERR_OPERATION_INVALID,
             "Requested operation is not valid: another backup job is already running",
         ),
         (
-            native_job.none_runs(),
+            native_job.none_runs,
             libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
             "Domain backup job id not found: no domain backup job present",
         ),
         (
-            native_job.not_good(),
+            native_job.not_good,
             libvirt.VIR_ERR_OPERATION_FAILED,
             "operation failed: the backup is not good: the domain ended",
         ),
         (
-            native_job.does_not_end(),
+            native_job.does_not_end,
             libvirt.VIR_ERR_OPERATION_TIMEOUT,
             "Timed out during operation: libvirt's backup job does not end",
         ),
     ],
 )
-def test_errors(failure: errors.Error, code: int, text: str) -> None:
-    assert (failure.get_error_code(), str(failure)) == (code, text)
+def test_errors(made: Callable[[], errors.Error], code: int, text: str) -> None:
+    assert (made().get_error_code(), str(made())) == (code, text)

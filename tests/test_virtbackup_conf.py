@@ -151,6 +151,7 @@ def test_credentials() -> None:
     assert psk == virtbackup_conf.Psk("/a/", "qemu")
     assert isinstance(psk, virtbackup_conf.Psk)
     assert psk.file == "/a/keys.psk"
+    assert virtbackup_conf.Psk("/X", "me").file == "/X/keys.psk"
 
 
 def test_credentials_that_are_not_there() -> None:
