@@ -362,7 +362,7 @@ def _parse_driver(disk: etree._Element, mode: Mode) -> str | None:
     element = disk.find("driver")
     if element is None:
         return None
-    format = element.get("type", "")
+    format = str(element.get("type"))
     if mode == "pull" and format != "qcow2":
         name = disk.get("name")
         raise _unsupported(f"pull mode backup for disk '{name}' requires qcow2 driver", element)
