@@ -88,6 +88,7 @@ def test_the_fewest_bytes_that_a_value_takes() -> None:
     longer = {"c": 8, "d": 8, "e": 8, "n": 8, "r": 8}
     assert fewest == dict.fromkeys("abcdefghijklmnopqr", 4) | longer
     assert codec.least == sum(fewest.values())
+    assert xdr.codec_of(Everything) is codec
     assert [xdr.Opaque(size).least for size in (0, 1, 4, 5, 16)] == [0, 4, 4, 8, 16]
 
 
