@@ -108,6 +108,12 @@ def test_lists(text: str, uris: tuple[str, ...]) -> None:
     assert parse(text).uris == uris
 
 
+def test_no_list_is_not_an_empty_one() -> None:
+    assert parse().access is None
+    assert parse("access = []").access == ()
+    assert parse("access = ['read *', 'backup *']").access == ("read *", "backup *")
+
+
 def test_numbers() -> None:
     found = parse("max_clients = 999999999\nmax_workers = 1\nkeepalive_interval = 0")
     assert (found.max_clients, found.max_workers, found.keepalive_interval) == (999999999, 1, 0)

@@ -280,6 +280,7 @@ def test_a_count_that_cannot_be_is_refused_before_the_first_element() -> None:
 
 
 def test_a_type_without_a_declaration_is_our_mistake() -> None:
-    for hint in (int, str | None, Annotated[int, "x"], dict[str, int], int | str):
+    hints = (int, str | None, Annotated[int, "x"], dict[str, int], int | str, xdr.Int | str)
+    for hint in hints:
         with pytest.raises(TypeError, match="how it travels"):
             xdr.codec_of(hint)
