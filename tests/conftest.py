@@ -5,7 +5,8 @@ Everything in tests/live is marked ``live``. A live test names the programs it r
 ``@pytest.mark.needs("nbdkit")`` and is skipped, by name, where one is absent. ``./dev test``
 installs them all, so under CI=true or VIRTBACKUP_NO_SKIP=1 a live test that skips has failed;
 ``@pytest.mark.may_skip`` excuses one that asks for more than ``./dev test`` can give.
-VIRTBACKUP_LONG=1 (``./dev test --long``) makes hypothesis look at far more examples.
+VIRTBACKUP_LONG=1 (``./dev test --long``) makes hypothesis look at far more examples; for a mutant
+(mutmut) it looks at few, the same each time.
 """
 
 import os
@@ -24,6 +25,14 @@ LONG_TIMEOUT = 1800.0
 
 hypothesis.settings.register_profile("short", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("long", parent=None, deadline=None, max_examples=5000)
+hypothesis.settings.register_profile(
+    "mutant",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
 
 
 def no_skip() -> bool:
@@ -34,6 +43,13 @@ def no_skip() -> bool:
 def long() -> bool:
     """Whether there is time to look at more examples."""
     return os.environ.get("VIRTBACKUP_LONG") == "1"
+
+
+def profile() -> str:
+    """How hypothesis looks."""
+    if "MUTANT_UNDER_TEST" in os.environ:
+        return "mutant"
+    return "long" if long() else "short"
 
 
 def missing_programs(programs: Iterable[str]) -> list[str]:
@@ -50,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "live: runs real programs (QEMU, libvirtd, nbdkit)")
     config.addinivalue_line("markers", "needs(*programs): programs the test runs")
     config.addinivalue_line("markers", "may_skip: may skip even where a live test must not")
-    hypothesis.settings.load_profile("long" if long() else "short")
+    hypothesis.settings.load_profile(profile())
     os.environ["VIRTBACKUP_CONF"] = os.devnull  # not this machine's settings
 
 

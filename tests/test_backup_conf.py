@@ -61,6 +61,83 @@ def test_refused_by_the_domain(case: pathlib.Path) -> None:
     with pytest.raises(errors.Error) as caught:
         backup_conf.BackupDef.parse(case.read_text()).align_disks(DOMAIN)
     datacases.check(case.with_suffix(".err"), refusal(caught.value))
+    assert caught.value.get_error_domain() == libvirt.VIR_FROM_DOMAIN
+
+
+@pytest.mark.parametrize(
+    ("disk", "limit"),
+    [
+        ('exportname="{}"', backup_conf.MAX_EXPORT_NAME),
+        ('type="incremental" exportbitmap="{}"', backup_conf.MAX_BITMAP_NAME),
+    ],
+)
+def test_the_longest_names(disk: str, limit: int) -> None:
+    document = (
+        '<domainbackup><address type="unix" path="/x"/><branch name="b"/>'
+        f'<disks><disk name="vda" {disk}/></disks></domainbackup>'
+    )
+    assert backup_conf.BackupDef.parse(document.format("x" * limit)).disks
+    for longer in ("x" * (limit + 1), "x" * (limit - 1) + "é"):
+        with pytest.raises(errors.Error, match=f"of disk 'vda' is longer than {limit} bytes"):
+            backup_conf.BackupDef.parse(document.format(longer))
+
+
+def test_an_address_without_a_port_is_one_that_picks_it() -> None:
+    bare = backup_conf.IpAddress("h")
+    read = backup_conf.BackupDef.parse(backup_conf.BackupDef(bare).format()).address
+    assert read == backup_conf.IpAddress("h", autoport=True)
+    assert bare.picks_port
+    assert not backup_conf.IpAddress("h", 1).picks_port
+    assert backup_conf.IpAddress("h", 1, autoport=True).picks_port
+    assert backup_conf.IpAddress("h", 1).endpoint == ("h", 1)
+
+
+@pytest.mark.parametrize(
+    ("branch", "advance", "fork", "advances"),
+    [
+        (None, None, None, None),
+        ("b", None, None, "b"),
+        ("b", True, None, "b"),
+        ("b", False, None, None),
+        ("b", None, "c", "c"),
+        ("b", False, "c", "c"),
+    ],
+)
+def test_which_branch_advances(
+    branch: str | None, advance: bool | None, fork: str | None, advances: str | None
+) -> None:
+    address = backup_conf.UnixAddress("/x")
+    definition = backup_conf.BackupDef(address, branch=branch, advance=advance, fork=fork)
+    assert definition.advances == advances
+
+
+@pytest.mark.parametrize(("reason", "sound"), [(None, True), ("why", False)])
+def test_what_has_no_reason_against_it_is_sound(reason: str | None, sound: bool) -> None:
+    assert backup_conf.BranchDisk("vda", 1, 1, True, reason, None).sound == sound
+
+
+@pytest.mark.parametrize(
+    ("branch", "text"),
+    [
+        ("", "branch name '': expected a name without '/'"),
+        ("a/b", "branch name 'a/b': expected a name without '/'"),
+        ("virtbackup-", "branch name 'virtbackup-' begins with 'virtbackup-', which is reserved"),
+        ("x" * 1024, "branch name is longer than 1023 bytes"),
+        ("é" * 512, "branch name is longer than 1023 bytes"),
+        ("x" * 1023, None),
+        ("not virtbackup-", None),
+        ("\ud800", None),
+    ],
+)
+def test_branch_names(branch: str, text: str | None) -> None:
+    if text is None:
+        backup_conf.check_branch_name(branch)
+        return
+    with pytest.raises(errors.Error) as caught:
+        backup_conf.check_branch_name(branch)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+    assert caught.value.get_error_domain() == libvirt.VIR_FROM_DOMAIN
+    assert caught.value.get_str2() == text
 
 
 def test_a_large_document_is_refused_unread() -> None:
@@ -86,6 +163,18 @@ def test_text_that_no_xml_can_hold(document: str) -> None:
 )  # fmt: skip
 def test_sizes_as_people_write_them(text: str, size: int) -> None:
     assert storage_conf.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0"), (1, "1"), (1000, "1000"), (1024, "1KiB"), (65536, "64KiB"), (1025, "1025"),
+        (1 << 20, "1MiB"), ((1 << 20) + 1024, "1025KiB"), (3 << 30, "3GiB"), (1 << 40, "1TiB"),
+        (1 << 50, "1024TiB"),
+    ],
+)  # fmt: skip
+def test_sizes_as_documents_have_them(size: int, text: str) -> None:
+    assert storage_conf.format_size(size) == text
 
 
 @given(st.integers(0, 1 << 50))
@@ -117,12 +206,22 @@ _disks = st.builds(
     granularity=st.none() | st.integers(9, 31).map(lambda bits: 1 << bits),
     exportname=st.none() | _names,
     reason=st.none() | _names,
+) | st.builds(
+    backup_conf.BackupDiskDef,
+    name=_names,
+    type=st.sampled_from(["incremental", "auto"]),
+    exportbitmap=st.none() | _names,
 )
 _definitions = st.builds(
     backup_conf.BackupDef,
     address=_addresses,
     disks=st.lists(_disks, max_size=5).map(tuple),
-    branch=st.none() | _names,
+    branch=_names,
+    advance=_yes_or_no,
+) | st.builds(
+    backup_conf.BackupDef,
+    address=_addresses,
+    disks=st.lists(_disks, max_size=5).map(tuple),
 )
 
 
@@ -163,7 +262,3 @@ def test_the_two_schema_engines_agree(pieces: list[str]) -> None:
     root: Any = xml.parse(f"<domainbackup>{''.join(pieces)}</domainbackup>", "domainbackup")
     schema = xmlschema.XMLSchema10(xml._text(backup_conf.SCHEMA))
     assert schema.is_valid(root) == xml.is_valid(root, backup_conf.SCHEMA)
-
-
-def test_domain_round_trip() -> None:
-    assert domain_conf.DomainDef.parse(DOMAIN.format()) == DOMAIN

@@ -102,16 +102,24 @@ def test_a_node_without_a_drive_is_refused_where_only_drives_are_known() -> None
 
 
 def test_an_export_name_is_refused_where_there_is_none() -> None:
-    disks = (test_plan.disk("drive-b", exportname="mine"),)
+    left_out = tuple(test_plan.disk(name, present=False) for name in ("sdc", "vda", "F"))
     for age in older.AGES:
         caps = capabilities_of(age)
-        if caps.export_names:
-            test_plan.plan(test_plan.state(), caps, disks=disks)
-        else:
-            with pytest.raises(
-                errors.Error, match=r"disk '.*': QEMU 2.5.0 (cannot give|backs up)|is no"
-            ):
-                test_plan.plan(test_plan.state(), caps, disks=disks)
+        for exportname in ("mine", "drive-b", None):
+            disks = (test_plan.disk("drive-b", exportname=exportname), *left_out)
+            if not caps.export_names and exportname == "mine":
+                with pytest.raises(errors.Error) as refusal:
+                    test_plan.plan(test_plan.state(), caps, disks=disks)
+                assert refusal.value.get_str2() == (
+                    "disk 'drive-b': QEMU 2.5.0 cannot give an export a name of its own"
+                )
+                continue
+            planned = test_plan.plan(test_plan.state(), caps, disks=disks)
+            [one] = planned.disks
+            names = {disk.exportname for disk in planned.definition.disks if disk.present}
+            scratch = dialect.Dialect(caps).name(one.scratch)
+            expected = exportname or "drive-b" if caps.export_names else scratch
+            assert names == {one.exportname} == {expected}
 
 
 def test_a_branch_is_refused_where_no_bitmap_can_be_exported() -> None:

@@ -45,6 +45,7 @@ def by_grain(marks: list[extents.Kind], grain: int) -> list[extents.Kind]:
 
 
 def assert_adjoining(known: list[extents.Extent], size: int) -> None:
+    assert all(extent.length > 0 for extent in known)
     assert [extent.offset for extent in known] == [0, *(extent.end for extent in known)][:-1]
     assert (known[-1].end if known else 0) == size
 
@@ -145,6 +146,10 @@ def test_align_is_the_highest_kind_of_each_grain(pairs: list[tuple[int, extents.
     assert all(extent.offset % GRAIN == 0 for extent in aligned)
 
 
+def test_nothing_is_aligned_to_nothing() -> None:
+    assert list(extents.align([], GRAIN)) == []
+
+
 @given(runs, st.integers(0, 200))
 def test_clip_keeps_what_is_before(pairs: list[tuple[int, extents.Kind]], size: int) -> None:
     known = adjoining(pairs)
@@ -182,6 +187,7 @@ def ask_all(
         certain = allocation.receive(offset, entries)
         found += certain
         assert all(e.end % GRAIN == 0 or allocation.complete for e in certain)
+        assert all(e.length > 0 for e in certain)
     return found
 
 
@@ -254,6 +260,22 @@ def test_the_step_grows_on_short_answers_and_shrinks_on_long_ones() -> None:
         offset, _ = allocation.next_request()
         allocation.receive(offset, [4096, 0, 4096, 3] * 4096)
     assert allocation.next_request()[1] == extents.Allocation.LEAST_STEP
+
+
+@pytest.mark.parametrize(
+    ("count", "step"),
+    [(1, 128 << 20), (64, 128 << 20), (65, 64 << 20), (2047, 64 << 20), (2048, 32 << 20)],
+)
+@pytest.mark.parametrize("before", [0, 1])
+def test_by_which_answers_the_step_changes(before: int, count: int, step: int) -> None:
+    """Whatever answer came before: one that ends at a grain leaves nothing to the next."""
+    flags = itertools.cycle([0, 3])
+    allocation = extents.Allocation(1 << 50, 4096)
+    for extents_said in [65] * before + [count]:
+        entries = [number for _ in range(extents_said) for number in (4096, next(flags))]
+        allocation.receive(allocation.offset, entries)
+    assert allocation.next_request() == ((65 * before + count) * 4096, step)
+    assert type(allocation.next_request()[1]) is int
 
 
 def test_an_empty_export_needs_no_question() -> None:

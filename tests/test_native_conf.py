@@ -47,9 +47,29 @@ def test_refused_by_the_domain(case: pathlib.Path) -> None:
 
 
 def test_a_domain_without_disks() -> None:
-    with pytest.raises(errors.Error, match="at least one disk") as caught:
+    with pytest.raises(errors.Error) as caught:
         native_conf.BackupDef().align_disks(domain_conf.DomainDef("vm", "u", 1))
     assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+    assert caught.value.get_str2() == "domain must have at least one disk to perform backup"
+
+
+@pytest.mark.parametrize(
+    ("inside", "what", "limit"),
+    [
+        ("<incremental>{}</incremental>", "checkpoint name", 1023),
+        ("<server transport='unix' socket='/{}'/>", "socket path", 106),
+        ("<disks><disk name='vda' incremental='{}'/></disks>", "incremental of disk 'vda'", 1023),
+        ("<disks><disk name='vda' exportname='{}'/></disks>", "exportname of disk 'vda'", 4096),
+        ("<disks><disk name='vda' exportbitmap='{}'/></disks>", "exportbitmap of disk 'vda'", 1023),
+    ],
+)
+def test_the_longest_names(inside: str, what: str, limit: int) -> None:
+    document = f"<domainbackup mode='pull'>{inside}</domainbackup>"
+    longest = native_conf.BackupDef.parse(document.format("x" * limit))
+    assert native_conf.BackupDef.parse(longest.format()) == longest
+    for longer in ("x" * (limit + 1), "x" * (limit - 1) + "é"):
+        with pytest.raises(errors.Error, match=f"{what} is longer than [0-9]+ bytes"):
+            native_conf.BackupDef.parse(document.format(longer))
 
 
 # --- any document ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 import struct
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import record_conversations, test_block
+from tests import datacases, record_conversations, test_block
 from virtbackup import errors
 from virtbackup.conf import backup_conf, domain_conf, storage_conf, virtbackup_conf
 from virtbackup.qemu import (
@@ -61,6 +62,14 @@ def plan(asked: backup.BlockState, caps: Any = CAPS, **changes: Any) -> backup.B
     return backup.plan(definition(asked, **changes), asked, caps, ID, "/scratch")
 
 
+def refusal(asked: backup.BlockState, caps: Any = CAPS) -> str:
+    """Why this QEMU cannot do a backup of all disks now."""
+    with pytest.raises(errors.Error) as caught:
+        plan(asked, caps)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+    return str(caught.value.get_str2())
+
+
 def disk(name: str, **fields: Any) -> backup_conf.BackupDiskDef:
     return backup_conf.BackupDiskDef(name, **fields)
 
@@ -80,6 +89,73 @@ def test_all_disks_in_one_transaction() -> None:
         "auto-dismiss": False,
     }
     json.dumps(command.arguments)
+
+
+def test_everything_about_a_disk() -> None:
+    """The third of four: the number is the disk's among those that take part."""
+    planned = plan(state(), breaking(HYBRID))
+    assert planned.disks[2] == backup.DiskPlan(
+        target="vda",
+        node=naming.NodeName("A"),
+        source_name="A",
+        device="/machine/peripheral/vda",
+        size=4 << 20,
+        exportname="vda",
+        source=storage_conf.Source(dir="/scratch"),
+        scratch_file=naming.NodeName("virtbackup-0123abcd-2-file"),
+        scratch=naming.NodeName("virtbackup-0123abcd-2-scr"),
+        job=naming.JobId("virtbackup-0123abcd-2"),
+        filter=naming.NodeName("virtbackup-0123abcd-2-flt"),
+        access=naming.NodeName("virtbackup-0123abcd-2-acc"),
+        breaks_snapshot=True,
+        export=naming.ExportId("virtbackup-0123abcd-2"),
+        opaque="virtbackup-0123abcd-2",
+    )
+    assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
+
+
+def test_the_engine_is_the_safest_or_the_one_that_is_wanted() -> None:
+    asked = state()
+    engines: list[tuple[Any, capabilities.Engine | None, str]] = [
+        (CAPS, None, "classic"),
+        (CAPS, "classic", "classic"),
+        (HYBRID, None, "hybrid"),
+        (HYBRID, "hybrid", "hybrid"),
+        (HYBRID, "classic", "classic"),
+    ]
+    for caps, wanted, engine in engines:
+        planned = backup.plan(definition(asked), asked, caps, ID, "/scratch", wanted)
+        assert planned.engine == engine
+        assert (planned.disks[0].access is not None) == (engine == "hybrid")
+    with pytest.raises(errors.Error, match=r"the hybrid engine is not for QEMU 7\.2\.22"):
+        backup.plan(definition(asked), asked, CAPS, ID, "/scratch", "hybrid")
+
+
+def test_the_socket_that_listens_is_passed_along() -> None:
+    assert [command.fds for command in plan(state()).server_commands(7)] == [(7,), ()]
+
+
+def test_where_it_listens_is_told_later() -> None:
+    planned = plan(state())
+    picked = backup_conf.IpAddress("h", 7)
+    told = planned.listening_on(picked)
+    assert told.address == told.definition.address == picked
+    assert told.listening_on(planned.address) == planned
+
+
+@pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
+def test_a_disk_larger_than_a_scratch_image_can_be_is_refused(size: int, fits: bool) -> None:
+    medium = block.Medium(naming.NodeName("n"), "raw", "/n", size, False)
+    asked = state(disks=(block.Disk("vda", medium, None),))
+    if fits:
+        assert plan(asked).disks[0].size == size
+        return
+    with pytest.raises(errors.Error) as caught:
+        plan(asked)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+    assert caught.value.get_str2() == (
+        f"disk 'vda' of {size} bytes is larger than a scratch image can be: {qcow2.MAX_SIZE} bytes"
+    )
 
 
 def test_the_live_xml_has_every_default() -> None:
@@ -131,12 +207,35 @@ def test_refused(changes: dict[str, Any], reason: str) -> None:
     assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
 
 
+def test_what_differs_is_not_refused() -> None:
+    sources = (storage_conf.Source(file="/s"), storage_conf.Source(file="/t"))
+    disks = (
+        disk("vda", source=sources[0], exportname="sdc"),
+        disk("sdc", source=sources[1], exportname="vda"),
+    )
+    planned = {one.target: one for one in plan(state(), disks=disks).disks}
+    assert (planned["vda"].source, planned["sdc"].source) == sources
+    assert (planned["vda"].exportname, planned["sdc"].exportname) == ("sdc", "vda")
+
+
 def test_a_disk_with_a_job_is_refused_by_name_unless_it_is_left_out() -> None:
     asked = state("mirror")
-    with pytest.raises(errors.Error, match=r"disk 'vda' already in .* 'mirror0' \(mirror\)"):
-        plan(asked)
+    assert refusal(asked) == "disk 'vda' already in active block job 'mirror0' (mirror)"
     planned = plan(asked, disks=(disk("vda", present=False),))
     assert "vda" not in {d.target for d in planned.disks}
+
+
+def test_a_job_that_only_the_graph_shows_is_one() -> None:
+    asked = state("mirror", jobs={})
+    assert refusal(asked) == "disk 'vda' already in active block job 'mirror0'"
+
+
+def test_without_a_graph_a_job_is_its_drives() -> None:
+    id = naming.JobId("drive-b")
+    jobs = {id: monitor_json.Job(id, "stream", "running", None)}
+    asked = state(graph=None, jobs=jobs)
+    assert refusal(asked) == "disk 'drive-b' already in active block job 'drive-b' (stream)"
+    assert plan(asked, disks=(disk("drive-b", present=False),))
 
 
 def test_a_job_filter_is_recognised_without_a_graph() -> None:
@@ -145,8 +244,8 @@ def test_a_job_filter_is_recognised_without_a_graph() -> None:
     assert vda.medium is not None
     filtered = dataclasses.replace(vda, medium=dataclasses.replace(vda.medium, driver="mirror_top"))
     disks = tuple(filtered if d is vda else d for d in asked.disks)
-    with pytest.raises(errors.Error, match="disk 'vda' already in active block job"):
-        plan(dataclasses.replace(asked, disks=disks))
+    filtered_state = dataclasses.replace(asked, disks=disks)
+    assert refusal(filtered_state) == "disk 'vda' already in active block job (mirror)"
 
 
 @pytest.mark.parametrize(
@@ -162,8 +261,10 @@ def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) ->
     if not dies:
         assert plan(asked, caps)
         return
-    with pytest.raises(errors.Error, match="disk 'sdc' runs in iothread 'io0'"):
-        plan(asked, caps)
+    assert refusal(asked, caps) == (
+        f"disk 'sdc' runs in iothread 'io0', which QEMU {capabilities.dotted(version)} would not"
+        f" survive: {capabilities.NBD_IOTHREAD_ABORT.evidence}"
+    )
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
@@ -177,9 +278,215 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     if not dies:
         assert plan(asked, caps)
         return
-    with pytest.raises(errors.Error, match="disk 'sdc' is a floppy or an SD card"):
-        plan(asked, caps)
+    assert refusal(asked, caps) == (
+        "disk 'sdc' is a floppy or an SD card, the backup of which QEMU"
+        f" {capabilities.dotted(version)} might not survive:"
+        f" {capabilities.SYNCHRONOUS_WRITER.evidence}"
+    )
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
+
+
+# --- branches: what is decided and sent is in plandata ---
+
+PLANNED = pathlib.Path(__file__).parent / "plandata"
+HYBRID = dataclasses.replace(CAPS, version=(8, 0, 0))
+OLDER = dataclasses.replace(CAPS, version=(7, 1, 0))
+
+
+def breaking(caps: capabilities.Capabilities) -> capabilities.Capabilities:
+    """Of a QEMU that can have the backup break instead of the guest's write."""
+    return dataclasses.replace(caps, features=caps.features | {"on-cbw-error"})
+
+
+POINT = naming.Point(naming.BackupId("00000001"), 1700000000, 4 << 20)
+
+
+def bitmap(name: str, **fields: Any) -> block.Bitmap:
+    usual = block.Bitmap(naming.BitmapName(name), 65536, 0, True, True, False, False)
+    return dataclasses.replace(usual, **fields)
+
+
+OWN = bitmap("b", count=131072)
+POINTED = bitmap(naming.point_bitmap("b", POINT), recording=False)
+MARKED = bitmap(naming.mark_bitmap("b"))
+SOUND = (OWN, POINTED, MARKED)
+
+
+def branched_state(
+    *bitmaps: block.Bitmap, base: tuple[block.Bitmap, ...] = ()
+) -> backup.BlockState:
+    """BITMAPS are those of disk vda's image, BASE those of its backing image."""
+    reply = test_block.recorded(VERSION, "rest", "query-named-block-nodes")
+    nodes = block.parse_named_nodes(reply)
+    for node, held in ((naming.NodeName("A"), bitmaps), (naming.NodeName("#block008"), base)):
+        nodes[node] = dataclasses.replace(nodes[node], bitmaps=held)
+    return state(nodes=nodes)
+
+
+def branched_plan(
+    asked: backup.BlockState,
+    target: str = "vda",
+    caps: Any = CAPS,
+    branch: str | None = "b",
+    fork: str | None = None,
+    **fields: Any,
+) -> backup.BackupPlan:
+    """The plan of a backup of one disk."""
+    others = {found.target for found in asked.disks if found.medium} - {target}
+    left_out = (disk(name, present=False) for name in sorted(others))
+    disks = (disk(target, **fields), *left_out)
+    return plan(asked, caps, disks=disks, branch=branch, fork=fork)
+
+
+BRANCHED: dict[str, tuple[backup.BlockState, dict[str, Any]]] = {
+    "first": (branched_state(), {}),
+    "first-hybrid": (branched_state(), {"caps": HYBRID}),
+    "first-that-breaks": (branched_state(), {"caps": breaking(HYBRID)}),
+    "first-that-may-not-break": (branched_state(), {"caps": breaking(CAPS)}),
+    "first-in-raw": (branched_state(), {"target": "sdc"}),
+    "first-with-granularity": (branched_state(), {"granularity": 4096}),
+    "full-again": (branched_state(*SOUND), {}),
+    "full-of-lost": (branched_state(POINTED, MARKED), {}),
+    "incremental": (branched_state(*SOUND), {"type": "incremental"}),
+    "incremental-hybrid": (branched_state(*SOUND), {"type": "incremental", "caps": HYBRID}),
+    "incremental-of-granularity": (
+        branched_state(bitmap("b", granularity=512), POINTED, MARKED),
+        {"type": "incremental", "granularity": 512},
+    ),
+    "incremental-without-a-mark": (branched_state(OWN, POINTED), {"type": "incremental"}),
+    "incremental-through-an-overlay": (
+        branched_state(OWN, base=SOUND),
+        {"type": "incremental"},
+    ),
+    "incremental-named": (
+        branched_state(*SOUND),
+        {"type": "incremental", "exportbitmap": "c"},
+    ),
+    "incremental-named-hybrid": (
+        branched_state(*SOUND),
+        {"type": "incremental", "exportbitmap": "c", "caps": HYBRID},
+    ),
+    "incremental-named-older": (
+        branched_state(*SOUND),
+        {"type": "incremental", "exportbitmap": "c", "caps": OLDER},
+    ),
+    "incremental-older": (branched_state(*SOUND), {"type": "incremental", "caps": OLDER}),
+    "auto-first": (branched_state(), {"type": "auto"}),
+    "auto-sound": (
+        branched_state(bitmap("b", granularity=512), POINTED, MARKED),
+        {"type": "auto"},
+    ),
+    "auto-lost": (branched_state(POINTED, MARKED), {"type": "auto", "granularity": 512}),
+    "forked": (branched_state(*SOUND), {"type": "incremental", "fork": "d"}),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_a_branch(name: str) -> None:
+    """What the disk is going to have, then what is sent up to its export."""
+    asked, how = BRANCHED[name]
+    planned = branched_plan(asked, **how)
+    [one] = planned.disks
+    [told] = [found for found in planned.definition.disks if found.present]
+    commands = [
+        planned.scratch_command(one, "/dev/fdset/0"),
+        planned.transaction(),
+        *planned.export_commands(one),
+    ]
+    decided = {
+        "engine": planned.engine,
+        "type": told.type,
+        "reason": told.reason,
+        "granularity": told.granularity,
+        "since": one.since and one.since.backup,
+    }
+    sent = [{"execute": sent.execute, "arguments": dict(sent.arguments)} for sent in commands]
+    text = "".join(f"{json.dumps(line)}\n" for line in [decided, *sent])
+    datacases.check(PLANNED / f"{name}.jsonl", text)
+
+
+GRAPH = {"x-debug-query-block-graph"}
+UNSUPPORTED = libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+BRANCHES_REFUSED: list[tuple[backup.BlockState, dict[str, Any], int, str]] = [
+    (
+        branched_state(OWN),
+        {},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda' has a bitmap 'b' that was made by somebody else: choose another name for the"
+        " branch",
+    ),
+    (
+        branched_state(*SOUND),
+        {"granularity": 512},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda': the bitmap of branch 'b' has granularity 65536, not 512",
+    ),
+    (
+        branched_state(bitmap("b", busy=True), POINTED, MARKED),
+        {},
+        libvirt.VIR_ERR_OPERATION_INVALID,
+        "disk 'vda': the bitmap 'b' is in use by somebody else",
+    ),
+    (
+        branched_state(),
+        {"type": "incremental"},
+        errors.CHECKPOINT_INCONSISTENT,
+        "branch 'b' has no sound point to be incremental from: disk 'vda': it has no good backup of"
+        " this branch yet",
+    ),
+    (
+        branched_state(*SOUND, bitmap("d")),
+        {"fork": "d"},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda' has a bitmap 'd' already: choose another name for the new branch",
+    ),
+    (
+        branched_state(*SOUND, bitmap(naming.point_bitmap("d", POINT))),
+        {"fork": "d"},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda' has a bitmap 'd' already: choose another name for the new branch",
+    ),
+    (
+        dataclasses.replace(branched_state(), graph=None),
+        {},
+        UNSUPPORTED,
+        "disk 'vda': QEMU does not tell which image the guest writes to",
+    ),
+    (
+        branched_state(),
+        {"caps": dataclasses.replace(CAPS, commands=frozenset(CAPS.commands - GRAPH))},
+        UNSUPPORTED,
+        "branch 'b': QEMU 7.2.22 cannot begin, end and export dirty bitmaps at one instant: full"
+        " backups only",
+    ),
+    (
+        branched_state(),
+        {"branch": None, "granularity": 512},
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        "disk 'vda': a bitmap needs a branch",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "how", "code", "text"), BRANCHES_REFUSED)
+def test_a_branch_is_refused(
+    asked: backup.BlockState, how: dict[str, Any], code: int, text: str
+) -> None:
+    with pytest.raises(errors.Error) as caught:
+        branched_plan(asked, **how)
+    assert (caught.value.get_error_code(), caught.value.get_str2()) == (code, text)
+
+
+def test_every_disk_without_a_sound_point_is_named() -> None:
+    disks = tuple(
+        disk(found.target, type="incremental") if found.target in ("vda", "sdc")
+        else disk(found.target, present=False)
+        for found in state().disks if found.medium
+    )  # fmt: skip
+    with pytest.raises(errors.Error) as caught:
+        plan(branched_state(), disks=disks, branch="b")
+    why = "it has no good backup of this branch yet"
+    assert str(caught.value).endswith(f"from: disk 'sdc': {why}; disk 'vda': {why}")
 
 
 X509 = virtbackup_conf.X509("/tls", verify=True, client_directory="/client")
@@ -285,6 +592,35 @@ def test_what_qemu_shows_of_us() -> None:
     assert state(jobs={job: running}).backups() == {ID}
     assert state(jobs={job: running}).running_jobs() == (job,)
     assert state(jobs={job: ended}).running_jobs() == ()
+    theirs = naming.JobId("mirror0")
+    assert state(jobs={theirs: dataclasses.replace(running, id=theirs)}).running_jobs() == ()
+
+
+def test_an_export_or_a_node_shows_a_backup() -> None:
+    export, scratch = naming.export(ID, 0), naming.scratch_node(ID, 0)
+    shown = monitor_json.Export(export, "nbd", scratch, False)
+    assert state(exports={export: shown}).backups() == {ID}
+    assert state(graph=block.Graph({("block-driver", scratch): frozenset()})).backups() == {ID}
+    nodes = {scratch: block.Medium(scratch, "qcow2", "/s", 1, False)}
+    assert state(graph=None, nodes=nodes).backups() == {ID}
+
+
+@pytest.mark.parametrize(("readonly", "traces"), [(False, {ID}), (True, set())])
+def test_a_bitmap_in_an_image_that_is_written_to_is_a_trace(
+    readonly: bool, traces: set[naming.BackupId]
+) -> None:
+    left = (bitmap("b"), bitmap(naming.next_bitmap(ID, 0, "b")))
+    node = naming.NodeName("n")
+    medium = block.Medium(node, "qcow2", "/n", 1, readonly, left, True)
+    for asked in (
+        state(nodes={node: medium}),
+        state(disks=(block.Disk("vda", medium, None), block.Disk("empty", None, None))),
+    ):
+        assert asked.traces() == traces
+        assert asked.backups() == frozenset()
+    job = naming.backup_job(naming.BackupId("00000001"), 0)
+    running = {job: monitor_json.Job(job, "backup", "running", None)}
+    assert state(nodes={node: medium}, jobs=running).traces() == traces | {"00000001"}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,12 @@ DOCUMENT = """<domain type='kvm' id='3'>
       <auth username='a'/>
       <source protocol='rbd' name='p/i'><host name='h'/><encryption format='luks'/></source>
       <backingStore type='file'><format type='raw'/><source file='/b'/></backingStore>
+
       <target dev='vda' bus='virtio'/>
       <mirror type='file'/>
+      <encryption format='luks'/>
+      <iotune/>
+      <capacity unit='bytes'>1</capacity>
     </disk>
     <disk type='file' device='cdrom'>
       <target dev='sr0'/>
@@ -39,6 +43,7 @@ def test_a_file() -> None:
       <driver name="qemu" type="raw" cache="none"/>
       <source file="/n&lt;w"/>
       <target dev="vda" bus="virtio"/>
+      <iotune/>
     </disk>
 """
         in made
@@ -53,6 +58,11 @@ def test_a_file() -> None:
         ("nbds://h", '<source protocol="nbd" tls="yes"><host name="h" port="10809"/></source>'),
         ("nbd+unix:///?socket=/s%3f",
          '<source protocol="nbd"><host transport="unix" socket="/s?"/></source>'),
+        ("nbds+unix:///e?socket=/s&socket=/t",
+         '<source protocol="nbd" name="e" tls="yes"><host transport="unix" socket="/s"/></source>'),
+        ("nbd:////e/",
+         '<source protocol="nbd" name="/e/"><host name="localhost" port="10809"/></source>'),
+        ("nbd://[::1]:8", '<source protocol="nbd"><host name="::1" port="8"/></source>'),
     ],
 )  # fmt: skip
 def test_a_server(place: str, source: str) -> None:
@@ -65,11 +75,35 @@ def test_a_server(place: str, source: str) -> None:
     assert etree.tostring(found).decode().replace("\n", "").replace("  ", "").strip() == source
 
 
+def test_a_disk_that_says_no_format_yet() -> None:
+    media = {"vdb": redefine.Medium("file", "/y", "qcow2")}
+    made, left = redefine.redefine(DOCUMENT, media)
+    assert left == ["vda"]
+    disk = etree.fromstring(made).findall("devices/disk")[2]
+    assert [(child.tag, dict(child.attrib)) for child in disk] == [
+        ("driver", {"name": "qemu", "type": "qcow2"}),
+        ("source", {"file": "/y"}),
+        ("target", {"dev": "vdb"}),
+    ]
+
+
+def test_what_is_elsewhere_already_is_left() -> None:
+    """A disk with a medium whose target nobody can name is left, too."""
+    document = "<domain><devices><disk><source file='/a'/>{}</disk></devices></domain>"
+    for target in ("", "<target/>"):
+        made, left = redefine.redefine(document.format(target), {})
+        assert left == [""]
+        assert '<source file="/a"/>' in made
+
+
 def test_a_device_and_what_is_refused() -> None:
     media = {"vdb": redefine.Medium("block", "/dev/y", "raw")}
     assert '<source dev="/dev/y"/>' in redefine.redefine(DOCUMENT, media)[0]
-    with pytest.raises(virtbackup.Error, match="the domain has no disk 'vdz'"):
-        redefine.redefine(DOCUMENT, {"vdz": media["vdb"]})
+    with pytest.raises(virtbackup.Error) as caught:
+        redefine.redefine(DOCUMENT, dict.fromkeys(["vdz", "vdb", "vdy"], media["vdb"]))
+    assert str(caught.value) == (
+        "XML error: the domain has no disk 'vdy' (line 1, element <domain>)"
+    )
     with pytest.raises(virtbackup.Error, match="characters that XML cannot carry"):
         redefine.redefine(DOCUMENT, {"vdb": redefine.Medium("file", "/\x01", "raw")})
     with pytest.raises(virtbackup.Error, match="XML error"):

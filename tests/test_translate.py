@@ -45,6 +45,37 @@ def test_to_proposal(case: pathlib.Path) -> None:
     _check(case, "proposal")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in datacases.inputs("translatedata/to-proposal")
+        if not case.stem.startswith("alone-")
+    ],
+    ids=name,
+)
+def test_what_is_read_is_what_is_translated(case: pathlib.Path) -> None:
+    document = case.read_text()
+    try:
+        translated = translate.translate(document, "proposal", _domain)
+    except errors.Error as failure:
+        with pytest.raises(errors.Error) as caught:
+            translate.read(document, _domain)
+        assert refusal(caught.value) == refusal(failure)
+    else:
+        assert translate.read(document, _domain).format() == translated
+
+
+def test_an_address_that_cannot_be_said_is_told_by_its_line() -> None:
+    document = "<domainbackup mode='pull'>\n<server transport='fd' fdgroup='g'/>\n</domainbackup>"
+    with pytest.raises(errors.Error) as caught:
+        translate.address(document)
+    assert str(caught.value) == (
+        "unsupported configuration: <server transport='fd'> cannot be said in the proposal"
+        " (line 2, element <server>)"
+    )
+
+
 @pytest.mark.parametrize("case", datacases.inputs("translatedata/mixed"), ids=name)
 def test_a_document_in_both_dialects(case: pathlib.Path) -> None:
     with pytest.raises(errors.Error) as caught:

@@ -61,6 +61,25 @@ def test_the_last_file_decides() -> None:
             "/0.conf:1: expected an absolute path for 'backup_tls_psk_dir",
         ),
         ("[tls]", "/0.conf:1: expected NAME = VALUE, with a text in quotes"),
+        ("uris = ''", "/0.conf:1: expected a list of texts in brackets for 'uris'"),
+        ("uris = a", "/0.conf:1: expected a list of texts in brackets for 'uris'"),
+        ("uris = [a]", "/0.conf:1: expected NAME = VALUE, with a text in quotes"),
+        ("uris = ['a' 'b']", "/0.conf:1: expected NAME = VALUE, with a text in quotes"),
+        ("uris = ['a',, 'b']", "/0.conf:1: expected NAME = VALUE, with a text in quotes"),
+        ("\nuris = ['a',\n'b'\n", "/0.conf:2: expected NAME = VALUE, with a text in quotes"),
+        ("uris = [\n'a'\n] b", "/0.conf:1: expected NAME = VALUE, with a text in quotes"),
+        ("uris = [\n]\nuris", "/0.conf:3: expected NAME = VALUE, with a text in quotes"),
+        ("max_clients = 0", "/0.conf:1: expected at least 1 for 'max_clients'"),
+        ("max_client_requests = 0", "/0.conf:1: expected at least 1 for 'max_client_requests'"),
+        ("max_workers = 00", "/0.conf:1: expected at least 1 for 'max_workers'"),
+        ("keepalive_count = 0", "/0.conf:1: expected at least 1 for 'keepalive_count'"),
+        ("max_clients = 1234567890", "/0.conf:1: expected a number for 'max_clients'"),
+        ("max_clients = \u0661", "/0.conf:1: expected a number for 'max_clients'"),
+        ("max_clients = '5'", "/0.conf:1: expected a number for 'max_clients'"),
+        ("max_clients = many", "/0.conf:1: expected a number for 'max_clients'"),
+        ("max_clients = ['5']", "/0.conf:1: expected a number for 'max_clients'"),
+        ("unix_sock_group = ['a']", "/0.conf:1: expected a text in quotes for 'unix_sock_group'"),
+        ("insecure = ['yes']", "/0.conf:1: expected yes or no for 'insecure'"),
     ],
 )
 def test_what_is_refused(text: str, message: str) -> None:
@@ -68,6 +87,53 @@ def test_what_is_refused(text: str, message: str) -> None:
         parse(text)
     assert str(caught.value).startswith(f"configuration file syntax error: {message}")
     assert caught.value.get_error_code() == libvirt.VIR_ERR_CONF_SYNTAX
+
+
+@pytest.mark.parametrize(
+    ("text", "uris"),
+    [
+        ("uris = []", ()),
+        ("uris = [ ]", ()),
+        ("uris = 'a'", ("a",)),
+        ("uris=['a']", ("a",)),
+        ("uris = ['a', \"b\"]  # both", ("a", "b")),
+        ("uris = ['a' , 'b' ,]", ("a", "b")),
+        ("uris = ['[::1]', '#', \"'\", '\"', '']", ("[::1]", "#", "'", '"', "")),
+        ("uris = [\n'a',\n\n  'b'  # the second\n]", ("a", "b")),
+        ("uris = [ # none\n]\n", ()),
+        ("uris = ['a',\n'b']\ninsecure = yes", ("a", "b")),
+    ],
+)
+def test_lists(text: str, uris: tuple[str, ...]) -> None:
+    assert parse(text).uris == uris
+
+
+def test_no_list_is_not_an_empty_one() -> None:
+    assert parse().access is None
+    assert parse("access = []").access == ()
+    assert parse("access = ['read *', 'backup *']").access == ("read *", "backup *")
+
+
+def test_numbers() -> None:
+    found = parse("max_clients = 999999999\nmax_workers = 1\nkeepalive_interval = 0")
+    assert (found.max_clients, found.max_workers, found.keepalive_interval) == (999999999, 1, 0)
+
+
+def test_where_a_setting_is_said() -> None:
+    """A list at its beginning, what several say at the last one's."""
+    found = parse("\ninsecure = yes\nuris = [\n'a'\n]\nmax_clients = 7", "\n\nmax_clients = 8")
+    assert found.places == {
+        "insecure": "/0.conf:2",
+        "uris": "/0.conf:3",
+        "max_clients": "/1.conf:3",
+    }
+    assert str(found.wrong("max_clients", "too many")) == (
+        "configuration file syntax error: /1.conf:3: max_clients: too many"
+    )
+    unsaid = found.wrong("listen", "nowhere")
+    assert str(unsaid) == "configuration file syntax error: listen: nowhere"
+    assert unsaid.get_error_code() == libvirt.VIR_ERR_CONF_SYNTAX
+    assert unsaid.get_error_domain() == libvirt.VIR_FROM_CONF
 
 
 @given(st.text(st.sampled_from("backup_tls_psk_dir=\"'#/ \n1yesno") | st.characters(), max_size=60))
@@ -91,6 +157,7 @@ def test_credentials() -> None:
     assert psk == virtbackup_conf.Psk("/a/", "qemu")
     assert isinstance(psk, virtbackup_conf.Psk)
     assert psk.file == "/a/keys.psk"
+    assert virtbackup_conf.Psk("/X", "me").file == "/X/keys.psk"
 
 
 def test_credentials_that_are_not_there() -> None:
@@ -105,8 +172,14 @@ def test_credentials_that_are_not_there() -> None:
 
 
 def test_one_way_alone() -> None:
-    with pytest.raises(errors.Error, match="are mutually exclusive"):
-        parse('backup_tls_x509_cert_dir = "/a"', 'backup_tls_psk_dir = "/b"').credentials()
+    both = {"/f": 'backup_tls_x509_cert_dir = "/a"\nbackup_tls_psk_dir = "/b"'}
+    with pytest.raises(errors.Error) as caught:
+        virtbackup_conf.Settings.parse(both, both).credentials()
+    assert str(caught.value) == (
+        "unsupported configuration: backup_tls_x509_cert_dir and backup_tls_psk_dir are mutually"
+        " exclusive, and both are set in '/f'"
+    )
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
 
 
 # --- files ----------------------------------------------------------------------------------------

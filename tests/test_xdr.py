@@ -62,10 +62,34 @@ def test_void_is_no_bytes() -> None:
     assert xdr.encode(None) == b""
 
 
+PARTS = [
+    (0, "a", "int"), (4, "b", "unsigned int"), (8, "c", "hyper"), (16, "d", "unsigned hyper"),
+    (24, "e", "double"), (32, "f", "char"), (36, "g", "unsigned char"), (40, "h", "short"),
+    (44, "i", "unsigned short"), (48, "j", "length"), (52, "k", "length"), (56, "k", "string"),
+    (60, "l", "opaque"), (64, "m", "length"), (68, "m", "chars"), (76, "n", "chars"),
+    (84, "o", "length"), (88, "p", "length"), (92, "p", "short"), (96, "q", "length"),
+    (100, "q", "an array of 2"), (108, "r", "int"), (112, "r", "length"), (116, "r", "string"),
+]  # fmt: skip
+"""Where what begins in BYTES, and what it is called."""
+
+
 @pytest.mark.parametrize("size", range(len(BYTES)))
 def test_cut_short(size: int) -> None:
-    with pytest.raises(xdr.CodecError, match=r"^Everything\.[a-r]\S*: .*(ends within|is no)"):
+    _, field, name = max(part for part in PARTS if part[0] <= size)
+    with pytest.raises(xdr.CodecError) as caught:
         xdr.decode(Everything, BYTES[:size])
+    assert str(caught.value) == f"Everything.{field}: the data ends within {name}"
+
+
+def test_the_fewest_bytes_that_a_value_takes() -> None:
+    codec = xdr.codec_of(Everything)
+    assert isinstance(codec, xdr.Struct)
+    fewest = {name: inner.least for name, inner in codec.fields}
+    longer = {"c": 8, "d": 8, "e": 8, "n": 8, "r": 8}
+    assert fewest == dict.fromkeys("abcdefghijklmnopqr", 4) | longer
+    assert codec.least == sum(fewest.values())
+    assert xdr.codec_of(Everything) is codec
+    assert [xdr.Opaque(size).least for size in (0, 1, 4, 5, 16)] == [0, 4, 4, 8, 16]
 
 
 @pytest.mark.parametrize("kind", rpc_values.STRUCTS, ids=lambda kind: kind.__name__)
@@ -133,6 +157,21 @@ def test_what_does_not_fit_is_not_sent(value: Everything, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        _changed(a=-(1 << 31), b=0, c=-(1 << 63), d=0, f=-128, g=0, h=-32768, i=0, j=False),
+        _changed(a=(1 << 31) - 1, b=(1 << 32) - 1, c=(1 << 63) - 1, d=(1 << 64) - 1),
+        _changed(f=127, g=255, h=32767, i=65535, j=True),
+        _changed(k="aéé", m=b"\x7f\x80\xff\0", q=(1, 2, 65535), r=xdr.Arm(1, -1)),
+        _changed(k="", m=b"", o=-32768, p=32767, q=()),
+        _changed(k="\udcff"),
+    ],
+)
+def test_what_just_fits(value: Everything) -> None:
+    assert xdr.decode(Everything, xdr.encode(value)) == value
+
+
+@pytest.mark.parametrize(
     ("offset", "word", "text"),
     [
         (32, 128, "f: 128 is no char"),
@@ -168,6 +207,10 @@ def test_a_c_peers_chars_may_have_no_sign() -> None:
 def test_what_padding_holds_does_not_matter() -> None:
     data = BYTES[:59] + b"\xff" + BYTES[60:]
     assert xdr.decode(Everything, data) == VALUE
+
+
+def test_without_a_path_there_is_the_reason_alone() -> None:
+    assert str(xdr.CodecError("why")) == "why"
 
 
 def test_the_path_leads_to_the_field() -> None:
@@ -237,6 +280,7 @@ def test_a_count_that_cannot_be_is_refused_before_the_first_element() -> None:
 
 
 def test_a_type_without_a_declaration_is_our_mistake() -> None:
-    for hint in (int, str | None, Annotated[int, "x"], dict[str, int], int | str):
+    hints = (int, str | None, Annotated[int, "x"], dict[str, int], int | str, xdr.Int | str)
+    for hint in hints:
         with pytest.raises(TypeError, match="how it travels"):
             xdr.codec_of(hint)

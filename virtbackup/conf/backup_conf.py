@@ -351,9 +351,8 @@ def _refuse_address(address: etree._Element) -> None:
         )
     if kind == "ip" and port is not None and not _is_port(port):
         raise _bad_port(port, address)
-    for name in ("tls", "autoport"):
-        if address.get(name) not in (None, "yes", "no"):
-            return  # the schema says it
+    if address.get("autoport") not in (None, "yes", "no"):
+        return  # the schema says it
     _parse_address(address)
 
 

@@ -81,10 +81,11 @@ def _parse_disk(element: etree._Element) -> DiskDef:
     source, driver, target, capacity, alias = (
         element.find(name) for name in ("source", "driver", "target", "capacity", "alias")
     )
-    if target is None or not target.get("dev"):
+    name = None if target is None else target.get("dev")
+    if not name:
         raise xml.xml_error("missing target dev of a disk", element)
     return DiskDef(
-        target=target.get("dev", ""),
+        target=name,
         device=element.get("device", "disk"),
         type=kind,
         source=None if source is None else _medium(source, kind),

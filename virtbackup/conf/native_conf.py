@@ -215,7 +215,7 @@ class BackupDef:
             return BackupDiskDef(disk.name, backup=False)
         checkpoint = disk.incremental or self.incremental
         if disk.backupmode == "full" or (checkpoint is None and disk.backupmode is None):
-            return dataclasses.replace(disk, backup=True, backupmode="full", incremental=None)
+            return dataclasses.replace(disk, backup=True, backupmode="full")
         if checkpoint is None:
             raise _unsupported(
                 f"'incremental' backup mode of disk '{disk.name}' requires setting 'incremental'"
@@ -297,17 +297,17 @@ def _refuse_port(server: etree._Element) -> None:
 
 def _parse_server(element: etree._Element) -> Server:
     tls = _yes(element.get("tls"))
-    match element.get("transport", "tcp"):
+    match element.get("transport"):
         case "unix":
-            socket = element.get("socket", "")
+            socket = str(element.get("socket"))
             if len(socket.encode()) > backup_conf.MAX_SUN_PATH:
                 detail = f"socket path is longer than {backup_conf.MAX_SUN_PATH} bytes"
                 raise xml.xml_error(detail, element)
             return UnixServer(socket, tls)
         case "fd":
-            return FdServer(element.get("fdgroup", ""), tls)
+            return FdServer(str(element.get("fdgroup")), tls)
         case _:
-            name = backup_conf.unbracketed(element.get("name", ""))
+            name = backup_conf.unbracketed(str(element.get("name")))
             return TcpServer(name, int(element.get("port", "0")) or None, tls)
 
 
@@ -326,7 +326,7 @@ def _bounded(element: etree._Element, what: str, text: str, limit: int) -> str:
 
 
 def _parse_disk(element: etree._Element, mode: Mode) -> BackupDiskDef:
-    name = element.get("name", "")
+    name = str(element.get("name"))
     limits = {
         "incremental": backup_conf.MAX_BITMAP_NAME,
         "exportname": backup_conf.MAX_EXPORT_NAME,
@@ -362,7 +362,7 @@ def _parse_driver(disk: etree._Element, mode: Mode) -> str | None:
     element = disk.find("driver")
     if element is None:
         return None
-    format = element.get("type", "")
+    format = str(element.get("type"))
     if mode == "pull" and format != "qcow2":
         name = disk.get("name")
         raise _unsupported(f"pull mode backup for disk '{name}' requires qcow2 driver", element)

@@ -282,9 +282,7 @@ def _to_proposal(definition: native_conf.BackupDef, domain: Domain | None) -> ba
     branch = _branch(aligned, paths)
     proposal = backup_conf.BackupDef(
         address=address,
-        disks=tuple(
-            _proposal_disk(disk, branch, paths.get(disk.name, ".")) for disk in aligned.disks
-        ),
+        disks=tuple(_proposal_disk(disk, branch, paths) for disk in aligned.disks),
         branch=branch,
     )
     proposal.align_disks(found)  # the proposal refuses more, as disks that are read-only
@@ -343,16 +341,16 @@ def _branch(aligned: native_conf.BackupDef, paths: dict[str, str]) -> str | None
 
 
 def _proposal_disk(
-    disk: native_conf.BackupDiskDef, branch: str | None, path: str
+    disk: native_conf.BackupDiskDef, branch: str | None, paths: dict[str, str]
 ) -> backup_conf.BackupDiskDef:
-    """One disk of a backup that was aligned."""
+    """One disk of a backup that was aligned; PATHS as for ``_branch``."""
     if not disk.backup:
         return backup_conf.BackupDiskDef(disk.name, present=False)
     if disk.exportbitmap is not None and disk.incremental is None:
         raise _Unsayable(
             f"disk '{disk.name}': exportbitmap='{disk.exportbitmap}' cannot be said in the"
             " proposal: the backup of the disk is full",
-            path,
+            paths[disk.name],
         )
     bitmap = None
     if disk.incremental is not None:

@@ -72,10 +72,14 @@ def parse(document: str, root: str) -> etree._Element:
 
 
 def embedded(document: str, root: str) -> etree._Element:
-    """The root element of DOCUMENT, to be put into another one. Errors: as ``parse``."""
+    """The root element of DOCUMENT, to be put into another one, by whose depth ``indented`` then
+    lays it out. Errors: as ``parse``."""
     element = parse(document, root)
-    etree.indent(element, level=1)
-    element.tail = "\n"
+    for each in element.iter():
+        if len(each) and not (each.text or "").strip():
+            each.text = None
+        if not (each.tail or "").strip():
+            each.tail = None
     return element
 
 

@@ -282,11 +282,12 @@ def plan(
         medium = found[wanted.name].medium
         assert medium is not None
         _check_disk(wanted, found[wanted.name], medium, state, caps)
+        assert wanted.exportname is not None
         scratch = naming.scratch_node(backup, len(disks))
         wanted = dataclasses.replace(
             wanted,
             source=(wanted.source or storage_conf.Source()).placed(scratch_dir),
-            exportname=spoken.export_name(scratch, wanted.exportname or wanted.name),
+            exportname=spoken.export_name(scratch, wanted.exportname),
         )
         line = lines.get(wanted.name)
         if line is not None:
@@ -500,7 +501,7 @@ def _check_drive(disk: block.Disk, caps: capabilities.Capabilities) -> None:
 
 
 def _check_export_name(wanted: backup_conf.BackupDiskDef, caps: capabilities.Capabilities) -> None:
-    if not caps.export_names and wanted.exportname not in (None, wanted.name):
+    if not caps.export_names and wanted.exportname != wanted.name:
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
             f"disk '{wanted.name}': QEMU {capabilities.dotted(caps.version)} cannot give an export"

@@ -10,6 +10,7 @@ As libvirt's C code does (rpcgen's), ``char``, ``short`` and their unsigned kin 
 each, in arrays too.
 """
 
+import abc
 import dataclasses
 import struct
 import types
@@ -41,7 +42,7 @@ class CodecError(ProtocolError):
         return f"{self.path}: {self.args[0]}" if self.path else str(self.args[0])
 
 
-class Codec:
+class Codec(abc.ABC):
     """How one type travels."""
 
     name = ""
@@ -49,13 +50,13 @@ class Codec:
     least: int = 4
     """The fewest bytes a value takes; no array can have more elements than there are bytes for."""
 
+    @abc.abstractmethod
     def encode(self, value: Any, out: bytearray) -> None:
         """Append VALUE to OUT. Errors: CodecError."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, data: bytes, offset: int) -> tuple[Any, int]:
         """The value at OFFSET and where it ends. Errors: CodecError."""
-        raise NotImplementedError
 
 
 def encode(value: Any) -> bytes:
@@ -360,13 +361,12 @@ class ArrayOf(Codec):
             raise CodecError(f"{value!r:.50} is no tuple")
         self._check(len(value))
         out += _LENGTH.pack(len(value))
-        index = 0
-        try:
-            for index, item in enumerate(value):  # noqa: B007  (the failing one's)
+        for index, item in enumerate(value):
+            try:
                 self.inner.encode(item, out)
-        except CodecError as failure:
-            failure.step(f"[{index}]")
-            raise
+            except CodecError as failure:
+                failure.step(f"[{index}]")
+                raise
 
     def decode(self, data: bytes, offset: int) -> tuple[tuple[Any, ...], int]:
         count, offset = _length(data, offset)
@@ -401,13 +401,12 @@ class Struct(Codec):
     def encode(self, value: Any, out: bytearray) -> None:
         if type(value) is not self.kind:
             raise CodecError(f"{value!r:.50} is no {self.kind.__name__}")
-        name = ""
-        try:
-            for name, codec in self.fields:
+        for name, codec in self.fields:
+            try:
                 codec.encode(getattr(value, name), out)
-        except CodecError as failure:
-            failure.step(name)
-            raise
+            except CodecError as failure:
+                failure.step(name)
+                raise
 
     def decode(self, data: bytes, offset: int) -> tuple[Any, int]:
         values: list[Any] = []

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a backup needs of a <domain>: mostly files of tests/domainxmldata."""
+
+import pathlib
+
+import libvirt
+import pytest
+
+from tests import datacases
+from tests.test_backup_conf import DOMAIN, name, refusal
+from virtbackup import errors
+from virtbackup.conf import capabilities_conf, domain_conf
+
+
+@pytest.mark.parametrize("case", datacases.inputs("domainxmldata/valid"), ids=name)
+def test_valid(case: pathlib.Path) -> None:
+    parsed = domain_conf.DomainDef.parse(case.read_text())
+    datacases.check(case.with_suffix(".out"), parsed.format())
+
+
+@pytest.mark.parametrize("case", datacases.inputs("domainxmldata/invalid"), ids=name)
+def test_invalid(case: pathlib.Path) -> None:
+    with pytest.raises(errors.Error) as caught:
+        domain_conf.DomainDef.parse(case.read_text())
+    datacases.check(case.with_suffix(".err"), refusal(caught.value))
+
+
+def test_round_trip() -> None:
+    more = (
+        domain_conf.DiskDef("fda", "floppy", "dir", "/d", alias="fdc0-0-0"),
+        domain_conf.DiskDef("sda", "lun", "block", "/dev/b", readonly=True),
+        domain_conf.DiskDef("vdc", type="network", source="x"),
+        domain_conf.DiskDef("vdd", type="volume", source="v"),
+    )
+    for domain in (
+        DOMAIN,
+        domain_conf.DomainDef("vm", "u", disks=more),
+        domain_conf.DomainDef("", "", 0),
+    ):
+        assert domain_conf.DomainDef.parse(domain.format()) == domain
+
+
+def test_a_path_that_no_xml_can_hold_is_only_shown() -> None:
+    disk = domain_conf.DiskDef("vda", source="/a\x1b\udcff")
+    told = domain_conf.DomainDef("vm", "u", disks=(disk,)).format()
+    [read] = domain_conf.DomainDef.parse(told).disks
+    assert read.source == "/a\ufffd\ufffd"
+
+
+def test_a_name_that_no_xml_can_hold_is_refused() -> None:
+    with pytest.raises(errors.Error, match="characters that XML cannot carry") as caught:
+        domain_conf.DomainDef("v\x1b", "u").format()
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_XML_ERROR
+
+
+def test_capabilities_tell_the_processors() -> None:
+    assert capabilities_conf.Capabilities("x86_64").format() == (
+        "<capabilities>\n  <host>\n    <cpu>\n      <arch>x86_64</arch>\n    </cpu>\n"
+        "  </host>\n</capabilities>\n"
+    )
