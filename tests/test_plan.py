@@ -96,6 +96,7 @@ def test_everything_about_a_disk() -> None:
     planned = plan(state(), breaking(HYBRID))
     assert planned.disks[2] == backup.DiskPlan(
         target="vda",
+        number=2,
         node=naming.NodeName("A"),
         source_name="A",
         device="/machine/peripheral/vda",

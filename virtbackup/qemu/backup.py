@@ -37,6 +37,8 @@ class DiskPlan:
     """One disk of the backup, and what everything about it will be called."""
 
     target: str
+    number: int
+    """Its place among the disks of the backup, from 0 on."""
     node: naming.NodeName
     """The live disk's root node at the start; the job's filter hides it from query-block later."""
     source_name: str
@@ -63,8 +65,6 @@ class DiskPlan:
     """What is done to the bitmaps of the backup's branch, if it has one."""
     since: naming.Point | None = None
     """The point since which the changes are told along with the disk; None: they are not."""
-    number: int = 0
-    """Of the disk, in the backup."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
 
@@ -318,6 +318,7 @@ def _disk(
     hybrid = engine == "hybrid"
     return DiskPlan(
         target=wanted.name,
+        number=number,
         node=disk.medium.node,
         source_name=(disk.drive or "") if caps.drive_ids else disk.medium.node,
         device=disk.qom_path,
@@ -332,7 +333,6 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
-        number=number,
     )
 
 
