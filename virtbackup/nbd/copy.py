@@ -20,15 +20,12 @@ import pathlib
 import select
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, extents, qcow2, store, target
-
-if TYPE_CHECKING:
-    from virtbackup.nbd import writer
+from virtbackup.nbd import checksum, connection, extents, qcow2, store, target, writer
 
 Format = Literal["qcow2", "raw"]
 Backing = qcow2.Backing
@@ -68,7 +65,7 @@ class Job:
     of that. None: it is full."""
     backing: Backing | None = None
     """What an increment is written on top of, and nothing else: FORMAT is qcow2 then."""
-    compression: "writer.Compression | None" = None
+    compression: writer.Compression | None = None
     """How QEMU is to compress what it writes; None: nothing is compressed. FORMAT is qcow2."""
 
 
@@ -347,9 +344,10 @@ class _Disk:
         self._tree = checksum.Tree(self._size)
         # The way through all of the disk, and on top one through a part whose turn it is.
         self._walks = [self._first_walk()]
-        self._free = [store.Chunk(CHUNK) for _ in range(buffers)]
         self._finishing = False
-        self.store = store.Store(_open(job, self._size), loop.stored)
+        where = _open(job, self._size)
+        self.store = store.Store(where, loop.stored)
+        self._free = [store.Chunk(CHUNK, where) for _ in range(buffers)]
 
     def begin(self) -> None:
         self.store.start()
@@ -396,7 +394,7 @@ class _Disk:
 
     def result(self) -> Result:
         """Of a disk that is done; its thread has ended when this returns."""
-        self.store.join()
+        self.store.close()
         assert self.store.stored is not None
         return Result(
             size=self._size,
@@ -553,8 +551,4 @@ def _open(job: Job, size: int) -> target.Target:
         return target.Nowhere()
     if job.format == "raw":
         return target.Raw(job.path, size)
-    if job.compression is not None:
-        from virtbackup.nbd import writer  # few need it
-
-        return writer.QemuWriter(job.path, size, job.backing, job.compression)
-    return target.Qcow2(job.path, size, job.backing)
+    return writer.QemuWriter(job.path, size, job.backing, job.compression)
