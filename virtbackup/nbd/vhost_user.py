@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 
@@ -106,6 +107,9 @@ class Client:
         self._server = server
         self._memory = memory
         self._ring = memory.view
+        # Stored and loaded in one piece, which ``struct`` does not do: it clears first.
+        self._available = memory.view[_AVAILABLE_AT + 2 : _AVAILABLE_AT + 4].cast("H")
+        self._used = memory.view[_USED_AT + 2 : _USED_AT + 4].cast("H")
         self._kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._free = list(range(COMMANDS))
@@ -156,7 +160,7 @@ class Client:
         if self._told != self._issued:
             self._told = self._issued
             self._fence()
-            _INDEX.pack_into(self._ring, _AVAILABLE_AT + 2, self._issued % (1 << 16))
+            self._available[0] = _index(self._issued % (1 << 16))
             os.eventfd_write(self._kick, 1)
 
     def register(self, poll: select.poll) -> None:
@@ -200,7 +204,7 @@ class Client:
 
     def _complete(self) -> None:
         ring = self._ring
-        (end,) = _INDEX.unpack_from(ring, _USED_AT + 2)
+        end = _index(self._used[0])
         self._fence()
         while self._seen % (1 << 16) != end:
             first, _ = _USED.unpack_from(ring, _USED_AT + 4 + 8 * (self._seen % _ENTRIES))
@@ -241,3 +245,10 @@ class Client:
         if len(data) < size:
             raise Lost("it has ended")
         return data
+
+
+def _index(value: int) -> int:
+    """A little-endian one in the processor's order, or the other way round."""
+    return (
+        value if sys.byteorder == "little" else int.from_bytes(value.to_bytes(2, "little"), "big")
+    )

@@ -57,7 +57,7 @@ _ACTIVATED = ("sh", "-c", """LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&0 </dev/nul
 _LOST = {errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """What libnbd says of commands when the server is gone."""
 _ENDED = "the program that writes it has ended"
-_INSTALL = "; install qemu-utils (or what your system calls QEMU's tools)"
+_PACKAGES = {"qemu-img": "qemu-utils", "setpriv": "util-linux"}
 
 
 class _Link(Protocol):
@@ -139,12 +139,13 @@ class _Nbd:
         try:
             yield
         except nbd.Error as failure:
-            raise vhost_user.Lost(failure.string) from failure
+            reason = _ENDED if failure.errnum in _LOST else failure.string
+            raise vhost_user.Lost(reason) from failure
 
 
-def _completion(done: vhost_user.Done) -> Callable[[int], int]:
-    def completed(number: int) -> int:
-        done(number)
+def _completion(done: vhost_user.Done) -> Callable[[Any], int]:
+    def completed(number: Any) -> int:
+        done(number.value)
         return 1
 
     return completed
@@ -394,7 +395,11 @@ class QemuWriter(target.Asynchronous):
         try:
             yield
         except vhost_user.Lost as failure:
-            raise self._failed(str(failure)) from failure
+            words = ""
+            if self._program is not None:
+                self._kill()
+                words = self._reap()[1]
+            raise self._failed(": ".join(filter(None, (str(failure), words)))) from failure
 
     def _failed(self, reason: str) -> errors.Error:
         return errors.error(
@@ -474,7 +479,7 @@ class QemuWriter(target.Asynchronous):
                     stderr=subprocess.PIPE, start_new_session=True, env=env,
                 )  # fmt: skip
             except OSError as failure:
-                text = f"cannot run {argv[0]}{_INSTALL}"
+                text = f"cannot run {argv[0]}, which is in the package {_PACKAGES[argv[0]]}"
                 raise errors.system_error(failure, text) from failure
             if self._unwanted:
                 self._program.kill()
