@@ -125,7 +125,7 @@ def test_what_is_written_is_there(tmp_path: pathlib.Path, program: str) -> None:
     assert test_copy.image_bytes(path, "qcow2") == disk.ljust(-(-size // 512) * 512, b"\0")
 
 
-@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
 def test_zeroes_hide_what_is_behind(
     tmp_path: pathlib.Path, program: str, compression: writer.Compression | None
 ) -> None:
@@ -298,11 +298,11 @@ def test_an_image_that_cannot_be_made(tmp_path: pathlib.Path) -> None:
 
 
 def test_compressed_is_what_qemu_says(tmp_path: pathlib.Path, program: str) -> None:
-    made = begun(tmp_path / "out", compression="zstd")
+    made = begun(tmp_path / "out", compression="zlib")
     assert fill(made) < 16 * BLOCK
     argv = ["/usr/bin/qemu-img", "info", "--output=json", str(tmp_path / "out")]
     told = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
-    assert told["format-specific"]["data"]["compression-type"] == "zstd"
+    assert told["format-specific"]["data"]["compression-type"] == "zlib"
     check(tmp_path / "out")
 
 

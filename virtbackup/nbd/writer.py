@@ -295,7 +295,7 @@ class QemuWriter(target.Asynchronous):
         self.shorten()
         self._close_link()
         if self._program is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(errors.Error):
                 self._reap()
         fd, self._fd = self._fd, None
         with contextlib.suppress(OSError):
@@ -463,7 +463,7 @@ class QemuWriter(target.Asynchronous):
 
     def _run(self, *argv: str) -> None:
         self._start(argv)
-        self._end()
+        self._end(None)  # it may have much to sync
 
     def _start(
         self,
@@ -489,16 +489,20 @@ class QemuWriter(target.Asynchronous):
             if self._program is not None:
                 self._program.kill()
 
-    def _end(self) -> None:
+    def _end(self, timeout: float | None = END_TIMEOUT) -> None:
         """Wait until the program has let go of the file. Errors: it failed."""
-        status, words = self._reap()
+        status, words = self._reap(timeout)
         if status:
             raise self._failed(words or f"the program that writes it ended with status {status}")
 
-    def _reap(self) -> tuple[int, str]:
-        """(status, the last thing it said) of the program, which ends."""
+    def _reap(self, timeout: float | None = END_TIMEOUT) -> tuple[int, str]:
+        """(status, the last thing it said) of the program, which ends. Errors: it does not."""
         assert self._program is not None
-        words = self._program.communicate(timeout=END_TIMEOUT)[1].decode(errors="replace").strip()
+        try:
+            said = self._program.communicate(timeout=timeout)[1]
+        except subprocess.TimeoutExpired as failure:
+            raise self._failed("the program that writes it does not end") from failure
+        words = said.decode(errors="replace").strip()
         status = self._program.returncode
         with self._lock:
             self._program = None
