@@ -34,6 +34,8 @@ CHUNK = 512 << 10
 """Bytes of a buffer, and of a read where the server allows it."""
 BUFFERS = 8
 """In flight for a disk; fewer when MAX_BUFFERS says so."""
+QCOW2_BUFFERS = 16
+"""The same of one that QEMU writes: another process to wait for on a busy machine."""
 MAX_BUFFERS = 64
 """For all disks together, but one for each at least."""
 CONNECTIONS = 2
@@ -159,7 +161,7 @@ def copy(
     for job in jobs:
         assert job.path is None or (job.dirty is None) == (job.backing is None), job
         assert (job.backing or job.compression) is None or job.format == "qcow2", job
-    buffers = min(BUFFERS, max(1, MAX_BUFFERS // max(1, len(jobs))))
+    share = max(1, MAX_BUFFERS // max(1, len(jobs)))
     with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
         if cancel is None:
             cancel = Cancel()
@@ -168,7 +170,8 @@ def copy(
         always.callback(loop.close)
         disks = []
         for index, job in enumerate(jobs):
-            disk = _Disk(job, index, buffers, loop, progress)
+            wanted = QCOW2_BUFFERS if job.format == "qcow2" else BUFFERS
+            disk = _Disk(job, index, min(wanted, share), loop, progress)
             undo.callback(disk.store.abandon)
             disk.begin()
             disks.append(disk)
