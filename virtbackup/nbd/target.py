@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where a copy goes: a fresh file that stays sparse, raw or qcow2, and safe on disk at the end.
+"""Where a copy goes: a fresh file that stays sparse, and safe on disk at the end.
 
 A target is given what is not zero and told where zeroes are, each block once, in any order. Zeroes
 count only where a backing file would show through else. It has the disk begin to write while the
