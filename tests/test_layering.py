@@ -41,7 +41,7 @@ PURE = {
         "normal", "qcow2", "qmp", "recording", "traffic",
     },
     "test": {"fake", "fake_info", "fake_layer", "fake_state", "faults", "nbdwire", "schema"},
-    "nbd": {"extents", "header", "view"},
+    "nbd": {"extents", "header", "qcow2", "view"},
     "remote": {
         "dump", "keepalive", "program", "protocol", "qemu_protocol", "remote_protocol",
         "remote_structs", "remote_types", "rpc", "rpc_error", "virtbackup_protocol", "wire_conf",

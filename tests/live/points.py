@@ -16,7 +16,7 @@ import xxhash
 
 import virtbackup
 from tests.live import machines
-from virtbackup.nbd import checksum, copy, qcow2, target
+from virtbackup.nbd import checksum, copy, qcow2, target, writer
 from virtbackup.tools import chain, manifest, pull, virsh_backup
 
 SIZE = (4 << 20) + 512
@@ -174,7 +174,8 @@ def _write(
         backing = qcow2.Backing(below.file, "raw" if below.format == "raw" else "qcow2") if (
             below
         ) else None  # fmt: skip
-        where = target.Qcow2(path, size, backing)
+        where = writer.QemuWriter(path, size, backing)
+        where.begin()
     for block, seed in layer.items():
         start, end = block * checksum.BLOCK, min((block + 1) * checksum.BLOCK, size)
         if start >= end:

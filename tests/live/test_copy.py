@@ -19,7 +19,7 @@ import xxhash
 
 import virtbackup
 from tests.live import nbdclient
-from virtbackup.nbd import checksum, connection, copy, target
+from virtbackup.nbd import checksum, connection, copy, writer
 
 pytestmark = [
     pytest.mark.needs("nbdkit", "qemu-nbd", "qemu-img", "nbdcopy"),
@@ -281,12 +281,13 @@ def test_zeroes_are_not_stored(
     assert result.read == (len(disk) if filters else result.read)
 
 
-def test_a_qcow2_that_needs_more_tables_than_stay_in_memory(tmp_path: pathlib.Path) -> None:
-    """Blocks all over a large disk, in any order, each table come back to after it was stored."""
+def test_a_qcow2_in_any_order(tmp_path: pathlib.Path) -> None:
+    """Blocks all over a large disk."""
     source = random.Random(9)
     disk = {offset * BLOCK: source.randbytes(BLOCK) for offset in range(3, 1 << 18, 7000)}
     disk |= {offset + BLOCK: source.randbytes(BLOCK) for offset in list(disk)}
-    made = target.Qcow2(tmp_path / "out", 1 << 34)
+    made = writer.QemuWriter(tmp_path / "out", 1 << 34)
+    made.begin()
     order = list(disk)
     source.shuffle(order)
     for offset in order:
@@ -370,7 +371,8 @@ def test_a_server_killed_in_the_middle(tmp_path: pathlib.Path) -> None:
     with nbdkit(tmp_path, "--filter=delay", "pattern", "64M", "rdelay=10ms") as server:
         error = refused(tmp_path, server.export, Watch(at_first_byte=server.process.kill))
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
-    assert "export 'disk' at offset " in str(error)
+    # The second connection may have nothing in flight just then.
+    assert "export 'disk' at offset " in str(error) or "cannot talk to export 'disk'" in str(error)
 
 
 def test_a_server_that_is_not_there(tmp_path: pathlib.Path) -> None:

@@ -448,7 +448,11 @@ def test_a_server_that_closes(layered: points.Backed, tmp_path: pathlib.Path) ->
 
 def test_bad_data_for_a_server_is_told(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     backed = layered.copy(tmp_path / "backups")
-    test_verify.flip(backed.directory / "vda.0003.qcow2", 0x10000)
+    path = backed.directory / "vda.0003.qcow2"
+    argv = ["qemu-img", "map", "--output=json", str(path)]
+    told = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    own = [extent for extent in told if extent["depth"] == 0 and extent["data"]]
+    test_verify.flip(path, own[0]["offset"])
     with test_copy.nbdkit(tmp_path, "memory", "3M") as server:
         said = refused(backed, uri(server), disk="vda")
     assert "vda.0003.qcow2 is not good: it is not what was backed up" in said

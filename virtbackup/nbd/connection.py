@@ -135,18 +135,23 @@ class Connection:
 
     def notify(self, events: int) -> None:
         """Hand what poll said to libnbd. Errors: the connection is lost."""
-        with self._naming(self._doing):
+        try:
             direction = self._handle.aio_get_direction()
             if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
                 self._handle.aio_notify_read()
             elif direction & nbd.AIO_DIRECTION_WRITE:
                 self._handle.aio_notify_write()
+        except nbd.Error as failure:
+            raise self._named(failure, self._doing) from failure
         if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
             raise self._error(self._doing, "the server closed the connection")
 
     def read(self, chunk: store.Chunk, offset: int, length: int) -> None:
-        with self._naming("read", offset):
+        # A context manager for each read would take longer than all else here.
+        try:
             cookie = self._handle.aio_pread(chunk.part(offset, length), offset, flags=self._flags)
+        except nbd.Error as failure:
+            raise self._named(failure, "read", offset) from failure
         chunk.pending += 1
         self._in_flight[cookie] = Request(offset, chunk)
 
@@ -168,8 +173,10 @@ class Connection:
         while self._in_flight and (cookie := self._handle.aio_peek_command_completed()) > 0:
             request = self._in_flight.pop(cookie)
             what = "read" if request.chunk else "read allocation of"
-            with self._naming(what, request.offset):
+            try:
                 self._handle.aio_command_completed(cookie)
+            except nbd.Error as failure:
+                raise self._named(failure, what, request.offset) from failure
             yield request
 
     def close(self) -> None:
@@ -183,10 +190,13 @@ class Connection:
         try:
             yield
         except nbd.Error as failure:
-            reason = os.strerror(failure.errnum) if failure.errnum else failure.string
-            if offset is None and self._in_flight:
-                offset = min(request.offset for request in self._in_flight.values())
-            raise self._error(what, reason, offset) from failure
+            raise self._named(failure, what, offset) from failure
+
+    def _named(self, failure: Any, what: str, offset: int | None = None) -> errors.Error:
+        reason = os.strerror(failure.errnum) if failure.errnum else failure.string
+        if offset is None and self._in_flight:
+            offset = min(request.offset for request in self._in_flight.values())
+        return self._error(what, reason, offset)
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
         return failed(self._export, what, reason, offset)

@@ -20,15 +20,12 @@ import pathlib
 import select
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, device, extents, qcow2, store, target
-
-if TYPE_CHECKING:
-    from virtbackup.nbd import writer
+from virtbackup.nbd import checksum, connection, device, extents, qcow2, store, target, writer
 
 Format = Literal["qcow2", "raw"]
 Backing = qcow2.Backing
@@ -37,6 +34,8 @@ CHUNK = 512 << 10
 """Bytes of a buffer, and of a read where the server allows it."""
 BUFFERS = 8
 """In flight for a disk; fewer when MAX_BUFFERS says so."""
+QCOW2_BUFFERS = 16
+"""The same of one that QEMU writes: another process to wait for on a busy machine."""
 MAX_BUFFERS = 64
 """For all disks together, but one for each at least."""
 CONNECTIONS = 2
@@ -69,7 +68,7 @@ class Job:
     of that. None: it is full."""
     backing: Backing | None = None
     """What an increment is written on top of, and nothing else: FORMAT is qcow2 then."""
-    compression: "writer.Compression | None" = None
+    compression: writer.Compression | None = None
     """How QEMU is to compress what it writes; None: nothing is compressed. FORMAT is qcow2."""
 
 
@@ -163,7 +162,7 @@ def copy(
     for job in jobs:
         assert job.path is None or (job.dirty is None) == (job.backing is None), job
         assert (job.backing or job.compression) is None or job.format == "qcow2", job
-    buffers = min(BUFFERS, max(1, MAX_BUFFERS // max(1, len(jobs))))
+    share = max(1, MAX_BUFFERS // max(1, len(jobs)))
     with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
         if cancel is None:
             cancel = Cancel()
@@ -172,7 +171,8 @@ def copy(
         always.callback(loop.close)
         disks = []
         for index, job in enumerate(jobs):
-            disk = _Disk(job, index, buffers, loop, progress)
+            wanted = QCOW2_BUFFERS if job.format == "qcow2" else BUFFERS
+            disk = _Disk(job, index, min(wanted, share), loop, progress)
             undo.callback(disk.store.abandon)
             disk.begin()
             disks.append(disk)
@@ -348,9 +348,10 @@ class _Disk:
         self._tree = checksum.Tree(self._size)
         # The way through all of the disk, and on top one through a part whose turn it is.
         self._walks = [self._first_walk()]
-        self._free = [store.Chunk(CHUNK) for _ in range(buffers)]
         self._finishing = False
-        self.store = store.Store(_open(job, self._size), loop.stored)
+        where = _open(job, self._size)
+        self.store = store.Store(where, loop.stored)
+        self._free = [store.Chunk(CHUNK, where) for _ in range(buffers)]
 
     def begin(self) -> None:
         self.store.start()
@@ -397,7 +398,7 @@ class _Disk:
 
     def result(self) -> Result:
         """Of a disk that is done; its thread has ended when this returns."""
-        self.store.join()
+        self.store.close()
         assert self.store.stored is not None
         return Result(
             size=self._size,
@@ -555,8 +556,4 @@ def _open(job: Job, size: int) -> target.Target:
     if job.format == "raw":
         is_device = job.path.is_block_device()
         return device.Device(job.path, size) if is_device else target.Raw(job.path, size)
-    if job.compression is not None:
-        from virtbackup.nbd import writer  # few need it
-
-        return writer.QemuWriter(job.path, size, job.backing, job.compression)
-    return target.Qcow2(job.path, size, job.backing)
+    return writer.QemuWriter(job.path, size, job.backing, job.compression)

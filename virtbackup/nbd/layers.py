@@ -14,7 +14,6 @@ import collections
 import contextlib
 import dataclasses
 import os
-import queue
 import select
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -329,6 +328,7 @@ class _Run:
         self._progress = progress
         self._index = index
         self._stored = store.Wake()
+        self._where = where
         self._writer = _Writer(where, self._stored)
         self.tree = checksum.Tree(size)
         self.read = 0
@@ -338,7 +338,7 @@ class _Run:
         if self._progress is not None:
             self._progress.start(self._index, self._size)
         self._writer.start()
-        free = [_Chunk(memoryview(bytearray(CHUNK))) for _ in range(BUFFERS)]
+        free = [_Chunk(target.memory(self._where, CHUNK)) for _ in range(BUFFERS)]
         pieces = self._pieces()
         piece = next(pieces, None)
         while piece is not None or len(free) < BUFFERS:
@@ -468,10 +468,10 @@ class _Writer(threading.Thread):
         super().__init__(name="virtbackup-layers", daemon=True)
         self._target = where
         self._wake = wake
-        self._inbox: queue.SimpleQueue[_Chunk | tuple[int, int] | None] = queue.SimpleQueue()
+        self._inbox: store.Inbox[_Chunk | tuple[int, int] | None] = store.Inbox(where)
         self._done: collections.deque[_Chunk] = collections.deque()
         self._failure: BaseException | None = None
-        self._finish = self._abandoned = False
+        self._finish = self._abandoned = self._closed = False
         self.stored: int | None = None
 
     def put(self, what: "_Chunk | tuple[int, int]") -> None:
@@ -480,9 +480,13 @@ class _Writer(threading.Thread):
     def end(self, finish: bool) -> None:
         """After the last one: end the thread, the target FINISHed."""
         self._finish = self._finish or finish
-        self._inbox.put(None)
-        if not finish and self.is_alive():
-            self.join()
+        if not self._closed:
+            self._inbox.put(None)
+        if not finish:
+            if self.is_alive():
+                self.join()
+            self._closed = True
+            self._inbox.close()
 
     def check(self) -> None:
         """Raise what writing met."""
@@ -500,6 +504,8 @@ class _Writer(threading.Thread):
 
     def run(self) -> None:
         try:
+            if isinstance(self._target, target.Asynchronous):
+                self._target.begin()
             while (what := self._inbox.get()) is not None:
                 if not self._abandoned:
                     self._see_to(what)
@@ -525,5 +531,8 @@ class _Writer(threading.Thread):
                 at = last
             if end > at:
                 self._target.write_zeroes(at, end - at)
-        self._done.append(what)
+        target.after(self._target, lambda: self._give_back(what))
+
+    def _give_back(self, chunk: _Chunk) -> None:
+        self._done.append(chunk)
         self._wake.set()

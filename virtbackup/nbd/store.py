@@ -10,19 +10,23 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from virtbackup.nbd import checksum, target
 
+T = TypeVar("T")
+
 
 class Chunk:
-    """A buffer of SPACE bytes on its way: which PIECES of the disk it has, as (offset, length).
+    """A buffer of SPACE bytes on its way to WHERE: which PIECES of the disk it has, as (offset,
+    length).
 
     The pieces are in order, and no more than SPACE is from the first one's start to the last one's
     end. Or it says of one piece that all of it is ZERO, which may be more than it has space for.
     """
 
-    def __init__(self, space: int) -> None:
-        self._memory = memoryview(bytearray(space))
+    def __init__(self, space: int, where: target.Target) -> None:
+        self._memory = target.memory(where, space)
         self.pieces: Sequence[tuple[int, int]] = ()
         self.zero = False
         self.pending = 0
@@ -63,6 +67,38 @@ class Wake:
         os.close(self._fd)
 
 
+class Inbox(Generic[T]):
+    """What the thread of a target is to do, in order. A target that writes while the thread waits
+    goes on meanwhile."""
+
+    def __init__(self, where: target.Target) -> None:
+        self._where = where if isinstance(where, target.Asynchronous) else None
+        self._queue: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self._wake = Wake() if self._where is not None else None
+
+    def put(self, what: T) -> None:
+        self._queue.put(what)
+        if self._wake is not None:
+            self._wake.set()
+
+    def get(self) -> T:
+        """Sleep until there is something. Errors: the target's."""
+        if self._where is None or self._wake is None:
+            return self._queue.get()
+        while True:
+            try:
+                return self._queue.get_nowait()
+            except queue.Empty:
+                pass
+            self._where.wait(self._wake)
+
+    def close(self) -> None:
+        """For good; a second time does nothing."""
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake.close()
+
+
 class Store(threading.Thread):
     """Stores the chunks of one disk in a target that is its own from here on."""
 
@@ -70,7 +106,7 @@ class Store(threading.Thread):
         super().__init__(name="virtbackup-store", daemon=True)
         self._target = where
         self._wake = wake
-        self._inbox: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        self._inbox: Inbox[Chunk | None] = Inbox(where)
         self._done: collections.deque[Chunk] = collections.deque()
         self._failure: BaseException | None = None
         self._abandoned = False
@@ -96,12 +132,19 @@ class Store(threading.Thread):
         self._abandoned = True
         self._inbox.put(None)
         self._target.shorten()
+        self.close()
+        self._target.discard()
+
+    def close(self) -> None:
+        """Wait for the thread, which was told to end."""
         if self.is_alive():
             self.join()
-        self._target.discard()
+        self._inbox.close()
 
     def run(self) -> None:
         try:
+            if isinstance(self._target, target.Asynchronous):
+                self._target.begin()
             while (chunk := self._inbox.get()) is not None:
                 if not self._abandoned:
                     self._store(chunk)
@@ -118,6 +161,9 @@ class Store(threading.Thread):
                 self._target.write_zeroes(offset, length)
         else:
             chunk.digests = [self._store_piece(chunk, *piece) for piece in chunk.pieces]
+        target.after(self._target, lambda: self._give_back(chunk))
+
+    def _give_back(self, chunk: Chunk) -> None:
         self._done.append(chunk)
         self._wake.set()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where a copy goes: a fresh file that stays sparse, raw or qcow2, and safe on disk at the end.
+"""Where a copy goes: a fresh file that stays sparse, and safe on disk at the end.
 
 A target is given what is not zero and told where zeroes are, each block once, in any order. Zeroes
 count only where a backing file would show through else. It has the disk begin to write while the
@@ -7,21 +7,18 @@ copy goes on and drops what is written from the page cache, so that the last syn
 host's cache survives a backup.
 """
 
+import abc
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from virtbackup import errors
-from virtbackup.nbd import qcow2
 
-_WINDOW = 4 << 20
+WINDOW = 4 << 20
 """Bytes written before the disk is told to begin with them; with 2 and with 8 MiB a copy took
 about a tenth longer."""
-_PAGES = 1024
-"""Pages of L2 tables kept in memory, so 4 MiB at most."""
-_PAGES_OF_TABLE = qcow2.ENTRIES // qcow2.PAGE_ENTRIES
 
 
 class Target(Protocol):
@@ -41,6 +38,52 @@ class Target(Protocol):
 
     def discard(self) -> None:
         """Close and remove it, finished or not; nothing is raised."""
+
+
+class Wake(Protocol):
+    """Something that another thread sets."""
+
+    def fileno(self) -> int:
+        """Readable once set."""
+
+    def clear(self) -> None:
+        """Not for one that is not set."""
+
+
+class Asynchronous(abc.ABC):
+    """A target that writes while its thread does something else; used by that thread alone."""
+
+    @abc.abstractmethod
+    def memory(self, size: int) -> memoryview:
+        """SIZE bytes of memory that it writes from best."""
+
+    @abc.abstractmethod
+    def begin(self) -> None:
+        """Before the first write. Errors: what keeps it from being written."""
+
+    @abc.abstractmethod
+    def after(self, done: Callable[[], None]) -> None:
+        """Have DONE called when the data of all ``write``s since the last call is not needed any
+        more: at once, or by a later call of another method."""
+
+    @abc.abstractmethod
+    def wait(self, wake: Wake) -> None:
+        """Sleep until WAKE is set, and clear it, or something was written. Errors: it was not."""
+
+
+def memory(where: Target, size: int) -> memoryview:
+    """SIZE bytes of memory for what is to be written to WHERE."""
+    if isinstance(where, Asynchronous):
+        return where.memory(size)
+    return memoryview(bytearray(size))
+
+
+def after(where: Target, done: Callable[[], None]) -> None:
+    """Have DONE called when the data that went to WHERE since the last call is not needed now."""
+    if isinstance(where, Asynchronous):
+        where.after(done)
+    else:
+        done()
 
 
 class Nowhere:
@@ -79,7 +122,7 @@ class _Window:
         self._size += end - start
         self._start = start if self._start is None else min(self._start, start)
         self._end = max(self._end, end)
-        if self._size < _WINDOW:
+        if self._size < WINDOW:
             return None
         first = self._start if self._before is None else min(self._start, self._before)
         length = self._end - first
@@ -99,32 +142,20 @@ class _File:
         except OSError as failure:
             raise errors.system_error(failure, f"cannot create {path}") from failure
 
-    def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
+    def pwrite(self, data: memoryview, offset: int) -> None:
         """Write DATA of the disk, which goes on its way to the medium soon."""
         assert self._fd is not None
-        self.pwrite_table(data, offset)
+        view, at = memoryview(data), offset
+        try:
+            while view:
+                count = os.pwrite(self._fd, view, at)
+                view, at = view[count:], at + count
+        except OSError as failure:
+            raise self._error(failure) from failure
         if ready := self._written.add(offset, offset + len(data)):
             with contextlib.suppress(OSError):  # a hint, which a file system may refuse
                 # Begins to write what is dirty, drops what is not.
                 os.posix_fadvise(self._fd, ready[0], ready[1], os.POSIX_FADV_DONTNEED)
-
-    def pwrite_table(self, data: memoryview | bytes | bytearray, offset: int) -> None:
-        """Write DATA that is little and in many places: the last sync has it done faster."""
-        assert self._fd is not None
-        view = memoryview(data)
-        try:
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                view, offset = view[count:], offset + count
-        except OSError as failure:
-            raise self._error(failure) from failure
-
-    def pread(self, size: int, offset: int) -> bytes:
-        assert self._fd is not None
-        try:
-            return os.pread(self._fd, size, offset)
-        except OSError as failure:
-            raise errors.system_error(failure, f"cannot read {self.path}") from failure
 
     def truncate(self, size: int) -> None:
         assert self._fd is not None
@@ -187,97 +218,3 @@ class Raw:
 
     def discard(self) -> None:
         self._file.discard()
-
-
-class Qcow2:
-    """A qcow2 image: data clusters in the order they come, tables between and behind them, the
-    header last of all.
-
-    What it is not given, BACKING has, zeroes without one. Until it is finished, the file has no
-    header: nobody can take it for a disk.
-    """
-
-    def __init__(self, path: pathlib.Path, size: int, backing: qcow2.Backing | None = None) -> None:
-        self._file = _File(path)
-        self._size = size
-        self._backing = backing
-        with contextlib.suppress(errors.Error):  # too large for the file system: not needed
-            # Writes into a hole are cheaper than writes at the end; ``finish`` cuts the rest off.
-            self._file.truncate(size)
-        self._clusters = 1  # the header's
-        self._l1: dict[int, int] = {}
-        self._pages: dict[int, bytearray] = {}
-
-    def write(self, offset: int, data: memoryview) -> None:
-        first, count = self._clusters, -(-len(data) // qcow2.CLUSTER)
-        self._clusters += count
-        for page, place, done, some in _by_page(offset // qcow2.CLUSTER, count):
-            self._set(page, place, qcow2.entries(first + done, some))
-        self._file.pwrite(data, first * qcow2.CLUSTER)
-
-    def write_zeroes(self, offset: int, length: int) -> None:
-        if self._backing is None:
-            return
-        guest, count = offset // qcow2.CLUSTER, -(-length // qcow2.CLUSTER)
-        for page, place, _, some in _by_page(guest, count):
-            self._set(page, place, qcow2.zeroes(some))
-
-    def finish(self) -> int:
-        self._store_pages()
-        end = qcow2.ending(self._size, self._clusters, self._l1, self._backing)
-        self._file.pwrite(end.l1_table, end.l1_at)
-        for offset, refcounts in end.refcounts():
-            self._file.pwrite(refcounts, offset)
-        self._file.pwrite(end.table, end.table_at)
-        self._file.truncate(end.file_size)
-        self._file.pwrite(end.header, 0)
-        return self._file.finish()
-
-    def shorten(self) -> None:
-        self._file.shorten()
-
-    def discard(self) -> None:
-        self._file.discard()
-
-    def _set(self, page: int, place: int, entries: bytes) -> None:
-        """ENTRIES are those of the page of that number from the one at PLACE on."""
-        start = place * qcow2.ENTRY
-        self._page(page)[start : start + len(entries)] = entries
-
-    def _page(self, number: int) -> bytearray:
-        """The page of L2 entries of that number, one of those in memory."""
-        page = self._pages.get(number)
-        if page is None:
-            if len(self._pages) == _PAGES:
-                # All, so that tables interrupt the data in few places.
-                self._store_pages()
-            page = self._pages[number] = bytearray(qcow2.PAGE)
-            if number // _PAGES_OF_TABLE in self._l1:
-                stored = self._file.pread(qcow2.PAGE, self._place(number))
-                page[: len(stored)] = stored  # nothing where the file ends before the page
-        return page
-
-    def _store_pages(self) -> None:
-        for number, page in self._pages.items():
-            table = number // _PAGES_OF_TABLE
-            if table not in self._l1:
-                self._l1[table] = self._clusters
-                self._clusters += 1
-            self._file.pwrite_table(page, self._place(number))
-        self._pages.clear()
-
-    def _place(self, number: int) -> int:
-        """Where in the file the page of that number is."""
-        table, place = divmod(number, _PAGES_OF_TABLE)
-        return self._l1[table] * qcow2.CLUSTER + place * qcow2.PAGE
-
-
-def _by_page(guest: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """COUNT clusters of the disk from GUEST on as the pages have them: (the page's number, the
-    first one's place in it, clusters before that one, clusters)."""
-    done = 0
-    while done < count:
-        page, place = divmod(guest + done, qcow2.PAGE_ENTRIES)
-        some = min(qcow2.PAGE_ENTRIES - place, count - done)
-        yield page, place, done, some
-        done += some

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, copy, target
+from virtbackup.nbd import checksum, copy, target, writer
 from virtbackup.tools import chain, listing, manifest, restore, verify
 
 MERGED = listing.MERGED
@@ -167,7 +167,7 @@ def _merge(
     disk = links[0].disk
 
     def open_target(size: int) -> target.Target:
-        return target.Qcow2(aside, size)
+        return writer.QemuWriter(aside, size)
 
     found = restore.merge(links, open_target, progress=progress, index=index, cancel=cancel)
     again = copy.checksum_of_file(aside, "qcow2", disk.size, cancel=cancel)

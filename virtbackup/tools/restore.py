@@ -18,7 +18,7 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import redefine
-from virtbackup.nbd import copy, destination, device, layers, target
+from virtbackup.nbd import copy, destination, device, layers, target, writer
 from virtbackup.tools import chain, listing, verify
 
 PARTIAL = chain.PARTIAL
@@ -288,8 +288,9 @@ def _open(output: Output, size: int, force: bool, cancel: copy.Cancel) -> target
             return destination.Server(output.place, size, overwrite=force, cancel=cancel)
         case "block":
             return device.Device(output.path, size)
-    kind = target.Raw if output.format == "raw" else target.Qcow2
-    return kind(output.partial, size)
+    if output.format == "raw":
+        return target.Raw(output.partial, size)
+    return writer.QemuWriter(output.partial, size)
 
 
 def _finish(outputs: Sequence[Output]) -> None:

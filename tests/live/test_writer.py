@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's programs as the writers of our qcow2 files: both that can be, and what may become of them.
+
+How a copy's file looks is in test_copy and test_incremental.
+"""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import libvirt
+import pytest
+
+import virtbackup
+from tests.live import test_copy
+from virtbackup.nbd import copy, qcow2, vhost_user, writer
+
+pytestmark = [
+    pytest.mark.needs("qemu-storage-daemon", "qemu-nbd", "qemu-img", "setpriv"),
+    pytest.mark.timeout(120),
+]
+
+BLOCK = 1 << 16
+PROGRAMS = ("qemu-storage-daemon", "qemu-nbd")
+
+tiny = test_copy.tiny
+
+
+@pytest.fixture(params=PROGRAMS)
+def program(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What is there to write with."""
+    name: str = request.param
+    only(
+        tmp_path / "bin",
+        monkeypatch,
+        name,
+        "qemu-img",
+        "setpriv",
+        "sh",
+        "nbdkit",
+        "umount",
+        "mount",
+    )
+    return name
+
+
+def only(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *programs: str) -> None:
+    """No program but these can be found."""
+    directory.mkdir()
+    for name in programs:
+        found = shutil.which(name)
+        assert found is not None
+        (directory / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(directory))
+
+
+def children(pid: int = os.getpid()) -> dict[int, str]:
+    """pid -> program of every child of PID that is not dead."""
+    found = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = path.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, parent = words[2].split()[:2]
+        if int(parent) == pid and state != "Z":
+            found[int(path.parent.name)] = words[0].partition("(")[2]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = set(children())
+    yield
+    assert set(children()) <= before
+
+
+def begun(path: pathlib.Path, size: int = 64 * BLOCK, **options: object) -> writer.QemuWriter:
+    made = writer.QemuWriter(path, size, **options)  # type: ignore[arg-type]
+    made.begin()
+    return made
+
+
+def check(path: pathlib.Path) -> None:
+    subprocess.run(["/usr/bin/qemu-img", "check", "-q", "-f", "qcow2", path], check=True)
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_there(tmp_path: pathlib.Path, program: str) -> None:
+    """Out of its own memory and out of other, with a name that may be taken for something else."""
+    size, source = 5 * BLOCK + 1000, random.Random(1)
+    path = tmp_path / "a,b:c=d.qcow2"
+    made = begun(path, size)
+    assert any(name in program for name in children().values())
+    own = made.memory(3 * BLOCK)
+    own[:] = source.randbytes(3 * BLOCK)
+    other, end = source.randbytes(BLOCK), source.randbytes(1000)
+    freed: list[int] = []
+    made.write(0, own)
+    made.after(lambda: freed.append(1))
+    made.write(3 * BLOCK, memoryview(other))
+    made.write_zeroes(4 * BLOCK, BLOCK)
+    made.write(5 * BLOCK, memoryview(end))
+    made.after(lambda: freed.append(2))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_bytes()[:4] == bytes(4), "it can be taken for an image"
+    stored = made.finish()
+    assert sorted(freed) == [1, 2]
+    assert stored == path.stat().st_blocks * 512
+    check(path)
+    disk = bytes(own) + other + bytes(BLOCK) + end
+    os.environ["PATH"] += ":/usr/bin"
+    assert test_copy.image_bytes(path, "qcow2") == disk.ljust(-(-size // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_zeroes_hide_what_is_behind(
+    tmp_path: pathlib.Path, program: str, compression: writer.Compression | None
+) -> None:
+    size = 64 * BLOCK + 512
+    behind = tmp_path / "behind.raw"
+    behind.write_bytes(b"\xff" * size)
+    path = tmp_path / "out"
+    backing = qcow2.Backing("behind.raw", "raw")
+    made = begun(path, size, backing=backing, compression=compression)
+    made.write_zeroes(BLOCK, 2 * BLOCK)
+    made.write(5 * BLOCK, memoryview(b"\x05" * BLOCK))
+    made.write_zeroes(64 * BLOCK, 512)
+    made.finish()
+    check(path)
+    os.environ["PATH"] += ":/usr/bin"
+    disk = bytearray(b"\xff" * size)
+    disk[BLOCK : 3 * BLOCK], disk[64 * BLOCK :] = bytes(2 * BLOCK), bytes(512)
+    disk[5 * BLOCK : 6 * BLOCK] = b"\x05" * BLOCK
+    assert test_copy.image_bytes(path, "qcow2") == disk
+
+
+def test_many_small_writes_in_bursts(tmp_path: pathlib.Path, program: str) -> None:
+    """The server looks for new commands while others are told to it."""
+    made = begun(tmp_path / "out", 1 << 28)
+    data, source = made.memory(4096), random.Random(2)
+    data[:] = b"\x07" * 4096
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        for _ in range(source.randrange(1, 20)):
+            made.write(source.randrange(1 << 16) * 4096, data)
+        made.after(lambda: None)
+    made.finish()
+    check(tmp_path / "out")
+
+
+def test_it_takes_little_memory(tmp_path: pathlib.Path, program: str) -> None:
+    """Of a process of its own: that of ours and QEMU's, in KiB, whatever the disk has."""
+    code = """
+import pathlib, resource, sys
+from virtbackup.nbd import writer
+made = writer.QemuWriter(pathlib.Path(sys.argv[1]), 1 << 28)
+made.begin()
+data = [made.memory(1 << 19) for _ in range(8)]
+for at in range(0, 1 << 28, 1 << 19):
+    memory = data[at // (1 << 19) % 8]
+    memory[:] = bytes([at >> 20 & 255 | 1]) * (1 << 19)
+    made.write(at, memory)
+    made._settle(4)
+made.finish()
+told = pathlib.Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in told if line.startswith("VmHWM")))
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+    argv = [sys.executable, "-c", code, str(tmp_path / "out")]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    ours, theirs = map(int, done.stdout.split())
+    assert max(ours, theirs) < 64 << 10, (ours, theirs)
+
+
+# --- what may happen ------------------------------------------------------------------------------
+
+
+def test_a_program_killed_in_the_middle(tmp_path: pathlib.Path, program: str) -> None:
+    out = tmp_path / "out"
+
+    def kill() -> None:
+        [pid] = [pid for pid, name in children().items() if name in program]
+        os.kill(pid, signal.SIGKILL)
+
+    with (
+        test_copy.nbdkit(tmp_path, "--filter=delay", "pattern", "64M", "rdelay=5ms") as server,
+        pytest.raises(virtbackup.Error) as raised,
+    ):
+        copy.copy([copy.Job(server.export, out, "qcow2")], progress=test_copy.Watch(kill))
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert f"cannot write {out}: the program that writes it has ended" in str(raised.value)
+    assert not out.exists()
+
+
+def fill(made: writer.QemuWriter) -> int:
+    for block in range(64):
+        made.write(block * BLOCK, memoryview(bytes([block + 1]) * BLOCK))
+    return made.finish()
+
+
+@pytest.mark.may_skip
+def test_a_full_file_system(tiny: pathlib.Path, program: str) -> None:
+    made = begun(tiny / "out")
+    with pytest.raises(virtbackup.Error) as raised:
+        fill(made)
+    made.discard()
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+    assert f"cannot write {tiny}/out: No space left on device" in str(raised.value)
+    assert list(tiny.iterdir()) == []
+
+
+def test_our_end_is_its_end(tmp_path: pathlib.Path, program: str) -> None:
+    """Killed outright, with nobody left to clean up."""
+    code = """
+import pathlib, signal, sys
+from virtbackup.nbd import writer
+made = writer.QemuWriter(pathlib.Path(sys.argv[1]), 1 << 20)
+made.begin()
+print("begun", flush=True)
+signal.pause()
+"""
+    argv = [sys.executable, "-c", code, str(tmp_path / "out")]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    [(pid, name)] = children(process.pid).items()
+    assert name in program
+    gone = os.pidfd_open(pid)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while pathlib.Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.close(gone)
+
+
+def test_it_is_given_up(tmp_path: pathlib.Path, program: str) -> None:
+    made = begun(tmp_path / "out")
+    made.write(0, memoryview(bytes(BLOCK)))
+    made.shorten()
+    made.discard()
+    assert not (tmp_path / "out").exists()
+    made = writer.QemuWriter(tmp_path / "out", BLOCK)
+    made.shorten()
+    with pytest.raises(virtbackup.Error):
+        made.begin()
+    made.discard()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_there_is_not_touched(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(virtbackup.Error, match=r"cannot create .*/out: File exists"):
+        writer.QemuWriter(tmp_path / "out", BLOCK)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [
+        ((), "cannot run qemu-img, which is in the package qemu-utils: No such file or directory"),
+        (("qemu-img",), "cannot run setpriv, which is in the package util-linux: No such file"),
+        (("qemu-img", "setpriv", "sh"), "cannot write {out}: sh: .*qemu-nbd: not found"),
+    ],
+)
+def test_programs_that_are_not_installed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, programs: tuple[str, ...], said: str
+) -> None:
+    only(tmp_path / "bin", monkeypatch, *programs)
+    out = tmp_path / "out"
+    made = writer.QemuWriter(out, BLOCK)
+    with pytest.raises(virtbackup.Error, match=said.format(out=out)):
+        made.begin()
+    made.discard()
+    assert not out.exists()
+
+
+def test_an_image_that_cannot_be_made(tmp_path: pathlib.Path) -> None:
+    made = writer.QemuWriter(tmp_path / "out", 1 << 62)
+    with pytest.raises(virtbackup.Error, match=r"cannot write .*/out: .*[Ii]mage.* too large|big"):
+        made.begin()
+    made.discard()
+
+
+def test_compressed_is_what_qemu_says(tmp_path: pathlib.Path, program: str) -> None:
+    made = begun(tmp_path / "out", compression="zlib")
+    assert fill(made) < 16 * BLOCK
+    argv = ["/usr/bin/qemu-img", "info", "--output=json", str(tmp_path / "out")]
+    told = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    assert told["format-specific"]["data"]["compression-type"] == "zlib"
+    check(tmp_path / "out")
+
+
+def test_a_place_in_memory() -> None:
+    memory = vhost_user.Memory(BLOCK)
+    first, second = memory.take(BLOCK // 2), memory.take(BLOCK // 2)
+    start = memory.place(first)
+    assert start is not None
+    assert memory.place(second) == start + BLOCK // 2
+    assert memory.place(second[5:]) == start + BLOCK // 2 + 5
+    assert memory.place(memoryview(bytearray(9))) is None
+    assert memory.place(memoryview(bytes(9))) is None
+    memory.close()
