@@ -20,12 +20,15 @@ import pathlib
 import select
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, device, extents, qcow2, store, target, writer
+from virtbackup.nbd import checksum, connection, extents, qcow2, store, target
+
+if TYPE_CHECKING:
+    from virtbackup.nbd import writer
 
 Format = Literal["qcow2", "raw"]
 Backing = qcow2.Backing
@@ -68,7 +71,7 @@ class Job:
     of that. None: it is full."""
     backing: Backing | None = None
     """What an increment is written on top of, and nothing else: FORMAT is qcow2 then."""
-    compression: writer.Compression | None = None
+    compression: "writer.Compression | None" = None
     """How QEMU is to compress what it writes; None: nothing is compressed. FORMAT is qcow2."""
 
 
@@ -554,6 +557,11 @@ def _open(job: Job, size: int) -> target.Target:
     if job.path is None:
         return target.Nowhere()
     if job.format == "raw":
-        is_device = job.path.is_block_device()
-        return device.Device(job.path, size) if is_device else target.Raw(job.path, size)
+        if job.path.is_block_device():
+            from virtbackup.nbd import device  # few need it
+
+            return device.Device(job.path, size)
+        return target.Raw(job.path, size)
+    from virtbackup.nbd import writer  # takes a while, and is for this format alone
+
     return writer.QemuWriter(job.path, size, job.backing, job.compression)
