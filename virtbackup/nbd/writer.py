@@ -441,7 +441,13 @@ class QemuWriter(target.Asynchronous):
     def _node(self) -> dict[str, Any]:
         file = {"driver": "file", "filename": str(self._path.absolute())}
         cache = {"no-flush": True}  # it is for us to sync
-        node: dict[str, Any] = {"driver": "qcow2", "file": {**file, "cache": cache}, "cache": cache}
+        node: dict[str, Any] = {
+            "driver": "qcow2",
+            "file": {**file, "cache": cache},
+            "cache": cache,
+            # Or the counts are written with each new table, of which scattered changes need many.
+            "lazy-refcounts": True,
+        }
         if self._backing is not None:
             node["backing"] = None  # only whole clusters are written: nothing is read from it
         if self._compression is not None:
