@@ -5,6 +5,8 @@ import fcntl
 import os
 import pathlib
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -17,11 +19,6 @@ MOUNTS = """\
 61 27 8:1 /var /mnt rw,relatime - ext4 /dev/sda1 rw
 nonsense
 """
-LOCKS = """\
-1: OFDLCK ADVISORY  READ  -1 08:01:1234 100 101
-2: POSIX  ADVISORY  WRITE 4711 08:01:1235 0 EOF
-3: -> FLOCK  ADVISORY  WRITE 4712 08:01:1236 0 EOF
-"""
 
 
 def test_file_systems() -> None:
@@ -29,13 +26,6 @@ def test_file_systems() -> None:
     assert image_lock.file_systems(lines, os.makedev(8, 1)) == {"ext4"}
     assert image_lock.file_systems(lines, os.makedev(0, 45)) == {"nfs4"}
     assert image_lock.file_systems(lines, os.makedev(0, 99)) == {"unknown"}
-
-
-@pytest.mark.parametrize(
-    ("inode", "expected"), [(1234, True), (1235, False), (1236, False), (123, False)]
-)
-def test_locks(inode: int, expected: bool) -> None:
-    assert image_lock.is_locked(LOCKS.splitlines(), os.makedev(8, 1), inode) is expected
 
 
 def test_a_file_of_a_process(tmp_path: pathlib.Path) -> None:
@@ -47,6 +37,20 @@ def test_a_file_of_a_process(tmp_path: pathlib.Path) -> None:
         fcntl.fcntl(opened, fcntl.F_OFD_SETLK, lock)
         assert image_lock.is_kept(os.getpid(), str(image))
     assert not image_lock.is_kept(os.getpid(), str(image))
+
+
+def test_a_lock_of_a_process_is_none_of_qemus(tmp_path: pathlib.Path) -> None:
+    """It goes with any descriptor that the process closes."""
+    image = tmp_path / "image"
+    image.write_bytes(b"")
+    program = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b')); print(); input()"
+    argv = [sys.executable, "-c", program, str(image)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert not image_lock.is_kept(os.getpid(), str(image))
+        other.stdin.close()
 
 
 @pytest.mark.parametrize(
