@@ -47,8 +47,7 @@ def test_what_it_depends_on(package: pathlib.Path) -> None:
         return {part.split(" ")[0] for part in shown.stdout.strip().split(", ")}
 
     names = ("libnbd", "libvirt", "lxml", "tqdm", "xmlschema", "xxhash")
-    assert {f"python3-{name}" for name in names} <= field("Depends")
-    assert "qemu-utils" in field("Recommends")
+    assert {f"python3-{name}" for name in names} | {"qemu-utils"} <= field("Depends")
     assert field("Version") == {"0.1.0"}
 
 

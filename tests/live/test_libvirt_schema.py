@@ -17,6 +17,8 @@ NOT_EVERY_LIBVIRTS = {
     "bare-pull": "its schema demands a server that its code can do without",
     "empty-disks": "its schema demands a disk that its code can do without",
     "fd": "since libvirt 11.3",
+    "fd-tls": "since libvirt 11.3",
+    "foreign-attribute": "what its code passes over, its schema does not know",
     "push": "a disk without a type is valid in newer ones only",
     "running": "what it prints",
     "tcp-brackets": "as people write it",
@@ -25,7 +27,7 @@ NOT_EVERY_LIBVIRTS = {
 
 STRICTER = {
     "disk-exportbitmap-long", "disk-exportname-long", "disk-incremental-long", "incremental-long",
-    "unix-long", "port-large",  # limits of QEMU and of the system
+    "unix-long", "port-large", "port-20-digits",  # limits of QEMU and of the system
     "disk-incremental-slash", "incremental-slash",  # a checkpoint's name is a file's
     "disk-exportname-empty", "disk-incremental-empty", "incremental-empty",  # the same as nothing
 }  # fmt: skip

@@ -82,9 +82,14 @@ def is_probe(node: NodeName) -> bool:
     return node.endswith("-probe")
 
 
+def is_scratch(node: NodeName) -> bool:
+    """Whether one of our nodes is a scratch image."""
+    return node.endswith("-scr")
+
+
 def is_image(node: NodeName) -> bool:
     """Whether one of our nodes is a scratch image, or goes with one: a job holds on to it."""
-    return node.endswith(("-scr", "-yield", "-none"))
+    return is_scratch(node) or node.endswith(("-yield", "-none"))
 
 
 def backup_job(backup: BackupId, number: int) -> JobId:

@@ -185,7 +185,8 @@ class Sweeper:
         """Delete our scratch images, after the jobs; the node of an image's file goes with it."""
         with hang.closed_by_another(self.pid, self.inodes):
             # What is over an image goes before it.
-            return self._delete(reversed([*filter(naming.is_image, self._own_nodes())]))
+            nodes = filter(naming.is_image, self._own_nodes())
+            return self._delete(sorted(nodes, key=naming.is_scratch))
 
     def delete_node(self, node: naming.NodeName) -> bool:
         """Whether a node, not one of ours, was deleted."""

@@ -93,12 +93,13 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text."""
-        text = json.dumps(self.facts(), indent=2).removesuffix("\n}") + ",\n"
+        text = json.dumps(dataclasses.asdict(self), indent=2).removesuffix("\n}") + ",\n"
         return text + _ending(text)
 
     def facts(self) -> dict[str, Any]:
-        """What the file says, but for its own checksum."""
-        return dataclasses.asdict(self)
+        """What the file says."""
+        facts: dict[str, Any] = json.loads(self.to_json())
+        return facts
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
