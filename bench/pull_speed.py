@@ -19,7 +19,8 @@ the file of the run before is gone. Runs are in rounds, one of each program in c
 one round to warm up, and ratios are taken within a round.
 
 The disks: dense and sparse, where what a pull takes beside the copy counts; a larger one, where it
-does not; and data and holes in turn, by 4 KiB and by 64 KiB.
+does not; and data and holes in turn, by 4 KiB and by 64 KiB. Beside the copies of a dense one to
+raw stands what it takes to write as many bytes from memory, and sync them.
 """
 
 import argparse
@@ -44,6 +45,17 @@ OURS = "backup-pull"
 UNSYNCED = ("nbdcopy", "qemu-img convert")
 SYNCED = ("nbdcopy --flush", "qemu-img convert -t writeback")
 PEERS = (*UNSYNCED, *SYNCED)
+MEMORY = "memory to file"
+"""Of a dense disk to raw: what the writes alone take, with the sync, and no server to read from."""
+
+_WRITE = """
+import os, sys
+block = os.urandom(1 << 20)
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+for _ in range(int(sys.argv[2]) // len(block)):
+    os.write(fd, block)
+os.fsync(fd)
+"""
 
 _CHILD = """
 import pathlib, sys
@@ -144,7 +156,10 @@ def _measure(
     directory: pathlib.Path, fmt: str, rounds: int, data: int
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of each program, round by round, and ours' peak memory in bytes."""
-    times: dict[str, list[float]] = {name: [] for name in (OURS, *PEERS)}
+    names = [OURS, *PEERS]
+    if fmt == "raw" and data == (directory / "disk.raw").stat().st_size:
+        names.append(MEMORY)
+    times: dict[str, list[float]] = {name: [] for name in names}
     peaks = []
     disk = f"driver=raw,node-name=A,file.driver=file,file.filename={directory}/disk.raw"
     with (
@@ -152,7 +167,7 @@ def _measure(
         virtbackup.open(one.uri) as connection,
     ):
         domain = connection.lookupByID(1)
-        order = [OURS, *PEERS]
+        order = names
         for number in range(rounds + 1):
             for name in order:
                 _make_room(directory, data)
@@ -210,12 +225,14 @@ def _peer(
 def _argv(name: str, directory: pathlib.Path, fmt: str) -> list[list[str]]:
     """The commands that copy the export as PEER does, into a file of the format."""
     uri, out = f"nbd+unix:///vda?socket={directory}/peer.sock", f"{directory}/peer.out"
+    size = (directory / "disk.raw").stat().st_size
+    if name == MEMORY:
+        return [[sys.executable, "-c", _WRITE, out, str(size)]]
     copy = name.split()
     if copy[0] == "qemu-img":
         return [[*copy, "-f", "raw", "-O", fmt, uri, out]]
     if fmt == "raw":
         return [[*copy, uri, out]]
-    size = (directory / "disk.raw").stat().st_size
     create = ["qemu-img", "create", "-q", "-f", fmt, out, str(size)]
     return [create, [*copy, "--", uri, "[", "qemu-nbd", "-f", fmt, out, "]"]]
 
