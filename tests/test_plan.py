@@ -593,6 +593,9 @@ def test_what_qemu_shows_of_us() -> None:
     assert state(jobs={job: running}).backups() == {ID}
     assert state(jobs={job: running}).running_jobs() == (job,)
     assert state(jobs={job: ended}).running_jobs() == ()
+    beside = naming.yield_job(ID, 0)
+    mirror = dataclasses.replace(running, id=beside, type="mirror", status="ready")
+    assert state(jobs={beside: mirror, job: ended}).running_jobs() == ()
     theirs = naming.JobId("mirror0")
     assert state(jobs={theirs: dataclasses.replace(running, id=theirs)}).running_jobs() == ()
 
@@ -694,6 +697,10 @@ def test_judgement_is_by_disk() -> None:
     runs = dataclasses.replace(sight, io_error=False)
     assert "d4" not in blockjob.judge(disks, runs)
     assert not blockjob.stopped_guest(disks, runs)
+    away = dataclasses.replace(medium, active=False)
+    given = {**drives, "/machine/0": dataclasses.replace(drives["/machine/0"], medium=away)}
+    reasons = blockjob.judge(disks, dataclasses.replace(runs, drives=given))
+    assert reasons["d0"] == "it was given away during the backup, to a migration or a save"
     without_devices = dataclasses.replace(runs, drives=None)
     assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7"}
 

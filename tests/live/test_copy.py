@@ -469,7 +469,7 @@ def test_nothing_is_left_of_a_copy(tmp_path: pathlib.Path) -> None:
     """No thread, no descriptor, good or bad."""
     gc.collect()  # what an earlier test left to it may hold descriptors
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    with nbdkit(tmp_path, "pattern", "8M") as server:
+    with nbdkit(tmp_path, "pattern", "64M") as server:
         copy_one(server.export, tmp_path / "out")
         copy.checksum_of_file(tmp_path / "out", "raw")
         (tmp_path / "out").unlink()

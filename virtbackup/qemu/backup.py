@@ -237,7 +237,7 @@ class BlockState:
         return tuple(
             id
             for id, job in self.jobs.items()
-            if naming.backup_of(id) and job.status in blockjob.RUNNING
+            if naming.is_backup_job(id) and job.status in blockjob.RUNNING
         )
 
 

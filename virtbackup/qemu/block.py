@@ -54,6 +54,8 @@ class Medium:
     """Whether the image can hold persistent bitmaps."""
     allocation: int | None = None
     """Bytes that its file takes, where the driver can tell."""
+    active: bool = True
+    """Not given away, to a migration or a save; told since QEMU 10.0."""
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -218,6 +220,7 @@ def _parse_medium(inserted: Any) -> Medium:
                 _parse_bitmaps(inserted.get("dirty-bitmaps", [])),
                 driver == "qcow2" and _stores_bitmaps(image),
                 allocation if _is_size(allocation := image.get("actual-size")) else None,
+                inserted.get("active") is not False,
             )
     raise _unexpected("info", inserted)
 

@@ -38,7 +38,8 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
     reasons = {}
     for disk in disks:
         reason = (
-            job_reason(sight.jobs.get(disk.job))
+            _given_away_reason(disk, sight)
+            or job_reason(sight.jobs.get(disk.job))
             or _frozen_reason(disk, sight)
             or _scratch_reason(disk, sight)
             or _export_reason(disk, sight)
@@ -47,6 +48,14 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
         if reason is not None:
             reasons[disk.target] = reason
     return reasons
+
+
+def _given_away_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    """Why the disk may be written by another QEMU, past the job that saves its old data."""
+    drive = _drive(disk, sight)
+    if drive is None or drive.medium is None or drive.medium.active:
+        return None
+    return "it was given away during the backup, to a migration or a save"
 
 
 def job_reason(job: monitor_json.Job | None) -> str | None:

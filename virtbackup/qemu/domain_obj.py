@@ -80,15 +80,17 @@ class DomainObj:
         """End the backup that was started to end with us; a failure to is logged."""
         self._stop_watching()
         id, self._autodestroy = self._autodestroy, None
-        running = self.file.load()
-        if id is None or running is None or running.id != id:
+        if id is None:
             return
-        with self._ending.stopping() as ended:
-            try:
+        try:
+            running = self.file.load()
+            if running is None or running.id != id:
+                return
+            with self._ending.stopping() as ended:
                 self.job.stop(id, cancel=True)
                 ended(False, ending.CANCELLED)
-            except errors.Error as failure:
-                logger.warning("backup=%s could not be ended on close: %s", id, failure)
+        except errors.Error as failure:
+            logger.warning("backup=%s could not be ended on close: %s", id, failure)
 
     def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
         quiesce = self._agent if flags & hypervisor.START_QUIESCE else None

@@ -97,6 +97,11 @@ def backup_job(backup: BackupId, number: int) -> JobId:
     return JobId(f"{PREFIX}{backup}-{number}")
 
 
+def is_backup_job(job: str) -> bool:
+    """Whether JOB is one of those."""
+    return _JOB.fullmatch(job) is not None
+
+
 def job_speed(job: JobId) -> int:
     """A speed, bytes a second, that no other job has: for a QEMU where a job has no id of ours."""
     match = _JOB.fullmatch(job)
