@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -283,6 +284,33 @@ def test_a_device_that_is_in_use(
         )
     finally:
         subprocess.run(["umount", tmp_path / "mount"], check=True)
+
+
+@pytest.mark.needs("qemu-storage-daemon")
+def test_a_device_that_a_qemu_has_by_another_name(
+    guest: points.Guest, disk: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """As a guest of libvirt's has its devices: QEMU's lock is on that name, not on this one."""
+    number = disk.stat().st_rdev
+    other = pathlib.Path(f"/dev/virtbackup-test-{os.getpid()}")
+    try:
+        os.mknod(other, 0o600 | stat.S_IFBLK, number)
+    except PermissionError:
+        pytest.skip("no device can be made here")
+    log = tmp_path / "pid"
+    node = {"driver": "host_device", "filename": str(other), "node-name": "n"}
+    argv = ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--pidfile", str(log)]
+    try:
+        with subprocess.Popen(argv) as qemu:
+            try:
+                libvirtd.wait_for(log.exists)
+                text = refused(guest, tmp_path, f"--target=vda={disk}")
+                assert f"disk 'vda': {disk} is in use: process {qemu.pid} (qemu-storage-da" in text
+            finally:
+                qemu.kill()
+    finally:
+        other.unlink()
+    assert device.look(disk)[0] == number
 
 
 @pytest.mark.needs("qemu-storage-daemon")

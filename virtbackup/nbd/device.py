@@ -63,7 +63,45 @@ def held(path: pathlib.Path) -> int:
         if failure.errno in (errno.EAGAIN, errno.EACCES):
             raise _invalid(f"{path} is in use: another program, as a QEMU, locks it") from failure
         raise errors.system_error(failure, f"cannot lock {path}") from failure
+    if user := _user_of(os.fstat(fd).st_rdev):
+        os.close(fd)
+        raise _invalid(f"{path} is in use: process {user} has it open")
     return fd
+
+
+def meets(one: int, other: int) -> bool:
+    """Whether two devices, by their numbers, have bytes in common: one is the other, or a part."""
+    return one == other or _whole(one) == other or _whole(other) == one
+
+
+def _whole(number: int) -> int:
+    """The device that another one is a partition of; else itself."""
+    place = pathlib.Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    try:
+        if (place / "partition").exists():
+            major, minor = (place.resolve().parent / "dev").read_text().split(":")
+            return os.makedev(int(major), int(minor))
+    except (OSError, ValueError):
+        pass
+    return number
+
+
+def _user_of(number: int) -> str | None:
+    """A QEMU that has a device open, or the whole that it is a part of, or a part: its lock is on
+    the name that it has the device by, of which a guest of libvirt's has one of its own."""
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name = (process / "comm").read_text().strip()
+            if not name.startswith("qemu-") or int(process.name) == os.getpid():
+                continue
+            for entry in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if not str(entry.readlink()).startswith("/dev/"):
+                        continue
+                    found = entry.stat()
+                    if stat.S_ISBLK(found.st_mode) and meets(found.st_rdev, number):
+                        return f"{process.name} ({name})"
+    return None
 
 
 def _invalid(text: str) -> errors.Error:

@@ -248,8 +248,10 @@ class QemuWriter(target.Asynchronous):
             done()
 
     def wait(self, wake: target.Wake | None) -> None:
+        self._check()
         poll = select.poll()
-        self._linked.register(poll)
+        with self._naming():
+            self._linked.register(poll)
         if wake is not None:
             poll.register(wake, select.POLLIN)
         for fd, events in poll.poll():
@@ -290,6 +292,8 @@ class QemuWriter(target.Asynchronous):
             self._unwanted = True
             if self._program is not None:
                 self._program.kill()
+        with contextlib.suppress(OSError):
+            os.truncate(self._path, 0)
 
     def discard(self) -> None:
         self.shorten()
@@ -462,9 +466,13 @@ class QemuWriter(target.Asynchronous):
             socket.socket(socket.AF_UNIX) as listening,
             socket.socket(socket.AF_UNIX) as client,
         ):
-            listening.bind(f"{directory}/socket")
-            listening.listen(1)
-            client.connect(f"{directory}/socket")
+            try:
+                listening.bind(f"{directory}/socket")
+                listening.listen(1)
+                client.connect(f"{directory}/socket")
+            except OSError as failure:
+                text = f"cannot make a socket in {directory}"
+                raise errors.system_error(failure, text) from failure
             yield listening, client
 
     def _run(self, *argv: str) -> None:

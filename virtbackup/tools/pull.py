@@ -241,12 +241,15 @@ def _devices(
                 f"disk '{name}': a backup of a branch cannot go to {path}, as increments are qcow2"
                 " images over the files of a directory"
             )
+        found = _device_number(str(path))
+        for other, of in own.items():
+            if found is not None and other is not None and device.meets(found, other):
+                raise _invalid(f"disk '{name}': {path} is the guest's own disk '{of}'")
         with _naming_disk(name):
             number, size = device.look(path)
-        if number in own:
-            raise _invalid(f"disk '{name}': {path} is the guest's own disk '{own[number]}'")
-        if number in numbers:
-            raise _invalid(f"disk '{name}': {path} takes disk '{numbers[number]}' already")
+        for other, of in numbers.items():
+            if device.meets(number, other):
+                raise _invalid(f"disk '{name}': {path} takes disk '{of}' already")
         if size < (needs := capacity[name] or 0):
             with _naming_disk(name):
                 raise device.too_small(str(path), size, needs)

@@ -246,8 +246,8 @@ def _claimed(output: Output, force: bool, undo: contextlib.ExitStack) -> Iterato
             )
         with contextlib.suppress(OSError):
             partial.unlink()
-    yield
     undo.callback(_remove, partial)
+    yield
 
 
 def _remove(path: pathlib.Path) -> None:

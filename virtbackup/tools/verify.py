@@ -26,8 +26,8 @@ from virtbackup.nbd import checksum, connection, copy, image, qcow2
 from virtbackup.tools import listing, manifest
 
 FILES_AT_ONCE = 4
-"""Read at the same time, at most, and no more than there are processors: each takes a qemu-nbd and
-the buffers of a copy, whatever the file's size."""
+"""Read at the same time, at most, and no more than there are processors: each takes a buffer,
+a qemu-img, and where QEMU has to read it a qemu-nbd and the buffers of a copy."""
 
 _HELD = "qemu:allocation-depth"
 
