@@ -58,6 +58,13 @@ def virsh(uri: str, *argv: str) -> subprocess.CompletedProcess[str]:
 # --- room -----------------------------------------------------------------------------------------
 
 
+def fill(machine: machines.Machine, disk: str) -> None:
+    """Let the guest write all of a disk, not so fast that on a busy machine nobody could watch."""
+    for at in range(0, SIZE, MIB // 2):
+        machine.io(disk, f"write -P 2 {at} {MIB // 2}")
+        time.sleep(0.01)
+
+
 def test_a_start_without_any_room_is_refused_by_name(
     tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
 ) -> None:
@@ -209,8 +216,7 @@ def test_a_pull_says_why_its_backup_was_given_up(
     ) as pull:  # fmt: skip
         assert pull.stdout is not None
         assert pull.stdout.readline() == "started\n"
-        for at in range(0, SIZE, MIB // 2):
-            machine.io("sdb", f"write -P 2 {at} {MIB // 2}")
+        fill(machine, "sdb")
         _, err = pull.communicate("go\n", timeout=60)
     assert pull.returncode == 1
     assert "disk 'sdb': given up before the scratch image" in err
@@ -233,8 +239,7 @@ def test_the_interactive_shell_watches(
         shell.stdin.flush()
         while "Domain backup started" not in shell.stdout.readline():
             pass  # the test's own time limit applies
-        for at in range(0, SIZE, MIB // 2):
-            machine.io("vda", f"write -P 2 {at} {MIB // 2}")
+        fill(machine, "vda")
         out, _ = shell.communicate("backup-info 1\nbackup-stop 1\nquit\n", timeout=60)
     assert out.count("given up before the scratch image") == 2, out
     assert machine.probe("query-jobs") == []
@@ -249,9 +254,7 @@ def test_a_daemon_watches_what_it_finds_running(
     socket, log = tmp_path / "virtbackup-sock", tmp_path / "log"
     with daemons.daemon(socket, machine.uri, log=log):
         libvirtd.wait_for(lambda: "found running" in log.read_text())
-        for at in range(0, SIZE, MIB // 2):
-            machine.io("vda", f"write -P 2 {at} {MIB // 2}")
-            time.sleep(0.01)  # a guest is not faster than whoever watches may be, on a busy machine
+        fill(machine, "vda")
         assert machine.probe("query-status")["status"] == "running"
         done = virsh(f"virtbackup+unix://{socket}", "backup-stop", "1")
         assert done.returncode == 1
