@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from bench import pull_speed
+from tests import waiting
 
 SHARED = "ours, by qemu-storage-daemon"
 SOCKET = "ours, by qemu-nbd"
@@ -81,8 +82,7 @@ def _serving(directory: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
     argv = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "vda", "-f", "raw", "-k", str(socket)]
     server = subprocess.Popen([*argv, str(directory / "disk.raw")])
     try:
-        while not socket.exists():
-            time.sleep(0.01)
+        waiting.until(socket.exists)
         yield server
     finally:
         server.kill()

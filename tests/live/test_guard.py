@@ -180,8 +180,7 @@ def test_a_backup_is_given_up_before_the_guest_notices(
         before = machine.state()
         for _ in range(2):
             dom.backupStart(document(tmp_path, f'dir="{small}"', disk))
-            for at in range(0, SIZE, MIB // 2):
-                machine.io(disk, f"write -P 2 {at} {MIB // 2}")
+            fill(machine, disk)
             info = dom.backupGetInfo()
             assert info.state == "failed"
             assert "given up before the scratch image" in str(info.disks[0].reason)

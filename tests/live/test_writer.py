@@ -20,6 +20,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import test_copy
 from virtbackup.nbd import copy, qcow2, vhost_user, writer
 
@@ -242,10 +243,7 @@ signal.pause()
     process.kill()
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 10
-    while pathlib.Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    waiting.until(lambda: not pathlib.Path(f"/proc/{pid}").exists())
     os.close(gone)
 
 

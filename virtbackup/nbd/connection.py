@@ -129,18 +129,12 @@ class Connection:
 
     def mask(self) -> int:
         """The poll events that libnbd waits for."""
-        direction = self._handle.aio_get_direction()
-        read = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
-        return read | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+        return mask(self._handle)
 
     def notify(self, events: int) -> None:
         """Hand what poll said to libnbd. Errors: the connection is lost."""
         try:
-            direction = self._handle.aio_get_direction()
-            if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
-                self._handle.aio_notify_read()
-            elif direction & nbd.AIO_DIRECTION_WRITE:
-                self._handle.aio_notify_write()
+            notify(self._handle, events)
         except nbd.Error as failure:
             raise self._named(failure, self._doing) from failure
         if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
@@ -200,6 +194,22 @@ class Connection:
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
         return failed(self._export, what, reason, offset)
+
+
+def mask(handle: Any) -> int:
+    """The poll events that a libnbd handle waits for."""
+    direction = handle.aio_get_direction()
+    read = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
+    return read | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+
+
+def notify(handle: Any, events: int) -> None:
+    """Hand what poll said to a libnbd handle. Errors: nbd.Error."""
+    direction = handle.aio_get_direction()
+    if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
+        handle.aio_notify_read()
+    elif direction & nbd.AIO_DIRECTION_WRITE:
+        handle.aio_notify_write()
 
 
 def connect(handle: Any, export: Export) -> None:

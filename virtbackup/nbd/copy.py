@@ -52,7 +52,7 @@ _MOST_EARLY = 1024
 """Extents passed over while an earlier one is being read or stored."""
 _WORTH_ASKING = 4 << 20
 """Bytes that have changed of which the server is asked whether they are zero; less is read."""
-_HELD = "qemu:allocation-depth"
+HELD = "qemu:allocation-depth"
 """The context that tells what an image holds itself, when it is opened without its backing file."""
 
 
@@ -210,7 +210,7 @@ def checksum_of_increment(
     of a disk of whole sectors. Errors: as ``copy``.
     """
     export = _image(path, {"driver": "qcow2", "file": _file(path), "backing": None}, "-A")
-    return copy([Job(export, None, size=size, dirty=_HELD)], cancel=cancel)[0].checksum
+    return copy([Job(export, None, size=size, dirty=HELD)], cancel=cancel)[0].checksum
 
 
 def _image(path: pathlib.Path, node: dict[str, Any], *options: str) -> connection.Export:

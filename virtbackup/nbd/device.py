@@ -19,7 +19,7 @@ from collections.abc import Callable
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum
+from virtbackup.nbd import checksum, target
 
 _BLKZEROOUT = 0x127F
 _BLKSSZGET = 0x1268
@@ -129,9 +129,7 @@ class Device:
         self._unwanted = False
         self._seen = bytearray(-(-size // checksum.BLOCK))
         """Of every block, whether it has what it is to have."""
-        self._written = 0
-        self._range: tuple[int, int] | None = None
-        self._before: int | None = None
+        self._written = target.Window(_WINDOW)
         self._ways: list[Callable[[int, int], None]] = [self._punch, self._zero_out]
         """To zero a range, but for writing."""
         self._fd: int | None = held(path)
@@ -148,7 +146,8 @@ class Device:
     def write(self, offset: int, data: memoryview) -> None:
         self._note(offset, len(data))
         self._pwrite(offset, data)
-        self._hint(offset, offset + len(data))
+        assert self._fd is not None
+        target.write_back(self._fd, self._written, offset, offset + len(data))
 
     def write_zeroes(self, offset: int, length: int) -> None:
         self._note(offset, length)
@@ -191,24 +190,9 @@ class Device:
     def _pwrite(self, offset: int, data: memoryview) -> None:
         assert self._fd is not None
         try:
-            while data:
-                count = os.pwrite(self._fd, data, offset)
-                data, offset = data[count:], offset + count
+            target.pwrite(self._fd, data, offset)
         except OSError as failure:
             raise self._failed(failure) from failure
-
-    def _hint(self, start: int, end: int) -> None:
-        """Have the device begin with what was written, and drop what it has from the page cache."""
-        assert self._fd is not None
-        self._written += end - start
-        low, high = self._range or (start, end)
-        low, high = self._range = min(low, start), max(high, end)
-        if self._written < _WINDOW:
-            return
-        first = low if self._before is None else min(low, self._before)
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, first, high - first, os.POSIX_FADV_DONTNEED)
-        self._written, self._range, self._before = 0, None, low
 
     def _zero(self, offset: int, length: int) -> None:
         """A range of whole sectors."""

@@ -8,6 +8,8 @@ would make QEMU open another file than the one it is given is told here.
 import dataclasses
 import struct
 
+MAGIC = b"QFI\xfb"
+"""What an image begins with."""
 SIZE = 1 << 16
 """Bytes of a file that hold the header and all that ``parse`` needs."""
 
@@ -44,7 +46,7 @@ def parse(data: bytes) -> Header:
     if len(data) < _V2_LENGTH:
         raise BadHeader("it is shorter than the header of a qcow2 image")
     magic, version, name_at, name_size, bits, size, crypt = _FIXED.unpack_from(data)
-    if magic != b"QFI\xfb":
+    if magic != MAGIC:
         raise BadHeader("it is not a qcow2 image")
     if version not in (2, 3):
         raise BadHeader(f"qcow2 version {version} is unknown")

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from virtbackup.nbd import checksum
+from virtbackup.nbd import checksum, header
 
 if TYPE_CHECKING:
     from virtbackup.nbd import copy
@@ -226,7 +226,7 @@ class Qcow2:
             raise Damaged("it is shorter than the header of a qcow2 image")
         (magic, version, _, _, bits, virtual, crypt, l1_size, self._l1_at,
          _, _, snapshots, _) = _FIXED.unpack_from(data)  # fmt: skip
-        if magic != b"QFI\xfb" or version not in (2, 3):
+        if magic != header.MAGIC or version not in (2, 3):
             raise Damaged("it is not a qcow2 image")
         if version == 3:
             if len(data) < _FIXED.size + _V3.size:

@@ -210,18 +210,12 @@ class _Source:
         return fd
 
     def mask(self) -> int:
-        direction = self._handle.aio_get_direction()
-        read = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
-        return read | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+        return connection.mask(self._handle)
 
     def notify(self, events: int) -> None:
         """Hand what poll said to libnbd. Errors: the connection is lost."""
         with self._naming("read"):
-            direction = self._handle.aio_get_direction()
-            if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
-                self._handle.aio_notify_read()
-            elif direction & nbd.AIO_DIRECTION_WRITE:
-                self._handle.aio_notify_write()
+            connection.notify(self._handle, events)
 
     def completed(self) -> Iterator[_Chunk]:
         """The chunks that are read by now. Errors: they cannot be."""

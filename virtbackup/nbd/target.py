@@ -105,14 +105,16 @@ class Nowhere:
         """Nothing."""
 
 
-class _Window:
+class Window:
     """Gathers writes into ranges worth telling the disk about.
 
     A range reaches back over the one before it, whose pages are clean by then and can be dropped;
     never over the whole file, which would be searched again each time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = WINDOW) -> None:
+        """MOST: bytes that are written before."""
+        self._most = most
         self._size = self._end = 0
         self._start: int | None = None
         self._before: int | None = None
@@ -122,7 +124,7 @@ class _Window:
         self._size += end - start
         self._start = start if self._start is None else min(self._start, start)
         self._end = max(self._end, end)
-        if self._size < WINDOW:
+        if self._size < self._most:
             return None
         first = self._start if self._before is None else min(self._start, self._before)
         length = self._end - first
@@ -130,12 +132,26 @@ class _Window:
         return first, length
 
 
+def pwrite(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of DATA. Errors: OSError."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def write_back(fd: int, window: Window, start: int, end: int) -> None:
+    """Once WINDOW is full, have the disk begin with what is dirty, and drop what is not."""
+    if ready := window.add(start, end):
+        with contextlib.suppress(OSError):  # a hint, which a file system may refuse
+            os.posix_fadvise(fd, ready[0], ready[1], os.POSIX_FADV_DONTNEED)
+
+
 class _File:
     """A file made by us and not there before: mode 0600, as it holds a guest's data."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self._written = _Window()
+        self._written = Window()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self._fd: int | None = os.open(path, flags, 0o600)
@@ -145,17 +161,11 @@ class _File:
     def pwrite(self, data: memoryview, offset: int) -> None:
         """Write DATA of the disk, which goes on its way to the medium soon."""
         assert self._fd is not None
-        view, at = memoryview(data), offset
         try:
-            while view:
-                count = os.pwrite(self._fd, view, at)
-                view, at = view[count:], at + count
+            pwrite(self._fd, data, offset)
         except OSError as failure:
             raise self._error(failure) from failure
-        if ready := self._written.add(offset, offset + len(data)):
-            with contextlib.suppress(OSError):  # a hint, which a file system may refuse
-                # Begins to write what is dirty, drops what is not.
-                os.posix_fadvise(self._fd, ready[0], ready[1], os.POSIX_FADV_DONTNEED)
+        write_back(self._fd, self._written, offset, offset + len(data))
 
     def truncate(self, size: int) -> None:
         assert self._fd is not None

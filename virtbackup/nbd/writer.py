@@ -23,7 +23,7 @@ import libvirt
 import nbd
 
 from virtbackup import errors
-from virtbackup.nbd import qcow2, target, vhost_user
+from virtbackup.nbd import connection, header, qcow2, target, vhost_user
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ _SPARE = 1 << 20
 """Bytes of memory for what is written from elsewhere."""
 _ROOM = 32 << 20
 """Bytes that ``memory`` can be asked for; only what is used takes memory."""
-_MAGIC = b"QFI\xfb"
 _PROBE = 1 << 20
 
 # Without these, glibc maps the buffer of each request anew and gives it back, which has the kernel
@@ -112,20 +111,13 @@ class _Nbd:
         """Nothing was held back."""
 
     def register(self, poll: select.poll) -> None:
-        direction = self._handle.aio_get_direction()
-        read = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
-        write = select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0
-        poll.register(self._handle.aio_get_fd(), read | write)
+        poll.register(self._handle.aio_get_fd(), connection.mask(self._handle))
 
     def notify(self, fd: int, events: int) -> None:
         with self._naming():
             if fd != self._handle.aio_get_fd():
                 return
-            direction = self._handle.aio_get_direction()
-            if direction & nbd.AIO_DIRECTION_READ and events & ~select.POLLOUT:
-                self._handle.aio_notify_read()
-            elif direction & nbd.AIO_DIRECTION_WRITE:
-                self._handle.aio_notify_write()
+            connection.notify(self._handle, events)
             if self._handle.aio_is_dead() or self._handle.aio_is_closed():
                 raise vhost_user.Lost(_ENDED)
 
@@ -217,7 +209,7 @@ class QemuWriter(target.Asynchronous):
                 raise self._failed("it is not wanted any more") from failure
             logger.info("event=no-shared-memory file=%s reason=%s", image, failure)
             self._link = self._open_nbd()
-        self._pwrite(bytes(len(_MAGIC)))
+        self._pwrite(bytes(len(header.MAGIC)))
 
     def write(self, offset: int, data: memoryview) -> None:
         end = offset + self._padded(offset, len(data))
@@ -271,7 +263,7 @@ class QemuWriter(target.Asynchronous):
         if self._program is not None:
             self._program.terminate()  # qemu-nbd ends by itself
         self._end()
-        self._pwrite(_MAGIC)
+        self._pwrite(header.MAGIC)
         if self._made != self._size:
             image = str(self._path.absolute())
             self._run("qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", image, str(self._size))

@@ -29,8 +29,6 @@ FILES_AT_ONCE = 4
 """Read at the same time, at most, and no more than there are processors: each takes a buffer,
 a qemu-img, and where QEMU has to read it a qemu-nbd and the buffers of a copy."""
 
-_HELD = "qemu:allocation-depth"
-
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -224,7 +222,7 @@ def job(link: listing.Link) -> copy.Job:
         ),
         "",
     )
-    dirty = None if link.disk.backing is None else _HELD
+    dirty = None if link.disk.backing is None else copy.HELD
     return copy.Job(export, None, size=link.disk.size, dirty=dirty)
 
 
