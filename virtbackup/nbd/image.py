@@ -42,6 +42,8 @@ _MOST_L1 = 32 << 20
 _FREE, _DATA, _TABLE = range(3)
 _MOST_TOGETHER = 1 << 12
 """Entries of a table."""
+_NOTHING = tuple(array.array("Q", (0,)) * count for count in (1 << 10, 1 << 5))
+"""Entries as most of a large disk's are."""
 
 
 class Damaged(Exception):
@@ -389,6 +391,8 @@ def _end_of_run(table: "array.array[int]", start: int, end: int, step: int) -> i
     """How far, END at most, each entry from START on is STEP more than the one before it. Many are
     looked at together: a large disk has millions."""
     first, place, count = table[start], start + 1, 1
+    if not first:
+        return _end_of_nothing(table, place, end)
     while place < end and count:
         count = min(count, end - place)
         value = first + (place - start) * step
@@ -398,6 +402,17 @@ def _end_of_run(table: "array.array[int]", start: int, end: int, step: int) -> i
             count = min(2 * count, _MOST_TOGETHER)
         else:
             count //= 2
+    return place
+
+
+def _end_of_nothing(table: "array.array[int]", place: int, end: int) -> int:
+    """How far, END at most, each entry from PLACE on is 0."""
+    for nothing in _NOTHING:
+        count = len(nothing)
+        while place + count <= end and table[place : place + count] == nothing:
+            place += count
+    while place < end and not table[place]:
+        place += 1
     return place
 
 
