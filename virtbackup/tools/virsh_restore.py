@@ -171,17 +171,20 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         if not args.flag("json"):
             shell.extra("Backups verified")
         return vsh.DONE
-    raise vsh.Failure(_summary(backups, verdict), _newest_good(backups, verdict, point))
+    raise vsh.Failure(_summary(backups, verdict, point), _newest_good(backups, verdict, point))
 
 
-def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
+def _summary(
+    backups: "listing.Backups", verdict: "verify.Verdict", only: "listing.Point | None"
+) -> str:
     first, more = verdict.problems[0], len(verdict.problems) - 1
     text = f"the backups in {backups.directory} are not whole: {first}"
     if more:
         text += f" (and {more} more)"
     if verdict.bad_points:
-        text += f"; not to be restored: {', '.join(p.label for p in verdict.bad_points)}"
-    return text
+        bad = ", ".join(point.label for point in verdict.bad_points)
+        return f"{text}; not to be restored: {bad}"
+    return f"{text}; {'every point listed' if only is None else 'the point'} can be restored"
 
 
 def _newest_good(
