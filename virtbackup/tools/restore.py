@@ -85,8 +85,10 @@ def restore(
     outputs = _outputs(out, names, disk is not None, fmt)
     for output in outputs:
         _check_output(output, backups, force)
-    for links in chains.values():
-        check(links)
+    for output in outputs:
+        check(chains[output.disk])
+        if output.type != "file":  # of which nothing is left where the disk is not good
+            chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
     cancel.check()
     with contextlib.ExitStack() as undo:
         if disk is None:
@@ -106,7 +108,7 @@ def check(links: Sequence[listing.Link]) -> None:
     listing.check(links)
     for link in links:
         if problem := verify.unknown_checksum(link.disk):
-            raise listing.bad(f"disk '{link.disk.name}': {link.path} is not good: {problem}")
+            raise listing.not_good(link, problem)
 
 
 def merge(
@@ -125,8 +127,7 @@ def merge(
     def compare(found: Sequence[str]) -> None:
         for link, value in zip(links, found, strict=True):
             if value != link.disk.checksum.value:
-                text = verify.differs(value, link.disk)
-                raise listing.bad(f"disk '{link.disk.name}': {link.path} is not good: {text}")
+                raise listing.not_good(link, verify.differs(value, link.disk))
 
     jobs = [verify.job(link) for link in links]
     return layers.merge(jobs, open_target, compare, progress=progress, index=index, cancel=cancel)
@@ -200,7 +201,7 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
         return
     for point in backups.points:
         for disk in point.made.disks:
-            own = backups.directory / disk.file
+            own = backups.link(point, disk).path
             if own.exists() and path.exists() and path.samefile(own):
                 raise _invalid(f"{path} is a file of the backups themselves")
     if not force:

@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -92,7 +93,7 @@ def verify(
             try:
                 links = backups.links(one, disk.name)
             except errors.Error as failure:
-                links = (listing.Link(one, disk, backups.directory / disk.file),)
+                links = (backups.link(one, disk),)
                 problems.append(_problem(links[0], reason(failure)))
                 bad_points.append(one)
             for link in links:
@@ -117,7 +118,7 @@ def verify(
 
 
 def _problem(link: listing.Link, text: str) -> listing.Problem:
-    return listing.Problem(link.disk.file, text, link.disk.name, link.point.label)
+    return listing.Problem(link.file, text, link.disk.name, link.point.label)
 
 
 def _read_all(
@@ -162,6 +163,29 @@ def examine(
         return Look(f"it cannot be read: {failure.strerror}", 0, False)
     except errors.Error as failure:
         return Look(_reason_unless_cancelled(failure), 0, False)
+
+
+def checked(
+    links: Sequence[listing.Link],
+    progress: copy.Progress | None = None,
+    cancel: copy.Cancel | None = None,
+) -> tuple[listing.Link, ...]:
+    """LINKS, the files of a disk, for what gives their content away unchecked.
+
+    What is elsewhere is read before that, for a manifest may name any device of this machine, or
+    one that has something else by now; it is called by the name that no link of another user's
+    leads to. Errors: VIR_ERR_OPERATION_FAILED where it has not what was backed up, those of
+    ``examine``.
+    """
+    sure = []
+    for index, link in enumerate(links):
+        if link.is_elsewhere:
+            link = dataclasses.replace(link, path=pathlib.Path(os.path.realpath(link.path)))
+            look = examine(link, index, progress, cancel)
+            if not look.restorable:
+                raise listing.not_good(link, str(look.problem))
+        sure.append(link)
+    return tuple(sure)
 
 
 def _examine(

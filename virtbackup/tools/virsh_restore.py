@@ -21,6 +21,11 @@ def _read(args: vsh.Args) -> "listing.Backups":
     return listing.read(pathlib.Path(args.text("directory")))
 
 
+def _read_with_devices(args: vsh.Args) -> "listing.Backups":
+    devices = virsh_pull.devices(args, "device")
+    return _read(args).with_devices(devices)
+
+
 def _complete_points(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
     """The points of the directory."""
     if not args.flag("directory"):
@@ -36,6 +41,14 @@ def _complete_disks(shell: virsh_connection.Shell, args: vsh.Args, text: str) ->
     return [disk.name for disk in point.made.disks]
 
 
+def _complete_devices(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The disks on devices, and the paths that their manifests tell."""
+    if not args.flag("directory"):
+        return []
+    disks = (disk for point in _read(args).points for disk in point.made.disks)
+    return [f"{disk.name}={disk.file}" for disk in disks if disk.type == "block"]
+
+
 DIRECTORY = vsh.Option(
     "directory", vsh.Kind.DATA, "directory of backups", required=True, completer=vsh.complete_files
 )
@@ -44,6 +57,11 @@ POINT = vsh.Option(
     completer=_complete_points,
 )  # fmt: skip
 DISK = vsh.Option("disk", vsh.Kind.STRING, "one disk alone", completer=_complete_disks)
+DEVICE = vsh.Option(
+    "device", vsh.Kind.STRING,
+    "DISK=DEVICE: where a disk is that was backed up to a block device, whatever the manifest says",
+    multi=True, completer=_complete_devices,
+)  # fmt: skip
 
 
 # --- backup-list ----------------------------------------------------------------------------------
@@ -144,7 +162,7 @@ LIST = vsh.Command(
 def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     from virtbackup.tools import interrupt, verify
 
-    backups = _read(args)
+    backups = _read_with_devices(args)
     wanted = args.optional("point")
     point = None if wanted is None else backups.find(wanted)
     begin = time.monotonic()
@@ -223,6 +241,7 @@ VERIFY = vsh.Command(
             "point", vsh.Kind.STRING, "one alone: its number, its id, or how its time begins",
             completer=_complete_points,
         ),
+        DEVICE,
         virsh_connection.JSON,
     ),
     _verify,
@@ -236,7 +255,7 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import interrupt, restore
 
     args.exclusive("json", "define")
-    backups = _read(args)
+    backups = _read_with_devices(args)
     point = backups.find(args.optional("point"))
     for problem in backups.problems:
         if problem.file == point.file:
@@ -305,6 +324,7 @@ RESTORE = vsh.Command(
         ),
         POINT,
         DISK,
+        DEVICE,
         vsh.Option(
             "format", vsh.Kind.STRING,
             "qcow2, or raw (default: raw for a device, a server and files called .raw or .img)",
@@ -330,7 +350,7 @@ def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     unix = args.optional("unix")
     for other in ("host", "port"):
         args.exclusive("unix", other)
-    backups = _read(args)
+    backups = _read_with_devices(args)
     point = backups.find(args.optional("point"))
     disk = args.optional("disk")
     names = [one.name for one in point.made.disks] if disk is None else [disk]
@@ -342,11 +362,25 @@ def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
             address = _tcp_address(shell, args)
         elif unix is not None:
             address = backup_conf.UnixAddress(unix)
-        server = undo.enter_context(serve.serving(backups, point, names, address))
+        for name in names:
+            for link in backups.links(point, name):
+                _tell_what_is_read(shell, link)
+        with virsh_pull.bar(shell) as progress:
+            server = undo.enter_context(
+                serve.serving(backups, point, names, address, progress=progress, cancel=cancel)
+            )
         _tell_exports(shell, args, point, names, server.address)
         vsh.flush()
         server.wait(cancel)
     return vsh.DONE
+
+
+def _tell_what_is_read(shell: virsh_connection.Shell, link: "listing.Link") -> None:
+    """Before a server answers: that may take a while."""
+    if link.is_elsewhere:
+        name = f"{link.disk.name}={link.path}"
+        more = f"; --device {name} serves it at once" if link.disk.type == "block" else ""
+        shell.warn(f"{link.path} is not in the directory and is checked first{more}")
 
 
 def _tcp_address(shell: virsh_connection.Shell, args: vsh.Args) -> "backup_conf.IpAddress":
@@ -386,6 +420,7 @@ SERVE = vsh.Command(
         DIRECTORY,
         POINT,
         DISK,
+        DEVICE,
         vsh.Option(
             "unix", vsh.Kind.STRING, "path of the socket (default: one in a private directory)",
             completer=vsh.complete_files,
