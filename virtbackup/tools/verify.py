@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, copy, image, qcow2
+from virtbackup.nbd import checksum, connection, copy, filename, image, qcow2
 from virtbackup.tools import listing, manifest
 
 FILES_AT_ONCE = 4
@@ -298,7 +298,7 @@ def node(link: listing.Link) -> dict[str, object]:
 
 def file_node(link: listing.Link) -> dict[str, object]:
     driver = "host_device" if link.disk.type == "block" else "file"
-    return {"driver": driver, "filename": str(link.path.absolute())}
+    return {"driver": driver, "filename": filename.told(link.path)}
 
 
 def unknown_checksum(disk: manifest.Disk) -> str | None:
