@@ -80,9 +80,8 @@ def restore(
     error OUT has no new file, and every file that was there.
     """
     verify.need("qemu-nbd")
-    names = [one.name for one in point.made.disks] if disk is None else [disk]
-    chains = {name: backups.links(point, name) for name in names}
-    outputs = _outputs(out, names, disk is not None, fmt)
+    outputs = places(point, out, disk, fmt)
+    chains = {output.disk: backups.links(point, output.disk) for output in outputs}
     for output in outputs:
         _check_output(output, backups, force)
     for output in outputs:
@@ -152,16 +151,19 @@ def domain_xml(point: listing.Point, outputs: Sequence[Output]) -> tuple[str, li
 # --- where to -------------------------------------------------------------------------------------
 
 
-def _outputs(out: str, names: Sequence[str], one: bool, fmt: copy.Format | None) -> list[Output]:
-    """Errors: OUT or FMT make no sense."""
-    if one:
-        return [_output(names[0], out, fmt)]
+def places(
+    point: listing.Point, out: str, disk: str | None = None, fmt: copy.Format | None = None
+) -> list[Output]:
+    """Where ``restore`` puts the disks. Errors: OUT or FMT make no sense."""
+    if disk is not None:
+        return [_output(point.disk(disk).name, out, fmt)]
     if _URI.match(out):
         raise _invalid("a server takes one disk: name it by --disk")
     made = fmt or "qcow2"
     directory = pathlib.Path(out)
     if directory.exists() and not directory.is_dir():
         raise _invalid(f"{out} is not a directory; one disk into a file is named by --disk")
+    names = [one.name for one in point.made.disks]
     return [Output(name, str(directory / f"{name}.{made}"), "file", made) for name in names]
 
 

@@ -260,13 +260,18 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     for problem in backups.problems:
         if problem.file == point.file:
             shell.warn(str(problem))
+    out, disk = args.text("out"), args.optional("disk")
+    fmt = cast("copy.Format | None", args.optional("format"))
+    document, left = "", list[str]()
+    if args.flag("define"):  # what cannot be written is known before the work is done
+        document, left = restore.domain_xml(point, restore.places(point, out, disk, fmt))
     with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
         done = restore.restore(
             backups,
             point,
-            args.text("out"),
-            disk=args.optional("disk"),
-            fmt=cast("copy.Format | None", args.optional("format")),
+            out,
+            disk=disk,
+            fmt=fmt,
             force=args.flag("force"),
             progress=progress,
             cancel=cancel,
@@ -275,7 +280,6 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         virsh_connection.print_json(shell, _restored_facts(point, done))
         return
     if args.flag("define"):
-        document, left = restore.domain_xml(point, [one.output for one in done])
         shell.print_document(document)
         for name in left:
             shell.warn(f"disk '{name}' was not restored and is where it was")
