@@ -213,10 +213,10 @@ def _wrong(argument: str, text: str) -> errors.Error:
 def shown_time(time: str) -> str:
     """A manifest's time as people are shown it; what is no time, as it is."""
     try:
-        read = datetime.datetime.fromisoformat(time)
-    except ValueError:
+        read = datetime.datetime.fromisoformat(time).astimezone(datetime.timezone.utc)
+    except (ValueError, OverflowError):
         return time
-    return read.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return read.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # --- a directory ----------------------------------------------------------------------------------

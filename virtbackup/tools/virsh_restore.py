@@ -381,7 +381,9 @@ def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
 
 def _tell_what_is_read(shell: virsh_connection.Shell, link: "listing.Link") -> None:
     """Before a server answers: that may take a while."""
-    if link.is_elsewhere:
+    from virtbackup.tools import listing
+
+    if link.is_elsewhere and listing.problem(link) is None:
         name = f"{link.disk.name}={link.path}"
         more = f"; --device {name} serves it at once" if link.disk.type == "block" else ""
         shell.warn(f"{link.path} is not in the directory and is checked first{more}")
