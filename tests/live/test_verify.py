@@ -566,6 +566,33 @@ def test_an_image_that_would_open_others(backed: points.Backed, tmp_path: pathli
     assert "in another file" in found(backed.directory).problems[0].text
 
 
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
+    """A pipe that nobody writes to, and a file without end."""
+    path = backed.directory / "manifest.0003.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert str(found(backed.directory).problems[0]) == (
+        f"manifest.0003.json: cannot read {path}: it is no file"
+    )
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert "it is no file" in found(backed.directory).problems[0].text
+    path.unlink()
+    path.touch()
+    os.truncate(path, 1 << 40)
+    assert "File too large" in found(backed.directory).problems[0].text
+    assert labels(found(backed.directory)) == ["4"]
+    path.unlink()
+    path.write_text(backed.made[3].to_json())
+    for name in ("prune.json", "manifest.0003.json.merged"):
+        os.mkfifo(backed.directory / name)
+        assert found(backed.directory).good
+        status, _, err = points.call("backup-prune", str(backed.directory), "--keep=3")
+        assert (status, "it is no file" in err) == (1, True)
+        (backed.directory / name).unlink()
+
+
 # --- unfinished -----------------------------------------------------------------------------------
 
 

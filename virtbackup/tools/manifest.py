@@ -9,9 +9,11 @@ it is always the same. A manifest of an older virtbackup has none, nor ``tables`
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import stat
 from typing import Any, TypeVar
 
 import libvirt
@@ -23,6 +25,8 @@ from virtbackup.nbd import checksum, copy, image
 FILE = "manifest.json"
 VERSION = 1
 _OWN = "checksum"
+_MOST = 64 << 20
+"""Bytes."""
 
 _T = TypeVar("_T", str, int, list[Any], dict[str, Any])
 
@@ -260,6 +264,21 @@ def tables_of(path: pathlib.Path, size: int, cancel: copy.Cancel | None = None) 
     return Checksum(checksum.TABLES, checksum.BLOCK, value)
 
 
+def read_file(path: pathlib.Path) -> str:
+    """The text at PATH, its line ends as they are. Errors: OSError, for what is no file or larger
+    than any manifest, too; UnicodeDecodeError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO: not for ever
+    with os.fdopen(fd, "rb") as opened:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        if found.st_size > _MOST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return opened.read(_MOST).decode("utf-8")
+
+
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
     """The manifest in DIRECTORY. Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
     return read_checked(directory, file)[0]
@@ -270,8 +289,7 @@ def read_checked(directory: pathlib.Path, file: str = FILE) -> tuple[Manifest, s
     Errors: as ``read``."""
     path = directory / file
     try:
-        # Not read_text: that makes one kind of line end of all.
-        text = path.read_bytes().decode("utf-8")
+        text = read_file(path)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read {path}") from failure
     except UnicodeDecodeError as failure:

@@ -264,7 +264,7 @@ def _remove_old(directory: pathlib.Path) -> None:
 
 def _read_journal(directory: pathlib.Path) -> tuple[list[str], list[str]]:
     try:
-        told = json.loads((directory / JOURNAL).read_text("utf-8"))
+        told = json.loads(manifest.read_file(directory / JOURNAL))
         manifests, files = (list(map(str, told[key])) for key in ("manifests", "files"))
     except (ValueError, KeyError, TypeError) as failure:
         raise _invalid(f"{directory / JOURNAL} is not the journal of a prune") from failure

@@ -19,7 +19,7 @@ import libvirt
 from virtbackup import errors
 from virtbackup.conf import redefine
 from virtbackup.nbd import copy, destination, device, layers, target, writer
-from virtbackup.tools import chain, listing, verify
+from virtbackup.tools import chain, listing, manifest, verify
 
 PARTIAL = chain.PARTIAL
 
@@ -201,15 +201,21 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     path = output.path
     if not os.path.lexists(path):
         return
-    for point in backups.points:
-        for disk in point.made.disks:
-            own = backups.link(point, disk).path
-            if own.exists() and path.exists() and path.samefile(own):
-                raise _invalid(f"{path} is a file of the backups themselves")
+    for own in _files(backups):
+        if own.exists() and path.exists() and path.samefile(own):
+            raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
     if output.type == "file" and not path.is_file():
         raise _invalid(f"{path} is not a file")
+
+
+def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:
+    yield backups.directory / manifest.FILE
+    for point in backups.points:
+        yield backups.directory / point.file
+        for disk in point.made.disks:
+            yield backups.link(point, disk).path
 
 
 def _invalid(text: str) -> errors.Error:
