@@ -41,6 +41,7 @@ manifests = st.builds(
             tables=st.none() | st.builds(manifest.Checksum, texts, sizes, texts),
         ),
         max_size=3,
+        unique_by=(lambda disk: disk.name, lambda disk: disk.file),
     ).map(tuple),
     backup_xml=texts,
     domain_xml=texts,
@@ -72,9 +73,16 @@ def changed(**fields: object) -> str:
     return json.dumps(json.loads(GOOD.to_json()) | fields)
 
 
+DISK = json.loads(GOOD.to_json())["disks"][0]
+
+
 def changed_disk(**fields: object) -> str:
-    disk = json.loads(GOOD.to_json())["disks"][0]
-    return changed(disks=[disk | fields])
+    return changed(disks=[DISK | fields])
+
+
+def test_a_device_by_a_name_that_is_not_utf_8() -> None:
+    made = manifest.Manifest.from_json(changed_disk(type="block", file="/dev/\udcff"))
+    assert made.disks[0].file == "/dev/\udcff"
 
 
 def test_a_field_not_known_is_passed_over() -> None:
@@ -100,6 +108,16 @@ def test_a_field_not_known_is_passed_over() -> None:
         (changed_disk(file="/etc/passwd"), "'/etc/passwd' is not a file name"),
         (changed_disk(file=".."), "'..' is not a file name"),
         (changed_disk(file=""), "'' is not a file name"),
+        (changed_disk(file="\ud800"), "'\ud800' is not a file name"),
+        (changed_disk(backing="\udcff"), "'\udcff' is not a file name"),
+        (changed_disk(type="block", file="/dev/\ud800"), "'/dev/\ud800' is not the path of a"),
+        # a restore makes files of these names
+        (changed_disk(name="../../etc/x"), "'../../etc/x' is not a file name"),
+        (changed_disk(name="/etc/x"), "'/etc/x' is not a file name"),
+        (changed_disk(name="x\0"), "'x\0' is not a file name"),
+        (changed_disk(name="x\udcff"), "'x\udcff' is not a file name"),
+        (changed(disks=[DISK, DISK | {"file": "x"}]), "two disks are called 'vda'"),
+        (changed(disks=[DISK, DISK | {"name": "vdb"}]), "two disks are in 'vda.raw'"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused(text: str, reason: str) -> None:

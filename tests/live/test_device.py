@@ -2,6 +2,7 @@
 """Disks that are backed up to block devices: what is on them, what is refused, and what fails."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -190,6 +191,128 @@ def test_what_is_spoilt_on_it_is_found(
         (out / "manifest.json").write_text(changed.to_json())
         [problem] = verify.verify(listing.read(out)).problems
         assert problem.text == text
+
+
+# --- a manifest that may name anything ------------------------------------------------------------
+
+
+def renamed(directory: pathlib.Path, old: pathlib.Path, new: pathlib.Path) -> None:
+    """Have the manifest of DIRECTORY, which is sound, name another device."""
+    path = directory / "manifest.json"
+    made = manifest.Manifest.from_json(path.read_text())
+    disks = tuple(
+        dataclasses.replace(one, file=str(new)) if one.file == str(old) else one
+        for one in made.disks
+    )
+    path.write_text(dataclasses.replace(made, disks=disks).to_json())
+
+
+@contextlib.contextmanager
+def serving(
+    directory: pathlib.Path, *options: str
+) -> Iterator[tuple[dict[str, str], pathlib.Path]]:
+    """A backup-serve: its exports, and the file that has what it says on standard error."""
+    errors = directory.with_suffix(".err")
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-serve", str(directory)]
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(
+            [*argv, *options, "--json"], stdout=subprocess.PIPE, stderr=log, text=True
+        ) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            text = "".join(iter(server.stdout.readline, "}\n"))
+            yield json.loads(text + "}\n")["exports"], errors
+        finally:
+            server.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.needs("qemu-storage-daemon")
+def test_nothing_else_is_given_away(
+    guest: points.Guest, disk: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A forged manifest, one of another machine, or a device that has something else by now."""
+    out, shown = tmp_path / "out", guest.contents()
+    pull.pull(guest.domain, out, targets={"vda": disk})
+    with loop_device(tmp_path / "secret", SIZE) as secret:
+        secret.write_bytes(b"secret\n" * (SIZE // 7))
+        renamed(out, disk, secret)
+        argv = ("backup-serve", str(out), "--unix", str(tmp_path / "sock"))
+        status, said, err = points.call(*argv)
+        assert (status, said) == (1, "")
+        warning, error, _advice = err.splitlines()
+        assert warning == (
+            f"warning: {secret} is not in the directory and is checked first;"
+            f" --device vda={secret} serves it at once"
+        )
+        assert f"disk 'vda': {secret} is not good: it is not what was backed up: its" in error
+        assert not (tmp_path / "sock").exists()
+
+        status, said, err = points.call("backup-restore", str(out), str(tmp_path / "restored"))
+        assert (status, said) == (1, "")
+        assert f"disk 'vda': {secret} is not good" in err
+        assert not (tmp_path / "restored").exists()
+        with loop_device(tmp_path / "other", SIZE) as other:
+            status, said, err = points.call(
+                "backup-restore", str(out), str(other), "--disk=vda", "--force"
+            )
+            assert (status, said) == (1, "")
+            assert err.splitlines()[0].endswith(f"not {checksum_of(out, 'vda')}")
+            assert other.read_bytes() == FF * SIZE
+
+        for option in ("--disk=sdb", f"--device=vda={disk}"):
+            with serving(out, option) as (exports, log):
+                for name, uri in exports.items():
+                    assert nbdclient.read_uri(uri) == shown[name]
+                assert log.read_text() == ""
+        with serving(out, f"--device=vda={secret}") as (exports, _):
+            assert nbdclient.read_uri(exports["vda"]).startswith(b"secret\nsecret\n")
+
+
+def checksum_of(directory: pathlib.Path, name: str) -> str:
+    [point] = listing.read(directory).points
+    return point.disk(name).checksum.value
+
+
+@pytest.mark.needs("qemu-storage-daemon")
+def test_a_device_that_is_elsewhere_now(
+    guest: points.Guest, disk: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out, shown = tmp_path / "out", guest.contents()
+    pull.pull(guest.domain, out, targets={"vda": disk})
+    renamed(out, disk, pathlib.Path("/dev/gone"))
+    named = f"--device=vda={disk}"
+    status, _, err = points.call("backup-verify", str(out))
+    assert (status, "disk 'vda', /dev/gone: it is missing" in err) == (1, True)
+    status, _, err = points.call("backup-verify", str(out), named)
+    assert (status, err) == (0, "")
+    restored = tmp_path / "restored"
+    argv = ("backup-restore", str(out), str(restored), "--format=raw")
+    status, _, err = points.call(*argv)
+    assert (status, "/dev/gone is not good: it is missing" in err) == (1, True)
+    status, _, err = points.call(*argv, named)
+    assert (status, err) == (0, "")
+    assert (restored / "vda.raw").read_bytes() == shown["vda"]
+    status, _, err = points.call(
+        "backup-restore", str(out), str(disk), "--disk=vda", "--force", named
+    )
+    assert (status, f"{disk} is a file of the backups themselves" in err) == (1, True)
+    with serving(out, named) as (exports, _):
+        assert nbdclient.read_uri(exports["vda"]) == shown["vda"]
+    status, said, err = points.call("backup-map", str(out), named, "--json")
+    assert (status, err) == (0, "")
+    assert len(json.loads(said)["disks"]) == 2
+    with disk.open("r+b") as opened:
+        opened.write(b"x")
+    status, _, err = points.call("backup-verify", str(out), named)
+    assert (status, f"disk 'vda', {disk}: it is not what was backed up" in err) == (1, True)
+    for command in ("backup-verify", "backup-serve", "backup-map"):
+        status, _, err = points.call(command, str(out), f"--device=sdb={disk}")
+        assert status == 1
+        assert f"no disk 'sdb' of {out} is on a device, so it is not {disk}" in err
+        status, _, err = points.call(command, str(out), "--device=vda")
+        assert (status, "invalid --device 'vda': expected DISK=DEVICE" in err) == (2, True)
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -337,6 +337,33 @@ def test_a_file_that_is_not_as_it_was(backed: points.Backed) -> None:
     assert {file.name: file.read_bytes() for file in backed.directory.iterdir()} == before
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+def test_what_is_kept_is_not_whole(tmp_path: pathlib.Path, keep: int, fmt: copy.Format) -> None:
+    """The newest is a full backup, of which nothing is merged or read: the older ones stay."""
+    images = tmp_path / "images"
+    images.mkdir()
+    backed = points.Backed(tmp_path / "backups")
+    with points.guest(images) as one:
+        one.back_up(backed)
+        one.change(1)
+        one.back_up(backed)
+        pull.pull(one.domain, backed.directory, branch="daily", kind="full", fmt=fmt)
+    path = backed.directory / f"vda.0003.{fmt}"
+    content = path.read_bytes()
+    for spoil in (path.unlink, lambda: path.write_bytes(content[:100])):
+        spoil()
+        before = {file.name: file.read_bytes() for file in backed.directory.iterdir()}
+        text = refused(backed.directory, keep)
+        assert f"point 3 is to be kept and is not whole: disk 'vda', {path.name}: it " in text
+        argv = ("backup-prune", str(backed.directory), f"--keep={keep}")
+        status, _, err = points.call(*argv, "--dry-run")
+        assert (status, "point 3 is to be kept and is not whole" in err) == (1, True)
+        assert {file.name: file.read_bytes() for file in backed.directory.iterdir()} == before
+    path.write_bytes(content)
+    assert len(cut(backed.directory, keep).kept) == keep
+
+
 def test_directories_that_are_not_sound(
     backed: points.Backed, tmp_path: pathlib.Path, whole: points.Backed
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from lxml import etree
 
 import virtbackup
 from tests.live import libvirtd, machines, nbdclient, points, test_copy, test_verify
-from virtbackup.nbd import checksum, copy, device
+from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
 from virtbackup.tools import listing, manifest, restore
 
@@ -153,6 +154,11 @@ def test_define(
     status, said, err = points.call("backup-restore", str(bare.directory), "o", "--define")
     assert (status, said) == (1, "")
     assert err == "error: operation failed: point 4 has no domain XML\n"
+    argv = ("backup-restore", str(whole.directory), os.fsdecode(b"\xff"), "--define")
+    status, said, err = points.call(*argv)
+    assert (status, said) == (1, "")
+    assert "a name or a path holds characters that XML cannot carry" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out.img"]
 
 
 def test_one_disk(layered: points.Backed, tmp_path: pathlib.Path) -> None:
@@ -175,12 +181,12 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert "name it by --disk" in refused(layered, "nbd://localhost")
     assert "there is no format qcow2" in refused(layered, "nbd://h", disk="vda", fmt="qcow2")
     own = layered.directory / "vda.0001.qcow2"
-    before = own.read_bytes()
+    before = {path: path.read_bytes() for path in layered.directory.iterdir()}
     (tmp_path / "other").symlink_to(own)
-    for place in (own, tmp_path / "other"):
+    for place in (*before, tmp_path / "other"):
         text = refused(layered, place, disk="vda", force=True)
         assert "is a file of the backups themselves" in text
-    assert own.read_bytes() == before
+    assert {path: path.read_bytes() for path in layered.directory.iterdir()} == before
     assert file.read_text() == "mine"
     put_back(layered, link, disk="vda", force=True)
     assert link.is_symlink()
@@ -476,6 +482,31 @@ def test_a_target_that_raises_nothing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(virtbackup.Error) as raised:
         device.Device(tmp_path / "none", 1)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+
+
+def test_nothing_is_left_where_the_work_cannot_begin(
+    layered: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    """The target is made, and no file may be opened any more."""
+    backups = listing.read(layered.directory)
+    links = backups.links(backups.find(None), "vda")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def open_target(size: int) -> target.Target:
+        made = writer.QemuWriter(tmp_path / "x", size)
+        least = os.open("/dev/null", os.O_RDONLY)
+        os.close(least)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, limits[1]))
+        return made
+
+    cancel = copy.Cancel()
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            restore.merge(links, open_target, cancel=cancel)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        cancel.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.live import nbdclient, points, test_copy
+from tests.live import nbdclient, points, test_copy, test_verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
@@ -109,6 +109,31 @@ def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path) -> Non
         one.process.send_signal(signal.SIGINT)
         one.process.communicate(timeout=20)
     assert not path.exists()
+
+
+def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    """To an image that was put elsewhere; what has something else is not given away."""
+    backed, away = whole.copy(tmp_path / "backups"), tmp_path / "away.qcow2"
+    path = backed.directory / "vda.0001.qcow2"
+    path.rename(away)
+    path.symlink_to(away)
+    with served(backed) as one:
+        assert nbdclient.read_uri(one.exports["vda"]) == whole.shown[4]["vda"]
+        one.process.send_signal(signal.SIGINT)
+        _, err = one.process.communicate(timeout=20)
+    assert err == f"warning: {path} is not in the directory and is checked first\n"
+    test_verify.flip(away, test_verify.find_data(away, 9))
+    status, out, err = points.run("backup-serve", str(backed.directory))
+    assert (status, out) == (1, "")
+    assert f"disk 'vda': {away} is not good: it is not what was backed up: its checksum" in err
+    with served(backed, "--disk=sdb") as one:
+        assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
+    link = tmp_path / "link"
+    link.symlink_to(whole.directory)
+    with served(points.Backed(link), "--disk=vda") as one:
+        assert nbdclient.read_uri(one.exports["vda"]) == whole.shown[4]["vda"]
+        one.process.send_signal(signal.SIGINT)
+        assert one.process.communicate(timeout=20)[1] == ""
 
 
 def test_tcp(whole: points.Backed) -> None:

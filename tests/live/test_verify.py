@@ -15,7 +15,7 @@ import pytest
 import virtbackup
 from tests import conftest
 from tests.live import points
-from virtbackup.nbd import checksum, copy, header, layers
+from virtbackup.nbd import checksum, copy, header, image, layers
 from virtbackup.tools import interrupt, listing, manifest, pull, verify
 
 pytestmark = [
@@ -193,15 +193,13 @@ def test_one_flipped_bit_of_data(backed: points.Backed, disk: str, number: int) 
 
 
 def places_of(path: pathlib.Path, source: random.Random) -> Iterator[int]:
-    """Some bytes of a file, of its header and of those that are not zero; in long tests all."""
-    size = path.stat().st_size
-    if conftest.long():
-        yield from range(size)
-        return
+    """Some bytes of a file, of its header and of those that are not zero; in long tests more."""
+    size, many = path.stat().st_size, 1000 if conftest.long() else 20
     content = path.read_bytes()
+    used = [at for at in range(size) if content[at]]
     yield from range(0, min(size, 112), 4)
-    yield from source.sample(range(size), 40)
-    yield from source.sample([at for at in range(size) if content[at]], 40)
+    yield from source.sample(range(size), min(many, size))
+    yield from source.sample(used, min(many, len(used)))
 
 
 def look_of(directory: pathlib.Path, file: str) -> Callable[[], bool]:
@@ -211,7 +209,7 @@ def look_of(directory: pathlib.Path, file: str) -> Callable[[], bool]:
     links = backups.links(backups.points[-1], "vda")
     for link in links:
         if link.disk.file == file:
-            return lambda: verify.examine(link)[0] is not None
+            return lambda: verify.examine(link).problem is not None
 
     def look() -> bool:
         try:
@@ -256,22 +254,114 @@ def test_a_change_of_any_byte_of_what_a_pull_made(tmp_path: pathlib.Path, compre
         pull.pull(one.domain, tmp_path / "out", compress=compress)
     [point] = listing.read(tmp_path / "out").points
     [link] = listing.read(tmp_path / "out").links(point, "vda")
-    assert verify.examine(link)[0] is None
+    assert verify.examine(link).problem is None
     source = random.Random(9)
     content = link.path.read_bytes()
     places = [at for at, byte in enumerate(content) if byte]
     for at in (*source.sample(places, 20), *source.sample(range(len(content)), 20)):
         flip(link.path, at, 1 << source.randrange(8))
-        assert (listing.problem(link) or verify.examine(link)[0]) is not None, at
+        assert (listing.problem(link) or verify.examine(link).problem) is not None, at
         link.path.write_bytes(content)
 
 
-def test_one_flipped_bit_of_tables_is_told_apart(backed: points.Backed) -> None:
+def older(directory: pathlib.Path) -> None:
+    """Make the manifests those of an older virtbackup."""
+    for path in directory.glob("manifest*.json"):
+        fields = json.loads(path.read_text())
+        del fields["checksum"]
+        for disk in fields["disks"]:
+            del disk["tables"]
+        path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+RIGHT = "all that it has of the disk is as it was backed up"
+
+
+def restored(backed: points.Backed, point: int, out: pathlib.Path) -> bool:
+    """Whether backup-restore takes POINT of vda, and the disk is what it was then."""
+    argv = (str(backed.directory), str(out), f"--point={point}", "--disk=vda", "--format=raw")
+    status, _, _ = points.call("backup-restore", *argv)
+    return not status and out.read_bytes() == backed.shown[point]["vda"]
+
+
+def test_one_flipped_bit_of_tables_is_told_apart(
+    backed: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    """The data is there, so the point can be restored; the exit status is 1 all the same."""
     path = backed.directory / "vda.0003.qcow2"
     flip(path, 110)  # behind the header
     verdict = found(backed.directory)
     assert told(verdict) == [("vda.0003.qcow2", "vda", "3")]
-    assert "beside the disk's own bytes its checksum is" in verdict.problems[0].text
+    text = verdict.problems[0].text
+    assert text.startswith("it is not what was backed up: beside the disk's own bytes its checksum")
+    assert text.endswith(f"; {RIGHT}")
+    assert labels(verdict) == []
+    assert restored(backed, 4, tmp_path / "out")
+    for argv, words in (((), "every point listed"), (("--point=3",), "the point")):
+        status, _, err = points.call("backup-verify", str(backed.directory), *argv)
+        assert (status, err.endswith(f"{RIGHT}; {words} can be restored\n")) == (1, True)
+        assert len(err.splitlines()) == 1
+    flip(path, find_data(path, 102))
+    verdict = found(backed.directory)
+    [text] = [problem.text for problem in verdict.problems]
+    assert "own bytes its checksum is" in text
+    assert "; it is not what was backed up: its checksum is" in text
+    assert labels(verdict) == ["3", "4"]
+
+
+@pytest.mark.parametrize("count", [0, 2, 255])
+def test_counts_that_are_wrong(backed: points.Backed, tmp_path: pathlib.Path, count: int) -> None:
+    """Of a cluster's uses: nobody who only reads the disk looks at them."""
+    path = backed.directory / "vda.0002.qcow2"
+    with image.File(path) as file:
+        blocks = int.from_bytes(file.read(48, 8), "big")
+        counts = int.from_bytes(file.read(blocks, 8), "big")
+    with path.open("r+b") as opened:
+        opened.seek(counts)
+        opened.write(count.to_bytes(2, "big"))
+    verdict = found(backed.directory)
+    assert told(verdict) == [("vda.0002.qcow2", "vda", "2")]
+    assert verdict.problems[0].text.endswith(f"; {RIGHT}")
+    assert labels(verdict) == []
+    older(backed.directory)
+    verdict = found(backed.directory)
+    assert told(verdict) == [("vda.0002.qcow2", "vda", "2")]
+    assert verdict.problems[0].text.startswith("its tables are damaged: ")
+    assert verdict.problems[0].text.endswith(f"; {RIGHT}")
+    assert labels(verdict) == []
+    assert restored(backed, 2, tmp_path / "out")
+
+
+def test_a_table_that_leads_out_of_the_file(backed: points.Backed, tmp_path: pathlib.Path) -> None:
+    path = backed.directory / "vda.0002.qcow2"
+    with image.File(path) as file:
+        first = int.from_bytes(file.read(40, 8), "big")
+    flip(path, first + 3)
+    verdict = found(backed.directory)
+    [text] = [problem.text for problem in verdict.problems]
+    assert text.startswith("its tables are damaged: one of its tables is out of place, at offset ")
+    assert RIGHT not in text
+    assert labels(verdict) == ["2", "3", "4"]
+    assert not restored(backed, 2, tmp_path / "out")
+
+
+@pytest.mark.parametrize("files", [4, 7])
+def test_a_qemu_img_that_fails_is_no_damage(
+    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """Here for want of files that it may open: it is aborted, or ends with status 1."""
+    real = shutil.which("qemu-img")
+    script = tmp_path / "qemu-img"
+    script.write_text(f'#!/bin/sh\nulimit -n {files}\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    verdict = found(whole.directory, "1")
+    assert labels(verdict) == []
+    for problem in verdict.problems:
+        assert problem.text.startswith("qemu-img cannot look through its tables: ")
+        assert "Too many open files" in problem.text
+        assert problem.text.endswith(f"; {RIGHT}")
+    assert len(verdict.problems) == 2
 
 
 def test_one_flipped_bit_of_a_manifest(backed: points.Backed) -> None:
@@ -296,12 +386,7 @@ def test_one_flipped_bit_of_a_manifest(backed: points.Backed) -> None:
 
 def test_manifests_of_an_older_virtbackup(backed: points.Backed) -> None:
     """They tell of what a guest reads alone; that is compared as it was, and said."""
-    for path in backed.directory.glob("manifest*.json"):
-        fields = json.loads(path.read_text())
-        del fields["checksum"]
-        for disk in fields["disks"]:
-            del disk["tables"]
-        path.write_text(json.dumps(fields, indent=2) + "\n")
+    older(backed.directory)
     status, out, err = points.call("backup-verify", str(backed.directory))
     assert (status, err) == (0, "")
     assert "8 of them, of an older virtbackup, have no checksum of their tables" in out
@@ -479,6 +564,33 @@ def test_an_image_that_would_open_others(backed: points.Backed, tmp_path: pathli
     path.write_bytes(data)
     assert header.parse(bytes(data)).external_data
     assert "in another file" in found(backed.directory).problems[0].text
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
+    """A pipe that nobody writes to, and a file without end."""
+    path = backed.directory / "manifest.0003.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert str(found(backed.directory).problems[0]) == (
+        f"manifest.0003.json: cannot read {path}: it is no file"
+    )
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert "it is no file" in found(backed.directory).problems[0].text
+    path.unlink()
+    path.touch()
+    os.truncate(path, 1 << 40)
+    assert "File too large" in found(backed.directory).problems[0].text
+    assert labels(found(backed.directory)) == ["4"]
+    path.unlink()
+    path.write_text(backed.made[3].to_json())
+    for name in ("prune.json", "manifest.0003.json.merged"):
+        os.mkfifo(backed.directory / name)
+        assert found(backed.directory).good
+        status, _, err = points.call("backup-prune", str(backed.directory), "--keep=3")
+        assert (status, "it is no file" in err) == (1, True)
+        (backed.directory / name).unlink()
 
 
 # --- unfinished -----------------------------------------------------------------------------------

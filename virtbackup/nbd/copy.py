@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, extents, qcow2, store, target
+from virtbackup.nbd import checksum, connection, extents, filename, qcow2, store, target
 
 if TYPE_CHECKING:
     from virtbackup.nbd import writer
@@ -221,7 +221,7 @@ def _image(path: pathlib.Path, node: dict[str, Any], *options: str) -> connectio
 
 
 def _file(path: pathlib.Path) -> dict[str, str]:
-    return {"driver": "file", "filename": str(path.absolute())}
+    return {"driver": "file", "filename": filename.told(path)}
 
 
 class _Loop:

@@ -69,12 +69,17 @@ def merge(
         sources = _open(jobs, cancel, always)
         size = sources[0].size
         assert all(source.size == size for source in sources), jobs
+        wake = store.Wake()
+        always.callback(wake.close)
         where = open_target(size)
-        run = _Run(sources, size, where, cancel, progress, index)
+        undo = always.enter_context(contextlib.ExitStack())
+        undo.callback(where.discard)
+        run = _Run(sources, size, where, wake, cancel, progress, index)
         try:
             run.run()
             check([source.tree.hexdigest() for source in sources])
             stored = run.finish()
+            undo.pop_all()
         except BaseException:
             run.abandon()
             raise
@@ -312,6 +317,7 @@ class _Run:
         sources: Sequence[_Source],
         size: int,
         where: target.Target,
+        stored: store.Wake,
         cancel: copy.Cancel,
         progress: copy.Progress | None,
         index: int,
@@ -321,9 +327,9 @@ class _Run:
         self._cancel = cancel
         self._progress = progress
         self._index = index
-        self._stored = store.Wake()
+        self._stored = stored
         self._where = where
-        self._writer = _Writer(where, self._stored)
+        self._writer = _Writer(where, stored)
         self.tree = checksum.Tree(size)
         self.read = 0
 
@@ -359,7 +365,6 @@ class _Run:
 
     def close(self) -> None:
         self._writer.end(finish=False)
-        self._stored.close()
 
     def _pieces(self) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
         """(source, offset, length, what of it is shown) of every read; what need not be read is
@@ -494,7 +499,6 @@ class _Writer(threading.Thread):
         self._abandoned = True
         self._target.shorten()
         self.end(finish=False)
-        self._target.discard()
 
     def run(self) -> None:
         try:

@@ -23,7 +23,7 @@ import libvirt
 import nbd
 
 from virtbackup import errors
-from virtbackup.nbd import connection, header, qcow2, target, vhost_user
+from virtbackup.nbd import connection, filename, header, qcow2, target, vhost_user
 
 logger = logging.getLogger(__name__)
 
@@ -435,7 +435,7 @@ class QemuWriter(target.Asynchronous):
                 raise self._failed(self._reap()[1] or str(failure)) from failure
 
     def _node(self) -> dict[str, Any]:
-        file = {"driver": "file", "filename": str(self._path.absolute())}
+        file = {"driver": "file", "filename": filename.told(self._path)}
         cache = {"no-flush": True}  # it is for us to sync
         node: dict[str, Any] = {
             "driver": "qcow2",

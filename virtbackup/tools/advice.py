@@ -207,6 +207,10 @@ KNOWN = (
         libvirt.VIR_ERR_OPERATION_INVALID, (" has no backup",),
         "'backup-pull' makes backups, and a manifest.json with each",
     ),
+    Known(
+        libvirt.VIR_ERR_OPERATION_INVALID, ("is to be kept and is not whole",),
+        "Nothing was removed: 'backup-verify' tells which points are good",
+    ),
     Known(libvirt.VIR_ERR_OPERATION_FAILED, (" is not good: ",), _ANOTHER_POINT),
     Known(libvirt.VIR_ERR_OPERATION_FAILED, (" has no manifest of ",), _ANOTHER_POINT),
     Known(

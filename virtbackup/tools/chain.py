@@ -82,14 +82,16 @@ class Chain:
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
-    """Hold DIRECTORY against other pulls. Errors: VIR_ERR_OPERATION_INVALID when one is there."""
+    """Hold DIRECTORY against other pulls and prunes. Errors: VIR_ERR_OPERATION_INVALID when one is
+    there."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as failure:
             raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID, f"another backup is pulled into {directory}"
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"another backup is pulled into {directory}, or it is being pruned",
             ) from failure
         yield
     finally:

@@ -12,7 +12,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import libvirt
 
@@ -65,6 +65,21 @@ class Link:
     point: Point
     disk: manifest.Disk
     path: pathlib.Path
+    named: bool = False
+    """Whether the user has named PATH, not the manifest."""
+
+    @property
+    def file(self) -> str:
+        """What people are told that it is called."""
+        return str(self.path) if self.named else self.disk.file
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is the directory alone that says what is to be read, and that is not in it: a
+        device, what a symbolic link leads to."""
+        if self.disk.type == "block":
+            return not self.named
+        return os.path.dirname(os.path.realpath(self.path)) != os.path.realpath(self.path.parent)  # noqa: PTH120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +106,25 @@ class Backups:
     """Of manifests."""
     unfinished: tuple[Problem, ...] = ()
     """Files that are no part of a point, and why they are there."""
+    devices: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+    """Disk -> the device that the user has named for it."""
+
+    def with_devices(self, devices: Mapping[str, pathlib.Path]) -> "Backups":
+        """The same with DEVICES in place of those in manifests. Errors: VIR_ERR_INVALID_ARG for a
+        disk that is on none."""
+        on_devices = {one.name for point in self.points for one in point.made.disks
+                      if one.type == "block"}  # fmt: skip
+        for name, path in devices.items():
+            if name not in on_devices:
+                text = f"no disk '{name}' of {self.directory} is on a device, so it is not {path}"
+                raise _wrong("device", text)
+        return dataclasses.replace(self, devices=dict(devices))
+
+    def link(self, point: Point, disk: manifest.Disk) -> Link:
+        """The file of DISK, of POINT, and nothing behind it."""
+        if disk.type == "block" and disk.name in self.devices:
+            return Link(point, disk, self.devices[disk.name], named=True)
+        return Link(point, disk, self.directory / disk.file)
 
     def find(self, wanted: str | None) -> Point:
         """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
@@ -124,7 +158,7 @@ class Backups:
         Errors: VIR_ERR_INVALID_ARG for the name; VIR_ERR_OPERATION_FAILED where the manifests do
         not lead to a whole disk.
         """
-        links = [Link(point, point.disk(name), self.directory / point.disk(name).file)]
+        links = [self.link(point, point.disk(name))]
         seen = {links[0].disk.file}
         while (backing := links[-1].disk.backing) is not None:
             if backing not in self._by_file:
@@ -133,7 +167,7 @@ class Backups:
             if backing in seen or disk.size != links[0].disk.size:
                 raise bad(f"disk '{name}': {backing} cannot be behind {links[-1].disk.file}")
             seen.add(backing)
-            links.append(Link(owner, disk, self.directory / backing))
+            links.append(self.link(owner, disk))
         if links[-1].disk.kind != "full":
             raise bad(f"disk '{name}': nothing is told to be behind {links[-1].disk.file}")
         return tuple(links)
@@ -144,7 +178,7 @@ class Backups:
         found: dict[str, str | None] = {}
         for point in self.points:
             for disk in point.made.disks:
-                own = problem(Link(point, disk, self.directory / disk.file))
+                own = problem(self.link(point, disk))
                 found[disk.file] = own or self._state_behind(disk, found)
         return found
 
@@ -168,6 +202,10 @@ def bad(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, text)
 
 
+def not_good(link: Link, why: str) -> errors.Error:
+    return bad(f"disk '{link.disk.name}': {link.path} is not good: {why}")
+
+
 def _wrong(argument: str, text: str) -> errors.Error:
     return errors.invalid_arg("backupRestore", argument, text)
 
@@ -175,10 +213,10 @@ def _wrong(argument: str, text: str) -> errors.Error:
 def shown_time(time: str) -> str:
     """A manifest's time as people are shown it; what is no time, as it is."""
     try:
-        read = datetime.datetime.fromisoformat(time)
-    except ValueError:
+        read = datetime.datetime.fromisoformat(time).astimezone(datetime.timezone.utc)
+    except (ValueError, OverflowError):
         return time
-    return read.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return read.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # --- a directory ----------------------------------------------------------------------------------
@@ -375,4 +413,4 @@ def check(links: Iterable[Link]) -> None:
     """Raise VIR_ERR_OPERATION_FAILED for the first of LINKS that has a ``problem``."""
     for link in links:
         if found := problem(link):
-            raise bad(f"disk '{link.disk.name}': {link.path} is not good: {found}")
+            raise not_good(link, found)

@@ -9,8 +9,11 @@ it is always the same. A manifest of an older virtbackup has none, nor ``tables`
 """
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
+import stat
 from typing import Any, TypeVar
 
 import libvirt
@@ -22,6 +25,8 @@ from virtbackup.nbd import checksum, copy, image
 FILE = "manifest.json"
 VERSION = 1
 _OWN = "checksum"
+_MOST = 64 << 20
+"""Bytes."""
 
 _T = TypeVar("_T", str, int, list[Any], dict[str, Any])
 
@@ -120,7 +125,7 @@ class Manifest:
                 domain=Domain(_get(domain, "name", str), _get(domain, "uuid", str)),
                 kind=_get(fields, "kind", str),
                 time=_get(fields, "time", str),
-                disks=tuple(_disk(disk) for disk in _get(fields, "disks", list)),
+                disks=_disks(_get(fields, "disks", list)),
                 backup_xml=_get(fields, "backup_xml", str),
                 domain_xml=_get(fields, "domain_xml", str),
                 id=_optional(fields, "id", str),
@@ -157,28 +162,51 @@ class _Bad(ValueError):
 
 def file_name_problem(name: str) -> str | None:
     """Why NAME cannot be the name of a file in a given directory; None when it can."""
-    if name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name:
-        return f"'{name}' is not a file name"
-    return None
+    bad = name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        bad = True
+    return f"'{name}' is not a file name" if bad else None
 
 
 def device_problem(path: str) -> str | None:
     """Why PATH cannot be that of a block device in a manifest; None when it can."""
-    if not path.startswith("/") or "\0" in path:
-        return f"'{path}' is not the path of a device"
-    return None
+    bad = not path.startswith("/") or "\0" in path
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        bad = True
+    return f"'{path}' is not the path of a device" if bad else None
+
+
+def _disks(found: list[Any]) -> tuple[Disk, ...]:
+    disks = tuple(map(_disk, found))
+    for what, names in (
+        ("called", [disk.name for disk in disks]),
+        ("in", [disk.file for disk in disks]),
+    ):
+        for name in names:
+            if names.count(name) > 1:
+                raise _Bad(f"two disks are {what} '{name}'")
+    return disks
 
 
 def _disk(fields: Any) -> Disk:
     if not isinstance(fields, dict):
         raise _Bad("a disk is not an object")
-    file, type = _get(fields, "file", str), _optional(fields, "type", str) or "file"
+    name, file = _get(fields, "name", str), _get(fields, "file", str)
+    type = _optional(fields, "type", str) or "file"
     if type not in ("file", "block"):
         raise _Bad(f"a disk of type '{type}' is unknown")
-    if problem := file_name_problem(file) if type == "file" else device_problem(file):
-        raise _Bad(problem)
+    for problem in (
+        file_name_problem(name),  # a restore makes files of these names
+        file_name_problem(file) if type == "file" else device_problem(file),
+    ):
+        if problem:
+            raise _Bad(problem)
     return Disk(
-        name=_get(fields, "name", str),
+        name=name,
         file=file,
         format=_get(fields, "format", str),
         size=_get(fields, "size", int),
@@ -236,6 +264,21 @@ def tables_of(path: pathlib.Path, size: int, cancel: copy.Cancel | None = None) 
     return Checksum(checksum.TABLES, checksum.BLOCK, value)
 
 
+def read_file(path: pathlib.Path) -> str:
+    """The text at PATH, its line ends as they are. Errors: OSError, for what is no file or larger
+    than any manifest, too; UnicodeDecodeError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO: not for ever
+    with os.fdopen(fd, "rb") as opened:
+        found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        if found.st_size > _MOST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return opened.read(_MOST).decode("utf-8")
+
+
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
     """The manifest in DIRECTORY. Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
     return read_checked(directory, file)[0]
@@ -246,8 +289,7 @@ def read_checked(directory: pathlib.Path, file: str = FILE) -> tuple[Manifest, s
     Errors: as ``read``."""
     path = directory / file
     try:
-        # Not read_text: that makes one kind of line end of all.
-        text = path.read_bytes().decode("utf-8")
+        text = read_file(path)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read {path}") from failure
     except UnicodeDecodeError as failure:

@@ -57,13 +57,16 @@ class Plan:
 def plan(backups: listing.Backups, keep: int) -> Plan:
     """What is to be done to keep the KEEP newest points alone.
 
-    Errors: VIR_ERR_OPERATION_INVALID for a directory that is not sound enough to judge by.
+    Errors: VIR_ERR_OPERATION_INVALID for a directory that is not sound enough to judge by, or one
+    where what is kept is not whole, as far as that is seen without reading it.
     """
     if backups.problems:
         raise _invalid(f"{backups.directory} is not sound: {backups.problems[0]}")
     if backups.points[-1].made.number is None:
         raise _invalid(f"{backups.directory} has one backup, without a branch: nothing to prune")
     kept, dropped = backups.points[-keep:], backups.points[:-keep]
+    if dropped:
+        _check_kept(backups, kept)
     stay = {disk.file for point in kept for disk in point.made.disks}
     merges = tuple(
         backups.links(point, disk.name)
@@ -74,6 +77,18 @@ def plan(backups: listing.Backups, keep: int) -> Plan:
     gone = [disk.file for point in reversed(dropped) for disk in point.made.disks
             if disk.type == "file"]  # fmt: skip
     return Plan(kept, dropped, merges, tuple(file for file in gone if file not in stay))
+
+
+def _check_kept(backups: listing.Backups, kept: Sequence[listing.Point]) -> None:
+    """Raise for a point of KEPT that would be lost, where older ones, which go, may be good."""
+    states = backups.states()
+    for point in kept:
+        for disk in point.made.disks:
+            if (problem := states[disk.file]) is not None:
+                raise _invalid(
+                    f"point {point.label} is to be kept and is not whole: disk '{disk.name}',"
+                    f" {disk.file}: {problem}"
+                )
 
 
 def prune(
@@ -249,7 +264,7 @@ def _remove_old(directory: pathlib.Path) -> None:
 
 def _read_journal(directory: pathlib.Path) -> tuple[list[str], list[str]]:
     try:
-        told = json.loads((directory / JOURNAL).read_text("utf-8"))
+        told = json.loads(manifest.read_file(directory / JOURNAL))
         manifests, files = (list(map(str, told[key])) for key in ("manifests", "files"))
     except (ValueError, KeyError, TypeError) as failure:
         raise _invalid(f"{directory / JOURNAL} is not the journal of a prune") from failure

@@ -19,7 +19,7 @@ import libvirt
 from virtbackup import errors
 from virtbackup.conf import redefine
 from virtbackup.nbd import copy, destination, device, layers, target, writer
-from virtbackup.tools import chain, listing, verify
+from virtbackup.tools import chain, listing, manifest, verify
 
 PARTIAL = chain.PARTIAL
 
@@ -80,13 +80,14 @@ def restore(
     error OUT has no new file, and every file that was there.
     """
     verify.need("qemu-nbd")
-    names = [one.name for one in point.made.disks] if disk is None else [disk]
-    chains = {name: backups.links(point, name) for name in names}
-    outputs = _outputs(out, names, disk is not None, fmt)
+    outputs = places(point, out, disk, fmt)
+    chains = {output.disk: backups.links(point, output.disk) for output in outputs}
     for output in outputs:
         _check_output(output, backups, force)
-    for links in chains.values():
-        check(links)
+    for output in outputs:
+        check(chains[output.disk])
+        if output.type != "file":  # of which nothing is left where the disk is not good
+            chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
     cancel.check()
     with contextlib.ExitStack() as undo:
         if disk is None:
@@ -106,7 +107,7 @@ def check(links: Sequence[listing.Link]) -> None:
     listing.check(links)
     for link in links:
         if problem := verify.unknown_checksum(link.disk):
-            raise listing.bad(f"disk '{link.disk.name}': {link.path} is not good: {problem}")
+            raise listing.not_good(link, problem)
 
 
 def merge(
@@ -125,8 +126,7 @@ def merge(
     def compare(found: Sequence[str]) -> None:
         for link, value in zip(links, found, strict=True):
             if value != link.disk.checksum.value:
-                text = verify.differs(value, link.disk)
-                raise listing.bad(f"disk '{link.disk.name}': {link.path} is not good: {text}")
+                raise listing.not_good(link, verify.differs(value, link.disk))
 
     jobs = [verify.job(link) for link in links]
     return layers.merge(jobs, open_target, compare, progress=progress, index=index, cancel=cancel)
@@ -151,16 +151,19 @@ def domain_xml(point: listing.Point, outputs: Sequence[Output]) -> tuple[str, li
 # --- where to -------------------------------------------------------------------------------------
 
 
-def _outputs(out: str, names: Sequence[str], one: bool, fmt: copy.Format | None) -> list[Output]:
-    """Errors: OUT or FMT make no sense."""
-    if one:
-        return [_output(names[0], out, fmt)]
+def places(
+    point: listing.Point, out: str, disk: str | None = None, fmt: copy.Format | None = None
+) -> list[Output]:
+    """Where ``restore`` puts the disks. Errors: OUT or FMT make no sense."""
+    if disk is not None:
+        return [_output(point.disk(disk).name, out, fmt)]
     if _URI.match(out):
         raise _invalid("a server takes one disk: name it by --disk")
     made = fmt or "qcow2"
     directory = pathlib.Path(out)
     if directory.exists() and not directory.is_dir():
         raise _invalid(f"{out} is not a directory; one disk into a file is named by --disk")
+    names = [one.name for one in point.made.disks]
     return [Output(name, str(directory / f"{name}.{made}"), "file", made) for name in names]
 
 
@@ -198,15 +201,21 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     path = output.path
     if not os.path.lexists(path):
         return
-    for point in backups.points:
-        for disk in point.made.disks:
-            own = backups.directory / disk.file
-            if own.exists() and path.exists() and path.samefile(own):
-                raise _invalid(f"{path} is a file of the backups themselves")
+    for own in _files(backups):
+        if own.exists() and path.exists() and path.samefile(own):
+            raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
     if output.type == "file" and not path.is_file():
         raise _invalid(f"{path} is not a file")
+
+
+def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:
+    yield backups.directory / manifest.FILE
+    for point in backups.points:
+        yield backups.directory / point.file
+        for disk in point.made.disks:
+            yield backups.link(point, disk).path
 
 
 def _invalid(text: str) -> errors.Error:

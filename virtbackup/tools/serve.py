@@ -72,19 +72,23 @@ def serving(
     point: listing.Point,
     names: Sequence[str],
     address: backup_conf.Address | None = None,
+    *,
+    progress: copy.Progress | None = None,
+    cancel: copy.Cancel | None = None,
 ) -> Iterator[Server]:
     """A server of the disks NAMES of POINT, each an export of its name; it answers from here on and
     is gone afterwards, and so is its socket. Without ADDRESS only this user reaches it.
 
     Errors: VIR_ERR_INVALID_ARG for a name; VIR_ERR_OPERATION_FAILED for a file that is not as its
-    manifest says, as far as that is seen without reading all of it, and for ADDRESS;
-    VIR_ERR_OPERATION_INVALID where something is at the socket's path.
+    manifest says, as far as that is seen without reading all of it, and for ADDRESS; those of
+    ``verify.checked``; VIR_ERR_OPERATION_INVALID where something is at the socket's path.
     """
     verify.need(PROGRAM)
     argv = [PROGRAM]
     for index, name in enumerate(names):
         links = backups.links(point, name)
         listing.check(links)
+        links = verify.checked(links, progress, cancel)
         argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
         argv += ["--export", json.dumps(_export(index, name))]
     with contextlib.ExitStack() as undo:

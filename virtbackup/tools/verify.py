@@ -3,11 +3,12 @@
 
 Each file of a chain has checksums of its own in its manifest, an increment of what it holds and
 nothing behind it. So every file is read once, whatever the number of points, and what is wrong has
-a file's name; a point is good when all its files are, and their backing files are those told.
+a file's name; a point is good when all its files are, and their backing files are those told. A
+file that has all of the disk, and something wrong beside it, is told apart: it can be restored.
 
-The checksums cover every byte of a file. It is read as it lies there; QEMU reads what is compressed
-and what is of an older virtbackup, which did not tell of all the bytes, and looks through the
-tables of every image.
+The checksums cover every byte of a file. It is read as it lies there; QEMU reads what is
+compressed, what is not as it was beside the disk, and what is of an older virtbackup, which did not
+tell of all the bytes, and looks through the tables of every image.
 """
 
 import concurrent.futures
@@ -15,6 +16,7 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -22,12 +24,29 @@ from collections.abc import Iterable, Sequence
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, connection, copy, image, qcow2
+from virtbackup.nbd import checksum, connection, copy, filename, image, qcow2
 from virtbackup.tools import listing, manifest
 
 FILES_AT_ONCE = 4
 """Read at the same time, at most, and no more than there are processors: each takes a buffer,
 a qemu-img, and where QEMU has to read it a qemu-nbd and the buffers of a copy."""
+
+
+_DAMAGED = (2, 3)
+"""How qemu-img check ends where the tables are wrong, or clusters are lost: all else is an error of
+its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What became of a look at a file."""
+
+    problem: str | None
+    """None: nothing is wrong with it."""
+    read: int
+    """Bytes."""
+    restorable: bool
+    """Whether QEMU reads all of the disk from it, whatever is wrong beside that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +93,7 @@ def verify(
             try:
                 links = backups.links(one, disk.name)
             except errors.Error as failure:
-                links = (listing.Link(one, disk, backups.directory / disk.file),)
+                links = (backups.link(one, disk),)
                 problems.append(_problem(links[0], reason(failure)))
                 bad_points.append(one)
             for link in links:
@@ -85,26 +104,27 @@ def verify(
     manifests = {link.point.file for link in files.values()} | {one.file for one in points}
     problems[:0] = [one for one in backups.problems if point is None or one.file in manifests]
     found = _read_all(list(files.values()), progress, cancel)
-    for link, (text, _) in zip(files.values(), found, strict=True):
-        if text is not None:
-            problems.append(_problem(link, text))
+    for link, look in zip(files.values(), found, strict=True):
+        if look.problem is not None:
+            problems.append(_problem(link, look.problem))
+        if not look.restorable:
             bad_points += users[link.disk.file]
     return Verdict(
         tuple(files.values()),
         tuple(problems),
         tuple(one for one in points if one in bad_points),
-        sum(count for _, count in found),
+        sum(look.read for look in found),
     )
 
 
 def _problem(link: listing.Link, text: str) -> listing.Problem:
-    return listing.Problem(link.disk.file, text, link.disk.name, link.point.label)
+    return listing.Problem(link.file, text, link.disk.name, link.point.label)
 
 
 def _read_all(
     links: Sequence[listing.Link], progress: copy.Progress | None, cancel: copy.Cancel | None
-) -> list[tuple[str | None, int]]:
-    """(what is wrong with it, bytes read) of each of LINKS."""
+) -> list[Look]:
+    """At each of LINKS."""
     workers = max(1, min(FILES_AT_ONCE, os.cpu_count() or 1, len(links)))
     own = cancel or copy.Cancel()
     try:
@@ -128,56 +148,96 @@ def examine(
     index: int = 0,
     progress: copy.Progress | None = None,
     cancel: copy.Cancel | None = None,
-) -> tuple[str | None, int]:
-    """What is wrong with a file, None for nothing, and how much of it was read.
+) -> Look:
+    """At a file, all of it.
 
     INDEX is the file's for PROGRESS. Errors: VIR_ERR_OPERATION_ABORTED when cancelled.
     """
     if cancel is not None:
         cancel.check()
     if problem := listing.problem(link) or unknown_checksum(link.disk):
-        return problem, 0
+        return Look(problem, 0, False)
     try:
         return _examine(link, index, progress, cancel)
-    except image.Damaged as failure:
-        return f"its tables are damaged: {failure}", 0
     except OSError as failure:
-        return f"it cannot be read: {failure.strerror}", 0
+        return Look(f"it cannot be read: {failure.strerror}", 0, False)
     except errors.Error as failure:
-        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
-            raise
-        return reason(failure), 0
+        return Look(_reason_unless_cancelled(failure), 0, False)
+
+
+def checked(
+    links: Sequence[listing.Link],
+    progress: copy.Progress | None = None,
+    cancel: copy.Cancel | None = None,
+) -> tuple[listing.Link, ...]:
+    """LINKS, the files of a disk, for what gives their content away unchecked.
+
+    What is elsewhere is read before that, for a manifest may name any device of this machine, or
+    one that has something else by now; it is called by the name that no link of another user's
+    leads to. Errors: VIR_ERR_OPERATION_FAILED where it has not what was backed up, those of
+    ``examine``.
+    """
+    sure = []
+    for index, link in enumerate(links):
+        if link.is_elsewhere:
+            link = dataclasses.replace(link, path=pathlib.Path(os.path.realpath(link.path)))
+            look = examine(link, index, progress, cancel)
+            if not look.restorable:
+                raise listing.not_good(link, str(look.problem))
+        sure.append(link)
+    return tuple(sure)
 
 
 def _examine(
     link: listing.Link, index: int, progress: copy.Progress | None, cancel: copy.Cancel | None
-) -> tuple[str | None, int]:
+) -> Look:
     """The same. Errors: of the programs and the files."""
     disk, read = link.disk, 0
     content: image.Content | None = None
+    beside: str | None = None
     if disk.format == "raw":
         with image.File(link.path) as file:
             content = image.read_raw(file, disk.size, progress=progress, index=index, cancel=cancel)
     elif disk.tables is not None:
         with image.File(link.path) as file:
-            opened = image.Qcow2(file, disk.size)
-            tables = opened.read_tables(cancel)
-            if tables.checksum != disk.tables.value:
-                return _other_tables(tables.checksum, disk.tables.value), tables.read
-            read = tables.read
-            if not opened.has_compressed:
-                content = opened.read(
-                    disk.backing is not None, progress=progress, index=index, cancel=cancel
-                )
+            try:
+                opened = image.Qcow2(file, disk.size)
+                tables = opened.read_tables(cancel)
+                read = tables.read
+                beside = _other_tables(tables.checksum, disk.tables.value)
+                if beside is None and not opened.has_compressed:
+                    content = opened.read(
+                        disk.backing is not None, progress=progress, index=index, cancel=cancel
+                    )
+            except image.Damaged as failure:
+                beside = f"its tables are damaged: {failure}"
     if content is None:
-        content = _read_by_qemu(link, index, progress, cancel)
+        try:
+            content = _read_by_qemu(link, index, progress, cancel)
+        except errors.Error as failure:
+            text = _reason_unless_cancelled(failure)
+            return Look(_joined(beside, text), read, False)
     read += content.read
     if content.checksum != disk.checksum.value:
-        return differs(content.checksum, disk), read
-    return _bad_tables(link), read
+        return Look(_joined(beside, differs(content.checksum, disk)), read, False)
+    if beside := beside or _bad_tables(link):
+        beside = _joined(beside, "all that it has of the disk is as it was backed up")
+    return Look(beside, read, True)
 
 
-def _other_tables(found: str, told: str) -> str:
+def _joined(first: str | None, second: str) -> str:
+    return second if first is None else f"{first}; {second}"
+
+
+def _reason_unless_cancelled(failure: errors.Error) -> str:
+    if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
+        raise failure
+    return reason(failure)
+
+
+def _other_tables(found: str, told: str) -> str | None:
+    if found == told:
+        return None
     return (
         "it is not what was backed up: beside the disk's own bytes its checksum is"
         f" {found}, not {told}"
@@ -238,7 +298,7 @@ def node(link: listing.Link) -> dict[str, object]:
 
 def file_node(link: listing.Link) -> dict[str, object]:
     driver = "host_device" if link.disk.type == "block" else "file"
-    return {"driver": driver, "filename": str(link.path.absolute())}
+    return {"driver": driver, "filename": filename.told(link.path)}
 
 
 def unknown_checksum(disk: manifest.Disk) -> str | None:
@@ -279,18 +339,17 @@ def _bad_tables(link: listing.Link) -> str | None:
     if done.returncode == 0:
         return None
     said = done.stderr.decode(errors="replace").strip().splitlines()
-    return (
-        f"its tables are damaged{_counts(done.stdout)}"
-        if not said
-        else (f"its tables are damaged: {said[0]}")
-    )
+    if done.returncode in _DAMAGED:
+        return f"its tables are damaged{f': {said[0]}' if said else _counts(done.stdout)}"
+    why = said[-1].removeprefix("qemu-img: ") if said else f"it ended with status {done.returncode}"
+    return f"qemu-img cannot look through its tables: {why}"
 
 
 def _counts(output: bytes) -> str:
     try:
-        told = json.loads(output)
+        told: dict[str, object] = json.loads(output)
     except ValueError:
         return ""
-    kinds: Iterable[str] = ("corruptions", "leaks", "check-errors")
+    kinds: Iterable[str] = ("corruptions", "leaks")
     counts = [f"{told[kind]} {kind}" for kind in kinds if told.get(kind)]
     return f": {', '.join(counts)}" if counts else ""

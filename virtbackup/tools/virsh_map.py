@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from virtbackup.tools import virsh_connection, vsh
+from virtbackup.tools import virsh_connection, virsh_pull, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
     from virtbackup.nbd import copy
@@ -60,8 +60,10 @@ def _map_sources(shell: virsh_connection.Shell, args: vsh.Args) -> tuple[str, li
     if pathlib.Path(args.text("what")).is_dir():
         title, sources = _sources_of_directory(args)
     else:
-        if args.flag("point"):
-            raise vsh.UsageError(f"'{args.text('what')}' is no directory, so it has no --point")
+        for option in ("point", "device"):
+            if args.flag(option):
+                text = f"'{args.text('what')}' is no directory, so it has no --{option}"
+                raise vsh.UsageError(text)
         title, sources = _sources_of_domain(shell, args)
     if wanted is None:
         return title, sources
@@ -76,7 +78,7 @@ def _sources_of_directory(args: vsh.Args) -> tuple[str, list[_MapSource]]:
     from virtbackup.tools import blockmap, listing
 
     directory = pathlib.Path(args.text("what"))
-    backups = listing.read(directory)
+    backups = listing.read(directory).with_devices(virsh_pull.devices(args, "device"))
     point = backups.find(args.optional("point"))
     sources = [
         _MapSource(
@@ -182,6 +184,9 @@ MAP = vsh.Command(
         ),
         vsh.Option("disk", vsh.Kind.STRING, "one disk alone", completer=_complete_map_disks),
         vsh.Option("point", vsh.Kind.STRING, "of a directory: as for backup-restore"),
+        vsh.Option(
+            "device", vsh.Kind.STRING, "of a directory: as for backup-restore", multi=True
+        ),
         vsh.Option(
             "output", vsh.Kind.STRING, "write a picture, FILE.svg or FILE.png",
             completer=vsh.complete_files,

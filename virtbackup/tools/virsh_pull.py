@@ -96,7 +96,7 @@ def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
 def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import pull
 
-    xml, targets = args.optional("xml"), _targets(args)
+    xml, targets = args.optional("xml"), devices(args, "target")
     document = None if xml is None else virsh_connection.read_document(xml)
     directory = pathlib.Path(args.text("directory"))
     domain = virsh_connection.domain(shell, args)
@@ -136,15 +136,15 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     shell.extra("Domain backup pulled")
 
 
-def _targets(args: vsh.Args) -> dict[str, pathlib.Path]:
-    """Disk -> device."""
+def devices(args: vsh.Args, option: str) -> dict[str, pathlib.Path]:
+    """Disk -> device, of an OPTION that may be given more than once."""
     found: dict[str, pathlib.Path] = {}
-    for given in args.texts("target"):
+    for given in args.texts(option):
         name, _, path = given.partition("=")
         if not name or not path:
-            raise vsh.UsageError(f"invalid --target '{given}': expected DISK=DEVICE")
+            raise vsh.UsageError(f"invalid --{option} '{given}': expected DISK=DEVICE")
         if name in found:
-            raise vsh.UsageError(f"invalid --target '{given}': disk '{name}' has one already")
+            raise vsh.UsageError(f"invalid --{option} '{given}': disk '{name}' has one already")
         found[name] = pathlib.Path(path)
     return found
 

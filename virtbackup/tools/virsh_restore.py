@@ -21,6 +21,11 @@ def _read(args: vsh.Args) -> "listing.Backups":
     return listing.read(pathlib.Path(args.text("directory")))
 
 
+def _read_with_devices(args: vsh.Args) -> "listing.Backups":
+    devices = virsh_pull.devices(args, "device")
+    return _read(args).with_devices(devices)
+
+
 def _complete_points(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
     """The points of the directory."""
     if not args.flag("directory"):
@@ -36,6 +41,14 @@ def _complete_disks(shell: virsh_connection.Shell, args: vsh.Args, text: str) ->
     return [disk.name for disk in point.made.disks]
 
 
+def _complete_devices(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """The disks on devices, and the paths that their manifests tell."""
+    if not args.flag("directory"):
+        return []
+    disks = (disk for point in _read(args).points for disk in point.made.disks)
+    return [f"{disk.name}={disk.file}" for disk in disks if disk.type == "block"]
+
+
 DIRECTORY = vsh.Option(
     "directory", vsh.Kind.DATA, "directory of backups", required=True, completer=vsh.complete_files
 )
@@ -44,6 +57,11 @@ POINT = vsh.Option(
     completer=_complete_points,
 )  # fmt: skip
 DISK = vsh.Option("disk", vsh.Kind.STRING, "one disk alone", completer=_complete_disks)
+DEVICE = vsh.Option(
+    "device", vsh.Kind.STRING,
+    "DISK=DEVICE: where a disk is that was backed up to a block device, whatever the manifest says",
+    multi=True, completer=_complete_devices,
+)  # fmt: skip
 
 
 # --- backup-list ----------------------------------------------------------------------------------
@@ -144,7 +162,7 @@ LIST = vsh.Command(
 def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     from virtbackup.tools import interrupt, verify
 
-    backups = _read(args)
+    backups = _read_with_devices(args)
     wanted = args.optional("point")
     point = None if wanted is None else backups.find(wanted)
     begin = time.monotonic()
@@ -171,17 +189,20 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         if not args.flag("json"):
             shell.extra("Backups verified")
         return vsh.DONE
-    raise vsh.Failure(_summary(backups, verdict), _newest_good(backups, verdict, point))
+    raise vsh.Failure(_summary(backups, verdict, point), _newest_good(backups, verdict, point))
 
 
-def _summary(backups: "listing.Backups", verdict: "verify.Verdict") -> str:
+def _summary(
+    backups: "listing.Backups", verdict: "verify.Verdict", only: "listing.Point | None"
+) -> str:
     first, more = verdict.problems[0], len(verdict.problems) - 1
     text = f"the backups in {backups.directory} are not whole: {first}"
     if more:
         text += f" (and {more} more)"
     if verdict.bad_points:
-        text += f"; not to be restored: {', '.join(p.label for p in verdict.bad_points)}"
-    return text
+        bad = ", ".join(point.label for point in verdict.bad_points)
+        return f"{text}; not to be restored: {bad}"
+    return f"{text}; {'every point listed' if only is None else 'the point'} can be restored"
 
 
 def _newest_good(
@@ -220,6 +241,7 @@ VERIFY = vsh.Command(
             "point", vsh.Kind.STRING, "one alone: its number, its id, or how its time begins",
             completer=_complete_points,
         ),
+        DEVICE,
         virsh_connection.JSON,
     ),
     _verify,
@@ -233,18 +255,23 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import interrupt, restore
 
     args.exclusive("json", "define")
-    backups = _read(args)
+    backups = _read_with_devices(args)
     point = backups.find(args.optional("point"))
     for problem in backups.problems:
         if problem.file == point.file:
             shell.warn(str(problem))
+    out, disk = args.text("out"), args.optional("disk")
+    fmt = cast("copy.Format | None", args.optional("format"))
+    document, left = "", list[str]()
+    if args.flag("define"):  # what cannot be written is known before the work is done
+        document, left = restore.domain_xml(point, restore.places(point, out, disk, fmt))
     with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
         done = restore.restore(
             backups,
             point,
-            args.text("out"),
-            disk=args.optional("disk"),
-            fmt=cast("copy.Format | None", args.optional("format")),
+            out,
+            disk=disk,
+            fmt=fmt,
             force=args.flag("force"),
             progress=progress,
             cancel=cancel,
@@ -253,7 +280,6 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         virsh_connection.print_json(shell, _restored_facts(point, done))
         return
     if args.flag("define"):
-        document, left = restore.domain_xml(point, [one.output for one in done])
         shell.print_document(document)
         for name in left:
             shell.warn(f"disk '{name}' was not restored and is where it was")
@@ -302,6 +328,7 @@ RESTORE = vsh.Command(
         ),
         POINT,
         DISK,
+        DEVICE,
         vsh.Option(
             "format", vsh.Kind.STRING,
             "qcow2, or raw (default: raw for a device, a server and files called .raw or .img)",
@@ -327,7 +354,7 @@ def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     unix = args.optional("unix")
     for other in ("host", "port"):
         args.exclusive("unix", other)
-    backups = _read(args)
+    backups = _read_with_devices(args)
     point = backups.find(args.optional("point"))
     disk = args.optional("disk")
     names = [one.name for one in point.made.disks] if disk is None else [disk]
@@ -339,11 +366,27 @@ def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
             address = _tcp_address(shell, args)
         elif unix is not None:
             address = backup_conf.UnixAddress(unix)
-        server = undo.enter_context(serve.serving(backups, point, names, address))
+        for name in names:
+            for link in backups.links(point, name):
+                _tell_what_is_read(shell, link)
+        with virsh_pull.bar(shell) as progress:
+            server = undo.enter_context(
+                serve.serving(backups, point, names, address, progress=progress, cancel=cancel)
+            )
         _tell_exports(shell, args, point, names, server.address)
         vsh.flush()
         server.wait(cancel)
     return vsh.DONE
+
+
+def _tell_what_is_read(shell: virsh_connection.Shell, link: "listing.Link") -> None:
+    """Before a server answers: that may take a while."""
+    from virtbackup.tools import listing
+
+    if link.is_elsewhere and listing.problem(link) is None:
+        name = f"{link.disk.name}={link.path}"
+        more = f"; --device {name} serves it at once" if link.disk.type == "block" else ""
+        shell.warn(f"{link.path} is not in the directory and is checked first{more}")
 
 
 def _tcp_address(shell: virsh_connection.Shell, args: vsh.Args) -> "backup_conf.IpAddress":
@@ -383,6 +426,7 @@ SERVE = vsh.Command(
         DIRECTORY,
         POINT,
         DISK,
+        DEVICE,
         vsh.Option(
             "unix", vsh.Kind.STRING, "path of the socket (default: one in a private directory)",
             completer=vsh.complete_files,
