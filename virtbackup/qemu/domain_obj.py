@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 GRACE = 2.0
 """Seconds from the end of QEMU to libvirt's word of it, where that may be heard."""
+_LOOK_AGAIN = 0.02
 
 
 class Host(Protocol):
@@ -175,8 +176,15 @@ class DomainObj:
         if self._host is not None:
             self._host.backup_ended(reason)
 
-    def _why_ended(self) -> str | None:
-        """Why there is no QEMU any more, or another one."""
+    def _why_ended(self, patience: float = 0.0) -> str | None:
+        """Why there is no QEMU any more, or another one, where that is known within PATIENCE
+        seconds: libvirt takes a moment to notice."""
+        end = time.monotonic() + (0.0 if self._host is None else patience)
+        while (why := self._why_it_ended()) is None and time.monotonic() < end:
+            time.sleep(_LOOK_AGAIN)
+        return why
+
+    def _why_it_ended(self) -> str | None:
         if self._watched is not None and (heard := self._watched.heard()) is not None:
             return heard
         asked = None if self._host is None else self._host.why_ended()

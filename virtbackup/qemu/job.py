@@ -44,6 +44,11 @@ Connect = Callable[[], contextlib.AbstractContextManager[domain.Session]]
 """Opens a session with the domain's QEMU; raises ``monitor.NotListening`` when there is none."""
 
 _GONE = "QEMU is gone"
+_DYING = 2.0
+"""Seconds for a QEMU whose monitor was lost to be gone, if that was why."""
+_LOOK_AGAIN = 0.01
+_WORD = 1.0
+"""Seconds for whoever knows why QEMU is gone to know it."""
 
 
 class BackupJob:
@@ -53,11 +58,12 @@ class BackupJob:
         self,
         file: status.StatusFile,
         connect: Connect,
-        why_ended: Callable[[], str | None] = lambda: None,
+        why_ended: Callable[[float], str | None] = lambda patience: None,
         on_end: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows.
-        ON_END is told why a backup ended that nobody has stopped, by who noted it."""
+        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows, or
+        gets to within so many seconds. ON_END is told why a backup ended that nobody has stopped,
+        by who noted it."""
         self._file = file
         self._connect = connect
         self._why_ended = why_ended
@@ -219,10 +225,8 @@ class BackupJob:
                     judged = self._advance(session, judged)
                     reasons = judged.verdict or {}
                 cleanup.clean(session, judged, self._file)
-        except monitor.NotListening:
-            return self._gone(running)
-        except monitor.MonitorLost:
-            if not _is_dead(running.qemu) and self._listening():
+        except (monitor.NotListening, monitor.MonitorLost) as failure:
+            if not self._means_the_end(failure, running.qemu):
                 raise
             return self._gone(running)
         return reasons
@@ -239,8 +243,10 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     return verdict.look(session, self._knowing_end(session, running))
-            except monitor.NotListening:
-                why = running.given_up or self._why_ended() or _GONE
+            except (monitor.NotListening, monitor.MonitorLost) as failure:
+                if not self._means_the_end(failure, running.qemu):
+                    raise
+                why = running.given_up or self._why_ended(_WORD) or _GONE
                 return verdict.info(running, verdict.of_all(running, why))
 
     def branches(self) -> list[backup_conf.Branch]:
@@ -441,7 +447,7 @@ class BackupJob:
         """RUNNING with why its QEMU ended, where another one runs by now and somebody knows."""
         if running.given_up is not None or not session.restarted_since(running.qemu):
             return running
-        return dataclasses.replace(running, given_up=self._why_ended())
+        return dataclasses.replace(running, given_up=self._why_ended(0.0))
 
     def _advance(self, session: domain.Session, judged: status.Status) -> status.Status:
         """A backup that was good, as the last point of its branch."""
@@ -464,7 +470,7 @@ class BackupJob:
         done = last.advances is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
-            why = last.given_up or self._why_ended() or _GONE
+            why = last.given_up or self._why_ended(_WORD) or _GONE
             reasons = verdict.of_all(running, why)
             self._forget(dataclasses.replace(last, cancelled=last.cancelled or may_be_point))
             return reasons
@@ -485,12 +491,25 @@ class BackupJob:
         )
         return removed
 
-    def _listening(self) -> bool:
-        try:
-            with self._connect():
+    def _means_the_end(
+        self, failure: monitor.NotListening | monitor.MonitorLost, qemu: runtime.Process | None
+    ) -> bool:
+        """Whether QEMU has ended, as its monitor failed so. One that is being killed takes clients
+        for a moment yet, or libvirt takes commands for it."""
+        if isinstance(failure, monitor.NotListening):
+            return True
+        end = time.monotonic() + _DYING
+        while not _is_dead(qemu):
+            try:
+                with self._connect():
+                    return False
+            except monitor.NotListening:
                 return True
-        except monitor.NotListening:
-            return False
+            except monitor.MonitorLost:
+                if time.monotonic() > end:
+                    return False
+            time.sleep(_LOOK_AGAIN)
+        return True
 
 
 def _abandoned(left: status.Status | None) -> status.Status | None:
