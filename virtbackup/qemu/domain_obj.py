@@ -102,14 +102,13 @@ class DomainObj:
         owned = bool(flags & hypervisor.START_AUTODESTROY)
         owner = runtime.this_process() if owned else None
         id, images = self.job.start(definition, owner, self._engine, quiesce)
-        if owned:
-            self._autodestroy = id
-        self._stop_watching()
         try:
+            if owned:
+                self._autodestroy = id
+            self._stop_watching()
             self._begin_to_watch(id, images)
         except BaseException:
-            for image in images:
-                os.close(image.fd)
+            watch.close_all(images)
             self.job.stop(id, cancel=True)
             raise
         self._ending.find()
@@ -130,9 +129,15 @@ class DomainObj:
         self._ending.find()
 
     def _begin_to_watch(self, id: naming.BackupId, images: list[watch.Image]) -> None:
-        self._watched = _Watched(self.job, id, self._host)
-        self._watch = watch.Watch(images, self._watched)
-        self._watched.listen(self._watch.wake)
+        """IMAGES are closed once they are watched no more, or are not watched at all."""
+        try:
+            self._watched = _Watched(self.job, id, self._host)
+            self._watch = watch.Watch(images, self._watched)
+            self._watched.listen(self._watch.wake)
+        except BaseException:
+            self._stop_watching()
+            watch.close_all(images)
+            raise
 
     def backup_stop(self, flags: int) -> None:
         cancel = bool(flags & hypervisor.STOP_CANCEL)

@@ -375,8 +375,7 @@ class BackupJob:
             starting = _with_changed(starting, run.changed())
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
-            for image in run.images:
-                os.close(image.fd)
+            watch.close_all(run.images)
             if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
             starting = _with_inodes(starting, run.inodes)
