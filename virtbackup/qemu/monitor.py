@@ -106,6 +106,34 @@ class Monitor(Protocol):
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
 
 
+class Lines:
+    """The lines that go over one monitor, for the log and for whoever traces them."""
+
+    def __init__(self, path: str, trace: TextIO | None) -> None:
+        self._path = path
+        self._trace = trace
+
+    def note(self, direction: str, line: bytes | str) -> None:
+        """One was sent (``->``) or has come (``<-``)."""
+        logs = logger.isEnabledFor(logging.DEBUG)
+        if not logs and self._trace is None:
+            return
+        text = line if isinstance(line, str) else line.decode(errors="replace")
+        text = text.strip()
+        if logs:
+            logger.debug("monitor=%s %s %s", self._path, direction, text)
+        if self._trace is None:
+            return
+        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
+        try:
+            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
+            self._trace.flush()
+        except (OSError, ValueError) as failure:
+            # Not the backup's business; ValueError: it was closed, or cannot hold a character.
+            logger.warning("monitor=%s trace ends: %s", self._path, failure)
+            self._trace = None
+
+
 class SocketMonitor:
     """A connection to one QEMU's socket. Every method may be called from any thread."""
 
@@ -118,7 +146,7 @@ class SocketMonitor:
         not greet because another client holds it, MonitorLost.
         """
         self.path = path
-        self._trace = trace
+        self._lines = Lines(path, trace)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._end = time.monotonic() + SESSION_TIMEOUT
@@ -304,7 +332,7 @@ class SocketMonitor:
 
     def _send(self, command: monitor_json.Command, id: int) -> None:
         line = qmp.encode(command.execute, command.arguments, id)
-        self._record("->", line)
+        self._lines.note("->", line)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", command.fds))]
         ancillary = rights if command.fds else []
         rest = memoryview(line)
@@ -335,7 +363,7 @@ class SocketMonitor:
             while data := self._socket.recv(1 << 16):
                 parser.receive_data(data)
                 while (line := parser.next_line()) is not None:
-                    self._record("<-", line)
+                    self._lines.note("<-", line)
                     self._take(qmp.decode(line), qmp.weight(line))
             reason = f"end of file from monitor '{self.path}'"
         except qmp.ProtocolError as failure:
@@ -379,22 +407,6 @@ class SocketMonitor:
         self._events_weight += weight
         while len(self._events) > MAX_EVENTS or self._events_weight > MAX_EVENTS_WEIGHT:
             self._events_weight -= self._events.popleft()[1]
-
-    def _record(self, direction: str, line: bytes) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            text = line.decode(errors="replace").strip()
-            logger.debug("monitor=%s %s %s", self.path, direction, text)
-        if self._trace is None:
-            return
-        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
-        text = line.decode(errors="replace").strip()
-        try:
-            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
-            self._trace.flush()
-        except (OSError, ValueError) as failure:
-            # Not the backup's business; ValueError: it was closed, or cannot hold a character.
-            logger.warning("monitor=%s trace ends: %s", self.path, failure)
-            self._trace = None
 
 
 def _is_connected(connection: socket.socket) -> bool:
