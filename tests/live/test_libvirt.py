@@ -842,6 +842,8 @@ def test_a_domain_that_is_saved_during_an_increment(
                 domain.write("vda", 1)
                 with virtbackup.open(host.daemon.uri) as before:
                     before.lookupByName("saved").backupStart(branch)
+                    info = before.lookupByName("saved").backupGetInfo()
+                    assert (info.save_failure, info.save_reason) == ("backup", None)
                 domain.write("vda", 2)
                 with reading(socket(host), "vda"):
                     if paused:
@@ -913,6 +915,11 @@ def test_a_save_is_refused_where_nobody_else_is_kept_from_a_disk(
         for save in saves * 3:
             if dom.backupGetInfo().engine == "hybrid":
                 break
+            info = dom.backupGetInfo()
+            assert (info.save_failure, "'vda' is no local file" in str(info.save_reason)) == (
+                "save",
+                True,
+            )
             with pytest.raises(libvirt.libvirtError, match=r"job 'domain save' .*failed"):
                 save()
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING

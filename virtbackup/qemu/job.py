@@ -95,15 +95,15 @@ class BackupJob:
             id = naming.BackupId(os.urandom(4).hex())
             place = scratch.default_directory()
             caps = session.capabilities
-            gives_way = _gives_way(session, engine or caps.engine, aligned, state)
-            plan = backup.plan(aligned, state, caps, id, place, engine, tls, gives_way)
+            keeps = _keeps(session, engine or caps.engine, aligned, state)
+            plan = backup.plan(aligned, state, caps, id, place, engine, tls, keeps is None)
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
             scratch.check(wanted, asked)
             thresholds = _thresholds(wanted)
             if not caps.write_threshold:
                 thresholds = {}
-            starting = _starting(plan, thresholds, session, owner, state.io_error)
+            starting = _starting(plan, thresholds, session, owner, state.io_error, keeps)
             fdsets = caps.fdsets and session.qemu.passes_files
             by_fd = fdsets and state.vcpus_run
             tries = listener.TRIES
@@ -371,7 +371,8 @@ class BackupJob:
             with agent.standing_still(quiesce) if quiesce else contextlib.nullcontext():
                 run.freeze()
             run.exports()
-            run.give_way()
+            if (refusal := run.give_way()) is not None:
+                starting = _keeping(starting, run.session, refusal)
             starting = _with_changed(starting, run.changed())
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
@@ -594,10 +595,11 @@ def _starting(
     session: domain.Session,
     owner: runtime.Process | None,
     was_stopped: bool,
+    keeps: str | None,
 ) -> status.Status:
-    """What is on disk while PLAN is being carried out."""
+    """What is on disk while PLAN is being carried out; KEEPS: as ``_keeps``."""
     wanted = {disk.name: disk for disk in plan.definition.disks}
-    return status.Status(
+    starting = status.Status(
         id=plan.id,
         phase="starting",
         name=session.ref.name,
@@ -615,6 +617,8 @@ def _starting(
         advanced=False,
         verdict=None,
         told=False,
+        save_failure="backup",
+        save_reason=None,
         branch=plan.definition.branch,
         advances=plan.definition.advances,
         disks=tuple(
@@ -640,25 +644,42 @@ def _starting(
             for disk in plan.disks
         ),
     )
+    return starting if keeps is None else _keeping(starting, session, keeps)
 
 
-def _gives_way(
+def _keeping(starting: status.Status, session: domain.Session, reason: str) -> status.Status:
+    """The status of a backup whose disks QEMU is not made to give away, for REASON."""
+    refuses = session.capabilities.refuses_saves
+    if not refuses:
+        return dataclasses.replace(starting, save_failure=None if refuses is None else "backup")
+    return dataclasses.replace(starting, save_failure="save", save_reason=reason)
+
+
+def _keeps(
     session: domain.Session,
     engine: capabilities.Engine,
     aligned: backup_conf.BackupDef,
     state: backup.BlockState,
-) -> bool:
-    """Whether QEMU is to be let give its disks away in the middle of the backup: where somebody
-    knows the domain who migrates and saves it. With the classic engine QEMU then keeps the disks
-    all the same, so whoever takes them over must be kept from them until it has ended."""
-    if session.known is None or not session.capabilities.gives_way(engine):
-        return False
+) -> str | None:
+    """Why QEMU is not to be made to give its disks away in the middle of the backup; None: it is,
+    as somebody knows the domain who migrates and saves it. With the classic engine QEMU then keeps
+    the disks all the same, so whoever takes them over must be kept from them until it has ended."""
+    if session.known is None:
+        return "QEMU gives its disks away during a backup only where that was started over libvirt"
+    if not session.capabilities.gives_way(engine):
+        version = capabilities.dotted(session.capabilities.version)
+        return f"QEMU {version} cannot give its disks away during a backup (engine {engine})"
     if engine == "hybrid":
-        return True
+        return None
+    if session.pid is None:
+        return "the process of QEMU cannot be seen, nor who else is kept from its disks"
     chosen = {disk.name for disk in aligned.disks if disk.present}
-    media = [disk.medium for disk in state.disks if disk.target in chosen]
-    pid = session.pid
-    return pid is not None and all(one and image_lock.is_kept(pid, one.filename) for one in media)
+    for disk in state.disks:
+        if disk.target not in chosen:
+            continue
+        if not disk.medium or not image_lock.is_kept(session.pid, disk.medium.filename):
+            return f"disk '{disk.target}' is no local file that only this QEMU can write to"
+    return None
 
 
 def _takes_listener(session: domain.Session, plan: backup.BackupPlan) -> bool:

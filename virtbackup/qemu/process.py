@@ -188,18 +188,19 @@ class Run:
         """Show every frozen disk under its export name."""
         self._each(self.plan.export_commands)
 
-    def give_way(self) -> None:
+    def give_way(self) -> str | None:
         """Let QEMU give the disks away in the middle of it, where that can be. What it refuses of
-        that is no reason not to back up."""
-        for disk in self.plan.disks:
-            try:
-                self.qemu.execute_all(self.plan.give_way_commands(disk))
-            except monitor_json.CommandFailed as failure:
-                logger.warning(
-                    "disk=%s no save and no migration of the guest meanwhile: %s",
-                    disk.target,
-                    failure,
-                )
+        that is no reason not to back up: it is returned."""
+        commands = [
+            (d, command) for d in self.plan.disks for command in self.plan.give_way_commands(d)
+        ]
+        try:
+            self.qemu.execute_all([command for _, command in commands])
+        except monitor_json.CommandFailed as failure:
+            [target] = {disk.target for disk, command in commands if failure.command is command}
+            logger.warning("disk=%s no save and no migration of the guest: %s", target, failure)
+            return f"disk '{target}': {failure}"
+        return None
 
     def _each(self, commands_for: Callable[[backup.DiskPlan], list[monitor_json.Command]]) -> None:
         """Commands for every disk, sent together; a refusal says of which disk it was."""

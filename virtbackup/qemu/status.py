@@ -25,7 +25,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -113,6 +113,9 @@ class Status:
     """Disk -> why it is not good, once a stop has judged; None before."""
     told: bool
     """The verdict was told: all that is left is to be cleaned up."""
+    save_failure: backup_conf.SaveFailure | None
+    save_reason: str | None
+    """As ``backup_conf.BackupInfo``."""
     branch: str | None
     advances: str | None
     """The branch of which the backup becomes a point where it is good: ``branch``, its fork, or

@@ -181,6 +181,8 @@ def info(
         id=running.id,
         branch=running.branch,
         scratch_failure="backup" if breaks else "guest",
+        save_failure=running.save_failure,
+        save_reason=running.save_reason,
         disks=tuple(
             backup_conf.DiskInfo(
                 name=disk.target,
