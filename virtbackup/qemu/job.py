@@ -47,6 +47,8 @@ _GONE = "QEMU is gone"
 _DYING = 2.0
 """Seconds for a QEMU whose monitor was lost to be gone, if that was why."""
 _LOOK_AGAIN = 0.01
+_NEWS = 0.5
+"""Seconds for which what was seen of QEMU, and of the scratch images, is as good as a new look."""
 _WORD = 1.0
 """Seconds for whoever knows why QEMU is gone to know it."""
 
@@ -219,12 +221,14 @@ class BackupJob:
     def _stop(self, running: status.Status) -> dict[str, str]:
         try:
             with self._connect() as session:
-                reasons = self._end(session, running)
+                began = time.monotonic()
+                reasons, sight = self._end(session, running)
                 judged = dataclasses.replace(running, verdict=reasons)
                 if not reasons and not judged.cancelled:
                     judged = self._advance(session, judged)
                     reasons = judged.verdict or {}
-                cleanup.clean(session, judged, self._file)
+                is_news = time.monotonic() < began + _NEWS
+                cleanup.clean(session, judged, self._file, sight if is_news else None)
         except (monitor.NotListening, monitor.MonitorLost) as failure:
             if not self._means_the_end(failure, running.qemu):
                 raise
@@ -411,13 +415,16 @@ class BackupJob:
         _check_is(running, only)
         return running
 
-    def _end(self, session: domain.Session, running: status.Status) -> dict[str, str]:
-        """End the exports, and only then look whether the jobs still vouched for all reads.
+    def _end(
+        self, session: domain.Session, running: status.Status
+    ) -> tuple[dict[str, str], blockjob.Sight | None]:
+        """End the exports, and only then look whether the jobs still vouched for all reads. (The
+        verdict, what was seen then; None where that was another time.)
 
         The verdict is on disk when this returns: an end that fails later does not lose it.
         """
         if running.verdict is not None:
-            return running.verdict
+            return running.verdict, None
         running = self._knowing_end(session, running)
         cleanup.check_scratch(session, running)
         before = verdict.look_at(session, running)
@@ -425,23 +432,23 @@ class BackupJob:
             before = dataclasses.replace(before, exports={})
             running = dataclasses.replace(running, server=False)
         sweeper = cleanup.sweeper_of(session, running)
-        sweeper.end_clients()
+        sweeper.end_clients(before.exports)
         self._file.save(dataclasses.replace(running, phase="stopping"))
         if session.capabilities.block_exports:
-            sweeper.exports()
+            sweeper.exports(before.exports)
         elif running.server:
             sweeper.server()
             running = dataclasses.replace(running, server=False)
-        sight = verdict.look_at(session, running)
+        after = verdict.look_at(session, running)
         sight = dataclasses.replace(
-            sight,
+            after,
             exports=before.exports,
-            io_error=before.io_error or sight.io_error,
-            unreadable=verdict.unreadable(session, running, sight),
+            io_error=before.io_error or after.io_error,
+            unreadable=verdict.unreadable(session, running, after),
         )
         reasons = verdict.judge(session, running, sight)
         self._file.save(dataclasses.replace(running, phase="stopping", verdict=reasons))
-        return reasons
+        return reasons, after
 
     def _knowing_end(self, session: domain.Session, running: status.Status) -> status.Status:
         """RUNNING with why its QEMU ended, where another one runs by now and somebody knows."""
@@ -537,7 +544,7 @@ def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     if running.qemu is None:
         return False
     pid = running.qemu[0]
-    address = backup_conf.BackupDef.parse(running.definition).address
+    address = running.address
     if not runtime.is_alive(running.qemu) or not nbdserver.stuck_clients(pid, address):
         return False
     logger.warning("backup=%s QEMU stands still, its NBD clients are disconnected", running.id)

@@ -102,6 +102,10 @@ class Monitor(Protocol):
         Errors: the first CommandFailed, with QEMU's words; MonitorLost; NoAnswer; NotListening.
         """
 
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``execute_all``, but that QEMU refused a command stands in place of its ``return``, as
+        a CommandFailed."""
+
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
 
@@ -132,6 +136,14 @@ class Lines:
             # Not the backup's business; ValueError: it was closed, or cannot hold a character.
             logger.warning("monitor=%s trace ends: %s", self._path, failure)
             self._trace = None
+
+
+def all_done(replies: list[Any]) -> list[Any]:
+    """What ``execute_each`` gave. Errors: the first CommandFailed in it."""
+    for reply in replies:
+        if isinstance(reply, monitor_json.CommandFailed):
+            raise reply
+    return replies
 
 
 class SocketMonitor:
@@ -226,12 +238,14 @@ class SocketMonitor:
         Errors: the first CommandFailed, with QEMU's words; MonitorLost; VIR_ERR_OPERATION_TIMEOUT
         (the connection is then given up, for nobody knows what the command will still do).
         """
+        return all_done(self.execute_each(commands))
+
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``Monitor.execute_each``."""
         sent = [(self._begin(command), command) for command in commands]
-        replies = [(command, self._wait_reply(id, command)) for id, command in sent]
-        for command, reply in replies:
-            if isinstance(reply, qmp.Failure):
-                raise monitor_json.command_failed(command, reply)
-        return [reply.value for _, reply in replies if isinstance(reply, qmp.Success)]
+        return [
+            monitor_json.outcome(command, self._wait_reply(id, command)) for id, command in sent
+        ]
 
     def _begin(self, command: monitor_json.Command) -> int:
         """Send COMMAND; its id."""

@@ -98,12 +98,13 @@ class LibvirtMonitor:
         return self.execute_all([command])[0]
 
     def execute_all(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
-        """As ``monitor.Monitor.execute_all``, one command after the other."""
-        replies = [(command, self._ask(command)) for command in commands]
-        for command, reply in replies:
-            if isinstance(reply, qmp.Failure):
-                raise monitor_json.command_failed(command, reply)
-        return [reply.value for _, reply in replies if isinstance(reply, qmp.Success)]
+        """As ``monitor.Monitor.execute_all``."""
+        return monitor.all_done(self.execute_each(commands))
+
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``monitor.Monitor.execute_each``, one command after the other: libvirt has the domain
+        to itself for each, and sent at once they take as long."""
+        return [monitor_json.outcome(command, self._ask(command)) for command in commands]
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """No event comes this way: a moment to wait before looking again."""

@@ -141,8 +141,8 @@ class Run:
         """Make every disk's scratch image and open it over the live disk."""
         for disk in self.plan.disks:
             try:
-                with self._scratch_file(disk) as filename:
-                    self.qemu.execute_all(self._scratch_commands(disk, filename))
+                with self._scratch_file(disk) as (filename, give_up):
+                    self.qemu.execute_all([*self._scratch_commands(disk, filename), *give_up])
             except monitor_json.CommandFailed as failure:
                 raise _of_disk(disk.target, failure, self._words(failure)) from failure
 
@@ -214,8 +214,11 @@ class Run:
             raise
 
     @contextlib.contextmanager
-    def _scratch_file(self, disk: backup.DiskPlan) -> Iterator[str]:
-        """The name by which QEMU can open the new scratch file for as long as this lasts.
+    def _scratch_file(
+        self, disk: backup.DiskPlan
+    ) -> Iterator[tuple[str, list[monitor_json.Command]]]:
+        """The name by which QEMU can open the new scratch file for as long as this lasts, and what
+        to tell it once it has.
 
         A file of ours loses its name here, whatever happens; one of the user's keeps it.
         """
@@ -233,22 +236,17 @@ class Run:
                 worst_case = qcow2.full_size(disk.size)
                 self.images.append(watch.Image(disk.target, os.dup(fd), worst_case))
             if self.by_fd:
-                with self._fdset(fd, disk.opaque) as filename:
-                    yield filename
+                # The set is given up as soon as QEMU has opened its own descriptor from it: with
+                # the last of those it vanishes, even when the guest is paused by then.
+                add = monitor_json.add_fd(fd, disk.opaque)
+                fdset = monitor_json.parse_add_fd(self.qemu.execute(add))
+                yield f"/dev/fdset/{fdset}", [monitor_json.remove_fd(fdset)]
             else:
-                yield path
+                yield path, []
         finally:
             os.close(fd)
             if disk.source.dir is not None:
                 scratch.remove(path)
-
-    @contextlib.contextmanager
-    def _fdset(self, fd: int, opaque: str) -> Iterator[str]:
-        """FD in a fd set. The set is given up as soon as QEMU has opened its own descriptor from
-        it: with the last of those it vanishes, even when the guest is paused by then."""
-        fdset = monitor_json.parse_add_fd(self.qemu.execute(monitor_json.add_fd(fd, opaque)))
-        yield f"/dev/fdset/{fdset}"
-        self.qemu.execute(monitor_json.remove_fd(fdset))
 
 
 def check_address(address: backup_conf.Address) -> None:

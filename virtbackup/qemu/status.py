@@ -8,6 +8,7 @@ the first command that changes QEMU and removed after the last. What runs, QEMU 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -123,9 +124,19 @@ class Status:
     disks: tuple[DiskStatus, ...]
 
     @property
+    def address(self) -> backup_conf.Address:
+        """Where the NBD server listens."""
+        return _address(self.definition)
+
+    @property
     def forks(self) -> bool:
         """Whether another branch than its own begins with it."""
         return self.advances not in (None, self.branch)
+
+
+@functools.lru_cache(maxsize=16)
+def _address(definition: str) -> backup_conf.Address:
+    return backup_conf.BackupDef.parse(definition).address
 
 
 def parse(text: str) -> Status:

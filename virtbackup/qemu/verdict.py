@@ -82,7 +82,7 @@ def _seen_by_client(
     """The frozen disks that broke unseen, as an NBD client sees it: nothing in QEMU has to wait for
     that, as it does for ``unreadable``. What cannot be told so is left to the stop."""
     disks = [disk for _, disk in _may_have_broken(running, sight)]
-    address = backup_conf.BackupDef.parse(running.definition).address
+    address = running.address
     if not disks or not nbdserver.is_reached(session.pid, address):
         return {}
     try:
@@ -176,7 +176,7 @@ def info(
     return backup_conf.BackupInfo(
         state="failed" if reasons else "running",
         started=running.started,
-        address=backup_conf.BackupDef.parse(running.definition).address,
+        address=running.address,
         engine=running.engine,
         id=running.id,
         branch=running.branch,
