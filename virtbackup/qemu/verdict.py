@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from virtbackup import config, errors
-from virtbackup.conf import backup_conf, virtbackup_conf
+from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
@@ -25,6 +25,7 @@ from virtbackup.qemu import (
 )
 
 if TYPE_CHECKING:
+    from virtbackup.conf import virtbackup_conf
     from virtbackup.nbd import connection
 
 logger = logging.getLogger(__name__)
@@ -112,8 +113,9 @@ def _seen_by_client(
     return broken
 
 
-def _client(credentials: virtbackup_conf.Credentials) -> "connection.Tls":
+def _client(credentials: "virtbackup_conf.Credentials") -> "connection.Tls":
     """Who the server is, is known: what it shows is looked at, and nothing is told to it."""
+    from virtbackup.conf import virtbackup_conf
     from virtbackup.nbd import connection
 
     match credentials:
