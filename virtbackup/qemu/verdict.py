@@ -44,7 +44,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     reasons = judge(session, running, sight)
     if hung:
         return info(running, reasons, hung=hung)
-    used = hang.used(_images(running), session.pid)
+    used: Mapping[str, int]
     thresholds: Mapping[naming.NodeName, int] = {}
     if caps.named_nodes_are_safe():
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
@@ -55,6 +55,8 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
             for disk in running.disks
             if disk.scratch_file in sizes
         }
+    else:
+        used = hang.used(_images(running), session.pid)
     return info(running, reasons, used, thresholds)
 
 
