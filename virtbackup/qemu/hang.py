@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -60,12 +61,22 @@ class Question:
         now = time.monotonic()
         if self._of_all is not None and not _ends(self._of_all, now + min(_ALL, (end - now) / 2)):
             self._ask_each()
-        asked = {path: one for path, one in self._asked.items() if path in paths}
-        while pending := {path for path, one in asked.items() if one.poll() is None}:
+        asked = self._asked.keys() & paths
+        while pending := {path for path in asked if self._waits(path)}:
             if time.monotonic() > end:
                 break
-            _wait(asked[min(pending)], end)
+            _wait(self._asked[min(pending)], end)
         return frozenset(pending)
+
+    def _waits(self, path: str) -> bool:
+        """Whether there is no answer of PATH. That who was asked before has heeded being killed is
+        none."""
+        ended = self._asked[path].poll()
+        if ended != -signal.SIGKILL:
+            return ended is None
+        if (again := _touch([path])) is not None:
+            self._asked[path] = again
+        return again is not None
 
     def _ask_each(self) -> None:
         """One process for each file system: to know which it is that does not answer."""
