@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests import replies
-from virtbackup.qemu import domain, monitor_json, qmp, recording, sweep
+from virtbackup.qemu import domain, monitor, monitor_json, qmp, recording, sweep
 
 DISK_SIZE = 16 << 40
 """Guest-visible bytes of the disks: no machine has room for their scratch images."""
@@ -343,7 +343,9 @@ class CannedMonitor:
         return self.execute_all([command])[0]
 
     def execute_all(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
-        failures: list[monitor_json.CommandFailed] = []
+        return monitor.all_done(self.execute_each(commands))
+
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
         values = []
         for command in commands:
             try:
@@ -351,9 +353,7 @@ class CannedMonitor:
             except monitor_json.CommandFailed as failure:
                 # The driver knows its command by identity.
                 failed = qmp.Failure(0, failure.error_class, failure.desc)
-                failures.append(monitor_json.command_failed(command, failed))
-        if failures:
-            raise failures[0]
+                values.append(monitor_json.command_failed(command, failed))
         return values
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:

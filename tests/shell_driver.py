@@ -119,7 +119,10 @@ class Driver:
             info = backup_conf.BackupInfo(
                 state, 1700000000.5, self._running().address, (bad, disks[1])
             )
-            return dataclasses.replace(info, engine="hybrid", scratch_failure="guest")
+            return dataclasses.replace(
+                info, engine="hybrid", scratch_failure="guest", save_failure="save",
+                save_reason="as QEMU has it",
+            )  # fmt: skip
         return backup_conf.BackupInfo(state, 1700000000.5, self._running().address, disks)
 
     def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> Sequence[str]:

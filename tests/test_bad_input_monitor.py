@@ -312,6 +312,43 @@ def test_any_part_of_any_answer_spoilt(
     outcome(hostile, at[0])
 
 
+# --- QEMU ends ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hangs_up", [1, 2, 4])
+@pytest.mark.parametrize("first", range(2, 36, 6))
+def test_a_stop_meets_a_qemu_that_is_being_killed(
+    tmp_path: pathlib.Path,
+    patient: None,
+    monkeypatch: pytest.MonkeyPatch,
+    first: int,
+    hangs_up: int,
+) -> None:
+    """It speaks no more in the middle, takes clients for a moment yet, and then is gone: the first
+    stop says so."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "state"))
+    left = hangs_up
+
+    def die(turn: hostile_monitor.Turn) -> None:
+        nonlocal left
+        if turn.number < first:
+            turn.answer()
+            return
+        left -= 1
+        if left <= 0:
+            dying.path.unlink(missing_ok=True)
+        turn.hang_up()
+
+    with hostile_monitor.HostileMonitor(tmp_path) as dying:
+        prepare(dying, "backup-stop")
+        with virtbackup.open(dying.uri) as connection:
+            dom = connection.lookupByName("vm")
+            dying.play("backup-stop", spoil=die)
+            with pytest.raises(virtbackup.Error, match="is not good: disk 'vda': QEMU is gone"):
+                dom.backupStop()
+    assert not list((tmp_path / "state").glob("*.json"))
+
+
 # --- all that is said is spoilt -------------------------------------------------------------------
 
 

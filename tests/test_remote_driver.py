@@ -617,7 +617,7 @@ def test_a_domain_that_there_is_not(server: rpc_server.Server, uri: str) -> None
 def test_a_value_that_is_not_known(server: rpc_server.Server, uri: str) -> None:
     address = xdr.Arm(2, virtbackup_protocol.UnixAddress("/x", None))
     info = virtbackup_protocol.DomainBackupGetInfoRet(
-        "levitating", 0.0, address, (), None, None, None, None, None
+        "levitating", 0.0, address, (), None, None, None, None, None, None, None
     )
     server.handlers["VIRTBACKUP.DOMAIN_BACKUP_GET_INFO"] = lambda *_: info
     with contextlib.closing(driver.open(uri, False)) as opened:

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -364,6 +365,34 @@ def places(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listening = tuple(map(backup_conf.UnixAddress, paths))
     monkeypatch.setattr(nbdserver, "listening", lambda pid: listening)
     monkeypatch.setenv("PATH", "")  # no time for asking whether a file system hangs
+
+
+SAVES: list[tuple[str, str | None, tuple[str | None, str | None]]] = [
+    ("qemu-10.0.13", None, ("backup", None)),
+    ("qemu-10.0.13", "blockdev-mirror", ("save", "disk 'sdb': .* 'blockdev-mirror': refused")),
+    ("qemu-10.0.13", "blockdev-add", ("save", "disk 'sdb': .* 'blockdev-add': refused")),
+    ("qemu-10.0.13", "as it is", ("save", "only where that was started over libvirt")),
+    ("qemu-5.2.0", "as it is", ("backup", None)),
+    ("storage-daemon-10.0.13", "as it is", (None, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "refused", "expected"), SAVES)
+def test_it_is_told_what_becomes_of_a_save(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str, refused: str | None,
+    expected: tuple[str | None, str | None],
+) -> None:  # fmt: skip
+    """Where QEMU does not give way, by its own words or by ours."""
+    bench = Bench(RECORDINGS / f"{name}.jsonl", tmp_path, None)
+    if refused != "as it is":
+        monkeypatch.setattr(job, "_keeps", lambda *_: None)
+    bench.qemu.refuse = lambda command: command.execute == refused and "-yield" in str(command)
+    bench.start()
+    info = bench.job.info()
+    assert info.save_failure == expected[0]
+    assert re.search(expected[1], info.save_reason or "") if expected[1] else not info.save_reason
+    assert bench.stop() == {}
+    assert bench.qemu.is_clean()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

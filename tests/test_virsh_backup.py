@@ -655,6 +655,7 @@ def test_info(run: Run, xmlfile: str) -> None:
         "Scratch fails:  the guest's write fails, or the guest is paused until the backup is"
         " stopped\n"
         "Scratch hangs:  the guest's writes hang with it: this QEMU has no time limit for it\n"
+        "Guest saved:    the save fails, as a migration does: as QEMU has it\n"
         "Address:        nbd+unix:///vda?socket=/run/x.sock\n"
         "                nbd+unix:///s%2Fb?socket=/run/x.sock\n"
         "\n"
@@ -677,6 +678,8 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
         "engine": "hybrid",
         "scratch_failure": "guest",
         "scratch_timeout": None,
+        "save_failure": "save",
+        "save_reason": "as QEMU has it",
         "disks": [
             {
                 "name": "vda",

@@ -93,7 +93,7 @@ def test_any_info_that_comes_is_one_or_a_codec_error(
 def test_words_that_we_do_not_know() -> None:
     good = virtbackup_protocol.DomainBackupGetInfoRet(
         "running", 1.0, xdr.Arm(2, virtbackup_protocol.UnixAddress("/s", None)), (),
-        None, None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
     assert wire_conf.info_from_wire(good).scratch_failure is None
     assert wire_conf.info_from_wire(dataclasses.replace(good, scratch_failure="guest"))

@@ -4,9 +4,12 @@ places, else the machine's and then the user's own, which may say otherwise."""
 
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 from virtbackup import errors
-from virtbackup.conf import virtbackup_conf
+
+if TYPE_CHECKING:
+    from virtbackup.conf import virtbackup_conf
 
 MACHINES = pathlib.Path("/etc/virtbackup/virtbackup.conf")
 
@@ -19,9 +22,11 @@ def places() -> list[pathlib.Path]:
     return [MACHINES, pathlib.Path(base, "virtbackup", "virtbackup.conf")]
 
 
-def load() -> virtbackup_conf.Settings:
+def load() -> "virtbackup_conf.Settings":
     """The settings of now. Errors: VIR_ERR_SYSTEM_ERROR for a file that is there, or was named, and
     cannot be read; VIR_ERR_CONF_SYNTAX."""
+    from virtbackup.conf import virtbackup_conf  # few calls have need of it
+
     texts = {}
     found = places()
     for path in found:

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
 
 import libvirt
 
@@ -186,6 +186,7 @@ class BackupEnded:
 Event = LifecycleEvent | BackupEnded
 
 
+@runtime_checkable
 class KeeperDriver(Driver, Protocol):
     """The hook for who stays: a daemon."""
 

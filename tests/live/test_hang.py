@@ -17,8 +17,9 @@ import pytest
 
 import virtbackup
 from demo import guest, records
+from tests import waiting
 from tests.live import scene
-from virtbackup.qemu import cleanup, scratch, verdict
+from virtbackup.qemu import cleanup, hang, scratch, verdict
 
 pytestmark = [
     pytest.mark.needs(
@@ -219,6 +220,21 @@ def test_a_start_into_a_file_system_that_hangs_is_refused(
         storage.go_on()
         dom.backupStart(document(linux, storage))
         dom.backupStop()
+
+
+def test_which_of_several_file_systems_hangs(tmp_path: pathlib.Path) -> None:
+    """They are asked together, and each alone where that takes long."""
+    with file_server(tmp_path, 64 << 20) as storage:
+        places = {"it": storage.path, "other": tmp_path}
+        images = {name: hang.Image(str(path), None) for name, path in places.items()}
+        assert hang.hanging(images, None, QUICK) == set()
+        storage.hang()
+        waiting.until(lambda: hang.hanging(images, None, QUICK) == {"it"})
+        for _ in range(2):  # whoever was asked before is asked again
+            assert hang.hanging(images, None, QUICK) == {"it"}
+        assert hang.hanging({"other": images["other"]}, None, QUICK) == set()
+        storage.go_on()
+        waiting.until(lambda: not hang.hanging(images, None, QUICK))
 
 
 @contextlib.contextmanager

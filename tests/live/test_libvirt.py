@@ -2,6 +2,7 @@
 """Backups of a real libvirt's domains, beside libvirt's own work on them."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -528,6 +529,44 @@ def test_a_transient_domain_that_ends_is_still_listed_for_its_stop(
         assert "passing" not in [one.name() for one in connection.listAllDomains()]
 
 
+class EndAt(io.StringIO):
+    """A trace that ends the domain at its line NUMBER, before that is sent or believed."""
+
+    def __init__(self, number: int, end: Callable[[], object]) -> None:
+        super().__init__()
+        self._left = number
+        self._end = end
+
+    def write(self, line: str) -> int:
+        self._left -= 1
+        if self._left == 0:
+            self._end()
+        return len(line)
+
+
+@pytest.mark.parametrize("how", ["destroyed", "killed"])
+@pytest.mark.parametrize("line", [1, 2, 10, 40])
+def test_a_domain_that_ends_in_the_middle_of_its_stop(
+    host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path, how: str, line: int,
+) -> None:  # fmt: skip
+    """The first stop tells why."""
+    end, _ = ENDS[how]
+    with host.domain("passing", two_disks(host)) as domain:
+        dom = connection.lookupByName("passing")
+        dom.backupStart(document(host))
+        connection.setTrace(EndAt(line, lambda: end(domain.libvirt)))
+        try:
+            with pytest.raises(virtbackup.Error) as error:
+                dom.backupStop()
+        finally:
+            connection.setTrace(None)
+        reason = libvirtd.end_of_a_transient_domain()
+        assert f"is not good: disk 'vda': {reason}" in str(error.value)
+        assert not list(scratch_dir.iterdir())
+        assert not list(state_dir.glob("*.json"))
+
+
 SNAPSHOT = "<domainsnapshot><name>{}</name></domainsnapshot>"
 DISK_ONLY = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
@@ -803,6 +842,8 @@ def test_a_domain_that_is_saved_during_an_increment(
                 domain.write("vda", 1)
                 with virtbackup.open(host.daemon.uri) as before:
                     before.lookupByName("saved").backupStart(branch)
+                    info = before.lookupByName("saved").backupGetInfo()
+                    assert (info.save_failure, info.save_reason) == ("backup", None)
                 domain.write("vda", 2)
                 with reading(socket(host), "vda"):
                     if paused:
@@ -874,6 +915,11 @@ def test_a_save_is_refused_where_nobody_else_is_kept_from_a_disk(
         for save in saves * 3:
             if dom.backupGetInfo().engine == "hybrid":
                 break
+            info = dom.backupGetInfo()
+            assert (info.save_failure, "'vda' is no local file" in str(info.save_reason)) == (
+                "save",
+                True,
+            )
             with pytest.raises(libvirt.libvirtError, match=r"job 'domain save' .*failed"):
                 save()
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING

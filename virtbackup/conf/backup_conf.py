@@ -433,6 +433,9 @@ def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:
 # --- the running backup, as backupGetInfo tells it ---
 
 
+SaveFailure = typing.Literal["backup", "save"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DiskInfo:
     """One disk of a running backup."""
@@ -493,6 +496,11 @@ class BackupInfo:
     id: str | None = None
     """Tells the backup from every other; the id of its point once it was stopped and good."""
     branch: str | None = None
+    save_failure: SaveFailure | None = None
+    """What fails when the guest is saved in the middle of the backup: that, or the save, and a
+    migration with it; None where nobody can tell."""
+    save_reason: str | None = None
+    """Why the save would."""
 
 
 # --- branches, as branchList tells them ---

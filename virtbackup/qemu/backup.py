@@ -6,12 +6,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import libvirt
 
 from virtbackup import errors
-from virtbackup.conf import backup_conf, storage_conf, virtbackup_conf
+from virtbackup.conf import backup_conf, storage_conf
 from virtbackup.qemu import (
     block,
     blockjob,
@@ -22,6 +22,9 @@ from virtbackup.qemu import (
     naming,
     qcow2,
 )
+
+if TYPE_CHECKING:
+    from virtbackup.conf import virtbackup_conf
 
 # Filters that QEMU itself puts over a disk while a block job runs on it.
 _JOB_FILTERS = {
@@ -112,7 +115,7 @@ class BackupPlan:
     disks: tuple[DiskPlan, ...]
 
     dialect: dialect.Dialect
-    credentials: virtbackup_conf.Credentials | None = None
+    credentials: "virtbackup_conf.Credentials | None" = None
     """What the NBD server does TLS by; None: it does not."""
     gives_way: bool = False
     """QEMU is let give the disks away, to a migration or libvirt's save, in the middle of it."""
@@ -248,7 +251,7 @@ def plan(
     backup: naming.BackupId,
     scratch_dir: str,
     engine: capabilities.Engine | None = None,
-    credentials: virtbackup_conf.Credentials | None = None,
+    credentials: "virtbackup_conf.Credentials | None" = None,
     gives_way: bool = False,
 ) -> BackupPlan:
     """Plan the backup of an aligned DEFINITION; images without a place go to SCRATCH_DIR. TLS, if

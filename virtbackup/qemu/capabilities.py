@@ -302,6 +302,14 @@ class Capabilities:
         )
 
     @property
+    def refuses_saves(self) -> bool | None:
+        """Whether a save, or a migration, fails by a scratch image that is written to, where it is
+        not made to give way. None: untried, or there is no guest."""
+        if not self.devices or self.version < (5, 2, 0):
+            return None
+        return self.version >= (6, 0, 0)
+
+    @property
     def devices(self) -> bool:
         """There is a guest with devices; qemu-storage-daemon has only nodes."""
         return "query-status" in self.commands

@@ -55,9 +55,13 @@ def check_scratch(session: domain.Session, left: status.Status) -> None:
 
 
 def clean(
-    session: domain.Session, left: status.Status | None, file: status.StatusFile
+    session: domain.Session,
+    left: status.Status | None,
+    file: status.StatusFile,
+    sight: blockjob.Sight | None = None,
 ) -> tuple[list[str], list[str]]:
     """Take the backup LEFT out of QEMU, then its files; without a status, all that is ours by name.
+    SIGHT: as ``take_out``.
 
     (A line for each thing done, what is still there.) Where not all of it could be taken out, the
     status stays, for the next clean to finish. Errors: as ``take_out``.
@@ -69,7 +73,7 @@ def clean(
         # Noted before it is cut off, as then it is no longer seen to listen.
         left = dataclasses.replace(left, server=True)
         file.save(left)
-    removed, rest = take_out(session, left)
+    removed, rest = take_out(session, left, sight)
     if left is not None and rest:
         logger.warning("backup=%s not all could be removed: %s", left.id, ", ".join(rest))
         removed += remove_files(left)
@@ -79,27 +83,32 @@ def clean(
     return removed, rest
 
 
-def take_out(session: domain.Session, left: status.Status | None) -> tuple[list[str], list[str]]:
+def take_out(
+    session: domain.Session, left: status.Status | None, sight: blockjob.Sight | None = None
+) -> tuple[list[str], list[str]]:
     """Take the backup LEFT, or all that is ours by name, out of QEMU; a guest that was paused for
     an error of its disks goes on first of all. (A line for each thing done, what is still there.)
+    SIGHT is what QEMU shows at this moment, where it was just looked at, and at the scratch images.
 
     Errors, before anything is deleted: sweep.ClientStuck, ``check_scratch``'s.
     """
-    if left is not None:
+    if left is not None and sight is None:
         check_scratch(session, left)
     removed = []
     sweeper = sweeper_of(session, left)
     ours = left is not None and not session.restarted_since(left.qemu)
-    if left is not None and ours and _stopped_guest(session, left):
+    if left is not None and ours and _stopped_guest(session, left, sight):
         sweeper.stop_saving()
         removed += sweeper.jobs()
         removed += _go_on(session)
-    sweeper.end_clients()
-    exports = sweeper.exports()
+        sight = None
+    known = sweeper.every_export() if sight is None or sight.exports is None else sight.exports
+    sweeper.end_clients(known)
+    exports = sweeper.exports(known)
     removed += exports
     server_left = False
     if _owns_server(session, left, bool(exports)):
-        stopped_server, server_left = sweeper.server()
+        stopped_server, server_left = sweeper.server(known)
         removed += stopped_server
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.credentials()
@@ -146,7 +155,7 @@ def sweeper_of(session: domain.Session, left: status.Status | None) -> sweep.Swe
         return nameless.seeking_server()
     inodes = frozenset(disk.inode for disk in left.disks if disk.inode is not None)
     return sweep.Sweeper(
-        session.qemu, session.capabilities, left.id, session.pid, (_address(left),), inodes
+        session.qemu, session.capabilities, left.id, session.pid, (left.address,), inodes
     )
 
 
@@ -160,7 +169,7 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
 def remove_outside(left: status.Status) -> list[str]:
     """Remove the files of a backup that a QEMU which is gone has left; a line for each."""
     removed = remove_files(left)
-    address = _address(left)
+    address = left.address
     if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
         pathlib.Path(address.path).unlink(missing_ok=True)
         removed.append(f"socket '{address.path}'")
@@ -217,8 +226,10 @@ def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
     return True
 
 
-def _stopped_guest(session: domain.Session, left: status.Status) -> bool:
-    return blockjob.stopped_guest(left.disks, verdict.look_at(session, left))
+def _stopped_guest(
+    session: domain.Session, left: status.Status, sight: blockjob.Sight | None
+) -> bool:
+    return blockjob.stopped_guest(left.disks, sight or verdict.look_at(session, left))
 
 
 def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweeper) -> list[str]:
@@ -227,7 +238,8 @@ def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweepe
     caps = session.capabilities
     if not caps.devices or not caps.block_graph:
         return []
-    drives = domain.look(session.qemu, caps).drives or {}
+    found = block.parse_block(session.qemu.execute(monitor_json.query_block()))
+    drives = {disk.qom_path for disk in found}
     unplugged = [disk for disk in left.disks if disk.device and disk.device not in drives]
     removed = []
     for disk in unplugged:
@@ -245,14 +257,11 @@ def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweepe
 
 
 def _owns_server(session: domain.Session, left: status.Status | None, had_exports: bool) -> bool:
-    """Whether an NBD server runs that is ours to stop: nobody else may export on it."""
-    if not session.capabilities.block_exports:
-        return left is not None and still_serves(session, left)
-    reply = session.qemu.execute(monitor_json.query_block_exports())
-    if any(export.type == "nbd" for export in monitor_json.parse_exports(reply).values()):
-        return False
+    """Whether an NBD server that runs is ours to stop, if nobody else exports on it."""
     if left is None:
-        return had_exports
+        return session.capabilities.block_exports and had_exports
+    if not session.capabilities.block_exports:
+        return still_serves(session, left)
     return bool(left.server) and not session.restarted_since(left.qemu)
 
 
@@ -261,7 +270,7 @@ def still_serves(session: domain.Session, left: status.Status) -> bool:
     cannot be asked for, all that tells whether somebody stopped it."""
     if not left.server or session.restarted_since(left.qemu):
         return False
-    return session.pid is None or nbdserver.listens(session.pid, _address(left))
+    return session.pid is None or nbdserver.listens(session.pid, left.address)
 
 
 def _started_server(session: domain.Session, left: status.Status) -> bool:
@@ -270,8 +279,4 @@ def _started_server(session: domain.Session, left: status.Status) -> bool:
         return False
     # Once this is answered, QEMU has done all that it was told before.
     session.qemu.execute(dialect.Dialect(session.capabilities).query_jobs())
-    return nbdserver.listens(session.pid or os.getpid(), _address(left))
-
-
-def _address(of: status.Status) -> backup_conf.Address:
-    return backup_conf.BackupDef.parse(of.definition).address
+    return nbdserver.listens(session.pid or os.getpid(), left.address)

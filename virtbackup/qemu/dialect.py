@@ -6,17 +6,22 @@ names a thing has to be called, is decided here and nowhere else, by ``capabilit
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from virtbackup.conf import backup_conf, virtbackup_conf
+from virtbackup.conf import backup_conf
 from virtbackup.qemu import capabilities, monitor_json, naming
+
+if TYPE_CHECKING:
+    from virtbackup.conf import virtbackup_conf
 
 X509, PSK = "tls-creds-x509", "tls-creds-psk"
 """Kinds of QEMU's objects."""
 
 
-def credentials_kind(credentials: virtbackup_conf.Credentials) -> str:
+def credentials_kind(credentials: "virtbackup_conf.Credentials") -> str:
     """Of which kind the object of CREDENTIALS is."""
+    from virtbackup.conf import virtbackup_conf
+
     return X509 if isinstance(credentials, virtbackup_conf.X509) else PSK
 
 
@@ -104,9 +109,11 @@ class Dialect:
         return monitor_json.nbd_server_start(address, most, fdname, credentials)
 
     def credentials_add(
-        self, id: str, credentials: virtbackup_conf.Credentials
+        self, id: str, credentials: "virtbackup_conf.Credentials"
     ) -> monitor_json.Command:
         """Make the object by which the NBD server does TLS. QEMU reads the secrets from files."""
+        from virtbackup.conf import virtbackup_conf
+
         wrapped = self.caps.wraps_properties
         match credentials:
             case virtbackup_conf.X509(directory, verify):

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 GRACE = 2.0
 """Seconds from the end of QEMU to libvirt's word of it, where that may be heard."""
+_LOOK_AGAIN = 0.02
 
 
 class Host(Protocol):
@@ -101,14 +102,13 @@ class DomainObj:
         owned = bool(flags & hypervisor.START_AUTODESTROY)
         owner = runtime.this_process() if owned else None
         id, images = self.job.start(definition, owner, self._engine, quiesce)
-        if owned:
-            self._autodestroy = id
-        self._stop_watching()
         try:
+            if owned:
+                self._autodestroy = id
+            self._stop_watching()
             self._begin_to_watch(id, images)
         except BaseException:
-            for image in images:
-                os.close(image.fd)
+            watch.close_all(images)
             self.job.stop(id, cancel=True)
             raise
         self._ending.find()
@@ -129,9 +129,15 @@ class DomainObj:
         self._ending.find()
 
     def _begin_to_watch(self, id: naming.BackupId, images: list[watch.Image]) -> None:
-        self._watched = _Watched(self.job, id, self._host)
-        self._watch = watch.Watch(images, self._watched)
-        self._watched.listen(self._watch.wake)
+        """IMAGES are closed once they are watched no more, or are not watched at all."""
+        try:
+            self._watched = _Watched(self.job, id, self._host)
+            self._watch = watch.Watch(images, self._watched)
+            self._watched.listen(self._watch.wake)
+        except BaseException:
+            self._stop_watching()
+            watch.close_all(images)
+            raise
 
     def backup_stop(self, flags: int) -> None:
         cancel = bool(flags & hypervisor.STOP_CANCEL)
@@ -175,8 +181,15 @@ class DomainObj:
         if self._host is not None:
             self._host.backup_ended(reason)
 
-    def _why_ended(self) -> str | None:
-        """Why there is no QEMU any more, or another one."""
+    def _why_ended(self, patience: float = 0.0) -> str | None:
+        """Why there is no QEMU any more, or another one, where that is known within PATIENCE
+        seconds: libvirt takes a moment to notice."""
+        end = time.monotonic() + (0.0 if self._host is None else patience)
+        while (why := self._why_it_ended()) is None and time.monotonic() < end:
+            time.sleep(_LOOK_AGAIN)
+        return why
+
+    def _why_it_ended(self) -> str | None:
         if self._watched is not None and (heard := self._watched.heard()) is not None:
             return heard
         asked = None if self._host is None else self._host.why_ended()

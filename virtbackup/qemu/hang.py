@@ -14,18 +14,23 @@ import os
 import pathlib
 import re
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 _LOOK_AGAIN = 0.002
+_ALL = 0.1
+"""Seconds within which all file systems answer as a rule."""
 _CLOSING = 2.0
 """Seconds to wait for a file to be closed."""
 _INODE = re.compile(r"^ino:\s*(\d+)$", re.MULTILINE)
 
 _pending: dict[str, subprocess.Popen[bytes]] = {}
 """Path -> who still waits for its file system: nobody else needs to."""
+_left: "list[subprocess.Popen[bytes]]" = []
+"""Who waits for one of several file systems."""
 _keepers: list[subprocess.Popen[bytes]] = []
 """Processes that wait to close a file."""
 
@@ -45,25 +50,52 @@ class Question:
     to be there when it is wanted. A context: who has not answered by its end is not waited for."""
 
     def __init__(self, paths: Iterable[str]) -> None:
-        self._asked = {path: asked for path in paths if (asked := _ask(path)) is not None}
+        every = frozenset(paths)
+        self._asked = {path: one for path in every if (one := _pending_for(path)) is not None}
+        self._together = every - self._asked.keys()
+        # Most of the time all answer at once, and one process is enough.
+        self._of_all = _touch(self._together) if self._together else None
 
     def unanswered(self, paths: Collection[str], end: float) -> frozenset[str]:
         """Those of PATHS without an answer at END, by the monotonic clock."""
-        asked = {path: one for path, one in self._asked.items() if path in paths}
-        while pending := {path for path, one in asked.items() if one.poll() is None}:
+        now = time.monotonic()
+        if self._of_all is not None and not _ends(self._of_all, now + min(_ALL, (end - now) / 2)):
+            self._ask_each()
+        asked = self._asked.keys() & paths
+        while pending := {path for path in asked if self._waits(path)}:
             if time.monotonic() > end:
                 break
-            _wait(asked[min(pending)], end)
+            _wait(self._asked[min(pending)], end)
         return frozenset(pending)
+
+    def _waits(self, path: str) -> bool:
+        """Whether there is no answer of PATH. That who was asked before has heeded being killed is
+        none."""
+        ended = self._asked[path].poll()
+        if ended != -signal.SIGKILL:
+            return ended is None
+        if (again := _touch([path])) is not None:
+            self._asked[path] = again
+        return again is not None
+
+    def _ask_each(self) -> None:
+        """One process for each file system: to know which it is that does not answer."""
+        for path in self._together - self._asked.keys():
+            if (one := _touch([path])) is not None:
+                self._asked[path] = one
 
     def __enter__(self) -> "Question":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._of_all is not None and self._of_all.poll() is None:
+            _left.append(self._of_all)
+            self._of_all.kill()
         for path, one in self._asked.items():
             if one.poll() is None:
                 _pending[path] = one
                 one.kill()  # heeded once the file system lets it
+        _left[:] = [one for one in _left if one.poll() is None]
 
 
 def hanging(images: Mapping[str, Image], pid: int | None, limit: float) -> frozenset[str]:
@@ -108,13 +140,26 @@ def used(images: Mapping[str, Image], pid: int | None) -> dict[str, int]:
     return {key: sizes[image.inode] for key, image in images.items() if image.inode in sizes}
 
 
-def _ask(path: str) -> "subprocess.Popen[bytes] | None":
-    """Have another process change the access time of what is at PATH: a file system that is frozen,
-    too, answers only what changes nothing. A process that hangs in it may not be to be killed."""
+def _pending_for(path: str) -> "subprocess.Popen[bytes] | None":
+    """Who was asked before of what is at PATH, and has no answer yet."""
     pending = _pending.pop(path, None)
-    if pending is not None and pending.poll() is None:
-        return pending
-    return _run("touch", "-c", "-a", "--", path)
+    return pending if pending is not None and pending.poll() is None else None
+
+
+def _touch(paths: Iterable[str]) -> "subprocess.Popen[bytes] | None":
+    """Have another process change the access time of what is at PATHS: a file system that is
+    frozen, too, answers only what changes nothing. A process that hangs in it may not be to be
+    killed."""
+    return _run("touch", "-c", "-a", "--", *paths)
+
+
+def _ends(one: "subprocess.Popen[bytes]", end: float) -> bool:
+    """Whether ONE ends before END by the monotonic clock."""
+    while one.poll() is None:
+        if time.monotonic() > end:
+            return False
+        _wait(one, end)
+    return True
 
 
 def _wait(one: "subprocess.Popen[bytes]", end: float) -> None:

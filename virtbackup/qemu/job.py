@@ -44,6 +44,13 @@ Connect = Callable[[], contextlib.AbstractContextManager[domain.Session]]
 """Opens a session with the domain's QEMU; raises ``monitor.NotListening`` when there is none."""
 
 _GONE = "QEMU is gone"
+_DYING = 2.0
+"""Seconds for a QEMU whose monitor was lost to be gone, if that was why."""
+_LOOK_AGAIN = 0.01
+_NEWS = 0.5
+"""Seconds for which what was seen of QEMU, and of the scratch images, is as good as a new look."""
+_WORD = 1.0
+"""Seconds for whoever knows why QEMU is gone to know it."""
 
 
 class BackupJob:
@@ -53,11 +60,12 @@ class BackupJob:
         self,
         file: status.StatusFile,
         connect: Connect,
-        why_ended: Callable[[], str | None] = lambda: None,
+        why_ended: Callable[[float], str | None] = lambda patience: None,
         on_end: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows.
-        ON_END is told why a backup ended that nobody has stopped, by who noted it."""
+        """WHY_ENDED tells why there is no QEMU any more, or another one, where somebody knows, or
+        gets to within so many seconds. ON_END is told why a backup ended that nobody has stopped,
+        by who noted it."""
         self._file = file
         self._connect = connect
         self._why_ended = why_ended
@@ -89,15 +97,15 @@ class BackupJob:
             id = naming.BackupId(os.urandom(4).hex())
             place = scratch.default_directory()
             caps = session.capabilities
-            gives_way = _gives_way(session, engine or caps.engine, aligned, state)
-            plan = backup.plan(aligned, state, caps, id, place, engine, tls, gives_way)
+            keeps = _keeps(session, engine or caps.engine, aligned, state)
+            plan = backup.plan(aligned, state, caps, id, place, engine, tls, keeps is None)
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
             scratch.check(wanted, asked)
             thresholds = _thresholds(wanted)
             if not caps.write_threshold:
                 thresholds = {}
-            starting = _starting(plan, thresholds, session, owner, state.io_error)
+            starting = _starting(plan, thresholds, session, owner, state.io_error, keeps)
             fdsets = caps.fdsets and session.qemu.passes_files
             by_fd = fdsets and state.vcpus_run
             tries = listener.TRIES
@@ -213,16 +221,16 @@ class BackupJob:
     def _stop(self, running: status.Status) -> dict[str, str]:
         try:
             with self._connect() as session:
-                reasons = self._end(session, running)
+                began = time.monotonic()
+                reasons, sight = self._end(session, running)
                 judged = dataclasses.replace(running, verdict=reasons)
                 if not reasons and not judged.cancelled:
                     judged = self._advance(session, judged)
                     reasons = judged.verdict or {}
-                cleanup.clean(session, judged, self._file)
-        except monitor.NotListening:
-            return self._gone(running)
-        except monitor.MonitorLost:
-            if not _is_dead(running.qemu) and self._listening():
+                is_news = time.monotonic() < began + _NEWS
+                cleanup.clean(session, judged, self._file, sight if is_news else None)
+        except (monitor.NotListening, monitor.MonitorLost) as failure:
+            if not self._means_the_end(failure, running.qemu):
                 raise
             return self._gone(running)
         return reasons
@@ -239,8 +247,10 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     return verdict.look(session, self._knowing_end(session, running))
-            except monitor.NotListening:
-                why = running.given_up or self._why_ended() or _GONE
+            except (monitor.NotListening, monitor.MonitorLost) as failure:
+                if not self._means_the_end(failure, running.qemu):
+                    raise
+                why = running.given_up or self._why_ended(_WORD) or _GONE
                 return verdict.info(running, verdict.of_all(running, why))
 
     def branches(self) -> list[backup_conf.Branch]:
@@ -365,12 +375,12 @@ class BackupJob:
             with agent.standing_still(quiesce) if quiesce else contextlib.nullcontext():
                 run.freeze()
             run.exports()
-            run.give_way()
+            if (refusal := run.give_way()) is not None:
+                starting = _keeping(starting, run.session, refusal)
             starting = _with_changed(starting, run.changed())
             self._file.save(dataclasses.replace(starting, phase="running"))
         except BaseException as failure:
-            for image in run.images:
-                os.close(image.fd)
+            watch.close_all(run.images)
             if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
             starting = _with_inodes(starting, run.inodes)
@@ -405,13 +415,16 @@ class BackupJob:
         _check_is(running, only)
         return running
 
-    def _end(self, session: domain.Session, running: status.Status) -> dict[str, str]:
-        """End the exports, and only then look whether the jobs still vouched for all reads.
+    def _end(
+        self, session: domain.Session, running: status.Status
+    ) -> tuple[dict[str, str], blockjob.Sight | None]:
+        """End the exports, and only then look whether the jobs still vouched for all reads. (The
+        verdict, what was seen then; None where that was another time.)
 
         The verdict is on disk when this returns: an end that fails later does not lose it.
         """
         if running.verdict is not None:
-            return running.verdict
+            return running.verdict, None
         running = self._knowing_end(session, running)
         cleanup.check_scratch(session, running)
         before = verdict.look_at(session, running)
@@ -419,29 +432,29 @@ class BackupJob:
             before = dataclasses.replace(before, exports={})
             running = dataclasses.replace(running, server=False)
         sweeper = cleanup.sweeper_of(session, running)
-        sweeper.end_clients()
+        sweeper.end_clients(before.exports)
         self._file.save(dataclasses.replace(running, phase="stopping"))
         if session.capabilities.block_exports:
-            sweeper.exports()
+            sweeper.exports(before.exports)
         elif running.server:
             sweeper.server()
             running = dataclasses.replace(running, server=False)
-        sight = verdict.look_at(session, running)
+        after = verdict.look_at(session, running)
         sight = dataclasses.replace(
-            sight,
+            after,
             exports=before.exports,
-            io_error=before.io_error or sight.io_error,
-            unreadable=verdict.unreadable(session, running, sight),
+            io_error=before.io_error or after.io_error,
+            unreadable=verdict.unreadable(session, running, after),
         )
         reasons = verdict.judge(session, running, sight)
         self._file.save(dataclasses.replace(running, phase="stopping", verdict=reasons))
-        return reasons
+        return reasons, after
 
     def _knowing_end(self, session: domain.Session, running: status.Status) -> status.Status:
         """RUNNING with why its QEMU ended, where another one runs by now and somebody knows."""
         if running.given_up is not None or not session.restarted_since(running.qemu):
             return running
-        return dataclasses.replace(running, given_up=self._why_ended())
+        return dataclasses.replace(running, given_up=self._why_ended(0.0))
 
     def _advance(self, session: domain.Session, judged: status.Status) -> status.Status:
         """A backup that was good, as the last point of its branch."""
@@ -464,7 +477,7 @@ class BackupJob:
         done = last.advances is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
-            why = last.given_up or self._why_ended() or _GONE
+            why = last.given_up or self._why_ended(_WORD) or _GONE
             reasons = verdict.of_all(running, why)
             self._forget(dataclasses.replace(last, cancelled=last.cancelled or may_be_point))
             return reasons
@@ -485,12 +498,25 @@ class BackupJob:
         )
         return removed
 
-    def _listening(self) -> bool:
-        try:
-            with self._connect():
+    def _means_the_end(
+        self, failure: monitor.NotListening | monitor.MonitorLost, qemu: runtime.Process | None
+    ) -> bool:
+        """Whether QEMU has ended, as its monitor failed so. One that is being killed takes clients
+        for a moment yet, or libvirt takes commands for it."""
+        if isinstance(failure, monitor.NotListening):
+            return True
+        end = time.monotonic() + _DYING
+        while not _is_dead(qemu):
+            try:
+                with self._connect():
+                    return False
+            except monitor.NotListening:
                 return True
-        except monitor.NotListening:
-            return False
+            except monitor.MonitorLost:
+                if time.monotonic() > end:
+                    return False
+            time.sleep(_LOOK_AGAIN)
+        return True
 
 
 def _abandoned(left: status.Status | None) -> status.Status | None:
@@ -518,7 +544,7 @@ def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     if running.qemu is None:
         return False
     pid = running.qemu[0]
-    address = backup_conf.BackupDef.parse(running.definition).address
+    address = running.address
     if not runtime.is_alive(running.qemu) or not nbdserver.stuck_clients(pid, address):
         return False
     logger.warning("backup=%s QEMU stands still, its NBD clients are disconnected", running.id)
@@ -576,10 +602,11 @@ def _starting(
     session: domain.Session,
     owner: runtime.Process | None,
     was_stopped: bool,
+    keeps: str | None,
 ) -> status.Status:
-    """What is on disk while PLAN is being carried out."""
+    """What is on disk while PLAN is being carried out; KEEPS: as ``_keeps``."""
     wanted = {disk.name: disk for disk in plan.definition.disks}
-    return status.Status(
+    starting = status.Status(
         id=plan.id,
         phase="starting",
         name=session.ref.name,
@@ -597,6 +624,8 @@ def _starting(
         advanced=False,
         verdict=None,
         told=False,
+        save_failure="backup",
+        save_reason=None,
         branch=plan.definition.branch,
         advances=plan.definition.advances,
         disks=tuple(
@@ -622,25 +651,42 @@ def _starting(
             for disk in plan.disks
         ),
     )
+    return starting if keeps is None else _keeping(starting, session, keeps)
 
 
-def _gives_way(
+def _keeping(starting: status.Status, session: domain.Session, reason: str) -> status.Status:
+    """The status of a backup whose disks QEMU is not made to give away, for REASON."""
+    refuses = session.capabilities.refuses_saves
+    if not refuses:
+        return dataclasses.replace(starting, save_failure=None if refuses is None else "backup")
+    return dataclasses.replace(starting, save_failure="save", save_reason=reason)
+
+
+def _keeps(
     session: domain.Session,
     engine: capabilities.Engine,
     aligned: backup_conf.BackupDef,
     state: backup.BlockState,
-) -> bool:
-    """Whether QEMU is to be let give its disks away in the middle of the backup: where somebody
-    knows the domain who migrates and saves it. With the classic engine QEMU then keeps the disks
-    all the same, so whoever takes them over must be kept from them until it has ended."""
-    if session.known is None or not session.capabilities.gives_way(engine):
-        return False
+) -> str | None:
+    """Why QEMU is not to be made to give its disks away in the middle of the backup; None: it is,
+    as somebody knows the domain who migrates and saves it. With the classic engine QEMU then keeps
+    the disks all the same, so whoever takes them over must be kept from them until it has ended."""
+    if session.known is None:
+        return "QEMU gives its disks away during a backup only where that was started over libvirt"
+    if not session.capabilities.gives_way(engine):
+        version = capabilities.dotted(session.capabilities.version)
+        return f"QEMU {version} cannot give its disks away during a backup (engine {engine})"
     if engine == "hybrid":
-        return True
+        return None
+    if session.pid is None:
+        return "the process of QEMU cannot be seen, nor who else is kept from its disks"
     chosen = {disk.name for disk in aligned.disks if disk.present}
-    media = [disk.medium for disk in state.disks if disk.target in chosen]
-    pid = session.pid
-    return pid is not None and all(one and image_lock.is_kept(pid, one.filename) for one in media)
+    for disk in state.disks:
+        if disk.target not in chosen:
+            continue
+        if not disk.medium or not image_lock.is_kept(session.pid, disk.medium.filename):
+            return f"disk '{disk.target}' is no local file that only this QEMU can write to"
+    return None
 
 
 def _takes_listener(session: domain.Session, plan: backup.BackupPlan) -> bool:

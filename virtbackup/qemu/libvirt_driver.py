@@ -233,16 +233,13 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
     @contextlib.contextmanager
     def _session(self, ref: hypervisor.DomainRef) -> Iterator[domain.Session]:
         """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
-        try:
+        with _not_running_where_gone(ref):
             found = self.lookup(ref)
-        except errors.Error as failure:
-            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                raise
-            raise passthrough.NotRunning(failure, ref.name) from failure
         try:
             with _own_errors(), passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
-                disks = domain_conf.DomainDef.parse(found.XMLDesc()).disks
+                with _not_running_where_gone(ref):
+                    disks = domain_conf.DomainDef.parse(found.XMLDesc()).disks
                 yield domain.Session(qemu, identity, disks)
         except qmp.ProtocolError as failure:
             raise errors.error(
@@ -300,6 +297,17 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
 
     def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
         self._obj(ref).job.delete_branch(name)
+
+
+@contextlib.contextmanager
+def _not_running_where_gone(ref: hypervisor.DomainRef) -> Iterator[None]:
+    """A domain that libvirt does not know, or not any more, does not run."""
+    try:
+        yield
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        raise passthrough.NotRunning(failure, ref.name) from failure
 
 
 class _Host:

@@ -102,8 +102,48 @@ class Monitor(Protocol):
         Errors: the first CommandFailed, with QEMU's words; MonitorLost; NoAnswer; NotListening.
         """
 
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``execute_all``, but that QEMU refused a command stands in place of its ``return``, as
+        a CommandFailed."""
+
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
+
+
+class Lines:
+    """The lines that go over one monitor, for the log and for whoever traces them."""
+
+    def __init__(self, path: str, trace: TextIO | None) -> None:
+        self._path = path
+        self._trace = trace
+
+    def note(self, direction: str, line: bytes | str) -> None:
+        """One was sent (``->``) or has come (``<-``)."""
+        logs = logger.isEnabledFor(logging.DEBUG)
+        if not logs and self._trace is None:
+            return
+        text = line if isinstance(line, str) else line.decode(errors="replace")
+        text = text.strip()
+        if logs:
+            logger.debug("monitor=%s %s %s", self._path, direction, text)
+        if self._trace is None:
+            return
+        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
+        try:
+            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
+            self._trace.flush()
+        except (OSError, ValueError) as failure:
+            # Not the backup's business; ValueError: it was closed, or cannot hold a character.
+            logger.warning("monitor=%s trace ends: %s", self._path, failure)
+            self._trace = None
+
+
+def all_done(replies: list[Any]) -> list[Any]:
+    """What ``execute_each`` gave. Errors: the first CommandFailed in it."""
+    for reply in replies:
+        if isinstance(reply, monitor_json.CommandFailed):
+            raise reply
+    return replies
 
 
 class SocketMonitor:
@@ -118,7 +158,7 @@ class SocketMonitor:
         not greet because another client holds it, MonitorLost.
         """
         self.path = path
-        self._trace = trace
+        self._lines = Lines(path, trace)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._end = time.monotonic() + SESSION_TIMEOUT
@@ -198,12 +238,14 @@ class SocketMonitor:
         Errors: the first CommandFailed, with QEMU's words; MonitorLost; VIR_ERR_OPERATION_TIMEOUT
         (the connection is then given up, for nobody knows what the command will still do).
         """
+        return all_done(self.execute_each(commands))
+
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``Monitor.execute_each``."""
         sent = [(self._begin(command), command) for command in commands]
-        replies = [(command, self._wait_reply(id, command)) for id, command in sent]
-        for command, reply in replies:
-            if isinstance(reply, qmp.Failure):
-                raise monitor_json.command_failed(command, reply)
-        return [reply.value for _, reply in replies if isinstance(reply, qmp.Success)]
+        return [
+            monitor_json.outcome(command, self._wait_reply(id, command)) for id, command in sent
+        ]
 
     def _begin(self, command: monitor_json.Command) -> int:
         """Send COMMAND; its id."""
@@ -304,7 +346,7 @@ class SocketMonitor:
 
     def _send(self, command: monitor_json.Command, id: int) -> None:
         line = qmp.encode(command.execute, command.arguments, id)
-        self._record("->", line)
+        self._lines.note("->", line)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", command.fds))]
         ancillary = rights if command.fds else []
         rest = memoryview(line)
@@ -335,7 +377,7 @@ class SocketMonitor:
             while data := self._socket.recv(1 << 16):
                 parser.receive_data(data)
                 while (line := parser.next_line()) is not None:
-                    self._record("<-", line)
+                    self._lines.note("<-", line)
                     self._take(qmp.decode(line), qmp.weight(line))
             reason = f"end of file from monitor '{self.path}'"
         except qmp.ProtocolError as failure:
@@ -379,22 +421,6 @@ class SocketMonitor:
         self._events_weight += weight
         while len(self._events) > MAX_EVENTS or self._events_weight > MAX_EVENTS_WEIGHT:
             self._events_weight -= self._events.popleft()[1]
-
-    def _record(self, direction: str, line: bytes) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            text = line.decode(errors="replace").strip()
-            logger.debug("monitor=%s %s %s", self.path, direction, text)
-        if self._trace is None:
-            return
-        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
-        text = line.decode(errors="replace").strip()
-        try:
-            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {text}\n")
-            self._trace.flush()
-        except (OSError, ValueError) as failure:
-            # Not the backup's business; ValueError: it was closed, or cannot hold a character.
-            logger.warning("monitor=%s trace ends: %s", self.path, failure)
-            self._trace = None
 
 
 def _is_connected(connection: socket.socket) -> bool:

@@ -62,6 +62,11 @@ def command_failed(command: Command, failure: qmp.Failure) -> CommandFailed:
     return kind(command, failure.error_class, failure.desc)
 
 
+def outcome(command: Command, reply: qmp.Success | qmp.Failure) -> Any:
+    """What COMMAND returns, or the exception for QEMU's refusal."""
+    return reply.value if isinstance(reply, qmp.Success) else command_failed(command, reply)
+
+
 def _command(execute: str, **arguments: Any) -> Command:
     """Underscores stand for the dashes of QAPI names; None is left out."""
     return Command(

@@ -6,11 +6,9 @@ tainted with the first. Events stay with libvirt; whoever waits for one asks aga
 """
 
 import contextlib
-import datetime
 import functools
 import itertools
 import json
-import logging
 import os
 import pathlib
 import queue
@@ -26,10 +24,10 @@ import libvirt_qemu
 from virtbackup import errors
 from virtbackup.qemu import monitor, monitor_json, qmp
 
-logger = logging.getLogger(__name__)
-
 PATIENCE = 60.0
 """Seconds until a command must be answered: libvirt itself waits for as long as it takes."""
+_JOIN = 2.0
+"""Seconds for the thread that makes the calls to end."""
 LOOK_AGAIN = 0.01
 """Seconds between two looks at what would have come as an event."""
 
@@ -67,9 +65,9 @@ class LibvirtMonitor:
     def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
         """Errors: NotRunning when DOMAIN does not run; monitor.MonitorLost."""
         self._domain = domain
-        self._trace = trace
-        self._calls = _Calls(f"libvirt {domain.name()}")
         self.path = f"{domain.connect().getURI()} {domain.name()}"
+        self._lines = monitor.Lines(self.path, trace)
+        self._calls = _Calls(f"libvirt {domain.name()}")
         try:
             self.greeting = self._ask_version()
         except BaseException:
@@ -100,12 +98,13 @@ class LibvirtMonitor:
         return self.execute_all([command])[0]
 
     def execute_all(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
-        """As ``monitor.Monitor.execute_all``, one command after the other."""
-        replies = [(command, self._ask(command)) for command in commands]
-        for command, reply in replies:
-            if isinstance(reply, qmp.Failure):
-                raise monitor_json.command_failed(command, reply)
-        return [reply.value for _, reply in replies if isinstance(reply, qmp.Success)]
+        """As ``monitor.Monitor.execute_all``."""
+        return monitor.all_done(self.execute_each(commands))
+
+    def execute_each(self, commands: Sequence[monitor_json.Command]) -> list[Any]:
+        """As ``monitor.Monitor.execute_each``, one command after the other: libvirt has the domain
+        to itself for each, and sent at once they take as long."""
+        return [monitor_json.outcome(command, self._ask(command)) for command in commands]
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """No event comes this way: a moment to wait before looking again."""
@@ -122,7 +121,7 @@ class LibvirtMonitor:
 
     def _ask(self, command: monitor_json.Command) -> qmp.Success | qmp.Failure:
         line = json.dumps({"execute": command.execute, "arguments": dict(command.arguments)})
-        self._record("->", line)
+        self._lines.note("->", line)
         try:
             reply = self._calls.call(lambda: self._pass_on(line, command.fds), PATIENCE)
         except TimeoutError as failure:
@@ -131,7 +130,7 @@ class LibvirtMonitor:
             ) from failure
         except libvirt.libvirtError as failure:
             raise self._lost(failure) from failure
-        self._record("<-", reply)
+        self._lines.note("<-", reply)
         message = qmp.decode(_with_id(reply))
         if isinstance(message, qmp.Success | qmp.Failure):
             return message
@@ -156,18 +155,6 @@ class LibvirtMonitor:
             return bool(self._domain.isActive())
         except libvirt.libvirtError:
             return False
-
-    def _record(self, direction: str, line: str) -> None:
-        logger.debug("monitor=%s %s %s", self.path, direction, line)
-        if self._trace is None:
-            return
-        now = datetime.datetime.fromtimestamp(time.time(), datetime.timezone.utc)
-        try:
-            self._trace.write(f"{now:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {line}\n")
-            self._trace.flush()
-        except (OSError, ValueError) as failure:
-            logger.warning("monitor=%s trace ends: %s", self.path, failure)
-            self._trace = None
 
 
 _pids: dict[tuple[str, int], int] = {}
@@ -260,7 +247,8 @@ class _Calls:
     def close(self) -> None:
         self._todo.put(None)
         if not self._stuck:
-            self._thread.join()
+            # Who waited for a call may have been interrupted.
+            self._thread.join(_JOIN)
 
     def _run(self) -> None:
         while (todo := self._todo.get()) is not None:

@@ -141,8 +141,8 @@ class Run:
         """Make every disk's scratch image and open it over the live disk."""
         for disk in self.plan.disks:
             try:
-                with self._scratch_file(disk) as filename:
-                    self.qemu.execute_all(self._scratch_commands(disk, filename))
+                with self._scratch_file(disk) as (filename, give_up):
+                    self.qemu.execute_all([*self._scratch_commands(disk, filename), *give_up])
             except monitor_json.CommandFailed as failure:
                 raise _of_disk(disk.target, failure, self._words(failure)) from failure
 
@@ -188,18 +188,19 @@ class Run:
         """Show every frozen disk under its export name."""
         self._each(self.plan.export_commands)
 
-    def give_way(self) -> None:
+    def give_way(self) -> str | None:
         """Let QEMU give the disks away in the middle of it, where that can be. What it refuses of
-        that is no reason not to back up."""
-        for disk in self.plan.disks:
-            try:
-                self.qemu.execute_all(self.plan.give_way_commands(disk))
-            except monitor_json.CommandFailed as failure:
-                logger.warning(
-                    "disk=%s no save and no migration of the guest meanwhile: %s",
-                    disk.target,
-                    failure,
-                )
+        that is no reason not to back up: it is returned."""
+        commands = [
+            (d, command) for d in self.plan.disks for command in self.plan.give_way_commands(d)
+        ]
+        try:
+            self.qemu.execute_all([command for _, command in commands])
+        except monitor_json.CommandFailed as failure:
+            [target] = {disk.target for disk, command in commands if failure.command is command}
+            logger.warning("disk=%s no save and no migration of the guest: %s", target, failure)
+            return f"disk '{target}': {failure}"
+        return None
 
     def _each(self, commands_for: Callable[[backup.DiskPlan], list[monitor_json.Command]]) -> None:
         """Commands for every disk, sent together; a refusal says of which disk it was."""
@@ -213,8 +214,11 @@ class Run:
             raise
 
     @contextlib.contextmanager
-    def _scratch_file(self, disk: backup.DiskPlan) -> Iterator[str]:
-        """The name by which QEMU can open the new scratch file for as long as this lasts.
+    def _scratch_file(
+        self, disk: backup.DiskPlan
+    ) -> Iterator[tuple[str, list[monitor_json.Command]]]:
+        """The name by which QEMU can open the new scratch file for as long as this lasts, and what
+        to tell it once it has.
 
         A file of ours loses its name here, whatever happens; one of the user's keeps it.
         """
@@ -232,22 +236,17 @@ class Run:
                 worst_case = qcow2.full_size(disk.size)
                 self.images.append(watch.Image(disk.target, os.dup(fd), worst_case))
             if self.by_fd:
-                with self._fdset(fd, disk.opaque) as filename:
-                    yield filename
+                # The set is given up as soon as QEMU has opened its own descriptor from it: with
+                # the last of those it vanishes, even when the guest is paused by then.
+                add = monitor_json.add_fd(fd, disk.opaque)
+                fdset = monitor_json.parse_add_fd(self.qemu.execute(add))
+                yield f"/dev/fdset/{fdset}", [monitor_json.remove_fd(fdset)]
             else:
-                yield path
+                yield path, []
         finally:
             os.close(fd)
             if disk.source.dir is not None:
                 scratch.remove(path)
-
-    @contextlib.contextmanager
-    def _fdset(self, fd: int, opaque: str) -> Iterator[str]:
-        """FD in a fd set. The set is given up as soon as QEMU has opened its own descriptor from
-        it: with the last of those it vanishes, even when the guest is paused by then."""
-        fdset = monitor_json.parse_add_fd(self.qemu.execute(monitor_json.add_fd(fd, opaque)))
-        yield f"/dev/fdset/{fdset}"
-        self.qemu.execute(monitor_json.remove_fd(fdset))
 
 
 def check_address(address: backup_conf.Address) -> None:

@@ -8,6 +8,7 @@ the first command that changes QEMU and removed after the last. What runs, QEMU 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -113,6 +114,9 @@ class Status:
     """Disk -> why it is not good, once a stop has judged; None before."""
     told: bool
     """The verdict was told: all that is left is to be cleaned up."""
+    save_failure: backup_conf.SaveFailure | None
+    save_reason: str | None
+    """As ``backup_conf.BackupInfo``."""
     branch: str | None
     advances: str | None
     """The branch of which the backup becomes a point where it is good: ``branch``, its fork, or
@@ -120,9 +124,19 @@ class Status:
     disks: tuple[DiskStatus, ...]
 
     @property
+    def address(self) -> backup_conf.Address:
+        """Where the NBD server listens."""
+        return _address(self.definition)
+
+    @property
     def forks(self) -> bool:
         """Whether another branch than its own begins with it."""
         return self.advances not in (None, self.branch)
+
+
+@functools.lru_cache(maxsize=16)
+def _address(definition: str) -> backup_conf.Address:
+    return backup_conf.BackupDef.parse(definition).address
 
 
 def parse(text: str) -> Status:

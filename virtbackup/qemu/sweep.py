@@ -12,7 +12,8 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import libvirt
 
@@ -39,6 +40,10 @@ _LOOK_AGAIN = 0.05
 """Seconds after which to ask again even though no event came."""
 
 _CONCLUDED = "concluded"
+
+Exports = Mapping[naming.ExportId, monitor_json.Export]
+Name = TypeVar("Name", bound=str)
+Thing = TypeVar("Thing")
 
 
 class ClientStuck(errors.Error):
@@ -70,34 +75,43 @@ class Sweeper:
     def _dialect(self) -> dialect.Dialect:
         return dialect.Dialect(self.caps)
 
-    def exports(self) -> list[str]:
-        """End our exports, whose clients are disconnected (see ``end_clients``).
+    def exports(self, known: Exports | None = None) -> list[str]:
+        """End our exports, whose clients are disconnected (see ``end_clients``). KNOWN are all that
+        there are, where that is known.
 
         Returns when they are gone, or after TIMEOUT. Where exports cannot be asked for, nothing:
         they end with the server.
         """
+        exports = self._own_exports() if known is None else self._ours_of(known)
         removed: list[str] = []
         for attempt in self._attempts():
-            exports = self._own_exports()
             if not exports:
                 break
-            if not attempt:
-                removed = [
-                    f"export '{export.id}'"
-                    for export in exports
-                    if self._execute(monitor_json.block_export_del(export.id, "hard"))
-                ]
-            self._wait("BLOCK_EXPORT_DELETED")
+            if attempt:
+                self._wait("BLOCK_EXPORT_DELETED")
+            ended = [] if attempt else exports
+            done, told = self._execute_each(
+                [monitor_json.block_export_del(export.id, "hard") for export in ended],
+                monitor_json.query_block_exports(),
+            )
+            removed += [f"export '{one.id}'" for one, gone in zip(ended, done, strict=True) if gone]
+            exports = self._ours_of(monitor_json.parse_exports(told))
         return removed
 
-    def server(self) -> tuple[list[str], bool]:
-        """Stop our NBD server, its clients sent away.
+    def server(self, known: Exports | None = None) -> tuple[list[str], bool]:
+        """Stop our NBD server, its clients sent away; nothing where somebody else exports on it.
+        KNOWN: as ``exports``.
 
         (A line for it where it ran, whether it was left running: a client holds on, and this QEMU
         would stand still with it; or QEMU refuses.)
         """
+        if known is not None and self._is_shared(known):
+            return [], False
         unseen = self._send_clients_away() is None
-        if self._own_exports() or (unseen and not self.caps.nbd_stop_is_safe):
+        every = self.every_export()
+        if self._is_shared(every):
+            return [], False
+        if self._ours_of(every) or (unseen and not self.caps.nbd_stop_is_safe):
             logger.warning("NBD server left running: a client of it cannot be disconnected")
             return [], True
         try:
@@ -128,14 +142,19 @@ class Sweeper:
             logger.debug("command=%s failed: %s", failure.command.execute, failure.desc)
             return ()
 
-    def end_clients(self) -> None:
+    def end_clients(self, known: Exports | None = None) -> None:
         """Disconnect the clients of our exports, where nobody else exports on the same server.
+        KNOWN: as ``exports``.
 
         Errors: ClientStuck.
         """
-        nbd = [export.id for export in self._every_export().values() if export.type == "nbd"]
-        if nbd and all(map(self._is_ours, nbd)):
+        every = self.every_export() if known is None else known
+        if self._ours_of(every) and not self._is_shared(every):
             self._send_clients_away()
+
+    def _is_shared(self, exports: Exports) -> bool:
+        """Whether there is an export of somebody else's on the NBD server."""
+        return any(e.type == "nbd" and not self._is_ours(id) for id, e in exports.items())
 
     def _send_clients_away(self) -> int | None:
         """Disconnect every client of our server: 0 when none is left; None where there are, or may
@@ -155,19 +174,23 @@ class Sweeper:
     def jobs(self) -> list[str]:
         """Cancel our jobs and dismiss them. Returns when they are gone."""
         ended: dict[naming.JobId, None] = {}
+        jobs = self._own_jobs()
         for _ in self._attempts():
-            jobs = self._own_jobs()
             if not jobs:
                 break
-            for job in jobs:
-                if job.status == _CONCLUDED:
-                    self._execute(self._dialect.job_dismiss(job))
-                elif job.id not in ended:
-                    self._execute(self._dialect.job_cancel(job))
-                ended[job.id] = None
-            if any(job.status != _CONCLUDED for job in jobs):
+            ending = [job for job in jobs if job.status == _CONCLUDED or job.id not in ended]
+            if not ending:
                 self._wait("JOB_STATUS_CHANGE")
+            _, told = self._execute_each(map(self._end_job, ending), self._dialect.query_jobs())
+            ended |= dict.fromkeys(job.id for job in ending)
+            jobs = self._ours_of(self._dialect.parse_jobs(told))
         return [f"job '{id}'" for id in ended]
+
+    def _end_job(self, job: monitor_json.Job) -> monitor_json.Command:
+        """Dismiss one that has ended, cancel another."""
+        if job.status == _CONCLUDED:
+            return self._dialect.job_dismiss(job)
+        return self._dialect.job_cancel(job)
 
     def frozen_disks(self) -> list[str]:
         """Delete what is over our jobs' filters, before the jobs: nobody can read it any more.
@@ -193,9 +216,9 @@ class Sweeper:
         return self._execute(monitor_json.blockdev_del(node))
 
     def _delete(self, nodes: Iterable[naming.NodeName]) -> list[str]:
-        return [
-            f"node '{node}'" for node in nodes if self._execute(self._dialect.blockdev_del(node))
-        ]
+        nodes = list(nodes)
+        done, _ = self._execute_each(map(self._dialect.blockdev_del, nodes))
+        return [f"node '{node}'" for node, gone in zip(nodes, done, strict=True) if gone]
 
     def stop_saving(self) -> None:
         """The fastest way to let the guest write freely again: cut the exports off and cancel the
@@ -238,9 +261,22 @@ class Sweeper:
 
     def remaining(self) -> list[str]:
         """What of ours is still there."""
-        exports = [f"export '{export.id}'" for export in self._own_exports()]
-        jobs = [f"job '{job.id}'" for job in self._own_jobs()]
-        nodes = [f"node '{node}'" for node in self._node_names() if self._is_ours(node)]
+        if self.caps.block_exports and self.caps.block_graph:
+            told = self.qemu.execute_all(
+                [
+                    monitor_json.query_block_exports(),
+                    self._dialect.query_jobs(),
+                    monitor_json.query_block_graph(),
+                ]
+            )
+            own_exports = self._ours_of(monitor_json.parse_exports(told[0]))
+            own_jobs = self._ours_of(self._dialect.parse_jobs(told[1]))
+            names: Iterable[naming.NodeName] = block.parse_graph(told[2]).nodes()
+        else:
+            own_exports, own_jobs, names = self._own_exports(), self._own_jobs(), self._node_names()
+        exports = [f"export '{export.id}'" for export in own_exports]
+        jobs = [f"job '{job.id}'" for job in own_jobs]
+        nodes = [f"node '{node}'" for node in names if self._is_ours(node)]
         return [*exports, *jobs, *nodes, *(f"object '{id}'" for id in self._own_credentials())]
 
     # --- what is ours ---
@@ -249,17 +285,23 @@ class Sweeper:
         backup = naming.backup_of(name)
         return backup is not None and self.backup in (None, backup)
 
-    def _every_export(self) -> dict[naming.ExportId, monitor_json.Export]:
+    def _ours_of(self, found: Mapping[Name, Thing]) -> list[Thing]:
+        """What has a name of ours."""
+        return [thing for name, thing in found.items() if self._is_ours(name)]
+
+    def every_export(self) -> Exports:
+        """All exports, whosever; none where they cannot be asked for."""
         if not self.caps.block_exports:
             return {}
         return monitor_json.parse_exports(self.qemu.execute(monitor_json.query_block_exports()))
 
     def _own_exports(self) -> list[monitor_json.Export]:
-        return [export for id, export in self._every_export().items() if self._is_ours(id)]
+        return self._ours_of(self.every_export())
 
     def _own_jobs(self) -> list[monitor_json.Job]:
-        jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
-        return [job for id, job in jobs.items() if self._is_ours(id)]
+        return self._ours_of(
+            self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
+        )
 
     def _own_nodes(self) -> list[naming.NodeName]:
         nodes = self._node_names()
@@ -297,14 +339,23 @@ class Sweeper:
 
     def _execute(self, command: monitor_json.Command) -> bool:
         """Whether QEMU did it. That it was gone already is no news; else the reason is logged."""
-        try:
-            self.qemu.execute(command)
-        except monitor_json.NotFound:
-            return False
-        except monitor_json.CommandFailed as failure:
-            logger.warning("cleanup command=%s failed: %s", command.execute, failure.desc)
-            return False
-        return True
+        return self._execute_each([command])[0][0]
+
+    def _execute_each(
+        self, commands: Iterable[monitor_json.Command], *then: monitor_json.Command
+    ) -> tuple[list[bool], Any]:
+        """(Of each of COMMANDS whether QEMU did it, as ``_execute``; what was answered to THEN,
+        which was sent behind them). Errors: CommandFailed by THEN."""
+        commands = list(commands)
+        replies = self.qemu.execute_each([*commands, *then]) if commands or then else []
+        done = []
+        for command, reply in zip(commands, replies, strict=False):
+            refused = isinstance(reply, monitor_json.CommandFailed)
+            if refused and not isinstance(reply, monitor_json.NotFound):
+                logger.warning("cleanup command=%s failed: %s", command.execute, reply.desc)
+            done.append(not refused)
+        [told] = monitor.all_done(replies[len(commands) :]) or [None]
+        return done, told
 
     def _attempts(self) -> Iterator[int]:
         """0, 1, 2, ... until TIMEOUT."""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from virtbackup import config, errors
-from virtbackup.conf import backup_conf, virtbackup_conf
+from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
@@ -25,6 +25,7 @@ from virtbackup.qemu import (
 )
 
 if TYPE_CHECKING:
+    from virtbackup.conf import virtbackup_conf
     from virtbackup.nbd import connection
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     reasons = judge(session, running, sight)
     if hung:
         return info(running, reasons, hung=hung)
-    used = hang.used(_images(running), session.pid)
+    used: Mapping[str, int]
     thresholds: Mapping[naming.NodeName, int] = {}
     if caps.named_nodes_are_safe():
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
@@ -54,6 +55,8 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
             for disk in running.disks
             if disk.scratch_file in sizes
         }
+    else:
+        used = hang.used(_images(running), session.pid)
     return info(running, reasons, used, thresholds)
 
 
@@ -82,7 +85,7 @@ def _seen_by_client(
     """The frozen disks that broke unseen, as an NBD client sees it: nothing in QEMU has to wait for
     that, as it does for ``unreadable``. What cannot be told so is left to the stop."""
     disks = [disk for _, disk in _may_have_broken(running, sight)]
-    address = backup_conf.BackupDef.parse(running.definition).address
+    address = running.address
     if not disks or not nbdserver.is_reached(session.pid, address):
         return {}
     try:
@@ -112,8 +115,9 @@ def _seen_by_client(
     return broken
 
 
-def _client(credentials: virtbackup_conf.Credentials) -> "connection.Tls":
+def _client(credentials: "virtbackup_conf.Credentials") -> "connection.Tls":
     """Who the server is, is known: what it shows is looked at, and nothing is told to it."""
+    from virtbackup.conf import virtbackup_conf
     from virtbackup.nbd import connection
 
     match credentials:
@@ -176,11 +180,13 @@ def info(
     return backup_conf.BackupInfo(
         state="failed" if reasons else "running",
         started=running.started,
-        address=backup_conf.BackupDef.parse(running.definition).address,
+        address=running.address,
         engine=running.engine,
         id=running.id,
         branch=running.branch,
         scratch_failure="backup" if breaks else "guest",
+        save_failure=running.save_failure,
+        save_reason=running.save_reason,
         disks=tuple(
             backup_conf.DiskInfo(
                 name=disk.target,

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from virtbackup import errors
@@ -38,7 +38,7 @@ TRY_AGAIN = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A scratch image that may grow, by a descriptor that is the watch's to close."""
+    """A scratch image that may grow, by a descriptor that is closed by ``close_all``."""
 
     target: str
     fd: int
@@ -49,6 +49,14 @@ class Image:
     def growth(self) -> int:
         """Bytes that it can still come to take."""
         return max(0, self.worst_case - os.fstat(self.fd).st_blocks * 512)
+
+
+def close_all(images: list[Image]) -> None:
+    """Close the descriptors of IMAGES, and empty it: each is closed once, whoever else does this,
+    too."""
+    while images:
+        with contextlib.suppress(IndexError, OSError):
+            os.close(images.pop().fd)
 
 
 class Watched(Protocol):
@@ -78,18 +86,27 @@ class Watched(Protocol):
 class Watch:
     """A thread that watches one backup until it is over, given up, or nobody watches any more."""
 
-    def __init__(self, images: Sequence[Image], backup: Watched) -> None:
-        """Begin to watch."""
-        self._images = images
+    def __init__(self, images: list[Image], backup: Watched) -> None:
+        """Begin to watch. IMAGES are closed by the watch when it ends, and also when this fails.
+        Errors: OSError."""
+        self._open = images
+        self._images = tuple(images)
         self._backup = backup
         self._closed = threading.Event()
         self._woken = threading.Event()
-        self._keep = {
-            os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
-            for image in images
-        }
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
-        self._thread.start()
+        try:
+            self._keep = {
+                os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
+                for image in images
+            }
+            self._thread.start()
+        except BaseException:
+            # Of a start that was interrupted nobody knows whether it came to a thread.
+            self._closed.set()
+            self._woken.set()
+            close_all(images)
+            raise
 
     def wake(self) -> None:
         """Have a look at once; returns before that."""
@@ -116,9 +133,7 @@ class Watch:
                 if reason is not None and self._insist(self._backup.give_up, reason):
                     return
         finally:
-            for image in self._images:
-                with contextlib.suppress(OSError):
-                    os.close(image.fd)
+            close_all(self._open)
             self._backup.let_go()
 
     def _goes_on(self) -> bool:

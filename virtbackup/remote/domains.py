@@ -72,14 +72,13 @@ class Host:
             raise
         logger.info("uri=%s opened", self.uri)
         self._failure = None
-        adopt = getattr(driver, "adopt_backups", None)
-        if adopt is not None:
-            threading.Thread(target=self._adopt, args=(adopt,), daemon=True).start()
+        if isinstance(driver, hypervisor.KeeperDriver):
+            threading.Thread(target=self._adopt, args=(driver,), daemon=True).start()
         return driver
 
-    def _adopt(self, adopt: Callable[[], None]) -> None:
+    def _adopt(self, driver: hypervisor.KeeperDriver) -> None:
         try:
-            adopt()
+            driver.adopt_backups()
         except (OSError, libvirt.libvirtError) as failure:
             logger.warning("uri=%s backups that run are not watched: %s", self.uri, failure)
 

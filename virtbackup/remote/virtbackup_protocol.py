@@ -120,6 +120,8 @@ class DomainBackupGetInfoRet:
     scratch_timeout: xdr.Double | None
     id: types.String
     branch: types.String
+    save_failure: types.String
+    save_reason: types.String
 
 
 # --- branches ---

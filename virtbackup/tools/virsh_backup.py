@@ -233,6 +233,7 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         ("Started", started),
         *branch,
         *_scratch_facts(info),
+        *_save_facts(info),
         *addresses,
     ]
     virsh_connection.print_pairs(shell, facts)
@@ -285,6 +286,15 @@ def _scratch_facts(info: "backup_conf.BackupInfo") -> list[tuple[str, str]]:
     ]
 
 
+def _save_facts(info: "backup_conf.BackupInfo") -> list[tuple[str, str]]:
+    """What becomes of a save of the guest meanwhile, where the driver can tell."""
+    if info.save_failure is None:
+        return []
+    if info.save_failure == "backup":
+        return [("Guest saved", "the backup has failed then")]
+    return [("Guest saved", f"the save fails, as a migration does: {info.save_reason}")]
+
+
 def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
     disks = [
         {
@@ -316,6 +326,8 @@ def _info_facts(name: str, info: "backup_conf.BackupInfo") -> dict[str, object]:
         "engine": info.engine,
         "scratch_failure": info.scratch_failure,
         "scratch_timeout": info.scratch_timeout,
+        "save_failure": info.save_failure,
+        "save_reason": info.save_reason,
         "disks": disks,
     }
 

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls that may never return, made by a thread of their own."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from virtbackup.qemu import passthrough
+
+LONG = 20.0
+
+
+@pytest.fixture
+def hanging() -> Iterator[threading.Event]:
+    """What hangs until a test ends."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_an_interrupt_is_not_held_up_by_a_call_that_hangs(hanging: threading.Event) -> None:
+    """Ctrl-C ends the wait for libvirt, and what is done with the connection then."""
+
+    def hang() -> str:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        hanging.wait(LONG)
+        return ""
+
+    calls = passthrough._Calls("calls")
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        calls.call(hang, LONG)
+    calls.close()
+    assert time.monotonic() - begin < LONG / 2
+
+
+def test_a_call_that_hangs_is_left_to_itself(hanging: threading.Event) -> None:
+    calls = passthrough._Calls("calls")
+    begin = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            calls.call(lambda: str(hanging.wait(LONG)), 0.01)
+    calls.close()
+    assert time.monotonic() - begin < LONG / 2
+
+
+def test_what_a_call_returns_and_raises() -> None:
+    calls = passthrough._Calls("calls")
+    assert calls.call(lambda: "told", LONG) == "told"
+    with pytest.raises(ZeroDivisionError):
+        calls.call(lambda: str(1 // 0), LONG)
+    calls.close()
+    assert not calls._thread.is_alive()

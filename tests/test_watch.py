@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whose the scratch images' descriptors are while a backup is watched, whatever comes between."""
+
+import contextlib
+import os
+import pathlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests import hostile_monitor
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import domain, domain_obj, lifecycle, monitor, status, watch
+
+
+class Nobody:
+    """A backup that goes on and has no trouble."""
+
+    def is_over(self) -> bool:
+        return False
+
+    def why_ended(self) -> str | None:
+        return None
+
+    def note_end(self, reason: str) -> None:
+        pass
+
+    def guest_trouble(self) -> str | None:
+        return None
+
+    def give_up(self, reason: str) -> bool:
+        return True
+
+    def let_go(self) -> None:
+        pass
+
+
+def image_in(directory: pathlib.Path) -> watch.Image:
+    return watch.Image("vda", os.open(directory, os.O_RDONLY), 1 << 20)
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_file_system_that_cannot_be_asked_costs_no_descriptor(tmp_path: pathlib.Path) -> None:
+    good, bad = image_in(tmp_path), image_in(tmp_path)
+    os.close(bad.fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        watch.Watch([good, bad], Nobody())
+    assert not is_open(good.fd)
+
+
+def test_a_watch_that_is_closed_has_closed_its_descriptors(tmp_path: pathlib.Path) -> None:
+    image = image_in(tmp_path)
+    watch.Watch([image], Nobody()).close()
+    assert not is_open(image.fd)
+
+
+class Interrupted:
+    """A host at whom a signal ends what is done."""
+
+    def why_ended(self) -> str | None:
+        return None
+
+    def listen(self, hearing: lifecycle.Hearing) -> None:
+        raise KeyboardInterrupt
+
+    def backup_ended(self, reason: str) -> None:
+        pass
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(Thread, what the descriptor was of) for each that is closed from now on."""
+    found: list[tuple[str, str]] = []
+    close = os.close
+
+    def noted(fd: int) -> None:
+        what = "nothing"
+        with contextlib.suppress(OSError):
+            what = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+        found.append((threading.current_thread().name, what))
+        close(fd)
+
+    monkeypatch.setattr(os, "close", noted)
+    return found
+
+
+def test_a_start_that_is_interrupted_closes_each_descriptor_once(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    closed: list[tuple[str, str]],
+) -> None:
+    """Be it by the watch, which has begun by then, or by the start."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "state"))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(tmp_path / "scratch"))
+    address = backup_conf.UnixAddress(str(tmp_path / "nbd.sock"))
+    file = status.StatusFile("key", tmp_path / "state")
+    with hostile_monitor.HostileMonitor(tmp_path) as qemu:
+
+        @contextlib.contextmanager
+        def connect() -> Iterator[domain.Session]:
+            with monitor.SocketMonitor(str(qemu.path)) as one:
+                yield domain.Session(one, domain.identify(one))
+            qemu.play("backup-stop")
+
+        found = domain_obj.DomainObj(file, connect, host=Interrupted())
+        qemu.play("backup-start")
+        with pytest.raises(KeyboardInterrupt):
+            found.backup_start(backup_conf.BackupDef(address, ()), 0)
+        found.close()
+    assert file.load() is None
+    images = [what for _, what in closed if what.startswith(f"{tmp_path}/scratch")]
+    assert len(images) == 4  # of two disks, each once as QEMU had it and once as the watch did
+    assert "nothing" not in [what for _, what in closed]
+    assert all("scratch" in what for name, what in closed if name == "virtbackup-watch")
