@@ -1035,7 +1035,7 @@ def test_exit_status(argv: tuple[str, ...], status: int, out: str, err: str) -> 
     assert _process(*argv) == (status, out, err)
 
 
-def test_interrupted_command_exits_130_and_closes_its_connection(
+def test_second_signal_ends_a_command_at_once_and_closes_its_connection(
     tmp_path: pathlib.Path, xmlfile: str
 ) -> None:
     trace = tmp_path / "trace"
@@ -1044,9 +1044,36 @@ def test_interrupted_command_exits_130_and_closes_its_connection(
         assert process.stdout is not None
         assert process.stdout.readline() == b"hanging\n"
         process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # twice the same may be once
         out, err = process.communicate(timeout=DEADLINE)
-    assert (process.returncode, out, err) == (130, b"", b"")
+    assert (process.returncode, out, err) == (143, b"", b"error: interrupted by SIGTERM\n")
     assert trace.read_text().endswith("closed\n")
+
+
+def test_interrupted_start_gives_the_backup_up(xmlfile: str) -> None:
+    assert _process("backup-start", "vm1", xmlfile, uri="fake:///interrupt") == (
+        130, "Domain backup started\n", "flags=0\nstopped, flags=1\nerror: interrupted\n",
+    )  # fmt: skip
+
+
+def test_change_that_fails_while_it_is_interrupted_tells_why() -> None:
+    status, out, err = _process("branch-create vm1 nightly", uri="fake:///interrupt")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: unsupported configuration: there is a branch 'nightly'\n")
+
+
+@pytest.mark.parametrize("command", ["backup-cleanup vm1", "branch-create vm1 weekly"])
+def test_interrupt_waits_for_the_end_of_a_change(command: str) -> None:
+    status, _, err = _process(command, uri="fake:///interrupt")
+    assert (status, err) == (130, "error: interrupted\n")
+
+
+def test_interactive_shell_survives_an_interrupted_command() -> None:
+    text = "backup-start-as vm1 --unix /x; echo not this\nuri\n"
+    status, out, err = _process("-q", uri="fake:///interrupt", text=text)
+    assert (status, err) == (0, "flags=0\nstopped, flags=1\nerror: interrupted\n")
+    assert "not this" not in out
+    assert "fake:///interrupt" in out
 
 
 def test_nobody_reads_the_output() -> None:
@@ -1276,6 +1303,9 @@ def test_interrupt_ends_the_command_and_stays(tmp_path: pathlib.Path) -> None:
         terminal.type("backup-start vm1 b.xml\n")
         terminal.wait_for("hanging\n")
         terminal.type("\x03")
+        terminal.wait_for("^C")
+        terminal.type("\x03")
+        terminal.wait_for("error: interrupted\n")
         terminal.wait_for("virtbackup # ")
         assert terminal.line("uri") == "fake:///hang\nvirtbackup # "
         terminal.type("exit\n")

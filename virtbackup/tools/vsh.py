@@ -24,6 +24,9 @@ from typing import Any, Generic, TextIO, TypeVar
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
 
+INTERRUPTION = "interrupted"
+"""What is told of a command that a signal ended."""
+
 
 class _Told(Exception):
     """The user is told the message, and HINT, a line of what to do next, where that is known."""
