@@ -498,6 +498,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(sys.argv[1:] if argv is None else argv)
     finally:
         if argv is None:
+            # All is done and told: nothing is left that a Ctrl-C could end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             # Or the interpreter looks through all of it for garbage, 20 ms long, before it ends.
             gc.freeze()
 
