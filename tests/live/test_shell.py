@@ -474,6 +474,8 @@ def test_tables_look_as_virshs() -> None:
         lines = done.stdout.rstrip("\n").split("\n")
         cells = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in lines]
         assert vsh.table_lines(cells[0], cells[2:]) == lines
+        quiet = subprocess.run([*VIRSH, "-q", line], capture_output=True, text=True, check=True)
+        assert vsh.table_lines(None, cells[2:]) == quiet.stdout.rstrip("\n").split("\n")
 
 
 @pytest.mark.needs("virsh")

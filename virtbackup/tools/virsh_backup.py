@@ -122,6 +122,8 @@ def _address(args: vsh.Args) -> "backup_conf.Address":
     args.exclusive("port", "autoport")
     tls = True if args.flag("tls") else None
     if path is not None:
+        if not path.startswith("/"):
+            raise vsh.UsageError(f"invalid --unix '{path}': expected an absolute path")
         return backup_conf.UnixAddress(path, tls)
     if args.flag("autoport"):
         port = 0
@@ -155,6 +157,8 @@ def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
         if _DISK_KEYS[key] and value not in _DISK_KEYS[key]:
             expected = " or ".join(_DISK_KEYS[key])
             raise vsh.UsageError(f"invalid --disk '{spec}': {key} is not {expected}")
+        if key == "source" and not value.startswith("/"):
+            raise vsh.UsageError(f"invalid --disk '{spec}': source is not an absolute path")
         values[key] = value
     source = storage_conf.Source(
         file=values.get("source"),

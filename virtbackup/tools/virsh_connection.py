@@ -203,6 +203,18 @@ def complete_domains(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:
     return [found.name() for found in shell.control.connection().listAllDomains()]
 
 
+URIS = ("qemu:///system", "qemu:///session", "qmp:///", "test:///default")
+
+
+def complete_uris(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """Connection URIs, and the sockets behind ``qmp://``."""
+    if not text.startswith("qmp:///"):
+        return URIS
+    return [
+        f"qmp://{path}" for path in vsh.complete_files(shell, args, text.removeprefix("qmp://"))
+    ]
+
+
 DOMAIN = vsh.Option(
     "domain", vsh.Kind.DATA, "domain name, id or uuid", required=True, completer=complete_domains
 )
