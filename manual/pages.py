@@ -68,7 +68,9 @@ _STATUS = (
      " the shell is quiet, perhaps one behind it of what to do next."
      " A `backup-stop` does so, too, where the backup was not good; it has ended all the same."),
     ("`2`", "What was typed makes no sense."),
-    ("`130`", "Interrupted."),
+    ("`130`, `143`, `129`",
+     "Interrupted by SIGINT, SIGTERM or SIGHUP. A backup that was being pulled or started is given"
+     " up; one that was being stopped is stopped. A second signal ends a start or a stop at once."),
 )  # fmt: skip
 
 EXAMPLES = (

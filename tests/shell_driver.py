@@ -4,11 +4,13 @@
 ``fake:///NAME`` has the domains vm1 (disks vda, sdb and an empty sr0), ``7``, ``my vm`` and the
 inactive ``off``. A backup lives as long as the connection. NAME asks for trouble: ``bad`` fails
 every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call,
-``mute`` tells nothing of a backup that runs, and ``theirs`` fails a start by libvirt-python's own
-error.
+``mute`` tells nothing of a backup that runs, ``theirs`` fails a start by libvirt-python's own
+error, and ``interrupt`` has a Ctrl-C in the middle of every change.
 """
 
 import dataclasses
+import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -86,6 +88,7 @@ class Driver:
         if self.trouble == "hang":
             print("hanging", flush=True)
             threading.Event().wait()
+        self._interrupt()
         if self.backup is not None:
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "already running")
         self.backup = backup_conf.BackupDef.parse(xml)
@@ -94,6 +97,8 @@ class Driver:
     def domain_backup_stop(self, domain: hypervisor.DomainRef, flags: int) -> None:
         self._running()
         self.backup = None
+        if self.trouble == "interrupt":
+            print(f"stopped, flags={flags}", file=sys.stderr)
         if self.trouble == "bad" and not flags:
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, FAILED)
 
@@ -126,6 +131,7 @@ class Driver:
         return backup_conf.BackupInfo(state, 1700000000.5, self._running().address, disks)
 
     def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> Sequence[str]:
+        self._interrupt()
         return ["node scratch-vda", "file /images/x"] if self.trouble == "bad" else []
 
     def domain_branch_list(
@@ -151,12 +157,17 @@ class Driver:
         ]
 
     def domain_branch_create(self, domain: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._interrupt()
         if name == "nightly":
             raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, f"there is a branch '{name}'")
 
     def domain_branch_delete(self, domain: hypervisor.DomainRef, name: str, flags: int) -> None:
         if name != "nightly":
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, f"no branch named '{name}'")
+
+    def _interrupt(self) -> None:
+        if self.trouble == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _running(self) -> backup_conf.BackupDef:
         if self.backup is None:

@@ -54,6 +54,8 @@ def test_commands_are_those_of_the_table(complete: Complete) -> None:
         ("virsh-backup -d ", ["0", "1", "2", "3", "4"]),
         ("virsh-backup --version=", ["--version=long", "--version=short"]),
         ("virsh-backup -c qmp:///et", ["qmp:///etc/"]),
+        ("virsh-backup connect test", ["test:///default"]),
+        ("virsh-backup connect qmp:///et", ["qmp:///etc/"]),
         ("virsh-backup --nope list --", None),
         (f"virsh-backup -c {URI} dominfo ", ["7", "my vm", "off", "vm1"]),
         (f"virsh-backup -c {URI} dominfo 'my", ["my vm"]),

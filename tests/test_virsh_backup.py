@@ -339,9 +339,25 @@ def test_list(run: Run) -> None:
     )
     assert run("-q", "list") == (
         0,
-        " 1    vm1     running\n 2    7       running\n 3    my vm   running\n",
+        " 1   vm1     running\n 2   7       running\n 3   my vm   running\n",
         "",
     )
+
+
+def test_relative_path_is_told_as_it_was_typed(run: Run) -> None:
+    assert run("-q", "backup-start-as", "vm1", "--unix", "x.sock") == (
+        2, "", "error: invalid --unix 'x.sock': expected an absolute path\n",
+    )  # fmt: skip
+    assert run("-q", "backup-start-as", "vm1", "--unix", "/x", "--disk", "vda,source=x") == (
+        2, "", "error: invalid --disk 'vda,source=x': source is not an absolute path\n",
+    )  # fmt: skip
+
+
+def test_group_in_place_of_a_command(run: Run) -> None:
+    assert run("backup") == (
+        2, "",
+        "error: unknown command: 'backup'\n'help backup' shows the commands of that group\n",
+    )  # fmt: skip
 
 
 def test_list_all_in_every_form(run: Run) -> None:
@@ -1038,7 +1054,7 @@ def test_exit_status(argv: tuple[str, ...], status: int, out: str, err: str) -> 
     assert _process(*argv) == (status, out, err)
 
 
-def test_interrupted_command_exits_130_and_closes_its_connection(
+def test_second_signal_ends_a_command_at_once_and_closes_its_connection(
     tmp_path: pathlib.Path, xmlfile: str
 ) -> None:
     trace = tmp_path / "trace"
@@ -1047,9 +1063,36 @@ def test_interrupted_command_exits_130_and_closes_its_connection(
         assert process.stdout is not None
         assert process.stdout.readline() == b"hanging\n"
         process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # twice the same may be once
         out, err = process.communicate(timeout=DEADLINE)
-    assert (process.returncode, out, err) == (130, b"", b"")
+    assert (process.returncode, out, err) == (143, b"", b"error: interrupted by SIGTERM\n")
     assert trace.read_text().endswith("closed\n")
+
+
+def test_interrupted_start_gives_the_backup_up(xmlfile: str) -> None:
+    assert _process("backup-start", "vm1", xmlfile, uri="fake:///interrupt") == (
+        130, "Domain backup started\n", "flags=0\nstopped, flags=1\nerror: interrupted\n",
+    )  # fmt: skip
+
+
+def test_change_that_fails_while_it_is_interrupted_tells_why() -> None:
+    status, out, err = _process("branch-create vm1 nightly", uri="fake:///interrupt")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: unsupported configuration: there is a branch 'nightly'\n")
+
+
+@pytest.mark.parametrize("command", ["backup-cleanup vm1", "branch-create vm1 weekly"])
+def test_interrupt_waits_for_the_end_of_a_change(command: str) -> None:
+    status, _, err = _process(command, uri="fake:///interrupt")
+    assert (status, err) == (130, "error: interrupted\n")
+
+
+def test_interactive_shell_survives_an_interrupted_command() -> None:
+    text = "backup-start-as vm1 --unix /x; echo not this\nuri\n"
+    status, out, err = _process("-q", uri="fake:///interrupt", text=text)
+    assert (status, err) == (0, "flags=0\nstopped, flags=1\nerror: interrupted\n")
+    assert "not this" not in out
+    assert "fake:///interrupt" in out
 
 
 def test_nobody_reads_the_output() -> None:
@@ -1162,6 +1205,15 @@ class Terminal:
             self.seen += os.read(self.master, 4096).decode().replace("\r\n", "\n")
         before, self.seen = self.seen.split(text, 1)
         return before + text
+
+    def insist(self, key: str, text: str) -> None:
+        """Press KEY until TEXT comes: twice at once may be once, for a signal."""
+        end = time.monotonic() + DEADLINE
+        while text not in self.seen and time.monotonic() < end:
+            self.type(key)
+            while select.select([self.master], [], [], 0.05)[0]:
+                self.seen += os.read(self.master, 4096).decode().replace("\r\n", "\n")
+        self.wait_for(text)
 
     def line(self, text: str) -> str:
         """Type a line and wait for the next prompt; what came between."""
@@ -1278,9 +1330,9 @@ def test_interrupt_ends_the_command_and_stays(tmp_path: pathlib.Path) -> None:
         terminal.wait_for("virtbackup # ")
         terminal.type("backup-start vm1 b.xml\n")
         terminal.wait_for("hanging\n")
-        terminal.type("\x03")
-        terminal.wait_for("virtbackup # ")
-        assert terminal.line("uri") == "fake:///hang\nvirtbackup # "
+        terminal.insist("\x03", "error: interrupted\n")
+        terminal.type("uri\n")
+        terminal.wait_for("fake:///hang\nvirtbackup # ")
         terminal.type("exit\n")
         assert terminal.close() == 0
 

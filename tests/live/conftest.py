@@ -25,6 +25,15 @@ if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     collect_ignore += ["test_docs_libvirt.py"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_dirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same for fixtures that many tests share, which begin before those of one test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("VIRTBACKUP_STATE_DIR", "VIRTBACKUP_SCRATCH_DIR"):
+            patch.setenv(variable, os.fspath(tmp_path_factory.mktemp("shared")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def state_dir(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -125,10 +125,16 @@ def test_a_running_backup(tmp_path: pathlib.Path) -> None:
         try:
             one.machine.io("vda", "write -P 8 3M 64k")
             found = told("-c", uri, "backup-map", "vm")
-            assert found["vda"] == [
+            assert found["vda"][:4] == [
                 (0, 16, "data", False), (16, 1, "data", True), (17, 15, "hole", False),
-                (32, 8, "data", False), (40, 24, "hole", False),
+                (32, 8, "data", False),
             ]  # fmt: skip
+            # QEMU 5.2 has zeroes in the scratch image for what was nothing and is overwritten now.
+            rest = found["vda"][4:]
+            assert rest in (
+                [(40, 24, "hole", False)],
+                [(40, 8, "hole", False), (48, 1, "zero", False), (49, 15, "hole", False)],
+            )
             assert {dirty for _, _, _, dirty in found["sdb"]} == {None}
             status, out, err = points.call("-c", uri, "backup-map", "vm", "--disk=vda")
             assert (status, err) == (0, "")

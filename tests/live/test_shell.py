@@ -330,9 +330,20 @@ def test_pull_shows_its_progress_on_a_terminal(
     assert b"error" not in shown
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM"),
+        (signal.SIGHUP, 129, "interrupted by SIGHUP"),
+    ],
+)
 def test_interrupted_pull_leaves_nothing(
-    number: signal.Signals, status: int, machine: machines.Machine, tmp_path: pathlib.Path
+    number: signal.Signals,
+    status: int,
+    told: str,
+    machine: machines.Machine,
+    tmp_path: pathlib.Path,
 ) -> None:
     before = machine.state()
     directory = tmp_path / "made"
@@ -347,8 +358,38 @@ def test_interrupted_pull_leaves_nothing(
                 if '"execute":"transaction"' in line:
                     process.send_signal(number)
         out, err = process.communicate(timeout=DEADLINE)
-    assert (process.returncode, out, err) == (status, b"", b"")
+    assert (process.returncode, out, err) == (status, b"", f"error: {told}\n".encode())
     assert not directory.exists()
+    assert machine.state() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "command", ["block-export-del", "nbd-server-stop", "job-cancel", "blockdev-del"]
+)
+def test_signal_does_not_leave_a_stop_half_done(
+    command: str,
+    number: signal.Signals,
+    run: Run,
+    machine: machines.Machine,
+    tmp_path: pathlib.Path,
+) -> None:
+    before = machine.state()
+    assert run("backup-start-as", "1", "--unix", str(tmp_path / "nbd.sock"))[0] == 0
+    trace = tmp_path / "trace"
+    os.mkfifo(trace)
+    argv = [*PROGRAM, "-c", machine.uri, "--trace", str(trace), "backup-stop", "1"]
+    sent = False
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with trace.open() as lines:
+            for line in lines:
+                if f'"execute":"{command}"' in line and not sent:
+                    process.send_signal(number)
+                    sent = True
+        out, err = process.communicate(timeout=DEADLINE)
+    assert sent
+    assert (process.returncode, out) == (128 + number, b"Domain backup stopped\n")
+    assert err.startswith(b"error: interrupted")
     assert machine.state() == before
 
 
@@ -433,6 +474,8 @@ def test_tables_look_as_virshs() -> None:
         lines = done.stdout.rstrip("\n").split("\n")
         cells = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in lines]
         assert vsh.table_lines(cells[0], cells[2:]) == lines
+        quiet = subprocess.run([*VIRSH, "-q", line], capture_output=True, text=True, check=True)
+        assert vsh.table_lines(None, cells[2:]) == quiet.stdout.rstrip("\n").split("\n")
 
 
 @pytest.mark.needs("virsh")

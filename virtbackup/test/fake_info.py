@@ -282,8 +282,8 @@ class Info:
         nodes = self._state.nodes
         if below and (role := _over(node)) is not None:
             found["backing"] = self._node_stats(nodes[node.children[role]], zero, below)
-        if "file" in node.children:
-            found["parent"] = self._node_stats(nodes[node.children["file"]], zero, below)
+        if (role := _mostly_in(node)) is not None:
+            found["parent"] = self._node_stats(nodes[node.children[role]], zero, below)
         return found
 
     def exports(self) -> list[Message]:
@@ -302,3 +302,10 @@ def _over(node: fake_state.Node) -> str | None:
 _FILE_STATS = {"driver": "file", "discard-bytes-ok": 0, "discard-nb-failed": 0, "discard-nb-ok": 0}
 _QCOW2_FACTS = {"compat": "1.1", "compression-type": "zlib", "corrupt": False,
                 "extended-l2": False, "lazy-refcounts": False, "refcount-bits": 16}  # fmt: skip
+
+
+def _mostly_in(node: fake_state.Node) -> str | None:
+    """The role of what has a node's bytes or their tables: of the file, or, for the filter of a
+    backup in QEMU 5.2, of what it is over."""
+    role = "backing" if node.driver == "backup-top" else "file"
+    return role if role in node.children else None

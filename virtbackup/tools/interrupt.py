@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""SIGINT and SIGTERM at a point of one's own choice, with all that is to be undone undone."""
+"""SIGINT, SIGTERM and SIGHUP at a point of one's own choice, and all undone that is to be."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from virtbackup import errors
-from virtbackup.nbd import copy
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if TYPE_CHECKING:  # at run time where it is used: it brings libnbd with it
+    from virtbackup.nbd import copy
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The last one is a terminal that was closed, or a connection to it that broke."""
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[copy.Cancel]:
-    """SIGINT and SIGTERM set the cancel, however many come, and take effect when the block ended:
-    as KeyboardInterrupt, as SystemExit.
+def deferred() -> "Iterator[copy.Cancel]":
+    """The signals set the cancel, however many come, and take effect when the block ended: SIGINT
+    as KeyboardInterrupt, others as SystemExit.
 
     So no exception comes out of nowhere between a step and the note of it, nor into a clean-up.
     Ignored signals stay ignored; outside the main thread nothing can be caught.
     """
+    from virtbackup.nbd import copy
+
     cancel = copy.Cancel()
     caught: list[int] = []
 
@@ -28,6 +33,48 @@ def deferred() -> Iterator[copy.Cancel]:
         caught.append(number)
         cancel.set()
 
+    with contextlib.ExitStack() as undo:
+        undo.callback(cancel.close)
+        undo.enter_context(_handled(note))
+        try:
+            yield cancel
+        except errors.Error as failure:
+            if caught:
+                raise _exception_of(caught[0]) from failure
+            raise
+    if caught:
+        raise _exception_of(caught[0])
+
+
+@contextlib.contextmanager
+def held() -> Iterator[contextlib.ExitStack]:
+    """A signal takes effect when the block ended, and then what is on the stack is done; a second
+    signal does at once, for those who will not wait. An error of the block is told instead.
+
+    For a change of a guest that must not be left half-done, and takes no longer than QEMU does.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise _exception_of(number)
+
+    with _handled(note), contextlib.ExitStack() as undo:
+        try:
+            yield undo
+        except Exception:
+            undo.pop_all()
+            raise
+        if not caught:
+            undo.pop_all()
+    if caught:
+        raise _exception_of(caught[0])
+
+
+@contextlib.contextmanager
+def _handled(note: Callable[[int, object], None]) -> Iterator[None]:
+    """NOTE is the handler of the signals that are not ignored."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -35,20 +82,13 @@ def deferred() -> Iterator[copy.Cancel]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield cancel
-    except errors.Error as failure:
-        if caught:
-            raise _exception_of(caught[0]) from failure
-        raise
+        yield
     finally:
         # All at once: a signal in the middle waits until each has its own handler again.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        cancel.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if caught:
-        raise _exception_of(caught[0])
 
 
 def _exception_of(number: int) -> BaseException:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -48,15 +50,26 @@ def _start(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 
 def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str) -> None:
+    from virtbackup.tools import interrupt
+
     flags = virtbackup.VIR_DOMAIN_BACKUP_START_QUIESCE if args.flag("quiesce") else 0
     domain = virsh_connection.domain(shell, args)
-    domain.backupStart(document, flags)
     as_json = args.flag("json")
-    if not as_json:
-        shell.extra("Domain backup started")
-    virsh_connection.warn_of_listener(shell, args, document)
-    if as_json or not shell.quiet:
-        _tell_started(shell, domain, as_json)
+    with interrupt.held() as undo:
+        domain.backupStart(document, flags)
+        undo.callback(_give_up, domain)
+        if not as_json:
+            shell.extra("Domain backup started")
+        virsh_connection.warn_of_listener(shell, args, document)
+        if as_json or not shell.quiet:
+            _tell_started(shell, domain, as_json)
+
+
+def _give_up(domain: "virtbackup.Domain") -> None:
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
 
 
 def _tell_started(
@@ -109,6 +122,8 @@ def _address(args: vsh.Args) -> "backup_conf.Address":
     args.exclusive("port", "autoport")
     tls = True if args.flag("tls") else None
     if path is not None:
+        if not path.startswith("/"):
+            raise vsh.UsageError(f"invalid --unix '{path}': expected an absolute path")
         return backup_conf.UnixAddress(path, tls)
     if args.flag("autoport"):
         port = 0
@@ -142,6 +157,8 @@ def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
         if _DISK_KEYS[key] and value not in _DISK_KEYS[key]:
             expected = " or ".join(_DISK_KEYS[key])
             raise vsh.UsageError(f"invalid --disk '{spec}': {key} is not {expected}")
+        if key == "source" and not value.startswith("/"):
+            raise vsh.UsageError(f"invalid --disk '{spec}': source is not an absolute path")
         values[key] = value
     source = storage_conf.Source(
         file=values.get("source"),
@@ -181,10 +198,19 @@ def _complete_diskspec(shell: virsh_connection.Shell, args: vsh.Args, text: str)
 
 
 def _stop(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt
+
+    domain = virsh_connection.domain(shell, args)
+    with interrupt.held():
+        _stop_domain(shell, args, domain)
+
+
+def _stop_domain(
+    shell: virsh_connection.Shell, args: vsh.Args, domain: "virtbackup.Domain"
+) -> None:
     import libvirt
 
     cancelled = args.flag("cancel")
-    domain = virsh_connection.domain(shell, args)
     facts: dict[str, object] = {"domain": domain.name(), "cancelled": cancelled}
     try:
         domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if cancelled else 0)
@@ -206,8 +232,11 @@ def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 
 def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt
+
     domain = virsh_connection.domain(shell, args)
-    removed = domain.backupCleanup()
+    with interrupt.held():
+        removed = domain.backupCleanup()
     if args.flag("json"):
         virsh_connection.print_json(shell, {"domain": domain.name(), "removed": removed})
         return
@@ -485,6 +514,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(sys.argv[1:] if argv is None else argv)
     finally:
         if argv is None:
+            # All is done and told: nothing is left that a Ctrl-C could end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             # Or the interpreter looks through all of it for garbage, 20 ms long, before it ends.
             gc.freeze()
 
@@ -503,7 +534,12 @@ def _main(argv: Sequence[str]) -> int:
             shell.guard(shell.control.close)
         return max(status, shell.guard(shell.control.close_trace), shell.guard(vsh.flush))
     except KeyboardInterrupt:
+        shell.error(vsh.INTERRUPTION)
         return vsh.INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > 128:
+            shell.error(f"{vsh.INTERRUPTION} by {signal.Signals(end.code - 128).name}")
+        raise
     except vsh.OutputClosed:
         return vsh.FAILED
 

@@ -82,14 +82,20 @@ def point_facts(point: "backup_conf.Point | None") -> dict[str, object] | None:
 
 
 def _create(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt
+
     domain = virsh_connection.domain(shell, args)
-    domain.branchCreate(args.text("branch"))
+    with interrupt.held():
+        domain.branchCreate(args.text("branch"))
     _tell_done(shell, args, domain, "created")
 
 
 def _delete(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    from virtbackup.tools import interrupt
+
     domain = virsh_connection.domain(shell, args)
-    domain.branchDelete(args.text("branch"))
+    with interrupt.held():
+        domain.branchDelete(args.text("branch"))
     _tell_done(shell, args, domain, "deleted")
 
 

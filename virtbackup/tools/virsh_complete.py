@@ -17,8 +17,6 @@ from virtbackup.tools import virsh_connection, virsh_options, vsh, vsh_readline
 TIMEOUT = 2.0
 """Seconds that the hypervisor has."""
 
-URIS = ("qemu:///system", "qemu:///session", "qmp:///", "test:///default")
-
 
 def main(shell: virsh_connection.Shell, arguments: Sequence[str]) -> int:
     """Answer; the exit status is always the same."""
@@ -113,9 +111,7 @@ def _own_option(words: list[str], text: str) -> tuple[str | None, str, str]:
 def _own_values(shell: virsh_connection.Shell, option: str, text: str) -> Iterable[str]:
     match option:
         case "connect":
-            socket = text.startswith("qmp:///")
-            files = vsh.complete_files(shell, vsh.Args({}), text.removeprefix("qmp://"))
-            return [f"qmp://{path}" for path in files] if socket else URIS
+            return virsh_connection.complete_uris(shell, vsh.Args({}), text)
         case "debug":
             return "01234"
         case "version":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import virtbackup
-from virtbackup.tools import vsh
+from virtbackup.tools import program, vsh
 
 if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
     from virtbackup.conf import backup_conf
@@ -134,7 +134,10 @@ Shell = vsh.Shell[Control]
 
 
 def describe(error: Exception) -> vsh.Failure | None:
-    """What an error that libvirt or we have worded is told as; None for any other."""
+    """What an error that libvirt or we have worded is told as, or a module that is not installed;
+    None for any other."""
+    if (told := program.missing(error)) is not None:
+        return vsh.Failure(*told)
     import libvirt
 
     from virtbackup.tools import advice
@@ -198,6 +201,18 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
 def complete_domains(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:
     """The names of the domains."""
     return [found.name() for found in shell.control.connection().listAllDomains()]
+
+
+URIS = ("qemu:///system", "qemu:///session", "qmp:///", "test:///default")
+
+
+def complete_uris(shell: Shell, args: vsh.Args, text: str) -> Iterable[str]:
+    """Connection URIs, and the sockets behind ``qmp://``."""
+    if not text.startswith("qmp:///"):
+        return URIS
+    return [
+        f"qmp://{path}" for path in vsh.complete_files(shell, args, text.removeprefix("qmp://"))
+    ]
 
 
 DOMAIN = vsh.Option(

@@ -46,7 +46,10 @@ CONNECT = vsh.Command(
     "connect", vsh.GROUP, "(re)connect to hypervisor",
     "Connect to a hypervisor; without a URI, anew to the same one.",
     (
-        vsh.Option("name", vsh.Kind.DATA, "hypervisor connection URI"),
+        vsh.Option(
+            "name", vsh.Kind.DATA, "hypervisor connection URI",
+            completer=virsh_connection.complete_uris,
+        ),
         vsh.Option("readonly", vsh.Kind.BOOL, "read-only connection"),
     ),
     _connect,

@@ -79,6 +79,11 @@ def _lines(shell: virsh_connection.Shell) -> Iterator[Lines]:
     except libvirt.libvirtError as failure:
         lines.tell("failed", code=failure.get_error_code(), error=str(failure))
         raise
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(vsh.OutputClosed, vsh.Failure):
+            code = libvirt.VIR_ERR_OPERATION_ABORTED
+            lines.tell("failed", code=code, error=vsh.INTERRUPTION)
+        raise
 
 
 @contextlib.contextmanager

@@ -24,6 +24,9 @@ from typing import Any, Generic, TextIO, TypeVar
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
 
+INTERRUPTION = "interrupted"
+"""What is told of a command that a signal ended."""
+
 
 class _Told(Exception):
     """The user is told the message, and HINT, a line of what to do next, where that is known."""
@@ -168,6 +171,8 @@ class Table:
         where they all are."""
         if own := self.others.get(name):
             return f"Here it is called: {own}"
+        if not groups and any(name == group.keyword for group in self.groups):
+            return f"'help {name}' shows the commands of that group"
         names = [command.name for command in self.commands]
         return suggestion(name, [*names, *groups]) or "'help' shows all commands"
 
@@ -606,9 +611,9 @@ class Shell(Generic[Control]):
         _write_error(f"{_marked('warning:', _YELLOW)} {one_line(message)}\n")
 
     def print_table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print aligned columns; a quiet shell leaves the header out."""
-        lines = table_lines(header, [[visible(cell) for cell in row] for row in rows])
-        for line in lines[2:] if self.quiet else lines:
+        """Print aligned columns; a quiet shell leaves the header out, and the room for it."""
+        cells = [[visible(cell) for cell in row] for row in rows]
+        for line in table_lines(None if self.quiet else header, cells):
             self.print(line)
 
 
@@ -689,9 +694,9 @@ def give_up(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """HEADER, a rule, and ROWS, each a line with its columns aligned (vsh-table.c)."""
-    cells = [header, *rows]
+def table_lines(header: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> list[str]:
+    """HEADER, if any, a rule, and ROWS, each a line with its columns aligned (vsh-table.c)."""
+    cells = [*([] if header is None else [header]), *rows]
     widths = [max(_width(cell) for cell in column) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
@@ -700,7 +705,8 @@ def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[st
             for cell, width in zip(row, widths, strict=True)
         ]
         lines.append("".join(padded).rstrip(" "))
-    lines.insert(1, "-" * sum(width + 3 for width in widths))
+    if header is not None:
+        lines.insert(1, "-" * sum(width + 3 for width in widths))
     return lines
 
 

@@ -48,7 +48,11 @@ def loop(shell: vsh.Shell[Any], prompt: Callable[[], str], history: pathlib.Path
 
 
 def _run_line(shell: vsh.Shell[Any], line: str) -> None:
-    shell.guard(lambda: shell.run_all(shell.parse_line(line)))
+    try:
+        shell.guard(lambda: shell.run_all(shell.parse_line(line)))
+    except KeyboardInterrupt:
+        shell.print("")  # behind the ^C
+        shell.error(vsh.INTERRUPTION)
 
 
 def _read_line(shell: vsh.Shell[Any], prompt: str) -> str | None:
