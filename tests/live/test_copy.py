@@ -278,7 +278,7 @@ def test_zeroes_are_not_stored(
     blocks = sum(any(disk[i : i + BLOCK]) for i in range(0, len(disk), BLOCK))
     assert 0 < blocks < 8
     assert result.stored <= (blocks + 6) * BLOCK
-    assert result.read == (len(disk) if filters else result.read)
+    assert result.read == (len(disk) if filters else blocks * BLOCK)
 
 
 def test_a_qcow2_in_any_order(tmp_path: pathlib.Path) -> None:
