@@ -74,6 +74,12 @@ class Proxy:
         self._thread.join()
         self._listener.close()
 
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _serve(self) -> None:
         while True:
             try:

@@ -4,8 +4,6 @@
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 from typing import Literal
 
 import libvirt
@@ -13,34 +11,16 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import proxy, test_undo
-
-CALL = """
-import sys, virtbackup
-dom = virtbackup.open(sys.argv[1]).lookupByID(1)
-print("ready", flush=True)
-sys.stdin.readline()
-getattr(dom, sys.argv[2])(*sys.argv[3:])
-"""
+from tests.live import callers, proxy, test_undo
 
 
-def call(between: proxy.Proxy, *argv: str, spoil: tuple[int, proxy.Fault]) -> int:
+def call(
+    caller: callers.Caller, between: proxy.Proxy, spoil: tuple[int, proxy.Fault], *words: str
+) -> int:
     """A process of its own calls a method of the domain; its exit status."""
-    between.disarm()
-    with subprocess.Popen(
-        [sys.executable, "-c", CALL, between.uri, *argv],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        between.kill_client = process.kill
-        between.arm(*spoil)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        process.wait(60)
-    assert process.returncode in (0, -signal.SIGKILL)
-    return process.returncode
+    status = caller.spoilt(between, spoil, "", *words)
+    assert status in (0, -signal.SIGKILL)
+    return status
 
 
 STEP = 1 if conftest.long() else 2
@@ -57,7 +37,10 @@ def test_killed_in_the_middle_of_a_start(
     then: str,
     address: str,
 ) -> None:
-    with test_undo.spoiled(tmp_path) as (machine, between):
+    with (
+        test_undo.spoiled(tmp_path) as (machine, between),
+        callers.Caller(between.uri) as caller,
+    ):
         before, files_before = machine.state(), test_undo.files(tmp_path, state_dir)
         xml = test_undo.document(tmp_path, named=True)
         if address == "ip":
@@ -67,7 +50,7 @@ def test_killed_in_the_middle_of_a_start(
             assert unix in xml
             xml = xml.replace(unix, f'type="ip" host="127.0.0.1" port="{port}"')
         number = 0
-        while call(between, "backupStart", xml, spoil=(number, fault)) != 0:
+        while call(caller, between, (number, fault), "backupStart", xml) != 0:
             where = f"{fault} {between.spoilt}"
             between.disarm()
             with virtbackup.open(between.uri) as conn:
@@ -86,6 +69,7 @@ def test_killed_in_the_middle_of_a_start(
         with virtbackup.open(between.uri) as conn:
             conn.lookupByID(1).backupStop()
         assert machine.state() == before
+        assert test_undo.files(tmp_path, state_dir) == files_before
 
 
 def clean_after_crash(dom: virtbackup.Domain) -> None:
@@ -112,7 +96,10 @@ def test_killed_in_the_middle_of_a_stop(
     state_dir: pathlib.Path,
     fault: Literal["kill-before", "kill-after"],
 ) -> None:
-    with test_undo.spoiled(tmp_path) as (machine, between):
+    with (
+        test_undo.spoiled(tmp_path) as (machine, between),
+        callers.Caller(between.uri) as caller,
+    ):
         before, files_before = machine.state(), test_undo.files(tmp_path, state_dir)
         xml = test_undo.document(tmp_path, named=True)
         number = 0
@@ -121,7 +108,7 @@ def test_killed_in_the_middle_of_a_stop(
             with virtbackup.open(between.uri) as conn:
                 dom = conn.lookupByID(1)
                 dom.backupStart(xml)
-                status = call(between, "backupStop", spoil=(number, fault))
+                status = call(caller, between, (number, fault), "backupStop")
                 where = f"{fault} {between.spoilt}"
                 between.disarm()
                 test_undo.finish(dom)

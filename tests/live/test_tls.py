@@ -16,7 +16,16 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import certificates, machines, nbdclient, proxy, scene, test_crash, test_undo
+from tests.live import (
+    callers,
+    certificates,
+    machines,
+    nbdclient,
+    proxy,
+    scene,
+    test_crash,
+    test_undo,
+)
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import connection
 from virtbackup.tools import pull, virsh_connection
@@ -371,12 +380,16 @@ def test_killed_in_the_middle_of_a_start(
 ) -> None:
     """After each command: the socket that QEMU has by then, the credentials, the server."""
     settings.set_certificates(pki)
-    with test_undo.spoiled(tmp_path) as (machine, between):
+    with (
+        test_undo.spoiled(tmp_path) as (machine, between),
+        callers.Caller(between.uri) as caller,
+    ):
         before, files = machine.state(), test_undo.files(tmp_path, state_dir)
         rounds = itertools.product(commands_to_spoil(between), ("start", "cleanup"))
         for turn, (number, then) in enumerate(rounds):
             if turn % 4 in (0, 3) or conftest.long():
-                test_crash.call(between, "backupStart", document(TCP), spoil=(number, "kill-after"))
+                spoil: tuple[int, proxy.Fault] = (number, "kill-after")
+                test_crash.call(caller, between, spoil, "backupStart", document(TCP))
                 where = f"{between.spoilt}, {then}"
                 between.disarm()
                 with virtbackup.open(between.uri) as connection:

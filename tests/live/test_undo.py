@@ -20,12 +20,12 @@ KEPT = (".lock", ".capabilities")
 
 @contextlib.contextmanager
 def spoiled(directory: pathlib.Path, *extra: str) -> Iterator[tuple[machines.Machine, proxy.Proxy]]:
-    with machines.two_disks(directory, *extra) as machine:
-        between = proxy.Proxy(directory, machine.qmp)
-        try:
-            yield machine, between
-        finally:
-            between.close()
+    """A machine, and somebody between it and us."""
+    with (
+        machines.two_disks(directory, *extra) as machine,
+        proxy.Proxy(directory, machine.qmp) as between,
+    ):
+        yield machine, between
 
 
 def files(directory: pathlib.Path, state: pathlib.Path) -> set[str]:
