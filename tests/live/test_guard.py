@@ -16,7 +16,8 @@ import pytest
 
 import virtbackup
 from demo import guest, records
-from tests.live import daemons, libvirtd, machines, scene
+from tests import waiting
+from tests.live import daemons, machines, scene
 from virtbackup.qemu import monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
@@ -236,8 +237,8 @@ def test_the_interactive_shell_watches(
         assert shell.stdout is not None
         shell.stdin.write(f"backup-start 1 {xml}\n")
         shell.stdin.flush()
-        while "Domain backup started" not in shell.stdout.readline():
-            pass  # the test's own time limit applies
+        while "Domain backup started" not in (line := shell.stdout.readline()):
+            assert line, "the shell has ended"
         fill(machine, "vda")
         out, _ = shell.communicate("backup-info 1\nbackup-stop 1\nquit\n", timeout=60)
     assert out.count("given up before the scratch image") == 2, out
@@ -252,7 +253,7 @@ def test_a_daemon_watches_what_it_finds_running(
     assert virsh(machine.uri, "backup-start", "1", str(xml)).returncode == 0
     socket, log = tmp_path / "virtbackup-sock", tmp_path / "log"
     with daemons.daemon(socket, machine.uri, log=log):
-        libvirtd.wait_for(lambda: "found running" in log.read_text())
+        waiting.until(lambda: "found running" in log.read_text())
         fill(machine, "vda")
         assert machine.probe("query-status")["status"] == "running"
         done = virsh(f"virtbackup+unix://{socket}", "backup-stop", "1")
@@ -269,8 +270,7 @@ def test_a_watch_ends_with_the_backup_whoever_stops_it(
         machine.io("vda", f"write -P 2 0 {8 * MIB}")
         assert scratch.free_bytes(str(small)) < 20 * MIB
         assert virsh(machine.uri, "backup-stop", "1").returncode == 0
-        while scratch.free_bytes(str(small)) != 24 * MIB:
-            pass  # the test's own time limit applies
+        waiting.until(lambda: scratch.free_bytes(str(small)) == 24 * MIB)
 
 
 # --- clients that hang ------------------------------------------------------------------------
@@ -312,8 +312,7 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
             assert machine.probe.receive() == {"return": {}}
         else:
             assert machine.probe.receive() == {"return": {}}
-            while dom.backupGetInfo().state != "failed":
-                pass  # the test's own time limit applies
+            waiting.until(lambda: dom.backupGetInfo().state == "failed")
             with pytest.raises(virtbackup.Error, match="an NBD client stopped reading"):
                 dom.backupStop()
         machine.probe.events.clear()
@@ -415,7 +414,7 @@ def end(dom: virtbackup.Domain, linux: guest.Guest, how: str, other: str) -> Non
     else:
         with pytest.raises(virtbackup.Error, match="the backup is not good"):
             dom.backupStop()
-    assert not pathlib.Path(linux.directory / "backup.sock").exists()
+    assert not (linux.directory / "backup.sock").exists()
 
 
 # --- what the address may not be --------------------------------------------------------------
@@ -434,8 +433,11 @@ def test_another_servers_clients_are_left_alone(
     client.connect_unix(f"{tmp_path}/nbd.sock")
     with socket.socket(socket.AF_UNIX) as halfway, virtbackup.open(machine.uri) as conn:
         halfway.connect(f"{tmp_path}/nbd.sock")
-        for path in (f"{tmp_path}/nbd.sock", f"{tmp_path}/other.sock"):
-            with pytest.raises(virtbackup.Error):
+        for path, reason in (
+            (f"{tmp_path}/nbd.sock", "another server listens on"),
+            (f"{tmp_path}/other.sock", "NBD server is already in use by another job or client"),
+        ):
+            with pytest.raises(virtbackup.Error, match=reason):
                 conn.lookupByID(1).backupStart(
                     f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
                 )

@@ -234,7 +234,7 @@ def lifecycle(listener: listening.Listener) -> tuple[str, tuple[int, int]]:
 
 
 def test_lifecycle_events(host: libvirtd.Host) -> None:
-    """Also after libvirt's daemon was restarted while nobody asked for anything."""
+    """Until nobody wants to hear them any more."""
     disk = disk_xml("vda", image(host.path("a.qcow2"), 1))
     with listening.listening(host.daemon.uri, "loop") as listener:
         with host.domain("happens", disk) as domain:

@@ -16,7 +16,7 @@ import virtbackup
 from tests import conftest
 from tests.live import points
 from virtbackup.nbd import checksum, copy, header, layers
-from virtbackup.tools import interrupt, listing, manifest, pull, verify
+from virtbackup.tools import interrupt, listing, manifest, pull, verify, virsh_connection
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -127,8 +127,6 @@ def test_list(whole: points.Backed) -> None:
 
 
 def virsh_size(size: int) -> list[str]:
-    from virtbackup.tools import virsh_connection
-
     return virsh_connection.human_size(size).split()
 
 
