@@ -54,12 +54,15 @@ class Caller:
         return status
 
     def spoilt(self, between: proxy.Proxy, spoil: tuple[int, proxy.Fault], *call: str) -> int:
-        """Make CALL with a fault of the proxy's, which may kill its process; its exit status."""
+        """Make CALL with a fault of the proxy's, which may kill its process; its exit status, done or
+        killed."""
         pid = self.begin(*call)
         between.kill_client = lambda: os.kill(pid, signal.SIGKILL)
         between.arm(*spoil)
         os.kill(pid, signal.SIGCONT)
-        return self.end()
+        status = self.end()
+        assert status in (0, -signal.SIGKILL), (spoil, between.spoilt)
+        return status
 
     def close(self) -> None:
         """Nothing that was called may have had a traceback."""

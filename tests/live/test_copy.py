@@ -18,7 +18,7 @@ import pytest
 import xxhash
 
 import virtbackup
-from tests.live import nbdclient
+from tests.live import nbdclient, places
 from virtbackup.nbd import checksum, connection, copy, writer
 
 pytestmark = [
@@ -234,10 +234,7 @@ def test_many_tiny_extents_of_a_qemu_export(
 
 
 def test_tcp(tmp_path: pathlib.Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    ready = tmp_path / "pid"
+    port, ready = places.free_port(), tmp_path / "pid"
     argv = ["nbdkit", "-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", str(port)]
     with running([*argv, "-P", str(ready), "pattern", "1M"], ready.exists):
         result = copy_one(connection.Export(("127.0.0.1", port), ""), tmp_path / "out")
@@ -391,13 +388,8 @@ def test_an_export_that_is_not_there(tmp_path: pathlib.Path) -> None:
 @pytest.fixture
 def tiny(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system with room for 1 MiB."""
-    path = tmp_path / "tiny"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mount refused")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    with places.small_file_system(tmp_path / "tiny", MIB) as path:
+        yield path
 
 
 @pytest.mark.may_skip

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests import conftest
-from tests.live import callers, foreign, machines, proxy, test_crash_qemu
+from tests.live import callers, crashing, foreign, machines, proxy
 from virtbackup.nbd import copy
 from virtbackup.tools import manifest, pull
 
@@ -60,16 +60,16 @@ def test_killed_at_every_command(
     fault: proxy.Fault,
 ) -> None:
     """After every other one backup-cleanup comes, after the rest the next backup-start."""
-    machines.image(tmp_path / "a.qcow2", test_crash_qemu.SIZE, "qcow2")
-    machines.image(tmp_path / "b.raw", test_crash_qemu.SIZE)
+    machines.image(tmp_path / "a.qcow2", crashing.SIZE, "qcow2")
+    machines.image(tmp_path / "b.raw", crashing.SIZE)
     out = tmp_path / "out"
     wrong: list[str] = []
     with (
-        test_crash_qemu.machine_behind_proxy(tmp_path) as (machine, between),
+        crashing.machine_behind_proxy(tmp_path) as (machine, between),
         callers.Caller() as caller,
     ):
         state = machine.state()
-        before = test_crash_qemu.files(tmp_path, state_dir)
+        before = crashing.files(tmp_path, state_dir)
         pull_vm = ("virsh-backup", "-c", between.uri, "backup-pull", "vm", str(out))
         # Between two commands is after the one and before the other: unless there is time, once.
         for number in range(0, 200, 1 if conftest.long() else 2):
@@ -78,16 +78,16 @@ def test_killed_at_every_command(
             if between.spoilt is None:
                 assert status == 0
                 break
-            assert status == -signal.SIGKILL
+            assert status != 0, where
             between.disarm()
             is_whole(out)
             if number // 2 % 2 == (fault == "kill-after"):
                 wrong += [f"{problem}: {where}" for problem in clean(machine, between, state_dir)]
             else:
                 for call in ("start", "stop"):
-                    assert test_crash_qemu.run(between, tmp_path, call)[0] == 0, where
+                    assert crashing.run(between, tmp_path, call)[0] == 0, where
             empty(out)
-            left = test_crash_qemu.files(tmp_path, state_dir) ^ before
+            left = crashing.files(tmp_path, state_dir) ^ before
             wrong += [f"{what}: {where}" for what in sorted(left)]
             wrong += [f"{what}: {where}" for what in foreign.problems(machine)]
             assert machine.state() == state, where
@@ -100,14 +100,14 @@ def test_killed_at_every_command(
 def clean(machine: machines.Machine, between: proxy.Proxy, state: pathlib.Path) -> list[str]:
     """Let backup-cleanup do it; what it removed and did not say."""
     # Whoever is served has the command of a client before him behind him.
-    assert test_crash_qemu.program(between.uri, "list")[0] == 0
+    assert crashing.program(between.uri, "list")[0] == 0
     there, server = ours(machine), any(state.glob("private-*/nbd.sock"))
-    status, said = test_crash_qemu.program(between.uri, "backup-cleanup", "vm")
+    status, said = crashing.program(between.uri, "backup-cleanup", "vm")
     assert status == 0, said
     lines = set(said.splitlines())
     silent = there - lines
     assert ("NBD server" in lines) == server, said
-    again = test_crash_qemu.program(between.uri, "backup-cleanup", "vm")
+    again = crashing.program(between.uri, "backup-cleanup", "vm")
     assert again == (0, "Nothing to clean up\n")
     return [f"not told: {what}" for what in sorted(silent)]
 
@@ -131,13 +131,13 @@ with virtbackup.open(sys.argv[1]) as connection:
 
 
 def test_killed_while_it_copies(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> None:
-    machines.image(tmp_path / "a.qcow2", test_crash_qemu.SIZE, "qcow2")
-    machines.image(tmp_path / "b.raw", test_crash_qemu.SIZE)
+    machines.image(tmp_path / "a.qcow2", crashing.SIZE, "qcow2")
+    machines.image(tmp_path / "b.raw", crashing.SIZE)
     out = tmp_path / "out"
-    with test_crash_qemu.machine_behind_proxy(tmp_path) as (machine, between):
+    with crashing.machine_behind_proxy(tmp_path) as (machine, between):
         machine.io("sdb", "write -P 3 0 4M")
         state = machine.state()
-        before = test_crash_qemu.files(tmp_path, state_dir)
+        before = crashing.files(tmp_path, state_dir)
         for advance in range(3):
             argv = [sys.executable, "-c", _KILLED_WHILE_COPYING, between.uri, str(out)]
             killed = subprocess.run([*argv, str(advance)], check=False)
@@ -148,5 +148,5 @@ def test_killed_while_it_copies(tmp_path: pathlib.Path, state_dir: pathlib.Path)
             assert clean(machine, between, state_dir) == []
             empty(out)
             assert machine.state() == state
-            assert test_crash_qemu.files(tmp_path, state_dir) == before
+            assert crashing.files(tmp_path, state_dir) == before
             assert foreign.problems(machine) == []

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from tests.live import certificates, machines, test_pull, test_restore
+from tests.live import certificates, machines, places
 from tests.live.test_readme import ROOT, VM, environment, squeezed
 
 DOCS = ROOT / "docs"
@@ -75,7 +75,7 @@ def test_the_session_about_devices(tmp_path: pathlib.Path) -> None:
     shown = session("devices.md")
     with (
         machines.two_disks(tmp_path, "-name", "vm"),
-        test_restore.loop_device(tmp_path / "device", 65 << 20) as device,
+        places.block_device(tmp_path / "device", 65 << 20) as device,
     ):
         script = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; set -e\n" + "\n".join(
             f"{command} 2>&1; echo END" for command, _ in shown
@@ -113,7 +113,7 @@ def run_tls(number: int, settings: str, directory: pathlib.Path) -> None:
     (directory / "virtbackup.conf").write_text(settings)
     with machines.two_disks(directory, "-name", "vm") as one:
         one.io("vda", "write -P 7 1M 5M")
-        port = str(test_pull.free_port())
+        port = str(places.free_port())
         script = "\n".join(commands).replace("10809", port).replace("/run/", f"{VM}/")
         script = script.replace("backup.example", "localhost").replace("/root/", f"{VM}/root/")
         uri, conf = f"qmp://{VM}/qmp.sock", f"{VM}/virtbackup.conf"

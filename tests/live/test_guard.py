@@ -17,7 +17,7 @@ import pytest
 import virtbackup
 from demo import guest, records
 from tests import waiting
-from tests.live import daemons, machines, scene
+from tests.live import daemons, machines, places, scene
 from virtbackup.qemu import monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
@@ -29,7 +29,7 @@ MIB = 1 << 20
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     """A file system with less room than the disks have."""
-    with scene.small_file_system(tmp_path_factory.mktemp("small"), 24 * MIB) as path:
+    with places.small_file_system(tmp_path_factory.mktemp("small"), 24 * MIB) as path:
         yield path
 
 
@@ -70,8 +70,7 @@ def test_a_start_without_any_room_is_refused_by_name(
     tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
 ) -> None:
     before = machine.state()
-    with (small / "hog").open("wb") as hog:
-        os.posix_fallocate(hog.fileno(), 0, 24 * MIB - scratch.LEAST_FREE // 2)
+    places.fill_up(small, leave=scratch.LEAST_FREE // 2)
     with virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         with pytest.raises(virtbackup.Error, match=f"disk 'vda' in '{small}' needs at least 1 MiB"):
@@ -130,15 +129,14 @@ def test_a_reserved_image_needs_no_more_room(
     tmp_path: pathlib.Path, machine: machines.Machine, named: bool,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    with scene.small_file_system(tmp_path_factory.mktemp("reserve"), 96 * MIB) as room:
+    with places.small_file_system(tmp_path_factory.mktemp("reserve"), 96 * MIB) as room:
         source = f'file="{room}/mine.qcow2"' if named else f'dir="{room}"'
         with virtbackup.open(machine.uri) as conn:
             dom = conn.lookupByID(1)
             before = machine.state()
             dom.backupStart(document(tmp_path, f'{source} reserve="yes"', "sdb"))
             assert 96 * MIB - scratch.free_bytes(str(room)) >= SIZE
-            with (room / "hog").open("wb") as hog:
-                os.posix_fallocate(hog.fileno(), 0, scratch.free_bytes(str(room)))
+            places.fill_up(room)
             machine.io("sdb", f"write -P 2 0 {SIZE}")
             assert dom.backupGetInfo().state == "running"
             assert nbd_is(tmp_path, "sdb", 1)
@@ -381,7 +379,7 @@ def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
     """Nobody watches. Where QEMU can break the backup instead, the guest is not even paused."""
     socket_path = linux.directory / "backup.sock"
     address = f'<domainbackup><address type="unix" path="{socket_path}"/>'
-    with scene.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
+    with places.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
         disks = "".join(
             f'<disk name="{disk.name}"><source dir="{room}"/></disk>' for disk in records.DISKS
         )

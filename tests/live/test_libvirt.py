@@ -20,7 +20,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import certificates, libvirtd, machines, scene
+from tests.live import certificates, libvirtd, machines, places
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, passthrough, process
 from virtbackup.tools import pull, virsh_connection
@@ -892,7 +892,7 @@ def test_scratch_space_that_runs_out_ends_the_backup_and_not_the_guest(
 ) -> None:
     """It is watched by way of libvirt, too."""
     dom = connection.lookupByName("two")
-    with scene.small_file_system(scratch_dir, 3 << 20):
+    with places.small_file_system(scratch_dir, 3 << 20):
         dom.backupStart(document(host))
         for cluster in range(libvirtd.SIZE // libvirtd.CLUSTER):
             two.write("vda", cluster, pattern(1)[cluster * libvirtd.CLUSTER])

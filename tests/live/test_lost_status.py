@@ -13,7 +13,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import machines, proxy, scene
+from tests.live import machines, places, proxy, scene
 from virtbackup.qemu import capabilities
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
@@ -78,8 +78,7 @@ def test_clients_in_the_handshake(machine: machines.Machine, address: str) -> No
     before = machine.state()
     xml = unix(machine)
     if address == "ip":
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = places.free_port()
         xml = f'<address type="ip" host="127.0.0.1" port="{port}"/>'
     start(machine, xml)
     clients = [

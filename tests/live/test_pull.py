@@ -8,7 +8,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import machines
+from tests.live import machines, places
 from virtbackup.nbd import copy
 from virtbackup.tools import manifest, pull
 
@@ -147,13 +146,6 @@ def test_the_bytes_are_those_of_the_start(
     assert "<source file=" in made.domain_xml
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", None])
 def test_a_document_of_the_users(
     machine: machines.Machine,
@@ -166,7 +158,7 @@ def test_a_document_of_the_users(
     before = disks(machine)
     address = f'type="unix" path="{tmp_path}/mine.sock"'
     if host is not None:
-        address = f'type="ip" host="{host}" port="{free_port()}"'
+        address = f'type="ip" host="{host}" port="{places.free_port()}"'
     xml = (
         f'<domainbackup><address {address}/><disks><disk name="sdb" exportname="other"/>'
         '<disk name="vda" present="no"/></disks></domainbackup>'
@@ -288,16 +280,10 @@ def test_a_full_disk(
     machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
 ) -> None:
     state = machine.state()
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(out)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mount refused")
-    try:
+    with places.small_file_system(out, 2 << 20):
         with pytest.raises(virtbackup.Error, match=r"cannot write .*: No space left on device"):
             pull.pull(domain, out, fmt="raw")
         assert list(out.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
     assert machine.state() == state
 
 

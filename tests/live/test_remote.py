@@ -156,7 +156,9 @@ def test_autodestroy_on_libvirts_own(
     assert domain.libvirt.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
 
 
-def test_errors_are_those_of_libvirts_own_client(host: libvirtd.Host, uri: str) -> None:
+def test_errors_are_those_of_libvirts_own_client(
+    host: libvirtd.Host, domain: libvirtd.Domain, uri: str
+) -> None:
     with contextlib.closing(driver.open(uri, False)) as ours:
         nobody = hypervisor.DomainRef("nobody", "0" * 8 + "-0000-4000-8000-" + "0" * 12, None)
         with pytest.raises(virtbackup.Error) as caught:
@@ -165,16 +167,14 @@ def test_errors_are_those_of_libvirts_own_client(host: libvirtd.Host, uri: str) 
         with pytest.raises(virtbackup.Error) as caught:
             ours.domain_monitor_command(nobody, "{}", 1 << 20)
         assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
-    with (
-        contextlib.closing(driver.open(uri, True)) as reader,
-        pytest.raises(virtbackup.Error) as caught,
-    ):
-        reader.domain_suspend(nobody)
-    read_only = libvirt.openReadOnly(host.daemon.uri)
-    their = _their_failure(lambda: read_only.lookupByName("nobody"))
-    assert their[0] == libvirt.VIR_ERR_NO_DOMAIN
-    read_only.close()
-    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED
+    with contextlib.closing(libvirt.openReadOnly(host.daemon.uri)) as read_only:
+        theirs = read_only.lookupByName("two")
+        ref = hypervisor.DomainRef("two", theirs.UUIDString(), theirs.ID())
+        with contextlib.closing(driver.open(uri, True)) as reader:
+            with pytest.raises(virtbackup.Error) as caught:
+                reader.domain_suspend(ref)
+            assert _told(caught.value) == _their_failure(lambda: theirs.suspend())
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED
     with pytest.raises(virtbackup.Error) as caught:
         virtbackup.open(f"{uri}?name=nosuch:///")
     assert _told(caught.value)[::2] == (
@@ -278,6 +278,7 @@ def test_autodestroy_when_the_client_is_killed(
         client.kill()
         client.communicate(timeout=DEADLINE)
         libvirtd.wait_for(lambda: _ended(opened))
+        assert events.get(timeout=DEADLINE) is False
 
 
 def _ended(connection: virtbackup.Connection) -> bool:

@@ -28,7 +28,7 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import callers, machines, scene
+from tests.live import callers, machines, places, scene
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount"),
@@ -91,7 +91,7 @@ class Round:
         self.log = life.log
         self.log.append(f"--- round {number}")
         self.disks = self.rng.choice([("vda", "sdb"), ("vda",), ("sdb",)])
-        self.port = _free_port() if self.rng.random() < 0.3 else None
+        self.port = places.free_port() if self.rng.random() < 0.3 else None
         self.named = self.rng.random() < 0.3
         self.frozen: dict[str, bytes] = {}
         self.wrong: set[str] = set()
@@ -289,14 +289,6 @@ def _listens_on(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 # --- what may happen ------------------------------------------------------------------------------
@@ -577,10 +569,10 @@ class Life:
         if self.one.machine.process.poll() is None:
             self.one.probe("quit")
             self.one.machine.process.wait()
-        for disk, places in self.unsure.items():
+        for disk, ranges in self.unsure.items():
             found = {"vda": ("a.qcow2", "qcow2"), "sdb": ("b.raw", "raw")}[disk]
             now = machines.contents(self.one.directory / found[0], found[1])
-            for offset, length in places:
+            for offset, length in ranges:
                 self.one.live[disk][offset : offset + length] = now[offset : offset + length]
         assert scene.lost_writes(self.one) == []
         FIGURES["machines"] += 1
@@ -598,7 +590,7 @@ def figures() -> Iterator[None]:
 def scratch(
     tmp_path: pathlib.Path, state_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pathlib.Path]:
-    with scene.small_file_system(tmp_path, SPACE) as path:
+    with places.small_file_system(tmp_path, SPACE) as path:
         monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(path))
         yield path
 
@@ -618,7 +610,7 @@ def test_rounds(
     number: int,
 ) -> None:
     done = machine = 0
-    engines = ["classic", "hybrid"] if machines.version() >= (8, 0, 0) else ["classic"]
+    engines = machines.engines()
     engine = engines[number % len(engines)]
     while done < ROUNDS:
         directory = tmp_path_factory.mktemp("machine")

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.live import nbdclient, points, test_copy
+from tests import waiting
+from tests.live import nbdclient, points
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
@@ -138,9 +139,7 @@ def test_the_server_ends_with_a_killed_process(whole: points.Backed) -> None:
         daemon = one.daemon()
         one.process.kill()
         one.process.wait()
-        with subprocess.Popen(["sleep", "20"]) as clock:
-            test_copy.wait_until(lambda: gone(daemon), clock)
-            clock.kill()
+        waiting.until(lambda: gone(daemon))
 
 
 def test_a_killed_server_is_told(whole: points.Backed) -> None:

@@ -16,7 +16,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import machines, nbdclient
+from tests.live import machines, nbdclient, places
 from virtbackup.qemu import monitor, status
 
 START = """
@@ -142,9 +142,7 @@ def test_clients_in_the_handshake_do_not_hang_qemu(
         port = 0
         xml = unix(tmp_path)
         if address == "ip":
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = places.free_port()
             xml = (
                 f'<domainbackup><address type="ip" host="127.0.0.1" port="{port}"/></domainbackup>'
             )
@@ -210,8 +208,6 @@ def test_qemu_restarted_on_the_same_socket(tmp_path: pathlib.Path) -> None:
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
         machine.kill()
-    (tmp_path / "qmp.sock").unlink()
-    (tmp_path / "probe.sock").unlink()
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         before = machine.state()
@@ -229,8 +225,6 @@ def test_start_clears_a_dead_backups_status_by_itself(tmp_path: pathlib.Path) ->
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
         machine.kill()
-    (tmp_path / "qmp.sock").unlink()
-    (tmp_path / "probe.sock").unlink()
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
         assert scratch.exists()

@@ -21,7 +21,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import test_copy
+from tests.live import places, test_copy
 from virtbackup.nbd import copy, qcow2, vhost_user, writer
 
 pytestmark = [
@@ -31,8 +31,6 @@ pytestmark = [
 
 BLOCK = 1 << 16
 PROGRAMS = ("qemu-storage-daemon", "qemu-nbd")
-
-tiny = test_copy.tiny
 
 
 @pytest.fixture(params=PROGRAMS)
@@ -213,14 +211,15 @@ def fill(made: writer.QemuWriter) -> int:
 
 
 @pytest.mark.may_skip
-def test_a_full_file_system(tiny: pathlib.Path, program: str) -> None:
-    made = begun(tiny / "out")
-    with pytest.raises(virtbackup.Error) as raised:
-        fill(made)
-    made.discard()
-    assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
-    assert f"cannot write {tiny}/out: No space left on device" in str(raised.value)
-    assert list(tiny.iterdir()) == []
+def test_a_full_file_system(tmp_path: pathlib.Path, program: str) -> None:
+    with places.small_file_system(tmp_path / "tiny", 1 << 20) as tiny:
+        made = begun(tiny / "out")
+        with pytest.raises(virtbackup.Error) as raised:
+            fill(made)
+        made.discard()
+        assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+        assert f"cannot write {tiny}/out: No space left on device" in str(raised.value)
+        assert list(tiny.iterdir()) == []
 
 
 def test_our_end_is_its_end(tmp_path: pathlib.Path, program: str) -> None:
