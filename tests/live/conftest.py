@@ -59,6 +59,15 @@ def libvirt_host() -> Iterator[libvirtd.Host]:
             yield host
 
 
+@pytest.fixture
+def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
+    """That libvirtd; the test's images are gone afterwards."""
+    yield libvirt_host
+    for path in libvirt_host.directory.iterdir():
+        if not path.is_dir():
+            path.unlink()
+
+
 @pytest.fixture(scope="module")
 def boot() -> Iterator[agents.Boot]:
     """A guest that runs the guest agent."""

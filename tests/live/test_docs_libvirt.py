@@ -64,11 +64,10 @@ def test_what_wants_an_agent(
         assert run(f"{sys.executable} one.py", tmp_path) == "0\n"
 
 
-def test_the_comparison(libvirt_host: libvirtd.Host, tmp_path: pathlib.Path) -> None:
+def test_the_comparison(host: libvirtd.Host, tmp_path: pathlib.Path) -> None:
     """Of a guest that does not write."""
-    path = libvirtd.image(libvirt_host.path("compared.qcow2"), 1)
+    path = libvirtd.image(host.path("compared.qcow2"), 1)
     (tmp_path / "backup.xml").write_text(DOCUMENT.format(tmp_path))
-    with libvirt_host.domain("vm", libvirtd.disk_xml("vda", path)):
-        printed = run(command(1, libvirt_host, tmp_path), tmp_path)
-    path.unlink()
+    with host.domain("vm", libvirtd.disk_xml("vda", path)):
+        printed = run(command(1, host, tmp_path), tmp_path)
     assert "Both showed the same bytes" in printed

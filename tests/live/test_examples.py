@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 import virtbackup
-from tests import waiting
-from tests.live import daemons, machines
+from tests import daemon_scene, waiting
+from tests.live import machines
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -31,9 +31,8 @@ def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
 @pytest.fixture
 def socket(tmp_path: pathlib.Path, machine: machines.Machine) -> Iterator[pathlib.Path]:
     """Of a daemon that serves the machine."""
-    path = tmp_path / "virtbackup-sock"
-    with daemons.daemon(path, machine.uri, log=tmp_path / "daemon.log"):
-        yield path
+    with daemon_scene.running(tmp_path, machine.uri) as served:
+        yield served.path
 
 
 def name_of(machine: machines.Machine) -> str:

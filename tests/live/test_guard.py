@@ -16,8 +16,8 @@ import pytest
 
 import virtbackup
 from demo import guest, records
-from tests import waiting
-from tests.live import daemons, machines, places, scene
+from tests import daemon_scene, waiting
+from tests.live import machines, places, scene
 from virtbackup.qemu import monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
@@ -249,12 +249,11 @@ def test_a_daemon_watches_what_it_finds_running(
     xml = tmp_path / "x.xml"
     xml.write_text(document(tmp_path, f'dir="{small}"'))
     assert virsh(machine.uri, "backup-start", "1", str(xml)).returncode == 0
-    socket, log = tmp_path / "virtbackup-sock", tmp_path / "log"
-    with daemons.daemon(socket, machine.uri, log=log):
-        waiting.until(lambda: "found running" in log.read_text())
+    with daemon_scene.running(tmp_path, machine.uri) as served:
+        waiting.until(lambda: "found running" in served.log.read_text())
         fill(machine, "vda")
         assert machine.probe("query-status")["status"] == "running"
-        done = virsh(f"virtbackup+unix://{socket}", "backup-stop", "1")
+        done = virsh(f"virtbackup+unix://{served.path}", "backup-stop", "1")
         assert done.returncode == 1
         assert "disk 'vda': given up before the scratch image" in done.stderr
     assert machine.probe("query-jobs") == []

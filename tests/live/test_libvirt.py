@@ -7,7 +7,6 @@ import os
 import pathlib
 import pwd
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,21 +19,12 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import certificates, libvirtd, machines, places
+from tests.live import certificates, libvirtd, machines, nbdclient, places
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import capabilities, passthrough, process
+from virtbackup.qemu import capabilities, process
 from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
-
-
-@pytest.fixture
-def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    """The daemon, its images gone after each test."""
-    yield libvirt_host
-    for path in libvirt_host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
 
 
 @pytest.fixture
@@ -460,26 +450,7 @@ def two(host: libvirtd.Host, two_disks_defined: None) -> libvirtd.Domain:
     return libvirtd.Domain(domain)
 
 
-def _kill(domain: "libvirt.virDomain") -> None:
-    pid = passthrough.pid_of(domain)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-
-
-def _shut_down(domain: "libvirt.virDomain") -> None:
-    """What libvirt sees of a guest that shuts down."""
-    with contextlib.suppress(libvirt.libvirtError):  # it may be gone before it answers
-        libvirtd.Domain(domain).monitor("quit")
-
-
-ENDS: dict[str, tuple[Callable[["libvirt.virDomain"], object], str]] = {
-    "destroyed": (lambda domain: domain.destroy(), "the domain was destroyed"),
-    "killed": (_kill, "QEMU crashed or was killed"),
-    "shut down": (_shut_down, "the guest shut down"),
-}
-
-
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("how", libvirtd.ENDS)
 def test_a_domain_that_ends_during_its_backup(
     host: libvirtd.Host,
     connection: virtbackup.Connection,
@@ -489,7 +460,7 @@ def test_a_domain_that_ends_during_its_backup(
     caplog: pytest.LogCaptureFixture,
     how: str,
 ) -> None:
-    end, reason = ENDS[how]
+    end, reason = libvirtd.ENDS[how]
     dom = connection.lookupByName("two")
     dom.backupStart(document(host))
     end(two.libvirt)
@@ -925,7 +896,7 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
         return killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(process.Run, "freeze", after(lambda: _kill(two.libvirt)))
+        patch.setattr(process.Run, "freeze", after(lambda: libvirtd.kill(two.libvirt)))
         with pytest.raises(virtbackup.Error):
             dom.backupStart(document(host))
         assert not list(scratch_dir.iterdir())
@@ -1082,17 +1053,10 @@ CHECKPOINT = "<domaincheckpoint><name>{}</name>{}</domaincheckpoint>"
 
 def changed(socket: pathlib.Path, context: str) -> set[int]:
     """The clusters that an export tells to have changed."""
-    argv = ["nbdinfo", f"--map=qemu:dirty-bitmap:{context}", "--json"]
-    uri = f"nbd+unix:///vda?socket={socket}"
-    said = subprocess.run([*argv, uri], check=True, capture_output=True).stdout
     return {
         cluster
-        for extent in json.loads(said)
-        if extent["type"]
-        for cluster in range(
-            extent["offset"] // libvirtd.CLUSTER,
-            (extent["offset"] + extent["length"]) // libvirtd.CLUSTER,
-        )
+        for offset, length in nbdclient.changed(socket, "vda", context)
+        for cluster in range(offset // libvirtd.CLUSTER, (offset + length) // libvirtd.CLUSTER)
     }
 
 

@@ -20,14 +20,6 @@ from virtbackup.qemu import libvirt_driver
 pytestmark = pytest.mark.needs("libvirtd", "qemu-system-x86_64", "unshare")
 
 
-@pytest.fixture
-def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    yield libvirt_host
-    for path in libvirt_host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
-
-
 @contextlib.contextmanager
 def running(host: libvirtd.Host, name: str, directory: pathlib.Path) -> Iterator[libvirtd.Domain]:
     """A domain with two disks in DIRECTORY."""

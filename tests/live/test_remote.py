@@ -4,7 +4,6 @@ backups it makes by the merged calls; and against a virtbackupd that is killed m
 
 import contextlib
 import logging
-import os
 import pathlib
 import queue
 import signal
@@ -16,7 +15,8 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import daemons, libvirtd
+from tests import daemon_scene
+from tests.live import libvirtd
 from virtbackup import hypervisor
 from virtbackup.remote import driver
 
@@ -25,15 +25,6 @@ pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdco
 DEADLINE = 60.0
 BACKUP_ENDED = virtbackup.VIR_DOMAIN_EVENT_ID_BACKUP_ENDED
 LIFECYCLE = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
-
-
-@pytest.fixture
-def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    """The daemon, its images gone after each test."""
-    yield libvirt_host
-    for path in libvirt_host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
 
 
 @pytest.fixture
@@ -228,17 +219,15 @@ def test_our_daemon_is_killed_during_a_backup(
     host: libvirtd.Host, domain: libvirtd.Domain, tmp_path: pathlib.Path
 ) -> None:
     """The backup runs on, and is stopped through the next daemon, by whoever connects anew."""
-    socket, log = tmp_path / "sock", tmp_path / "log"
-    uri = f"virtbackup+unix://{socket}"
     with virtbackup.open(host.daemon.uri) as local, contextlib.ExitStack() as stack:
-        killed = contextlib.suppress(AssertionError)
-        with killed, daemons.daemon(socket, host.daemon.uri, log=log) as pid:
-            opened = stack.enter_context(virtbackup.open(f"{uri}?reconnect=yes"))
+        with daemon_scene.Program(tmp_path, "--uri", host.daemon.uri) as first:
+            uri = f"virtbackup+unix://{first.path}?reconnect=yes"
+            opened = stack.enter_context(virtbackup.open(uri))
             two = opened.lookupByName("two")
             two.backupStart(document(host, '<branch name="nightly"/>'))
-            os.kill(pid, signal.SIGKILL)
+            first.end(signal.SIGKILL)
         libvirtd.wait_for(lambda: opened.isAlive() == 0)
-        with daemons.daemon(socket, host.daemon.uri, log=log):
+        with daemon_scene.running(tmp_path, host.daemon.uri):
             info = two.backupGetInfo()
             assert info.branch == "nightly"
             assert libvirtd.read(host.path("nbd.sock"), "vda") == libvirtd.pattern(0)
@@ -254,24 +243,26 @@ def test_our_daemon_is_killed_during_a_backup(
 def test_autodestroy_when_the_client_is_killed(
     host: libvirtd.Host, domain: libvirtd.Domain, tmp_path: pathlib.Path
 ) -> None:
-    socket, log = tmp_path / "sock", tmp_path / "log"
-    uri = f"virtbackup+unix://{socket}"
-    flag = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
     code = (
         "import sys, virtbackup\n"
-        f"conn = virtbackup.open({uri!r})\n"
-        f"conn.lookupByName('two').backupStart({document(host)!r}, {flag})\n"
+        "conn = virtbackup.open(sys.argv[1])\n"
+        "flag = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY\n"
+        "conn.lookupByName('two').backupStart(sys.argv[2], flag)\n"
         "print('started', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    with daemons.daemon(socket, host.daemon.uri, log=log), virtbackup.open(uri) as opened:
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(daemon_scene.running(tmp_path, host.daemon.uri))
+        uri = f"virtbackup+unix://{served.path}"
+        opened = stack.enter_context(virtbackup.open(uri))
         events: queue.SimpleQueue[bool] = queue.SimpleQueue()
         opened.domainEventRegisterAny(
             None, BACKUP_ENDED, lambda c, d, good, *_: events.put(good), None
         )
         client = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-c", code, uri, document(host)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
         assert client.stdout is not None
         assert client.stdout.readline() == b"started\n"
         assert opened.lookupByName("two").backupGetInfo().state == "running"
