@@ -54,8 +54,8 @@ class Caller:
         return status
 
     def spoilt(self, between: proxy.Proxy, spoil: tuple[int, proxy.Fault], *call: str) -> int:
-        """Make CALL with a fault of the proxy's, which may kill its process; its exit status, done or
-        killed."""
+        """Make CALL with a fault of the proxy's, which may kill its process; how it ended,
+        done or killed."""
         pid = self.begin(*call)
         between.kill_client = lambda: os.kill(pid, signal.SIGKILL)
         between.arm(*spoil)

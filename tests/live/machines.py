@@ -325,6 +325,16 @@ def contents(path: pathlib.Path, fmt: str) -> bytes:
         return raw.read_bytes()
 
 
+def on_two_disks(machine: Machine) -> dict[str, bytes]:
+    """What the guest of ``two_disks`` has on them at this moment."""
+    for disk in ("vda", "sdb"):
+        machine.io(disk, "flush")
+    return {
+        "vda": contents(machine.directory / "a.qcow2", "qcow2"),
+        "sdb": contents(machine.directory / "b.raw", "raw"),
+    }
+
+
 @contextlib.contextmanager
 def two_disks(directory: pathlib.Path, *extra: str, size: int = 64 << 20) -> Iterator[Machine]:
     """A running QEMU with vda (qcow2, virtio-blk) and sdb (raw, virtio-scsi)."""

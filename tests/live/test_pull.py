@@ -80,16 +80,6 @@ class Watch:
             self._at_advance(index)
 
 
-def disks(machine: machines.Machine) -> dict[str, bytes]:
-    """What the guest reads from its disks at this moment."""
-    for device in ("vda", "sdb"):
-        machine.io(device, "flush")
-    return {
-        "vda": machines.contents(machine.directory / "a.qcow2", "qcow2"),
-        "sdb": machines.contents(machine.directory / "b.raw", "raw"),
-    }
-
-
 def backup(directory: pathlib.Path) -> dict[str, bytes]:
     """The disks of a backup, as its manifest tells them; every file is named there."""
     made = manifest.read(directory)
@@ -118,7 +108,7 @@ def test_the_bytes_are_those_of_the_start(
     fmt: copy.Format,
 ) -> None:
     """The guest writes before the first byte is read, and again at every chunk."""
-    before, state = disks(machine), machine.state()
+    before, state = machines.on_two_disks(machine), machine.state()
     # The guest's own writes make its file grow, and that is told here.
     grows = ("query-block", "query-named-block-nodes")
     source = random.Random(5)
@@ -131,7 +121,7 @@ def test_the_bytes_are_those_of_the_start(
     begin = datetime.datetime.now(datetime.timezone.utc)
     made = pull.pull(domain, out, fmt=fmt, progress=Watch(write, write))
     assert backup(out) == before
-    assert disks(machine) != before
+    assert machines.on_two_disks(machine) != before
     after = machine.state()
     assert [after[key] for key in state if key not in grows] == [
         state[key] for key in state if key not in grows
@@ -155,7 +145,7 @@ def test_a_document_of_the_users(
     tmp_path: pathlib.Path,
     host: str | None,
 ) -> None:
-    before = disks(machine)
+    before = machines.on_two_disks(machine)
     address = f'type="unix" path="{tmp_path}/mine.sock"'
     if host is not None:
         address = f'type="ip" host="{host}" port="{places.free_port()}"'

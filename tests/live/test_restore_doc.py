@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every command that docs/restore.md shows does what it says; and the shell's help with them."""
 
-import contextlib
-import fcntl
-import os
 import pathlib
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 
 import pytest
 
-from tests.live import points
+from tests.live import points, terminals
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = [
@@ -101,17 +95,6 @@ def test_completion(whole: points.Backed) -> None:
 
 
 def test_a_bar_for_people(whole: points.Backed) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-verify"]
-    with subprocess.Popen(
-        [*argv, str(whole.directory)], stderr=theirs, stdout=subprocess.DEVNULL
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of a terminal
-            while part := os.read(ours, 65536):
-                shown += part
-        os.close(ours)
-    assert process.returncode == 0
+    shown, _ = terminals.shown([*argv, str(whole.directory)], "stderr")
     assert b"%|" in shown
