@@ -26,7 +26,7 @@ import pytest
 
 import virtbackup
 from tests import waiting
-from tests.live import libvirtd, machines, nbdclient
+from tests.live import libvirtd, machines, nbdclient, points
 from virtbackup.nbd import copy
 from virtbackup.qemu import status
 from virtbackup.tools import pull
@@ -127,6 +127,12 @@ class Domain:
         [outcome] = self.at_once(command)
         return outcome
 
+    def here(self, command: str) -> Outcome:
+        """The same in this process, which is faster: what comes before or after those at once."""
+        _, *argv = self.argv(command)
+        status, _, error = points.call(*argv)
+        return Outcome(command, status, error)
+
     def good_pulls(self) -> list[pathlib.Path]:
         """Where a whole backup is; only such a directory may have a file in it."""
         good = []
@@ -153,8 +159,8 @@ class Domain:
 
     def end(self) -> None:
         """What the user does in the end."""
-        self.one("stop").check()
-        assert self.one("cleanup") == Outcome("cleanup", 0, "")
+        self.here("stop").check()
+        assert self.here("cleanup") == Outcome("cleanup", 0, "")
 
 
 def _deleted_files(pid: int) -> list[str]:
@@ -196,7 +202,7 @@ def test_every_pair_of_commands_at_once(domain: Domain, running: bool) -> None:
     before = domain.everything()
     for pair in itertools.combinations_with_replacement(COMMANDS, 2):
         if running:
-            assert domain.one("start").status == 0
+            assert domain.here("start").status == 0
         outcomes = domain.at_once(*pair)
         for outcome in outcomes:
             outcome.check()

@@ -628,7 +628,7 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
     for cluster in (3, 4):
         at = cluster * libvirtd.CLUSTER
         seen[at : at + libvirtd.CLUSTER] = b"\xff" * libvirtd.CLUSTER
-    with pytest.raises(libvirt.libvirtError):
+    with pytest.raises(libvirt.libvirtError, match="'block-commit'"):
         domain.blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
     commit(domain, "sdb")
     assert libvirtd.read(socket(host), "vda") == seen
@@ -897,7 +897,7 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
 
     with monkeypatch.context() as patch:
         patch.setattr(process.Run, "freeze", after(lambda: libvirtd.kill(two.libvirt)))
-        with pytest.raises(virtbackup.Error):
+        with pytest.raises(virtbackup.Error, match="monitor"):
             dom.backupStart(document(host))
         assert not list(scratch_dir.iterdir())
         assert not list(state_dir.glob("*.json"))
@@ -950,8 +950,9 @@ def test_jobs_of_libvirts_own(
 # --- connections ----------------------------------------------------------------------------------
 
 
-def test_a_connection_that_is_read_only(host: libvirtd.Host, connection: virtbackup.Connection,
-    two: libvirtd.Domain) -> None:  # fmt: skip
+def test_a_connection_that_is_read_only(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
     dom = connection.lookupByName("two")
     with virtbackup.open(host.daemon.uri, readonly=True) as opened:
         readonly = opened.lookupByName("two")

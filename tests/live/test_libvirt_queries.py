@@ -93,7 +93,7 @@ def test_lookups(host: libvirtd.Host, domain: libvirtd.Domain, driver: Any) -> N
     assert driver.domain_lookup(name="another") is None
     assert driver.domain_lookup(id=4711) is None
     assert driver.domain_lookup(uuid="6695eb01-f6a4-8304-79aa-97f2502e193f") is None
-    with pytest.raises(virtbackup.Error):
+    with pytest.raises(virtbackup.Error, match="Invalid UUID"):
         driver.domain_lookup(uuid="none")
 
 
@@ -270,6 +270,6 @@ def test_without_a_loop_only_the_ends_of_backups(
             doomed.libvirt.destroy()
             reason = libvirtd.end_of_a_transient_domain()  # as this process noted it
             assert listener.next("ended") == ["doomed", uuid, False, reason]
-            with pytest.raises(virtbackup.Error):
+            with pytest.raises(virtbackup.Error, match=reason):
                 dom.backupStop()
             assert listener.close() == []

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.live import points, terminals
+from tests.live import pages, points, terminals
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = [
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(120),
 ]  # fmt: skip
 
-DOC = pathlib.Path(__file__).parents[2] / "docs" / "restore.md"
+PAGE = "restore.md"
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
 
 def commands(block: int, directory: pathlib.Path) -> list[str]:
     """Those of a console block, with their paths in DIRECTORY."""
-    found = re.findall(r"```console\n(.*?)```", DOC.read_text(), re.DOTALL)[block]
+    shown = pages.blocks(pages.DOCS / PAGE, "console")[block]
     program = f"{sys.executable} -m virtbackup.tools.virsh_backup"
     return [
         re.sub(r"(?<=[ =>'])/(backup|restore)\b", rf"{directory}/\1", line).replace(
             "virsh-backup", program, 1
         )
-        for line in re.findall(r"^\$ (.*)$", found, re.MULTILINE)
+        for line in re.findall(r"^\$ (.*)$", shown, re.MULTILINE)
     ]
 
 
