@@ -426,10 +426,10 @@ class Program:
             )
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
-        assert ready
-        said = self.process.stdout.readline().decode()
+        said = self.process.stdout.readline().decode() if ready else "nothing"
         match = re.fullmatch(r"virtbackupd: listening on (.*)\n", said)
         if match is None:
+            self.process.terminate()
             self.process.wait(DEADLINE)
             raise AssertionError(f"{said!r} {self.log.read_text()}")
         self.places = match[1].split(", ")

@@ -101,7 +101,12 @@ class Libvirtd:
         self.log = directory / "libvirtd.log"
         self._parents: list[subprocess.Popen[bytes]] = []
         self._daemon: int | None = None
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            if self._runs():
+                self.kill()
+            raise
 
     @property
     def socket(self) -> pathlib.Path:

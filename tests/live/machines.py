@@ -151,6 +151,7 @@ class Machine:
             waiting.until(self._comes_up, process=self.process)
             waiting.until(self.qmp.is_socket, process=self.process)
         except AssertionError as failure:
+            self.kill()
             said = self.log.read_text()
             raise AssertionError(f"QEMU did not come up: {failure} {said}") from None
 
