@@ -18,10 +18,17 @@ from typing import Any
 import hypothesis
 import pytest
 
-LIVE = pathlib.Path(__file__).parent / "live"
+THIS = pathlib.Path(__file__)
+HERE = THIS.parent
+LIVE = HERE / "live"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 LONG_TIMEOUT = 1800.0
 """Seconds a test may take when it looks longer."""
+
+# An assertion that fails in what tests share tells what it saw, as one in a test does.
+pytest.register_assert_rewrite(
+    "tests.live", *(f"tests.{path.stem}" for path in HERE.glob("[!_]*.py") if path != THIS)
+)
 
 hypothesis.settings.register_profile("short", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("long", parent=None, deadline=None, max_examples=5000)

@@ -421,15 +421,15 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})},
                 pass_fds=pass_fds,
             )
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
-        assert ready
-        said = self.process.stdout.readline().decode()
+        said = self.process.stdout.readline().decode() if ready else "nothing"
         match = re.fullmatch(r"virtbackupd: listening on (.*)\n", said)
         if match is None:
+            self.process.terminate()
             self.process.wait(DEADLINE)
             raise AssertionError(f"{said!r} {self.log.read_text()}")
         self.places = match[1].split(", ")
@@ -455,7 +455,12 @@ class Program:
         return self.wait()
 
     def wait(self) -> int:
-        status = self.process.wait(DEADLINE)
+        try:
+            status = self.process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # it says where it is
+            self.process.wait(DEADLINE)
+            raise AssertionError(f"it does not end: {self.log.read_text()[-9999:]}") from None
         assert self.process.stdout is not None
         self.process.stdout.close()
         return status
@@ -478,6 +483,14 @@ class Program:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.end(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def running(directory: pathlib.Path, *uris: str) -> Iterator[Program]:
+    """``virtbackupd`` for URIS, which is asked to end in the end, and does so in good order."""
+    with Program(directory, *(word for uri in uris for word in ("--uri", uri))) as one:
+        yield one
+        assert one.end() == 0, one.log.read_text()
 
 
 def domain(name: str, id: int | None = 1, number: int | None = None) -> remote_types.NonnullDomain:

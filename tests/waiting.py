@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Waiting for what no event tells."""
 
+import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 DEADLINE = 30.0
 """Seconds, on a machine that does other things too."""
 _LOOK_AGAIN = 0.005
 
 
-def until(what: Callable[[], object], deadline: float = DEADLINE) -> None:
-    """Wait until WHAT holds. Errors: AssertionError."""
+def until(
+    what: Callable[[], object],
+    deadline: float = DEADLINE,
+    process: "subprocess.Popen[Any] | None" = None,
+) -> None:
+    """Wait until WHAT holds. Errors: AssertionError, at once where PROCESS has ended before."""
     end = time.monotonic() + deadline
     while not what():
+        if process is not None:
+            assert process.poll() is None, f"{process.args!r} has ended: {process.returncode}"
         assert time.monotonic() < end, what
         time.sleep(_LOOK_AGAIN)

@@ -25,11 +25,6 @@ ZERO = 2
 """Of a ``base:allocation`` extent: it reads as zeroes."""
 
 
-def engines() -> list[str]:
-    """Those that the QEMU under test has."""
-    return ["classic", "hybrid"] if machines.version() >= (8, 0, 0) else ["classic"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Changes:
     """What an export tells of one disk."""

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import libvirt
@@ -26,7 +26,7 @@ from lxml import etree
 
 from tests import waiting
 from tests.live import machines, nbdclient
-from virtbackup.qemu import lifecycle
+from virtbackup.qemu import lifecycle, passthrough
 
 HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 DEADLINE = 30.0
@@ -101,7 +101,12 @@ class Libvirtd:
         self.log = directory / "libvirtd.log"
         self._parents: list[subprocess.Popen[bytes]] = []
         self._daemon: int | None = None
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            if self._runs():
+                self.kill()
+            raise
 
     @property
     def socket(self) -> pathlib.Path:
@@ -340,6 +345,27 @@ def _undefine(domain: "libvirt.virDomain") -> None:
     )
     with contextlib.suppress(libvirt.libvirtError):
         domain.undefineFlags(flags)
+
+
+def kill(domain: "libvirt.virDomain") -> None:
+    """Its QEMU, by SIGKILL."""
+    pid = passthrough.pid_of(domain)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def _quit(domain: "libvirt.virDomain") -> None:
+    """What libvirt sees of a guest that shuts down."""
+    with contextlib.suppress(libvirt.libvirtError):  # it may be gone before it answers
+        Domain(domain).monitor("quit")
+
+
+ENDS: dict[str, tuple[Callable[["libvirt.virDomain"], object], str]] = {
+    "destroyed": (lambda domain: domain.destroy(), "the domain was destroyed"),
+    "killed": (kill, "QEMU crashed or was killed"),
+    "shut down": (_quit, "the guest shut down"),
+}
+"""How a domain may end: what does it, and why that was, as a backup tells it."""
 
 
 def end_of_a_transient_domain() -> str:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from tests import waiting
+
 STATE_QUERIES = (
     "query-block",
     "query-named-block-nodes",
@@ -52,6 +54,11 @@ def version() -> tuple[int, int, int]:
     assert found is not None, said
     major, minor, micro = map(int, found.groups())
     return major, minor, micro
+
+
+def engines() -> list[str]:
+    """Those that the QEMU under test has."""
+    return ["classic", "hybrid"] if version() >= (8, 0, 0) else ["classic"]
 
 
 class Probe:
@@ -130,6 +137,8 @@ class Machine:
         self.qmp = directory / "qmp.sock"
         self._probe_path = directory / "probe.sock"
         self.log = directory / "qemu.log"
+        for path in (self._probe_path, self.qmp):
+            path.unlink(missing_ok=True)  # of one that was killed
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 ["stdbuf", "-oL", *INTO_ROOT, *argv],
@@ -138,31 +147,25 @@ class Machine:
                 stderr=log,
                 preexec_fn=before_exec,
             )
-        self._wait_for(self._probe_path)
-        self._wait_for(self.qmp)
-        self.probe = self._connect()
+        try:
+            waiting.until(self._comes_up, process=self.process)
+            waiting.until(self.qmp.is_socket, process=self.process)
+        except AssertionError as failure:
+            self.kill()
+            said = self.log.read_text()
+            raise AssertionError(f"QEMU did not come up: {failure} {said}") from None
 
     @property
     def uri(self) -> str:
         return f"qmp://{self.qmp}"
 
-    def _connect(self, deadline: float = 20.0) -> Probe:
-        """The private monitor; a socket is there a moment before somebody listens on it."""
-        end = time.monotonic() + deadline
-        while True:
-            try:
-                return Probe(self._probe_path)
-            except (ConnectionError, json.JSONDecodeError):
-                if self.process.poll() is not None or time.monotonic() > end:
-                    raise
-
-    def _wait_for(self, path: pathlib.Path, deadline: float = 20.0) -> None:
-        end = time.monotonic() + deadline
-        while not path.is_socket():
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"QEMU did not come up: {self.log.read_text()}")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.005)
+    def _comes_up(self) -> bool:
+        """Whether the private monitor answers; its socket is there before somebody listens."""
+        try:
+            self.probe = Probe(self._probe_path)
+        except (FileNotFoundError, ConnectionError, json.JSONDecodeError):
+            return False
+        return True
 
     def state(self) -> dict[str, Any]:
         """What QEMU says of its block layer, comparable before and after a backup."""
@@ -273,7 +276,7 @@ def qemu(
     binary: str = "qemu-system-x86_64",
     before_exec: Callable[[], None] | None = None,
 ) -> Machine:
-    """A guestless QEMU (``-S`` unless ``-S`` is answered by ``cont``) with EXTRA arguments."""
+    """A QEMU without anything to boot and with EXTRA arguments."""
     return Machine(
         directory,
         [
@@ -321,6 +324,16 @@ def contents(path: pathlib.Path, fmt: str) -> bytes:
         argv = ["qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", str(path), str(raw)]
         subprocess.run(argv, check=True)
         return raw.read_bytes()
+
+
+def on_two_disks(machine: Machine) -> dict[str, bytes]:
+    """What the guest of ``two_disks`` has on them at this moment."""
+    for disk in ("vda", "sdb"):
+        machine.io(disk, "flush")
+    return {
+        "vda": contents(machine.directory / "a.qcow2", "qcow2"),
+        "sdb": contents(machine.directory / "b.raw", "raw"),
+    }
 
 
 @contextlib.contextmanager

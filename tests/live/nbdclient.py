@@ -28,3 +28,13 @@ def exports(socket: pathlib.Path) -> dict[str, dict[str, Any]]:
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     return {item["export-name"]: item for item in json.loads(done.stdout)["exports"]}
+
+
+def changed(socket: pathlib.Path, export: str, bitmap: str) -> list[tuple[int, int]]:
+    """(offset, length) of what a bitmap's context tells to have changed, in bytes."""
+    done = subprocess.run(
+        ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{bitmap}", uri(socket, export)],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    return [(extent["offset"], extent["length"]) for extent in told if extent["type"]]

@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import pathlib
 import random
 import shutil
@@ -12,15 +11,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-import xxhash
-
 import virtbackup
-from tests.live import machines
+from tests.live import copies, machines
 from virtbackup.nbd import checksum, copy, qcow2, target, writer
-from virtbackup.tools import chain, manifest, pull, virsh_backup
+from virtbackup.tools import chain, listing, manifest, pull, restore, verify, virsh_backup
 
 SIZE = (4 << 20) + 512
 """One sector more than whole clusters."""
+LAYERS: list[dict[int, int | None]] = [
+    {n: n for n in range(12)},
+    {5: 100, 6: None},
+    {5: None, 7: 102},
+    {8: 103, 5: 104},
+]
+"""Of one disk, in four points (``built``)."""
 UUID = "6a1b5b0c-0000-4000-8000-000000000001"
 FORMATS = {"vda": "qcow2", "sdb": "raw"}
 
@@ -48,12 +52,7 @@ class Guest:
     domain: virtbackup.Domain
 
     def contents(self) -> dict[str, bytes]:
-        for disk in FORMATS:
-            self.machine.io(disk, "flush")
-        return {
-            "vda": machines.contents(self.machine.directory / "a.qcow2", "qcow2"),
-            "sdb": machines.contents(self.machine.directory / "b.raw", "raw"),
-        }
+        return machines.on_two_disks(self.machine)
 
     def back_up(self, to: Backed, fmt: copy.Format | None = None) -> manifest.Manifest:
         """One more point, an increment where that is possible."""
@@ -112,7 +111,7 @@ def built(
         fmt: copy.Format = "qcow2" if below else base
         file = chain_file(number, fmt)
         made = _write(directory / file, fmt, content, layer, below)
-        value = _checksum(content, layer, below is not None)
+        value = copies.defined_checksum(bytes(content), None if below is None else layer)
         algorithm = checksum.INCREMENT if below else checksum.ALGORITHM
         disk = manifest.Disk(
             "vda", file, fmt, size, manifest.Checksum(algorithm, checksum.BLOCK, value), made,
@@ -189,19 +188,39 @@ def _write(
     return where.finish()
 
 
-def _checksum(content: bytearray, layer: Mapping[int, int | None], increment: bool) -> str:
-    """By the definition, in the words of ``virtbackup.nbd.checksum``."""
-    entries: list[bytes] = []
-    starts = range(0, len(content), checksum.BLOCK)
-    for held, run in itertools.groupby(
-        starts, lambda at: not increment or at // checksum.BLOCK in layer
-    ):
-        if held:
-            entries += [xxhash.xxh3_128_digest(content[i : i + checksum.BLOCK]) for i in run]
-        else:
-            entries.append(len(list(run)).to_bytes(16, "big"))
-    value: str = xxhash.xxh3_128_hexdigest(b"".join(entries))
-    return value
+def verified(directory: pathlib.Path, point: str | None = None) -> verify.Verdict:
+    backups = listing.read(directory)
+    return verify.verify(backups, None if point is None else backups.find(point))
+
+
+def flip(path: pathlib.Path, offset: int, bit: int = 1) -> None:
+    """Change a BIT of the byte at OFFSET; once more, and it is as it was."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        [byte] = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ bit]))
+
+
+def find_data(path: pathlib.Path, byte: int) -> int:
+    """Where a cluster of BYTE is in the file."""
+    return path.read_bytes().index(bytes([byte]) * 4096) + 2000
+
+
+def put_back(backed: Backed, out: object, **options: object) -> list[restore.Restored]:
+    """Restore a POINT of OPTIONS, else the newest, to OUT; the rest is for ``restore.restore``."""
+    backups = listing.read(backed.directory)
+    point = backups.find(options.pop("point", None))  # type: ignore[arg-type]
+    cancel = copy.Cancel()
+    try:
+        return restore.restore(backups, point, str(out), cancel=cancel, **options)  # type: ignore[arg-type]
+    finally:
+        cancel.close()
+
+
+def padded(content: bytes) -> bytes:
+    """As a qcow2 image has it: of whole sectors."""
+    return content + bytes(-len(content) % 512)
 
 
 def run(*argv: str) -> tuple[int, str, str]:

@@ -11,8 +11,10 @@ import json
 import pathlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
+
+from tests.live import machines
 
 Fault = Literal[
     "refuse", "lose-reply", "hang-up-before", "hang-up-after", "kill-before", "kill-after",
@@ -40,6 +42,7 @@ class Proxy:
         self.spoilt: str | None = None
         self.kill_client: Callable[[], None] = lambda: None
         self.kill_qemu: Callable[[], None] = lambda: None
+        self.path.unlink(missing_ok=True)  # of one whose QEMU was killed
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -73,6 +76,12 @@ class Proxy:
         _hang_up(self._listener)
         self._thread.join()
         self._listener.close()
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _serve(self) -> None:
         while True:
@@ -165,6 +174,27 @@ class Proxy:
             self.spoilt = execute
             return self.spoil[1]
         return None
+
+
+@contextlib.contextmanager
+def taken_for_qemu(directory: pathlib.Path, *argv: str) -> Iterator[tuple[machines.Machine, Proxy]]:
+    """A QEMU with ARGV, and a proxy whose clients see QEMU's process at the other end."""
+    between = Proxy(directory, directory / "qmp.sock", start=False)
+    with machines.qemu(directory, "-name", "vm", *argv, before_exec=between.listen) as machine:
+        between.kill_qemu = machine.kill
+        between.start()
+        with between:
+            yield machine, between
+
+
+@contextlib.contextmanager
+def spoiled(directory: pathlib.Path, *extra: str) -> Iterator[tuple[machines.Machine, Proxy]]:
+    """A machine, and a proxy for it."""
+    with (
+        machines.two_disks(directory, *extra) as machine,
+        Proxy(directory, machine.qmp) as between,
+    ):
+        yield machine, between
 
 
 def receive(source: socket.socket) -> tuple[bytes, list[int]]:

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import nbd
-import pytest
 
 import virtbackup
 from demo import guest, judge, records
 from tests import waiting
-from tests.live import machines
+from tests.live import machines, places
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import monitor
 
@@ -305,20 +304,6 @@ def lost_writes(one: Scene) -> list[str]:
     return lost
 
 
-@contextlib.contextmanager
-def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
-    """A file system of SIZE bytes at PATH, for as long as this lasts."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not allowed to mount a small file system: this wants root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 def start_and_die(uri: str, xml: str, autodestroy: bool = False) -> None:
     """By a process that is gone afterwards, so that nobody watches."""
     flags = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY if autodestroy else 0
@@ -363,10 +348,7 @@ def start_again(one: Scene) -> str:
 @contextlib.contextmanager
 def full(one: Scene, leave: int = 0) -> Iterator[None]:
     """Somebody else has taken all but LEAVE bytes of the scratch images' file system."""
-    hog = one.scratch / "hog"
-    free = os.statvfs(one.scratch)
-    with hog.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave)
+    hog = places.fill_up(one.scratch, leave)
     try:
         yield
     finally:
@@ -418,6 +400,4 @@ def refused_while_held(one: Scene) -> str:
 
 def start_bare_machine(one: Scene) -> None:
     """Another QEMU, without disks, on the monitor of the one that is gone."""
-    for name in ("qmp.sock", "probe.sock"):
-        (one.directory / name).unlink()
     one.undo.enter_context(machines.qemu(one.directory))

@@ -20,14 +20,14 @@ import pytest
 
 import virtbackup
 from tests import waiting
-from tests.live import branched, machines, scene
+from tests.live import branched, machines, places, scene
 from tests.live.branched import CLUSTER, SIZE, Client
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import block, branch, capabilities, job, naming
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
-ENGINES = branched.engines()
+ENGINES = machines.engines()
 FIRST = "it has no good backup of this branch yet"
 CLUSTERS = SIZE // CLUSTER
 
@@ -40,8 +40,6 @@ def images(directory: pathlib.Path) -> None:
 @contextlib.contextmanager
 def running(directory: pathlib.Path, *extra: str) -> Iterator[machines.Machine]:
     """A QEMU with the images in DIRECTORY, which quits in the end as with a guest's shutdown."""
-    for name in ("qmp.sock", "probe.sock"):
-        (directory / name).unlink(missing_ok=True)
     argv = [word.replace("node-name=", "discard=unmap,node-name=", 1)
             for word in machines.two_disks_of(directory)]  # fmt: skip
     with machines.qemu(directory, *argv, *extra) as machine:
@@ -145,13 +143,7 @@ def test_a_disk_that_is_new_is_full_while_the_others_are_not(
 ) -> None:
     one = client(tmp_path)
     one.backup()
-    machines.image(tmp_path / "c.qcow2", SIZE, "qcow2")
-    machine.probe.exactly(
-        "blockdev-add",
-        {"driver": "qcow2", "node-name": "C",
-         "file": {"driver": "file", "filename": f"{tmp_path}/c.qcow2"}},
-    )  # fmt: skip
-    machine.probe("device_add", driver="scsi-hd", drive="C", id="sdc")
+    add_disk(machine, tmp_path, new=True)
     three = ("vda", "sdb", "sdc")
     one.write(machine, "vda", 5)
     with pytest.raises(virtbackup.Error) as refused:
@@ -235,7 +227,7 @@ def test_a_scratch_image_that_is_full_leaves_the_point(
 ) -> None:
     space = tmp_path / "space"
     space.mkdir()
-    with scene.small_file_system(space, 16 << 20) as scratch:
+    with places.small_file_system(space, 16 << 20) as scratch:
         monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(scratch))
         with scene.scene(tmp_path, scratch, engine) as there:
             one = Client(tmp_path, there.uri)
@@ -260,9 +252,8 @@ def test_a_scratch_image_that_is_full_leaves_the_point(
 def test_a_disk_unplugged_in_the_middle(
     tmp_path: pathlib.Path, machine: machines.Machine, engine: str
 ) -> None:
-
     one = client(tmp_path, engine)
-    add_disk(machine, tmp_path, "c.qcow2")
+    add_disk(machine, tmp_path, new=True)
     one.backup(disks=("sdc",))
     one.write(machine, "sdc", 1)
     one.start(disks=("sdc",))
@@ -274,15 +265,16 @@ def test_a_disk_unplugged_in_the_middle(
     flags = branched.stored(tmp_path / "c.qcow2")
     assert "b" in flags
     assert not any("-next-" in name for name in flags)
-    add_disk(machine, tmp_path, None)
+    add_disk(machine, tmp_path, new=False)
     assert one.backup(type="incremental", disks=("sdc",))["sdc"].clusters() == {1, 2}
 
 
-def add_disk(machine: machines.Machine, directory: pathlib.Path, new: str | None) -> None:
-    """Plug sdc in, made NEW or as it was."""
+def add_disk(machine: machines.Machine, directory: pathlib.Path, *, new: bool) -> None:
+    """Plug sdc in, NEW or as it was."""
+    path = directory / "c.qcow2"
     if new:
-        machines.image(directory / new, SIZE, "qcow2")
-    file = {"driver": "file", "filename": f"{directory}/c.qcow2"}
+        machines.image(path, SIZE, "qcow2")
+    file = {"driver": "file", "filename": str(path)}
     done = machine.probe.exactly(
         "blockdev-add", {"driver": "qcow2", "node-name": "C", "file": file}
     )
@@ -522,9 +514,7 @@ def test_our_next_bitmap_disabled_behind_our_back(
     else:
         with pytest.raises(virtbackup.Error, match="branch 'b' stays at its last point: disk 'vda"):
             one.stop()
-    assert "disk 'vda': its bitmap 'b'" in one.refusal()
-    one.start()
-    one.stop()
+    one.refused_then_full("its bitmap 'b' does not record")
 
 
 def test_our_next_bitmap_removed_from_one_disk_of_two(
@@ -586,7 +576,7 @@ def test_the_branchs_own_bitmap_replaced_in_the_middle(
     one.write(machine, "vda", 2)
     one.read()
     one.stop(cancel=True)
-    assert "disk 'vda': " in one.refusal()
+    one.refused_then_full("its last good backup is not known any more")
 
 
 def test_the_point_removed_behind_our_back(
@@ -727,8 +717,6 @@ def test_a_stop_that_was_killed_is_ended_after_the_guest_came_again(
         one.read()
         judged(tmp_path)
         quit(machine)
-    for name in ("qmp.sock", "probe.sock"):
-        (tmp_path / name).unlink(missing_ok=True)
     with machines.qemu(tmp_path, *other) as machine:
         one.write(machine, "vda", 2)
         one.stop()
@@ -924,8 +912,7 @@ def test_a_guest_whose_disks_are_given_away_in_the_middle(
     one.start(type="incremental")
     machine.probe("stop")
     machine.probe("migrate", uri="exec:cat >/dev/null")
-    while machine.probe("query-migrate")["status"] not in ("completed", "failed"):
-        pass  # the test's own time limit applies
+    waiting.until(lambda: machine.probe("query-migrate")["status"] in ("completed", "failed"))
     assert machine.process.poll() is None
     with contextlib.suppress(virtbackup.Error):
         one.stop(cancel=True)
@@ -969,8 +956,7 @@ def test_bitmaps_that_are_given_away_before_they_are_joined(
         if naming.next_of(bitmap.name)
     ]
     assert joins
-    with contextlib.suppress(virtbackup.Error):
-        one.stop(cancel=True)
+    one.stop(cancel=True)
     with one.domain() as domain:
         domain.branchDelete("b")
     for actions in joins:
@@ -989,8 +975,6 @@ def test_an_overlay_made_while_the_guest_was_down_in_the_middle(tmp_path: pathli
         one.start()
         one.write(machine, "vda", 2)
     machines.image(tmp_path / "over.qcow2", SIZE, "qcow2", backing=tmp_path / "a.qcow2")
-    for name in ("qmp.sock", "probe.sock"):
-        (tmp_path / name).unlink(missing_ok=True)
     over = ("-blockdev", f"qcow2,node-name=O,file.driver=file,file.filename={tmp_path}/over.qcow2",
             "-device", "virtio-blk,drive=O,id=vda")  # fmt: skip
     with machines.qemu(tmp_path, *over) as machine:
@@ -1073,8 +1057,6 @@ def test_drive_syntax(tmp_path: pathlib.Path, engine: str, options: str) -> None
              "-device", "virtio-blk,drive=vda,id=vda")  # fmt: skip
     one = client(tmp_path, engine)
     for round in range(2):
-        for name in ("qmp.sock", "probe.sock"):
-            (tmp_path / name).unlink(missing_ok=True)
         with machines.qemu(tmp_path, *drive) as machine:
             one.backup(type="incremental" if round else "auto")
             one.write(machine, "vda", 1)
@@ -1119,8 +1101,6 @@ def test_a_storage_daemon(tmp_path: pathlib.Path, engine: str) -> None:
     one = Client(tmp_path, f"qmp://{tmp_path}/qmp.sock?engine={engine}")
     argv = ("--blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={tmp_path}/a.qcow2")
     for round in range(2):
-        for name in ("qmp.sock", "probe.sock"):
-            (tmp_path / name).unlink(missing_ok=True)
         with machines.storage_daemon(tmp_path, *argv) as machine:
             if round and machines.version() < (6, 0, 0):
                 # It does not store bitmaps when it quits.

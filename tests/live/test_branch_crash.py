@@ -7,12 +7,8 @@ A stop that returned told it, and so did a second stop after one that was killed
 """
 
 import contextlib
-import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -21,7 +17,7 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import branched, machines, proxy
+from tests.live import branched, callers, machines, proxy
 from tests.live.branched import SIZE, Client
 
 pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(300)]
@@ -29,31 +25,12 @@ pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.t
 Call = Literal["start", "stop"]
 Then = Literal["cleanup", "start", "stop"]
 FOLLOW_UPS: tuple[Then, ...] = ("stop", "start", "cleanup")
-ENGINES = branched.engines()
+ENGINES = machines.engines()
 CHANGING = {
     "nbd-server-start", "add-fd", "blockdev-add", "remove-fd", "transaction", "block-export-add",
     "block-export-del", "job-cancel", "job-dismiss", "blockdev-del", "nbd-server-stop",
 }  # fmt: skip
 """The commands after which QEMU is not what it was before."""
-
-_SERVER = """
-import os, signal, sys, virtbackup
-[domain] = virtbackup.open(sys.argv[1]).listAllDomains()
-while line := sys.stdin.readline():
-    pid = os.fork()
-    if pid == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
-        method, *arguments = line.rstrip("\\n").split("\\t")
-        try:
-            getattr(domain, method)(*arguments)
-        except virtbackup.Error:
-            os._exit(1)
-        os._exit(0)
-    os.waitpid(pid, os.WUNTRACED)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 Spoil = tuple[int, proxy.Fault]
 
@@ -73,32 +50,6 @@ def rounds(
             FOLLOW_UPS if command == "transaction" or long else FOLLOW_UPS[number % 3 :][:1]
         )
     ]
-
-
-class Caller:
-    """Calls methods of the domain, each in a process of its own that the proxy may kill."""
-
-    def __init__(self, between: proxy.Proxy) -> None:
-        self._between = between
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER, between.uri],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def call(self, spoil: Spoil, *words: str) -> int:
-        """The exit status: 0 done, 1 refused, -9 killed."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write("\t".join(" ".join(word.split("\n")) for word in words) + "\n")
-        self._server.stdin.flush()
-        pid = int(self._server.stdout.readline())
-        self._between.kill_client = lambda: os.kill(pid, signal.SIGKILL)
-        self._between.arm(*spoil)
-        os.kill(pid, signal.SIGCONT)
-        return int(self._server.stdout.readline())
-
-    def close(self) -> None:
-        self._server.communicate()
 
 
 class Sweep:
@@ -174,16 +125,17 @@ def closed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(directory: pathlib.Path) -> Iterator[tuple[machines.Machine, proxy.Proxy, Caller]]:
-    with machines.two_disks(directory, size=SIZE) as machine:
-        between = proxy.Proxy(directory, machine.qmp)
-        caller = Caller(between)
-        try:
-            yield machine, between, caller
-        finally:
-            caller.close()
-            branched.close()
-            between.close()
+def watched(
+    directory: pathlib.Path,
+) -> Iterator[tuple[machines.Machine, proxy.Proxy, callers.Caller]]:
+    """A machine, somebody between it and us, and who calls by way of him."""
+    with (
+        machines.two_disks(directory, size=SIZE) as machine,
+        proxy.Proxy(directory, machine.qmp) as between,
+        callers.Caller(between.uri) as caller,
+        contextlib.closing(branched),
+    ):
+        yield machine, between, caller
 
 
 def client(directory: pathlib.Path, engine: str) -> Client:
@@ -217,7 +169,7 @@ def kill(
     sweep: Sweep,
     machine: machines.Machine,
     between: proxy.Proxy,
-    caller: Caller,
+    caller: callers.Caller,
     call: Call,
     spoil: Spoil,
     then: Then,
@@ -226,17 +178,16 @@ def kill(
     one = sweep.one
     sweep.write(machine)
     if call == "start":
-        status = caller.call(spoil, "backupStart", one.document(disks=sweep.disks))
+        status = caller.spoilt(between, spoil, "", "backupStart", one.document(disks=sweep.disks))
     else:
         sweep.begin()
         one.read()
         sweep.write(machine)
-        status = caller.call(spoil, "backupStop")
+        status = caller.spoilt(between, spoil, "", "backupStop")
         if status == 0:
             one.copies.update(one.pending)
     where = f"{spoil[1]} {spoil[0]} {between.spoilt}, then {then}"
     between.disarm()
-    assert status in (0, -signal.SIGKILL), where
     sweep.write(machine)
     if call == "start" and status == 0:
         one.stop(cancel=True)
@@ -268,25 +219,16 @@ def new_qemu(
     directory: pathlib.Path, how: Literal["killed", "quit"]
 ) -> Iterator[tuple[machines.Machine, proxy.Proxy]]:
     """A QEMU with the image in DIRECTORY; clients of the proxy see its pid. It can end as HOW."""
-    for name in ("qmp.sock", "probe.sock", "proxy.sock"):
-        (directory / name).unlink(missing_ok=True)
-    between = proxy.Proxy(directory, directory / "qmp.sock", start=False)
     argv = machines.two_disks_of(directory)[:4]
-    with machines.qemu(directory, "-name", "vm", *argv, before_exec=between.listen) as machine:
+    with proxy.taken_for_qemu(directory, *argv) as (machine, between):
 
         def end() -> None:
-            if how == "quit":
-                machine.probe.reply("quit")
-                machine.process.wait(20)
-            else:
-                machine.kill()
+            machine.probe.reply("quit")
+            machine.process.wait(20)
 
-        between.kill_qemu = end
-        between.start()
-        try:
-            yield machine, between
-        finally:
-            between.close()
+        if how == "quit":
+            between.kill_qemu = end
+        yield machine, between
 
 
 @pytest.mark.parametrize("call", ["start", "stop"])

@@ -63,8 +63,6 @@ class Life:
     # --- the guest ---
 
     def boot(self) -> None:
-        for name in ("qmp.sock", "probe.sock"):
-            (self.directory / name).unlink(missing_ok=True)
         options = "discard=unmap,file.discard=unmap,file.driver=file,file.filename="
         self.machine = machines.qemu(
             self.directory, "-name", "vm", "-uuid", "6a1b5b0c-0000-4000-8000-000000000001",
@@ -101,7 +99,7 @@ class Life:
         length = self.rng.randrange(
             1, 1 + (1 << 20 if self.rng.random() < 0.2 else 1 << 17) // grain
         )
-        length = max(1, length) * grain
+        length *= grain
         offset = self.rng.randrange(0, (SIZE - length) // grain + 1) * grain
         byte = 0 if what != "bytes" else self.rng.randrange(1, 256)
         command = {"bytes": f"write -P {byte}", "zeroes": "write -z", "discard": "discard"}[what]

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The data mover against real servers, good and bad: nbdkit with its filters, QEMU's own."""
 
-import contextlib
 import gc
 import os
 import pathlib
 import random
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import libvirt
 import pytest
-import xxhash
 
 import virtbackup
-from tests.live import nbdclient
+from tests.live import copies, places
 from virtbackup.nbd import checksum, connection, copy, writer
 
 pytestmark = [
@@ -31,76 +28,6 @@ MIB = 1 << 20
 FORMATS: tuple[copy.Format, ...] = ("raw", "qcow2")
 
 
-class Server:
-    """A server process, one export of it, and the whole of what it serves."""
-
-    def __init__(self, process: subprocess.Popen[bytes], export: connection.Export) -> None:
-        self.process = process
-        self.export = export
-
-    def contents(self) -> bytes:
-        """By nbdcopy, in requests that every server of these tests takes."""
-        assert isinstance(self.export.server, str)
-        uri = nbdclient.uri(pathlib.Path(self.export.server), self.export.name)
-        argv = ["nbdcopy", "--request-size=16384", uri, "-"]
-        return subprocess.run(argv, check=True, capture_output=True, timeout=60).stdout
-
-
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
-    while not ready():
-        assert process.poll() is None, f"{process.args!r} ended: {process.returncode}"
-        assert time.monotonic() < deadline, process.args
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.005)
-
-
-@contextlib.contextmanager
-def running(argv: list[str], ready: Callable[[], bool]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(ready, process)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextlib.contextmanager
-def nbdkit(directory: pathlib.Path, *argv: str) -> Iterator[Server]:
-    """An nbdkit with ARGV on a unix socket."""
-    path, ready = directory / "kit.sock", directory / "kit.pid"
-    for old in (path, ready):
-        old.unlink(missing_ok=True)
-    command = ["nbdkit", "-f", "--exit-with-parent", "-U", str(path), "-P", str(ready), *argv]
-    with running(command, ready.exists) as process:
-        yield Server(process, connection.Export(str(path), "disk"))
-
-
-@contextlib.contextmanager
-def qemu_nbd(directory: pathlib.Path, *argv: str) -> Iterator[Server]:
-    """A read-only qemu-nbd with ARGV on a unix socket, for any number of clients."""
-    path = directory / "qemu.sock"
-    command = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "disk", "-k", str(path), *argv]
-    with running(command, lambda: accepts(path)) as process:
-        yield Server(process, connection.Export(str(path), "disk"))
-
-
-def accepts(path: pathlib.Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        try:
-            client.connect(str(path))
-        except OSError:
-            return False
-        return True
-
-
-def defined_checksum(disk: bytes) -> str:
-    digests = [xxhash.xxh3_128_digest(disk[i : i + BLOCK]) for i in range(0, len(disk), BLOCK)]
-    value: str = xxhash.xxh3_128_hexdigest(b"".join(digests))
-    return value
-
-
 def copy_one(
     export: connection.Export,
     path: pathlib.Path,
@@ -111,25 +38,12 @@ def copy_one(
     return copy.copy([copy.Job(export, path, fmt)], progress=progress, cancel=cancel)[0]
 
 
-def image_bytes(path: pathlib.Path, fmt: str) -> bytes:
-    """What QEMU reads from an image that it has found whole."""
-    if fmt == "raw":
-        return path.read_bytes()
-    subprocess.run(["qemu-img", "check", "-q", "-f", fmt, path], check=True)
-    raw = path.with_suffix(".flat")
-    subprocess.run(["qemu-img", "convert", "-f", fmt, "-O", "raw", path, raw], check=True)
-    try:
-        return raw.read_bytes()
-    finally:
-        raw.unlink()
-
-
 def assert_copied(path: pathlib.Path, fmt: str, disk: bytes, result: copy.Result) -> None:
     """PATH has DISK, a qcow2 rounded up to sectors, and RESULT describes it."""
     size = len(disk) if fmt == "raw" else -(-len(disk) // 512) * 512
-    assert image_bytes(path, fmt) == disk.ljust(size, b"\0")
+    assert copies.image_bytes(path, fmt) == disk.ljust(size, b"\0")
     assert result.size == len(disk)
-    assert result.checksum == defined_checksum(disk)
+    assert result.checksum == copies.defined_checksum(disk)
     assert result.stored == path.stat().st_blocks * 512
 
 
@@ -145,33 +59,6 @@ def refused(
         copy_one(export, directory / "out", "qcow2", progress, cancel)
     assert set(directory.iterdir()) <= kept
     return raised.value
-
-
-class Watch:
-    """Progress that counts, and does something at the first byte or at the start."""
-
-    def __init__(
-        self,
-        at_first_byte: Callable[[], object] | None = None,
-        at_start: Callable[[], object] | None = None,
-    ) -> None:
-        self.sizes: dict[int, int] = {}
-        self.counts: dict[int, int] = {}
-        self._at_first_byte = at_first_byte
-        self._at_start = at_start
-
-    def start(self, index: int, size: int) -> None:
-        self.sizes[index] = size
-        self.counts[index] = 0
-        if self._at_start is not None:
-            self._at_start()
-
-    def advance(self, index: int, count: int) -> None:
-        assert count > 0
-        if self._at_first_byte is not None:
-            self._at_first_byte()
-            self._at_first_byte = None
-        self.counts[index] += count
 
 
 # --- what is copied is what is served -------------------------------------------------------------
@@ -201,7 +88,7 @@ class Watch:
     ids=lambda argv: " ".join(argv)[:40],
 )  # fmt: skip
 def test_nbdkit(tmp_path: pathlib.Path, argv: tuple[str, ...], fmt: copy.Format) -> None:
-    with nbdkit(tmp_path, *argv) as server:
+    with copies.nbdkit(tmp_path, *argv) as server:
         disk = server.contents()
         result = copy_one(server.export, tmp_path / "out", fmt)
     assert_copied(tmp_path / "out", fmt, disk, result)
@@ -224,7 +111,7 @@ def test_many_tiny_extents_of_a_qemu_export(
     tmp_path: pathlib.Path, grain: int, fmt: copy.Format
 ) -> None:
     disk = alternating(tmp_path / "disk", 1200 * 2 * grain if grain == 4096 else 24 * MIB, grain)
-    with qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
         result = copy_one(server.export, tmp_path / "out", fmt)
     assert_copied(tmp_path / "out", fmt, disk, result)
     if grain >= BLOCK:
@@ -234,12 +121,9 @@ def test_many_tiny_extents_of_a_qemu_export(
 
 
 def test_tcp(tmp_path: pathlib.Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    ready = tmp_path / "pid"
+    port, ready = places.free_port(), tmp_path / "pid"
     argv = ["nbdkit", "-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", str(port)]
-    with running([*argv, "-P", str(ready), "pattern", "1M"], ready.exists):
+    with copies.running([*argv, "-P", str(ready), "pattern", "1M"], ready.exists):
         result = copy_one(connection.Export(("127.0.0.1", port), ""), tmp_path / "out")
     pattern = b"".join(i.to_bytes(8, "big") for i in range(0, MIB, 8))
     assert_copied(tmp_path / "out", "raw", pattern, result)
@@ -247,10 +131,10 @@ def test_tcp(tmp_path: pathlib.Path) -> None:
 
 def test_several_disks_at_once(tmp_path: pathlib.Path) -> None:
     """More disks than buffers for each: the memory is shared out, each disk is its own."""
-    with nbdkit(tmp_path, "--filter=exportname", "sparse-random", "16M", "seed=7") as server:
+    with copies.nbdkit(tmp_path, "--filter=exportname", "sparse-random", "16M", "seed=7") as server:
         disk = server.contents()
         jobs = [copy.Job(server.export, tmp_path / f"out{i}", FORMATS[i % 2]) for i in range(20)]
-        watch = Watch()
+        watch = copies.Watch()
         results = copy.copy(jobs, progress=watch)
     for i, result in enumerate(results):
         assert_copied(tmp_path / f"out{i}", FORMATS[i % 2], disk, result)
@@ -271,14 +155,14 @@ def test_zeroes_are_not_stored(
 ) -> None:
     """Told to be zero by the server, or found to be zero where the server says data."""
     argv = (*filters, "data", "@8388608 1 @33554432 0*262144 2 @50331647 3*65536 @67108863 0")
-    with nbdkit(tmp_path, *argv) as server:
+    with copies.nbdkit(tmp_path, *argv) as server:
         disk = server.contents()
         result = copy_one(server.export, tmp_path / "out", fmt)
     assert_copied(tmp_path / "out", fmt, disk, result)
     blocks = sum(any(disk[i : i + BLOCK]) for i in range(0, len(disk), BLOCK))
     assert 0 < blocks < 8
     assert result.stored <= (blocks + 6) * BLOCK
-    assert result.read == (len(disk) if filters else result.read)
+    assert result.read == (len(disk) if filters else blocks * BLOCK)
 
 
 def test_a_qcow2_in_any_order(tmp_path: pathlib.Path) -> None:
@@ -307,7 +191,7 @@ def test_a_qcow2_in_any_order(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_huge_empty_disk_takes_no_time_and_no_space(tmp_path: pathlib.Path) -> None:
-    with nbdkit(tmp_path, "memory", "2T") as server:
+    with copies.nbdkit(tmp_path, "memory", "2T") as server:
         result = copy_one(server.export, tmp_path / "out", "qcow2")
     assert (result.size, result.read) == (2 << 40, 0)
     assert result.stored < MIB
@@ -318,7 +202,9 @@ def test_a_huge_empty_disk_takes_no_time_and_no_space(tmp_path: pathlib.Path) ->
 
 def test_the_checksum_is_the_same_however_it_is_read(tmp_path: pathlib.Path) -> None:
     size = 9 * MIB + 1000
-    with nbdkit(tmp_path, "--filter=truncate", "sparse-random", "16M", f"truncate={size}") as kit:
+    with copies.nbdkit(
+        tmp_path, "--filter=truncate", "sparse-random", "16M", f"truncate={size}"
+    ) as kit:
         wanted = copy.checksum_of_export(kit.export)
         for fmt in FORMATS:
             assert copy_one(kit.export, tmp_path / fmt, fmt).checksum == wanted
@@ -353,7 +239,7 @@ def test_a_read_error_names_export_and_offset(tmp_path: pathlib.Path) -> None:
         f"file.image.filename={tmp_path}/disk,"
         f"file.inject-error.0.event=none,file.inject-error.0.sector={5 * MIB // 512}"
     )
-    with qemu_nbd(tmp_path, "--image-opts", options) as server:
+    with copies.qemu_nbd(tmp_path, "--image-opts", options) as server:
         error = refused(tmp_path, server.export)
         assert server.process.poll() is None
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
@@ -362,14 +248,14 @@ def test_a_read_error_names_export_and_offset(tmp_path: pathlib.Path) -> None:
 
 def test_an_allocation_error_is_an_error(tmp_path: pathlib.Path) -> None:
     argv = ("--filter=error", "memory", "4M", "error-extents=EIO", "error-extents-rate=100%")
-    with nbdkit(tmp_path, *argv) as server:
+    with copies.nbdkit(tmp_path, *argv) as server:
         error = refused(tmp_path, server.export)
     assert "cannot read allocation of export 'disk' at offset 0: Input/output error" in str(error)
 
 
 def test_a_server_killed_in_the_middle(tmp_path: pathlib.Path) -> None:
-    with nbdkit(tmp_path, "--filter=delay", "pattern", "64M", "rdelay=10ms") as server:
-        error = refused(tmp_path, server.export, Watch(at_first_byte=server.process.kill))
+    with copies.nbdkit(tmp_path, "--filter=delay", "pattern", "64M", "rdelay=10ms") as server:
+        error = refused(tmp_path, server.export, copies.Watch(at_first_byte=server.process.kill))
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
     # The second connection may have nothing in flight just then.
     assert "export 'disk' at offset " in str(error) or "cannot talk to export 'disk'" in str(error)
@@ -382,7 +268,7 @@ def test_a_server_that_is_not_there(tmp_path: pathlib.Path) -> None:
 
 def test_an_export_that_is_not_there(tmp_path: pathlib.Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(MIB))
-    with qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
         assert isinstance(server.export.server, str)
         error = refused(tmp_path, connection.Export(server.export.server, "other"))
     assert "cannot connect to export 'other'" in str(error)
@@ -391,19 +277,17 @@ def test_an_export_that_is_not_there(tmp_path: pathlib.Path) -> None:
 @pytest.fixture
 def tiny(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system with room for 1 MiB."""
-    path = tmp_path / "tiny"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mount refused")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    with places.small_file_system(tmp_path / "tiny", MIB) as path:
+        yield path
 
 
 @pytest.mark.may_skip
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_full_target(tmp_path: pathlib.Path, tiny: pathlib.Path, fmt: copy.Format) -> None:
-    with nbdkit(tmp_path, "pattern", "8M") as server, pytest.raises(virtbackup.Error) as raised:
+    with (
+        copies.nbdkit(tmp_path, "pattern", "8M") as server,
+        pytest.raises(virtbackup.Error) as raised,
+    ):
         copy_one(server.export, tiny / "out", fmt)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
     assert f"cannot write {tiny}/out: No space left on device" in str(raised.value)
@@ -416,7 +300,7 @@ def test_one_disk_that_fails_takes_the_others_with_it(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with nbdkit(tmp_path, "pattern", "8M") as server:
+    with copies.nbdkit(tmp_path, "pattern", "8M") as server:
         paths = [(out / "a", 0), (tiny / "b", 1), (out / "c", 0)]
         jobs = [copy.Job(server.export, path, FORMATS[n]) for path, n in paths]
         with pytest.raises(virtbackup.Error, match="No space left"):
@@ -426,7 +310,7 @@ def test_one_disk_that_fails_takes_the_others_with_it(
 
 def test_a_file_that_exists_is_not_touched(tmp_path: pathlib.Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with nbdkit(tmp_path, "pattern", "1M") as server:
+    with copies.nbdkit(tmp_path, "pattern", "1M") as server:
         error = refused(tmp_path, server.export)
     assert f"cannot create {tmp_path}/out: File exists" in str(error)
     assert (tmp_path / "out").read_text() == "mine"
@@ -446,9 +330,9 @@ def test_cancel_wakes_a_copy_that_waits(tmp_path: pathlib.Path) -> None:
 
     thread = threading.Thread(target=when_started)
     thread.start()
-    with nbdkit(tmp_path, "--filter=delay", "memory", "4M", "delay-extents=60") as server:
+    with copies.nbdkit(tmp_path, "--filter=delay", "memory", "4M", "delay-extents=60") as server:
         begin = time.monotonic()
-        error = refused(tmp_path, server.export, Watch(at_start=started.set), cancel)
+        error = refused(tmp_path, server.export, copies.Watch(at_start=started.set), cancel)
     thread.join()
     cancel.close()
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
@@ -457,8 +341,8 @@ def test_cancel_wakes_a_copy_that_waits(tmp_path: pathlib.Path) -> None:
 
 def test_cancel_in_the_middle(tmp_path: pathlib.Path) -> None:
     cancel = copy.Cancel()
-    watch = Watch(at_first_byte=cancel.set)
-    with nbdkit(tmp_path, "pattern", "256M") as server:
+    watch = copies.Watch(at_first_byte=cancel.set)
+    with copies.nbdkit(tmp_path, "pattern", "256M") as server:
         error = refused(tmp_path, server.export, watch, cancel)
     cancel.close()
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
@@ -469,12 +353,12 @@ def test_nothing_is_left_of_a_copy(tmp_path: pathlib.Path) -> None:
     """No thread, no descriptor, good or bad."""
     gc.collect()  # what an earlier test left to it may hold descriptors
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    with nbdkit(tmp_path, "pattern", "64M") as server:
+    with copies.nbdkit(tmp_path, "pattern", "64M") as server:
         copy_one(server.export, tmp_path / "out")
         copy.checksum_of_file(tmp_path / "out", "raw")
         (tmp_path / "out").unlink()
         refused(tmp_path, connection.Export(str(tmp_path / "none.sock"), "disk"))
-        refused(tmp_path, server.export, Watch(at_first_byte=server.process.kill))
+        refused(tmp_path, server.export, copies.Watch(at_first_byte=server.process.kill))
     gc.collect()
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
@@ -495,7 +379,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 @pytest.mark.parametrize(("argv", "disks"), [(("pattern", "512M"), 1), (("pattern", "32M"), 20)])
 def test_memory_has_a_bound(tmp_path: pathlib.Path, argv: tuple[str, str], disks: int) -> None:
-    with nbdkit(tmp_path, *argv) as server:
+    with copies.nbdkit(tmp_path, *argv) as server:
         assert isinstance(server.export.server, str)
         done = subprocess.run(
             [sys.executable, "-c", _PEAK, server.export.server, str(disks)],

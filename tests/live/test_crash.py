@@ -2,10 +2,6 @@
 """We are killed before and after every QMP command; whoever comes next finds all that is ours."""
 
 import pathlib
-import signal
-import socket
-import subprocess
-import sys
 from typing import Literal
 
 import libvirt
@@ -13,35 +9,7 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import proxy, test_undo
-
-CALL = """
-import sys, virtbackup
-dom = virtbackup.open(sys.argv[1]).lookupByID(1)
-print("ready", flush=True)
-sys.stdin.readline()
-getattr(dom, sys.argv[2])(*sys.argv[3:])
-"""
-
-
-def call(between: proxy.Proxy, *argv: str, spoil: tuple[int, proxy.Fault]) -> int:
-    """A process of its own calls a method of the domain; its exit status."""
-    between.disarm()
-    with subprocess.Popen(
-        [sys.executable, "-c", CALL, between.uri, *argv],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        between.kill_client = process.kill
-        between.arm(*spoil)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        process.wait(60)
-    assert process.returncode in (0, -signal.SIGKILL)
-    return process.returncode
-
+from tests.live import callers, crashing, places, proxy
 
 STEP = 1 if conftest.long() else 2
 """Between two commands is after the one and before the other: unless there is time, once."""
@@ -57,35 +25,37 @@ def test_killed_in_the_middle_of_a_start(
     then: str,
     address: str,
 ) -> None:
-    with test_undo.spoiled(tmp_path) as (machine, between):
-        before, files_before = machine.state(), test_undo.files(tmp_path, state_dir)
-        xml = test_undo.document(tmp_path, named=True)
+    with (
+        proxy.spoiled(tmp_path) as (machine, between),
+        callers.Caller(between.uri) as caller,
+    ):
+        before, files_before = machine.state(), crashing.files(tmp_path, state_dir)
+        xml = crashing.document(tmp_path, named=True)
         if address == "ip":
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
             unix = f'type="unix" path="{tmp_path}/nbd.sock"'
             assert unix in xml
-            xml = xml.replace(unix, f'type="ip" host="127.0.0.1" port="{port}"')
+            xml = xml.replace(unix, f'type="ip" host="127.0.0.1" port="{places.free_port()}"')
         number = 0
-        while call(between, "backupStart", xml, spoil=(number, fault)) != 0:
+        while caller.spoilt(between, (number, fault), "", "backupStart", xml) != 0:
             where = f"{fault} {between.spoilt}"
             between.disarm()
             with virtbackup.open(between.uri) as conn:
                 dom = conn.lookupByID(1)
                 if then == "start":
-                    start_after_crash(dom, xml)
+                    crashing.start_after_crash(dom, xml)
                 elif machine.state() != before:
                     clean_after_crash(dom)
                     assert dom.backupCleanup() == [], where
             assert machine.state() == before, where
             if then == "start":
-                assert test_undo.files(tmp_path, state_dir) == files_before, where
+                assert crashing.files(tmp_path, state_dir) == files_before, where
             number += STEP
         assert number > 8
         between.disarm()
         with virtbackup.open(between.uri) as conn:
             conn.lookupByID(1).backupStop()
         assert machine.state() == before
+        assert crashing.files(tmp_path, state_dir) == files_before
 
 
 def clean_after_crash(dom: virtbackup.Domain) -> None:
@@ -97,36 +67,30 @@ def clean_after_crash(dom: virtbackup.Domain) -> None:
         dom.backupStop()
 
 
-def start_after_crash(dom: virtbackup.Domain, xml: str) -> None:
-    """The next start does its own cleaning; where the killed one had come to run, it says so."""
-    try:
-        dom.backupStart(xml)
-    except virtbackup.Error as failure:
-        assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
-    dom.backupStop()
-
-
 @pytest.mark.parametrize("fault", ["kill-before", "kill-after"])
 def test_killed_in_the_middle_of_a_stop(
     tmp_path: pathlib.Path,
     state_dir: pathlib.Path,
     fault: Literal["kill-before", "kill-after"],
 ) -> None:
-    with test_undo.spoiled(tmp_path) as (machine, between):
-        before, files_before = machine.state(), test_undo.files(tmp_path, state_dir)
-        xml = test_undo.document(tmp_path, named=True)
+    with (
+        proxy.spoiled(tmp_path) as (machine, between),
+        callers.Caller(between.uri) as caller,
+    ):
+        before, files_before = machine.state(), crashing.files(tmp_path, state_dir)
+        xml = crashing.document(tmp_path, named=True)
         number = 0
         while True:
             between.disarm()
             with virtbackup.open(between.uri) as conn:
                 dom = conn.lookupByID(1)
                 dom.backupStart(xml)
-                status = call(between, "backupStop", spoil=(number, fault))
+                status = caller.spoilt(between, (number, fault), "", "backupStop")
                 where = f"{fault} {between.spoilt}"
                 between.disarm()
-                test_undo.finish(dom)
+                crashing.finish(dom)
             assert machine.state() == before, where
-            assert test_undo.files(tmp_path, state_dir) == files_before, where
+            assert crashing.files(tmp_path, state_dir) == files_before, where
             if status == 0:
                 break
             number += STEP

@@ -2,68 +2,20 @@
 """A pull is killed before and after every QMP command, and while it copies; whoever comes next
 removes all that is ours and says so, and what is somebody else's stays."""
 
-import concurrent.futures
-import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from tests import conftest
-from tests.live import foreign, machines, proxy, test_crash_qemu
+from tests.live import callers, crashing, foreign, machines, proxy
 from virtbackup.nbd import copy
 from virtbackup.tools import manifest, pull
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
-
-_FORKER = """
-import os, signal, sys
-from virtbackup.tools import pull, virsh_backup
-while line := sys.stdin.readline():
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(2, 1)
-        sys.stdin = open(os.devnull)
-        os._exit(virsh_backup.main(line.split()))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forker:
-    """Runs virsh-backup, each time in a process of its own that has imported everything."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _FORKER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def run(self, between: proxy.Proxy, *argv: str) -> int:
-        """The exit status, negative for a signal; the proxy's fault may kill it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        pid: concurrent.futures.Future[int] = concurrent.futures.Future()
-        between.kill_client = lambda: os.kill(pid.result(), signal.SIGKILL)
-        self._process.stdin.write(" ".join(("-c", between.uri, *argv)) + "\n")
-        self._process.stdin.flush()
-        pid.set_result(int(self._process.stdout.readline()))
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """End it; nothing that it ran may have had a traceback."""
-        assert "Traceback" not in self._process.communicate(timeout=30)[1]
-
-
-@pytest.fixture
-def forker(state_dir: pathlib.Path) -> Iterator[Forker]:
-    running = Forker()
-    yield running
-    running.close()
 
 
 def ours(machine: machines.Machine) -> set[str]:
@@ -105,35 +57,37 @@ def empty(directory: pathlib.Path) -> None:
 def test_killed_at_every_command(
     tmp_path: pathlib.Path,
     state_dir: pathlib.Path,
-    forker: Forker,
     fault: proxy.Fault,
 ) -> None:
     """After every other one backup-cleanup comes, after the rest the next backup-start."""
-    machines.image(tmp_path / "a.qcow2", test_crash_qemu.SIZE, "qcow2")
-    machines.image(tmp_path / "b.raw", test_crash_qemu.SIZE)
+    machines.image(tmp_path / "a.qcow2", crashing.SIZE, "qcow2")
+    machines.image(tmp_path / "b.raw", crashing.SIZE)
     out = tmp_path / "out"
     wrong: list[str] = []
-    with test_crash_qemu.machine_behind_proxy(tmp_path) as (machine, between):
+    with (
+        crashing.machine_behind_proxy(tmp_path) as (machine, between),
+        callers.Caller() as caller,
+    ):
         state = machine.state()
-        before = test_crash_qemu.files(tmp_path, state_dir)
+        before = crashing.files(tmp_path, state_dir)
+        pull_vm = ("virsh-backup", "-c", between.uri, "backup-pull", "vm", str(out))
         # Between two commands is after the one and before the other: unless there is time, once.
         for number in range(0, 200, 1 if conftest.long() else 2):
-            between.arm(number, fault)
-            status = forker.run(between, "backup-pull", "vm", str(out))
+            status = caller.spoilt(between, (number, fault), *pull_vm)
             where = f"{fault} {number} {between.spoilt}"
             if between.spoilt is None:
                 assert status == 0
                 break
-            assert status == -signal.SIGKILL
+            assert status != 0, where
             between.disarm()
             is_whole(out)
             if number // 2 % 2 == (fault == "kill-after"):
                 wrong += [f"{problem}: {where}" for problem in clean(machine, between, state_dir)]
             else:
                 for call in ("start", "stop"):
-                    assert test_crash_qemu.run(between, tmp_path, call)[0] == 0, where
+                    assert crashing.run(between, tmp_path, call)[0] == 0, where
             empty(out)
-            left = test_crash_qemu.files(tmp_path, state_dir) ^ before
+            left = crashing.files(tmp_path, state_dir) ^ before
             wrong += [f"{what}: {where}" for what in sorted(left)]
             wrong += [f"{what}: {where}" for what in foreign.problems(machine)]
             assert machine.state() == state, where
@@ -146,14 +100,14 @@ def test_killed_at_every_command(
 def clean(machine: machines.Machine, between: proxy.Proxy, state: pathlib.Path) -> list[str]:
     """Let backup-cleanup do it; what it removed and did not say."""
     # Whoever is served has the command of a client before him behind him.
-    assert test_crash_qemu.program(between.uri, "list")[0] == 0
+    assert crashing.program(between.uri, "list")[0] == 0
     there, server = ours(machine), any(state.glob("private-*/nbd.sock"))
-    status, said = test_crash_qemu.program(between.uri, "backup-cleanup", "vm")
+    status, said = crashing.program(between.uri, "backup-cleanup", "vm")
     assert status == 0, said
     lines = set(said.splitlines())
     silent = there - lines
     assert ("NBD server" in lines) == server, said
-    again = test_crash_qemu.program(between.uri, "backup-cleanup", "vm")
+    again = crashing.program(between.uri, "backup-cleanup", "vm")
     assert again == (0, "Nothing to clean up\n")
     return [f"not told: {what}" for what in sorted(silent)]
 
@@ -177,13 +131,13 @@ with virtbackup.open(sys.argv[1]) as connection:
 
 
 def test_killed_while_it_copies(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> None:
-    machines.image(tmp_path / "a.qcow2", test_crash_qemu.SIZE, "qcow2")
-    machines.image(tmp_path / "b.raw", test_crash_qemu.SIZE)
+    machines.image(tmp_path / "a.qcow2", crashing.SIZE, "qcow2")
+    machines.image(tmp_path / "b.raw", crashing.SIZE)
     out = tmp_path / "out"
-    with test_crash_qemu.machine_behind_proxy(tmp_path) as (machine, between):
+    with crashing.machine_behind_proxy(tmp_path) as (machine, between):
         machine.io("sdb", "write -P 3 0 4M")
         state = machine.state()
-        before = test_crash_qemu.files(tmp_path, state_dir)
+        before = crashing.files(tmp_path, state_dir)
         for advance in range(3):
             argv = [sys.executable, "-c", _KILLED_WHILE_COPYING, between.uri, str(out)]
             killed = subprocess.run([*argv, str(advance)], check=False)
@@ -194,5 +148,5 @@ def test_killed_while_it_copies(tmp_path: pathlib.Path, state_dir: pathlib.Path)
             assert clean(machine, between, state_dir) == []
             empty(out)
             assert machine.state() == state
-            assert test_crash_qemu.files(tmp_path, state_dir) == before
+            assert crashing.files(tmp_path, state_dir) == before
             assert foreign.problems(machine) == []

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.live import daemons, libvirtd
+from tests import daemon_scene
+from tests.live import libvirtd, nbdclient
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -68,15 +69,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     other = libvirtd.image(directory / "b.qcow2", 2)
     devices = libvirtd.disk_xml("vda", image) + libvirtd.disk_xml("sdb", other)
     devices += "<disk type='file' device='cdrom'><target dev='sdc' bus='sata'/><readonly/></disk>"
-    socket = directory / "virtbackup-sock"
     (directory / "libvirtd").mkdir()
-    log = directory / "virtbackupd.log"
     with (
         libvirtd.host(directory / "libvirtd", directory) as host,
         host.domain(NAME, devices) as domain,
-        daemons.daemon(socket, host.daemon.uri, log=log),
+        daemon_scene.running(directory, host.daemon.uri) as ours,
     ):
-        yield Served(host, domain, socket, directory)
+        yield Served(host, domain, ours.path, directory)
 
 
 # --- looking --------------------------------------------------------------------------------------
@@ -192,13 +191,8 @@ def test_checkpoints_by_virsh(served: Served) -> None:
     three = served.file("three.xml", "<domaincheckpoint><name>three</name></domaincheckpoint>")
     served.virsh(served.ours, "backup-begin", NAME, incremental, three)
     assert served.checkpoints()[-1] == "three"
-    map = subprocess.run(
-        ["nbdinfo", "--map=qemu:dirty-bitmap:backup-vda",
-         f"nbd+unix:///vda?socket={served.directory}/nbd.sock"],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    dirty = [line.split()[:2] for line in map.splitlines() if line.split()[2] == "1"]
-    assert dirty == [[str(n * CLUSTER), str(CLUSTER)] for n in (3, 5)]
+    dirty = nbdclient.changed(served.directory / "nbd.sock", "vda", "backup-vda")
+    assert dirty == [(n * CLUSTER, CLUSTER) for n in (3, 5)]
     served.virsh(served.ours, "domjobabort", NAME)
     assert served.checkpoints() == [
         "one", "two", "three",

@@ -18,8 +18,8 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import libvirtd, machines, nbdclient, points
-from tests.live.test_restore import loop_device
+from tests import waiting
+from tests.live import machines, nbdclient, places, points
 from virtbackup.nbd import checksum, device
 from virtbackup.tools import listing, manifest, pull, verify
 
@@ -32,7 +32,6 @@ pytestmark = [
 BLOCK = checksum.BLOCK
 SIZE = points.SIZE + 3 * BLOCK
 """Of a device: a bit more than the disk."""
-FF = b"\xff"
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def guest(tmp_path: pathlib.Path) -> Iterator[points.Guest]:
 
 @pytest.fixture
 def disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    with loop_device(tmp_path / "device", SIZE) as made:
+    with places.block_device(tmp_path / "device", SIZE) as made:
         yield made
 
 
@@ -81,7 +80,7 @@ def test_a_disk_on_a_device(
     assert (status, err) == (0, "")
     assert f"vda: {disk} (4.00 MiB, 4.00 MiB stored)\n" in said
     assert names(out) == ["manifest.json", "sdb.qcow2"]
-    assert disk.read_bytes() == shown["vda"] + FF * (SIZE - points.SIZE)
+    assert disk.read_bytes() == shown["vda"] + places.FF * (SIZE - points.SIZE)
     assert backing(disk, tmp_path) == disk.read_bytes()
     [vda, sdb] = json.loads((out / "manifest.json").read_text())["disks"]
     assert (vda["type"], vda["file"], vda["format"]) == ("block", str(disk), "raw")
@@ -140,7 +139,7 @@ def test_all_disks_on_devices(
     """By a link, which stays what the manifest tells, and from another directory."""
     link = tmp_path / "by-name"
     link.symlink_to(disk)
-    with loop_device(tmp_path / "other", points.SIZE + 512) as other:
+    with places.block_device(tmp_path / "other", points.SIZE + 512) as other:
         shown = guest.contents()
         made = pull.pull(
             guest.domain, tmp_path / "out",
@@ -149,7 +148,7 @@ def test_all_disks_on_devices(
         assert [one.file for one in made.disks] == [str(link), str(other)]
         assert names(tmp_path / "out") == ["manifest.json"]
         assert disk.read_bytes()[: points.SIZE] == shown["vda"]
-        assert other.read_bytes() == shown["sdb"] + FF * 512
+        assert other.read_bytes() == shown["sdb"] + places.FF * 512
         assert verify.verify(listing.read(tmp_path / "out")).good
 
 
@@ -174,7 +173,7 @@ def test_what_is_spoilt_on_it_is_found(
         file.seek(points.SIZE)  # nobody's
         file.write(b"x")
     assert verify.verify(listing.read(out)).good
-    with loop_device(tmp_path / "small", points.SIZE - 512) as small:
+    with places.block_device(tmp_path / "small", points.SIZE - 512) as small:
         text = (out / "manifest.json").read_text()
         made = manifest.Manifest.from_json(text.replace(f'"{disk}"', f'"{small}"'))
         (out / "manifest.json").write_text(made.to_json())
@@ -235,7 +234,7 @@ def test_nothing_else_is_given_away(
     """A forged manifest, one of another machine, or a device that has something else by now."""
     out, shown = tmp_path / "out", guest.contents()
     pull.pull(guest.domain, out, targets={"vda": disk})
-    with loop_device(tmp_path / "secret", SIZE) as secret:
+    with places.loop_device(tmp_path / "secret", SIZE) as secret:
         secret.write_bytes(b"secret\n" * (SIZE // 7))
         renamed(out, disk, secret)
         argv = ("backup-serve", str(out), "--unix", str(tmp_path / "sock"))
@@ -253,13 +252,13 @@ def test_nothing_else_is_given_away(
         assert (status, said) == (1, "")
         assert f"disk 'vda': {secret} is not good" in err
         assert not (tmp_path / "restored").exists()
-        with loop_device(tmp_path / "other", SIZE) as other:
+        with places.loop_device(tmp_path / "other", SIZE) as other:
             status, said, err = points.call(
                 "backup-restore", str(out), str(other), "--disk=vda", "--force"
             )
             assert (status, said) == (1, "")
             assert err.splitlines()[0].endswith(f"not {checksum_of(out, 'vda')}")
-            assert other.read_bytes() == FF * SIZE
+            assert other.read_bytes() == places.FF * SIZE
 
         for option in ("--disk=sdb", f"--device=vda={disk}"):
             with serving(out, option) as (exports, log):
@@ -362,7 +361,7 @@ def test_devices_that_cannot_be(
     )
     text = refused(guest, tmp_path, target, f"--xml={document}")
     assert "disk 'vda' is not in the backup" in text
-    assert disk.read_bytes() == FF * SIZE
+    assert disk.read_bytes() == places.FF * SIZE
 
 
 @pytest.mark.parametrize("given", ["vda", "vda=", "=/dev/x"])
@@ -375,13 +374,13 @@ def test_targets_that_are_none(given: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_a_device_that_is_too_small(guest: points.Guest, tmp_path: pathlib.Path) -> None:
-    with loop_device(tmp_path / "small", points.SIZE - 512) as small:
+    with places.block_device(tmp_path / "small", points.SIZE - 512) as small:
         text = refused(guest, tmp_path, f"--target=vda={small}")
         assert text.endswith(
             f"disk 'vda': {small} is too small: it has {points.SIZE - 512} bytes, and the disk"
             f" {points.SIZE}\n"
         )
-        assert small.read_bytes() == FF * (points.SIZE - 512)
+        assert small.read_bytes() == places.FF * (points.SIZE - 512)
 
 
 @pytest.mark.needs("mkfs.ext4", "mount")
@@ -389,22 +388,17 @@ def test_a_device_that_is_in_use(
     guest: points.Guest, disk: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     target = f"--target=vda={disk}"
-    with disk.open("rb") as opened:
-        assert idle(guest)
-        descriptor = os.open(disk, os.O_RDONLY | os.O_EXCL)
-        assert f"disk 'vda': {disk} is in use: it is mounted, or" in refused(
-            guest, tmp_path, target
-        )
-        os.close(descriptor)
-        assert opened.read(1) == FF
+    descriptor = os.open(disk, os.O_RDONLY | os.O_EXCL)
+    assert f"disk 'vda': {disk} is in use: it is mounted, or" in refused(guest, tmp_path, target)
+    os.close(descriptor)
+    assert disk.read_bytes() == places.FF * SIZE
     subprocess.run(["mkfs.ext4", "-q", disk], check=True)
     (tmp_path / "mount").mkdir()
     if subprocess.run(["mount", disk, tmp_path / "mount"], capture_output=True).returncode:
         pytest.skip("mount refused")
     try:
-        assert f"disk 'vda': {disk} is in use: it is mounted, or" in refused(
-            guest, tmp_path, target
-        )
+        text = refused(guest, tmp_path, target)
+        assert f"disk 'vda': {disk} is in use: it is mounted, or" in text
     finally:
         subprocess.run(["umount", tmp_path / "mount"], check=True)
 
@@ -420,13 +414,13 @@ def test_a_device_that_a_qemu_has_by_another_name(
         os.mknod(other, 0o600 | stat.S_IFBLK, number)
     except PermissionError:
         pytest.skip("no device can be made here")
-    log = tmp_path / "pid"
+    ready = tmp_path / "pid"
     node = {"driver": "host_device", "filename": str(other), "node-name": "n"}
-    argv = ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--pidfile", str(log)]
+    argv = ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--pidfile", str(ready)]
     try:
         with subprocess.Popen(argv) as qemu:
             try:
-                libvirtd.wait_for(log.exists)
+                waiting.until(ready.exists)
                 text = refused(guest, tmp_path, f"--target=vda={disk}")
                 assert f"disk 'vda': {disk} is in use: process {qemu.pid} (qemu-storage-da" in text
             finally:
@@ -441,25 +435,25 @@ def test_a_device_that_a_qemu_has(
     guest: points.Guest, disk: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     node = {"driver": "host_device", "filename": str(disk), "node-name": "n", "locking": "on"}
-    log = tmp_path / "pid"
+    ready = tmp_path / "pid"
     with subprocess.Popen(
-        ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--pidfile", log,
+        ["qemu-storage-daemon", "--blockdev", json.dumps(node), "--pidfile", ready,
          "--nbd-server", f"addr.type=unix,addr.path={tmp_path}/sock",
          "--export", "type=nbd,id=e,node-name=n,writable=on"]
     ) as other:  # fmt: skip
         try:
-            libvirtd.wait_for(log.exists)
+            waiting.until(ready.exists)
             text = refused(guest, tmp_path, f"--target=vda={disk}")
             assert f"disk 'vda': {disk} is in use: another program, as a QEMU, locks it" in text
         finally:
             other.terminate()
-    assert disk.read_bytes() == FF * SIZE
+    assert disk.read_bytes() == places.FF * SIZE
 
 
 @pytest.mark.skipif(bool(machines.INTO_ROOT), reason="the guest's QEMU has another /dev")
 def test_the_guests_own_device(tmp_path: pathlib.Path) -> None:
     """Even where nothing is locked."""
-    with loop_device(tmp_path / "device", SIZE) as disk:
+    with places.block_device(tmp_path / "device", SIZE) as disk:
         images = tmp_path / "images"
         images.mkdir()
         with machines.two_disks(
@@ -471,7 +465,7 @@ def test_the_guests_own_device(tmp_path: pathlib.Path) -> None:
             with pytest.raises(virtbackup.Error) as raised:
                 pull.pull(domain, tmp_path / "out", targets={"vda": disk})
         assert f"disk 'vda': {disk} is the guest's own disk 'vdb'" in str(raised.value)
-        assert disk.read_bytes() == FF * SIZE
+        assert disk.read_bytes() == places.FF * SIZE
 
 
 # --- what fails -----------------------------------------------------------------------------------
@@ -501,23 +495,11 @@ def test_a_signal(
 
 def test_a_device_that_fails(guest: points.Guest, tmp_path: pathlib.Path) -> None:
     """It is a file of a file system that is full."""
-    full = tmp_path / "full"
-    full.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(full)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mount refused")
-    with contextlib.ExitStack() as undo:
-        undo.callback(subprocess.run, ["umount", str(full)], check=True)
+    with places.small_file_system(tmp_path / "full", 1 << 20) as full:
         (full / "sparse").touch()
         os.truncate(full / "sparse", SIZE)
-        made = subprocess.run(
-            ["losetup", "--find", "--show", full / "sparse"], capture_output=True, text=True
-        )
-        if made.returncode:
-            pytest.skip("no loop device")
-        disk = made.stdout.strip()
-        undo.callback(subprocess.run, ["losetup", "--detach", disk], check=True)
-        text = refused(guest, tmp_path, f"--target=vda={disk}")
+        with places.loop_device(full / "sparse") as disk:
+            text = refused(guest, tmp_path, f"--target=vda={disk}")
     assert f"disk 'vda': cannot write {disk}: " in text
     assert text.endswith(f"(what {disk} has now is not a backup)\n")
 
@@ -550,7 +532,7 @@ def test_a_backup_that_is_not_good(
 @pytest.mark.parametrize("size", [41 * BLOCK, 40 * BLOCK + 700])
 def test_zeroes_are_there_in_every_way(tmp_path: pathlib.Path, ways: int, size: int) -> None:
     """Those that are told and those that nobody tells of: given back, zeroed, or written."""
-    with loop_device(tmp_path / "disk", 42 * BLOCK) as path:
+    with places.block_device(tmp_path / "disk", 42 * BLOCK) as path:
         where = device.Device(path, size)
         del where._ways[: 2 - ways]
         data = random.Random(1).randbytes(BLOCK)
@@ -560,7 +542,7 @@ def test_zeroes_are_there_in_every_way(tmp_path: pathlib.Path, ways: int, size: 
             want[block * BLOCK : (block + 1) * BLOCK] = data
         where.write_zeroes(4 * BLOCK, 3 * BLOCK)
         assert where.finish() == size
-        assert path.read_bytes() == want + FF * (42 * BLOCK - size)
+        assert path.read_bytes() == want + places.FF * (42 * BLOCK - size)
 
 
 def test_it_is_held_while_it_is_written(disk: pathlib.Path) -> None:
@@ -568,9 +550,9 @@ def test_it_is_held_while_it_is_written(disk: pathlib.Path) -> None:
     with pytest.raises(virtbackup.Error, match="is in use"):
         device.Device(disk, BLOCK)
     where.discard()
-    device.Device(disk, BLOCK).discard()
     with disk.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as udev does, which is nobody's use
+        device.Device(disk, BLOCK).discard()
 
 
 def test_a_copy_that_is_cancelled_leaves_the_device(disk: pathlib.Path) -> None:
@@ -580,4 +562,4 @@ def test_a_copy_that_is_cancelled_leaves_the_device(disk: pathlib.Path) -> None:
         where.finish()
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
     where.discard()
-    assert disk.read_bytes() == FF * SIZE
+    assert disk.read_bytes() == places.FF * SIZE

@@ -15,10 +15,9 @@ import sys
 
 import pytest
 
-from tests.live import certificates, machines, test_pull, test_restore
-from tests.live.test_readme import ROOT, VM, environment, squeezed
+from tests.live import certificates, machines, pages, places
+from tests.live.pages import DOCS, ROOT, VM
 
-DOCS = ROOT / "docs"
 SESSIONS = (
     "branches.md", "daemon.md", "devices.md", "dialects.md", "guide.md", "tls.md", "xml.md",
 )  # fmt: skip
@@ -26,24 +25,10 @@ ELSEWHERE = {"libvirt.md": "test_docs_libvirt.py", "restore.md": "test_restore_d
 """Those that want a libvirtd with a domain, or a directory of backups."""
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
-
-
-def session(page: str) -> list[tuple[str, str]]:
-    """(command, what it prints) in the order of the page."""
-    commands = []
-    for block in blocks(page, "console"):
-        parts = re.split(r"^[$#] (.*)\n", block, flags=re.MULTILINE)
-        assert parts[0] == "", "a block begins with a command"
-        commands += list(zip(parts[1::2], parts[2::2], strict=True))
-    return commands
-
-
 def run(script: str, directory: pathlib.Path) -> str:
     done = subprocess.run(
         ["sh", "-c", script.replace(VM, str(directory))],
-        capture_output=True, text=True, timeout=120, env=environment(), check=True,
+        capture_output=True, text=True, timeout=120, env=pages.environment(), check=True,
     )  # fmt: skip
     return done.stdout.replace(str(directory), VM)
 
@@ -52,17 +37,19 @@ def run(script: str, directory: pathlib.Path) -> str:
 @pytest.mark.parametrize("page", ["guide.md", "xml.md"])
 def test_the_session(page: str, tmp_path: pathlib.Path) -> None:
     with machines.two_disks(tmp_path, "-name", "vm"):
-        shown = session(page)
+        shown = pages.session(DOCS / page)
         printed = run("\n".join(f"{command} 2>&1; echo END" for command, _ in shown), tmp_path)
         outputs = printed.split("END\n")[:-1]
-        assert [squeezed(text) for text in outputs] == [squeezed(text) for _, text in shown]
+        assert [pages.squeezed(text) for text in outputs] == [
+            pages.squeezed(text) for _, text in shown
+        ]
 
 
 def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
     """What it prints is not shown: figures and times."""
     with machines.two_disks(tmp_path, "-name", "vm"):
         uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock\n"
-        commands = [command for command, _ in session("branches.md")]
+        commands = [command for command, _ in pages.session(DOCS / "branches.md")]
         commands = [command.replace("/backup/vm", f"{VM}/backup") for command in commands]
         printed = run("set -e\n" + uri + "\n".join(commands), tmp_path)
         assert "incremental" in printed
@@ -72,10 +59,10 @@ def test_the_session_about_branches(tmp_path: pathlib.Path) -> None:
 @pytest.mark.may_skip
 @pytest.mark.needs("losetup", "qemu-img", "qemu-nbd")
 def test_the_session_about_devices(tmp_path: pathlib.Path) -> None:
-    shown = session("devices.md")
+    shown = pages.session(DOCS / "devices.md")
     with (
         machines.two_disks(tmp_path, "-name", "vm"),
-        test_restore.loop_device(tmp_path / "device", 65 << 20) as device,
+        places.block_device(tmp_path / "device", 65 << 20) as device,
     ):
         script = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; set -e\n" + "\n".join(
             f"{command} 2>&1; echo END" for command, _ in shown
@@ -89,7 +76,7 @@ def test_the_session_about_devices(tmp_path: pathlib.Path) -> None:
 @pytest.fixture
 def tls(tmp_path: pathlib.Path) -> str:
     """The page's own virtbackup.conf, for certificates and keys that are here."""
-    [settings] = blocks("tls.md", "ini")
+    [settings] = pages.blocks(DOCS / "tls.md", "ini")
     pki, client = tmp_path / "pki", tmp_path / "root" / "pki"
     certificates.authority(pki)
     certificates.server(pki)
@@ -108,12 +95,12 @@ def tls(tmp_path: pathlib.Path) -> str:
 
 def run_tls(number: int, settings: str, directory: pathlib.Path) -> None:
     """A session of the page about TLS: all of the disk has to arrive."""
-    block = blocks("tls.md", "console")[number]
+    block = pages.blocks(DOCS / "tls.md", "console")[number]
     commands = re.findall(r"^\$ (.*)$", block, re.MULTILINE)
     (directory / "virtbackup.conf").write_text(settings)
     with machines.two_disks(directory, "-name", "vm") as one:
         one.io("vda", "write -P 7 1M 5M")
-        port = str(test_pull.free_port())
+        port = str(places.free_port())
         script = "\n".join(commands).replace("10809", port).replace("/run/", f"{VM}/")
         script = script.replace("backup.example", "localhost").replace("/root/", f"{VM}/root/")
         uri, conf = f"qmp://{VM}/qmp.sock", f"{VM}/virtbackup.conf"
@@ -138,7 +125,7 @@ def test_the_session_with_keys(tls: str, tmp_path: pathlib.Path) -> None:
     found = re.findall(r"^#(backup_tls_psk_.*\n)", tls, re.MULTILINE)
     assert len(found) == 2
     run_tls(1, "".join(found), tmp_path)
-    assert len(blocks("tls.md", "console")) == 2
+    assert len(pages.blocks(DOCS / "tls.md", "console")) == 2
 
 
 DIALECTS = (
@@ -150,7 +137,7 @@ DIALECTS = (
 
 def test_the_session_about_dialects(tmp_path: pathlib.Path) -> None:
     """The first document lists no disks, the second does; the page says so of each."""
-    shown = session("dialects.md")
+    shown = pages.session(DOCS / "dialects.md")
     printed = []
     with machines.two_disks(tmp_path, "-name", "vm"):
         uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock; cd {VM}\n"
@@ -164,7 +151,7 @@ def test_the_session_about_dialects(tmp_path: pathlib.Path) -> None:
 @pytest.mark.needs("virsh")
 def test_the_session_about_the_daemon(tmp_path: pathlib.Path) -> None:
     """On a QEMU by its socket, in place of libvirt's domains."""
-    (serve, _), *commands = session("daemon.md")
+    (serve, _), *commands = pages.session(DOCS / "daemon.md")
     here = {
         "qemu:///system --listen": f"qmp://{VM}/qmp.sock --listen",
         "/run/virtbackup/virtbackup-sock": f"{VM}/daemon.sock",
@@ -179,7 +166,7 @@ def test_the_session_about_the_daemon(tmp_path: pathlib.Path) -> None:
     with machines.two_disks(tmp_path, "-name", "vm"):
         words = shlex.split(moved(serve))
         with subprocess.Popen(
-            words, stdout=subprocess.PIPE, env=environment(), text=True
+            words, stdout=subprocess.PIPE, env=pages.environment(), text=True
         ) as daemon:
             try:
                 assert daemon.stdout is not None
@@ -207,7 +194,7 @@ def test_the_commands_about_the_test_driver(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.needs("qemu-img")
 def test_what_the_guides_timer_starts(tmp_path: pathlib.Path) -> None:
-    service, timer = blocks("guide.md", "ini")
+    service, timer = pages.blocks(DOCS / "guide.md", "ini")
     assert "[Timer]\nOnCalendar=" in timer
     [command] = re.findall(r"^ExecStart=/usr/bin/(.*)$", service, re.MULTILINE)
     [line] = re.findall(r"`0 2 \* \* \* root (.*?)`", (DOCS / "guide.md").read_text())
@@ -224,7 +211,7 @@ def test_what_the_guides_timer_starts(tmp_path: pathlib.Path) -> None:
 @pytest.mark.may_skip
 def test_systemd_takes_the_units(tmp_path: pathlib.Path) -> None:
     """The guide's, and those that are installed."""
-    service, timer = blocks("guide.md", "ini")
+    service, timer = pages.blocks(DOCS / "guide.md", "ini")
     units = {"virtbackup-nightly@.service": service, "virtbackup-nightly@.timer": timer}
     for name in ("virtbackupd.service", "virtbackupd.socket"):
         units[name] = (ROOT / "systemd" / name).read_text()

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.live import agents, libvirtd, machines, test_docs
-from tests.live.test_readme import environment
+from tests.live import agents, libvirtd, machines, pages
+from tests.live.pages import DOCS
 from virtbackup.tools import manifest
 
 pytestmark = [
@@ -22,7 +22,7 @@ DOCUMENT = '<domainbackup><address type="unix" path="{}/nbd.sock"/></domainbacku
 
 def command(number: int, host: libvirtd.Host, directory: pathlib.Path) -> str:
     """The NUMBER-th of the page, for this libvirtd and with its paths in DIRECTORY."""
-    [(shown, printed)] = test_docs.session(PAGE)[number : number + 1]
+    [(shown, printed)] = pages.session(DOCS / PAGE)[number : number + 1]
     assert printed == ""
     theirs, options = "qemu:///system", host.daemon.uri.partition("?")[2]
     shown = shown.replace(f"'{theirs}?", f"'{theirs}?{options}&")
@@ -34,15 +34,15 @@ def command(number: int, host: libvirtd.Host, directory: pathlib.Path) -> str:
 def run(script: str, directory: pathlib.Path) -> str:
     done = subprocess.run(
         ["sh", "-c", script],
-        cwd=directory, capture_output=True, text=True, timeout=120, env=environment(),
+        cwd=directory, capture_output=True, text=True, timeout=120, env=pages.environment(),
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def test_all_are_run() -> None:
-    assert len(test_docs.session(PAGE)) == 2
-    assert len(test_docs.blocks(PAGE, "python")) == 1
+    assert len(pages.session(DOCS / PAGE)) == 2
+    assert len(pages.blocks(DOCS / PAGE, "python")) == 1
 
 
 def test_what_wants_an_agent(
@@ -56,7 +56,7 @@ def test_what_wants_an_agent(
         copy = tmp_path / "copy"
         copy.write_bytes(machines.contents(tmp_path / "backup" / "vm" / "vda.0002.qcow2", "qcow2"))
         assert agents.is_clean(copy)
-        [shown] = test_docs.blocks(PAGE, "python")
+        [shown] = pages.blocks(DOCS / PAGE, "python")
         program = shown.replace("qemu:///system", libvirt_host.daemon.uri)
         (tmp_path / "one.py").write_text(
             f"xml = {DOCUMENT.format(tmp_path)!r}\n{program}\nprint(dom.backupStop())\n"
@@ -64,11 +64,10 @@ def test_what_wants_an_agent(
         assert run(f"{sys.executable} one.py", tmp_path) == "0\n"
 
 
-def test_the_comparison(libvirt_host: libvirtd.Host, tmp_path: pathlib.Path) -> None:
+def test_the_comparison(host: libvirtd.Host, tmp_path: pathlib.Path) -> None:
     """Of a guest that does not write."""
-    path = libvirtd.image(libvirt_host.path("compared.qcow2"), 1)
+    path = libvirtd.image(host.path("compared.qcow2"), 1)
     (tmp_path / "backup.xml").write_text(DOCUMENT.format(tmp_path))
-    with libvirt_host.domain("vm", libvirtd.disk_xml("vda", path)):
-        printed = run(command(1, libvirt_host, tmp_path), tmp_path)
-    path.unlink()
-    assert "libvirt" in printed
+    with host.domain("vm", libvirtd.disk_xml("vda", path)):
+        printed = run(command(1, host, tmp_path), tmp_path)
+    assert "Both showed the same bytes" in printed

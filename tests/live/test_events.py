@@ -3,7 +3,6 @@
 
 import ast
 import contextlib
-import os
 import pathlib
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import virtbackup
 from tests import conftest
 from tests.live import libvirtd
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import passthrough, status
+from virtbackup.qemu import status
 
 pytestmark = pytest.mark.needs("libvirtd", "qemu-system-x86_64", "nbdcopy", "unshare")
 
@@ -40,14 +39,6 @@ class Program:
         line = self.process.stdout.readline()
         assert line, "it has ended"
         return ast.literal_eval(line)
-
-
-@pytest.fixture
-def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    yield libvirt_host
-    for path in libvirt_host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
 
 
 @pytest.fixture
@@ -83,24 +74,6 @@ def domain(
     return host.domain(NAME, disks, persistent, **more)
 
 
-def _kill(domain: "libvirt.virDomain") -> None:
-    pid = passthrough.pid_of(domain)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-
-
-def _quit(domain: "libvirt.virDomain") -> None:
-    with contextlib.suppress(libvirt.libvirtError):  # it may be gone before it answers
-        libvirtd.Domain(domain).monitor("quit")
-
-
-ENDS: dict[str, tuple[Callable[["libvirt.virDomain"], object], str]] = {
-    "destroyed": (lambda domain: domain.destroy(), "the domain was destroyed"),
-    "killed": (_kill, "QEMU crashed or was killed"),
-    "shut down": (_quit, "the guest shut down"),
-}
-
-
 @pytest.fixture
 def nothing_left(
     host: libvirtd.Host, scratch_dir: pathlib.Path, state_dir: pathlib.Path
@@ -116,7 +89,7 @@ def nothing_left(
     return check
 
 
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("how", libvirtd.ENDS)
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "transient"])
 def test_why_a_domain_ended_is_heard_and_told_to_who_stops_the_backup(
     host: libvirtd.Host,
@@ -128,7 +101,7 @@ def test_why_a_domain_ended_is_heard_and_told_to_who_stops_the_backup(
 ) -> None:
     """Nobody has to stop it for its scratch images and its socket to be gone. A transient domain
     libvirt does not even know any more."""
-    end, reason = ENDS[how]
+    end, reason = libvirtd.ENDS[how]
     with domain(host, persistent) as one, program(host) as started:
         started("start()")
         assert started("listens()") == 1
@@ -240,11 +213,9 @@ def test_a_pull_of_a_transient_domain_tells_why_that_ended(
 ) -> None:
     """The shell runs an event loop of its own."""
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
-    argv += ["backup-pull", NAME, str(tmp_path / "out")]
-    raw = host.path("large.raw")
-    raw.write_bytes(os.urandom(1 << 20) * 256)
+    argv += ["backup-pull", NAME, str(tmp_path / "out"), "--bandwidth", "256KiB"]
     with (
-        host.domain(NAME, disk_xml("vda", raw, "raw")) as one,
+        domain(host, persistent=False) as one,
         subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as pull,
     ):
         libvirtd.wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob("out/vda.*")))

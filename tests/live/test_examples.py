@@ -2,9 +2,7 @@
 """What is in examples/ and systemd/, and rpc-dump, as people use them."""
 
 import contextlib
-import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 import virtbackup
-from tests.live import daemons, libvirtd, machines
+from tests import daemon_scene, waiting
+from tests.live import machines
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -32,9 +31,8 @@ def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
 @pytest.fixture
 def socket(tmp_path: pathlib.Path, machine: machines.Machine) -> Iterator[pathlib.Path]:
     """Of a daemon that serves the machine."""
-    path = tmp_path / "virtbackup-sock"
-    with daemons.daemon(path, machine.uri, log=tmp_path / "daemon.log"):
-        yield path
+    with daemon_scene.running(tmp_path, machine.uri) as served:
+        yield served.path
 
 
 def name_of(machine: machines.Machine) -> str:
@@ -59,7 +57,7 @@ def events(uri: str, output: pathlib.Path) -> Iterator[None]:
     argv = [sys.executable, str(ROOT / "examples" / "event_test.py"), uri]
     with output.open("wb") as file, subprocess.Popen(argv, stdout=file) as watching:
         try:
-            libvirtd.wait_for(lambda: "waiting for events" in output.read_text())
+            waiting.until(lambda: "waiting for events" in output.read_text())
             yield
         finally:
             watching.send_signal(signal.SIGINT)
@@ -81,7 +79,7 @@ def test_events_by_our_own_api(
             )
             domain.backupStop(cancel)
         last = "not good: the backup was cancelled"
-        libvirtd.wait_for(lambda: last in output.read_text())
+        waiting.until(lambda: last in output.read_text())
     said = [line for line in output.read_text().splitlines() if "backup ended" in line]
     assert said == [
         f"backup ended EVENT: Domain {domain.name()}(1) good",
@@ -99,7 +97,7 @@ def test_events_as_libvirts_clients_see_them(
         for command in ("suspend 1", "resume 1", f"backup-begin 1 {tmp_path}/pull.xml"):
             subprocess.run(["virsh", "-c", uri, *command.split()], check=True)
         subprocess.run(["virsh", "-c", uri, "domjobabort", "1"], check=True)
-        libvirtd.wait_for(lambda: "job completed EVENT" in output.read_text())
+        waiting.until(lambda: "job completed EVENT" in output.read_text())
     said = output.read_text()
     assert "lifecycle EVENT: Domain " in said
     assert "Suspended" in said
@@ -112,7 +110,7 @@ def test_rpc_dump(tmp_path: pathlib.Path, machine: machines.Machine, socket: pat
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "rpc-dump", f"unix:{socket}"]
     argv += ["--listen", f"unix:{proxy}", "--clients", "2"]
     with output.open("wb") as file, subprocess.Popen(argv, stdout=file) as dumping:
-        libvirtd.wait_for(proxy.exists)
+        waiting.until(proxy.exists)
         virsh = ["virsh", "-c", f"qemu:///system?socket={proxy}", "domstate", "1"]
         done = subprocess.run(virsh, check=True, capture_output=True, text=True)
         assert done.stdout.strip() == "running"
@@ -142,21 +140,6 @@ def test_rpc_dump_of_what_makes_no_sense(words: list[str], text: str) -> None:
     done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=20)
     assert done.returncode in (1, 2)
     assert text in done.stderr
-
-
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not there")
-def test_the_units_are_valid(tmp_path: pathlib.Path) -> None:
-    for unit in ("virtbackupd.service", "virtbackupd.socket"):
-        text = (ROOT / "systemd" / unit).read_text()
-        (tmp_path / unit).write_text(text.replace("/usr/bin/virtbackupd", "/bin/true"))
-    units = map(str, sorted(tmp_path.glob("virtbackupd.*")))
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *units],
-        check=False, capture_output=True, text=True,
-        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
-    )  # fmt: skip
-    ours = [line for line in done.stderr.splitlines() if "virtbackupd" in line]
-    assert not ours, done.stderr
 
 
 def test_the_settings_are_valid(tmp_path: pathlib.Path) -> None:

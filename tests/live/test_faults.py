@@ -12,7 +12,7 @@ import pytest
 
 import virtbackup
 from tests import failures
-from tests.live import faults, machines, scene
+from tests.live import faults, machines, places, scene
 
 SPACE = 24 << 20
 
@@ -22,13 +22,13 @@ def scratch(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pathlib.Path]:
     """A small file system of its own for scratch images."""
-    with scene.small_file_system(tmp_path_factory.mktemp("small"), SPACE) as path:
+    with places.small_file_system(tmp_path_factory.mktemp("small"), SPACE) as path:
         monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(path))
         yield path
 
 
 @pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
-@pytest.mark.parametrize("engine", ["classic", "hybrid"])
+@pytest.mark.parametrize("engine", machines.engines())
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
 def test_whatever_happens(
     tmp_path: pathlib.Path,
@@ -37,9 +37,6 @@ def test_whatever_happens(
     fault: faults.Fault,
     engine: str,
 ) -> None:
-    version = machines.version()
-    if engine == "hybrid" and version < (8, 0, 0):
-        return  # test_hybrid_is_refused_where_it_is_not_right
     with scene.scene(tmp_path, scratch, engine, fault.extra, fault.source, fault.iothread) as one:
         row = scene.play(one, fault.happens, fault.before)
         assert row.stop != "good" or scene.WRONG not in row.reader
@@ -51,7 +48,7 @@ def test_whatever_happens(
             one.probe("quit")
             one.machine.process.wait()
             assert scene.lost_writes(one) == []
-    failures.check(version[:2], engine, fault.name, row)
+    failures.check(machines.version()[:2], engine, fault.name, row)
 
 
 @pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
@@ -59,7 +56,7 @@ def test_hybrid_is_refused_where_it_is_not_right(
     tmp_path: pathlib.Path, scratch: pathlib.Path
 ) -> None:
     with scene.scene(tmp_path, scratch, "hybrid") as one, one.domain() as domain:
-        if machines.version() >= (8, 0, 0):
+        if "hybrid" in machines.engines():
             domain.backupStart(one.document())
             assert domain.backupGetInfo().engine == "hybrid"
             domain.backupStop()

@@ -212,7 +212,7 @@ def test_we_are_killed_in_the_stop(
             one.write(machine, "vda", 4)
             one.read()
             frozen = one.pending["b", "vda"]
-            status = caller.call((number, fault), "backupStop")
+            status = caller.spoilt(between, (number, fault), "", "backupStop")
             between.disarm()
             good = status == 0
             if not good:

@@ -16,7 +16,8 @@ import pytest
 
 import virtbackup
 from demo import guest, records
-from tests.live import daemons, libvirtd, machines, scene
+from tests import daemon_scene, waiting
+from tests.live import machines, places, scene
 from virtbackup.qemu import monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
@@ -28,7 +29,7 @@ MIB = 1 << 20
 @pytest.fixture
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     """A file system with less room than the disks have."""
-    with scene.small_file_system(tmp_path_factory.mktemp("small"), 24 * MIB) as path:
+    with places.small_file_system(tmp_path_factory.mktemp("small"), 24 * MIB) as path:
         yield path
 
 
@@ -69,8 +70,7 @@ def test_a_start_without_any_room_is_refused_by_name(
     tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
 ) -> None:
     before = machine.state()
-    with (small / "hog").open("wb") as hog:
-        os.posix_fallocate(hog.fileno(), 0, 24 * MIB - scratch.LEAST_FREE // 2)
+    places.fill_up(small, leave=scratch.LEAST_FREE // 2)
     with virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         with pytest.raises(virtbackup.Error, match=f"disk 'vda' in '{small}' needs at least 1 MiB"):
@@ -129,15 +129,14 @@ def test_a_reserved_image_needs_no_more_room(
     tmp_path: pathlib.Path, machine: machines.Machine, named: bool,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    with scene.small_file_system(tmp_path_factory.mktemp("reserve"), 96 * MIB) as room:
+    with places.small_file_system(tmp_path_factory.mktemp("reserve"), 96 * MIB) as room:
         source = f'file="{room}/mine.qcow2"' if named else f'dir="{room}"'
         with virtbackup.open(machine.uri) as conn:
             dom = conn.lookupByID(1)
             before = machine.state()
             dom.backupStart(document(tmp_path, f'{source} reserve="yes"', "sdb"))
             assert 96 * MIB - scratch.free_bytes(str(room)) >= SIZE
-            with (room / "hog").open("wb") as hog:
-                os.posix_fallocate(hog.fileno(), 0, scratch.free_bytes(str(room)))
+            places.fill_up(room)
             machine.io("sdb", f"write -P 2 0 {SIZE}")
             assert dom.backupGetInfo().state == "running"
             assert nbd_is(tmp_path, "sdb", 1)
@@ -236,8 +235,8 @@ def test_the_interactive_shell_watches(
         assert shell.stdout is not None
         shell.stdin.write(f"backup-start 1 {xml}\n")
         shell.stdin.flush()
-        while "Domain backup started" not in shell.stdout.readline():
-            pass  # the test's own time limit applies
+        while "Domain backup started" not in (line := shell.stdout.readline()):
+            assert line, "the shell has ended"
         fill(machine, "vda")
         out, _ = shell.communicate("backup-info 1\nbackup-stop 1\nquit\n", timeout=60)
     assert out.count("given up before the scratch image") == 2, out
@@ -250,12 +249,11 @@ def test_a_daemon_watches_what_it_finds_running(
     xml = tmp_path / "x.xml"
     xml.write_text(document(tmp_path, f'dir="{small}"'))
     assert virsh(machine.uri, "backup-start", "1", str(xml)).returncode == 0
-    socket, log = tmp_path / "virtbackup-sock", tmp_path / "log"
-    with daemons.daemon(socket, machine.uri, log=log):
-        libvirtd.wait_for(lambda: "found running" in log.read_text())
+    with daemon_scene.running(tmp_path, machine.uri) as served:
+        waiting.until(lambda: "found running" in served.log.read_text())
         fill(machine, "vda")
         assert machine.probe("query-status")["status"] == "running"
-        done = virsh(f"virtbackup+unix://{socket}", "backup-stop", "1")
+        done = virsh(f"virtbackup+unix://{served.path}", "backup-stop", "1")
         assert done.returncode == 1
         assert "disk 'vda': given up before the scratch image" in done.stderr
     assert machine.probe("query-jobs") == []
@@ -269,8 +267,7 @@ def test_a_watch_ends_with_the_backup_whoever_stops_it(
         machine.io("vda", f"write -P 2 0 {8 * MIB}")
         assert scratch.free_bytes(str(small)) < 20 * MIB
         assert virsh(machine.uri, "backup-stop", "1").returncode == 0
-        while scratch.free_bytes(str(small)) != 24 * MIB:
-            pass  # the test's own time limit applies
+        waiting.until(lambda: scratch.free_bytes(str(small)) == 24 * MIB)
 
 
 # --- clients that hang ------------------------------------------------------------------------
@@ -312,8 +309,7 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
             assert machine.probe.receive() == {"return": {}}
         else:
             assert machine.probe.receive() == {"return": {}}
-            while dom.backupGetInfo().state != "failed":
-                pass  # the test's own time limit applies
+            waiting.until(lambda: dom.backupGetInfo().state == "failed")
             with pytest.raises(virtbackup.Error, match="an NBD client stopped reading"):
                 dom.backupStop()
         machine.probe.events.clear()
@@ -383,7 +379,7 @@ def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
     """Nobody watches. Where QEMU can break the backup instead, the guest is not even paused."""
     socket_path = linux.directory / "backup.sock"
     address = f'<domainbackup><address type="unix" path="{socket_path}"/>'
-    with scene.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
+    with places.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
         disks = "".join(
             f'<disk name="{disk.name}"><source dir="{room}"/></disk>' for disk in records.DISKS
         )
@@ -416,7 +412,7 @@ def end(dom: virtbackup.Domain, linux: guest.Guest, how: str, other: str) -> Non
     else:
         with pytest.raises(virtbackup.Error, match="the backup is not good"):
             dom.backupStop()
-    assert not pathlib.Path(linux.directory / "backup.sock").exists()
+    assert not (linux.directory / "backup.sock").exists()
 
 
 # --- what the address may not be --------------------------------------------------------------
@@ -435,8 +431,11 @@ def test_another_servers_clients_are_left_alone(
     client.connect_unix(f"{tmp_path}/nbd.sock")
     with socket.socket(socket.AF_UNIX) as halfway, virtbackup.open(machine.uri) as conn:
         halfway.connect(f"{tmp_path}/nbd.sock")
-        for path in (f"{tmp_path}/nbd.sock", f"{tmp_path}/other.sock"):
-            with pytest.raises(virtbackup.Error):
+        for path, reason in (
+            (f"{tmp_path}/nbd.sock", "another server listens on"),
+            (f"{tmp_path}/other.sock", "NBD server is already in use by another job or client"),
+        ):
+            with pytest.raises(virtbackup.Error, match=reason):
                 conn.lookupByID(1).backupStart(
                     f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
                 )

@@ -18,7 +18,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import machines, nbdclient, test_copy
+from tests.live import copies, machines, nbdclient
 from virtbackup.nbd import checksum, connection, copy, writer
 
 pytestmark = [
@@ -202,29 +202,17 @@ def info(path: pathlib.Path) -> dict[str, Any]:
     return said
 
 
-def defined_checksum(path: pathlib.Path, disk: bytes, grains: set[int]) -> str:
-    """The definition, of what the disk has in GRAINS."""
-    tree = checksum.Tree(len(disk))
-    for offset in range(0, len(disk), BLOCK):
-        block = disk[offset : offset + BLOCK]
-        if offset // BLOCK in grains:
-            tree.add(offset, len(block), checksum.scan(memoryview(block))[0])
-        else:
-            tree.add_absent(offset, len(block))
-    return tree.hexdigest()
-
-
 def assert_increment(
     path: pathlib.Path, disk: bytes, grains: set[int], result: copy.Result
 ) -> None:
     """The chain reads as DISK, PATH holds GRAINS of it and nothing else, RESULT says so."""
-    assert test_copy.image_bytes(path, "qcow2") == disk
+    assert copies.image_bytes(path, "qcow2") == disk
     assert blocks_of(held(path)) == grains
     assert result.size == len(disk)
     assert result.changed == sum(min(BLOCK, len(disk) - grain * BLOCK) for grain in grains)
     assert result.read <= result.changed
     assert result.algorithm == checksum.INCREMENT
-    assert result.checksum == defined_checksum(path, disk, grains)
+    assert result.checksum == copies.defined_checksum(disk, grains)
     assert copy.checksum_of_increment(path, len(disk)) == result.checksum
     assert result.stored == path.stat().st_blocks * 512
 
@@ -357,7 +345,7 @@ def test_a_server_for_one_client_is_not_asked_about_zeroes(tmp_path: pathlib.Pat
         path = tmp_path / "out"
         result = increment(export, path, copy.Backing("full.qcow2", "qcow2"))
         assert result.read == result.changed == 8 * MIB
-        contents = test_copy.image_bytes(tmp_path / "full.qcow2", "qcow2")
+        contents = copies.image_bytes(tmp_path / "full.qcow2", "qcow2")
         expected = bytes(8 * MIB) + contents[8 * MIB :]
         assert_increment(path, expected, set(range(8 * MIB // BLOCK)), result)
 
@@ -481,7 +469,7 @@ def test_a_bitmap_that_is_not_exported(tmp_path: pathlib.Path) -> None:
 
 def test_a_server_that_knows_no_contexts(tmp_path: pathlib.Path) -> None:
     with (
-        test_copy.nbdkit(tmp_path, "--no-sr", "memory", "4M") as server,
+        copies.nbdkit(tmp_path, "--no-sr", "memory", "4M") as server,
         pytest.raises(virtbackup.Error, match="it has no context qemu:dirty-bitmap:b"),
     ):
         increment(server.export, tmp_path / "out", copy.Backing("full.raw", "raw"))
@@ -494,7 +482,7 @@ def test_a_server_killed_in_the_middle(tmp_path: pathlib.Path) -> None:
         for offset in range(0, disk.size, 16 * MIB):
             disk.write(offset, random.Random(offset).randbytes(8 * MIB))
         export = disk.end("b")
-        watch = test_copy.Watch(at_first_byte=disk.daemon.kill)
+        watch = copies.Watch(at_first_byte=disk.daemon.kill)
         with pytest.raises(virtbackup.Error) as raised:
             increment(export, tmp_path / "out", copy.Backing("full.raw", "raw"), progress=watch)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED

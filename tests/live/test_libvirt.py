@@ -8,7 +8,6 @@ import os
 import pathlib
 import pwd
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,21 +20,12 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import certificates, libvirtd, machines, scene
+from tests.live import certificates, libvirtd, machines, nbdclient, places
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import capabilities, passthrough, process
+from virtbackup.qemu import capabilities, process
 from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
-
-
-@pytest.fixture
-def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    """The daemon, its images gone after each test."""
-    yield libvirt_host
-    for path in libvirt_host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
 
 
 @pytest.fixture
@@ -461,26 +451,7 @@ def two(host: libvirtd.Host, two_disks_defined: None) -> libvirtd.Domain:
     return libvirtd.Domain(domain)
 
 
-def _kill(domain: "libvirt.virDomain") -> None:
-    pid = passthrough.pid_of(domain)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-
-
-def _shut_down(domain: "libvirt.virDomain") -> None:
-    """What libvirt sees of a guest that shuts down."""
-    with contextlib.suppress(libvirt.libvirtError):  # it may be gone before it answers
-        libvirtd.Domain(domain).monitor("quit")
-
-
-ENDS: dict[str, tuple[Callable[["libvirt.virDomain"], object], str]] = {
-    "destroyed": (lambda domain: domain.destroy(), "the domain was destroyed"),
-    "killed": (_kill, "QEMU crashed or was killed"),
-    "shut down": (_shut_down, "the guest shut down"),
-}
-
-
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("how", libvirtd.ENDS)
 def test_a_domain_that_ends_during_its_backup(
     host: libvirtd.Host,
     connection: virtbackup.Connection,
@@ -490,7 +461,7 @@ def test_a_domain_that_ends_during_its_backup(
     caplog: pytest.LogCaptureFixture,
     how: str,
 ) -> None:
-    end, reason = ENDS[how]
+    end, reason = libvirtd.ENDS[how]
     dom = connection.lookupByName("two")
     dom.backupStart(document(host))
     end(two.libvirt)
@@ -551,7 +522,7 @@ def test_a_domain_that_ends_in_the_middle_of_its_stop(
     state_dir: pathlib.Path, how: str, line: int,
 ) -> None:  # fmt: skip
     """The first stop tells why."""
-    end, _ = ENDS[how]
+    end, _ = libvirtd.ENDS[how]
     with host.domain("passing", two_disks(host)) as domain:
         dom = connection.lookupByName("passing")
         dom.backupStart(document(host))
@@ -696,7 +667,7 @@ def test_libvirts_own_work_meanwhile_and_afterwards(
     for cluster in (3, 4):
         at = cluster * libvirtd.CLUSTER
         seen[at : at + libvirtd.CLUSTER] = b"\xff" * libvirtd.CLUSTER
-    with pytest.raises(libvirt.libvirtError):
+    with pytest.raises(libvirt.libvirtError, match="'block-commit'"):
         domain.blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
     commit(domain, "sdb")
     assert libvirtd.read(socket(host), "vda") == seen
@@ -938,7 +909,7 @@ def test_scratch_space_that_runs_out_ends_the_backup_and_not_the_guest(
 ) -> None:
     """It is watched by way of libvirt, too."""
     dom = connection.lookupByName("two")
-    with scene.small_file_system(scratch_dir, 3 << 20):
+    with places.small_file_system(scratch_dir, 3 << 20):
         dom.backupStart(document(host))
         for cluster in range(libvirtd.SIZE // libvirtd.CLUSTER):
             two.write("vda", cluster, pattern(1)[cluster * libvirtd.CLUSTER])
@@ -971,8 +942,8 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
         return killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(process.Run, "freeze", after(lambda: _kill(two.libvirt)))
-        with pytest.raises(virtbackup.Error):
+        patch.setattr(process.Run, "freeze", after(lambda: libvirtd.kill(two.libvirt)))
+        with pytest.raises(virtbackup.Error, match="monitor"):
             dom.backupStart(document(host))
         assert not list(scratch_dir.iterdir())
         assert not list(state_dir.glob("*.json"))
@@ -1025,8 +996,9 @@ def test_jobs_of_libvirts_own(
 # --- connections ----------------------------------------------------------------------------------
 
 
-def test_a_connection_that_is_read_only(host: libvirtd.Host, connection: virtbackup.Connection,
-    two: libvirtd.Domain) -> None:  # fmt: skip
+def test_a_connection_that_is_read_only(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
     dom = connection.lookupByName("two")
     with virtbackup.open(host.daemon.uri, readonly=True) as opened:
         readonly = opened.lookupByName("two")
@@ -1128,17 +1100,10 @@ CHECKPOINT = "<domaincheckpoint><name>{}</name>{}</domaincheckpoint>"
 
 def changed(socket: pathlib.Path, context: str) -> set[int]:
     """The clusters that an export tells to have changed."""
-    argv = ["nbdinfo", f"--map=qemu:dirty-bitmap:{context}", "--json"]
-    uri = f"nbd+unix:///vda?socket={socket}"
-    said = subprocess.run([*argv, uri], check=True, capture_output=True).stdout
     return {
         cluster
-        for extent in json.loads(said)
-        if extent["type"]
-        for cluster in range(
-            extent["offset"] // libvirtd.CLUSTER,
-            (extent["offset"] + extent["length"]) // libvirtd.CLUSTER,
-        )
+        for offset, length in nbdclient.changed(socket, "vda", context)
+        for cluster in range(offset // libvirtd.CLUSTER, (offset + length) // libvirtd.CLUSTER)
     }
 
 

@@ -11,7 +11,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import machines, nbdclient, test_undo
+from tests.live import crashing, machines, nbdclient
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import listener, monitor, nbdserver
 
@@ -130,9 +130,7 @@ def test_a_port_that_somebody_was_faster_to_take(
     assert machine.state() == before
 
 
-def test_a_name_that_has_several_addresses(
-    machine: machines.Machine, domain: virtbackup.Domain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_has_several_addresses(domain: virtbackup.Domain) -> None:
     """QEMU listens on each of them."""
     try:
         places = {info[4][0] for info in socket.getaddrinfo("localhost", 0, type=1)}
@@ -221,7 +219,7 @@ def test_a_server_that_does_not_listen_fails_the_start(
     kind: str,
 ) -> None:
     """As if QEMU's word were not true."""
-    before, files = machine.state(), test_undo.files(tmp_path, state_dir)
+    before, files = machine.state(), crashing.files(tmp_path, state_dir)
     for look in ("listens", "answers", "is_taken"):
         monkeypatch.setattr(nbdserver, look, lambda *_: False)
     unix = f'<address type="unix" path="{tmp_path}/nbd.sock"/>'
@@ -231,4 +229,4 @@ def test_a_server_that_does_not_listen_fails_the_start(
     assert domain.backupCleanup() == []
     assert machine.probe.reply("nbd-server-stop")["error"]["desc"] == "NBD server not running"
     assert machine.state() == before
-    assert test_undo.files(tmp_path, state_dir) == files
+    assert crashing.files(tmp_path, state_dir) == files

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """backup-map: what it draws is where the data is, of a directory and of a running backup."""
 
-import contextlib
 import json
 import os
 import pathlib
-import pty
 import subprocess
 import sys
 
@@ -13,7 +11,7 @@ import pytest
 from lxml import etree
 
 import virtbackup
-from tests.live import points, test_prune
+from tests.live import points, terminals
 from virtbackup.nbd import checksum
 
 pytestmark = [
@@ -28,7 +26,7 @@ BLOCK = checksum.BLOCK
 def layered(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
     """One disk in four points."""
     directory = tmp_path_factory.mktemp("layered") / "backups"
-    return points.built(directory, 16 * BLOCK - 100, test_prune.LAYERS)
+    return points.built(directory, 16 * BLOCK - 100, points.LAYERS)
 
 
 def told(*argv: str) -> dict[str, list[tuple[int, int, str, bool | None]]]:
@@ -89,16 +87,7 @@ def test_terminals(layered: points.Backed) -> None:
     ).stdout
     assert b"\033" not in plain
     assert b"  # data" in plain
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONUTF8": "1"}
-    with subprocess.Popen(argv, stdout=theirs, env=environment) as process:
-        os.close(theirs)
-        text = b""
-        with contextlib.suppress(OSError):  # the end of a terminal
-            while part := os.read(ours, 65536):
-                text += part
-        os.close(ours)
-    assert process.returncode == 0
+    text, _ = terminals.shown(argv, env={**os.environ, "PYTHONUTF8": "1"})
     assert b"\033[34m" in text
     assert "█".encode() in text
 

@@ -134,10 +134,8 @@ def test_a_job_in_place_of_ours_is_told_and_left_alone(
         ours = sorted(job["device"] for job in machine.probe("query-block-jobs"))[0]
         machine.probe("block-job-cancel", device=ours)
         machine.probe.wait_event("BLOCK_JOB_CANCELLED")
-        theirs = {"job_id": ours, "device": "drive0", "target": f"{tmp_path}/theirs", "speed": 1}
-        if ours != "drive0":
-            theirs["job_id"] = "drive0"
-        machine.probe("drive-backup", sync="full", format="raw", **theirs)
+        theirs = {"job_id": "drive0", "device": "drive0", "target": f"{tmp_path}/theirs"}
+        machine.probe("drive-backup", sync="full", format="raw", speed=1, **theirs)
         assert dom.backupGetInfo().state == "failed"
         with pytest.raises(virtbackup.Error, match="the backup is not good: disk 'vda': its"):
             dom.backupStop()

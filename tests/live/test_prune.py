@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import virtbackup
-from tests.live import machines, points, test_copy, test_restore, test_verify
+from tests import waiting
+from tests.live import machines, places, points, test_restore
 from virtbackup.nbd import checksum, copy
 from virtbackup.tools import chain, listing, manifest, prune, pull
 
@@ -28,12 +29,6 @@ pytestmark = [
 ]
 
 BLOCK = checksum.BLOCK
-LAYERS: list[dict[int, int | None]] = [
-    {n: n for n in range(12)},
-    {5: 100, 6: None},
-    {5: None, 7: 102},
-    {8: 103, 5: 104},
-]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def backed(whole: points.Backed, tmp_path: pathlib.Path) -> points.Backed:
 @pytest.fixture
 def layered(tmp_path: pathlib.Path) -> points.Backed:
     """One disk in four points."""
-    return points.built(tmp_path / "backups", 12 * BLOCK - 100, LAYERS, "raw")
+    return points.built(tmp_path / "backups", 12 * BLOCK - 100, points.LAYERS, "raw")
 
 
 def cut(directory: pathlib.Path, keep: int) -> prune.Plan:
@@ -79,17 +74,17 @@ def check(backed: points.Backed, restored: bool = False) -> list[int]:
     """All that is listed is what it was, by our own reading and by QEMU's, and can be RESTORED;
     which points those are."""
     backups = listing.read(backed.directory)
-    verdict = test_verify.found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert verdict.good, verdict.problems
     for point in backups.points:
         shown = backed.shown[point.made.number or 0]
         for disk in point.made.disks:
             content = machines.contents(backed.directory / disk.file, disk.format)
-            assert content == test_restore.padded(shown[disk.name])
+            assert content == points.padded(shown[disk.name])
         if not restored:
             continue
         with tempfile.TemporaryDirectory() as out:
-            done = test_restore.put_back(backed, out, point=point.label, fmt="raw", force=True)
+            done = points.put_back(backed, out, point=point.label, fmt="raw", force=True)
             assert {d.output.disk: d.output.path.read_bytes() for d in done} == shown
     return numbers(backed.directory)
 
@@ -330,7 +325,7 @@ def test_any_layers(
 def test_a_file_that_is_not_as_it_was(backed: points.Backed) -> None:
     """It is needed: then nothing is changed. It is not: then it goes."""
     path = backed.directory / "vda.0002.qcow2"
-    test_verify.flip(path, test_verify.find_data(path, 101))
+    points.flip(path, points.find_data(path, 101))
     before = {file.name: file.read_bytes() for file in backed.directory.iterdir()}
     text = refused(backed.directory)
     assert f"disk 'vda': {path} is not good: it is not what was backed up" in text
@@ -416,19 +411,12 @@ def test_an_announcement_of_nobody(backed: points.Backed) -> None:
 
 @pytest.mark.may_skip
 def test_a_full_disk(whole: points.Backed, tmp_path: pathlib.Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", str(out)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mount refused")
-    try:
+    with places.small_file_system(tmp_path / "out", 8 << 20) as out:
         one = whole.copy(out / "backups")
         before = names(one.directory)
         assert "No space left on device" in refused(one.directory)
         assert names(one.directory) == before
         assert check(one) == [1, 2, 3, 4]
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
 
 
 @contextlib.contextmanager
@@ -450,12 +438,12 @@ def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
     before = names(backed.directory)
     with pruning(backed.directory) as one:
         aside = backed.directory / "vda.0002.qcow2.merged"
-        test_copy.wait_until(lambda: aside.exists() and aside.stat().st_blocks > 0, one)
+        waiting.until(lambda: aside.exists() and aside.stat().st_blocks > 0, process=one)
         one.send_signal(number)
         one.wait(20)
         assert one.returncode == (130 if number == signal.SIGINT else 143)
     assert names(backed.directory) == before
-    assert test_verify.found(backed.directory).good
+    assert points.verified(backed.directory).good
 
 
 def test_cancel_between(layered: points.Backed) -> None:

@@ -8,7 +8,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import machines
+from tests.live import machines, places
 from virtbackup.nbd import copy
 from virtbackup.tools import manifest, pull
 
@@ -81,16 +80,6 @@ class Watch:
             self._at_advance(index)
 
 
-def disks(machine: machines.Machine) -> dict[str, bytes]:
-    """What the guest reads from its disks at this moment."""
-    for device in ("vda", "sdb"):
-        machine.io(device, "flush")
-    return {
-        "vda": machines.contents(machine.directory / "a.qcow2", "qcow2"),
-        "sdb": machines.contents(machine.directory / "b.raw", "raw"),
-    }
-
-
 def backup(directory: pathlib.Path) -> dict[str, bytes]:
     """The disks of a backup, as its manifest tells them; every file is named there."""
     made = manifest.read(directory)
@@ -119,7 +108,7 @@ def test_the_bytes_are_those_of_the_start(
     fmt: copy.Format,
 ) -> None:
     """The guest writes before the first byte is read, and again at every chunk."""
-    before, state = disks(machine), machine.state()
+    before, state = machines.on_two_disks(machine), machine.state()
     # The guest's own writes make its file grow, and that is told here.
     grows = ("query-block", "query-named-block-nodes")
     source = random.Random(5)
@@ -132,7 +121,7 @@ def test_the_bytes_are_those_of_the_start(
     begin = datetime.datetime.now(datetime.timezone.utc)
     made = pull.pull(domain, out, fmt=fmt, progress=Watch(write, write))
     assert backup(out) == before
-    assert disks(machine) != before
+    assert machines.on_two_disks(machine) != before
     after = machine.state()
     assert [after[key] for key in state if key not in grows] == [
         state[key] for key in state if key not in grows
@@ -147,13 +136,6 @@ def test_the_bytes_are_those_of_the_start(
     assert "<source file=" in made.domain_xml
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", None])
 def test_a_document_of_the_users(
     machine: machines.Machine,
@@ -163,10 +145,10 @@ def test_a_document_of_the_users(
     tmp_path: pathlib.Path,
     host: str | None,
 ) -> None:
-    before = disks(machine)
+    before = machines.on_two_disks(machine)
     address = f'type="unix" path="{tmp_path}/mine.sock"'
     if host is not None:
-        address = f'type="ip" host="{host}" port="{free_port()}"'
+        address = f'type="ip" host="{host}" port="{places.free_port()}"'
     xml = (
         f'<domainbackup><address {address}/><disks><disk name="sdb" exportname="other"/>'
         '<disk name="vda" present="no"/></disks></domainbackup>'
@@ -288,16 +270,10 @@ def test_a_full_disk(
     machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
 ) -> None:
     state = machine.state()
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(out)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mount refused")
-    try:
+    with places.small_file_system(out, 2 << 20):
         with pytest.raises(virtbackup.Error, match=r"cannot write .*: No space left on device"):
             pull.pull(domain, out, fmt="raw")
         assert list(out.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
     assert machine.state() == state
 
 

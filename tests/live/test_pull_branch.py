@@ -53,15 +53,6 @@ def kinds(made: manifest.Manifest) -> dict[str, str]:
     return {disk.name: disk.kind for disk in made.disks}
 
 
-def live(machine: machines.Machine) -> dict[str, bytes]:
-    for disk in ("vda", "sdb"):
-        machine.io(disk, "flush")
-    return {
-        "vda": machines.contents(machine.directory / "a.qcow2", "qcow2"),
-        "sdb": machines.contents(machine.directory / "b.raw", "raw"),
-    }
-
-
 def refused(call: Callable[[], object], machine: machines.Machine, code: int) -> str:
     """The text of the error of CALL, which left QEMU as it was."""
     before = machine.state()
@@ -79,7 +70,7 @@ def test_a_chain(machine: machines.Machine, domain: virtbackup.Domain, out: path
     machine.io("vda", "write -P 2 64k 4k")
     machine.io("vda", "write -z 512k 128k")
     machine.io("sdb", "write -P 3 3M 1k")
-    want = live(machine)
+    want = machines.on_two_disks(machine)
     second = pull.pull(domain, out, branch="daily", kind="incremental")
     machine.io("vda", "write -P 4 0 2M")
     third = pull.pull(domain, out, branch="daily", kind="auto")
@@ -124,7 +115,7 @@ def test_a_compressed_chain(
     machine.io("vda", "write -z 512k 128k")
     machine.io("sdb", f"write -P 3 {SIZE - 1024} 1k")
     made = pull.pull(domain, out, branch="daily", kind="incremental", compress=True, check=True)
-    now = live(machine)
+    now = machines.on_two_disks(machine)
     for disk in made.disks:
         assert machines.contents(out / disk.file, "qcow2")[:SIZE] == now[disk.name]
         told = subprocess.run(
@@ -197,7 +188,10 @@ def test_a_full_one_begins_a_new_chain(
     assert "disk 'vda': an increment is qcow2, not raw" in text
     machine.io("vda", "write -P 2 64k 4k")
     over_raw = pull.pull(domain, out, branch="daily", kind="incremental")
-    assert machines.contents(out / over_raw.disks[0].file, "qcow2") == live(machine)["vda"]
+    assert (
+        machines.contents(out / over_raw.disks[0].file, "qcow2")
+        == machines.on_two_disks(machine)["vda"]
+    )
     full = pull.pull(domain, out, branch="daily")
     assert kinds(full) == {"vda": "full", "sdb": "full"}
     assert [disk.backing for disk in full.disks] == [None, None]
@@ -355,10 +349,10 @@ def test_killed(
     if not first:
         pull.pull(domain, out, branch="daily")
     machine.io("vda", "write -P 5 1M 128k")
-    then = live(machine)
+    then = machines.on_two_disks(machine)
     die_in(machine.uri, out, where)
     machine.io("sdb", "write -P 6 2M 128k")
-    now = live(machine)
+    now = machines.on_two_disks(machine)
     made = pull.pull(domain, out, branch="daily", kind="auto")
     good = where is not before_the_stop
     assert made.number == 1 + good + (not first)
@@ -409,7 +403,10 @@ def test_a_killed_backup_whose_job_has_ended(
         machine.probe("job-cancel", id=job["id"])
         machine.probe.wait_event("BLOCK_JOB_CANCELLED")
     made = pull.pull(domain, out, branch="daily", kind="auto")
-    assert machines.contents(out / made.disks[0].file, "qcow2") == live(machine)["vda"]
+    assert (
+        machines.contents(out / made.disks[0].file, "qcow2")
+        == machines.on_two_disks(machine)["vda"]
+    )
 
 
 def test_a_signal_after_the_verdict(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What libvirt's clients ask for, and events, of a real QEMU without libvirt."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -92,9 +93,8 @@ def test_what_the_firmware_read_is_counted(tmp_path: pathlib.Path) -> None:
         machines.qemu(
             tmp_path, "-blockdev", node, "-device", "virtio-blk,drive=A,id=vda"
         ) as booted,
-        virtbackup.open(booted.uri),
+        contextlib.closing(qmp_driver.open(booted.uri, True)) as driver,
     ):
-        driver = qmp_driver.open(booted.uri, True)
         [ref] = driver.list_domains()
         waiting.until(lambda: driver.domain_block_stats_flags(ref, "vda", 0)["rd_bytes"])
         assert driver.domain_block_stats_flags(ref, str(image), 0)["rd_operations"]
@@ -168,8 +168,10 @@ def test_refused_in_libvirts_words(driver: qmp_driver.QmpDriver, ref: hypervisor
 def test_a_storage_daemon(tmp_path: pathlib.Path) -> None:
     image = machines.image(tmp_path / "a", SIZE)
     node = f"raw,node-name=A,file.driver=file,file.filename={image}"
-    with machines.storage_daemon(tmp_path, "--blockdev", node) as machine:
-        driver = qmp_driver.open(machine.uri, False)
+    with (
+        machines.storage_daemon(tmp_path, "--blockdev", node) as machine,
+        contextlib.closing(qmp_driver.open(machine.uri, False)) as driver,
+    ):
         [ref] = driver.list_domains()
         state, memory, _, vcpus, _ = driver.domain_get_info(ref)
         assert (state, memory, vcpus) == (libvirt.VIR_DOMAIN_RUNNING, 0, 0)
@@ -185,7 +187,6 @@ def test_a_storage_daemon(tmp_path: pathlib.Path) -> None:
             with pytest.raises(errors.Error, match=r"qemu-storage-daemon .* has no ") as caught:
                 call()
             assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
-        driver.close()
 
 
 # --- events ---------------------------------------------------------------------------------------
@@ -295,13 +296,14 @@ def test_the_end_of_a_backup_is_told_once(
 def test_the_end_by_another_process(
     driver: qmp_driver.QmpDriver, ref: hypervisor.DomainRef, machine: machines.Machine
 ) -> None:
-    """Another that starts, too, as the listener finds it running."""
+    """Of one that ran when the listener came. Another that begins and ends before it looks again is
+    not told of, and does no harm."""
     driver.domain_backup_start(ref, document(machine), 0)
     with listening.listening(machine.uri) as listener:
         driver.domain_backup_stop(ref, 0)
         name, _, good, reason = listener.next("ended")
-        assert (name, good) in (("vm", True), ("vm", False))
-        assert good or "stopped by another process" in reason
+        assert name == "vm"
+        assert good or "stopped by another process" in reason  # if it came too late for the verdict
         driver.domain_backup_start(ref, document(machine), 0)
         driver.domain_backup_stop(ref, 0)
         assert listener.close() == []

@@ -333,13 +333,11 @@ def test_killed_while_another_process_holds_its_files(scene: Scene) -> None:
 
 def test_a_thaw_that_fails_at_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "_PAUSE", 0.0)
-    scene.agent.on(thaw=agents.refuses("not now"))
-    real = agents.returns(2)
+    refused, real = agents.refuses("not now"), agents.returns(2)
 
     def second(message: dict[str, Any]) -> bytes | None:
         return real(message) if scene.agent.commands.count("thaw") == 2 else refused(message)
 
-    refused = agents.refuses("not now")
     scene.agent.on(thaw=second)
     scene.start()
     scene.agent.wait_for("freeze", "thaw", "thaw")

@@ -4,7 +4,6 @@ backups it makes by the merged calls; and against a virtbackupd that is killed m
 
 import contextlib
 import logging
-import os
 import pathlib
 import queue
 import signal
@@ -16,7 +15,8 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import daemons, libvirtd
+from tests import daemon_scene
+from tests.live import libvirtd
 from virtbackup import hypervisor
 from virtbackup.remote import driver
 
@@ -25,15 +25,6 @@ pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdco
 DEADLINE = 60.0
 BACKUP_ENDED = virtbackup.VIR_DOMAIN_EVENT_ID_BACKUP_ENDED
 LIFECYCLE = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
-
-
-@pytest.fixture
-def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    """The daemon, its images gone after each test."""
-    yield libvirt_host
-    for path in libvirt_host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
 
 
 @pytest.fixture
@@ -156,7 +147,9 @@ def test_autodestroy_on_libvirts_own(
     assert domain.libvirt.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
 
 
-def test_errors_are_those_of_libvirts_own_client(host: libvirtd.Host, uri: str) -> None:
+def test_errors_are_those_of_libvirts_own_client(
+    host: libvirtd.Host, domain: libvirtd.Domain, uri: str
+) -> None:
     with contextlib.closing(driver.open(uri, False)) as ours:
         nobody = hypervisor.DomainRef("nobody", "0" * 8 + "-0000-4000-8000-" + "0" * 12, None)
         with pytest.raises(virtbackup.Error) as caught:
@@ -165,16 +158,14 @@ def test_errors_are_those_of_libvirts_own_client(host: libvirtd.Host, uri: str) 
         with pytest.raises(virtbackup.Error) as caught:
             ours.domain_monitor_command(nobody, "{}", 1 << 20)
         assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
-    with (
-        contextlib.closing(driver.open(uri, True)) as reader,
-        pytest.raises(virtbackup.Error) as caught,
-    ):
-        reader.domain_suspend(nobody)
-    read_only = libvirt.openReadOnly(host.daemon.uri)
-    their = _their_failure(lambda: read_only.lookupByName("nobody"))
-    assert their[0] == libvirt.VIR_ERR_NO_DOMAIN
-    read_only.close()
-    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED
+    with contextlib.closing(libvirt.openReadOnly(host.daemon.uri)) as read_only:
+        theirs = read_only.lookupByName("two")
+        ref = hypervisor.DomainRef("two", theirs.UUIDString(), theirs.ID())
+        with contextlib.closing(driver.open(uri, True)) as reader:
+            with pytest.raises(virtbackup.Error) as caught:
+                reader.domain_suspend(ref)
+            assert _told(caught.value) == _their_failure(lambda: theirs.suspend())
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED
     with pytest.raises(virtbackup.Error) as caught:
         virtbackup.open(f"{uri}?name=nosuch:///")
     assert _told(caught.value)[::2] == (
@@ -228,17 +219,15 @@ def test_our_daemon_is_killed_during_a_backup(
     host: libvirtd.Host, domain: libvirtd.Domain, tmp_path: pathlib.Path
 ) -> None:
     """The backup runs on, and is stopped through the next daemon, by whoever connects anew."""
-    socket, log = tmp_path / "sock", tmp_path / "log"
-    uri = f"virtbackup+unix://{socket}"
     with virtbackup.open(host.daemon.uri) as local, contextlib.ExitStack() as stack:
-        killed = contextlib.suppress(AssertionError)
-        with killed, daemons.daemon(socket, host.daemon.uri, log=log) as pid:
-            opened = stack.enter_context(virtbackup.open(f"{uri}?reconnect=yes"))
+        with daemon_scene.Program(tmp_path, "--uri", host.daemon.uri) as first:
+            uri = f"virtbackup+unix://{first.path}?reconnect=yes"
+            opened = stack.enter_context(virtbackup.open(uri))
             two = opened.lookupByName("two")
             two.backupStart(document(host, '<branch name="nightly"/>'))
-            os.kill(pid, signal.SIGKILL)
+            first.end(signal.SIGKILL)
         libvirtd.wait_for(lambda: opened.isAlive() == 0)
-        with daemons.daemon(socket, host.daemon.uri, log=log):
+        with daemon_scene.running(tmp_path, host.daemon.uri):
             info = two.backupGetInfo()
             assert info.branch == "nightly"
             assert libvirtd.read(host.path("nbd.sock"), "vda") == libvirtd.pattern(0)
@@ -254,30 +243,33 @@ def test_our_daemon_is_killed_during_a_backup(
 def test_autodestroy_when_the_client_is_killed(
     host: libvirtd.Host, domain: libvirtd.Domain, tmp_path: pathlib.Path
 ) -> None:
-    socket, log = tmp_path / "sock", tmp_path / "log"
-    uri = f"virtbackup+unix://{socket}"
-    flag = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
     code = (
         "import sys, virtbackup\n"
-        f"conn = virtbackup.open({uri!r})\n"
-        f"conn.lookupByName('two').backupStart({document(host)!r}, {flag})\n"
+        "conn = virtbackup.open(sys.argv[1])\n"
+        "flag = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY\n"
+        "conn.lookupByName('two').backupStart(sys.argv[2], flag)\n"
         "print('started', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    with daemons.daemon(socket, host.daemon.uri, log=log), virtbackup.open(uri) as opened:
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(daemon_scene.running(tmp_path, host.daemon.uri))
+        uri = f"virtbackup+unix://{served.path}"
+        opened = stack.enter_context(virtbackup.open(uri))
         events: queue.SimpleQueue[bool] = queue.SimpleQueue()
         opened.domainEventRegisterAny(
             None, BACKUP_ENDED, lambda c, d, good, *_: events.put(good), None
         )
         client = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-c", code, uri, document(host)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
         assert client.stdout is not None
         assert client.stdout.readline() == b"started\n"
         assert opened.lookupByName("two").backupGetInfo().state == "running"
         client.kill()
         client.communicate(timeout=DEADLINE)
         libvirtd.wait_for(lambda: _ended(opened))
+        assert events.get(timeout=DEADLINE) is False
 
 
 def _ended(connection: virtbackup.Connection) -> bool:

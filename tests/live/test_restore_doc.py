@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every command that docs/restore.md shows does what it says; and the shell's help with them."""
 
-import contextlib
-import fcntl
-import os
 import pathlib
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 
 import pytest
 
-from tests.live import points
+from tests.live import pages, points, terminals
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = [
@@ -24,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(120),
 ]  # fmt: skip
 
-DOC = pathlib.Path(__file__).parents[2] / "docs" / "restore.md"
+PAGE = "restore.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +29,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
 
 def commands(block: int, directory: pathlib.Path) -> list[str]:
     """Those of a console block, with their paths in DIRECTORY."""
-    found = re.findall(r"```console\n(.*?)```", DOC.read_text(), re.DOTALL)[block]
+    shown = pages.blocks(pages.DOCS / PAGE, "console")[block]
     program = f"{sys.executable} -m virtbackup.tools.virsh_backup"
     return [
         re.sub(r"(?<=[ =>'])/(backup|restore)\b", rf"{directory}/\1", line).replace(
             "virsh-backup", program, 1
         )
-        for line in re.findall(r"^\$ (.*)$", found, re.MULTILINE)
+        for line in re.findall(r"^\$ (.*)$", shown, re.MULTILINE)
     ]
 
 
@@ -101,17 +95,6 @@ def test_completion(whole: points.Backed) -> None:
 
 
 def test_a_bar_for_people(whole: points.Backed) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-verify"]
-    with subprocess.Popen(
-        [*argv, str(whole.directory)], stderr=theirs, stdout=subprocess.DEVNULL
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of a terminal
-            while part := os.read(ours, 65536):
-                shown += part
-        os.close(ours)
-    assert process.returncode == 0
+    shown, _ = terminals.shown([*argv, str(whole.directory)], "stderr")
     assert b"%|" in shown

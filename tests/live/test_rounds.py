@@ -18,8 +18,6 @@ import pathlib
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ import pytest
 
 import virtbackup
 from tests import conftest
-from tests.live import machines, scene
+from tests.live import callers, machines, places, scene
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount"),
@@ -43,47 +41,19 @@ SEED = os.environ.get("VIRTBACKUP_ROUNDS_SEED", "1")
 SPACE = 24 << 20
 FIGURES: collections.Counter[str] = collections.Counter()
 
-_CALL = """
-import os, sys, virtbackup
-while line := sys.stdin.readline():
-    pid = os.fork()
-    if pid == 0:
-        uri, method, *arguments = line.rstrip("\\n").split("\\t")
-        try:
-            getattr(virtbackup.open(uri).listAllDomains()[0], method)(*arguments)
-        except virtbackup.Error:
-            os._exit(1)
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
-
-class Caller:
-    """Calls a method of the domain in a process of its own, and may kill it meanwhile."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CALL],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def call(self, after: float, uri: str, *words: str) -> None:
-        """Kill it by SIGKILL AFTER seconds, unless it has ended by then."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\t".join((uri, *words)) + "\n")
-        self._process.stdin.flush()
-        process = os.pidfd_open(int(self._process.stdout.readline()))
-        # The moment is what is random here; nothing waits for it.
-        threading.Event().wait(after)
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-        os.close(process)
-        FIGURES[f"{words[0]} killed"] += int(self._process.stdout.readline()) < 0
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
+def call_and_kill(caller: callers.Caller, after: float, uri: str, *words: str) -> None:
+    """Call a method of the domain, in a process that is killed by SIGKILL AFTER seconds, unless it
+    has ended by then."""
+    pid = caller.begin(uri, *words)
+    process = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGCONT)
+    # The moment is what is random here; nothing waits for it.
+    threading.Event().wait(after)
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+    os.close(process)
+    FIGURES[f"{words[0]} killed"] += caller.end() < 0
 
 
 class Client:
@@ -94,10 +64,7 @@ class Client:
         self._round = round
         self._handle = nbd.NBD()
         self._handle.set_export_name(disk)
-        if round.port is None:
-            self._handle.connect_unix(str(round.one.socket))
-        else:
-            self._handle.connect_tcp("127.0.0.1", str(round.port))
+        round.connect(self._handle)
 
     def read(self, offset: int, length: int) -> None:
         """Read, and note what is wrong with it."""
@@ -124,7 +91,7 @@ class Round:
         self.log = life.log
         self.log.append(f"--- round {number}")
         self.disks = self.rng.choice([("vda", "sdb"), ("vda",), ("sdb",)])
-        self.port = _free_port() if self.rng.random() < 0.3 else None
+        self.port = places.free_port() if self.rng.random() < 0.3 else None
         self.named = self.rng.random() < 0.3
         self.frozen: dict[str, bytes] = {}
         self.wrong: set[str] = set()
@@ -146,7 +113,7 @@ class Round:
             self.guest_writes()
         self.start()
         clients = [Client(self, disk) for disk in self.disks if self.rng.random() < 0.7]
-        with self.undo, self.reading(clients):
+        with self.undo, self.reading():
             for action in self.rng.choices(ACTIONS, WEIGHTS, k=self.rng.randrange(1, 6)):
                 self.log.append(action.__name__)
                 action(self)
@@ -155,6 +122,12 @@ class Round:
             self.clients_in_the_end(clients)
             verdict = self.stop()
         self.judge(verdict)
+
+    def connect(self, handle: nbd.NBD) -> None:
+        if self.port is None:
+            handle.connect_unix(str(self.one.socket))
+        else:
+            handle.connect_tcp("127.0.0.1", str(self.port))
 
     # --- start ---
 
@@ -179,7 +152,7 @@ class Round:
         self.log.append(f"start {self.disks} port={self.port} named={self.named} {how}")
         if how == "killed":
             after = self.rng.uniform(0, 0.12)
-            self._life.caller.call(after, self.one.uri, "backupStart", self.document())
+            call_and_kill(self._life.caller, after, self.one.uri, "backupStart", self.document())
             if self.is_running():
                 return
         connection = self.undo.enter_context(virtbackup.open(self.one.uri))
@@ -220,7 +193,7 @@ class Round:
             self.one.live[disk][offset : offset + length] = bytes([byte]) * length
 
     @contextlib.contextmanager
-    def reading(self, clients: list[Client]) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
         """Somebody else reads all the time, in some rounds up to the stop and beyond."""
         over = threading.Event()
         rng = random.Random(self.rng.random())
@@ -268,7 +241,7 @@ class Round:
         self.log.append(how)
         if how == "killed":
             self.harmed = True
-            self._life.caller.call(self.rng.uniform(0, 0.12), self.one.uri, "backupStop")
+            call_and_kill(self._life.caller, self.rng.uniform(0, 0.12), self.one.uri, "backupStop")
         flags = virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL if how == "cancel" else 0
         try:
             with self.one.domain() as domain:
@@ -316,14 +289,6 @@ def _listens_on(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 # --- what may happen ------------------------------------------------------------------------------
@@ -411,10 +376,9 @@ def client_goes_away(round: Round) -> None:
     if not round.harmed:
         client = nbd.NBD()
         client.set_export_name(round.disks[0])
-        if round.port is None:
-            client.connect_unix(str(round.one.socket))
-            client.aio_pread(nbd.Buffer(1 << 20), 0)
-            del client
+        round.connect(client)
+        client.aio_pread(nbd.Buffer(1 << 20), 0)
+        del client
 
 
 @weighing(0.5)
@@ -580,7 +544,12 @@ class Life:
     """A machine, and what is done to it."""
 
     def __init__(
-        self, one: scene.Scene, state_dir: pathlib.Path, caller: Caller, seed: str, engine: str
+        self,
+        one: scene.Scene,
+        state_dir: pathlib.Path,
+        caller: callers.Caller,
+        seed: str,
+        engine: str,
     ) -> None:
         self.one, self.state_dir, self.caller, self.engine = one, state_dir, caller, engine
         self.rng = random.Random(seed)
@@ -600,10 +569,10 @@ class Life:
         if self.one.machine.process.poll() is None:
             self.one.probe("quit")
             self.one.machine.process.wait()
-        for disk, places in self.unsure.items():
+        for disk, ranges in self.unsure.items():
             found = {"vda": ("a.qcow2", "qcow2"), "sdb": ("b.raw", "raw")}[disk]
             now = machines.contents(self.one.directory / found[0], found[1])
-            for offset, length in places:
+            for offset, length in ranges:
                 self.one.live[disk][offset : offset + length] = now[offset : offset + length]
         assert scene.lost_writes(self.one) == []
         FIGURES["machines"] += 1
@@ -621,16 +590,15 @@ def figures() -> Iterator[None]:
 def scratch(
     tmp_path: pathlib.Path, state_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pathlib.Path]:
-    with scene.small_file_system(tmp_path, SPACE) as path:
+    with places.small_file_system(tmp_path, SPACE) as path:
         monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(path))
         yield path
 
 
 @pytest.fixture
-def caller(scratch: pathlib.Path) -> Iterator[Caller]:
-    running = Caller()
-    yield running
-    running.close()
+def caller(scratch: pathlib.Path) -> Iterator[callers.Caller]:
+    with callers.Caller() as running:
+        yield running
 
 
 @pytest.mark.parametrize("number", range(LIVES))
@@ -638,11 +606,11 @@ def test_rounds(
     state_dir: pathlib.Path,
     scratch: pathlib.Path,
     tmp_path_factory: pytest.TempPathFactory,
-    caller: Caller,
+    caller: callers.Caller,
     number: int,
 ) -> None:
     done = machine = 0
-    engines = ["classic", "hybrid"] if machines.version() >= (8, 0, 0) else ["classic"]
+    engines = machines.engines()
     engine = engines[number % len(engines)]
     while done < ROUNDS:
         directory = tmp_path_factory.mktemp("machine")

@@ -178,11 +178,11 @@ def test_events(client: Client) -> None:
     assert message == rpc.event(REMOTE, "DOMAIN_EVENT_CALLBACK_LIFECYCLE", value)
 
 
-def test_descriptors(connect: Connect, libvirt_host: libvirtd.Host) -> None:
+def test_descriptors(connect: Connect, host: libvirtd.Host) -> None:
     """QEMU itself has what we sent."""
-    image = libvirtd.image(libvirt_host.path("fds.qcow2"), 1)
+    image = libvirtd.image(host.path("fds.qcow2"), 1)
     client = connect("qemu:///system")
-    with libvirt_host.domain("fds", libvirtd.disk_xml("vda", image)):
+    with host.domain("fds", libvirtd.disk_xml("vda", image)):
         command = '{"execute": "getfd", "arguments": {"fdname": "ours"}}'
         args = qemu_protocol.DomainMonitorCommandArgs(lookup(client, "fds"), command, 0)
         read, write = os.pipe()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What virsh and libvirtd say here and now is read by our code, and said again byte for byte."""
 
-import pathlib
-
 import pytest
 
 from tests import record_rpc, test_rpc_recorded
@@ -11,7 +9,7 @@ from tests.live import libvirtd
 
 @pytest.mark.needs("libvirtd", "virsh")
 def test_traffic(libvirt_host: libvirtd.Host) -> None:
-    place = pathlib.Path(libvirt_host.path("traffic"))
+    place = libvirt_host.path("traffic")
     place.mkdir()
     place.chmod(0o755)
     scenes = record_rpc.play(libvirt_host, place)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.live import nbdclient, points, test_copy, test_verify
+from tests import waiting
+from tests.live import nbdclient, points
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
@@ -122,7 +123,7 @@ def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pa
         one.process.send_signal(signal.SIGINT)
         _, err = one.process.communicate(timeout=20)
     assert err == f"warning: {path} is not in the directory and is checked first\n"
-    test_verify.flip(away, test_verify.find_data(away, 9))
+    points.flip(away, points.find_data(away, 9))
     status, out, err = points.run("backup-serve", str(backed.directory))
     assert (status, out) == (1, "")
     assert f"disk 'vda': {away} is not good: it is not what was backed up: its checksum" in err
@@ -163,9 +164,7 @@ def test_the_server_ends_with_a_killed_process(whole: points.Backed) -> None:
         daemon = one.daemon()
         one.process.kill()
         one.process.wait()
-        with subprocess.Popen(["sleep", "20"]) as clock:
-            test_copy.wait_until(lambda: gone(daemon), clock)
-            clock.kill()
+        waiting.until(lambda: gone(daemon))
 
 
 def test_a_killed_server_is_told(whole: points.Backed) -> None:

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The program virsh-backup as people run it, on real QEMU; and read side by side with virsh."""
 
-import fcntl
+import contextlib
 import json
 import os
 import pathlib
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.live import machines
+from tests import waiting
+from tests.live import machines, terminals
 from virtbackup.conf import backup_conf
 from virtbackup.tools import virsh_backup, vsh
 
@@ -195,7 +193,7 @@ def test_interrupt_while_another_client_has_the_monitor(machine: machines.Machin
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as process:
-            _wait_until_connected(process.pid, machine)
+            _wait_until_connected(process.pid)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=DEADLINE)
         assert (process.returncode, out) == (130, b"")
@@ -204,18 +202,17 @@ def test_interrupt_while_another_client_has_the_monitor(machine: machines.Machin
         holder.close()
 
 
-def _wait_until_connected(pid: int, machine: machines.Machine) -> None:
+def _wait_until_connected(pid: int) -> None:
     """Return once a process has a socket open, which it needs the monitor for."""
-    end = time.monotonic() + DEADLINE
-    directory = pathlib.Path(f"/proc/{pid}/fd")
-    while time.monotonic() < end:
-        for link in directory.iterdir():
-            try:
-                if os.readlink(link).startswith("socket:"):  # noqa: PTH115
-                    return
-            except FileNotFoundError:
-                continue
-    raise AssertionError("the program did not connect")
+
+    def has_a_socket() -> bool:
+        for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if str(link.readlink()).startswith("socket:"):
+                    return True
+        return False
+
+    waiting.until(has_a_socket)
 
 
 # --- backup-pull ----------------------------------------------------------------------------------
@@ -311,21 +308,9 @@ def test_quiet_pull_says_nothing(run: Run, tmp_path: pathlib.Path) -> None:
 def test_pull_shows_its_progress_on_a_terminal(
     machine: machines.Machine, tmp_path: pathlib.Path
 ) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
-    directory = tmp_path / "made"
-    done = subprocess.run(
-        [*PROGRAM, "-c", machine.uri, "backup-pull", "1", str(directory)],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        timeout=DEADLINE,
-    )
-    os.set_blocking(ours, False)
-    shown = os.read(ours, 1 << 16)
-    os.close(theirs)
-    os.close(ours)
-    assert done.returncode == 0
-    assert done.stdout.endswith(b"Domain backup pulled\n")
+    argv = [*PROGRAM, "-c", machine.uri, "backup-pull", "1", str(tmp_path / "made")]
+    shown, out = terminals.shown(argv, "stderr")
+    assert out.endswith(b"Domain backup pulled\n")
     assert b"128M" in shown
     assert b"error" not in shown
 

@@ -2,6 +2,7 @@
 """What is the user's or somebody else's is left alone, however much it looks like ours; and what of
 ours cannot be removed is said."""
 
+import os
 import pathlib
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import machines
+from virtbackup.qemu import scratch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -84,15 +86,13 @@ def test_an_image_that_a_crash_left_is_no_file_of_the_users(
     tmp_path: pathlib.Path, machine: machines.Machine, done: str
 ) -> None:
     """Killed before its inode was noted."""
-    from virtbackup.qemu import scratch
-
     path = tmp_path / "backup.hdd"
     start_and_die_at_once(machine, document(unix(tmp_path), one_file(path)))
     fd = scratch.create(str(path), "vda", 0)
     if done != "nothing":
         scratch.format(fd, 4 << 20, "vda")
     if done == "some of it":
-        path.open("r+b").truncate(70_000)
+        os.truncate(path, 70_000)
     with virtbackup.open(machine.uri) as conn:
         assert conn.lookupByID(1).backupCleanup() == [f"scratch image '{path}'"]
     assert not path.exists()

@@ -3,7 +3,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -17,7 +16,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import machines, nbdclient
+from tests.live import machines, nbdclient, places
 from virtbackup.qemu import monitor, status
 
 START = """
@@ -143,9 +142,7 @@ def test_clients_in_the_handshake_do_not_hang_qemu(
         port = 0
         xml = unix(tmp_path)
         if address == "ip":
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = places.free_port()
             xml = (
                 f'<domainbackup><address type="ip" host="127.0.0.1" port="{port}"/></domainbackup>'
             )
@@ -211,8 +208,6 @@ def test_qemu_restarted_on_the_same_socket(tmp_path: pathlib.Path) -> None:
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
         machine.kill()
-    (tmp_path / "qmp.sock").unlink()
-    (tmp_path / "probe.sock").unlink()
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         before = machine.state()
@@ -230,8 +225,6 @@ def test_start_clears_a_dead_backups_status_by_itself(tmp_path: pathlib.Path) ->
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
         machine.kill()
-    (tmp_path / "qmp.sock").unlink()
-    (tmp_path / "probe.sock").unlink()
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         conn.lookupByID(1).backupStart(xml)
         assert scratch.exists()
@@ -338,11 +331,17 @@ def test_a_broken_status_file_is_no_obstacle(
         assert machine.state() == before
 
 
-def test_status_file_is_the_users_alone(tmp_path: pathlib.Path, state_dir: pathlib.Path) -> None:
+def test_the_status_file_is_the_users_alone(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory that is made where there is none, and that nobody else may enter."""
+    place = tmp_path / "state" / "ours"
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(place))
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         dom.backupStart(unix(tmp_path))
-        [path] = state_dir.glob("*.json")
+        assert place.stat().st_mode & 0o777 == 0o700
+        [path] = place.glob("*.json")
         written = status.parse(path.read_text())
         assert status.parse(status.format(written)) == written
         assert written.phase == "running"
@@ -357,7 +356,7 @@ def test_an_interrupted_start_leaves_nothing_that_is_not_found(tmp_path: pathlib
         for delay in [0.001 * step for step in range(1, 25, 2)]:
             process = subprocess.Popen(
                 [sys.executable, "-c", INTERRUPTED, machine.uri, unix(tmp_path), str(delay)],
-                stdout=subprocess.PIPE, text=True, env={**os.environ},
+                stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             out, _ = process.communicate(timeout=60)
             assert out in ("started\n", "interrupted\n")
@@ -405,6 +404,9 @@ def test_many_threads_on_one_connection(tmp_path: pathlib.Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert outcomes.count("won") == 1, outcomes
+        [won, *lost] = sorted(outcomes, reverse=True)
+        assert won == "won"
+        assert all("another backup job is already running" in text for text in lost), lost
+        assert len(lost) == 4
         dom.backupStop()
         assert machine.state() == before

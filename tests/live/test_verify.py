@@ -16,7 +16,7 @@ import virtbackup
 from tests import conftest
 from tests.live import points
 from virtbackup.nbd import checksum, copy, header, image, layers
-from virtbackup.tools import interrupt, listing, manifest, pull, verify
+from virtbackup.tools import interrupt, listing, manifest, pull, verify, virsh_connection
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -37,11 +37,6 @@ def backed(whole: points.Backed, tmp_path: pathlib.Path) -> points.Backed:
     return whole.copy(tmp_path / "backups")
 
 
-def found(directory: pathlib.Path, point: str | None = None) -> verify.Verdict:
-    backups = listing.read(directory)
-    return verify.verify(backups, None if point is None else backups.find(point))
-
-
 def told(verdict: verify.Verdict) -> list[tuple[str, str | None, str | None]]:
     return [(one.file, one.disk, one.point) for one in verdict.problems]
 
@@ -50,30 +45,17 @@ def labels(verdict: verify.Verdict) -> list[str]:
     return [point.label for point in verdict.bad_points]
 
 
-def flip(path: pathlib.Path, offset: int, bit: int = 1) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        [byte] = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte ^ bit]))
-
-
-def find_data(path: pathlib.Path, byte: int) -> int:
-    """Where a cluster of BYTE is in the file."""
-    return path.read_bytes().index(bytes([byte]) * 4096) + 2000
-
-
 # --- good -----------------------------------------------------------------------------------------
 
 
 def test_a_whole_chain_is_good(whole: points.Backed) -> None:
-    verdict = found(whole.directory)
+    verdict = points.verified(whole.directory)
     assert verdict.good
     assert labels(verdict) == []
     assert {link.disk.file for link in verdict.files} == {
         f"{disk}.000{n}.qcow2" for disk in BOTH for n in (1, 2, 3, 4)
     }
-    assert len(found(whole.directory, "2").files) == 4
+    assert len(points.verified(whole.directory, "2").files) == 4
     status, out, err = points.call("backup-verify", str(whole.directory))
     assert (status, err) == (0, "")
     assert "8 files" in out
@@ -89,17 +71,17 @@ def test_raw_and_alone(tmp_path: pathlib.Path) -> None:
     """Disks of raw files, in a directory without a branch: its only point has no number."""
     with points.guest(tmp_path) as one:
         made = pull.pull(one.domain, tmp_path / "out", fmt="raw")
-    assert found(tmp_path / "out").good
+    assert points.verified(tmp_path / "out").good
     [point] = listing.read(tmp_path / "out").points
     assert point.label == point.time == listing.shown_time(made.time)
     status, out, _ = points.call("backup-list", str(tmp_path / "out"))
     assert status == 0
     assert " -       " + point.time in out
-    flip(tmp_path / "out" / "sdb.raw", 4 << 20)
-    verdict = found(tmp_path / "out")
+    points.flip(tmp_path / "out" / "sdb.raw", 4 << 20)
+    verdict = points.verified(tmp_path / "out")
     assert told(verdict) == [("sdb.raw", "sdb", point.time)]
     os.truncate(tmp_path / "out" / "vda.raw", 4 << 20)
-    assert str(found(tmp_path / "out").problems[0]) == (
+    assert str(points.verified(tmp_path / "out").problems[0]) == (
         f"disk 'vda', vda.raw: it has {4 << 20} bytes, expected {points.SIZE}"
     )
 
@@ -127,8 +109,6 @@ def test_list(whole: points.Backed) -> None:
 
 
 def virsh_size(size: int) -> list[str]:
-    from virtbackup.tools import virsh_connection
-
     return virsh_connection.human_size(size).split()
 
 
@@ -168,14 +148,14 @@ def test_of_many_points_the_newest_are_named(whole: points.Backed) -> None:
 @pytest.mark.parametrize("disk", BOTH)
 def test_one_flipped_bit_of_data(backed: points.Backed, disk: str, number: int) -> None:
     file = f"{disk}.000{number}.qcow2"
-    flip(backed.directory / file, find_data(backed.directory / file, number + 99 if number > 1
-                                            else 9))  # fmt: skip
-    verdict = found(backed.directory)
+    path, byte = backed.directory / file, number + 99 if number > 1 else 9
+    points.flip(path, points.find_data(path, byte))
+    verdict = points.verified(backed.directory)
     assert told(verdict) == [(file, disk, str(number))]
     assert "it is not what was backed up: its checksum is" in verdict.problems[0].text
     assert labels(verdict) == [str(n) for n in range(number, 5)]
     if number > 1:
-        assert found(backed.directory, str(number - 1)).good
+        assert points.verified(backed.directory, str(number - 1)).good
     status, out, err = points.call("backup-verify", str(backed.directory))
     assert status == 1
     assert f"point {number}, disk '{disk}', {file}: it is not what" in out
@@ -226,16 +206,16 @@ def test_a_change_of_any_byte_of_any_file(tmp_path: pathlib.Path, base: copy.For
     """Data, tables, counts, what nobody uses, manifests; and cuts and what is appended."""
     layers: list[dict[int, int | None]] = [{0: 1, 2: 2}, {0: 4, 1: None, 2: 5}]
     backed = points.built(tmp_path / "b", 2 * checksum.BLOCK + 700, layers, base)
-    assert found(backed.directory).good
+    assert points.verified(backed.directory).good
     source = random.Random(8)
     for path in sorted(backed.directory.iterdir()):
         content, look = path.read_bytes(), look_of(backed.directory, path.name)
         assert not look()
         for at in places_of(path, source):
             bit = 1 << source.randrange(8)
-            flip(path, at, bit)
+            points.flip(path, at, bit)
             assert look(), (path, at, bit)
-            flip(path, at, bit)
+            points.flip(path, at, bit)
         for size in (0, len(content) - 1, *source.sample(range(len(content)), 10)):
             os.truncate(path, size)
             assert look(), (path, size)
@@ -244,7 +224,7 @@ def test_a_change_of_any_byte_of_any_file(tmp_path: pathlib.Path, base: copy.For
             path.write_bytes(content + more)
             assert look(), (path, more[:1])
         path.write_bytes(content)
-    assert found(backed.directory).good
+    assert points.verified(backed.directory).good
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -259,7 +239,7 @@ def test_a_change_of_any_byte_of_what_a_pull_made(tmp_path: pathlib.Path, compre
     content = link.path.read_bytes()
     places = [at for at, byte in enumerate(content) if byte]
     for at in (*source.sample(places, 20), *source.sample(range(len(content)), 20)):
-        flip(link.path, at, 1 << source.randrange(8))
+        points.flip(link.path, at, 1 << source.randrange(8))
         assert (listing.problem(link) or verify.examine(link).problem) is not None, at
         link.path.write_bytes(content)
 
@@ -289,8 +269,8 @@ def test_one_flipped_bit_of_tables_is_told_apart(
 ) -> None:
     """The data is there, so the point can be restored; the exit status is 1 all the same."""
     path = backed.directory / "vda.0003.qcow2"
-    flip(path, 110)  # behind the header
-    verdict = found(backed.directory)
+    points.flip(path, 110)  # behind the header
+    verdict = points.verified(backed.directory)
     assert told(verdict) == [("vda.0003.qcow2", "vda", "3")]
     text = verdict.problems[0].text
     assert text.startswith("it is not what was backed up: beside the disk's own bytes its checksum")
@@ -301,8 +281,8 @@ def test_one_flipped_bit_of_tables_is_told_apart(
         status, _, err = points.call("backup-verify", str(backed.directory), *argv)
         assert (status, err.endswith(f"{RIGHT}; {words} can be restored\n")) == (1, True)
         assert len(err.splitlines()) == 1
-    flip(path, find_data(path, 102))
-    verdict = found(backed.directory)
+    points.flip(path, points.find_data(path, 102))
+    verdict = points.verified(backed.directory)
     [text] = [problem.text for problem in verdict.problems]
     assert "own bytes its checksum is" in text
     assert "; it is not what was backed up: its checksum is" in text
@@ -319,12 +299,12 @@ def test_counts_that_are_wrong(backed: points.Backed, tmp_path: pathlib.Path, co
     with path.open("r+b") as opened:
         opened.seek(counts)
         opened.write(count.to_bytes(2, "big"))
-    verdict = found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert told(verdict) == [("vda.0002.qcow2", "vda", "2")]
     assert verdict.problems[0].text.endswith(f"; {RIGHT}")
     assert labels(verdict) == []
     older(backed.directory)
-    verdict = found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert told(verdict) == [("vda.0002.qcow2", "vda", "2")]
     assert verdict.problems[0].text.startswith("its tables are damaged: ")
     assert verdict.problems[0].text.endswith(f"; {RIGHT}")
@@ -336,8 +316,8 @@ def test_a_table_that_leads_out_of_the_file(backed: points.Backed, tmp_path: pat
     path = backed.directory / "vda.0002.qcow2"
     with image.File(path) as file:
         first = int.from_bytes(file.read(40, 8), "big")
-    flip(path, first + 3)
-    verdict = found(backed.directory)
+    points.flip(path, first + 3)
+    verdict = points.verified(backed.directory)
     [text] = [problem.text for problem in verdict.problems]
     assert text.startswith("its tables are damaged: one of its tables is out of place, at offset ")
     assert RIGHT not in text
@@ -355,7 +335,7 @@ def test_a_qemu_img_that_fails_is_no_damage(
     script.write_text(f'#!/bin/sh\nulimit -n {files}\nexec {real} "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    verdict = found(whole.directory, "1")
+    verdict = points.verified(whole.directory, "1")
     assert labels(verdict) == []
     for problem in verdict.problems:
         assert problem.text.startswith("qemu-img cannot look through its tables: ")
@@ -369,19 +349,19 @@ def test_one_flipped_bit_of_a_manifest(backed: points.Backed) -> None:
     for file in ("manifest.0002.json", "manifest.json"):
         path = backed.directory / file
         content = path.read_bytes()
-        flip(path, content.index(b"<domain "))
-        verdict = found(backed.directory)
+        points.flip(path, content.index(b"<domain "))
+        verdict = points.verified(backed.directory)
         assert told(verdict) == [(file, None, None)]
         assert "its own checksum does not fit" in verdict.problems[0].text
         assert labels(verdict) == []
         status, _, err = points.call("backup-verify", str(backed.directory))
         assert status == 1
         assert f"are not whole: {file}: it is not as it was written" in err
-        assert found(backed.directory, "1").good
+        assert points.verified(backed.directory, "1").good
         path.write_bytes(content)
-    assert found(backed.directory).good
-    flip(backed.directory / "manifest.0002.json", content.index(b"<domain "))
-    assert told(found(backed.directory, "3")) == [("manifest.0002.json", None, None)]
+    assert points.verified(backed.directory).good
+    points.flip(backed.directory / "manifest.0002.json", content.index(b"<domain "))
+    assert told(points.verified(backed.directory, "3")) == [("manifest.0002.json", None, None)]
 
 
 def test_manifests_of_an_older_virtbackup(backed: points.Backed) -> None:
@@ -392,8 +372,11 @@ def test_manifests_of_an_older_virtbackup(backed: points.Backed) -> None:
     assert "8 of them, of an older virtbackup, have no checksum of their tables" in out
     status, out, _ = points.call("backup-verify", str(backed.directory), "--json")
     assert (status, len(json.loads(out)["in_part"])) == (0, 8)
-    flip(backed.directory / "vda.0002.qcow2", find_data(backed.directory / "vda.0002.qcow2", 101))
-    assert told(found(backed.directory)) == [("vda.0002.qcow2", "vda", "2")]
+    points.flip(
+        backed.directory / "vda.0002.qcow2",
+        points.find_data(backed.directory / "vda.0002.qcow2", 101),
+    )
+    assert told(points.verified(backed.directory)) == [("vda.0002.qcow2", "vda", "2")]
 
 
 def spoil_truncate(directory: pathlib.Path) -> None:
@@ -460,11 +443,11 @@ def test_a_bad_link(
     backed: points.Backed, spoil: Callable[[pathlib.Path], None], text: str
 ) -> None:
     spoil(backed.directory)
-    verdict = found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert told(verdict) == [("vda.0002.qcow2", "vda", "2")]
     assert text in verdict.problems[0].text
     assert labels(verdict) == ["2", "3", "4"]
-    assert found(backed.directory, "1").good
+    assert points.verified(backed.directory, "1").good
     status, out, _ = points.call("backup-list", str(backed.directory))
     assert status == 0
     if text and text != "it is not what was backed up":
@@ -474,7 +457,7 @@ def test_a_bad_link(
 
 def test_a_manifest_is_missing(backed: points.Backed) -> None:
     (backed.directory / "manifest.0002.json").unlink()
-    verdict = found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert labels(verdict) == ["3", "4"]
     assert [one.text for one in verdict.problems] == [
         f"disk '{disk}': {backed.directory} has no manifest of {disk}.0002.qcow2"
@@ -493,16 +476,16 @@ def test_a_manifest_is_missing(backed: points.Backed) -> None:
 def test_the_newest_manifest_is_missing(backed: points.Backed) -> None:
     """It is there a second time, as manifest.json."""
     (backed.directory / "manifest.0004.json").unlink()
-    verdict = found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert told(verdict) == [("manifest.0004.json", None, None)]
     assert labels(verdict) == []
     assert listing.read(backed.directory).find("4").made == backed.made[4]
     shutil.copy(backed.directory / "manifest.json", backed.directory / "manifest.0004.json")
-    assert found(backed.directory).good
+    assert points.verified(backed.directory).good
     (backed.directory / "manifest.json").unlink()
-    assert told(found(backed.directory)) == [("manifest.json", None, None)]
+    assert told(points.verified(backed.directory)) == [("manifest.json", None, None)]
     shutil.copy(backed.directory / "manifest.0002.json", backed.directory / "manifest.json")
-    assert told(found(backed.directory)) == [("manifest.json", None, None)]
+    assert told(points.verified(backed.directory)) == [("manifest.json", None, None)]
 
 
 def _with(made: manifest.Manifest, **fields: object) -> str:
@@ -512,7 +495,7 @@ def _with(made: manifest.Manifest, **fields: object) -> str:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0", "null", '{"version": 2}'])
 def test_a_manifest_is_broken(backed: points.Backed, text: str) -> None:
     (backed.directory / "manifest.0003.json").write_text(text)
-    verdict = found(backed.directory)
+    verdict = points.verified(backed.directory)
     assert verdict.problems[0].file == "manifest.0003.json"
     assert labels(verdict) == ["4"]
     status, _, err = points.call("backup-list", str(backed.directory))
@@ -530,7 +513,9 @@ def test_a_manifest_of_others(backed: points.Backed) -> None:
         (_with(made, number=7), "it is the manifest of backup 7"),
     ):
         path.write_text(text)
-        assert str(found(backed.directory).problems[0]) == f"manifest.0001.json: {problem}"
+        assert (
+            str(points.verified(backed.directory).problems[0]) == f"manifest.0001.json: {problem}"
+        )
 
 
 def test_a_manifest_that_leads_nowhere(backed: points.Backed) -> None:
@@ -542,7 +527,7 @@ def test_a_manifest_that_leads_nowhere(backed: points.Backed) -> None:
         text = _with(made, disks=(changed, sdb))
         for file in ("manifest.0004.json", "manifest.json"):
             (backed.directory / file).write_text(text)
-        problem = found(backed.directory).problems[0]
+        problem = points.verified(backed.directory).problems[0]
         assert (problem.file, problem.point) == (changed.file, "4")
         return problem.text
 
@@ -563,7 +548,7 @@ def test_an_image_that_would_open_others(backed: points.Backed, tmp_path: pathli
     data[79] |= 4
     path.write_bytes(data)
     assert header.parse(bytes(data)).external_data
-    assert "in another file" in found(backed.directory).problems[0].text
+    assert "in another file" in points.verified(backed.directory).problems[0].text
 
 
 @pytest.mark.timeout(30)
@@ -572,22 +557,22 @@ def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
     path = backed.directory / "manifest.0003.json"
     path.unlink()
     os.mkfifo(path)
-    assert str(found(backed.directory).problems[0]) == (
+    assert str(points.verified(backed.directory).problems[0]) == (
         f"manifest.0003.json: cannot read {path}: it is no file"
     )
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert "it is no file" in found(backed.directory).problems[0].text
+    assert "it is no file" in points.verified(backed.directory).problems[0].text
     path.unlink()
     path.touch()
     os.truncate(path, 1 << 40)
-    assert "File too large" in found(backed.directory).problems[0].text
-    assert labels(found(backed.directory)) == ["4"]
+    assert "File too large" in points.verified(backed.directory).problems[0].text
+    assert labels(points.verified(backed.directory)) == ["4"]
     path.unlink()
     path.write_text(backed.made[3].to_json())
     for name in ("prune.json", "manifest.0003.json.merged"):
         os.mkfifo(backed.directory / name)
-        assert found(backed.directory).good
+        assert points.verified(backed.directory).good
         status, _, err = points.call("backup-prune", str(backed.directory), "--keep=3")
         assert (status, "it is no file" in err) == (1, True)
         (backed.directory / name).unlink()
@@ -607,7 +592,7 @@ def test_what_is_unfinished_is_told(backed: points.Backed) -> None:
         "warning: no part of a backup: vda.0005.qcow2.partial: of a backup that was not finished",
         "warning: no part of a backup: vda.0009.raw: no manifest tells of it",
     ]
-    assert found(backed.directory).good
+    assert points.verified(backed.directory).good
 
 
 def test_directories_without_a_backup(tmp_path: pathlib.Path) -> None:
@@ -658,11 +643,11 @@ def test_what_has_hardly_begun_can_be_ended(whole: points.Backed) -> None:
 def test_a_missing_program_is_named(whole: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(virtbackup.Error, match="cannot run qemu-nbd: No such file"):
-        found(whole.directory, "1")
+        points.verified(whole.directory, "1")
 
 
 def test_names_that_qemu_could_take_for_something_else(
     tmp_path: pathlib.Path, whole: points.Backed
 ) -> None:
     strange = whole.copy(tmp_path / "nbd:a, b")
-    assert found(strange.directory).good
+    assert points.verified(strange.directory).good

@@ -86,25 +86,21 @@ class Written:
 
 
 @pytest.fixture
-def domain(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Domain]:
-    host = libvirt_host
+def domain(host: libvirtd.Host) -> Iterator[libvirtd.Domain]:
     disks = disk_xml("vda", image(host.path("a.qcow2"), 1))
     disks += disk_xml("sdb", image(host.path("b.qcow2"), 2))
     with host.domain(NAME, disks, persistent=True) as domain:
         yield domain
-    for path in host.directory.iterdir():
-        if not path.is_dir():
-            path.unlink()
 
 
 @pytest.fixture
-def theirs(libvirt_host: libvirtd.Host, domain: libvirtd.Domain) -> Theirs:
-    return Theirs(libvirt_host)
+def theirs(host: libvirtd.Host, domain: libvirtd.Domain) -> Theirs:
+    return Theirs(host)
 
 
 @pytest.fixture
-def ours(libvirt_host: libvirtd.Host, domain: libvirtd.Domain) -> Ours:
-    return Ours(libvirt_host)
+def ours(host: libvirtd.Host, domain: libvirtd.Domain) -> Ours:
+    return Ours(host)
 
 
 def test_each_goes_on_through_the_others_backups(
@@ -147,7 +143,7 @@ def test_each_goes_on_through_the_others_backups(
 
 
 def test_neither_starts_while_the_other_is_at_it(
-    libvirt_host: libvirtd.Host,
+    host: libvirtd.Host,
     domain: libvirtd.Domain,
     theirs: Theirs,
     tmp_path: pathlib.Path,
@@ -156,9 +152,9 @@ def test_neither_starts_while_the_other_is_at_it(
     """And what runs, and theirs that can go on from there, is none the worse for the try."""
     guest = Written(domain)
     theirs.backup("full", tmp_path / "chain")
-    socket = libvirt_host.path("ours.sock")
+    socket = host.path("ours.sock")
     xml = f'<domainbackup><address type="unix" path="{socket}"/></domainbackup>'
-    with virtbackup.open(libvirt_host.daemon.uri) as connection:
+    with virtbackup.open(host.daemon.uri) as connection:
         dom = connection.lookupByName(NAME)
         started = theirs.run("-l", "copy", "-o", str(tmp_path / "copy"), "--startonly")
         assert started.returncode == 0, started.stderr
@@ -167,7 +163,7 @@ def test_neither_starts_while_the_other_is_at_it(
         assert not list(scratch_dir.iterdir())
         assert domain.libvirt.jobStats()["operation"] == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
         for disk in SEEDS:
-            assert libvirtd.read(libvirt_host.path("theirs.sock"), disk) == guest.disks[disk]
+            assert libvirtd.read(host.path("theirs.sock"), disk) == guest.disks[disk]
         assert theirs.run("-o", str(tmp_path / "copy"), "--killonly").returncode == 0
         libvirtd.wait_for(lambda: domain.libvirt.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE)
 

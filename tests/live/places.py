@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Places of a test's own: a small file system, a block device, a port."""
+
+import contextlib
+import os
+import pathlib
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+FF = b"\xff"
+"""What a block device has before anything is written to it."""
+
+
+@contextlib.contextmanager
+def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
+    """A file system of SIZE bytes at PATH, which is made where it is not there, for as long as this
+    lasts. Skips where none may be mounted."""
+    path.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not allowed to mount a small file system: this wants root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill_up(path: pathlib.Path, leave: int = 0) -> pathlib.Path:
+    """Take all but LEAVE bytes of the file system that has a directory; the file that has them."""
+    hog = path / "hog"
+    free = os.statvfs(path)
+    with hog.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave)
+    return hog
+
+
+@contextlib.contextmanager
+def loop_device(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A block device over a file. Skips where there is none."""
+    argv = ["losetup", "--find", "--show", str(path)]
+    made = subprocess.run(argv, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip("no loop device")
+    device = made.stdout.strip()
+    try:
+        yield pathlib.Path(device)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextlib.contextmanager
+def block_device(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
+    """One of SIZE bytes, all of them FF, which are in the file PATH."""
+    path.write_bytes(FF * size)
+    with loop_device(path) as device:
+        yield device
+
+
+def free_port(host: str = "127.0.0.1", family: socket.AddressFamily = socket.AF_INET) -> int:
+    """One on which nobody listened a moment ago."""
+    with socket.socket(family) as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, 0))
+        return int(found.getsockname()[1])
