@@ -234,7 +234,7 @@ def test_nothing_else_is_given_away(
     """A forged manifest, one of another machine, or a device that has something else by now."""
     out, shown = tmp_path / "out", guest.contents()
     pull.pull(guest.domain, out, targets={"vda": disk})
-    with places.loop_device(tmp_path / "secret", SIZE) as secret:
+    with places.block_device(tmp_path / "secret", SIZE) as secret:
         secret.write_bytes(b"secret\n" * (SIZE // 7))
         renamed(out, disk, secret)
         argv = ("backup-serve", str(out), "--unix", str(tmp_path / "sock"))
@@ -252,7 +252,7 @@ def test_nothing_else_is_given_away(
         assert (status, said) == (1, "")
         assert f"disk 'vda': {secret} is not good" in err
         assert not (tmp_path / "restored").exists()
-        with places.loop_device(tmp_path / "other", SIZE) as other:
+        with places.block_device(tmp_path / "other", SIZE) as other:
             status, said, err = points.call(
                 "backup-restore", str(out), str(other), "--disk=vda", "--force"
             )
