@@ -4,10 +4,14 @@
 How a copy's file looks is in test_copy and test_incremental.
 """
 
+import contextlib
+import gc
+import itertools
 import json
 import os
 import pathlib
 import random
+import resource
 import select
 import shutil
 import signal
@@ -286,6 +290,44 @@ def test_programs_that_are_not_installed(
         made.begin()
     made.discard()
     assert not out.exists()
+
+
+def open_files() -> list[str]:
+    """But for /dev/null, of which Python's own subprocess leaves one where it can open no pipe."""
+    found = []
+    for path in pathlib.Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(path.readlink()))
+    return sorted(one for one in found if one != "/dev/null")
+
+
+def test_few_files_may_be_open(tmp_path: pathlib.Path) -> None:
+    """Whatever the one too many is for, nothing is left."""
+    (out := tmp_path / "out").mkdir()
+    failed = 0
+    with copies.nbdkit(tmp_path, "random", "size=1M") as server:
+        while True:
+            before = open_files()
+            used = {int(path.name) for path in pathlib.Path("/proc/self/fd").iterdir()}
+            free = (number for number in itertools.count() if number not in used)
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            most = next(itertools.islice(free, failed, None))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+            try:
+                copy.copy([copy.Job(server.export, out / "copy", "qcow2")])
+            except (virtbackup.Error, OSError) as failure:
+                assert "Too many open files" in str(failure)
+                assert "package" not in str(failure)
+                failed += 1
+            else:
+                assert (out / "copy").exists()
+                break
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert list(out.iterdir()) == []
+            gc.collect()
+            assert open_files() == before
+    assert failed > 8
 
 
 def test_an_image_that_cannot_be_made(tmp_path: pathlib.Path) -> None:

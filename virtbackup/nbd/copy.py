@@ -353,8 +353,12 @@ class _Disk:
         self._walks = [self._first_walk()]
         self._finishing = False
         where = _open(job, self._size)
-        self.store = store.Store(where, loop.stored)
-        self._free = [store.Chunk(CHUNK, where) for _ in range(buffers)]
+        try:
+            self.store = store.Store(where, loop.stored)
+            self._free = [store.Chunk(CHUNK, where) for _ in range(buffers)]
+        except BaseException:
+            where.discard()
+            raise
 
     def begin(self) -> None:
         self.store.start()

@@ -68,13 +68,17 @@ class Lost(Exception):
 
 
 class Memory:
-    """SIZE bytes that another process may be given to see."""
+    """SIZE bytes that another process may be given to see. Errors: OSError."""
 
     def __init__(self, size: int) -> None:
         self.size = _RING + size
         self.fd = os.memfd_create("virtbackup", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self.size)
-        self._map = mmap.mmap(self.fd, self.size)
+        try:
+            os.ftruncate(self.fd, self.size)
+            self._map = mmap.mmap(self.fd, self.size)
+        except BaseException:
+            os.close(self.fd)
+            raise
         self.view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._taken = _RING

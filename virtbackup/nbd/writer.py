@@ -188,7 +188,12 @@ class QemuWriter(target.Asynchronous):
             self._fd: int | None = os.open(path, flags, 0o600)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot create {path}") from failure
-        self._memory = vhost_user.Memory(_ROOM + _SPARE)
+        try:
+            self._memory = vhost_user.Memory(_ROOM + _SPARE)
+        except OSError as failure:
+            os.close(self._fd)
+            path.unlink()
+            raise errors.system_error(failure, f"cannot make memory for {path}") from failure
         self._spare = self._memory.take(_SPARE)
 
     def memory(self, size: int) -> memoryview:
@@ -485,7 +490,9 @@ class QemuWriter(target.Asynchronous):
                     stderr=subprocess.PIPE, start_new_session=True, env=env,
                 )  # fmt: skip
             except OSError as failure:
-                text = f"cannot run {argv[0]}, which is in the package {_PACKAGES[argv[0]]}"
+                text = f"cannot run {argv[0]}"
+                if isinstance(failure, FileNotFoundError):
+                    text = f"{text}, which is in the package {_PACKAGES[argv[0]]}"
                 raise errors.system_error(failure, text) from failure
             if self._unwanted:
                 self._program.kill()
