@@ -331,17 +331,21 @@ def test_a_broken_status_file_is_no_obstacle(
         assert machine.state() == before
 
 
+@pytest.mark.parametrize("is_there", [False, True])
 def test_the_status_file_is_the_users_alone(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, is_there: bool
 ) -> None:
     """In a directory that is made where there is none, and that nobody else may enter."""
     place = tmp_path / "state" / "ours"
+    if is_there:
+        place.mkdir(0o755, parents=True)
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(place))
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         dom.backupStart(unix(tmp_path))
-        assert place.stat().st_mode & 0o777 == 0o700
+        assert place.stat().st_mode & 0o777 == (0o755 if is_there else 0o700)
         [path] = place.glob("*.json")
+        assert path.stat().st_mode & 0o777 == 0o600
         written = status.parse(path.read_text())
         assert status.parse(status.format(written)) == written
         assert written.phase == "running"

@@ -215,6 +215,7 @@ class StatusFile:
         """Replace the file; whoever reads sees the old one or the new one."""
         partial = self.path.with_suffix(".partial")
         try:
+            partial.touch(0o600)
             partial.write_text(format(status))
             partial.replace(self.path)
         except OSError as failure:
