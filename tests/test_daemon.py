@@ -891,6 +891,27 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
     notify.close()
 
 
+_SIGNALLED_ELSEWHERE = """
+import signal, sys, threading, time
+from virtbackup.tools import virtbackupd
+def tell():
+    time.sleep(0.5)  # the wait is under way
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Timer(0, tell).start()
+sys.exit(virtbackupd.main())
+"""
+
+
+def test_a_signal_that_does_not_break_the_wait_ends_it(tmp_path: pathlib.Path) -> None:
+    """One that another thread gets; one that comes just before the wait is as one that does."""
+    path = tmp_path / "x.sock"
+    argv = ["--uri", "test:///default", "--listen", f"unix:{path}"]
+    command = [sys.executable, "-c", _SIGNALLED_ELSEWHERE, *argv]
+    with daemon_scene.Program(tmp_path, command=command) as program:
+        assert program.wait() == 0
+    assert not path.exists()
+
+
 def test_what_clients_say_is_one_line_of_the_log(tmp_path: pathlib.Path) -> None:
     """Of no more than so many characters, none of which controls a terminal."""
     with daemon_scene.Program(tmp_path, "--uri", "test:///default") as program:

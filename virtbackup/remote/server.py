@@ -139,6 +139,12 @@ class Server:
         self._wake_in.close()
         self._wake_out.close()
 
+    @property
+    def wakeup_fd(self) -> int:
+        """For ``signal.set_wakeup_fd``: a handler runs at once, whatever ``run`` waits for. Without
+        it, a signal that comes just before the wait is seen to after it."""
+        return self._wake_out.fileno()
+
     def stop(self, timeout: float = 10.0) -> None:
         """Have ``run`` return, with calls that are worked on for up to TIMEOUT seconds; when it is
         called again, at once. By any thread, or a signal's handler."""

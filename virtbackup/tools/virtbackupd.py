@@ -131,6 +131,7 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     if any(uri.startswith("qemu") for uri in settings.uris):
         libvirt_events.start_loop()
     served = daemon.Daemon(hosts, settings)
+    signal.set_wakeup_fd(served.server.wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, served))
     try:
