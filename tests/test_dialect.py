@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What would be sent to which QEMU, as data: tests/dialectdata/VERSION.jsonl, from 2.5 to today.
+"""What would be sent to which QEMU, as data: tests/dialectdata/VERSION.jsonl, from 2.5 to 5.1.
 
 VIRTBACKUP_REGENERATE=1 writes the files anew, and the test fails that once.
 """

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as etree
 import pytest
 
 from manual import api
+from tests import test_layering
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -74,6 +75,42 @@ def test_every_layer_has_its_picture() -> None:
     for layer in ("conf", "qemu", "remote", "nbd"):
         section = page.split(f": `{layer}`\n")[1].split("\n## ")[0]
         assert section.startswith("\n```\n")
+
+
+def modules_page() -> str:
+    page = (DOCS / "layers.md").read_text()
+    return page.split("\n## Every module, and who may import whom\n")[1].split("\n## ")[0]
+
+
+def test_every_module_is_named_in_its_layer() -> None:
+    _, *sections = re.split(r"\n\*\*(.*?)\*\*", modules_page())
+    named = {
+        title.strip("`"): re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M)))
+        for title, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+    package = test_layering.PACKAGE
+    layers = [path for path in package.iterdir() if (path / "__init__.py").exists()]
+    assert set(named) == {"One module each", *(path.name for path in layers)}
+    for title, names in named.items():
+        directory = package if title == "One module each" else package / title
+        there = (path.stem for path in directory.glob("*.py"))
+        assert sorted(names) == sorted(name for name in there if name != "__init__")
+
+
+def test_who_may_import_whom() -> None:
+    """As tests/test_layering.py has it; that a layer may import itself goes without saying."""
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", modules_page().split("\n**")[0], re.MULTILINE)
+    told = {
+        layer: set(re.findall(r"`(\w+)`", others))
+        for layers, others in rows
+        for layer in re.findall(r"`([\w./]+)`", layers)
+    }
+    held = {
+        layer: others - {layer}
+        for layer, others in test_layering.MAY_IMPORT.items()
+        if layer != "__init__"
+    }
+    assert told == held | test_layering.MAY_IMPORT_MORE
 
 
 def test_every_bench_is_in_the_table() -> None:
