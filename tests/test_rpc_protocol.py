@@ -11,6 +11,8 @@ import pytest
 from tests import record_protocol, rpc_values
 from virtbackup.conf import backup_conf
 from virtbackup.remote import (
+    daemon,
+    dispatch,
     program,
     protocol,
     remote_types,
@@ -122,6 +124,15 @@ def test_our_program_is_nobody_elses() -> None:
     assert 0x20000000 <= ours.number < 0x40000000
     assert ours.number not in {each.number for each in THEIRS}
     assert [proc.number for proc in ours.procedures] == list(range(1, len(ours.procedures) + 1))
+
+
+def test_each_call_of_our_program_is_served() -> None:
+    """All but the one that the daemon sends, an event."""
+    ours = protocol.VIRTBACKUP
+    assert daemon.Daemon  # whose module has the table filled
+    handlers = dispatch.HANDLERS
+    left = {each.name for each in ours.procedures if (ours.number, each.number) not in handlers}
+    assert left == {"BACKUP_ENDED"}
 
 
 def test_the_reader_refuses_what_it_does_not_know() -> None:
