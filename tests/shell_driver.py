@@ -5,7 +5,8 @@
 inactive ``off``. A backup lives as long as the connection. NAME asks for trouble: ``bad`` fails
 every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call,
 ``mute`` tells nothing of a backup that runs, ``theirs`` fails a start by libvirt-python's own
-error, and ``interrupt`` has a Ctrl-C in the middle of every change.
+error, ``interrupt`` has a Ctrl-C in the middle of every change, and ``interrupt-lost`` cannot end
+a backup either.
 """
 
 import dataclasses
@@ -97,6 +98,8 @@ class Driver:
     def domain_backup_stop(self, domain: hypervisor.DomainRef, flags: int) -> None:
         self._running()
         self.backup = None
+        if self.trouble == "interrupt-lost":
+            raise errors.error(libvirt.VIR_ERR_RPC, "not now")
         if self.trouble == "interrupt":
             print(f"stopped, flags={flags}", file=sys.stderr)
         if self.trouble == "bad" and not flags:
@@ -166,7 +169,7 @@ class Driver:
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, f"no branch named '{name}'")
 
     def _interrupt(self) -> None:
-        if self.trouble == "interrupt":
+        if self.trouble.startswith("interrupt"):
             os.kill(os.getpid(), signal.SIGINT)
 
     def _running(self) -> backup_conf.BackupDef:

@@ -892,10 +892,12 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
 
 
 _SIGNALLED_ELSEWHERE = """
-import signal, sys, threading, time
+import pathlib, signal, sys, threading, time
 from virtbackup.tools import virtbackupd
 def tell():
-    time.sleep(0.5)  # the wait is under way
+    while not pathlib.Path(sys.argv[-1].removeprefix("unix:")).is_socket():
+        time.sleep(0.01)
+    time.sleep(0.5)  # then it waits for clients
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 threading.Timer(0, tell).start()
 sys.exit(virtbackupd.main())

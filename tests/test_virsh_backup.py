@@ -1075,6 +1075,15 @@ def test_interrupted_start_gives_the_backup_up(xmlfile: str) -> None:
     )  # fmt: skip
 
 
+def test_interrupted_start_tells_that_the_backup_still_runs(xmlfile: str) -> None:
+    status, out, err = _process("backup-start", "vm1", xmlfile, uri="fake:///interrupt-lost")
+    assert (status, out) == (130, "Domain backup started\n")
+    flags, warning, error = err.splitlines()
+    assert (flags, error) == ("flags=0", "error: interrupted")
+    assert warning.startswith("warning: the backup of domain 'vm1' could not be ended: ")
+    assert "not now" in warning
+
+
 def test_change_that_fails_while_it_is_interrupted_tells_why() -> None:
     status, out, err = _process("branch-create vm1 nightly", uri="fake:///interrupt")
     assert (status, out) == (1, "")

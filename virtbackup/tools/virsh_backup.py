@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
-import contextlib
 import dataclasses
 import gc
 import logging
@@ -57,7 +56,7 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
     as_json = args.flag("json")
     with interrupt.held() as undo:
         domain.backupStart(document, flags)
-        undo.callback(_give_up, domain)
+        undo.callback(_give_up, shell, domain)
         if not as_json:
             shell.extra("Domain backup started")
         virsh_connection.warn_of_listener(shell, args, document)
@@ -65,11 +64,13 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
             _tell_started(shell, domain, as_json)
 
 
-def _give_up(domain: "virtbackup.Domain") -> None:
+def _give_up(shell: virsh_connection.Shell, domain: "virtbackup.Domain") -> None:
     import libvirt
 
-    with contextlib.suppress(libvirt.libvirtError):
+    try:
         domain.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
+    except libvirt.libvirtError as failure:
+        shell.warn(f"the backup of domain '{domain.name()}' could not be ended: {failure}")
 
 
 def _tell_started(

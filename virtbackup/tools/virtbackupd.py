@@ -131,7 +131,6 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     if any(uri.startswith("qemu") for uri in settings.uris):
         libvirt_events.start_loop()
     served = daemon.Daemon(hosts, settings)
-    signal.set_wakeup_fd(served.server.wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, served))
     try:
@@ -149,7 +148,11 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         if settings.access is None and _is_for_everybody(place):
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
-    served.run()
+    signal.set_wakeup_fd(served.server.wakeup_fd, warn_on_full_buffer=False)
+    try:
+        served.run()
+    finally:
+        signal.set_wakeup_fd(-1)
     return 0
 
 
