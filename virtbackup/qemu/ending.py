@@ -48,18 +48,20 @@ class Ending:
         self._file = file
         self._why_gone = why_gone
         self._notify: Notify | None = None
-        self._changed = threading.Condition()
+        # Taken and let go of without a line of Python, in which a signal's exception could come.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._id: naming.BackupId | None = None
         """The backup whose end is to be told."""
         self._told: naming.BackupId | None = None
         """The one whose end was told last; it may be there yet, to be stopped."""
-        self._stops = 0
-        """How many calls stop it just now: it is theirs to tell."""
+        self._stops: set[object] = set()
+        """The calls that stop it just now: it is theirs to tell."""
 
     def listen(self, notify: Notify | None) -> None:
         """Have NOTIFY told of the end of the backup that runs now, and of later ones that ``find``
         finds; None: nobody."""
-        with self._changed:
+        with self._lock:
             self._notify = notify
             if notify is None:
                 self._id = None
@@ -73,7 +75,7 @@ class Ending:
         running = self._load()
         if running is None or running.phase == "starting" or _known_end(running) is not None:
             return
-        with self._changed:
+        with self._lock:
             if running.id in (self._id, self._told) or self._notify is None:
                 return
             notify, unseen = self._notify, self._id is not None
@@ -90,21 +92,22 @@ class Ending:
         """While the backup is stopped here: nobody else tells its end. What is yielded does, once
         the stop has ended it; else it goes on to be looked at."""
         self.find()
-        with self._changed:
-            id = self._id
-            self._stops += 1
+        this = object()
         try:
+            with self._lock:
+                id = self._id
+                self._stops.add(this)
             yield lambda good, reason: self._tell(id, good, reason)
         finally:
-            with self._changed:
-                self._stops -= 1
+            with self._lock:
+                self._stops.discard(this)
                 self._changed.notify_all()
 
     def _tell(
         self, id: naming.BackupId | None, good: bool, reason: str | None, seen: bool = False
     ) -> None:
         """Tell the end of backup ID, unless that was done; SEEN: by who only looks."""
-        with self._changed:
+        with self._lock:
             if id is None or self._id != id or (seen and self._stops):
                 return
             self._id, self._told, notify = None, id, self._notify
@@ -127,7 +130,7 @@ class Ending:
 
     def _is_done_within(self, id: naming.BackupId, pause: float) -> bool:
         """Whether ID's end was told, or nobody wants to know it, after PAUSE seconds or before."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: self._id != id, pause)
 
     def _load(self) -> status.Status | None:

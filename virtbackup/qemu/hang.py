@@ -10,11 +10,13 @@ is asked, from outside, and what a close waits for is left to others.
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import re
 import select
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -184,20 +186,40 @@ def closed_by_another(pid: int | None, inodes: Collection[int]) -> Iterator[None
     Who is waits for what is still being written to the file, and for its blocks to be freed. So
     that is another process, when this ends; it may outlive us.
     """
-    with contextlib.ExitStack() as ours:
-        fds = []
-        for fd in _opened(pid, inodes):
-            with contextlib.suppress(OSError):
-                fds.append(os.open(f"/proc/{pid}/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
-                ours.callback(os.close, fds[-1])
-        keeper = _run("cat", pass_fds=fds, stdin=subprocess.PIPE) if fds else None
+    # Not a pipe of subprocess's: a signal's exception may come as it has started the process, and
+    # then nobody would ever close that.
+    pair: tuple[socket.socket, ...] = ()
+    keeper = None
     try:
+        with contextlib.suppress(OSError):
+            pair = socket.socketpair()
+            keeper = _keeper(pid, inodes, pair[1])
         yield
     finally:
+        for end in pair:
+            end.close()
         if keeper is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                keeper.communicate(timeout=_CLOSING)
+                keeper.wait(_CLOSING)
             _keepers[:] = [one for one in (*_keepers, keeper) if one.poll() is None]
+
+
+def _keeper(
+    pid: int | None, inodes: Collection[int], stdin: socket.socket
+) -> "subprocess.Popen[bytes] | None":
+    """A process that has those files of process PID open until the end of its STDIN; None where
+    there are none."""
+    files: list[io.FileIO] = []
+    try:
+        for fd in _opened(pid, inodes):
+            with contextlib.suppress(OSError):
+                path = f"/proc/{pid}/fd/{fd}"
+                files.append(io.FileIO(os.open(path, os.O_PATH | os.O_CLOEXEC)))
+        fds = [file.fileno() for file in files]
+        return _run("cat", pass_fds=fds, stdin=stdin) if fds else None
+    finally:
+        for file in files:
+            file.close()
 
 
 def _run(*argv: str, **options: Any) -> "subprocess.Popen[bytes] | None":

@@ -7,11 +7,13 @@ import contextlib
 import datetime
 import errno
 import logging
+import os
 import select
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -146,8 +148,23 @@ def all_done(replies: list[Any]) -> list[Any]:
     return replies
 
 
+class _Connected(threading.local):
+    """The last monitor of each path that this thread has connected to, while anybody knows it."""
+
+    def __init__(self) -> None:
+        self.by_path: dict[str, weakref.ref[SocketMonitor]] = {}
+
+
+_connected = _Connected()
+
+
 class SocketMonitor:
-    """A connection to one QEMU's socket. Every method may be called from any thread."""
+    """A connection to one QEMU's socket. Every method may be called from any thread.
+
+    A signal's exception (SIGINT) may come before its user can close it, or within that. So it is
+    hung up once nobody knows it any more, its reader thread aside; and where somebody does, as the
+    exception is looked at yet, once the same thread connects to the same QEMU again.
+    """
 
     passes_files = True
 
@@ -159,7 +176,9 @@ class SocketMonitor:
         """
         self.path = path
         self._lines = Lines(path, trace)
-        self._changed = threading.Condition()
+        # Taken and let go of without a line of Python, in which a signal's exception could come.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._sending = threading.Lock()
         self._end = time.monotonic() + SESSION_TIMEOUT
         self._replies: dict[int, tuple[qmp.Success | qmp.Failure, int]] = {}
@@ -173,9 +192,18 @@ class SocketMonitor:
         self._lost: str | None = None
         self._last_id = 0
         self._negotiated = False
-        self._socket = self._connect()
-        self._reader = threading.Thread(target=self._read, name=f"qmp {path}", daemon=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._abandoned = weakref.finalize(self, _abandon, self._socket, path, os.getpid())
+        self._abandoned.atexit = False
+        self._reader = threading.Thread(
+            target=_read, args=(weakref.ref(self), self._socket), name=f"qmp {path}", daemon=True
+        )
+        before = _connected.by_path.get(path)
+        _connected.by_path[path] = weakref.ref(self)
         try:
+            if before is not None and (left := before()) is not None:
+                left.close()
+            self._connect()
             self._reader.start()
             self.greeting = self._wait_greeting()
             self.execute(monitor_json.qmp_capabilities())
@@ -203,12 +231,10 @@ class SocketMonitor:
         if self._reader.is_alive():
             self._reader.join(_JOIN)
         self._socket.close()
+        self._abandoned.detach()
 
     def _hang_up(self) -> None:
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            logger.debug("monitor=%s already disconnected", self.path)
+        _hang_up(self._socket, self.path)
 
     def peer_pid(self) -> int | None:
         """The process that listens, or None where it cannot be seen from here (SO_PEERCRED)."""
@@ -249,7 +275,7 @@ class SocketMonitor:
 
     def _begin(self, command: monitor_json.Command) -> int:
         """Send COMMAND; its id."""
-        with self._changed:
+        with self._lock:
             if self._lost is not None:
                 raise MonitorLost(self._lost)
             self._last_id += 1
@@ -259,7 +285,7 @@ class SocketMonitor:
         return id
 
     def _wait_reply(self, id: int, command: monitor_json.Command) -> qmp.Success | qmp.Failure:
-        with self._changed:
+        with self._lock:
             answered = self._changed.wait_for(
                 lambda: id in self._replies or self._lost is not None, self._patience()
             )
@@ -291,7 +317,7 @@ class SocketMonitor:
 
     def wait_event(self, matches: Callable[[qmp.Event], bool], timeout: float) -> qmp.Event | None:
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: self._lost is not None or any(matches(e) for e, _ in self._events), timeout
             )
@@ -304,27 +330,22 @@ class SocketMonitor:
 
     # --- the wire ---
 
-    def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _connect(self) -> None:
         # A full queue of waiting clients makes a non-blocking connect fail at once; a blocking
         # one waits for as long as it may send (unix(7)).
         end = time.monotonic() + CONNECT_TIMEOUT
         try:
-            while not _is_connected(connection):
-                _limit_sending(connection, max(0.001, end - time.monotonic()))
-                connection.connect(self.path)
+            while not _is_connected(self._socket):
+                _limit_sending(self._socket, max(0.001, end - time.monotonic()))
+                self._socket.connect(self.path)
         except BlockingIOError as failure:
-            connection.close()
             raise self._busy() from failure
         except (ConnectionRefusedError, FileNotFoundError) as failure:
-            connection.close()
             raise NotListening(failure, self.path) from failure
         except OSError as failure:
-            connection.close()
             raise errors.system_error(
                 failure, f"failed to connect to monitor socket '{self.path}'"
             ) from failure
-        return connection
 
     def _busy(self) -> errors.Error:
         return errors.error(
@@ -334,7 +355,7 @@ class SocketMonitor:
         )
 
     def _wait_greeting(self) -> qmp.Greeting:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: self._greeting is not None or self._lost is not None, CONNECT_TIMEOUT
             )
@@ -370,34 +391,35 @@ class SocketMonitor:
         ready.register(self._socket, select.POLLOUT)
         return bool(ready.poll(max(0.0, end - time.monotonic()) * 1000))
 
-    def _read(self) -> None:
-        """The reader thread: everything that comes, until the end."""
-        parser = qmp.Parser()
-        try:
-            while data := self._socket.recv(1 << 16):
-                parser.receive_data(data)
-                while (line := parser.next_line()) is not None:
-                    self._lines.note("<-", line)
-                    self._take(qmp.decode(line), qmp.weight(line))
-            reason = f"end of file from monitor '{self.path}'"
-        except qmp.ProtocolError as failure:
-            reason = f"monitor '{self.path}' does not speak QMP: {failure}"
-        except OSError as failure:
-            reason = f"unable to read from monitor '{self.path}': {failure.strerror}"
-        except Exception as failure:  # whoever waits for a reply must be told
-            logger.debug("monitor=%s reader failed", self.path, exc_info=True)
-            reason = f"unable to read from monitor '{self.path}': {failure!r}"
+    def received(self, parser: qmp.Parser, data: bytes) -> None:
+        """DATA has come. Errors: qmp.ProtocolError."""
+        parser.receive_data(data)
+        while (line := parser.next_line()) is not None:
+            self._lines.note("<-", line)
+            self._take(qmp.decode(line), qmp.weight(line))
+
+    def ended(self, failure: Exception | None) -> None:
+        """Nothing comes any more, for FAILURE, or as it was hung up."""
+        match failure:
+            case None:
+                reason = f"end of file from monitor '{self.path}'"
+            case qmp.ProtocolError():
+                reason = f"monitor '{self.path}' does not speak QMP: {failure}"
+            case OSError():
+                reason = f"unable to read from monitor '{self.path}': {failure.strerror}"
+            case _:
+                reason = f"unable to read from monitor '{self.path}': {failure!r}"
         self._lose(reason)
 
     def _lose(self, reason: str) -> None:
         """Speak no more, and let QEMU serve the next client: that may be us, to clean up."""
-        with self._changed:
+        with self._lock:
             self._lost = self._lost or reason
             self._changed.notify_all()
         self._hang_up()
 
     def _take(self, message: qmp.Message, weight: int) -> None:
-        with self._changed:
+        with self._lock:
             match message:
                 case qmp.Greeting():
                     if self._greeting is not None:
@@ -421,6 +443,40 @@ class SocketMonitor:
         self._events_weight += weight
         while len(self._events) > MAX_EVENTS or self._events_weight > MAX_EVENTS_WEIGHT:
             self._events_weight -= self._events.popleft()[1]
+
+
+def _read(of: "weakref.ref[SocketMonitor]", connection: socket.socket) -> None:
+    """The reader thread: everything that comes, until the end. In between it knows the monitor no
+    more than anybody does."""
+    parser = qmp.Parser()
+    failure: Exception | None = None
+    try:
+        while data := connection.recv(1 << 16):
+            if (one := of()) is None:
+                break
+            one.received(parser, data)
+            del one
+    except Exception as caught:  # whoever waits for a reply must be told
+        failure = caught
+        logger.debug("reader failed", exc_info=True)
+    if (one := of()) is not None:
+        one.ended(failure)
+    else:
+        connection.close()
+
+
+def _abandon(connection: socket.socket, path: str, pid: int) -> None:
+    """Nobody knows the monitor any more. In a process that was forked from the one that connected,
+    process PID, it is that one's."""
+    if os.getpid() == pid:
+        _hang_up(connection, path)
+
+
+def _hang_up(connection: socket.socket, path: str) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        logger.debug("monitor=%s already disconnected", path)
 
 
 def _is_connected(connection: socket.socket) -> bool:

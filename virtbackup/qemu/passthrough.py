@@ -15,6 +15,7 @@ import queue
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -227,9 +228,15 @@ class _Calls:
         self._todo: queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None] = (
             queue.SimpleQueue()
         )
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
         self._stuck = False
+        # Not of ours alone, so that the thread ends when nobody knows us any more: a signal's
+        # exception may come before we can be closed (SIGINT).
+        self._abandoned = weakref.finalize(self, self._todo.put, None)
+        self._abandoned.atexit = False
+        self._thread = threading.Thread(
+            target=_carry_out, args=(self._todo,), name=name, daemon=True
+        )
+        self._thread.start()
 
     def call(self, what: Callable[[], str], timeout: float) -> str:
         """What WHAT returns or raises. Errors: TimeoutError, from then on at once."""
@@ -246,18 +253,21 @@ class _Calls:
 
     def close(self) -> None:
         self._todo.put(None)
+        self._abandoned.detach()
         if not self._stuck:
             # Who waited for a call may have been interrupted.
             self._thread.join(_JOIN)
 
-    def _run(self) -> None:
-        while (todo := self._todo.get()) is not None:
-            what, answer = todo
-            try:
-                answer.value = what()
-            except BaseException as failure:  # noqa: BLE001  (raised again, by call)
-                answer.failure = failure
-            answer.done.set()
+
+def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None]") -> None:
+    while (todo := calls.get()) is not None:
+        what, answer = todo
+        try:
+            answer.value = what()
+        except BaseException as failure:  # noqa: BLE001  (raised again, by call)
+            answer.failure = failure
+        answer.done.set()
+        del todo, what, answer  # what it was is not kept until the next
 
 
 class _Answer:

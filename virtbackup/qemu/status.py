@@ -10,9 +10,9 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -179,22 +179,29 @@ class StatusFile:
         stem = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
         self.path = (directory or runtime.directory()) / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
+        self._partial = self.path.with_suffix(".partial")
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the domain's lock. Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR."""
+    def locked(self) -> io.FileIO:
+        """Hold the domain's lock, until what this gives is closed: it is the context for that, and
+        one that ends without a line of Python in which a signal's exception could come (SIGINT).
+
+        Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR.
+        """
+        lock = None
         try:
             runtime.make_directory()
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as failure:
-            raise errors.system_error(
-                failure, f"cannot open state lock '{self._lock_path}'"
-            ) from failure
-        try:
-            _acquire(fd, self._lock_path)
-            yield
-        finally:
-            os.close(fd)
+            self._lock_path.touch(0o600)
+            lock = io.FileIO(self._lock_path, "a")
+            _acquire(lock.fileno(), self._lock_path)
+        except BaseException as failure:
+            if lock is not None:
+                lock.close()
+            if isinstance(failure, OSError):
+                raise errors.system_error(
+                    failure, f"cannot open state lock '{self._lock_path}'"
+                ) from failure
+            raise
+        return lock
 
     def load(self) -> Status | None:
         """The status, or None where there is none (a broken one is logged and counts so).
@@ -213,17 +220,17 @@ class StatusFile:
 
     def save(self, status: Status) -> None:
         """Replace the file; whoever reads sees the old one or the new one."""
-        partial = self.path.with_suffix(".partial")
         try:
-            partial.touch(0o600)
-            partial.write_text(format(status))
-            partial.replace(self.path)
+            self._partial.touch(0o600)
+            self._partial.write_text(format(status))
+            self._partial.replace(self.path)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot write status '{self.path}'") from failure
 
     def remove(self) -> None:
         """Forget the backup."""
         self.path.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)  # of a save that was interrupted
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
