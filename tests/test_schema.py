@@ -33,6 +33,7 @@ from virtbackup.qemu import (
     recording,
     status,
     sweep,
+    watch,
 )
 
 RECORDINGS = pathlib.Path(job.__file__).parents[1] / "recordings"
@@ -106,9 +107,10 @@ class Bench:
             return session.identity
 
     def start(self) -> None:
-        _, images = self.job.start(backup_conf.BackupDef(self.address), None, self.engine)
-        for image in images:
-            os.close(image.fd)
+        images: list[watch.Image] = []
+        definition = backup_conf.BackupDef(self.address)
+        self.job.start(job.new_id(), images, definition, None, self.engine)
+        watch.close_all(images)
 
     def stop(self) -> dict[str, str]:
         return self.job.stop()

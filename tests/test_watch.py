@@ -58,7 +58,9 @@ def test_a_file_system_that_cannot_be_asked_costs_no_descriptor(tmp_path: pathli
 
 def test_a_watch_that_is_closed_has_closed_its_descriptors(tmp_path: pathlib.Path) -> None:
     image = image_in(tmp_path)
-    watch.Watch([image], Nobody()).close()
+    watched = watch.Watch([image], Nobody())
+    watched.start()
+    watched.close()
     assert not is_open(image.fd)
 
 

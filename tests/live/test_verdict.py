@@ -9,16 +9,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import libvirt
 import nbd
 import pytest
 
 import virtbackup
-from tests.live import machines, nbdclient, places
+from tests import conftest
+from tests.live import machines, nbdclient, places, striking
 from virtbackup.qemu import monitor, status
 
+AUTODESTROY = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
 START = """
 import sys, virtbackup
 conn = virtbackup.open(sys.argv[1])
@@ -353,10 +356,15 @@ def test_the_status_file_is_the_users_alone(
         dom.backupStop()
 
 
-def test_an_interrupted_start_leaves_nothing_that_is_not_found(tmp_path: pathlib.Path) -> None:
-    """KeyboardInterrupt wherever it strikes: nothing remains, or a backup that can be ended."""
+def test_an_interrupted_start_leaves_nothing_that_is_not_found(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, scratch_dir: pathlib.Path
+) -> None:
+    """KeyboardInterrupt whenever it comes to a process: nothing remains, or, where it came once the
+    start was done, a backup that can be stopped."""
     with machines.two_disks(tmp_path) as machine:
-        before = machine.state()
+        with virtbackup.open(machine.uri) as conn:
+            conn.lookupByID(1).backupCleanup()  # the lock is there from now on
+        before = what_is_there(machine, tmp_path, state_dir, scratch_dir)
         for delay in [0.001 * step for step in range(1, 25, 2)]:
             process = subprocess.Popen(
                 [sys.executable, "-c", INTERRUPTED, machine.uri, unix(tmp_path), str(delay)],
@@ -366,12 +374,142 @@ def test_an_interrupted_start_leaves_nothing_that_is_not_found(tmp_path: pathlib
             assert out in ("started\n", "interrupted\n")
             with virtbackup.open(machine.uri) as conn:
                 dom = conn.lookupByID(1)
-                try:
-                    dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
-                except virtbackup.Error as failure:
-                    assert failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
-                dom.backupCleanup()
-            assert machine.state() == before, (delay, out)
+                if out == "started\n" or list(state_dir.glob("*.json")):
+                    dom.backupStop()
+            assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, (delay, out)
+
+
+EVERY = 1 if conftest.long() else 6
+"""Of how many places where a signal may strike one is tried."""
+NOT_COME_TO_AN_END = "the process that was stopping it did not come to an end"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits here waits for ever: for what this process has not let go of."""
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 2.0)
+    monkeypatch.setattr(status, "LOCK_TIMEOUT", 2.0)
+
+
+def in_another_thread(call: Callable[[], Any]) -> None:
+    """Do CALL there; what it raises is raised."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except virtbackup.Error as failure:
+            failed.append(failure)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def interrupt(strikes: striking.Strikes, call: Callable[[], Any], then: Callable[[], Any]) -> bool:
+    """Strike CALL, and do THEN: at once, while the exception is looked at, or by another thread
+    after that. False when there was no place left."""
+    try:
+        strikes.strike(call)
+    except KeyboardInterrupt:
+        assert strikes.place
+        at_once = strikes.number % 2 == 0
+        if at_once:
+            then()
+    else:
+        assert not strikes.place, f"an interrupt was lost: {strikes.place}"
+        return False
+    if not at_once:
+        in_another_thread(then)
+    return True
+
+
+def stop_again(dom: virtbackup.Domain) -> None:
+    """Until there is nothing to be stopped any more; each answer must be one of a stop."""
+    for _ in range(2):
+        try:
+            dom.backupStop()
+        except virtbackup.Error as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                return
+            assert NOT_COME_TO_AN_END in str(failure)
+    raise AssertionError("it is still there")
+
+
+def what_is_there(machine: machines.Machine, *directories: pathlib.Path) -> Any:
+    """In QEMU, and in directories."""
+    return machine.state(), [sorted(path.name for path in each.iterdir()) for each in directories]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stop_that_is_interrupted_anywhere_can_be_called_again(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, scratch_dir: pathlib.Path
+) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+        before = what_is_there(machine, tmp_path, state_dir, scratch_dir)
+
+        def stop() -> None:
+            if not list(state_dir.glob("*.json")):
+                # It was over, so the next backup is not taken for it, whoever starts that.
+                with virtbackup.open(machine.uri) as other:
+                    other.lookupByID(1).backupStart(unix(tmp_path))
+                    assert dom.backupGetInfo().state == "running"
+                    other.lookupByID(1).backupStop()
+            stop_again(dom)
+
+        strikes = striking.Strikes(EVERY)
+        while True:
+            dom.backupStart(unix(tmp_path), AUTODESTROY)
+            if not interrupt(strikes, dom.backupStop, stop):
+                break
+            assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, strikes.place
+        assert strikes.met > 500
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_start_that_is_interrupted_anywhere_is_undone(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, scratch_dir: pathlib.Path
+) -> None:
+    """Or what is left of it can be stopped."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+        before = what_is_there(machine, tmp_path, state_dir, scratch_dir)
+        strikes = striking.Strikes(EVERY)
+
+        def start() -> None:
+            dom.backupStart(unix(tmp_path), AUTODESTROY if strikes.number % 4 < 2 else 0)
+
+        while interrupt(strikes, start, lambda: stop_again(dom)):
+            assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, strikes.place
+        assert strikes.met > 500
+        dom.backupStop()
+        assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("what", ["backupGetInfo", "backupGetXMLDesc", "XMLDesc", "branchList"])
+def test_a_look_that_is_interrupted_anywhere_holds_nothing(
+    tmp_path: pathlib.Path, what: str
+) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        during = machine.state()
+        look = getattr(dom, what)
+        strikes = striking.Strikes(EVERY)
+        while interrupt(strikes, look, look):
+            assert machine.state() == during, strikes.place
+        assert strikes.met > 40
+        dom.backupStop()
+        assert machine.state() == before
 
 
 INTERRUPTED = """

@@ -101,15 +101,18 @@ class DomainObj:
             )
         owned = bool(flags & hypervisor.START_AUTODESTROY)
         owner = runtime.this_process() if owned else None
-        id, images = self.job.start(definition, owner, self._engine, quiesce)
+        id = job.new_id()
+        images: list[watch.Image] = []
         try:
-            if owned:
-                self._autodestroy = id
+            self.job.start(id, images, definition, owner, self._engine, quiesce)
+            self._autodestroy = id if owned else None
             self._stop_watching()
             self._begin_to_watch(id, images)
         except BaseException:
+            # Where the start itself failed there is nothing more to end.
             watch.close_all(images)
-            self.job.stop(id, cancel=True)
+            if not self.job.is_over(id):
+                self.job.stop(id, cancel=True)
             raise
         self._ending.find()
 
@@ -133,6 +136,7 @@ class DomainObj:
         try:
             self._watched = _Watched(self.job, id, self._host)
             self._watch = watch.Watch(images, self._watched)
+            self._watch.start()
             self._watched.listen(self._watch.wake)
         except BaseException:
             self._stop_watching()
@@ -152,13 +156,19 @@ class DomainObj:
         # Where we started a backup that is to end with us, that one is meant and no other.
         try:
             reasons = self.job.stop(self._autodestroy, cancel)
+            self._autodestroy = None
+            self._stop_watching()
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 self._autodestroy = None
                 self._stop_watching()
             raise
-        self._autodestroy = None
-        self._stop_watching()
+        except BaseException:
+            # It may have been interrupted as it had come to its end.
+            with contextlib.suppress(errors.Error):
+                if self.file.load() is None:
+                    self._autodestroy = None
+            raise
         return reasons
 
     def backup_xml(self) -> str:

@@ -73,16 +73,19 @@ class BackupJob:
 
     def start(
         self,
+        id: naming.BackupId,
+        images: list[watch.Image],
         definition: backup_conf.BackupDef,
         owner: runtime.Process | None,
         engine: capabilities.Engine | None = None,
         quiesce: agent.Agent | None = None,
-    ) -> tuple[naming.BackupId, list[watch.Image]]:
-        """Start the backup, by the safest ENGINE where that is None; it ends with OWNER, if any.
+    ) -> None:
+        """Start backup ID, by the safest ENGINE where that is None; it ends with OWNER, if any.
         QUIESCE has the guest's file systems stand still for the instant.
 
-        Its id, and the scratch images to be watched, whose descriptors the caller gets. Nothing
-        remains of a start that fails.
+        To IMAGES are added the scratch images to be watched, whose descriptors the caller gets.
+        Nothing remains of a start that fails. One that is interrupted (SIGINT) as it returns has
+        its backup running: ``is_over`` tells.
         """
         tls = config.load().credentials() if definition.address.tls else None
         sources = [disk.source or storage_conf.Source() for disk in definition.disks]
@@ -94,7 +97,6 @@ class BackupJob:
             state = self._make_room(session, bitmaps=definition.branch is not None)
             definition = domain.check_known(session, definition, state)
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
-            id = naming.BackupId(os.urandom(4).hex())
             place = scratch.default_directory()
             caps = session.capabilities
             keeps = _keeps(session, engine or caps.engine, aligned, state)
@@ -115,11 +117,11 @@ class BackupJob:
                 uid = session.qemu.peer_uid()
                 with listener.reserve(plan.address, takes, uid) as where:
                     run = process.Run(
-                        session, plan.listening_on(where.address), where, by_fd, thresholds
+                        session, plan.listening_on(where.address), where, by_fd, thresholds, images
                     )
                     try:
                         self._run(run, starting, quiesce)
-                        return id, run.images
+                        return
                     except process.PortTaken:
                         if not tries:
                             raise
@@ -268,7 +270,7 @@ class BackupJob:
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
             state = _ask(session, self._file.load(), bitmaps=True)
-            now = naming.Point(naming.BackupId(os.urandom(4).hex()), int(time.time()), 0)
+            now = naming.Point(new_id(), int(time.time()), 0)
             branches.create(session, state, name, now)
 
     def delete_branch(self, name: str) -> None:
@@ -363,8 +365,8 @@ class BackupJob:
     ) -> None:
         """Do the plan, or undo all of it."""
         starting = dataclasses.replace(starting, definition=run.plan.definition.format())
-        self._file.save(starting)
         try:
+            self._file.save(starting)
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
             starting = dataclasses.replace(starting, server=True, socket=socket)
@@ -517,6 +519,11 @@ class BackupJob:
                     return False
             time.sleep(_LOOK_AGAIN)
         return True
+
+
+def new_id() -> naming.BackupId:
+    """Of a backup that nobody has begun."""
+    return naming.BackupId(os.urandom(4).hex())
 
 
 def _abandoned(left: status.Status | None) -> status.Status | None:

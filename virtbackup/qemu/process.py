@@ -55,12 +55,12 @@ class Run:
     listener: listener.Listener
     by_fd: bool
     thresholds: Mapping[str, int]
+    images: list[watch.Image]
+    """The scratch images that may grow, so far; the descriptors are the caller's to close."""
     created: list[str] = dataclasses.field(default_factory=list)
     """Files with a name that this run has made, so far."""
     inodes: dict[str, int] = dataclasses.field(default_factory=dict)
     """Disk -> the inode of its scratch image, so far."""
-    images: list[watch.Image] = dataclasses.field(default_factory=list)
-    """The scratch images that may grow, so far; the descriptors are the caller's to close."""
 
     @property
     def qemu(self) -> monitor.Monitor:
@@ -227,8 +227,14 @@ class Run:
         if disk.source.dir is not None and self.by_fd:
             fd = scratch.create_nameless(disk.source.dir, disk.target)
         if fd is None:
-            fd = scratch.create(path, disk.target, self.qemu.peer_uid())
+            uid = self.qemu.peer_uid()
+            # Noted before: a signal's exception may come in between (SIGINT).
             self.created.append(path)
+            try:
+                fd = scratch.create(path, disk.target, uid)
+            except errors.Error:
+                self.created.remove(path)
+                raise
         try:
             self.inodes[disk.target] = os.fstat(fd).st_ino
             scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve))

@@ -31,6 +31,7 @@ from virtbackup.qemu import (
     recording,
     scratch,
     status,
+    watch,
 )
 
 logger = logging.getLogger(__name__)
@@ -106,13 +107,16 @@ class Recorder:
             return normal.normalise(self._trace.recording(), prefixes)
 
     def _back_up(self, definition: backup_conf.BackupDef) -> None:
-        id, images = self._job.start(definition, runtime.this_process(), self._engine)
-        for image in images:
-            os.close(image.fd)
+        id = job.new_id()
+        images: list[watch.Image] = []
         try:
+            self._job.start(id, images, definition, runtime.this_process(), self._engine)
+            watch.close_all(images)
             self._job.info(id)
         except BaseException:
-            self._end(id)
+            watch.close_all(images)
+            if not self._job.is_over(id):
+                self._end(id)
             raise
         if reasons := self._job.stop(id):
             disks = "; ".join(f"disk '{target}': {why}" for target, why in reasons.items())

@@ -87,8 +87,7 @@ class Watch:
     """A thread that watches one backup until it is over, given up, or nobody watches any more."""
 
     def __init__(self, images: list[Image], backup: Watched) -> None:
-        """Begin to watch. IMAGES are closed by the watch when it ends, and also when this fails.
-        Errors: OSError."""
+        """IMAGES are closed by the watch when it ends, and when this fails. Errors: OSError."""
         self._open = images
         self._images = tuple(images)
         self._backup = backup
@@ -100,13 +99,13 @@ class Watch:
                 os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
                 for image in images
             }
-            self._thread.start()
         except BaseException:
-            # Of a start that was interrupted nobody knows whether it came to a thread.
-            self._closed.set()
-            self._woken.set()
             close_all(images)
             raise
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
 
     def wake(self) -> None:
         """Have a look at once; returns before that."""
@@ -117,7 +116,10 @@ class Watch:
         file system hangs."""
         self._closed.set()
         self._woken.set()
-        self._thread.join(_JOIN)
+        if self._thread.is_alive():
+            self._thread.join(_JOIN)
+        else:  # of a start that was interrupted nobody knows whether it came to a thread
+            close_all(self._open)
 
     def _run(self) -> None:
         try:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""KeyboardInterrupt at a chosen place: wherever Python may raise a signal's exception.
+
+That is as a function begins, and after each call, before what it has returned is of use to anybody
+(CHECK_EVAL_BREAKER in CPython's ceval.c).
+"""
+
+import contextlib
+import dis
+import functools
+import pathlib
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+import virtbackup
+
+_OURS = str(pathlib.Path(virtbackup.__file__).parent)
+_ALSO = frozenset({contextlib.__file__})
+"""What runs between two lines of ours and holds what they have opened."""
+_PURE = ("/conf/", "/block.py", "/errors.py", "/monitor_json.py", "/naming.py", "/qmp.py")
+"""What opens nothing and has nothing to let go of."""
+_HOLD = ("/domain_obj.py", "/monitor.py", "/status.py")
+
+
+class Strikes:
+    """The places that calls go through, each struck once, over as many calls as that takes: one in
+    EVERY of them, but all of those modules that hold what others wait for."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._met: set[tuple[CodeType, int]] = set()
+        self.number = 0
+        """How many were struck."""
+        self.place = ""
+        """The last one, for people; empty where none was left."""
+
+    def strike(self, call: Callable[[], Any]) -> None:
+        """Do CALL, in which the next place is struck. Whatever CALL raises is raised."""
+        self.place = ""
+        before = sys.gettrace()
+        sys.settrace(self._trace)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
+
+    def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:
+        code = frame.f_code
+        if event == "call":
+            if not _is_looked_at(code.co_filename):
+                return None
+            frame.f_trace_opcodes = True
+        place = code, frame.f_lasti
+        is_new = event == "opcode" and frame.f_lasti in _looks(code) and place not in self._met
+        if not is_new or self.place:
+            return self._trace
+        self._met.add(place)
+        if len(self._met) % self._every == 0 or _is_held_in(code.co_filename):
+            self.number += 1
+            self.place = f"{code.co_filename}:{frame.f_lineno} {code.co_name}+{frame.f_lasti}"
+            raise KeyboardInterrupt
+        return self._trace
+
+    @property
+    def met(self) -> int:
+        """How many places there are, so far."""
+        return len(self._met)
+
+
+@functools.cache
+def _is_looked_at(path: str) -> bool:
+    if path in _ALSO:
+        return True
+    return path.startswith(_OURS) and not any(part in path for part in _PURE)
+
+
+@functools.cache
+def _is_held_in(path: str) -> bool:
+    return path in _ALSO or path.endswith(_HOLD)
+
+
+@functools.cache
+def _looks(code: CodeType) -> frozenset[int]:
+    """The offsets of the instructions before which Python looks for signals."""
+    found = set()
+    last = ""
+    for instruction in dis.get_instructions(code):
+        if last == "RESUME" or last.startswith("CALL"):
+            found.add(instruction.offset)
+        last = instruction.opname
+    return frozenset(found)
