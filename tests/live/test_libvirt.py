@@ -8,6 +8,7 @@ import os
 import pathlib
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import nbd
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import certificates, libvirtd, machines, nbdclient, places
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, process
@@ -1091,6 +1093,33 @@ def test_both_engines_compared(
     assert refused.returncode == 1
     assert "branch 'b': only full backups without a branch can be compared" in refused.stderr
     assert left_in_qemu(two) == []
+
+
+def test_a_comparison_that_is_interrupted_leaves_nothing(
+    host: libvirtd.Host, two: libvirtd.Domain, tmp_path: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """At any moment, be it by our engine that the guest is backed up then or by libvirt's."""
+    xml = tmp_path / "backup.xml"
+    xml.write_text(document(host))
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", host.daemon.uri]
+    before = two.state()
+    ended = []
+    for step in range(12):
+        number = (signal.SIGINT, signal.SIGTERM)[step % 2]
+        process = subprocess.Popen(
+            [*argv, "compare", "two", str(xml), "--rounds", "1000"],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        waiting.until(lambda: bool(left_in_qemu(two)), process=process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(step * 0.037)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        ended.append((process.returncode - 128 - number, err.partition(" ")[0]))
+        assert two.libvirt.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE, step
+        assert two.state() == before, step
+        assert [path.name for path in state_dir.iterdir() if path.suffix == ".json"] == []
+    assert ended == [(0, "error:")] * 12
 
 
 # --- branches and checkpoints ---------------------------------------------------------------------

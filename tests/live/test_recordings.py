@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Recording a real QEMU: twice the same, the guest untouched, and nothing left of a failure."""
 
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -88,3 +92,34 @@ def test_what_cannot_be_recorded_leaves_no_file(tmp_path: pathlib.Path, capsys: 
     assert record(machine, file) == 1
     assert "failed to connect to monitor socket" in capsys.readouterr().err
     assert not file.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_leaves_the_guest_as_it_was(
+    number: signal.Signals, tmp_path: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """At a line that goes over the monitor, each time a later one, to the end."""
+    file, trace = tmp_path / "a.jsonl", tmp_path / "trace"
+    os.mkfifo(trace)
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-q", "--trace", str(trace)]
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        line = 3
+        while True:
+            words = [*argv, "-c", machine.uri, "monitor-record", str(file)]
+            process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+            with trace.open() as lines:
+                for _ in range(line):
+                    lines.readline()
+                process.send_signal(number)
+                lines.read()
+            _, err = process.communicate(timeout=60)
+            assert machine.state() == before, line
+            assert [path.name for path in state_dir.iterdir() if path.suffix == ".json"] == []
+            if process.returncode == 0:
+                break
+            assert process.returncode == 128 + number, (line, err)
+            assert err.startswith("error: interrupted")
+            assert not file.exists()
+            line += 8
+        assert line > 60

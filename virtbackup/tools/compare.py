@@ -19,7 +19,7 @@ import libvirt
 from virtbackup import api, errors
 from virtbackup.conf import backup_conf, domain_conf, translate
 from virtbackup.nbd import connection, copy
-from virtbackup.tools import exports
+from virtbackup.tools import exports, interrupt
 
 ENGINES = ("virtbackup", "libvirt")
 
@@ -109,7 +109,7 @@ def compare(
 
     LOG is libvirtd's debug log of its monitors, where there is one. Errors: before the first start
     VIR_ERR_CONFIG_UNSUPPORTED for a branch, which would move on; those of backupStart,
-    ``copy.copy`` and backupStop; nothing runs afterwards.
+    ``copy.copy`` and backupStop; nothing runs afterwards. Signals as for ``pull.pull``.
     """
     wanted = translate.read(xml, lambda: domain_conf.DomainDef.parse(guest.XMLDesc()))
     if wanted.branch is not None:
@@ -118,16 +118,24 @@ def compare(
             f"branch '{wanted.branch}': only full backups without a branch can be compared",
         )
     runs: dict[str, list[Run]] = {engine: [] for engine in ENGINES}
-    for number in range(rounds):
-        order = ENGINES if number % 2 == 0 else ENGINES[::-1]
-        for engine in order:
-            domain = ours if engine == ENGINES[0] else theirs
-            said = _Trace(domain) if engine == ENGINES[0] else _Log(log)
-            runs[engine].append(_run(domain, guest, xml, said))
+    with interrupt.deferred() as cancel:
+        for number in range(rounds):
+            order = ENGINES if number % 2 == 0 else ENGINES[::-1]
+            for engine in order:
+                cancel.check()
+                domain = ours if engine == ENGINES[0] else theirs
+                said = _Trace(domain) if engine == ENGINES[0] else _Log(log)
+                runs[engine].append(_run(domain, guest, xml, said, cancel))
     return Comparison(runs)
 
 
-def _run(domain: api.Domain, guest: "libvirt.virDomain", xml: str, said: "_Trace | _Log") -> Run:
+def _run(
+    domain: api.Domain,
+    guest: "libvirt.virDomain",
+    xml: str,
+    said: "_Trace | _Log",
+    cancel: copy.Cancel,
+) -> Run:
     before = _writes(guest)
     said.begin()
     began = time.perf_counter()
@@ -138,7 +146,7 @@ def _run(domain: api.Domain, guest: "libvirt.virDomain", xml: str, said: "_Trace
         present = [disk for disk in live.disks if disk.present]
         server, tls = exports.server(live.address), exports.tls(live.address)
         found = [connection.Export(server, disk.exportname or disk.name, tls) for disk in present]
-        results = copy.copy([copy.Job(export, None) for export in found])
+        results = copy.copy([copy.Job(export, None) for export in found], cancel=cancel)
     except BaseException:
         domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
         raise

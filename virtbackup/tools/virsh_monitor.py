@@ -22,15 +22,21 @@ MAX_FILE = 256 << 20
 
 def _record(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.qemu import recording
+    from virtbackup.tools import interrupt
 
     path = args.text("file")
     if path != "-" and os.path.lexists(path):
         raise vsh.Failure(f"file '{path}' exists")
     recorder = _recorder(shell.control)
+
+    def record() -> str:
+        with interrupt.held():
+            return recording.format(recorder.record().lines)
+
     if path == "-":
-        shell.print_document(recording.format(recorder.record().lines))
+        shell.print_document(record())
         return
-    _write_new(path, lambda: recording.format(recorder.record().lines))
+    _write_new(path, record)
     shell.extra(f"Monitor recorded to {path}")
 
 
