@@ -1333,6 +1333,22 @@ def test_interrupt_drops_the_line_and_stays(terminal: Terminal) -> None:
     assert terminal.close() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_history_is_kept_when_the_terminal_goes(
+    tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
+    with _terminal(tmp_path) as terminal:
+        terminal.wait_for("virtbackup # ")
+        terminal.type("echo kept\n")
+        terminal.wait_for("virtbackup # ")
+        terminal.type("not yet")
+        terminal.wait_for("not yet")
+        terminal.wait_until_idle()
+        terminal.process.send_signal(number)
+        assert terminal.close() == 128 + number
+    assert (tmp_path / ".cache/virtbackup/history").read_text() == "echo kept\n"
+
+
 def test_interrupt_ends_the_command_and_stays(tmp_path: pathlib.Path) -> None:
     (tmp_path / "b.xml").write_text(BACKUP)
     with _terminal(tmp_path, "-qc", "fake:///hang") as terminal:

@@ -73,6 +73,18 @@ def held() -> Iterator[contextlib.ExitStack]:
 
 
 @contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """A signal comes as its exception, which also SIGTERM and SIGHUP have then, in place of an end
+    without any clean-up."""
+
+    def end(number: int, _frame: object) -> None:
+        raise _exception_of(number)
+
+    with _handled(end):
+        yield
+
+
+@contextlib.contextmanager
 def _handled(note: Callable[[int, object], None]) -> Iterator[None]:
     """NOTE is the handler of the signals that are not ignored."""
     before: dict[int, Any] = {}

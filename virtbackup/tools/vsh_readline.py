@@ -81,13 +81,16 @@ def line_editing(shell: vsh.Shell[Any], history: pathlib.Path) -> Iterator[None]
     except ImportError:
         yield
         return
+    from virtbackup.tools import interrupt
+
     _load_history(readline, history)
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     readline.set_completer_delims(DELIMITERS)
     readline.set_completer(_ReadlineCompleter(shell, readline))
     try:
-        yield
+        with interrupt.at_once():  # or a terminal that is closed would take the history with it
+            yield
     finally:
         readline.set_completer(None)
         _save_history(readline, history)
