@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import queue
+import resource
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -190,6 +191,30 @@ def test_the_end_of_a_process_is_told_by_a_thread(dead: runtime.Process) -> None
         other.kill()
         assert told.get(timeout=PATIENCE) == "ended"
     assert told.empty()
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_the_end_of_a_process_is_not_seen_where_no_more_files_may_be_open(
+    spare: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which fails nothing, and loses no descriptor."""
+    watching = events.ProcessEnd(lambda: None)
+    with subprocess.Popen(["sleep", "60"]) as one:
+        start = runtime.process_start(one.pid)
+        assert start is not None
+        free = os.pipe()
+        for number in free:
+            os.close(number)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], limits[1]))
+        try:
+            watching.watch((one.pid, start))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        one.kill()
+    assert "its end will not be seen: [Errno 24] Too many open files" in caplog.text
+    with open(os.devnull) as lowest:  # noqa: PTH123
+        assert lowest.fileno() == free[0]
 
 
 def test_callbacks_come_and_go() -> None:

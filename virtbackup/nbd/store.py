@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from virtbackup import errors
 from virtbackup.nbd import checksum, target
 
 T = TypeVar("T")
@@ -47,7 +48,11 @@ class Wake:
     """Something to poll for: set by any thread or signal handler, cleared by the one that polls."""
 
     def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Errors: VIR_ERR_SYSTEM_ERROR where no more files may be open."""
+        try:
+            self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as failure:
+            raise errors.system_error(failure, "cannot make an eventfd to wait for") from failure
         self._pending = False
 
     def set(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is to be told what happens to a driver's domains (``hypervisor.EventDriver``)."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -85,17 +86,20 @@ class ProcessEnd:
             self._process = self._leave = None
             if process is None or process[0] == os.getpid():
                 return  # the monitor of a fake is in this process
-            try:
-                pidfd = os.pidfd_open(process[0])
-            except ProcessLookupError:
-                return
-            except OSError as failure:
-                logger.warning("pid=%d its end will not be seen: %s", process[0], failure)
-                return
-            if not runtime.is_alive(process):  # another one has its number by now
-                os.close(pidfd)
-                return
-            leave = os.eventfd(0, os.EFD_CLOEXEC)
+            with contextlib.ExitStack() as undo:
+                try:
+                    pidfd = os.pidfd_open(process[0])
+                    undo.callback(os.close, pidfd)
+                    leave = os.eventfd(0, os.EFD_CLOEXEC)
+                    undo.callback(os.close, leave)
+                except ProcessLookupError:
+                    return
+                except OSError as failure:
+                    logger.warning("pid=%d its end will not be seen: %s", process[0], failure)
+                    return
+                if not runtime.is_alive(process):  # another one has its number by now
+                    return
+                undo.pop_all()
             self._process, self._leave = process, leave
             threading.Thread(
                 target=self._run,
