@@ -28,8 +28,10 @@ class Strikes:
     """The places that calls go through, each struck once, over as many calls as that takes: one in
     EVERY of them, but all of those modules that hold what others wait for."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, hold: tuple[str, ...] = _HOLD) -> None:
+        """HOLD are those modules, by what the paths of their files end with."""
         self._every = every
+        self._hold = (*_ALSO, *hold)
         self._met: set[tuple[CodeType, int]] = set()
         self.number = 0
         """How many were struck."""
@@ -57,7 +59,7 @@ class Strikes:
         if not is_new or self.place:
             return self._trace
         self._met.add(place)
-        if len(self._met) % self._every == 0 or _is_held_in(code.co_filename):
+        if len(self._met) % self._every == 0 or code.co_filename.endswith(self._hold):
             self.number += 1
             self.place = f"{code.co_filename}:{frame.f_lineno} {code.co_name}+{frame.f_lasti}"
             raise KeyboardInterrupt
@@ -74,11 +76,6 @@ def _is_looked_at(path: str) -> bool:
     if path in _ALSO:
         return True
     return path.startswith(_OURS) and not any(part in path for part in _PURE)
-
-
-@functools.cache
-def _is_held_in(path: str) -> bool:
-    return path in _ALSO or path.endswith(_HOLD)
 
 
 @functools.cache

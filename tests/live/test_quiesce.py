@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The guest's file systems stand still for the instant of a start, and go on on every path."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +20,8 @@ import libvirt_qemu
 import pytest
 
 import virtbackup
-from tests import conftest
-from tests.live import agents, libvirtd, machines
+from tests import conftest, waiting
+from tests.live import agents, libvirtd, machines, striking
 from virtbackup.qemu import agent, process
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "nbdcopy")
@@ -306,6 +307,26 @@ def test_an_interrupt_while_it_freezes(scene: Scene) -> None:
     with pytest.raises(KeyboardInterrupt):
         scene.start()
     scene.agent.wait_for("freeze", "thaw")
+
+
+def test_an_interrupt_anywhere_leaves_nothing_frozen(scene: Scene) -> None:
+    """Not for as long as its exception is looked at, either."""
+    said = scene.agent.commands
+    strikes = striking.Strikes(sys.maxsize, ("/agent.py",))
+    with virtbackup.open(scene.uri) as connection:
+        [dom] = connection.listAllDomains()
+        while True:
+            try:
+                strikes.strike(lambda: dom.backupStart(scene.document, QUIESCE))
+            except KeyboardInterrupt:
+                waiting.until(lambda: said[-1:] != ["freeze"], 15)
+            else:
+                break
+            with contextlib.suppress(virtbackup.Error):
+                dom.backupStop()
+            said.clear()
+        dom.backupStop()
+    assert strikes.number > 60
 
 
 def test_a_process_that_is_killed_while_all_is_frozen(scene: Scene) -> None:

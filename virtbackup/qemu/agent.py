@@ -116,35 +116,36 @@ class SocketAgent:
         return "socket", self._path
 
     def freeze(self) -> int:
-        with self._connected() as connection:
-            count = connection.execute("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
+        count = self._execute("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
         if type(count) is not int:
             raise _failed(f"unexpected reply to guest-fsfreeze-freeze: {qmp.shown(count)}")
         return count
 
     def thaw(self) -> None:
-        with self._connected() as connection:
-            connection.execute("guest-fsfreeze-thaw", TIMEOUT)
+        self._execute("guest-fsfreeze-thaw", TIMEOUT)
 
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator["_Connection"]:
-        """A connection that is known to be answered."""
+    def _execute(self, command: str, timeout: float) -> object:
+        """What COMMAND returns, by a connection that is known to be answered; not held by who looks
+        at a signal's exception (SIGINT), as nobody else could thaw then."""
         end = time.monotonic() + TIMEOUT
         code = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
-        with socket.socket(socket.AF_UNIX) as opened:
+        opened = socket.socket(socket.AF_UNIX)
+        try:
             opened.settimeout(TIMEOUT)
-            try:
-                opened.connect(self._path)
-                connection = _Connection(opened, self._path)
-                connection.sync(end)
-                code = libvirt.VIR_ERR_OPERATION_TIMEOUT
-                yield connection
-            except TimeoutError as failure:
-                raise errors.error(code, f"guest agent '{self._path}' does not answer") from failure
-            except OSError as failure:
-                raise errors.system_error(
-                    failure, f"cannot speak to guest agent '{self._path}'"
-                ) from failure
+            opened.connect(self._path)
+            connection = _Connection(opened, self._path)
+            connection.sync(end)
+            code = libvirt.VIR_ERR_OPERATION_TIMEOUT
+            replied = connection.execute(command, timeout)
+        except TimeoutError as failure:
+            raise errors.error(code, f"guest agent '{self._path}' does not answer") from failure
+        except OSError as failure:
+            raise errors.system_error(
+                failure, f"cannot speak to guest agent '{self._path}'"
+            ) from failure
+        finally:
+            opened.close()
+        return replied
 
 
 class _Connection:
@@ -203,9 +204,8 @@ def _failed(detail: str) -> errors.Error:
 # --- for the instant of a start ---
 
 
-@contextlib.contextmanager
-def standing_still(agent: Agent) -> Iterator[None]:
-    """The guest's file systems are frozen within, and thawed whatever happens.
+def standing_still(agent: Agent, do: Callable[[], None]) -> None:
+    """DO it while the guest's file systems are frozen, which are thawed whatever happens.
 
     Errors: those of ``Agent.freeze``, nothing being frozen then; VIR_ERR_SYSTEM_ERROR.
     """
@@ -217,7 +217,7 @@ def standing_still(agent: Agent) -> Iterator[None]:
             raise
         began = time.monotonic()
         try:
-            yield
+            do()
         finally:
             guard.is_done = thaw(agent)
         seconds = time.monotonic() - began

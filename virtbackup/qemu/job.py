@@ -374,8 +374,10 @@ class BackupJob:
             run.scratch_images()
             starting = _with_inodes(starting, run.inodes)
             self._file.save(starting)
-            with agent.standing_still(quiesce) if quiesce else contextlib.nullcontext():
+            if quiesce is None:
                 run.freeze()
+            else:
+                agent.standing_still(quiesce, run.freeze)
             run.exports()
             if (refusal := run.give_way()) is not None:
                 starting = _keeping(starting, run.session, refusal)
