@@ -11,6 +11,7 @@ import pytest
 
 from tests import shell_driver, test_virsh_backup
 from virtbackup import hypervisor
+from virtbackup.conf import backup_conf
 from virtbackup.tools import virsh_backup
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,7 +67,7 @@ class Driver(shell_driver.Driver):
 
     def __init__(self, uri: str, readonly: bool) -> None:
         super().__init__(uri, readonly)
-        self.backup = test_virsh_backup.backup_conf.BackupDef.parse(test_virsh_backup.BACKUP)
+        self.backup = backup_conf.BackupDef.parse(test_virsh_backup.BACKUP)
 
     def note(self) -> None:
         Driver.handlers += [signal.getsignal(number) for number in SIGNALS]
