@@ -476,11 +476,15 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         )
     for point in plan.dropped:
         shell.print(vsh.visible(f"point {point.label} ({point.time}) {would}removed"))
-    size = sum(disk.stored for p in plan.dropped for disk in p.made.disks)
     shell.extra(
         f"{len(plan.kept)} points {would}kept, {len(plan.dropped)} {would}removed"
-        f" ({virsh_connection.human_size(size)})"
+        f" ({virsh_connection.human_size(_stored(plan))})"
     )
+
+
+def _stored(plan: "prune.Plan") -> int:
+    """Bytes that the points to be removed take."""
+    return sum(disk.stored for point in plan.dropped for disk in point.made.disks)
 
 
 def _prune_facts(plan: "prune.Plan", dry_run: bool) -> dict[str, object]:
@@ -488,6 +492,7 @@ def _prune_facts(plan: "prune.Plan", dry_run: bool) -> dict[str, object]:
         "dry_run": dry_run,
         "kept": [point_facts(point) for point in plan.kept],
         "removed": [point_facts(point) for point in plan.dropped],
+        "stored": _stored(plan),
         "merged": [
             {
                 "disk": links[0].disk.name,
