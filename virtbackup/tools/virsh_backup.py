@@ -60,7 +60,7 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
         if not as_json:
             shell.extra("Domain backup started")
         virsh_connection.warn_of_listener(shell, args, document)
-        if as_json or not shell.quiet:
+        if not undo.caught and (as_json or not shell.quiet):
             _tell_started(shell, domain, as_json)
 
 
