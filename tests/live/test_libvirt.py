@@ -3,7 +3,6 @@
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 import pwd
@@ -20,7 +19,8 @@ import nbd
 import pytest
 
 import virtbackup
-from tests.live import certificates, libvirtd, machines, nbdclient, places
+from tests import strict_json
+from tests.live import certificates, libvirtd, machines, nbdclient, places, test_json
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, process
 from virtbackup.tools import pull, virsh_connection
@@ -1079,7 +1079,8 @@ def test_both_engines_compared(
         return subprocess.run(words, check=False, capture_output=True, text=True)
 
     assert run("--rounds", "0").returncode == 2
-    told = json.loads(run("--rounds", "2", "--json").stdout)
+    told = strict_json.loads(run("--rounds", "2", "--json").stdout)
+    assert list(strict_json.differences(test_json.example("compare", told), told)) == []
     assert told["agree"] is True
     ours, theirs = told["engines"]["virtbackup"], told["engines"]["libvirt"]
     assert ours["checksums"] == theirs["checksums"]
