@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 from manual import __main__ as manual
+from tests.live import pages
 from tests.test_packaging import sources
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,13 +114,14 @@ def test_the_source_package_has_everything(tmp_path: pathlib.Path) -> None:
 LAYER = """
 mount -t tmpfs tmpfs "$1"
 cd "$1"
-mkdir up work root
+mkdir up work root tree-up tree-work
 mount -t overlay -o lowerdir=/,upperdir=up,workdir=work overlay root
 for path in dev proc sys; do mount --rbind "/$path" "root/$path"; done
 for path in run tmp; do mount -t tmpfs tmpfs "root/$path"; done
-mkdir root/run/layer root/run/package
+mkdir root/run/layer root/run/package root/run/tree
 mount --bind . root/run/layer
 mount --bind "$2" root/run/package
+mount -t overlay -o "lowerdir=$3,upperdir=tree-up,workdir=tree-work" overlay root/run/tree
 policy=/usr/sbin/policy-rc.d
 ! [ -e "$policy" ] || mount --bind /dev/null "root$policy"
 exec chroot root sh -c 'echo ready; exec cat'
@@ -134,7 +136,8 @@ INSTALL = "dpkg --no-triggers -i /run/package/*.deb"
 
 
 class Machine:
-    """A copy of this machine, with the package's file in /run/package and systemd not running."""
+    """A copy of this machine, with the package's file in /run/package, this tree in /run/tree, and
+    systemd not running."""
 
     def __init__(self, keeper: int) -> None:
         """KEEPER: the pid of a process on it."""
@@ -170,7 +173,7 @@ class Machine:
 def machine(package: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Machine]:
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", LAYER, "sh"]
     with subprocess.Popen(
-        [*argv, tmp_path, package.parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*argv, tmp_path, package.parent, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as keeper:
         assert keeper.stdout is not None
         assert keeper.stdout.readline() == b"ready\n"
@@ -258,7 +261,7 @@ def test_nothing_of_it_is_left(machine: Machine) -> None:
     assert not [name for name in left if name.startswith("/usr")]
     machine.run("dpkg --purge virtbackup")
     assert [name for name in machine.changed() if not name.startswith(BOOKS)] == []
-    assert machine.run("ls /run") == "layer\npackage\n"
+    assert machine.run("ls /run") == "layer\npackage\ntree\n"
     assert "virtbackup" not in machine.run("cat /etc/passwd /etc/group; ls /var/lib/dpkg/info")
 
 
@@ -320,3 +323,20 @@ def test_on_a_debian_that_is_too_old(machine: Machine) -> None:
     )
     said = machine.run(f"! {INSTALL}")
     assert "virtbackup depends on python3 (>= 3.10)" in said
+
+
+@installs
+@pytest.mark.needs("apt", "man")
+def test_what_the_page_about_it_shows(machine: Machine) -> None:
+    """With the packages that are there: apt and pip know of no other."""
+    (build, _), *commands = pages.session(pages.DOCS / "install.md")
+    assert build == "./dev deb"  # which made the one that is tested
+    machine.run("rm -rf /run/tree/dist; mkdir /run/tree/dist; cp /run/package/*.deb /run/tree/dist")
+    machine.run("rm -rf /etc/apt/sources.list*")
+    offline = "export PIP_NO_INDEX=1 PIP_NO_DEPS=1 PIP_NO_BUILD_ISOLATION=0\n"  # 0 is pip's yes
+    for command, output in commands:
+        said = machine.run(f"cd /run/tree\n{offline}{command}")
+        if not command.startswith("apt "):
+            assert pages.squeezed(said) == pages.squeezed(output)
+    machine.run("! test -e /usr/bin/virsh-backup")
+    machine.run("test -s /opt/virtbackup/share/man/man1/virsh-backup.1")
