@@ -171,6 +171,8 @@ class Machine:
 
 @pytest.fixture
 def machine(package: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Machine]:
+    if os.geteuid() != 0:
+        pytest.skip("only root installs a package")
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", LAYER, "sh"]
     with subprocess.Popen(
         [*argv, tmp_path, package.parent, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
