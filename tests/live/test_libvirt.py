@@ -751,6 +751,24 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert not left_over(two, scratch_dir, state_dir)
 
 
+def test_a_restart_of_libvirtd_that_nobody_has_noticed(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    """The first call after it is made on a new connection, with an event loop or without."""
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host))
+    _restart(host)
+    dom.backupStop()
+    _restart(host)
+    assert connection.lookupByName("two").UUIDString() == two.libvirt.UUIDString()
+
+
+def _restart(host: libvirtd.Host) -> None:
+    host.daemon.kill()
+    host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_domain_that_is_migrated_meanwhile(
     raw: bool,
