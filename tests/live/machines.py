@@ -108,6 +108,10 @@ class Probe:
                 return message
             self.events.append(message)
 
+    def peek(self) -> bytes:
+        """What has come and was not received yet. Errors: BlockingIOError for nothing."""
+        return self._socket.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
     def wait_event(self, name: str) -> dict[str, Any]:
         """The next event of that name (those already met count); socket deadline applies."""
         while True:
