@@ -62,8 +62,10 @@ PULL = (
 )
 NO_PULL = {"scratch-full-watched", "starter-killed", "owner-killed", "fifty-clients", "client-cut"}
 """Faults that take a client of the test's own, or who starts and ends backups himself."""
-BEFORE_A_PULL = ("nothing", "job-cancelled", "export-deleted", "source-read-error", "qemu-killed")
-BEFORE_A_PULL += ("server-before", "external-snapshot", "unplugged", "scratch-was-full")
+BEFORE_A_PULL = {
+    "nothing", "job-cancelled", "export-deleted", "source-read-error", "qemu-killed",
+    "server-before", "external-snapshot", "unplugged", "scratch-was-full",
+}  # fmt: skip
 """Unless there is time, those of which something else is to be told."""
 
 
