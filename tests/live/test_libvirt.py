@@ -289,6 +289,7 @@ def test_a_branch_of_a_disk_that_copies_on_read(
         dom.backupStart(branch)
         assert libvirtd.read(socket(host), "vda") == pattern(1)
         dom.backupStop()
+        assert top.stat().st_blocks * 512 > libvirtd.SIZE  # by what the backup has read
         for cluster in (2, 3):
             domain.write("vda", cluster)
             dom.backupStart(branch)
@@ -617,9 +618,10 @@ def test_an_internal_snapshot_meanwhile(
         dom = connection.lookupByName("inside")
         dom.backupStart(document(host))
         domain.write("vda", 3)
-        # Newer ones can.
-        with contextlib.suppress(libvirt.libvirtError):
+        try:  # newer ones can
             domain.libvirt.snapshotCreateXML(SNAPSHOT.format("s"))
+        except libvirt.libvirtError as failure:
+            assert "Failed to take snapshot" in str(failure)
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         assert libvirtd.read(socket(host), "vda") == pattern(1)
         dom.backupStop()
@@ -751,6 +753,24 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert not left_over(two, scratch_dir, state_dir)
 
 
+def test_a_restart_of_libvirtd_that_nobody_has_noticed(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    """The first call after it is made on a new connection, with an event loop or without."""
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host))
+    _restart(host)
+    dom.backupStop()
+    _restart(host)
+    assert connection.lookupByName("two").UUIDString() == two.libvirt.UUIDString()
+
+
+def _restart(host: libvirtd.Host) -> None:
+    host.daemon.kill()
+    host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_domain_that_is_migrated_meanwhile(
     raw: bool,
@@ -794,6 +814,42 @@ def test_a_domain_that_is_migrated_meanwhile(
         assert right(host)
         moved.backupStop()
         assert not list(scratch_dir.iterdir())
+
+
+def test_a_migration_that_is_aborted(
+    host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
+) -> None:
+    """It changes nothing for the backup."""
+    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_UNSAFE
+    with (
+        tempfile.TemporaryDirectory(prefix="vb-libvirtd-", dir="/var/tmp") as name,
+        host.domain("stays", two_disks(host), memory=256) as domain,
+        libvirtd.running(pathlib.Path(name), host.daemon) as elsewhere,
+        contextlib.closing(libvirt.open(elsewhere.uri)) as there,
+        contextlib.closing(libvirt.open(host.daemon.uri)) as another,
+    ):
+        dom = connection.lookupByName("stays")
+        dom.backupStart(document(host))
+        domain.libvirt.migrateSetMaxSpeed(1)
+        said: list[str] = []
+
+        def migrate() -> None:
+            try:
+                domain.libvirt.migrate(there, flags, None, "tcp://127.0.0.1")
+            except libvirt.libvirtError as failure:
+                said.append(str(failure))
+
+        thread = threading.Thread(target=migrate)
+        thread.start()
+        same = another.lookupByName("stays")
+        libvirtd.wait_for(lambda: same.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+        same.abortJob()
+        thread.join()
+        assert ["canceled" in text for text in said] == [True], said
+        domain.write("vda", 3)
+        assert right(host)
+        dom.backupStop()
+        assert not left_in_qemu(domain)
 
 
 def test_a_domain_that_is_saved_during_an_increment(
@@ -883,9 +939,12 @@ def test_a_save_is_refused_where_nobody_else_is_kept_from_a_disk(
         dom = connection.lookupByName("remote")
         dom.backupStart(document(host))
         saves = (lambda: domain.libvirt.save(str(host.path("s"))), domain.libvirt.managedSave)
+        if dom.backupGetInfo().engine == "hybrid":
+            saves[0]()
+            with pytest.raises(virtbackup.Error, match="'vda': the domain was saved to a file"):
+                dom.backupStop()
+            return
         for save in saves * 3:
-            if dom.backupGetInfo().engine == "hybrid":
-                break
             info = dom.backupGetInfo()
             assert (info.save_failure, "'vda' is no local file" in str(info.save_reason)) == (
                 "save",
@@ -1012,6 +1071,23 @@ def test_a_connection_that_is_read_only(
             readonly.backupGetInfo()
         assert error.value.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED
         dom.backupStop()
+
+
+def test_the_domain_is_tainted_until_it_is_started_anew(
+    connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    def is_tainted() -> bool:
+        said = two.libvirt.messages(libvirt.VIR_DOMAIN_MESSAGE_TAINTING)
+        return any("custom monitor control commands issued" in line for line in said)
+
+    two.libvirt.destroy()
+    two.libvirt.create()
+    assert not is_tainted()
+    connection.lookupByName("two").branchList()
+    assert is_tainted()
+    two.libvirt.destroy()
+    two.libvirt.create()
+    assert not is_tainted()
 
 
 def test_every_way_to_spell_a_uri_leads_to_the_same_backup(
