@@ -199,17 +199,18 @@ def test_a_disk_that_is_not_in_qemu_is_refused_by_its_target(
         f"<source type='unix' path='{server}'/><target dev='vdb' bus='virtio'/></disk>"
     )
     memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
-    with subprocess.Popen(argv) as daemon:
+    with contextlib.ExitStack() as ends:
+        daemon = ends.enter_context(subprocess.Popen(argv))
+        ends.callback(daemon.terminate)
         libvirtd.wait_for(server.is_socket)
-        with host.domain("unlike", two_disks(host) + vhost, more=memory):
-            dom = connection.lookupByName("unlike")
-            for disks in ("", '<disk name="vdb"/>'):
-                with pytest.raises(virtbackup.Error, match=r"disk 'vdb' is not one that QEMU"):
-                    dom.backupStart(document(host, disks))
-            dom.backupStart(document(host, '<disk name="vdb" present="no"/>'))
-            assert right(host)
-            dom.backupStop()
-        daemon.terminate()
+        ends.enter_context(host.domain("unlike", two_disks(host) + vhost, more=memory))
+        dom = connection.lookupByName("unlike")
+        for disks in ("", '<disk name="vdb"/>'):
+            with pytest.raises(virtbackup.Error, match=r"disk 'vdb' is not one that QEMU"):
+                dom.backupStart(document(host, disks))
+        dom.backupStart(document(host, '<disk name="vdb" present="no"/>'))
+        assert right(host)
+        dom.backupStop()
 
 
 def test_a_drive_that_is_not_in_the_xml_is_refused_by_its_id(
