@@ -38,12 +38,12 @@ def italic(text: str) -> str:
 
 
 def title(name: str, section: int, date: str, version: str) -> str:
-    """The beginning of a page."""
+    """The beginning of a page with a ragged margin, which groff 1.23 keeps by the string alone."""
     return (
         '.\\" SPDX-License-Identifier: LGPL-2.1-or-later\n'
         '.\\" Made by python -m manual.\n'
         f'.TH {escape(name.upper())} {section} {date} "virtbackup {version}" "virtbackup"\n'
-        ".nh\n.ad l\n"
+        ".nh\n.ds AD l\n.ad l\n"
     )
 
 

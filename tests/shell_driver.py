@@ -6,7 +6,8 @@ inactive ``off``. A backup lives as long as the connection. NAME asks for troubl
 every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call,
 ``mute`` tells nothing of a backup that runs, ``theirs`` fails a start by libvirt-python's own
 error, ``interrupt`` has a Ctrl-C in the middle of every change, and ``interrupt-lost`` cannot end
-a backup either.
+a backup either. ``odd`` has one domain, ``ODD``, and nothing else is called otherwise there; its
+backups began at no time. ``none`` has no domain.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from math import inf
 from typing import Literal, TextIO
 
 import libvirt
@@ -37,6 +39,9 @@ DISKS = (
     domain_conf.DiskDef("sdb", type="block", source="/dev/b", format="raw", readonly=True),
     domain_conf.DiskDef("sr0", device="cdrom"),
 )
+
+ODD = 'a"b\'c\\n\n\te\x01\x7f \u00e9\U0001f600 \udcff {"json": NaN}'
+"""What a domain may be called; one byte of it is no UTF-8."""
 
 FAILED = (
     "the backup is not good: disk 'vda': No space left on device\ndisk 'sdb': Input/output error"
@@ -72,7 +77,8 @@ class Driver:
         self.calls += 1
         if self.trace is not None:
             self.trace.write("list_domains\n")
-        return DOMAINS
+        odd = (hypervisor.DomainRef(ODD, UUID.format(5), 1),)
+        return {"odd": odd, "none": ()}.get(self.trouble, DOMAINS)
 
     def domain_get_state(self, domain: hypervisor.DomainRef) -> tuple[int, int]:
         state = libvirt.VIR_DOMAIN_SHUTOFF if domain.id is None else libvirt.VIR_DOMAIN_RUNNING
@@ -131,10 +137,16 @@ class Driver:
                 info, engine="hybrid", scratch_failure="guest", save_failure="save",
                 save_reason="as QEMU has it",
             )  # fmt: skip
+        if self.trouble == "odd":
+            odd = (backup_conf.DiskInfo(ODD, ODD, "failed", ODD, 1 << 63, None, None),)
+            address = self._running().address
+            return backup_conf.BackupInfo("failed", float("nan"), address, odd, scratch_timeout=inf)
         return backup_conf.BackupInfo(state, 1700000000.5, self._running().address, disks)
 
     def domain_backup_cleanup(self, domain: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         self._interrupt()
+        if self.trouble == "odd":
+            return [ODD]
         return ["node scratch-vda", "file /images/x"] if self.trouble == "bad" else []
 
     def domain_branch_list(
@@ -142,6 +154,9 @@ class Driver:
     ) -> Sequence[backup_conf.Branch]:
         if self.trouble == "bad":
             return []
+        if self.trouble == "odd":
+            disk = backup_conf.BranchDisk(ODD, 65536, None, True, ODD, None, ODD)
+            return [backup_conf.Branch(ODD, False, (disk,))]
         point = backup_conf.Point("0123abcd", 1700000000)
         return [
             backup_conf.Branch(

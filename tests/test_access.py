@@ -372,9 +372,9 @@ AS_USER = """
 import os, sys
 sys.path.insert(0, sys.argv[4])
 os.setgroups([int(g) for g in sys.argv[2].split(",") if g])
-os.setgid(int(sys.argv[3])); os.setuid(65534)
 from tests import daemon_scene
 import libvirt
+os.setgid(int(sys.argv[3])); os.setuid(65534)
 with daemon_scene.Raw.unix(sys.argv[1]) as client:
     try:
         client.open()
@@ -409,8 +409,8 @@ def test_another_user(rule: str, said: str) -> None:
 MANY = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
-os.setgid(65534); os.setuid(65534)
 from tests import daemon_scene
+os.setgid(65534); os.setuid(65534)
 opened = []
 try:
     for _ in range(10):

@@ -142,11 +142,13 @@ def test_what_is_installed_has_its_manual(installed: pathlib.Path) -> None:
 
 
 def test_debian_depends_on_all_that_setup_does() -> None:
+    """And on versions no older."""
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg")
-    for line in metadata["options"]["install_requires"].split("\n"):
-        name = line.split(" ")[0].lower()
-        package = {"": "python3-libvirt", "libvirt-python": "python3-libvirt"}.get(
-            name, f"python3-{name}"
-        )
-        assert f" {package}," in (ROOT / "debian" / "control").read_text()
+    options = metadata["options"]
+    control = (ROOT / "debian" / "control").read_text()
+    wanted = options["install_requires"].strip().split("\n")
+    for line in (*wanted, f"python {options['python_requires'].replace('>=', '>= ')}"):
+        name, version = line.split(" >= ")
+        debians = {"python": "python3", "libvirt-python": "python3-libvirt"}
+        assert f" {debians.get(name, f'python3-{name}')} (>= {version})," in control

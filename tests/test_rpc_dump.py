@@ -2,14 +2,17 @@
 """What a trace shows of messages, and what it does not."""
 
 import datetime
+import json
+import math
 import os
+from typing import Any
 
 import libvirt
 import pytest
 
-from tests import rpc_server
+from tests import rpc_server, strict_json
 from virtbackup import errors
-from virtbackup.remote import dump, keepalive, program, rpc, rpc_error
+from virtbackup.remote import dump, keepalive, program, remote_types, rpc, rpc_error, xdr
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.program import MessageType
 from virtbackup.remote.protocol import QEMU, REMOTE, VIRTBACKUP
@@ -108,6 +111,11 @@ def test_secrets_are_not_shown(message: rpc.Message) -> None:
     shown = dump.describe(message)
     assert "hunter2" not in shown
     assert "(hidden)" in shown
+    told = facts(message)
+    assert "hunter2" not in json.dumps(told)
+    assert b"hunter2".hex() not in json.dumps(told)
+    assert told["hidden"] is (message.proc is not None and "SASL" in message.proc.name)
+    assert told["hidden"] or "(hidden)" in json.dumps(told)
 
 
 def test_what_stands_beside_a_secret_is_shown() -> None:
@@ -123,3 +131,94 @@ def test_any_payload_can_be_shown() -> None:
             for payload in (b"", os.urandom(4), os.urandom(400)):
                 message = rpc_server.raw(REMOTE, proc.number, type, 0, payload, status=type % 3)
                 assert "\n" not in dump.describe(message)
+                assert facts(message)["size"] == len(payload)
+
+
+# --- for JSON -------------------------------------------------------------------------------------
+
+WHEN = datetime.datetime(2026, 1, 2, 3, 4, 5, 6, datetime.timezone.utc)
+
+
+def facts(message: rpc.Message) -> dict[str, Any]:
+    """As they are read again, but for numbers that JSON has no word for."""
+    told = dump.facts(WHEN, "->", message)
+    text = json.dumps(told, default=_not_for_json)
+    assert isinstance(json.loads(text), dict)
+    return told
+
+
+def _not_for_json(value: object) -> None:
+    raise AssertionError(f"{value!r} is nothing for JSON")
+
+
+def test_facts() -> None:
+    message = rpc.reply(LOOKUP, structs.DomainRet(rpc_server.domain("v\udcffm")))
+    assert strict_json.loads(json.dumps(dump.facts(WHEN, "<-", message))) == {
+        "time": "2026-01-02T03:04:05.000006Z",
+        "direction": "<-",
+        "program": "REMOTE",
+        "procedure": "DOMAIN_LOOKUP_BY_NAME",
+        "serial": 5,
+        "type": "REPLY",
+        "status": "OK",
+        "fds": 0,
+        "size": len(message.payload),
+        "struct": "DomainArgs",
+        "fields": {
+            "dom": {
+                "name": "v\udcffm",
+                "uuid": "00000000-0000-0000-0000-000000000000",
+                "id": -1,
+            }
+        },
+        "hidden": False,
+        "problem": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("message", "some"),
+    [
+        (keepalive.PING, {"program": "KEEPALIVE", "type": "MESSAGE", "fields": None, "size": 0}),
+        (rpc_server.raw(REMOTE, 23, 0, 1, b"\0\0\0\xff"),
+         {"fields": None, "size": 4,
+          "problem": "DomainLookupByNameArgs.name: the data ends within string"}),
+        (rpc_server.raw(REMOTE, 9999, 0, 1, b"abcd"),
+         {"program": "REMOTE", "procedure": "9999", "size": 4, "problem": None}),
+        (rpc_server.raw(NOBODY, 4, 1, 2), {"program": "0x20008088/3", "procedure": "4"}),
+        (rpc_server.raw(REMOTE, 208, MessageType.STREAM, 3, b"data", status=2),
+         {"type": "STREAM", "status": "CONTINUE", "size": 4}),
+        (rpc_server.raw(REMOTE, 2, 77, 3, b"", status=9), {"type": "77", "status": "9"}),
+        (rpc.call(REMOTE, "DOMAIN_FD_ASSOCIATE", 1, structs.DomainFdAssociateArgs(VM, "vda", 0),
+                  [0, 1]), {"fds": 2, "type": "CALL_WITH_FDS"}),
+    ],
+)  # fmt: skip
+def test_facts_of_less(message: rpc.Message, some: dict[str, Any]) -> None:
+    told = facts(message)
+    assert {name: told[name] for name in some} == some
+
+
+def test_facts_of_an_error_and_of_what_is_long() -> None:
+    failure = errors.error(libvirt.VIR_ERR_NO_DOMAIN, "x" * 10_000)
+    told = facts(rpc_error.reply(LOOKUP, failure))
+    assert (told["status"], told["struct"], told["fields"]["code"]) == ("ERROR", "RemoteError", 42)
+    assert told["fields"]["message"].endswith("x" * 5000)
+
+
+def test_facts_of_a_union() -> None:
+    told = facts(
+        rpc.reply(
+            rpc.call(REMOTE, "DOMAIN_GET_JOB_STATS", 1, structs.DomainFlagsArgs(VM, 0)),
+            structs.DomainGetJobStatsRet(
+                1,
+                (
+                    remote_types.TypedParam("a", xdr.Arm(5, math.nan)),
+                    remote_types.TypedParam("b", xdr.Arm(7, 'passwd="hunter2"')),
+                ),
+            ),
+        )
+    )
+    one, other = told["fields"]["params"]
+    assert (one["field"], one["value"]["type"]) == ("a", 5)
+    assert math.isnan(one["value"]["value"])  # null, once it is printed
+    assert other["value"] == {"type": 7, "value": 'passwd="(hidden)"'}

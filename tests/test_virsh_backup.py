@@ -1075,6 +1075,12 @@ def test_interrupted_start_gives_the_backup_up(xmlfile: str) -> None:
     )  # fmt: skip
 
 
+def test_interrupted_start_tells_no_program_that_it_runs(xmlfile: str) -> None:
+    assert _process("backup-start", "vm1", xmlfile, "--json", uri="fake:///interrupt") == (
+        130, "", "flags=0\nstopped, flags=1\nerror: interrupted\n",
+    )  # fmt: skip
+
+
 def test_interrupted_start_tells_that_the_backup_still_runs(xmlfile: str) -> None:
     status, out, err = _process("backup-start", "vm1", xmlfile, uri="fake:///interrupt-lost")
     assert (status, out) == (130, "Domain backup started\n")

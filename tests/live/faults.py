@@ -164,6 +164,12 @@ def scratch_full_watched(one: Scene) -> None:
         one.write("sdb", 16, 96)
 
 
+@during(SCRATCH, "a scratch image cannot be written, though there is room (a limit, a bad disk)")
+def scratch_write_error(one: Scene) -> None:
+    with scene.small_files(one.machine, 1 << 20):
+        one.write("sdb", 0, 16)
+
+
 # --- the guest's own images ---------------------------------------------------------------------
 
 IMAGES = "The guest's own images"
@@ -234,6 +240,13 @@ def client_killed(one: Scene) -> None:
         assert client.stdout is not None
         client.stdout.readline()
         client.kill()
+
+
+@during(CLIENTS, "the connection of a client is cut")
+def client_cut(one: Scene) -> None:
+    with socket.socket(fileno=os.dup(one.reader("vda").handle.aio_get_fd())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+    one.write("vda", 10)
 
 
 @during(CLIENTS, "a client asks and never reads the answers")
@@ -337,11 +350,13 @@ def qemu_quits(one: Scene) -> None:
 
 @during(MACHINE, "QEMU is killed", ends_qemu=True)
 def qemu_killed(one: Scene) -> None:
+    one.flush()
     one.machine.kill()
 
 
 @during(MACHINE, "QEMU is killed and started again on the same monitor", ends_qemu=True)
 def qemu_restarted(one: Scene) -> None:
+    one.flush()
     one.machine.kill()
     scene.start_bare_machine(one)
 
@@ -485,6 +500,15 @@ def internal_snapshot(one: Scene) -> None:
     reply = one.probe.reply("blockdev-snapshot-internal-sync", device="A", name="theirs")
     _tried(one, "a snapshot", reply)
     one.write("vda", 10)
+
+
+@during(JOBS, "somebody else begins to write to a disk, past the guest")
+def other_writer(one: Scene) -> None:
+    reply = one.probe.reply(
+        "block-export-add", type="nbd", id="theirs", node_name="B", name="theirs", writable=True
+    )
+    _tried(one, "a writer", reply)
+    one.write("sdb", 10)
 
 
 @during(JOBS, "a disk is resized")

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import socket
 import struct
 import subprocess
@@ -107,6 +108,11 @@ class Probe:
             if "event" not in message:
                 return message
             self.events.append(message)
+
+    def peek(self) -> bytes:
+        """What has come and was not received yet."""
+        come, _, _ = select.select([self._socket], [], [], 0)
+        return self._socket.recv(1 << 16, socket.MSG_PEEK) if come else b""
 
     def wait_event(self, name: str) -> dict[str, Any]:
         """The next event of that name (those already met count); socket deadline applies."""

@@ -12,6 +12,7 @@ import errno
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -67,7 +68,8 @@ class Row:
     guest: str
     reader: str
     stop: str
-    """``good``, or the error; ``refused: ...`` when already the start was."""
+    """``good``, or the error; ``refused: ...`` when already the start was. What ``backup-info``
+    told before is the same."""
 
 
 @dataclasses.dataclass
@@ -120,6 +122,11 @@ class Scene:
             self.guest.append(f"a write fails: {reason[1] if reason else failure}")
             return
         self.live[disk][offset : offset + length] = bytes([byte]) * length
+
+    def flush(self) -> None:
+        """Let the guest have on its disks what it wrote, whatever happens to QEMU."""
+        for disk in DISKS:
+            self.machine.io(disk, "flush")
 
     def job(self, disk: str) -> str:
         """The id of our job on DISK."""
@@ -177,6 +184,7 @@ def scene(
         "-blockdev", f"raw,node-name=B,{below}",
         "-device", "scsi-hd,drive=B,id=sdb",
         *extra,
+        before_exec=endure_limits,
     ) as machine:  # fmt: skip
         live = {disk: bytearray(pattern(disk)) for disk in DISKS}
         one = Scene(directory, scratch, machine, f"{machine.uri}?engine={engine}", live)
@@ -206,7 +214,9 @@ def play(one: Scene, happens: Callable[[Scene], None], before: Callable[[Scene],
         one.write(disk, 3, 2)
     happens(one)
     reader = _read(one)
+    told = _told(one)
     stop = _stop(one)
+    assert _agree(told, stop), (told, stop)
     return Row(_guest(one), reader, stop)
 
 
@@ -226,6 +236,25 @@ def _stop(one: Scene) -> str:
     except virtbackup.Error as failure:
         return _plain(one, failure)
     return "good"
+
+
+def _told(one: Scene) -> str:
+    """What is told before the stop, in the words of the stop."""
+    try:
+        info = one.info()
+    except virtbackup.Error as failure:
+        return _plain(one, failure)
+    reasons = [f"disk '{disk.name}': {disk.reason}" for disk in info.disks if disk.reason]
+    assert (info.state == "failed") == bool(reasons)
+    text = f"operation failed: the backup is not good: {'; '.join(reasons)}"
+    return _plain(one, text) if reasons else "good"
+
+
+def _agree(told: str, stop: str) -> bool:
+    """Whether both tell the same. That a snapshot is broken a client is told in other words than
+    whoever asks QEMU itself."""
+    broken = re.compile(r"(its snapshot is broken): [^;]*")
+    return broken.sub(r"\1", told) == broken.sub(r"\1", stop)
 
 
 def _read(one: Scene) -> str:
@@ -270,7 +299,7 @@ def _guest(one: Scene) -> str:
     return "; ".join(dict.fromkeys(one.guest)) or "goes on"
 
 
-def _plain(one: Scene, failure: virtbackup.Error) -> str:
+def _plain(one: Scene, failure: virtbackup.Error | str) -> str:
     """The error's text without what differs from run to run."""
     text = str(failure).replace(str(one.directory), "DIR").replace(str(one.scratch), "SCRATCH")
     text = re.sub(r"virtbackup-[0-9a-f]{8}", "virtbackup-ID", text)
@@ -353,6 +382,22 @@ def full(one: Scene, leave: int = 0) -> Iterator[None]:
         yield
     finally:
         hog.unlink()
+
+
+@contextlib.contextmanager
+def small_files(machine: machines.Machine, limit: int) -> Iterator[None]:
+    """QEMU cannot make files longer than LIMIT bytes: such a write fails, with EFBIG."""
+    before = resource.prlimit(machine.probe.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(machine.probe.pid, resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(machine.probe.pid, resource.RLIMIT_FSIZE, before)
+
+
+def endure_limits() -> None:
+    """Let a write beyond RLIMIT_FSIZE fail instead of killing the process."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 def _anew(one: Scene, start: Callable[[], None]) -> None:

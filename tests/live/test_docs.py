@@ -21,8 +21,12 @@ from tests.live.pages import DOCS, ROOT, VM
 SESSIONS = (
     "branches.md", "daemon.md", "devices.md", "dialects.md", "guide.md", "tls.md", "xml.md",
 )  # fmt: skip
-ELSEWHERE = {"libvirt.md": "test_docs_libvirt.py", "restore.md": "test_restore_doc.py"}
-"""Those that want a libvirtd with a domain, or a directory of backups."""
+ELSEWHERE = {
+    "install.md": "test_deb.py",
+    "libvirt.md": "test_docs_libvirt.py",
+    "restore.md": "test_restore_doc.py",
+}
+"""Those that want a machine to install on, a libvirtd with a domain, or a directory of backups."""
 
 
 def run(script: str, directory: pathlib.Path) -> str:

@@ -283,12 +283,34 @@ def stuck_client(directory: pathlib.Path, export: str) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("by", ["stop", "watch"])
+WAITS = ("transaction", "system_reset", "stop")
+"""Commands for which QEMU waits for all requests; 5.2 does not."""
+
+
+def waits() -> bool:
+    return machines.version() >= (6, 0, 0)
+
+
+def answers(machine: machines.Machine, within: float = 1.0) -> bool:
+    """Whether QEMU replies to the probe's last command; the reply stays to be received."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if b'"return"' in machine.probe.peek():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize(("by", "what"), [("watch", WAITS[0]), *[("stop", one) for one in WAITS]])
 def test_qemu_is_freed_from_a_client_it_waits_for(
-    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch, by: str
+    tmp_path: pathlib.Path,
+    machine: machines.Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+    what: str,
 ) -> None:
     """Somebody's transaction waits for all requests, so for a client that does not read: QEMU and
-    the guest stand still, and no monitor answers."""
+    the guest stand still, and no monitor answers. So do a reset of the guest and its pause."""
     monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)
     before = machine.state()
     xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
@@ -303,8 +325,9 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
         stack.enter_context(stuck_client(tmp_path, "vda"))
         bitmap = {"node": "B", "name": "theirs"}
         action = {"type": "block-dirty-bitmap-add", "data": bitmap}
-        machine.probe.send("transaction", actions=[action])
-        if by == "stop" or machines.version() < (6, 0, 0):  # 5.2 does not wait
+        machine.probe.send(what, **{"actions": [action]} if what == "transaction" else {})
+        if by == "stop" or not waits():
+            assert answers(machine) == (not waits())
             dom.backupStop()
             assert machine.probe.receive() == {"return": {}}
         else:
@@ -313,7 +336,8 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
             with pytest.raises(virtbackup.Error, match="an NBD client stopped reading"):
                 dom.backupStop()
         machine.probe.events.clear()
-        machine.probe("block-dirty-bitmap-remove", **bitmap)
+        if what == "transaction":
+            machine.probe("block-dirty-bitmap-remove", **bitmap)
         assert machine.state() == before
 
 
@@ -400,6 +424,94 @@ def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
         assert linux.monitor.command("query-status")["status"] == "running"
         linux.wait_for_number(max(number, linux.report.number) + 200)
         assert scene.damage(linux) == ()
+
+
+@contextlib.contextmanager
+def one_disk(directory: pathlib.Path, below: str, werror: str) -> Iterator[machines.Machine]:
+    """A machine whose disk's device can be made to write (``device_writes``): vda, of raw data over
+    BELOW, as blockdev options with {file} for the file's own."""
+    path = machines.image(directory / "b.raw", 8 * MIB)
+    (directory / "halt.bin").write_bytes(machines.HALT)
+    with machines.qemu(
+        directory, "-M", "pc,accel=tcg", "-bios", f"{directory}/halt.bin",
+        "-blockdev", f"raw,node-name=B,{below.format(file=path)}",
+        "-device", f"ide-hd,drive=B,id=vda,bus=ide.0,werror={werror}",
+        before_exec=scene.endure_limits,
+    ) as machine:  # fmt: skip
+        yield machine
+
+
+def device_writes(machine: machines.Machine, sector: int, byte: int) -> None:
+    """As a guest does it, by its own writes to I/O ports: so that werror matters."""
+    ports = (0x1F6, 0xE0), (0x1F2, 1), (0x1F3, sector & 255), (0x1F4, sector >> 8), (0x1F5, 0)
+    words = [("b", port, value) for port, value in (*ports, (0x1F7, 0x30))]
+    for width, port, value in (*words, *[("w", 0x1F0, byte * 0x01010101)] * 128):
+        line = f"o /{width} {port:#x} {value:#x}"
+        machine.probe("human-monitor-command", command_line=line)
+
+
+def is_there(machine: machines.Machine, sector: int, byte: int) -> bool:
+    """Whether a sector of the disk has that byte throughout by now."""
+    with contextlib.suppress(AssertionError):
+        machine.io("vda", f"read -P {byte} {sector * 512} 512")
+        return True
+    return False
+
+
+BROKEN_ONCE = (
+    "file.driver=blkdebug,file.image.driver=file,file.image.filename={file},"
+    "file.inject-error.0.event=none,file.inject-error.0.iotype=write,file.inject-error.0.errno=28,"
+    "file.inject-error.0.sector=256,file.inject-error.0.once=on"
+)
+
+
+def test_a_guest_that_its_own_storage_paused(tmp_path: pathlib.Path) -> None:
+    """Nobody can tell it from a scratch image that is full, but where that cannot pause a guest. A
+    backup that is running is ended by nothing but its stop."""
+    xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
+    with one_disk(tmp_path, BROKEN_ONCE, "enospc") as machine, virtbackup.open(machine.uri) as conn:
+        scene.start_and_die(machine.uri, xml)
+        device_writes(machine, 256, 7)
+        waiting.until(lambda: machine.probe("query-status")["status"] == "io-error")
+        [dom] = conn.listAllDomains()
+        info = dom.backupGetInfo()
+        assert nbd_is(tmp_path, "vda", 0)
+        with pytest.raises(virtbackup.Error, match="is running: backup-stop ends it"):
+            dom.backupCleanup()
+        with pytest.raises(virtbackup.Error, match="another backup job is already running"):
+            dom.backupStart(xml)
+        if info.scratch_failure == "backup":
+            assert info.state == "running"
+            dom.backupStop()
+            assert machine.probe("query-status")["status"] == "io-error"
+            return
+        assert "its scratch image, or its own storage, is full" in str(info.disks[0].reason)
+        with pytest.raises(virtbackup.Error, match="the guest was paused: its scratch image, or"):
+            dom.backupStop()
+        assert machine.probe("query-status")["status"] == "running"
+        waiting.until(lambda: is_there(machine, 256, 7))
+
+
+def test_the_watch_lets_a_guest_go_on_that_a_broken_scratch_image_paused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room, and yet it cannot be written."""
+    monkeypatch.setattr(watch, "LOOK", 0.05)
+    xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
+    plain = "file.driver=file,file.filename={file}"
+    with one_disk(tmp_path, plain, "stop") as machine, virtbackup.open(machine.uri) as conn:
+        machine.io("vda", "write -P 1 0 8M")
+        [dom] = conn.listAllDomains()
+        dom.backupStart(xml)
+        with scene.small_files(machine, 128 << 10):
+            device_writes(machine, 0, 7)
+            waiting.until(lambda: dom.backupGetInfo().state == "failed")
+        reason = "a scratch image failed and the guest was paused|its snapshot is broken"
+        waiting.until(lambda: machine.probe("query-status")["status"] == "running")
+        with pytest.raises(virtbackup.Error, match=reason):
+            dom.backupStop()
+        waiting.until(lambda: is_there(machine, 0, 7))
+        assert machine.probe("query-jobs") == []
 
 
 def end(dom: virtbackup.Domain, linux: guest.Guest, how: str, other: str) -> None:

@@ -3,7 +3,6 @@
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 import pwd
@@ -21,8 +20,8 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import waiting
-from tests.live import certificates, libvirtd, machines, nbdclient, places
+from tests import strict_json, waiting
+from tests.live import certificates, libvirtd, machines, nbdclient, places, test_json
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import capabilities, process
 from virtbackup.tools import pull, virsh_connection
@@ -201,17 +200,18 @@ def test_a_disk_that_is_not_in_qemu_is_refused_by_its_target(
         f"<source type='unix' path='{server}'/><target dev='vdb' bus='virtio'/></disk>"
     )
     memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
-    with subprocess.Popen(argv) as daemon:
+    with contextlib.ExitStack() as ends:
+        daemon = ends.enter_context(subprocess.Popen(argv))
+        ends.callback(daemon.terminate)
         libvirtd.wait_for(server.is_socket)
-        with host.domain("unlike", two_disks(host) + vhost, more=memory):
-            dom = connection.lookupByName("unlike")
-            for disks in ("", '<disk name="vdb"/>'):
-                with pytest.raises(virtbackup.Error, match=r"disk 'vdb' is not one that QEMU"):
-                    dom.backupStart(document(host, disks))
-            dom.backupStart(document(host, '<disk name="vdb" present="no"/>'))
-            assert right(host)
-            dom.backupStop()
-        daemon.terminate()
+        ends.enter_context(host.domain("unlike", two_disks(host) + vhost, more=memory))
+        dom = connection.lookupByName("unlike")
+        for disks in ("", '<disk name="vdb"/>'):
+            with pytest.raises(virtbackup.Error, match=r"disk 'vdb' is not one that QEMU"):
+                dom.backupStart(document(host, disks))
+        dom.backupStart(document(host, '<disk name="vdb" present="no"/>'))
+        assert right(host)
+        dom.backupStop()
 
 
 def test_a_drive_that_is_not_in_the_xml_is_refused_by_its_id(
@@ -291,6 +291,7 @@ def test_a_branch_of_a_disk_that_copies_on_read(
         dom.backupStart(branch)
         assert libvirtd.read(socket(host), "vda") == pattern(1)
         dom.backupStop()
+        assert top.stat().st_blocks * 512 > libvirtd.SIZE  # by what the backup has read
         for cluster in (2, 3):
             domain.write("vda", cluster)
             dom.backupStart(branch)
@@ -619,9 +620,10 @@ def test_an_internal_snapshot_meanwhile(
         dom = connection.lookupByName("inside")
         dom.backupStart(document(host))
         domain.write("vda", 3)
-        # Newer ones can.
-        with contextlib.suppress(libvirt.libvirtError):
+        try:  # newer ones can
             domain.libvirt.snapshotCreateXML(SNAPSHOT.format("s"))
+        except libvirt.libvirtError as failure:
+            assert "Failed to take snapshot" in str(failure)
         assert domain.libvirt.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         assert libvirtd.read(socket(host), "vda") == pattern(1)
         dom.backupStop()
@@ -753,6 +755,24 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert not left_over(two, scratch_dir, state_dir)
 
 
+def test_a_restart_of_libvirtd_that_nobody_has_noticed(
+    host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    """The first call after it is made on a new connection, with an event loop or without."""
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host))
+    _restart(host)
+    dom.backupStop()
+    _restart(host)
+    assert connection.lookupByName("two").UUIDString() == two.libvirt.UUIDString()
+
+
+def _restart(host: libvirtd.Host) -> None:
+    host.daemon.kill()
+    host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_domain_that_is_migrated_meanwhile(
     raw: bool,
@@ -796,6 +816,42 @@ def test_a_domain_that_is_migrated_meanwhile(
         assert right(host)
         moved.backupStop()
         assert not list(scratch_dir.iterdir())
+
+
+def test_a_migration_that_is_aborted(
+    host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
+) -> None:
+    """It changes nothing for the backup."""
+    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_UNSAFE
+    with (
+        tempfile.TemporaryDirectory(prefix="vb-libvirtd-", dir="/var/tmp") as name,
+        host.domain("stays", two_disks(host), memory=256) as domain,
+        libvirtd.running(pathlib.Path(name), host.daemon) as elsewhere,
+        contextlib.closing(libvirt.open(elsewhere.uri)) as there,
+        contextlib.closing(libvirt.open(host.daemon.uri)) as another,
+    ):
+        dom = connection.lookupByName("stays")
+        dom.backupStart(document(host))
+        domain.libvirt.migrateSetMaxSpeed(1)
+        said: list[str] = []
+
+        def migrate() -> None:
+            try:
+                domain.libvirt.migrate(there, flags, None, "tcp://127.0.0.1")
+            except libvirt.libvirtError as failure:
+                said.append(str(failure))
+
+        thread = threading.Thread(target=migrate)
+        thread.start()
+        same = another.lookupByName("stays")
+        libvirtd.wait_for(lambda: same.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+        same.abortJob()
+        thread.join()
+        assert ["canceled" in text for text in said] == [True], said
+        domain.write("vda", 3)
+        assert right(host)
+        dom.backupStop()
+        assert not left_in_qemu(domain)
 
 
 def test_a_domain_that_is_saved_during_an_increment(
@@ -885,9 +941,12 @@ def test_a_save_is_refused_where_nobody_else_is_kept_from_a_disk(
         dom = connection.lookupByName("remote")
         dom.backupStart(document(host))
         saves = (lambda: domain.libvirt.save(str(host.path("s"))), domain.libvirt.managedSave)
+        if dom.backupGetInfo().engine == "hybrid":
+            saves[0]()
+            with pytest.raises(virtbackup.Error, match="'vda': the domain was saved to a file"):
+                dom.backupStop()
+            return
         for save in saves * 3:
-            if dom.backupGetInfo().engine == "hybrid":
-                break
             info = dom.backupGetInfo()
             assert (info.save_failure, "'vda' is no local file" in str(info.save_reason)) == (
                 "save",
@@ -1016,6 +1075,23 @@ def test_a_connection_that_is_read_only(
         dom.backupStop()
 
 
+def test_the_domain_is_tainted_until_it_is_started_anew(
+    connection: virtbackup.Connection, two: libvirtd.Domain
+) -> None:
+    def is_tainted() -> bool:
+        said = two.libvirt.messages(libvirt.VIR_DOMAIN_MESSAGE_TAINTING)
+        return any("custom monitor control commands issued" in line for line in said)
+
+    two.libvirt.destroy()
+    two.libvirt.create()
+    assert not is_tainted()
+    connection.lookupByName("two").branchList()
+    assert is_tainted()
+    two.libvirt.destroy()
+    two.libvirt.create()
+    assert not is_tainted()
+
+
 def test_every_way_to_spell_a_uri_leads_to_the_same_backup(
     host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
 ) -> None:
@@ -1081,7 +1157,8 @@ def test_both_engines_compared(
         return subprocess.run(words, check=False, capture_output=True, text=True)
 
     assert run("--rounds", "0").returncode == 2
-    told = json.loads(run("--rounds", "2", "--json").stdout)
+    told = strict_json.loads(run("--rounds", "2", "--json").stdout)
+    assert list(strict_json.differences(test_json.example("compare", told), told)) == []
     assert told["agree"] is True
     ours, theirs = told["engines"]["virtbackup"], told["engines"]["libvirt"]
     assert ours["checksums"] == theirs["checksums"]

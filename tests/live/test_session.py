@@ -68,7 +68,10 @@ def session() -> Iterator[Session]:
             path.mkdir(exist_ok=True)
             path.chmod(0o700)
             shutil.chown(path, USER)
-        done = one.run(sys.executable, "-c", "import virtbackup, libvirt_qemu, lxml, nbd")
+        try:
+            done = one.run(sys.executable, "-c", "import virtbackup, libvirt_qemu, lxml, nbd")
+        except PermissionError as error:
+            pytest.skip(f"user '{USER}' may not run what is to be tested: {error}")
         if done.returncode != 0:
             pytest.skip(f"user '{USER}' may not read what is to be tested: {done.stderr}")
         with subprocess.Popen(

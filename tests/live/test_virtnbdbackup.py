@@ -181,3 +181,26 @@ def test_neither_starts_while_the_other_is_at_it(
     last = guest.write()
     theirs.backup("inc", tmp_path / "chain")
     assert theirs.restored(tmp_path / "chain") == last
+
+
+def test_a_full_one_of_theirs_that_is_refused(
+    host: libvirtd.Host, domain: libvirtd.Domain, theirs: Theirs, tmp_path: pathlib.Path
+) -> None:
+    """By then it has deleted their checkpoints, and they begin anew. An increment that is tried
+    before defines a checkpoint again that has no bitmap any more."""
+    theirs.backup("full", tmp_path / "chain")
+    assert domain.libvirt.listAllCheckpoints()
+    xml = f'<domainbackup><address type="unix" path="{host.path("ours.sock")}"/></domainbackup>'
+    with virtbackup.open(host.daemon.uri) as connection:
+        dom = connection.lookupByName(NAME)
+        dom.backupStart(xml)
+        refused = theirs.run("-l", "full", "-o", str(tmp_path / "other"))
+        assert "'nbd-server-start': NBD server already running]" in refused.stderr
+        assert domain.libvirt.listAllCheckpoints() == []
+        dom.backupStop()
+    assert theirs.run("-l", "inc", "-o", str(tmp_path / "chain")).returncode == 1
+    for checkpoint in domain.libvirt.listAllCheckpoints():
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    last = Written(domain).write()
+    theirs.backup("full", tmp_path / "anew")
+    assert theirs.restored(tmp_path / "anew") == last

@@ -20,6 +20,8 @@ import nbd
 from virtbackup import errors
 from virtbackup.nbd import store
 
+CHUNK = 512 << 10
+"""Bytes of a read, at most."""
 _SECTOR = 512
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """libnbd's error numbers for what no server said."""
@@ -70,21 +72,21 @@ class Export:
 
 @dataclasses.dataclass
 class Request:
-    """A command in flight: a read into CHUNK, or a question in CONTEXT (CHUNK None)."""
+    """A command in flight: a read into CHUNK, or a question in CONTEXTS (CHUNK None)."""
 
     offset: int
     chunk: store.Chunk | None
-    context: str = ""
-    answers: list[list[int]] = dataclasses.field(default_factory=list)
+    contexts: Sequence[str] = ()
+    answers: list[tuple[str, list[int]]] = dataclasses.field(default_factory=list)
+    """(context, entries) of those that were asked for, as the server had them."""
 
 
 class Connection:
     """A libnbd handle with what is in flight on it."""
 
-    def __init__(self, export: Export, chunk: int, contexts: Sequence[str]) -> None:
-        """Begin to connect; reads will be of CHUNK bytes at most, questions in CONTEXTS."""
+    def __init__(self, export: Export, contexts: Sequence[str]) -> None:
+        """Begin to connect; questions will be in CONTEXTS."""
         self._export = export
-        self._chunk = chunk
         self._contexts = contexts
         self._in_flight: dict[int, Request] = {}
         self._doing = "connect to"
@@ -110,7 +112,8 @@ class Connection:
             self.tells = frozenset(filter(handle.can_meta_context, self._contexts))
             """Those of the contexts that the server has."""
             most = handle.get_block_size(nbd.SIZE_MAXIMUM)
-            self.most: int = min(self._chunk, most or self._chunk)
+            self.most: int = min(CHUNK, most or CHUNK)
+            """Bytes of a read."""
             # An unfragmented answer is faster, and QEMU sends an error in it instead of hanging up.
             self._flags = nbd.CMD_FLAG_DF if handle.can_df() else 0
 
@@ -149,18 +152,19 @@ class Connection:
         chunk.pending += 1
         self._in_flight[cookie] = Request(offset, chunk)
 
-    def ask(self, context: str, offset: int, count: int) -> None:
+    def ask(self, contexts: Sequence[str], offset: int, count: int) -> Request:
         """Ask for the status of COUNT bytes at OFFSET; what is said in others is passed over."""
-        request = Request(offset, None, context)
+        request = Request(offset, None, contexts)
 
-        def extent(said: str, _offset: int, entries: list[int], _error: object) -> int:
-            if said == context:
-                request.answers.append(entries)
+        def extent(context: str, _offset: int, entries: list[int], _error: object) -> int:
+            if context in contexts:
+                request.answers.append((context, entries))
             return 0
 
         with self._naming("read allocation of", offset):
             cookie = self._handle.aio_block_status(count, offset, extent)
         self._in_flight[cookie] = request
+        return request
 
     def completed(self) -> Iterator[Request]:
         """Every request that was answered since. Errors: it failed."""
@@ -171,6 +175,8 @@ class Connection:
                 self._handle.aio_command_completed(cookie)
             except nbd.Error as failure:
                 raise self._named(failure, what, request.offset) from failure
+            if request.chunk is not None:
+                request.chunk.pending -= 1
             yield request
 
     def close(self) -> None:

@@ -17,24 +17,19 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import select
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import libvirt
-
-from virtbackup import errors
-from virtbackup.nbd import checksum, connection, extents, filename, qcow2, store, target
+from virtbackup.nbd import checksum, connection, extents, filename, polling, qcow2, store, target
+from virtbackup.nbd.connection import CHUNK
 
 if TYPE_CHECKING:
     from virtbackup.nbd import writer
 
 Format = Literal["qcow2", "raw"]
 Backing = qcow2.Backing
+Cancel = polling.Cancel
 
-CHUNK = 512 << 10
-"""Bytes of a buffer, and of a read where the server allows it."""
 BUFFERS = 8
 """In flight for a disk; fewer when MAX_BUFFERS says so."""
 QCOW2_BUFFERS = 16
@@ -43,9 +38,6 @@ MAX_BUFFERS = 64
 """For all disks together, but one for each at least."""
 CONNECTIONS = 2
 """To a server that says that several clients see the same."""
-_BURST = 0.1
-"""Seconds of a bandwidth that may be read at once."""
-_TICK = 0.001
 _LOOK_AHEAD = 256
 """Extents known and not yet read below which the server is asked for more."""
 _MOST_EARLY = 1024
@@ -102,52 +94,6 @@ class Progress(Protocol):
         """COUNT more bytes are done."""
 
 
-class Cancel:
-    """Ends a copy from a signal handler or another thread; ``set`` may be called from either."""
-
-    def __init__(self) -> None:
-        self._wake = store.Wake()
-        self._is_set = False
-
-    def set(self) -> None:
-        """From now on ``check`` raises, and a copy that waits wakes up."""
-        self._is_set = True
-        self._wake.set()
-
-    def check(self) -> None:
-        """Raise VIR_ERR_OPERATION_ABORTED once ``set`` was called."""
-        if self._is_set:
-            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
-
-    def fileno(self) -> int:
-        """Readable once set."""
-        return self._wake.fileno()
-
-    def close(self) -> None:
-        self._wake.close()
-
-
-class Rate:
-    """How much may be read for now: so many BYTES a second, of all disks together."""
-
-    def __init__(self, bytes: int) -> None:
-        self._bytes = bytes
-        self._most = max(float(CHUNK), bytes * _BURST)
-        self._left = self._most
-        self._at = time.monotonic()
-
-    def delay(self) -> float:
-        """Seconds until the next read may begin."""
-        now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._at) * self._bytes)
-        self._at = now
-        return 0.0 if self._left > 0 else -self._left / self._bytes + _TICK
-
-    def take(self, count: int) -> None:
-        """A read of COUNT bytes begins; the next may have to wait for that."""
-        self._left -= count
-
-
 def copy(
     jobs: Sequence[Job],
     *,
@@ -170,7 +116,7 @@ def copy(
         if cancel is None:
             cancel = Cancel()
             always.callback(cancel.close)
-        loop = _Loop(cancel, None if bandwidth is None else Rate(bandwidth))
+        loop = polling.Loop(cancel, None if bandwidth is None else polling.Rate(bandwidth))
         always.callback(loop.close)
         disks = []
         for index, job in enumerate(jobs):
@@ -179,7 +125,7 @@ def copy(
             undo.callback(disk.store.abandon)
             disk.begin()
             disks.append(disk)
-        loop.run(disks)
+        _run(loop, disks)
         results = [disk.result() for disk in disks]
         undo.pop_all()
     return results
@@ -224,78 +170,13 @@ def _file(path: pathlib.Path) -> dict[str, str]:
     return {"driver": "file", "filename": filename.told(path)}
 
 
-class _Loop:
-    """Waits for all connections at once, for what was stored, and for the cancel."""
-
-    def __init__(self, cancel: Cancel, rate: Rate | None = None) -> None:
-        self._cancel = cancel
-        self._rate = rate
-        self.stored = store.Wake()
-        self._poll = select.poll()
-        self._poll.register(cancel, select.POLLIN)
-        self._poll.register(self.stored, select.POLLIN)
-        self._connections: dict[int, connection.Connection] = {}
-        self._masks: dict[int, int] = {}
-
-    def connect(
-        self, export: connection.Export, contexts: Sequence[str] = (connection.ALLOCATION,)
-    ) -> connection.Connection:
-        """A connection that is past the handshake."""
-        made = connection.Connection(export, CHUNK, contexts)
-        self._connections[made.fileno()] = made
-        while not made.ready:
-            self.wait()
-        made.negotiate()
-        return made
-
-    def run(self, disks: Sequence["_Disk"]) -> None:
-        """Until all DISKS are copied."""
-        by_connection = {id(c): disk for disk in disks for c in disk.connections}
-        busy = list(disks)
-        while busy := [disk for disk in busy if not disk.go_on()]:
-            for one in self.wait():
-                by_connection[id(one)].receive(one)
-
-    def wait(self) -> list[connection.Connection]:
-        """Sleep until somebody can go on; the connections that did. Errors: lost; cancelled."""
-        for fd, one in self._connections.items():
-            mask = one.mask()
-            if self._masks.get(fd) != mask:
-                self._poll.register(fd, mask)
-                self._masks[fd] = mask
-        moved = []
-        delay = self._rate.delay() if self._rate is not None else 0.0
-        for fd, event in self._poll.poll(delay * 1000 if delay else None):
-            if fd in self._connections:
-                self._connections[fd].notify(event)
-                moved.append(self._connections[fd])
-            elif fd == self.stored.fileno():
-                self.stored.clear()
-        self._cancel.check()
-        return moved
-
-    def may_read(self) -> bool:
-        """Whether a read may begin just now; where not, ``wait`` returns when one may."""
-        return self._rate is None or self._rate.delay() == 0.0
-
-    def note_read(self, count: int) -> None:
-        """Reads of COUNT bytes have begun."""
-        if self._rate is not None:
-            self._rate.take(count)
-
-    def leave(self, one: connection.Connection) -> None:
-        """Close the connection and wait for it no more."""
-        fd = one.fileno()
-        del self._connections[fd]
-        if self._masks.pop(fd, None) is not None:
-            self._poll.unregister(fd)
-        one.close()
-
-    def close(self) -> None:
-        for one in self._connections.values():
-            one.close()
-        self._connections.clear()
-        self.stored.close()
+def _run(loop: polling.Loop, disks: Sequence["_Disk"]) -> None:
+    """Until all DISKS are copied."""
+    by_connection = {id(c): disk for disk in disks for c in disk.connections}
+    busy = list(disks)
+    while busy := [disk for disk in busy if not disk.go_on()]:
+        for one in loop.wait():
+            by_connection[id(one)].receive(one)
 
 
 class _Walk:
@@ -317,7 +198,7 @@ class _Walk:
     def ask(self) -> None:
         """When little is known, and no answer is under way."""
         if not self._asking and not self._allocation.complete and len(self.todo) < _LOOK_AHEAD:
-            self._connection.ask(self.context, *self._allocation.next_request())
+            self._connection.ask([self.context], *self._allocation.next_request())
             self._asking = True
 
     def learn(self, request: connection.Request) -> None:
@@ -325,14 +206,15 @@ class _Walk:
         self._asking = False
         if len(request.answers) != 1:
             raise extents.BadStatus(f"{len(request.answers)} answers in {self.context}")
-        self.todo.extend(self._allocation.receive(request.offset, request.answers[0]))
+        [(_, entries)] = request.answers
+        self.todo.extend(self._allocation.receive(request.offset, entries))
 
 
 class _Disk:
     """One job under way: what is known and not read, what is in flight, where it goes."""
 
     def __init__(
-        self, job: Job, index: int, buffers: int, loop: _Loop, progress: Progress | None
+        self, job: Job, index: int, buffers: int, loop: polling.Loop, progress: Progress | None
     ) -> None:
         self._job = job
         self._index = index
@@ -399,7 +281,6 @@ class _Disk:
             if chunk is None:
                 self._learn(request)
                 continue
-            chunk.pending -= 1
             if not chunk.pending:
                 self.store.put(chunk)
 
@@ -513,7 +394,7 @@ class _Disk:
         self._advance(extent.length)
 
     def _learn(self, request: connection.Request) -> None:
-        walk = next(walk for walk in self._walks if walk.context == request.context)
+        walk = next(walk for walk in self._walks if walk.context in request.contexts)
         try:
             walk.learn(request)
         except extents.BadStatus as failure:

@@ -13,18 +13,10 @@ and the extents of one stretch of the disk.
 import collections
 import contextlib
 import dataclasses
-import os
-import select
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import nbd
+from virtbackup.nbd import checksum, connection, copy, extents, polling, store, target, view
 
-from virtbackup.nbd import checksum, connection, copy, extents, store, target, view
-
-CHUNK = 512 << 10
-"""Bytes of a read, at most."""
 BUFFERS = 16
 STRETCH = 256 << 20
 """Bytes of the disk that are looked at together; more where little is on it."""
@@ -65,33 +57,26 @@ def merge(
 
     Errors: those of ``copy.copy``, and what CHECK raises; the target is discarded then.
     """
-    with contextlib.ExitStack() as always:
-        sources = _open(jobs, cancel, always)
+    with contextlib.closing(polling.Loop(cancel)) as loop:
+        sources = _open(jobs, loop)
         size = sources[0].size
         assert all(source.size == size for source in sources), jobs
-        wake = store.Wake()
-        always.callback(wake.close)
-        where = open_target(size)
-        undo = always.enter_context(contextlib.ExitStack())
-        undo.callback(where.discard)
-        run = _Run(sources, size, where, wake, cancel, progress, index)
-        try:
+        with contextlib.ExitStack() as undo:
+            where = open_target(size)
+            undo.callback(where.discard)
+            run = _Run(sources, where, loop, progress, index)
+            undo.callback(run.abandon)
             run.run()
             check([source.tree.hexdigest() for source in sources])
             stored = run.finish()
             undo.pop_all()
-        except BaseException:
-            run.abandon()
-            raise
-        finally:
-            run.close()
     return Result(run.tree.hexdigest(), run.read, stored)
 
 
 def shown(jobs: Sequence[copy.Job], cancel: copy.Cancel) -> Iterator[view.Part]:
     """What shows through of a disk of layers, as ``merge`` has them; nothing is read."""
-    with contextlib.ExitStack() as always:
-        sources = _open(jobs, cancel, always)
+    with contextlib.closing(polling.Loop(cancel)) as loop:
+        sources = _open(jobs, loop)
         for _, parts in _stretches(sources, sources[0].size):
             yield from parts
 
@@ -101,8 +86,8 @@ def changes(
 ) -> Iterator[tuple[int, int, extents.Kind, extents.Kind]]:
     """(start, end, how it is allocated, SKIP where it has not changed) of an export; where the
     server does not tell of changes, nothing has changed. Errors: as ``merge``."""
-    with contextlib.ExitStack() as always:
-        source = _Source(job, cancel, always, demand=(connection.ALLOCATION,))
+    with contextlib.closing(polling.Loop(cancel)) as loop:
+        source = _Source(job, loop, demand=(connection.ALLOCATION,))
         source.negotiate()
         start = 0
         while start < source.size:
@@ -127,68 +112,31 @@ def _stretches(
         start = end
 
 
-@dataclasses.dataclass
-class _Chunk:
-    """A buffer on its way; SOURCE has read LENGTH bytes at OFFSET into it."""
-
-    memory: memoryview
-    source: int = 0
-    offset: int = 0
-    length: int = 0
-    shown: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    """(start, end) of what goes to the target."""
-    digests: bytes = b""
-
-    @property
-    def data(self) -> memoryview:
-        return self.memory[: self.length]
-
-
 class _Source:
-    """One layer: a libnbd handle, and the checksum in the making."""
+    """One layer: a connection to its server, and the checksum in the making."""
 
     def __init__(
-        self,
-        job: copy.Job,
-        cancel: copy.Cancel,
-        undo: contextlib.ExitStack,
-        demand: tuple[str, ...] | None = None,
+        self, job: copy.Job, loop: polling.Loop, demand: Sequence[str] | None = None
     ) -> None:
         """Begin to connect. The server has to have the contexts DEMANDed; None: all that JOB asks
         in."""
         self._job = job
-        self._demand = demand
-        self._cancel = cancel
-        self._in_flight: dict[int, _Chunk] = {}
-        self._handle: Any = nbd.NBD()
-        undo.callback(self._close)
-        with self._naming("open"):
-            self._handle.set_export_name(job.export.name)
-            self._handle.add_meta_context(connection.ALLOCATION)
-            if job.dirty is not None:
-                self._handle.add_meta_context(job.dirty)
-            self._handle.set_pread_initialize(False)
-            connection.connect(self._handle, job.export)
+        self._loop = loop
+        asked = (connection.ALLOCATION, *([job.dirty] if job.dirty else []))
+        self._demand = asked if demand is None else demand
+        self._connection = loop.begin(job.export, asked)
+        self._read: collections.deque[store.Chunk] = collections.deque()
 
     def negotiate(self) -> None:
         """Once it is connected, for which this waits: read what the server says of itself."""
-        job = self._job
-        with self._naming("open"):
-            self._wait(lambda: not self._handle.aio_is_connecting())
-            whole = self._handle.get_size()
-            asked = (connection.ALLOCATION, *([job.dirty] if job.dirty else []))
-            self._contexts = tuple(filter(self._handle.can_meta_context, asked))
-        self.size: int = whole if job.size is None else job.size
-        self._whole: int = whole
+        self._loop.negotiate(self._connection)
+        whole, job = self._connection.size, self._job
+        self.size = whole if job.size is None else job.size
         if self.size > whole:
-            raise self.failed("read", f"it has {whole} bytes, expected {self.size}")
-        if not set(self._contexts) >= set(asked if self._demand is None else self._demand):
-            raise self.failed("read allocation of", "the server does not tell it")
+            raise self._failed("read", f"it has {whole} bytes, expected {self.size}")
+        if not self._connection.tells.issuperset(self._demand):
+            raise self._failed("read allocation of", "the server does not tell it")
         self.tree = checksum.Tree(self.size)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._in_flight)
 
     def kinds(self, start: int, end: int) -> list[extents.Extent]:
         """What the layer has between START and END, multiples of a block, or the disk's end."""
@@ -205,92 +153,61 @@ class _Source:
         change = found.get(self._job.dirty or "", iter(unchanged))
         return view.together(found[connection.ALLOCATION], change)
 
-    def read(self, chunk: _Chunk) -> None:
-        with self._naming("read", chunk.offset):
-            cookie = self._handle.aio_pread(chunk.data, chunk.offset)
-        self._in_flight[cookie] = chunk
+    def read(self, chunk: store.Chunk) -> None:
+        """Begin to read what CHUNK is aimed at."""
+        for offset, length in chunk.pieces:
+            self._connection.read(chunk, offset, length)
 
-    def fileno(self) -> int:
-        fd: int = self._handle.aio_get_fd()
-        return fd
-
-    def mask(self) -> int:
-        return connection.mask(self._handle)
-
-    def notify(self, events: int) -> None:
-        """Hand what poll said to libnbd. Errors: the connection is lost."""
-        with self._naming("read"):
-            connection.notify(self._handle, events)
-
-    def completed(self) -> Iterator[_Chunk]:
+    def completed(self) -> Iterator[store.Chunk]:
         """The chunks that are read by now. Errors: they cannot be."""
-        while self._in_flight and (cookie := self._handle.aio_peek_command_completed()) > 0:
-            chunk = self._in_flight.pop(cookie)
-            with self._naming("read", chunk.offset):
-                self._handle.aio_command_completed(cookie)
-            yield chunk
+        self._receive()
+        while self._read:
+            yield self._read.popleft()
 
-    def failed(self, what: str, reason: str, offset: int | None = None) -> Exception:
-        return connection.failed(self._job.export, what, reason, offset)
+    def leave(self) -> None:
+        """Nothing more is wanted of the server."""
+        self._loop.leave(self._connection)
 
     def _ask(self, start: int, end: int) -> dict[str, list[extents.Extent]]:
         """Context -> extents from START on, to END at least."""
-        found: dict[str, list[extents.Extent]] = {name: [] for name in self._contexts}
+        found: dict[str, list[extents.Extent]] = {name: [] for name in self._connection.tells}
         reach = dict.fromkeys(found, start)
         while (offset := min(reach.values())) < end:
             for name, entries in self._block_status(offset, end - offset):
-                if name not in found:
-                    continue
                 kind = extents.kind_of if name == connection.ALLOCATION else extents.change_of
                 try:
-                    some = list(extents.parse(entries, offset, self._whole, kind))
+                    some = list(extents.parse(entries, offset, self._connection.size, kind))
                 except extents.BadStatus as failure:
-                    raise self.failed("read allocation of", str(failure), offset) from failure
+                    raise self._failed("read allocation of", str(failure), offset) from failure
                 # What is known already in one context was asked for another.
                 found[name] += _from(some, reach[name])
                 reach[name] = max(reach[name], some[-1].end)
             if min(reach.values()) <= offset:
-                raise self.failed("read allocation of", "no answer", offset)
+                raise self._failed("read allocation of", "no answer", offset)
         return found
 
     def _block_status(self, offset: int, count: int) -> list[tuple[str, list[int]]]:
-        answers: list[tuple[str, list[int]]] = []
+        request = self._connection.ask(tuple(self._connection.tells), offset, count)
+        while not self._receive(request):
+            self._loop.wait()
+        return request.answers
 
-        def extent(name: str, _offset: int, entries: list[int], _error: object) -> int:
-            answers.append((name, entries))
-            return 0
+    def _receive(self, wanted: connection.Request | None = None) -> bool:
+        """Take what has come; whether the answer to WANTED is in it."""
+        came = False
+        for request in self._connection.completed():
+            came = came or request is wanted
+            if request.chunk is not None:
+                self._read.append(request.chunk)
+        return came
 
-        with self._naming("read allocation of", offset):
-            cookie = self._handle.aio_block_status(count, offset, extent)
-            self._wait(lambda: self._handle.aio_command_completed(cookie))
-        return answers
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        while not done():
-            self._handle.poll(100)
-            self._cancel.check()
-
-    def _close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            connection.leave(handle, self._job.export, idle=not self._in_flight)
-
-    @contextlib.contextmanager
-    def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
-        try:
-            yield
-        except nbd.Error as failure:
-            reason = os.strerror(failure.errnum) if failure.errnum else failure.string
-            if offset is None and self._in_flight:
-                offset = min(chunk.offset for chunk in self._in_flight.values())
-            raise self.failed(what, reason, offset) from failure
+    def _failed(self, what: str, reason: str, offset: int | None = None) -> Exception:
+        return connection.failed(self._job.export, what, reason, offset)
 
 
-def _open(
-    jobs: Sequence[copy.Job], cancel: copy.Cancel, undo: contextlib.ExitStack
-) -> list[_Source]:
+def _open(jobs: Sequence[copy.Job], loop: polling.Loop) -> list[_Source]:
     """All servers start at once."""
-    sources = [_Source(job, cancel, undo) for job in jobs]
+    sources = [_Source(job, loop) for job in jobs]
     for source in sources:
         source.negotiate()
     return sources
@@ -309,141 +226,138 @@ def _aligned(found: list[extents.Extent], end: int) -> list[extents.Extent]:
     return list(extents.align(extents.clip(found, end), checksum.BLOCK))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """LENGTH bytes at OFFSET that LAYER has, of which SHOWN, (start, end), goes to the target; or
+    zeroes that are shown, whichever layer has them (None)."""
+
+    offset: int
+    length: int
+    layer: int | None
+    shown: Sequence[tuple[int, int]]
+
+
 class _Run:
     """The merge under way."""
 
     def __init__(
         self,
         sources: Sequence[_Source],
-        size: int,
         where: target.Target,
-        stored: store.Wake,
-        cancel: copy.Cancel,
+        loop: polling.Loop,
         progress: copy.Progress | None,
         index: int,
     ) -> None:
+        """What goes wrong from here on, ``abandon`` is to be called."""
         self._sources = sources
-        self._size = size
-        self._cancel = cancel
+        self._size = sources[0].size
+        self._loop = loop
         self._progress = progress
         self._index = index
-        self._stored = stored
-        self._where = where
-        self._writer = _Writer(where, stored)
-        self.tree = checksum.Tree(size)
+        self._store = store.Store(where, loop.stored)
+        self._free = [store.Chunk(connection.CHUNK, where) for _ in range(BUFFERS)]
+        self._under_way: dict[store.Chunk, _Piece] = {}
+        self.tree = checksum.Tree(self._size)
         self.read = 0
 
     def run(self) -> None:
         """Until all is read and written."""
         if self._progress is not None:
             self._progress.start(self._index, self._size)
-        self._writer.start()
-        free = [_Chunk(target.memory(self._where, CHUNK)) for _ in range(BUFFERS)]
+        self._store.start()
         pieces = self._pieces()
         piece = next(pieces, None)
-        while piece is not None or len(free) < BUFFERS:
-            while piece is not None and free:
-                chunk = free.pop()
-                chunk.source, chunk.offset, chunk.length, chunk.shown = piece
-                self._sources[chunk.source].read(chunk)
+        while piece is not None or self._under_way:
+            if piece is not None and self._free:
+                self._begin(self._free.pop(), piece)
                 piece = next(pieces, None)
-                free += self._collect()
-            if piece is None or not free:
+            else:
                 self._wait()
-            free += self._collect()
+            self._collect()
 
     def finish(self) -> int:
         """Make the target durable; what it takes."""
-        self._writer.end(finish=True)
-        while self._writer.stored is None:
-            self._poll([])
-            self._writer.check()
-        return self._writer.stored
+        for source in self._sources:
+            source.leave()
+        self._store.finish()
+        while self._store.stored is None:
+            self._loop.wait()
+            self._store.collect()
+        self._store.close()
+        return self._store.stored
 
     def abandon(self) -> None:
-        self._writer.abandon()
+        """Leave nothing of the target."""
+        self._store.abandon()
 
-    def close(self) -> None:
-        self._writer.end(finish=False)
-
-    def _pieces(self) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
-        """(source, offset, length, what of it is shown) of every read; what need not be read is
-        seen to on the way."""
+    def _pieces(self) -> Iterator[_Piece]:
+        """What is to be read or written; the rest is seen to on the way."""
         for found, parts in _stretches(self._sources, self._size):
-            reads = []
+            pieces = []
             for layer, (source, own) in enumerate(zip(self._sources, found, strict=True)):
                 shown = collections.deque(view.shown(parts, layer))
                 for extent in own:
                     visible = _take(shown, extent)
                     if extent.kind is extents.Kind.DATA:
-                        reads += [
-                            (offset, layer, length, view.cut(visible, offset, offset + length))
-                            for offset, length in extents.split(extent, CHUNK)
+                        pieces += [
+                            _Piece(
+                                offset, length, layer, view.cut(visible, offset, offset + length)
+                            )
+                            for offset, length in extents.split(extent, connection.CHUNK)
                         ]
                     elif extent.kind is extents.Kind.SKIP:
                         source.tree.add_absent(extent.offset, extent.length)
                     else:
                         source.tree.add_zeroes(extent.offset, extent.length)
-                        self._zeroes(visible)
-            for offset, layer, length, visible in sorted(reads):
-                yield layer, offset, length, visible
+                        pieces += [
+                            _Piece(start, end - start, None, [(start, end)])
+                            for start, end in visible
+                        ]
+            yield from sorted(pieces, key=lambda piece: piece.offset)
 
-    def _zeroes(self, ranges: list[tuple[int, int]]) -> None:
-        for start, end in ranges:
-            self.tree.add_zeroes(start, end - start)
-            self._writer.put((start, end))
-            self._advance(end - start)
+    def _begin(self, chunk: store.Chunk, piece: _Piece) -> None:
+        self._under_way[chunk] = piece
+        place = [(piece.offset, piece.length)]
+        if piece.layer is None:
+            chunk.aim(place, zero=True)
+            self._store.put(chunk)
+        else:
+            chunk.aim(place, shown=piece.shown)
+            self._sources[piece.layer].read(chunk)
 
-    def _collect(self) -> list[_Chunk]:
-        """Chunks that are free again. Errors: what writing met."""
-        self._writer.check()
-        done = self._writer.collect()
-        for chunk in done:
-            self.read += chunk.length
-            self._sources[chunk.source].tree.add(chunk.offset, chunk.length, chunk.digests)
-            for start, end in chunk.shown:
-                first, last = start - chunk.offset, -(-(end - chunk.offset) // checksum.BLOCK)
-                digests = chunk.digests[first // checksum.BLOCK * 16 : last * 16]
-                self.tree.add(start, end - start, digests)
-                self._advance(end - start)
-        return done
+    def _collect(self) -> None:
+        """Take back the chunks that are stored. Errors: what storing met."""
+        for chunk in self._store.collect():
+            self._note_stored(self._under_way.pop(chunk), chunk)
+            self._free.append(chunk)
+
+    def _note_stored(self, piece: _Piece, chunk: store.Chunk) -> None:
+        if piece.layer is None:
+            self.tree.add_zeroes(piece.offset, piece.length)
+        else:
+            [digests] = chunk.digests
+            self.read += piece.length
+            self._sources[piece.layer].tree.add(piece.offset, piece.length, digests)
+            for start, end in piece.shown:
+                first, last = start - piece.offset, -(-(end - piece.offset) // checksum.BLOCK)
+                part = digests[first // checksum.BLOCK * 16 : last * 16]
+                self.tree.add(start, end - start, part)
+        if self._progress is not None:
+            self._progress.advance(self._index, sum(end - start for start, end in piece.shown))
 
     def _wait(self) -> None:
-        busy = [source for source in self._sources if source.busy]
+        """Until something was read or stored."""
         # Some may have come with the answer to a question; nothing tells of these any more.
-        if self._receive(busy):
-            return
-        for source, event in self._poll(busy):
-            source.notify(event)
-        self._receive(busy)
+        if not self._receive():
+            self._loop.wait()
+            self._receive()
 
-    def _receive(self, busy: Sequence[_Source]) -> bool:
+    def _receive(self) -> bool:
         """Hand on what was read; whether there was any."""
-        chunks = [chunk for source in busy for chunk in source.completed()]
+        chunks = [chunk for source in self._sources for chunk in source.completed()]
         for chunk in chunks:
-            self._writer.put(chunk)
+            self._store.put(chunk)
         return bool(chunks)
-
-    def _poll(self, sources: Sequence[_Source]) -> list[tuple[_Source, int]]:
-        """Sleep until one of SOURCES can go on, or something was written. Errors: cancelled."""
-        waiting = {source.fileno(): source for source in sources}
-        poll = select.poll()
-        poll.register(self._cancel, select.POLLIN)
-        poll.register(self._stored, select.POLLIN)
-        for fd, source in waiting.items():
-            poll.register(fd, source.mask())
-        ready = []
-        for fd, event in poll.poll():
-            if fd in waiting:
-                ready.append((waiting[fd], event))
-            elif fd == self._stored.fileno():
-                self._stored.clear()
-        self._cancel.check()
-        return ready
-
-    def _advance(self, count: int) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._index, count)
 
 
 def _take(
@@ -458,79 +372,3 @@ def _take(
             shown.appendleft((extent.end, end))
             break
     return found
-
-
-class _Writer(threading.Thread):
-    """Hashes chunks and writes what of them is shown; a pair is zeroes from start to end."""
-
-    def __init__(self, where: target.Target, wake: store.Wake) -> None:
-        super().__init__(name="virtbackup-layers", daemon=True)
-        self._target = where
-        self._wake = wake
-        self._inbox: store.Inbox[_Chunk | tuple[int, int] | None] = store.Inbox(where)
-        self._done: collections.deque[_Chunk] = collections.deque()
-        self._failure: BaseException | None = None
-        self._finish = self._abandoned = self._closed = False
-        self.stored: int | None = None
-
-    def put(self, what: "_Chunk | tuple[int, int]") -> None:
-        self._inbox.put(what)
-
-    def end(self, finish: bool) -> None:
-        """After the last one: end the thread, the target FINISHed."""
-        self._finish = self._finish or finish
-        if not self._closed:
-            self._inbox.put(None)
-        if not finish:
-            if self.is_alive():
-                self.join()
-            self._closed = True
-            self._inbox.close()
-
-    def check(self) -> None:
-        """Raise what writing met."""
-        if self._failure is not None:
-            raise self._failure
-
-    def collect(self) -> list[_Chunk]:
-        return [self._done.popleft() for _ in range(len(self._done))]
-
-    def abandon(self) -> None:
-        self._abandoned = True
-        self._target.shorten()
-        self.end(finish=False)
-
-    def run(self) -> None:
-        try:
-            if isinstance(self._target, target.Asynchronous):
-                self._target.begin()
-            while (what := self._inbox.get()) is not None:
-                if not self._abandoned:
-                    self._see_to(what)
-            if self._finish and not self._abandoned:
-                self.stored = self._target.finish()
-        except BaseException as failure:  # noqa: BLE001  (raised again, by check)
-            self._failure = failure
-        finally:
-            self._wake.set()
-
-    def _see_to(self, what: "_Chunk | tuple[int, int]") -> None:
-        if isinstance(what, tuple):
-            self._target.write_zeroes(what[0], what[1] - what[0])
-            return
-        what.digests, runs = checksum.scan(what.data)
-        data = [(what.offset + start, what.offset + end) for start, end in runs]
-        for start, end in what.shown:
-            at = start
-            for first, last in view.cut(data, start, end):
-                if first > at:
-                    self._target.write_zeroes(at, first - at)
-                self._target.write(first, what.data[first - what.offset : last - what.offset])
-                at = last
-            if end > at:
-                self._target.write_zeroes(at, end - at)
-        target.after(self._target, lambda: self._give_back(what))
-
-    def _give_back(self, chunk: _Chunk) -> None:
-        self._done.append(chunk)
-        self._wake.set()

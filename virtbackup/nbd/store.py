@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, target
+from virtbackup.nbd import checksum, target, view
 
 T = TypeVar("T")
 
@@ -24,19 +24,27 @@ class Chunk:
 
     The pieces are in order, and no more than SPACE is from the first one's start to the last one's
     end. Or it says of one piece that all of it is ZERO, which may be more than it has space for.
+    Where only a part of what it has is wanted, SHOWN says which, as (start, end) in order.
     """
 
     def __init__(self, space: int, where: target.Target) -> None:
         self._memory = target.memory(where, space)
         self.pieces: Sequence[tuple[int, int]] = ()
+        self.shown: Sequence[tuple[int, int]] | None = None
         self.zero = False
         self.pending = 0
         """Reads of it that are in flight."""
         self.digests: Sequence[bytes] = ()
         """Of each piece's blocks, once it is stored."""
 
-    def aim(self, pieces: Sequence[tuple[int, int]], *, zero: bool = False) -> None:
-        self.pieces, self.zero = pieces, zero
+    def aim(
+        self,
+        pieces: Sequence[tuple[int, int]],
+        *,
+        shown: Sequence[tuple[int, int]] | None = None,
+        zero: bool = False,
+    ) -> None:
+        self.pieces, self.shown, self.zero = pieces, shown, zero
 
     def part(self, offset: int, length: int) -> memoryview:
         """Where LENGTH bytes at OFFSET of the disk go."""
@@ -174,14 +182,30 @@ class Store(threading.Thread):
 
     def _store_piece(self, chunk: Chunk, offset: int, length: int) -> bytes:
         """The digests of its blocks."""
-        data, zeroes_from = chunk.part(offset, length), 0
+        data = chunk.part(offset, length)
         digests, runs = checksum.scan(data)
-        for start, end in runs:
-            self._zeroes(offset + zeroes_from, offset + start)
-            self._target.write(offset + start, data[start:end])
-            zeroes_from = end
-        self._zeroes(offset + zeroes_from, offset + length)
+        written = [(offset + start, offset + end) for start, end in runs]
+        if chunk.shown is None:
+            self._write(offset, offset + length, written, offset, data)
+        else:
+            for start, end in chunk.shown:
+                self._write(start, end, view.cut(written, start, end), offset, data)
         return digests
+
+    def _write(
+        self,
+        start: int,
+        end: int,
+        runs: Sequence[tuple[int, int]],
+        offset: int,
+        data: memoryview,
+    ) -> None:
+        """From START to END: RUNS of DATA, which is at OFFSET, and zeroes."""
+        for first, last in runs:
+            self._zeroes(start, first)
+            self._target.write(first, data[first - offset : last - offset])
+            start = last
+        self._zeroes(start, end)
 
     def _zeroes(self, start: int, end: int) -> None:
         if start < end:

@@ -182,7 +182,8 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
 
     def is_alive(self) -> bool:
         try:
-            return bool(self._current.isAlive())
+            # Who has no event loop does not notice that the daemon has gone until it is asked.
+            return bool(self._current.isAlive() and self._current.getLibVersion())
         except (libvirt.libvirtError, TypeError):  # the latter once it is closed
             return False
 

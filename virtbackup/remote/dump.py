@@ -7,6 +7,7 @@ What is secret is not shown: what SASL says, passwords in documents and in monit
 import dataclasses
 import datetime
 import re
+import uuid
 from typing import Any, Literal
 
 from virtbackup.remote import protocol, remote_types, rpc, xdr
@@ -34,15 +35,65 @@ _PASSWORDS = (
 
 def line(when: datetime.datetime, direction: Direction, message: rpc.Message) -> str:
     """A message as a trace has it, without the end of the line. WHEN is of UTC."""
-    return f"{when:%Y-%m-%dT%H:%M:%S.%fZ} {direction} {describe(message)}"
+    return f"{_time(when)} {direction} {describe(message)}"
+
+
+def facts(when: datetime.datetime, direction: Direction, message: rpc.Message) -> dict[str, Any]:
+    """The same for JSON, and of any length: what the message carries is in ``fields``, where it is
+    known and no secret, and ``problem`` says why it is not. Descriptors are counted in ``fds``;
+    ``size`` is the payload's."""
+    of, name = _names(message)
+    told: dict[str, Any] = {
+        "time": _time(when),
+        "direction": direction,
+        "program": of,
+        "procedure": name,
+        "serial": message.serial,
+        "type": _word(MessageType, message.type),
+        "status": _word(MessageStatus, message.status),
+        "fds": len(message.fds),
+        "size": len(message.payload),
+        "struct": None,
+        "fields": None,
+        "hidden": _is_secret(message),
+        "problem": None,
+    }
+    try:
+        value = None if told["hidden"] else _decoded(message)
+    except xdr.CodecError as failure:
+        told["problem"] = str(failure)
+    else:
+        if value is not None:
+            told |= {"struct": type(value).__name__, "fields": _plain(value)}
+    return told
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    """A VALUE, of the field NAME, as JSON has it: bytes in hex, a uuid as people write it."""
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name), name) for name in names}
+    match value:
+        case xdr.Arm():
+            return {"type": value.type, "value": _plain(value.value)}
+        case tuple():
+            return [_plain(item, name) for item in value]
+        case bytes() if name == "uuid":
+            return str(uuid.UUID(bytes=value))
+        case bytes():
+            return value.hex()
+        case str():
+            return _hidden(value)
+    return value
+
+
+def _time(when: datetime.datetime) -> str:
+    return f"{when:%Y-%m-%dT%H:%M:%S.%fZ}"
 
 
 def describe(message: rpc.Message) -> str:
     """``REMOTE.DOMAIN_LOOKUP_BY_NAME serial=5 CALL DomainLookupByNameArgs(name='vm')``."""
-    known = rpc.known_program(message)
-    of = known.name if known is not None else f"{message.program:#x}/{message.version}"
-    proc = message.proc
-    name = proc.name if proc is not None else str(message.procedure)
+    of, name = _names(message)
     words = [f"{of}.{name}", f"serial={message.serial}", _word(MessageType, message.type)]
     if message.status != MessageStatus.OK:
         words.append(_word(MessageStatus, message.status))
@@ -51,6 +102,13 @@ def describe(message: rpc.Message) -> str:
     if carried := _carried(message):
         words.append(carried)
     return " ".join(words)
+
+
+def _names(message: rpc.Message) -> tuple[str, str]:
+    """Of program and procedure; where they are not known, their numbers."""
+    known, proc = rpc.known_program(message), message.proc
+    of = known.name if known is not None else f"{message.program:#x}/{message.version}"
+    return of, proc.name if proc is not None else str(message.procedure)
 
 
 def _word(of: type[MessageType] | type[MessageStatus], number: int) -> str:
@@ -63,13 +121,17 @@ def _word(of: type[MessageType] | type[MessageStatus], number: int) -> str:
 def _carried(message: rpc.Message) -> str:
     """What a message carries; as much as is known of it."""
     size = f"({len(message.payload)} bytes)" if message.payload else ""
-    proc = message.proc
-    if proc is not None and proc.name in _SECRET and message.program == protocol.REMOTE.number:
+    if _is_secret(message):
         return f"{_HIDDEN} {size}" if size else ""
     try:
         return _shown(_decoded(message), size)
     except xdr.CodecError as failure:
         return f"{size} that are not of its type: {failure}"
+
+
+def _is_secret(message: rpc.Message) -> bool:
+    proc = message.proc
+    return proc is not None and proc.name in _SECRET and message.program == protocol.REMOTE.number
 
 
 def _decoded(message: rpc.Message) -> Any:

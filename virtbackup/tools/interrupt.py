@@ -46,21 +46,31 @@ def deferred() -> "Iterator[copy.Cancel]":
         raise _exception_of(caught[0])
 
 
+class Undo(contextlib.ExitStack):
+    """What is to be done where a signal comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caught: list[int] = []
+        """The signals that have come."""
+
+
 @contextlib.contextmanager
-def held() -> Iterator[contextlib.ExitStack]:
+def held() -> Iterator[Undo]:
     """A signal takes effect when the block ended, and then what is on the stack is done; a second
     signal does at once, for those who will not wait. An error of the block is told instead.
 
     For a change of a guest that must not be left half-done, and takes no longer than QEMU does.
     """
-    caught: list[int] = []
+    undo = Undo()
+    caught = undo.caught
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
         if len(caught) > 1:
             raise _exception_of(number)
 
-    with _handled(note), contextlib.ExitStack() as undo:
+    with _handled(note), undo:
         try:
             yield undo
         except Exception:

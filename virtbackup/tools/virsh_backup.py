@@ -60,7 +60,7 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
         if not as_json:
             shell.extra("Domain backup started")
         virsh_connection.warn_of_listener(shell, args, document)
-        if as_json or not shell.quiet:
+        if not undo.caught and (as_json or not shell.quiet):
             _tell_started(shell, domain, as_json)
 
 
@@ -90,7 +90,7 @@ def _tell_started(
             for warning in _warnings(info):
                 shell.warn(warning)
     if as_json:
-        virsh_connection.print_json(shell, facts)
+        shell.print_json(facts)
 
 
 def _warnings(info: "backup_conf.BackupInfo") -> list[str]:
@@ -219,11 +219,11 @@ def _stop_domain(
         # Any other error is no verdict: the backup may run on.
         if args.flag("json") and failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:
             reason = failure.get_error_message()
-            virsh_connection.print_json(shell, {**facts, "good": False, "reason": reason})
+            shell.print_json({**facts, "good": False, "reason": reason})
         raise
     if args.flag("json"):
         good = None if cancelled else True
-        virsh_connection.print_json(shell, {**facts, "good": good, "reason": None})
+        shell.print_json({**facts, "good": good, "reason": None})
         return
     shell.extra("Domain backup stopped")
 
@@ -239,7 +239,7 @@ def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     with interrupt.held():
         removed = domain.backupCleanup()
     if args.flag("json"):
-        virsh_connection.print_json(shell, {"domain": domain.name(), "removed": removed})
+        shell.print_json({"domain": domain.name(), "removed": removed})
         return
     for line in removed:
         shell.print(line)
@@ -251,7 +251,7 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     domain = virsh_connection.domain(shell, args)
     info = domain.backupGetInfo()
     if args.flag("json"):
-        virsh_connection.print_json(shell, _info_facts(domain.name(), info))
+        shell.print_json(_info_facts(domain.name(), info))
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(info.started))
     addresses = [
@@ -367,8 +367,8 @@ def _address_facts(address: "backup_conf.Address") -> dict[str, object]:
 
     tls = bool(address.tls)
     if isinstance(address, backup_conf.UnixAddress):
-        return {"type": "unix", "path": address.path, "tls": tls}
-    return {"type": "ip", "host": address.host, "port": address.port, "tls": tls}
+        return virsh_connection.unix_facts(address.path, tls)
+    return virsh_connection.ip_facts(address.host, address.port, tls)
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     branches = domain.branchList()
     if args.flag("json"):
         facts = {"domain": domain.name(), "branches": list(map(_facts, branches))}
-        virsh_connection.print_json(shell, facts)
+        shell.print_json(facts)
         return
     size = virsh_connection.human_size
     shell.print_table(
@@ -104,7 +104,7 @@ def _tell_done(
 ) -> None:
     name = args.text("branch")
     if args.flag("json"):
-        virsh_connection.print_json(shell, {"domain": domain.name(), done: name})
+        shell.print_json({"domain": domain.name(), done: name})
     else:
         shell.extra(f"Branch {name} {done}")
 

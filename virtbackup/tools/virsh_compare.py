@@ -41,7 +41,7 @@ def _compare(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         )
     facts = found.facts()
     if args.flag("json"):
-        virsh_connection.print_json(shell, {"domain": domain.name(), "rounds": rounds, **facts})
+        shell.print_json({"domain": domain.name(), "rounds": rounds, **facts})
     else:
         _print(shell, facts)
     return vsh.FAILED if found.agree is False else vsh.DONE

@@ -219,7 +219,8 @@ DOMAIN = vsh.Option(
     "domain", vsh.Kind.DATA, "domain name, id or uuid", required=True, completer=complete_domains
 )
 
-JSON = vsh.Option("json", vsh.Kind.BOOL, "print a JSON document")
+JSON = vsh.JSON
+JSON_LINES = vsh.Option("json", vsh.Kind.BOOL, "print what happens as lines of JSON")
 
 QUIESCE = vsh.Option("quiesce", vsh.Kind.BOOL, "quiesce guest's file systems")
 
@@ -292,13 +293,6 @@ def _read_bounded(path: str, file: BinaryIO) -> str:
 # --- what is printed ------------------------------------------------------------------------------
 
 
-def print_json(shell: Shell, value: object) -> None:
-    """Print VALUE as a JSON document."""
-    import json
-
-    shell.print(json.dumps(value, indent=2))
-
-
 def print_pairs(shell: Shell, pairs: Iterable[tuple[str, str]]) -> None:
     """Print labels and values; a label that repeats the one before is not shown again."""
     before = None
@@ -320,13 +314,23 @@ def human_size(size: int | None) -> str:
     return f"{value:.2f} {units[0]}iB"
 
 
+def unix_facts(path: str, tls: bool = False) -> dict[str, object]:
+    """Where a unix socket is, for JSON."""
+    return {"type": "unix", "path": path, "tls": tls}
+
+
+def ip_facts(host: str, port: int | None, tls: bool = False) -> dict[str, object]:
+    """Where a port is, for JSON."""
+    return {"type": "ip", "host": host, "port": port, "tls": tls}
+
+
 def nbd_uri(address: "backup_conf.Address", export: str) -> str:
     """The URI by which NBD clients find EXPORT (the NBD URI specification)."""
     from virtbackup.conf import backup_conf
 
-    name = urllib.parse.quote(export, safe="")
+    name = urllib.parse.quote(os.fsencode(export), safe="")
     nbd = "nbds" if address.tls else "nbd"
     if isinstance(address, backup_conf.UnixAddress):
-        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(address.path)}"
+        return f"{nbd}+unix:///{name}?socket={urllib.parse.quote(os.fsencode(address.path))}"
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{nbd}://{host}:{address.port}/{name}"

@@ -51,7 +51,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     domains.sort(key=lambda domain: (not domain.isActive(), domain.ID(), domain.name()))
     only: Callable[[virtbackup.Domain], str]
     if args.flag("json"):
-        virsh_connection.print_json(shell, [_facts(domain) for domain in domains])
+        shell.print_json([_facts(domain) for domain in domains])
     elif args.flag("name") or args.flag("uuid") or args.flag("id"):
         only = virtbackup.Domain.name if args.flag("name") else virtbackup.Domain.UUIDString
         for domain in domains:
@@ -65,19 +65,23 @@ def _id(domain: "virtbackup.Domain") -> str:
     return str(domain.ID()) if domain.isActive() else "-"
 
 
+_FACTS: dict[str, Callable[["virtbackup.Domain"], object]] = {
+    "id": lambda domain: domain.ID() if domain.isActive() else None,
+    "name": lambda domain: domain.name(),
+    "uuid": lambda domain: domain.UUIDString(),
+    "state": _state,
+}
+"""What there is to tell of a domain, and what JSON calls it."""
+
+
 def _facts(domain: "virtbackup.Domain") -> dict[str, object]:
-    return {
-        "id": domain.ID() if domain.isActive() else None,
-        "name": domain.name(),
-        "uuid": domain.UUIDString(),
-        "state": _state(domain),
-    }
+    return {key: fact(domain) for key, fact in _FACTS.items()}
 
 
 def _dominfo(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     domain = virsh_connection.domain(shell, args)
     if args.flag("json"):
-        virsh_connection.print_json(shell, _facts(domain))
+        shell.print_json(_facts(domain))
         return
     pairs = [
         ("Id", _id(domain)),
@@ -88,20 +92,18 @@ def _dominfo(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     virsh_connection.print_pairs(shell, pairs)
 
 
-def _domid(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print(_id(virsh_connection.domain(shell, args)))
+def _print_one(key: str) -> Callable[[virsh_connection.Shell, vsh.Args], None]:
+    """A command that prints one of the facts."""
 
+    def handler(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+        domain = virsh_connection.domain(shell, args)
+        value = _FACTS[key](domain)
+        if args.flag("json"):
+            shell.print_json({"domain": domain.name(), key: value})
+        else:
+            shell.print("-" if value is None else str(value))
 
-def _domname(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print(virsh_connection.domain(shell, args).name())
-
-
-def _domstate(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print(_state(virsh_connection.domain(shell, args)))
-
-
-def _domuuid(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print(virsh_connection.domain(shell, args).UUIDString())
+    return handler
 
 
 def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -126,7 +128,7 @@ def _domblklist(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             }
             for disk in disks
         ]
-        virsh_connection.print_json(shell, facts)
+        shell.print_json(facts)
     elif args.flag("details"):
         rows = [(disk.type, disk.device, disk.target, disk.source or "-") for disk in disks]
         shell.print_table(("Type", "Device", "Target", "Source"), rows)
@@ -157,19 +159,20 @@ COMMANDS = (
     ),
     vsh.Command(
         "domid", MANAGEMENT.keyword, "convert a domain name or UUID to domain id",
-        "", (virsh_connection.DOMAIN,), _domid,
+        "", (virsh_connection.DOMAIN, virsh_connection.JSON), _print_one("id"),
     ),
     vsh.Command(
         "domname", MANAGEMENT.keyword, "convert a domain id or UUID to domain name",
-        "", (virsh_connection.DOMAIN,), _domname,
+        "", (virsh_connection.DOMAIN, virsh_connection.JSON), _print_one("name"),
     ),
     vsh.Command(
         "domstate", MONITORING.keyword, "domain state",
-        "Returns state about a domain.", (virsh_connection.DOMAIN,), _domstate,
+        "Returns state about a domain.",
+        (virsh_connection.DOMAIN, virsh_connection.JSON), _print_one("state"),
     ),
     vsh.Command(
         "domuuid", MANAGEMENT.keyword, "convert a domain name or id to domain UUID",
-        "", (virsh_connection.DOMAIN,), _domuuid,
+        "", (virsh_connection.DOMAIN, virsh_connection.JSON), _print_one("uuid"),
     ),
     vsh.Command(
         "dumpxml", MANAGEMENT.keyword, "domain information in XML",

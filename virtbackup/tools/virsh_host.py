@@ -12,11 +12,18 @@ def _connect(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
 
 def _uri(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print(shell.control.connection().getURI())
+    _print_one(shell, args, "uri", shell.control.connection().getURI())
 
 
 def _hostname(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print(shell.control.connection().getHostname())
+    _print_one(shell, args, "hostname", shell.control.connection().getHostname())
+
+
+def _print_one(shell: virsh_connection.Shell, args: vsh.Args, key: str, value: str) -> None:
+    if args.flag("json"):
+        shell.print_json({key: value})
+    else:
+        shell.print(value)
 
 
 def _version(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -27,9 +34,7 @@ def _version(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     hypervisor = dotted(connection.getVersion())
     if args.flag("json"):
         facts = {"virtbackup": own, "libvirt": dotted(libvirt.getVersion())}
-        virsh_connection.print_json(
-            shell, {**facts, "hypervisor": {"type": kind, "version": hypervisor}}
-        )
+        shell.print_json({**facts, "hypervisor": {"type": kind, "version": hypervisor}})
         return
     shell.print(f"Using library: virtbackup {own}")
     shell.print(f"Using library: libvirt {dotted(libvirt.getVersion())}")
@@ -57,9 +62,13 @@ CONNECT = vsh.Command(
 
 COMMANDS = (
     vsh.Command(
-        "hostname", GROUP.keyword, "print the hypervisor hostname", "", (), _hostname
+        "hostname", GROUP.keyword, "print the hypervisor hostname", "",
+        (virsh_connection.JSON,), _hostname,
     ),
-    vsh.Command("uri", GROUP.keyword, "print the hypervisor canonical URI", "", (), _uri),
+    vsh.Command(
+        "uri", GROUP.keyword, "print the hypervisor canonical URI", "",
+        (virsh_connection.JSON,), _uri,
+    ),
     vsh.Command(
         "version", GROUP.keyword, "show version",
         "Display the versions of the library and of the hypervisor.",

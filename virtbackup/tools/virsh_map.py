@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from virtbackup.tools import virsh_connection, virsh_pull, vsh
+from virtbackup.tools import virsh_connection, virsh_pull, virsh_restore, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
     from virtbackup.nbd import copy
@@ -21,16 +21,18 @@ _MAP_ROWS = 16
 def _map(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import blockmap, interrupt
 
+    args.exclusive("json", "output")
     output = args.optional("output")
     if output is not None and not output.endswith((".svg", ".png")):
         raise vsh.UsageError("--output is a file called .svg or .png")
     columns = max(16, min(shutil.get_terminal_size().columns - 4, 128))
     count = blockmap.COLUMNS * blockmap.ROWS if output else columns * _MAP_ROWS
-    title, sources = _map_sources(shell, args)
+    about, sources = _map_sources(shell, args)
+    title = str(about["title"])
     with interrupt.deferred() as cancel:
         if args.flag("json"):
             facts = [_range_facts(source, source.ranges(cancel)) for source in sources]
-            virsh_connection.print_json(shell, {"title": title, "disks": facts})
+            shell.print_json({**about, "disks": facts})
             return
         maps = [
             blockmap.measure(one.disk, one.size, one.ranges(cancel), count, one.tells_dirty)
@@ -54,27 +56,30 @@ class _MapSource:
     ranges: "Callable[[copy.Cancel], Iterator[blockmap.Range]]"
 
 
-def _map_sources(shell: virsh_connection.Shell, args: vsh.Args) -> tuple[str, list[_MapSource]]:
-    """Of a directory, where there is one of that name, else of a domain's running backup."""
+def _map_sources(
+    shell: virsh_connection.Shell, args: vsh.Args
+) -> tuple[dict[str, object], list[_MapSource]]:
+    """What is drawn, and its disks: of a directory, where there is one of that name, else of a
+    domain's running backup."""
     wanted = args.optional("disk")
     if pathlib.Path(args.text("what")).is_dir():
-        title, sources = _sources_of_directory(args)
+        about, sources = _sources_of_directory(args)
     else:
         for option in ("point", "device"):
             if args.flag(option):
                 text = f"'{args.text('what')}' is no directory, so it has no --{option}"
                 raise vsh.UsageError(text)
-        title, sources = _sources_of_domain(shell, args)
+        about, sources = _sources_of_domain(shell, args)
     if wanted is None:
-        return title, sources
+        return about, sources
     chosen = [one for one in sources if one.disk == wanted]
     if not chosen:
         known = ", ".join(one.disk for one in sources)
-        raise vsh.Failure(f"no disk '{wanted}' in {title}: it has {known}")
-    return title, chosen
+        raise vsh.Failure(f"no disk '{wanted}' in {about['title']}: it has {known}")
+    return about, chosen
 
 
-def _sources_of_directory(args: vsh.Args) -> tuple[str, list[_MapSource]]:
+def _sources_of_directory(args: vsh.Args) -> tuple[dict[str, object], list[_MapSource]]:
     from virtbackup.tools import blockmap, listing
 
     directory = pathlib.Path(args.text("what"))
@@ -89,12 +94,18 @@ def _sources_of_directory(args: vsh.Args) -> tuple[str, list[_MapSource]]:
         )
         for disk in point.made.disks
     ]
-    return f"{directory}, backup of {point.time}", sources
+    about: dict[str, object] = {
+        "title": f"{directory}, backup of {point.time}",
+        "directory": str(directory),
+        "point": virsh_restore.point_facts(point),
+        "domain": None,
+    }
+    return about, sources
 
 
 def _sources_of_domain(
     shell: virsh_connection.Shell, args: vsh.Args
-) -> tuple[str, list[_MapSource]]:
+) -> tuple[dict[str, object], list[_MapSource]]:
     from virtbackup.conf import backup_conf
     from virtbackup.nbd import connection
     from virtbackup.tools import blockmap, exports
@@ -113,7 +124,8 @@ def _sources_of_domain(
         export = connection.Export(server, disk.export, tls)
         ranges = functools.partial(blockmap.of_export, export, context)
         sources.append(_MapSource(disk.name, disk.capacity or 0, context is not None, ranges))
-    return f"{domain.name()}, running backup", sources
+    title = f"{domain.name()}, running backup"
+    return {"title": title, "directory": None, "point": None, "domain": domain.name()}, sources
 
 
 def _complete_what(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:

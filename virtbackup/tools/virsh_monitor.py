@@ -7,6 +7,8 @@ They need a driver below libvirt's API, so unlike all other tools this one impor
 import contextlib
 import os
 import pathlib
+import re
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -88,7 +90,11 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             raise vsh.Failure(f"'{args.text('file')}': {error}") from error
         stack.enter_context(server)
         stack.enter_context(vsh.until_interrupted())
-        shell.print(str(path))
+        if args.flag("json"):
+            uri = "qmp://" + urllib.parse.quote(os.fsencode(path))
+            shell.print_json({"address": virsh_connection.unix_facts(str(path)), "uri": uri})
+        else:
+            shell.print(str(path))
         vsh.flush()
         server.ended.wait()
 
@@ -105,12 +111,40 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         first, second = (
             traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
         )
+        difference = traffic.diff(first, second, paths)
+        if args.flag("json"):
+            hunks = _hunks(difference, args.flag("all"))
+            names = {"first": paths[0], "second": paths[1]}
+            shell.print_json({**names, "same": not difference, "differences": hunks})
     except RecursionError as error:
         raise _trouble(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
-    difference = traffic.diff(first, second, paths)
-    for line in difference:
-        shell.print(line)
+    if not args.flag("json"):
+        for line in difference:
+            shell.print(line)
     return vsh.FAILED if difference else vsh.DONE
+
+
+_HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
+_SIDES = {" ": "both", "-": "first", "+": "second"}
+
+
+def _hunks(difference: list[str], marked: bool) -> list[dict[str, object]]:
+    """What ``traffic.diff`` gives, for JSON; MARKED: its messages have their directions."""
+    import json
+
+    hunks: list[dict[str, object]] = []
+    messages: list[dict[str, object]] = []
+    for line in difference[2:]:  # behind the names of the files
+        if begin := _HUNK.match(line):
+            messages = []
+            numbers = {"first_number": int(begin[1]), "second_number": int(begin[2])}
+            hunks.append({**numbers, "messages": messages})
+            continue
+        text = line[1:]
+        direction, said = (text[:2], text[3:]) if marked else ("->", text)
+        message = {"in": _SIDES[line[0]], "direction": direction, "message": json.loads(said)}
+        messages.append(message)
+    return hunks
 
 
 def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
@@ -157,6 +191,7 @@ COMMANDS = (
             vsh.Option("all", vsh.Kind.BOOL, "compare replies and events, too"),
             vsh.Option("changes", vsh.Kind.BOOL, "compare only commands that change something"),
             vsh.Option("names", vsh.Kind.BOOL, "compare names as they are"),
+            virsh_connection.JSON,
         ),
         _diff,
     ),
@@ -191,6 +226,7 @@ COMMANDS = (
                 "faults", vsh.Kind.STRING, "faults to have, a JSON file",
                 completer=vsh.complete_files,
             ),
+            virsh_connection.JSON,
         ),
         _replay,
     ),

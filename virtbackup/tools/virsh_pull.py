@@ -47,10 +47,7 @@ class Lines:
 
     def tell(self, event: str, **facts: object) -> None:
         """Print an event."""
-        import json
-
-        self._shell.print_document(json.dumps({"event": event, **facts}) + "\n")
-        vsh.flush()
+        self._shell.print_event(event, **facts)
 
     def start(self, index: int, size: int) -> None:
         """The disk was opened and has SIZE bytes."""
@@ -76,8 +73,13 @@ def _lines(shell: virsh_connection.Shell) -> Iterator[Lines]:
     lines = Lines(shell)
     try:
         yield lines
-    except libvirt.libvirtError as failure:
-        lines.tell("failed", code=failure.get_error_code(), error=str(failure))
+    except (vsh.OutputClosed, vsh.Failure):  # nothing can be told any more
+        raise
+    except Exception as failure:
+        code = libvirt.VIR_ERR_INTERNAL_ERROR
+        if isinstance(failure, libvirt.libvirtError):
+            code = failure.get_error_code()
+        lines.tell("failed", code=code, error=str(failure))
         raise
     except (KeyboardInterrupt, SystemExit):
         with contextlib.suppress(vsh.OutputClosed, vsh.Failure):
@@ -235,7 +237,7 @@ PULL = vsh.Command(
         vsh.Option("check", vsh.Kind.BOOL, "read exports and files once more before the stop"),
         virsh_connection.QUIESCE,
         virsh_connection.INSECURE,
-        vsh.Option("json", vsh.Kind.BOOL, "print what happens as lines of JSON"),
+        virsh_connection.JSON_LINES,
     ),
     _pull,
 )  # fmt: skip

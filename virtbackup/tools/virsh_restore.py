@@ -71,7 +71,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     backups = _read(args)
     states = backups.states()
     if args.flag("json"):
-        virsh_connection.print_json(shell, _list_facts(backups, states))
+        shell.print_json(_list_facts(backups, states))
         return
     newest = backups.points[-1].made
     shell.extra(f"Guest:  {vsh.visible(newest.domain.name)} ({vsh.visible(newest.domain.uuid)})")
@@ -109,7 +109,7 @@ def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> di
         "branch": newest.branch,
         "points": [
             {
-                **_point_facts(point),
+                **point_facts(point),
                 "kind": point.made.kind,
                 "disks": [
                     {
@@ -135,7 +135,8 @@ def _list_facts(backups: "listing.Backups", states: dict[str, str | None]) -> di
     }
 
 
-def _point_facts(point: "listing.Point") -> dict[str, object]:
+def point_facts(point: "listing.Point") -> dict[str, object]:
+    """A point of a directory, for JSON."""
     made = point.made
     return {"number": made.number, "id": made.id, "time": made.time}
 
@@ -170,7 +171,7 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         verdict = verify.verify(backups, point, progress=progress, cancel=cancel)
     seconds = time.monotonic() - begin
     if args.flag("json"):
-        virsh_connection.print_json(shell, _verdict_facts(backups, verdict, seconds))
+        shell.print_json(_verdict_facts(backups, verdict, seconds))
     else:
         for problem in verdict.problems:
             place = "" if problem.point is None else f"point {problem.point}, "
@@ -224,7 +225,7 @@ def _verdict_facts(
         "files": [link.disk.file for link in verdict.files],
         "in_part": [link.disk.file for link in verdict.in_part],
         "problems": [_problem_facts(problem) for problem in verdict.problems],
-        "bad_points": [_point_facts(point) for point in verdict.bad_points],
+        "bad_points": [point_facts(point) for point in verdict.bad_points],
         "read": verdict.read,
         "seconds": seconds,
     }
@@ -277,7 +278,7 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             cancel=cancel,
         )
     if args.flag("json"):
-        virsh_connection.print_json(shell, _restored_facts(point, done))
+        shell.print_json(_restored_facts(backups, point, done))
         return
     if args.flag("define"):
         shell.print_document(document)
@@ -296,9 +297,12 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     shell.extra(f"Backup of {point.time} restored")
 
 
-def _restored_facts(point: "listing.Point", done: "list[restore.Restored]") -> dict[str, object]:
+def _restored_facts(
+    backups: "listing.Backups", point: "listing.Point", done: "list[restore.Restored]"
+) -> dict[str, object]:
     return {
-        "point": _point_facts(point),
+        "directory": str(backups.directory),
+        "point": point_facts(point),
         "disks": [
             {
                 "name": one.output.disk,
@@ -411,7 +415,8 @@ def _tell_exports(
 ) -> None:
     uris = {name: virsh_connection.nbd_uri(address, name) for name in names}
     if args.flag("json"):
-        virsh_connection.print_json(shell, {"point": _point_facts(point), "exports": uris})
+        facts = {"directory": args.text("directory"), "point": point_facts(point)}
+        shell.print_json({**facts, "exports": uris})
         return
     shell.extra(f"Backup of {point.time}, until ^C:")
     for name, uri in uris.items():
@@ -460,7 +465,8 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
             plan = prune.prune(directory, keep, progress=progress, cancel=cancel)
     if args.flag("json"):
-        virsh_connection.print_json(shell, _prune_facts(plan, args.flag("dry-run")))
+        facts = _prune_facts(plan, args.flag("dry-run"))
+        shell.print_json({"directory": args.text("directory"), **facts})
         return
     would = "would be " if args.flag("dry-run") else ""
     for links in plan.merges:
@@ -470,18 +476,23 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         )
     for point in plan.dropped:
         shell.print(vsh.visible(f"point {point.label} ({point.time}) {would}removed"))
-    size = sum(disk.stored for p in plan.dropped for disk in p.made.disks)
     shell.extra(
         f"{len(plan.kept)} points {would}kept, {len(plan.dropped)} {would}removed"
-        f" ({virsh_connection.human_size(size)})"
+        f" ({virsh_connection.human_size(_stored(plan))})"
     )
+
+
+def _stored(plan: "prune.Plan") -> int:
+    """Bytes that the points to be removed take."""
+    return sum(disk.stored for point in plan.dropped for disk in point.made.disks)
 
 
 def _prune_facts(plan: "prune.Plan", dry_run: bool) -> dict[str, object]:
     return {
         "dry_run": dry_run,
-        "kept": [_point_facts(point) for point in plan.kept],
-        "removed": [_point_facts(point) for point in plan.dropped],
+        "kept": [point_facts(point) for point in plan.kept],
+        "removed": [point_facts(point) for point in plan.dropped],
+        "stored": _stored(plan),
         "merged": [
             {
                 "disk": links[0].disk.name,

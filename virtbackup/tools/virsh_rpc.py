@@ -2,6 +2,7 @@
 """The command about libvirt's wire protocol itself, for those who develop it."""
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from virtbackup.tools import virsh_connection, vsh
 
 if TYPE_CHECKING:
-    from virtbackup.remote import dump, transport
+    from virtbackup.remote import dump, rpc, transport
 
 GROUP = vsh.Group("rpc", "Wire protocol")
 
@@ -40,32 +41,125 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             raise vsh.Failure(f"cannot listen on '{address}': {error.strerror}") from error
         if address.kind == "unix":
             stack.callback(os.unlink, address.path)
+        else:
+            address = dataclasses.replace(address, port=listening.getsockname()[1])
         stack.enter_context(vsh.until_interrupted())
-        shell.print(str(address))
-        vsh.flush()
-        Proxy(shell, server).serve(listening, args.number("clients") or 0)
+        telling = _Lines(shell) if args.flag("json") else _Text(shell)
+        telling.listening(address)
+        Proxy(telling, server).serve(listening, args.number("clients") or 0)
+
+
+class _Text:
+    """What happens, in lines for people; ``client`` is a number."""
+
+    def __init__(self, shell: virsh_connection.Shell) -> None:
+        self._shell = shell
+        self._printing = threading.Lock()
+
+    def listening(self, address: "transport.Address") -> None:
+        self._print(str(address))
+
+    def connected(self, client: int) -> None:
+        self._print(f"{client} connected")
+
+    def unreachable(self, client: int, server: "transport.Address", reason: str) -> None:
+        """The SERVER was not reached for the client, who is let go."""
+        self._print(f"{client} cannot connect to '{server}': {reason}")
+
+    def message(self, client: int, direction: "dump.Direction", message: "rpc.Message") -> None:
+        from virtbackup.remote import dump
+
+        self._print(f"{client} {dump.line(_now(), direction, message)}")
+
+    def unreadable(self, client: int, direction: "dump.Direction", problem: str) -> None:
+        """What one side says is passed on and no longer read."""
+        self._print(f"{client} {direction} no message: {problem}")
+
+    def closed(self, client: int) -> None:
+        self._print(f"{client} closed")
+
+    def _print(self, text: str) -> None:
+        with self._printing:
+            self._shell.print(text)
+            vsh.flush()
+
+
+class _Lines(_Text):
+    """The same in lines of JSON for programs."""
+
+    def listening(self, address: "transport.Address") -> None:
+        unix, ip = virsh_connection.unix_facts, virsh_connection.ip_facts
+        is_unix = address.kind == "unix"
+        facts = unix(address.path) if is_unix else ip(address.host, address.port)
+        self._tell("listening", address=facts)
+
+    def connected(self, client: int) -> None:
+        self._tell("connected", client=client)
+
+    def unreachable(self, client: int, server: "transport.Address", reason: str) -> None:
+        self._tell("failed", client=client, error=f"cannot connect to '{server}': {reason}")
+
+    def message(self, client: int, direction: "dump.Direction", message: "rpc.Message") -> None:
+        from virtbackup.remote import dump
+
+        self._tell("message", client=client, **dump.facts(_now(), direction, message))
+
+    def unreadable(self, client: int, direction: "dump.Direction", problem: str) -> None:
+        self._tell("unreadable", client=client, direction=direction, problem=problem)
+
+    def closed(self, client: int) -> None:
+        self._tell("closed", client=client)
+
+    def _tell(self, event: str, **facts: object) -> None:
+        with self._printing:
+            self._shell.print_event(event, **facts)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
 
 
 class Proxy:
-    """Passes on what clients and a server say, descriptors included, and prints it."""
+    """Passes on what clients and a server say, descriptors included, and tells of it."""
 
-    def __init__(self, shell: virsh_connection.Shell, server: "transport.Address") -> None:
-        self._shell = shell
+    def __init__(self, telling: _Text, server: "transport.Address") -> None:
+        self.telling = telling
         self._server = server
-        self._printing = threading.Lock()
+        self._gone = threading.Semaphore(0)
+        """Counts the clients that have gone."""
+        self._failure: Exception | None = None
+        """Why nothing can be told any more."""
 
     def serve(self, listening: socket.socket, clients: int) -> None:
-        """Until that many CLIENTS have come and gone; 0: for ever."""
-        threads: list[threading.Thread] = []
+        """Until that many CLIENTS have come and gone; 0: for ever. Errors: those of telling, which
+        end it."""
         for number in itertools.count(1):
-            client, _ = listening.accept()
-            thread = threading.Thread(target=self._pass, args=(number, client), daemon=True)
-            thread.start()
-            threads = [*(one for one in threads if one.is_alive()), thread]
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                self._check()
+                raise
+            args = number, client, listening
+            threading.Thread(target=self._serve, args=args, daemon=True).start()
             if number == clients:
                 break
-        for thread in threads:
-            thread.join()
+        for _ in range(clients):
+            self._gone.acquire()
+            self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _serve(self, number: int, client: socket.socket, listening: socket.socket) -> None:
+        try:
+            self._pass(number, client)
+        except (vsh.OutputClosed, vsh.Failure) as failure:
+            self._failure = failure
+            with contextlib.suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)  # or it would be waited for one more client
+        finally:
+            self._gone.release()
 
     def _pass(self, number: int, client: socket.socket) -> None:
         from virtbackup.remote import transport
@@ -74,25 +168,16 @@ class Proxy:
             try:
                 server = stack.enter_context(transport.connected(self._server))
             except OSError as error:
-                self._print(number, f"cannot connect to '{self._server}': {error.strerror}")
+                self.telling.unreachable(number, self._server, str(error.strerror))
                 return
-            self._print(number, "connected")
+            self.telling.connected(number)
             both = selectors.DefaultSelector()
             both.register(client, selectors.EVENT_READ, _Way(self, number, "->", client, server))
             both.register(server, selectors.EVENT_READ, _Way(self, number, "<-", server, client))
             with both, contextlib.suppress(OSError):
                 while all(key.data.carry() for key, _ in both.select()):
                     pass
-            self._print(number, "closed")
-
-    def show(self, number: int, text: str) -> None:
-        """Print a line about a client."""
-        self._print(number, text)
-
-    def _print(self, number: int, text: str) -> None:
-        with self._printing:
-            self._shell.print(f"{number} {text}")
-            vsh.flush()
+            self.telling.closed(number)
 
 
 class _Way:
@@ -132,17 +217,16 @@ class _Way:
         return True
 
     def _show(self, data: bytes, fds: list[int]) -> None:
-        from virtbackup.remote import dump, rpc
+        from virtbackup.remote import rpc
 
         if self._parser is None:
             return
         try:
             self._parser.receive_data(data, fds)
             while (message := self._parser.next_message()) is not None:
-                now = datetime.datetime.now(datetime.timezone.utc)
-                self._proxy.show(self._number, dump.line(now, self._direction, message))
+                self._proxy.telling.message(self._number, self._direction, message)
         except rpc.ProtocolError as failure:
-            self._proxy.show(self._number, f"{self._direction} no message: {failure}")
+            self._proxy.telling.unreadable(self._number, self._direction, str(failure))
             self._parser = None
 
 
@@ -160,6 +244,7 @@ DUMP = vsh.Command(
             "unix:PATH or tcp:HOST:PORT (default: a private directory)",
         ),
         vsh.Option("clients", vsh.Kind.INT, "end after that many clients have gone"),
+        virsh_connection.JSON_LINES,
     ),
     _dump,
 )  # fmt: skip

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import dataclasses
 import enum
+import math
 import os
 import pathlib
 import re
@@ -117,6 +118,9 @@ class Option:
             raise UsageError(
                 f"invalid value '{value}' for --{self.name}: expected {' or '.join(self.choices)}"
             )
+
+
+JSON = Option("json", Kind.BOOL, "print a JSON document")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -548,7 +552,12 @@ class Shell(Generic[Control]):
         start = time.monotonic()
         status = self.guard(lambda: self._handle(call))
         if self.timing:
-            self.print(f"\n(Time: {(time.monotonic() - start) * 1000:.3f} ms)\n")
+            told = f"\n(Time: {(time.monotonic() - start) * 1000:.3f} ms)\n"
+            if call.args.flag("json"):  # what is printed is JSON and nothing else
+                flush()
+                _write_error(told + "\n")
+            else:
+                self.print(told)
         elif self.interactive:
             self.extra("")
         return status
@@ -593,6 +602,15 @@ class Shell(Generic[Control]):
         """Print TEXT that ends in its own newline."""
         _write(sys.stdout, text if text.endswith("\n") else text + "\n")
 
+    def print_json(self, value: object) -> None:
+        """Print VALUE as a JSON document."""
+        self.print(_json(value, indent=2))
+
+    def print_event(self, event: str, **facts: object) -> None:
+        """Print a line of JSON about something that happened, and have it out at once."""
+        self.print(_json({"event": event, **facts}))
+        flush()
+
     def extra(self, text: str) -> None:
         """Print what a quiet shell leaves out."""
         if not self.quiet:
@@ -615,6 +633,28 @@ class Shell(Generic[Control]):
         cells = [[visible(cell) for cell in row] for row in rows]
         for line in table_lines(None if self.quiet else header, cells):
             self.print(line)
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    """VALUE as JSON, all of it ASCII. Numbers that are none or infinite, as another program may
+    have sent, are null: JSON has no word for them."""
+    import json
+
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_infinite(value), indent=indent)
+
+
+def _without_infinite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_infinite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_without_infinite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 _RED, _YELLOW = "1;31", "1;33"
@@ -738,25 +778,55 @@ def until_interrupted() -> Iterator[None]:
 
 
 def _help(shell: Shell[Any], args: Args) -> None:
-    name = args.optional("command")
+    facts, text = _found(shell.table, args.optional("command"))
+    if args.flag("json"):
+        shell.print_json(facts)
+    else:
+        shell.print_document(text)
+
+
+def _found(table: Table, name: str | None) -> tuple[dict[str, object], str]:
+    """What help has to say of a command or a group called NAME, or of all, and how it says that.
+    Errors: UsageError."""
     if name is None:
-        shell.print_document(
-            "Grouped commands:\n\n"
-            + "\n".join(group_help(shell.table, group) for group in shell.table.groups)
-        )
-        return
-    command = shell.table.find(name)
+        groups = [_group_facts(table, group) for group in table.groups]
+        texts = "\n".join(group_help(table, group) for group in table.groups)
+        return {"groups": groups}, "Grouped commands:\n\n" + texts
+    command = table.find(name)
     if command is not None:
-        shell.print_document(command_help(command))
-        return
-    for group in shell.table.groups:
+        return _command_facts(command), command_help(command)
+    for group in table.groups:
         if name in (group.keyword, group.title):
-            shell.print_document(group_help(shell.table, group))
-            return
+            return _group_facts(table, group), group_help(table, group)
     raise UsageError(
         f"command or command group '{name}' doesn't exist",
-        shell.table.suggestion(name, [group.keyword for group in shell.table.groups]),
+        table.suggestion(name, [group.keyword for group in table.groups]),
     )
+
+
+def _group_facts(table: Table, group: Group) -> dict[str, object]:
+    commands = [_command_facts(command) for command in table.members(group)]
+    return {"keyword": group.keyword, "title": group.title, "commands": commands}
+
+
+def _command_facts(command: Command) -> dict[str, object]:
+    return {
+        "name": command.name,
+        "group": command.group,
+        "help": command.help,
+        "description": command.desc,
+        "options": [
+            {
+                "name": option.name,
+                "kind": option.kind.value,
+                "help": option.help,
+                "required": option.required,
+                "multi": option.multi,
+                "choices": option.choices,
+            }
+            for option in command.options
+        ],
+    }
 
 
 def _cd(shell: Shell[Any], args: Args) -> None:
@@ -824,7 +894,10 @@ GROUP = "virsh"
 HELP = Command(
     "help", GROUP, "print help",
     "Prints global help, the commands of a group, or the details of a command.",
-    (Option("command", Kind.DATA, "command or group of commands", completer=complete_commands),),
+    (
+        Option("command", Kind.DATA, "command or group of commands", completer=complete_commands),
+        JSON,
+    ),
     _help,
 )  # fmt: skip
 

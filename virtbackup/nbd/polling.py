@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One thread that waits for all connections of a copy at once, for what was stored, and for an end
+that somebody else wants."""
+
+import select
+import time
+from collections.abc import Sequence
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.nbd import connection, store
+
+_BURST = 0.1
+"""Seconds of a bandwidth that may be read at once."""
+_TICK = 0.001
+
+
+class Cancel:
+    """Ends a copy from a signal handler or another thread; ``set`` may be called from either."""
+
+    def __init__(self) -> None:
+        self._wake = store.Wake()
+        self._is_set = False
+
+    def set(self) -> None:
+        """From now on ``check`` raises, and a copy that waits wakes up."""
+        self._is_set = True
+        self._wake.set()
+
+    def check(self) -> None:
+        """Raise VIR_ERR_OPERATION_ABORTED once ``set`` was called."""
+        if self._is_set:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
+
+    def fileno(self) -> int:
+        """Readable once set."""
+        return self._wake.fileno()
+
+    def close(self) -> None:
+        self._wake.close()
+
+
+class Rate:
+    """How much may be read for now: so many BYTES a second, of all disks together."""
+
+    def __init__(self, bytes: int) -> None:
+        self._bytes = bytes
+        self._most = max(float(connection.CHUNK), bytes * _BURST)
+        self._left = self._most
+        self._at = time.monotonic()
+
+    def delay(self) -> float:
+        """Seconds until the next read may begin."""
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._at) * self._bytes)
+        self._at = now
+        return 0.0 if self._left > 0 else -self._left / self._bytes + _TICK
+
+    def take(self, count: int) -> None:
+        """A read of COUNT bytes begins; the next may have to wait for that."""
+        self._left -= count
+
+
+class Loop:
+    """Waits for all connections at once, for what was stored, and for the cancel."""
+
+    def __init__(self, cancel: Cancel, rate: Rate | None = None) -> None:
+        self._cancel = cancel
+        self._rate = rate
+        self.stored = store.Wake()
+        self._poll = select.poll()
+        self._poll.register(cancel, select.POLLIN)
+        self._poll.register(self.stored, select.POLLIN)
+        self._connections: dict[int, connection.Connection] = {}
+        self._masks: dict[int, int] = {}
+
+    def begin(
+        self, export: connection.Export, contexts: Sequence[str] = (connection.ALLOCATION,)
+    ) -> connection.Connection:
+        """A connection in the making, which goes on in every ``wait``."""
+        made = connection.Connection(export, contexts)
+        self._connections[made.fileno()] = made
+        return made
+
+    def negotiate(self, one: connection.Connection) -> None:
+        """Wait until the connection is past the handshake."""
+        while not one.ready:
+            self.wait()
+        one.negotiate()
+
+    def connect(
+        self, export: connection.Export, contexts: Sequence[str] = (connection.ALLOCATION,)
+    ) -> connection.Connection:
+        """A connection that is past the handshake."""
+        made = self.begin(export, contexts)
+        self.negotiate(made)
+        return made
+
+    def wait(self) -> list[connection.Connection]:
+        """Sleep until somebody can go on; the connections that did. Errors: lost; cancelled."""
+        for fd, one in self._connections.items():
+            mask = one.mask()
+            if self._masks.get(fd) != mask:
+                self._poll.register(fd, mask)
+                self._masks[fd] = mask
+        moved = []
+        delay = self._rate.delay() if self._rate is not None else 0.0
+        for fd, event in self._poll.poll(delay * 1000 if delay else None):
+            if fd in self._connections:
+                self._connections[fd].notify(event)
+                moved.append(self._connections[fd])
+            elif fd == self.stored.fileno():
+                self.stored.clear()
+        self._cancel.check()
+        return moved
+
+    def may_read(self) -> bool:
+        """Whether a read may begin just now; where not, ``wait`` returns when one may."""
+        return self._rate is None or self._rate.delay() == 0.0
+
+    def note_read(self, count: int) -> None:
+        """Reads of COUNT bytes have begun."""
+        if self._rate is not None:
+            self._rate.take(count)
+
+    def leave(self, one: connection.Connection) -> None:
+        """Close the connection and wait for it no more."""
+        fd = one.fileno()
+        del self._connections[fd]
+        if self._masks.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+        one.close()
+
+    def close(self) -> None:
+        for one in self._connections.values():
+            one.close()
+        self._connections.clear()
+        self.stored.close()
