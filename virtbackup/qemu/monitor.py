@@ -144,7 +144,11 @@ def all_done(replies: list[Any]) -> list[Any]:
     """What ``execute_each`` gave. Errors: the first CommandFailed in it."""
     for reply in replies:
         if isinstance(reply, monitor_json.CommandFailed):
-            raise reply
+            try:
+                raise reply
+            finally:
+                # The error knows this frame: a cycle would keep what its callers have open.
+                del reply, replies
     return replies
 
 
