@@ -34,6 +34,43 @@ pytestmark = [
 ]
 
 BLOCK = 1 << 16
+SLOW_TO_SLEEP = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <poll.h>
+#include <signal.h>
+#include <time.h>
+
+static int later(struct pollfd *fds, nfds_t count, const struct timespec *most,
+                 const sigset_t *mask)
+{
+    static const struct timespec none, moment = {0, 100000000};
+    static int hung_up;
+    int (*real)(struct pollfd *, nfds_t, const struct timespec *, const sigset_t *);
+    int found;
+
+    real = dlsym(RTLD_NEXT, "ppoll");
+    if (hung_up && !most && real(fds, count, &none, mask) == 0)
+        nanosleep(&moment, 0);
+    found = real(fds, count, most, mask);
+    for (nfds_t i = 0; found > 0 && i < count; i++)
+        hung_up |= fds[i].revents & POLLHUP;
+    return found;
+}
+
+int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *most, const sigset_t *mask)
+{
+    return later(fds, count, most, mask);
+}
+
+int __ppoll_chk(struct pollfd *fds, nfds_t count, const struct timespec *most,
+                const sigset_t *mask, size_t size)
+{
+    return later(fds, count, most, mask);
+}
+"""
+"""A library by which a program whose client has left sleeps a moment later than it was about to. A
+storage daemon that gets SIGTERM in that moment sleeps on."""
 PROGRAMS = ("qemu-storage-daemon", "qemu-nbd")
 
 
@@ -213,6 +250,29 @@ def fill(made: writer.QemuWriter) -> int:
     for block in range(64):
         made.write(block * BLOCK, memoryview(bytes([block + 1]) * BLOCK))
     return made.finish()
+
+
+@pytest.mark.needs("cc")
+def test_a_storage_daemon_that_is_about_to_sleep_ends(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "slow.so"
+    build = ["cc", "-shared", "-fPIC", "-O1", "-U_FORTIFY_SOURCE", "-x", "c", "-", "-o", library]
+    subprocess.run(build, input=SLOW_TO_SLEEP, text=True, check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    at_once = writer.QemuWriter._close_link
+
+    def interrupted(made: writer.QemuWriter) -> None:
+        """As where the machine is busy, and somebody else's turn comes just then."""
+        at_once(made)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(writer.QemuWriter, "_close_link", interrupted)
+    made = begun(tmp_path / "out.qcow2")
+    made.write(0, memoryview(bytes(BLOCK)))
+    made.finish()
+    monkeypatch.delenv("LD_PRELOAD")
+    check(tmp_path / "out.qcow2")
 
 
 @pytest.mark.may_skip

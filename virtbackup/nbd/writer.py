@@ -264,9 +264,11 @@ class QemuWriter(target.Asynchronous):
         self._settle(0)
         self._issue(lambda done: self._linked.flush(done))  # the tables; the disk is ours to sync
         self._settle(0)
-        self._close_link()
+        # In this order: a storage daemon that is about to sleep does not notice a signal before it
+        # is woken, as it is by the link's end. A qemu-nbd would end by that alone.
         if self._program is not None:
-            self._program.terminate()  # qemu-nbd ends by itself
+            self._program.terminate()
+        self._close_link()
         self._end()
         self._pwrite(header.MAGIC)
         if self._made != self._size:
