@@ -257,7 +257,18 @@ def test_a_storage_daemon_that_is_about_to_sleep_ends(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "slow.so"
-    build = ["cc", "-shared", "-fPIC", "-O1", "-U_FORTIFY_SOURCE", "-x", "c", "-", "-o", library]
+    build = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-x",
+        "c",
+        "-",
+        "-o",
+        str(library),
+    ]
     subprocess.run(build, input=SLOW_TO_SLEEP, text=True, check=True)
     monkeypatch.setenv("LD_PRELOAD", str(library))
     at_once = writer.QemuWriter._close_link
