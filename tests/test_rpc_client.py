@@ -55,6 +55,7 @@ def connect(
     server: rpc_server.Server, tmp_path: pathlib.Path, seen: list[rpc.Message]
 ) -> Iterator[Connect]:
     """Connects; nothing of it is left afterwards."""
+    gc.collect()  # or what another test has left ends meanwhile
     before = leftovers()
     with contextlib.ExitStack() as stack:
 

@@ -21,14 +21,15 @@ _ALSO = frozenset({contextlib.__file__})
 """What runs between two lines of ours and holds what they have opened."""
 _PURE = ("/conf/", "/block.py", "/errors.py", "/monitor_json.py", "/naming.py", "/qmp.py")
 """What opens nothing and has nothing to let go of."""
-_HOLD = ("/domain_obj.py", "/monitor.py", "/status.py")
+HOLD = ("/domain_obj.py", "/monitor.py", "/status.py")
+"""What holds what others wait for."""
 
 
 class Strikes:
     """The places that calls go through, each struck once, over as many calls as that takes: one in
     EVERY of them, but all of those modules that hold what others wait for."""
 
-    def __init__(self, every: int, hold: tuple[str, ...] = _HOLD) -> None:
+    def __init__(self, every: int, hold: tuple[str, ...]) -> None:
         """HOLD are those modules, by what the paths of their files end with."""
         self._every = every
         self._hold = (*_ALSO, *hold)

@@ -155,7 +155,7 @@ def test_we_are_killed(
         rest = leftovers(machine, state_dir)
         ends = [kill(sweep, machine, between, caller, call, *round) for round in todo]
         assert leftovers(machine, state_dir) == rest
-        assert ends.count(False) > 12
+        assert ends.count(False) > 12, [*zip(todo, ends, strict=True)]
     # A killed start is undone, or runs, and a stop that was killed is done again: where it set the
     # point and nobody asks for the verdict, there is none any more.
     untold = {where for where in sweep.refused if call == "stop" and "then stop" not in where}

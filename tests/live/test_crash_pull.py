@@ -72,7 +72,8 @@ def test_killed_at_every_command(
         before = crashing.files(tmp_path, state_dir)
         pull_vm = ("virsh-backup", "-c", between.uri, "backup-pull", "vm", str(out))
         # Between two commands is after the one and before the other: unless there is time, once.
-        for number in range(0, 200, 1 if conftest.long() else 2):
+        step = 1 if conftest.long() else 3
+        for number in range(0, 200, step):
             status = caller.spoilt(between, (number, fault), *pull_vm)
             where = f"{fault} {number} {between.spoilt}"
             if between.spoilt is None:
@@ -81,7 +82,7 @@ def test_killed_at_every_command(
             assert status != 0, where
             between.disarm()
             is_whole(out)
-            if number // 2 % 2 == (fault == "kill-after"):
+            if number // step % 2 == (fault == "kill-after"):
                 wrong += [f"{problem}: {where}" for problem in clean(machine, between, state_dir)]
             else:
                 for call in ("start", "stop"):

@@ -380,8 +380,9 @@ def test_an_interrupted_start_leaves_nothing_that_is_not_found(
             assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, (delay, out)
 
 
-EVERY = 1 if conftest.long() else 24
+EVERY = 1 if conftest.long() else 12
 """Of how many places where a signal may strike one is tried."""
+HOLD = striking.HOLD if conftest.long() else ()
 NOT_COME_TO_AN_END = "the process that was stopping it did not come to an end"
 
 
@@ -470,7 +471,7 @@ def test_a_stop_that_is_interrupted_anywhere_can_be_called_again(
                     other.lookupByID(1).backupStop()
             stop_again(dom)
 
-        strikes = striking.Strikes(EVERY)
+        strikes = striking.Strikes(EVERY, HOLD)
         while True:
             dom.backupStart(unix(tmp_path), AUTODESTROY)
             if not interrupt(strikes, dom.backupStop, stop):
@@ -489,7 +490,7 @@ def test_a_start_that_is_interrupted_anywhere_is_undone(
         dom.backupStart(unix(tmp_path))
         dom.backupStop()
         before = what_is_there(machine, tmp_path, state_dir, scratch_dir)
-        strikes = striking.Strikes(EVERY)
+        strikes = striking.Strikes(EVERY, HOLD)
 
         def start() -> None:
             dom.backupStart(unix(tmp_path), AUTODESTROY if strikes.number % 4 < 2 else 0)
@@ -512,7 +513,7 @@ def test_a_look_that_is_interrupted_anywhere_holds_nothing(
         dom.backupStart(unix(tmp_path))
         during = machine.state()
         look = getattr(dom, what)
-        strikes = striking.Strikes(EVERY)
+        strikes = striking.Strikes(EVERY, HOLD)
         while interrupt(strikes, look, look):
             assert machine.state() == during, strikes.place
         assert strikes.met > 40
