@@ -121,5 +121,5 @@ def test_a_signal_at_any_moment_leaves_the_guest_as_it_was(
             assert process.returncode == 128 + number, (line, err)
             assert err.startswith("error: interrupted")
             assert not file.exists()
-            line += 2 if conftest.long() else 16
+            line += 2 if conftest.long() else 24
         assert line > 60
