@@ -7,11 +7,12 @@ said, not when: ids, times and numbers of descriptors are left out, and what eac
 likes (nodes, jobs, exports, files) is named by the order of first use.
 """
 
+import dataclasses
 import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from virtbackup.qemu import naming, recording
 
@@ -193,3 +194,36 @@ def _without_numbers(value: Any) -> Any:
 def diff(ours: Sequence[str], theirs: Sequence[str], names: tuple[str, str]) -> list[str]:
     """The difference as ``diff -u`` tells it; none where there is none."""
     return list(difflib.unified_diff(ours, theirs, *names, lineterm=""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hunk:
+    """Neighbouring differences, with the messages around them."""
+
+    first: int
+    """The number of the first message of one side, from 1; of none, that of the one before."""
+    second: int
+    messages: list[tuple[Literal["both", "first", "second"], str]]
+    """In which of the sides, and what ``comparable`` made of it."""
+
+
+def hunks(ours: Sequence[str], theirs: Sequence[str]) -> list[Hunk]:
+    """What ``diff`` tells, for programs."""
+    found = []
+    for group in difflib.SequenceMatcher(None, ours, theirs).get_grouped_opcodes():
+        hunk = Hunk(_number(group, 1), _number(group, 3), [])
+        for tag, start, end, their_start, their_end in group:
+            if tag == "equal":
+                hunk.messages.extend(("both", text) for text in ours[start:end])
+            else:
+                hunk.messages.extend(("first", text) for text in ours[start:end])
+                hunk.messages.extend(("second", text) for text in theirs[their_start:their_end])
+        found.append(hunk)
+    return found
+
+
+def _number(group: Sequence[tuple[Any, ...]], start: int) -> int:
+    """Where a side's part of GROUP begins; START is the place of that in an opcode."""
+    begin: int = group[0][start]
+    end: int = group[-1][start + 1]
+    return begin + 1 if end > begin else begin

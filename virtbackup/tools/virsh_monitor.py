@@ -7,7 +7,6 @@ They need a driver below libvirt's API, so unlike all other tools this one impor
 import contextlib
 import os
 import pathlib
-import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from virtbackup.tools import virsh_connection, vsh
 
 if TYPE_CHECKING:
-    from virtbackup.qemu import recorder, recording
+    from virtbackup.qemu import recorder, recording, traffic
 
 GROUP = vsh.Group("qmp", "QEMU monitor")
 MAX_FILE = 256 << 20
@@ -111,40 +110,28 @@ def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         first, second = (
             traffic.comparable(said, args.flag("all"), args.flag("names")) for said in lines
         )
-        difference = traffic.diff(first, second, paths)
         if args.flag("json"):
-            hunks = _hunks(difference, args.flag("all"))
-            names = {"first": paths[0], "second": paths[1]}
-            shell.print_json({**names, "same": not difference, "differences": hunks})
+            names = {"first": paths[0], "second": paths[1], "same": first == second}
+            hunks = traffic.hunks(first, second)
+            facts = [_hunk_facts(hunk, args.flag("all")) for hunk in hunks]
+            shell.print_json({**names, "differences": facts})
     except RecursionError as error:
         raise _trouble(f"'{paths[0]}' or '{paths[1]}' is nested too deeply") from error
     if not args.flag("json"):
-        for line in difference:
+        for line in traffic.diff(first, second, paths):
             shell.print(line)
-    return vsh.FAILED if difference else vsh.DONE
+    return vsh.DONE if first == second else vsh.FAILED
 
 
-_HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
-_SIDES = {" ": "both", "-": "first", "+": "second"}
-
-
-def _hunks(difference: list[str], marked: bool) -> list[dict[str, object]]:
-    """What ``traffic.diff`` gives, for JSON; MARKED: its messages have their directions."""
+def _hunk_facts(hunk: "traffic.Hunk", marked: bool) -> dict[str, object]:
+    """For JSON. MARKED: the messages have their directions."""
     import json
 
-    hunks: list[dict[str, object]] = []
-    messages: list[dict[str, object]] = []
-    for line in difference[2:]:  # behind the names of the files
-        if begin := _HUNK.match(line):
-            messages = []
-            numbers = {"first_number": int(begin[1]), "second_number": int(begin[2])}
-            hunks.append({**numbers, "messages": messages})
-            continue
-        text = line[1:]
-        direction, said = (text[:2], text[3:]) if marked else ("->", text)
-        message = {"in": _SIDES[line[0]], "direction": direction, "message": json.loads(said)}
-        messages.append(message)
-    return hunks
+    messages = []
+    for side, text in hunk.messages:
+        direction, said = text.split(" ", 1) if marked else ("->", text)
+        messages.append({"in": side, "direction": direction, "message": json.loads(said)})
+    return {"first_number": hunk.first, "second_number": hunk.second, "messages": messages}
 
 
 def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
