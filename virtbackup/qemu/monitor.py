@@ -156,7 +156,9 @@ class _Connected(threading.local):
     """The last monitor of each path that this thread has connected to, while anybody knows it."""
 
     def __init__(self) -> None:
-        self.by_path: dict[str, weakref.ref[SocketMonitor]] = {}
+        self.by_path: weakref.WeakValueDictionary[str, SocketMonitor] = (
+            weakref.WeakValueDictionary()
+        )
 
 
 _connected = _Connected()
@@ -203,10 +205,10 @@ class SocketMonitor:
             target=_read, args=(weakref.ref(self), self._socket), name=f"qmp {path}", daemon=True
         )
         before = _connected.by_path.get(path)
-        _connected.by_path[path] = weakref.ref(self)
+        _connected.by_path[path] = self
         try:
-            if before is not None and (left := before()) is not None:
-                left.close()
+            if before is not None:
+                before.close()
             self._connect()
             self._reader.start()
             self.greeting = self._wait_greeting()
