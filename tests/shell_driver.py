@@ -15,15 +15,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup
+
+if TYPE_CHECKING:
+    import pytest
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e19{:02x}"
 
@@ -197,6 +200,22 @@ def main(*argv: str) -> int:
     """The shell, with the driver at hand."""
     hypervisor.register("fake", Driver)
     return virsh_backup.main(argv)
+
+
+Output = tuple[int, str, str]
+"""Exit status, standard output, standard error."""
+
+Run = Callable[..., Output]
+
+
+def runner(capsys: "pytest.CaptureFixture[str]") -> Run:
+    """Runs the program in this process, on ``fake:///two`` where no ``uri`` is given."""
+
+    def run(*argv: str, uri: str = "fake:///two") -> Output:
+        status = main("-c", uri, *argv)
+        return status, *capsys.readouterr()
+
+    return run
 
 
 if __name__ == "__main__":

@@ -42,19 +42,13 @@ LINES = {"backup-pull", "rpc-dump"}
 
 BACKUP = '<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>'
 
-Output = tuple[int, str, str]
-Run = Callable[..., Output]
+Output = shell_driver.Output
+Run = shell_driver.Run
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program on the fake driver in this process."""
-
-    def run_it(*argv: str, uri: str = "fake:///two") -> Output:
-        status = shell_driver.main("-c", uri, *argv)
-        return status, *capsys.readouterr()
-
-    return run_it
+    return shell_driver.runner(capsys)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -30,21 +30,13 @@ BACKUP = '<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>
 SHOWS = "'list --all' shows all that there are\n"
 """What to do about a domain that there is not."""
 
-Output = tuple[int, str, str]
-"""Exit status, standard output, standard error."""
-
-Run = Callable[..., Output]
+Output = shell_driver.Output
+Run = shell_driver.Run
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program on the fake driver in this process."""
-
-    def run_it(*argv: str, uri: str = URI) -> Output:
-        status = shell_driver.main("-c", uri, *argv)
-        return status, *capsys.readouterr()
-
-    return run_it
+    return shell_driver.runner(capsys)
 
 
 @pytest.fixture

@@ -452,54 +452,69 @@ def what_is_there(machine: machines.Machine, *directories: pathlib.Path) -> Any:
     return machine.state(), [sorted(path.name for path in each.iterdir()) for each in directories]
 
 
-@pytest.mark.usefixtures("impatient")
+class BackedUp:
+    """A guest of which a backup was made that is over, and what was there before all that comes."""
+
+    def __init__(
+        self, machine: machines.Machine, domain: virtbackup.Domain, *directories: pathlib.Path
+    ) -> None:
+        self.machine, self.domain, self._directories = machine, domain, directories
+        self.before = self.look()
+
+    def look(self) -> Any:
+        """What is there now."""
+        return what_is_there(self.machine, *self._directories)
+
+
+@pytest.fixture
+def backed_up(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, scratch_dir: pathlib.Path, impatient: None
+) -> Iterator[BackedUp]:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as connection:
+        domain = connection.lookupByID(1)
+        domain.backupStart(unix(tmp_path))
+        domain.backupStop()
+        yield BackedUp(machine, domain, tmp_path, state_dir, scratch_dir)
+
+
 def test_a_stop_that_is_interrupted_anywhere_can_be_called_again(
-    tmp_path: pathlib.Path, state_dir: pathlib.Path, scratch_dir: pathlib.Path
+    backed_up: BackedUp, tmp_path: pathlib.Path, state_dir: pathlib.Path
 ) -> None:
-    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
-        dom = conn.lookupByID(1)
-        dom.backupStart(unix(tmp_path))
-        dom.backupStop()
-        before = what_is_there(machine, tmp_path, state_dir, scratch_dir)
+    dom = backed_up.domain
 
-        def stop() -> None:
-            if not list(state_dir.glob("*.json")):
-                # It was over, so the next backup is not taken for it, whoever starts that.
-                with virtbackup.open(machine.uri) as other:
-                    other.lookupByID(1).backupStart(unix(tmp_path))
-                    assert dom.backupGetInfo().state == "running"
-                    other.lookupByID(1).backupStop()
-            stop_again(dom)
+    def stop() -> None:
+        if not list(state_dir.glob("*.json")):
+            # It was over, so the next backup is not taken for it, whoever starts that.
+            with virtbackup.open(backed_up.machine.uri) as other:
+                other.lookupByID(1).backupStart(unix(tmp_path))
+                assert dom.backupGetInfo().state == "running"
+                other.lookupByID(1).backupStop()
+        stop_again(dom)
 
-        strikes = striking.Strikes(EVERY, HOLD)
-        while True:
-            dom.backupStart(unix(tmp_path), AUTODESTROY)
-            if not interrupt(strikes, dom.backupStop, stop):
-                break
-            assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, strikes.place
-        assert strikes.met > 500
+    strikes = striking.Strikes(EVERY, HOLD)
+    while True:
+        dom.backupStart(unix(tmp_path), AUTODESTROY)
+        if not interrupt(strikes, dom.backupStop, stop):
+            break
+        assert backed_up.look() == backed_up.before, strikes.place
+    assert strikes.met > 500
 
 
-@pytest.mark.usefixtures("impatient")
 def test_a_start_that_is_interrupted_anywhere_is_undone(
-    tmp_path: pathlib.Path, state_dir: pathlib.Path, scratch_dir: pathlib.Path
+    backed_up: BackedUp, tmp_path: pathlib.Path
 ) -> None:
     """Or what is left of it can be stopped."""
-    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
-        dom = conn.lookupByID(1)
-        dom.backupStart(unix(tmp_path))
-        dom.backupStop()
-        before = what_is_there(machine, tmp_path, state_dir, scratch_dir)
-        strikes = striking.Strikes(EVERY, HOLD)
+    dom = backed_up.domain
+    strikes = striking.Strikes(EVERY, HOLD)
 
-        def start() -> None:
-            dom.backupStart(unix(tmp_path), AUTODESTROY if strikes.number % 4 < 2 else 0)
+    def start() -> None:
+        dom.backupStart(unix(tmp_path), AUTODESTROY if strikes.number % 4 < 2 else 0)
 
-        while interrupt(strikes, start, lambda: stop_again(dom)):
-            assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, strikes.place
-        assert strikes.met > 500
-        dom.backupStop()
-        assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before
+    while interrupt(strikes, start, lambda: stop_again(dom)):
+        assert backed_up.look() == backed_up.before, strikes.place
+    assert strikes.met > 500
+    dom.backupStop()
+    assert backed_up.look() == backed_up.before
 
 
 @pytest.mark.usefixtures("impatient")
