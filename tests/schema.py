@@ -6,6 +6,7 @@ in this: what it sends is checked by another reading of the same document.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ class Schema:
     def parse(cls, reply: Iterable[Entity]) -> "Schema":
         return cls({entity["name"]: entity for entity in reply})
 
-    @property
+    @functools.cached_property
     def commands(self) -> frozenset[str]:
         return frozenset(
             name for name, entity in self.entities.items() if entity["meta-type"] == "command"
