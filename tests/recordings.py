@@ -43,11 +43,8 @@ def machine(directory: pathlib.Path, binary: str) -> machines.Machine:
             "--blockdev", _node("raw", "sdb", directory / "sdb.raw"),
             binary=binary,
         )  # fmt: skip
-    # Firmware that does nothing: a guest that boots would touch its disks at times of its own.
-    firmware = directory / "halt.bin"
-    firmware.write_bytes(b"\xf4" * CLUSTER)
     return machines.qemu(
-        directory, "-name", "vm", "-uuid", UUID, "-bios", str(firmware),
+        directory, "-name", "vm", "-uuid", UUID,
         "-device", "virtio-scsi-pci,id=scsi0",
         "-blockdev", _node("qcow2", "libvirt-1-format", directory / "vda.qcow2"),
         "-device", "virtio-blk-pci,drive=libvirt-1-format,id=vda",

@@ -39,6 +39,12 @@ _WRITTEN = re.compile(r"^(wrote \d|aio_write failed: )", re.MULTILINE)
 HALT = bytes.fromhex("fa f4 eb fd").ljust(16, b"\x90").rjust(64 << 10, b"\x90")
 """Firmware that halts the processor: a guest that does nothing at all."""
 
+FIRMWARE = "halt.bin"
+"""Its name in a machine's directory."""
+
+BOOTING = ("-bios", "bios-256k.bin")
+"""QEMU's own firmware instead, for what a guest has to boot for, or to have used its disks for."""
+
 INTO_ROOT = (
     ("chroot", os.environ["VIRTBACKUP_QEMU_ROOT"]) if "VIRTBACKUP_QEMU_ROOT" in os.environ else ()
 )
@@ -282,11 +288,13 @@ def qemu(
     binary: str = "qemu-system-x86_64",
     before_exec: Callable[[], None] | None = None,
 ) -> Machine:
-    """A QEMU without anything to boot and with EXTRA arguments."""
+    """A QEMU whose guest does nothing at all, with EXTRA arguments."""
+    (directory / FIRMWARE).write_bytes(HALT)
     return Machine(
         directory,
         [
             binary, "-M", "q35,accel=tcg", "-m", "64", "-nodefaults", "-display", "none",
+            "-bios", f"{directory}/{FIRMWARE}",
             "-qmp", f"unix:{directory}/probe.sock,server=on,wait=off",
             "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
             *extra,

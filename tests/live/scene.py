@@ -171,10 +171,8 @@ def scene(
     below = source.format(file=file) if source else f"file.driver=file,file.filename={file}"
     thread = ("-object", "iothread,id=io0") if iothread else ()
     inside = ",iothread=io0" if iothread else ""
-    # So that nothing happens but what a fault does.
-    (directory / "halt.bin").write_bytes(machines.HALT)
     with machines.qemu(
-        directory, *thread, "-bios", f"{directory}/halt.bin",
+        directory, *thread,
         "-blockdev", f"qcow2,node-name=base,read-only=on,file.driver=file,"
         f"file.filename={directory}/base.qcow2",
         "-blockdev", f"qcow2,node-name=A,backing=base,file.driver=file,"

@@ -35,8 +35,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
 
 @pytest.fixture
 def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
-    """Disks full of data: what is overwritten has to be saved."""
-    with machines.two_disks(tmp_path, size=SIZE) as one:
+    """Disks full of data: what is overwritten has to be saved. Without firmware that has used them
+    a reset would not wait for them."""
+    with machines.two_disks(tmp_path, *machines.BOOTING, size=SIZE) as one:
         for disk in ("vda", "sdb"):
             one.io(disk, f"write -P 1 0 {SIZE}")
         yield one
@@ -431,9 +432,8 @@ def one_disk(directory: pathlib.Path, below: str, werror: str) -> Iterator[machi
     """A machine whose disk's device can be made to write (``device_writes``): vda, of raw data over
     BELOW, as blockdev options with {file} for the file's own."""
     path = machines.image(directory / "b.raw", 8 * MIB)
-    (directory / "halt.bin").write_bytes(machines.HALT)
     with machines.qemu(
-        directory, "-M", "pc,accel=tcg", "-bios", f"{directory}/halt.bin",
+        directory, "-M", "pc,accel=tcg",
         "-blockdev", f"raw,node-name=B,{below.format(file=path)}",
         "-device", f"ide-hd,drive=B,id=vda,bus=ide.0,werror={werror}",
         before_exec=scene.endure_limits,

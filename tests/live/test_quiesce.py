@@ -129,7 +129,7 @@ def test_a_real_agent_by_its_own_socket(
     path = tmp_path / "qga.sock"
     with (
         machines.qemu(
-            tmp_path, "-m", "256", "-no-reboot",
+            tmp_path, "-m", "256", "-no-reboot", *machines.BOOTING,
             "-kernel", str(boot.kernel), "-initrd", str(boot.initrd),
             "-append", boot.command_line, "-serial", f"file:{tmp_path}/console",
             "-blockdev", f"raw,node-name=disk,file.driver=file,file.filename={boot.disk}",
