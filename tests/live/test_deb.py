@@ -105,7 +105,9 @@ def test_the_source_package_has_everything(tmp_path: pathlib.Path) -> None:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes((ROOT / name).read_bytes() if name in kept else b"")
     (tree / "dev").chmod(0o755)
-    subprocess.run(["dpkg-source", "-b", tree], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-source", "-z1", "-b", tree], cwd=tmp_path, check=True, capture_output=True
+    )
     [archive] = tmp_path.glob("*.tar.xz")
     with tarfile.open(archive) as unpacked:
         assert {m.name.partition("/")[2] for m in unpacked if m.isfile()} == kept
