@@ -2,6 +2,7 @@
 """What the shell says to do next: of errors that there are, and nothing where nothing is known."""
 
 import ast
+import functools
 import pathlib
 
 import libvirt
@@ -17,6 +18,7 @@ SYSTEMS = {"No such file or directory", "Connection refused", "Permission denied
 """Words of the operating system's and of QEMU's, which stand nowhere in the package."""
 
 
+@functools.cache
 def _literals() -> set[str]:
     """The texts in the package, of f-strings the parts, but for those of the advice itself."""
     found = set()
@@ -28,15 +30,12 @@ def _literals() -> set[str]:
     return found
 
 
-LITERALS = _literals()
-
-
 @pytest.mark.parametrize("known", advice.KNOWN, ids=lambda known: known.advice)
 def test_what_is_known_is_an_error_that_there_is(known: advice.Known) -> None:
     """Its words stand in the source, or it would be about nothing once they change there."""
     assert known.words or known.code
     for words in set(known.words) - SYSTEMS:
-        assert any(words in literal for literal in LITERALS), words
+        assert any(words in literal for literal in _literals()), words
 
 
 @pytest.mark.parametrize("known", advice.KNOWN, ids=lambda known: known.advice)
