@@ -8,10 +8,12 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 
 import libvirt
@@ -521,6 +523,36 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
     """Large enough to be caught in the middle of."""
     layers: list[dict[int, int | None]] = [{n: n for n in range(2000)}, {1999: 1}]
     return points.built(tmp_path_factory.mktemp("large") / "backups", 2000 * BLOCK, layers)
+
+
+def processes_with(word: str) -> set[str]:
+    """The ids of all that have WORD in their arguments."""
+    found = set()
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if word.encode() in (entry / "cmdline").read_bytes():
+                found.add(entry.name)
+    return found
+
+
+@pytest.mark.needs("setpriv")
+def test_killed_while_its_servers_begin(
+    layered: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qemu-nbd whose only client went before it came to listen would wait for ever."""
+    real = shutil.which("qemu-nbd")
+    slow = tmp_path / "bin" / "qemu-nbd"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {real} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    file = f"{layered.directory}/vda.0001.qcow2"
+    with process("backup-restore", str(layered.directory), str(tmp_path / "out")) as one:
+        waiting.until(lambda: processes_with(file), process=one)
+        one.kill()
+        one.wait()
+    time.sleep(2)  # nothing tells that one that is slow would have come by now
+    assert not processes_with(file)
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
