@@ -32,8 +32,8 @@ def medium(node: naming.NodeName, *bitmaps: block.Bitmap, **fields: Any) -> bloc
     return dataclasses.replace(usual, **fields)
 
 
-def point(size: int = SIZE, branch: str = "b") -> block.Bitmap:
-    at = dataclasses.replace(POINT, size=size)
+def point(size: int = SIZE, branch: str = "b", disk: str | None = None) -> block.Bitmap:
+    at = dataclasses.replace(POINT, size=size, disk=disk and naming.disk_key(disk))
     return bitmap(naming.point_bitmap(branch, at), recording=False)
 
 
@@ -58,16 +58,23 @@ SOUND: list[tuple[str, list[block.Medium], int]] = [
 
 @pytest.mark.parametrize(("what", "chain", "dirty"), SOUND, ids=[case[0] for case in SOUND])
 def test_sound(what: str, chain: list[block.Medium], dirty: int) -> None:
-    line = branch.line("b", branch.Images(tuple(chain)), SIZE)
+    line = branch.line("b", branch.Images(tuple(chain)), SIZE, "vda")
     assert (line.unsound, line.foreign, line.dirty) == (None, False, dirty)
     assert line.node == chain[0].node
     assert line.point == POINT
+
+
+def test_sound_by_its_name() -> None:
+    at = dataclasses.replace(POINT, disk=naming.disk_key("vda"))
+    line = branch.line("b", branch.Images((medium(A, OWN, point(disk="vda")),)), SIZE, "vda")
+    assert (line.unsound, line.point) == (None, at)
 
 
 NO_GOOD = "it has no good backup of this branch yet"
 INCONSISTENT = "its bitmap 'b' is inconsistent: QEMU did not come to store it"
 STANDS_STILL = "its bitmap 'b' does not record"
 RESIZED = f"it was resized from 512 to {SIZE} bytes"
+OTHERWISE = "at its last good backup it was called otherwise"
 REPLACED = "its bitmap 'b' was made by somebody else meanwhile"
 REPAIRED = "its bitmap 'b' was made after QEMU did not come to store another"
 OVERLAY = "an overlay was put over the image 'A' that has its bitmap"
@@ -95,6 +102,10 @@ UNSOUND: list[tuple[str, list[block.Medium], str]] = [
     ("next of another branch",
      [medium(A, STILL, POINTED, bitmap(naming.next_bitmap(ID, 0, "c")))], STANDS_STILL),
     ("resized", [medium(A, OWN, point(512), MARKED)], RESIZED),
+    ("called otherwise", [medium(A, OWN, point(disk="vdb"), MARKED)], OTHERWISE),
+    ("called otherwise through an overlay", [medium(B, OWN), medium(A, OWN, point(disk="vdb"))],
+     OTHERWISE),
+    ("another disk, of another size", [medium(A, OWN, point(512, disk="vdb"))], OTHERWISE),
     ("overlay", [medium(B), BELOW], OVERLAY),
     ("overlay with another bitmap", [medium(B, bitmap("c")), BELOW], OVERLAY),
     ("one overlay of two without", [medium(C, OWN), medium(B), BELOW],
@@ -115,14 +126,14 @@ UNSOUND: list[tuple[str, list[block.Medium], str]] = [
 
 @pytest.mark.parametrize(("what", "chain", "reason"), UNSOUND, ids=[case[0] for case in UNSOUND])
 def test_unsound(what: str, chain: list[block.Medium], reason: str) -> None:
-    line = branch.line("b", branch.Images(tuple(chain)), SIZE)
+    line = branch.line("b", branch.Images(tuple(chain)), SIZE, "vda")
     assert (line.unsound, line.foreign, line.dirty) == (reason, False, None)
 
 
 @pytest.mark.parametrize("theirs", [OWN, STILL, BROKEN])
 @pytest.mark.parametrize("beside", [(), (point(branch="c"),), (bitmap("virtbackup-mine"),)])
 def test_foreign(theirs: block.Bitmap, beside: tuple[block.Bitmap, ...]) -> None:
-    line = branch.line("b", branch.Images((medium(A, theirs, *beside),)), SIZE)
+    line = branch.line("b", branch.Images((medium(A, theirs, *beside),)), SIZE, "vda")
     assert line.foreign
     assert line.unsound == "its bitmap 'b' is not a branch's"
 
@@ -174,7 +185,7 @@ def test_images(
 
 
 def step_of(*chain: block.Medium) -> branch.Step:
-    line = branch.line("b", branch.Images(chain), SIZE)
+    line = branch.line("b", branch.Images(chain), SIZE, "vda")
     return branch.step("b", line, NEXT, 65536)
 
 
@@ -303,14 +314,15 @@ def test_a_point_that_nobody_was_told_of() -> None:
     "name", ["n" * 1023, "ä" * 511, "a b:c", "virtbackup", "-next-", "🌙", "\ud800"]
 )
 def test_names_of_any_length_make_names_that_qemu_takes(name: str) -> None:
+    at = naming.Point(ID, 10**11, (1 << 63) - 512, naming.disk_key(name))
     made = [
         naming.next_bitmap(ID, 9999, name),
-        naming.point_bitmap(name, naming.Point(ID, 10**11, (1 << 63) - 512)),
+        naming.point_bitmap(name, at),
         naming.mark_bitmap(name),
     ]
     key = naming.branch_key(name)
     assert naming.next_of(made[0]) == (ID, key)
-    assert naming.point_of(made[1]) == (key, naming.Point(ID, 10**11, (1 << 63) - 512))
+    assert naming.point_of(made[1]) == (key, at)
     assert naming.mark_of(made[2]) == key
     for one in made:
         assert len(one) < 1023
@@ -444,7 +456,7 @@ class Lives(stateful.RuleBasedStateMachine):
         return naming.BackupId(f"{self.id:08x}")
 
     def line(self) -> branch.Line:
-        return branch.line("b", branch.Images((self.qemu.medium(),)), SIZE)
+        return branch.line("b", branch.Images((self.qemu.medium(),)), SIZE, "vda")
 
     @stateful.rule(cluster=st.integers(0, 7))
     def write(self, cluster: int) -> None:

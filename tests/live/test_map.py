@@ -11,7 +11,7 @@ import pytest
 from lxml import etree
 
 import virtbackup
-from tests.live import points, terminals
+from tests.live import places, points, terminals
 from virtbackup.nbd import checksum
 
 pytestmark = [
@@ -76,6 +76,34 @@ def test_pictures(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     assert points.call("backup-map", "d", "--output=x.gif")[0] == 2
     status, _, err = points.call("backup-map", str(layered.directory), "--output=/none/x.png")
     assert (status, err) == (1, "error: cannot write /none/x.png: No such file or directory\n")
+
+
+@pytest.mark.parametrize("before", [None, b"of yesterday"])
+def test_a_picture_is_whole_or_not_there(
+    layered: points.Backed, tmp_path: pathlib.Path, before: bytes | None
+) -> None:
+    with places.small_file_system(tmp_path / "small", 64 << 10) as small:
+        picture = small / "m.svg"
+        if before is not None:
+            picture.write_bytes(before)
+        places.fill_up(small)
+        argv = ("backup-map", str(layered.directory), f"--output={picture}")
+        said = f"error: cannot write {picture}: No space left on device\n"
+        assert points.call(*argv) == (1, "", said)
+        left = {path.name for path in small.iterdir()} - {"hog"}
+        assert left == ({"m.svg"} if before else set())
+        assert not before or picture.read_bytes() == before
+
+
+def test_a_picture_through_a_link(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    link, picture = tmp_path / "link.png", tmp_path / "m.png"
+    link.symlink_to(picture.name)
+    for _ in range(2):
+        assert points.call("backup-map", str(layered.directory), f"--output={link}")[0] == 0
+        assert link.is_symlink()
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert len(list(tmp_path.iterdir())) == 2
+        picture.write_bytes(b"")
 
 
 def test_terminals(layered: points.Backed) -> None:

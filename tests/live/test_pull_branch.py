@@ -4,6 +4,7 @@
 That every chain holds the right bytes, random rounds show (test_branch_rounds).
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -243,6 +244,49 @@ def test_a_gap(
     made = pull.pull(domain, out, branch="daily", kind="auto")
     assert kinds(made) == {"vda": "full", "sdb": "full"}
     assert str(made.disks[0].reason).startswith("the last backup of the branch is")
+
+
+@contextlib.contextmanager
+def two_images(directory: pathlib.Path, first: str, second: str) -> Iterator[machines.Machine]:
+    """A QEMU with the images 1.qcow2 and 2.qcow2 of DIRECTORY as the disks FIRST and SECOND."""
+    argv = ["-name", "vm", "-uuid", UUID.format(1), "-device", "virtio-scsi"]
+    for number, disk in ((1, first), (2, second)):
+        file = f"file.driver=file,file.filename={directory}/{number}.qcow2"
+        argv += ["-blockdev", f"qcow2,node-name=node{number},{file}"]
+        argv += ["-device", f"scsi-hd,drive=node{number},id={disk}"]
+    with machines.qemu(directory, *argv) as machine:
+        yield machine
+
+
+@pytest.mark.parametrize("names", [("vdb", "vda"), ("vdb", "vdc")])
+def test_disks_that_are_called_otherwise_now(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, out: pathlib.Path, names: tuple[str, str]
+) -> None:
+    """What has changed of one disk is no increment of the one that had its name before."""
+    for number in (1, 2):
+        machines.image(tmp_path / f"{number}.qcow2", SIZE, "qcow2")
+    with two_images(tmp_path, "vda", "vdb") as machine:
+        machine.io("vda", "write -P 1 0 1M")
+        machine.io("vdb", "write -P 2 1M 1M")
+        with virtbackup.open(machine.uri) as connection:
+            pull.pull(connection.lookupByName("vm"), out, branch="daily")
+    with two_images(tmp_path, *names) as machine:
+        machine.io(names[0], "write -P 3 2M 64k")
+        with virtbackup.open(machine.uri) as connection:
+            domain = connection.lookupByName("vm")
+            text = refused(
+                lambda: pull.pull(domain, out, branch="daily", kind="incremental"),
+                machine,
+                libvirt.VIR_ERR_OPERATION_INVALID,
+            )
+            assert "disk 'vdb': at its last good backup it was called otherwise" in text
+            made = pull.pull(domain, out, branch="daily", kind="auto")
+            assert kinds(made) == dict.fromkeys(names, "full")
+            again = pull.pull(domain, out, branch="daily", kind="incremental")
+            assert kinds(again) == dict.fromkeys(names, "incremental")
+    for number, disk in enumerate(names, 1):
+        shown = machines.contents(tmp_path / f"{number}.qcow2", "qcow2")
+        assert machines.contents(out / f"{disk}.0003.qcow2", "qcow2") == shown
 
 
 @pytest.mark.parametrize("missing", ["vda.0001.qcow2", "vda.0002.qcow2", "manifest.0001.json"])

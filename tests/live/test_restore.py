@@ -8,10 +8,12 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 
 import libvirt
@@ -443,6 +445,32 @@ def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path
             assert one.returncode == 130
 
 
+def test_a_server_that_wants_tls(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("me:00112233445566778899aabbccddeeff\n")
+    with copies.nbdkit(tmp_path, "--tls=require", f"--tls-psk={keys}", "memory", "3M") as server:
+        argv = ("backup-restore", str(layered.directory), uri(server), "--disk=vda")
+        status, _, err = points.call(*argv)
+    assert status == 1
+    assert "cannot connect to nbd" in err
+    assert "TLS" in err
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_an_image_that_a_qemu_has(
+    layered: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format
+) -> None:
+    """Its guest would go on in a file that has no name any more."""
+    image = machines.image(tmp_path / f"a.{fmt}", 1 << 20, fmt)
+    drive = f"{fmt},node-name=A,file.driver=file,file.filename={image}"
+    argv = ("backup-restore", str(layered.directory), str(image), "--disk=vda", "--force")
+    with machines.qemu(tmp_path, "-blockdev", drive, "-device", "virtio-blk,drive=A,id=vda"):
+        status, _, err = points.call(*argv)
+        assert (status, err.splitlines()[0].endswith(f"{image} is in use by a QEMU")) == (1, True)
+        assert not list(tmp_path.glob("*.partial"))
+    assert points.call(*argv)[0] == 0
+
+
 def test_a_device_that_is_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(virtbackup.Error) as raised:
         device.Device(tmp_path / "none", 1)
@@ -495,6 +523,55 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
     """Large enough to be caught in the middle of."""
     layers: list[dict[int, int | None]] = [{n: n for n in range(2000)}, {1999: 1}]
     return points.built(tmp_path_factory.mktemp("large") / "backups", 2000 * BLOCK, layers)
+
+
+def processes_with(word: str) -> set[str]:
+    """The ids of all that have WORD in their arguments."""
+    found = set()
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if word.encode() in (entry / "cmdline").read_bytes():
+                found.add(entry.name)
+    return found
+
+
+@pytest.mark.needs("setpriv")
+def test_killed_while_its_servers_begin(
+    layered: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qemu-nbd whose only client went before it came to listen would wait for ever."""
+    real = shutil.which("qemu-nbd")
+    slow = tmp_path / "bin" / "qemu-nbd"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {real} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    file = f"{layered.directory}/vda.0001.qcow2"
+    with process("backup-restore", str(layered.directory), str(tmp_path / "out")) as one:
+        waiting.until(lambda: processes_with(file), process=one)
+        one.kill()
+        one.wait()
+    time.sleep(2)  # nothing tells that one that is slow would have come by now
+    assert not processes_with(file)
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_two_at_once(large: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format) -> None:
+    """What one restore writes, no other takes for what a killed one has left."""
+    out = tmp_path / "out"
+    argv = ["backup-restore", str(large.directory), str(out), f"--format={fmt}", "--force"]
+    with process(*argv, "--point=1") as one:
+        partial = out / f"vda.{fmt}.partial"
+        waiting.until(lambda: partial.exists() and partial.stat().st_blocks > 0, process=one)
+        one.send_signal(signal.SIGSTOP)
+        before = partial.stat().st_ino
+        status, _, err = points.call(*argv)
+        assert (status, partial.stat().st_ino) == (1, before)
+        assert f"{partial} is being written by another restore" in err
+        one.send_signal(signal.SIGCONT)
+        assert one.wait(20) == 0
+    assert [path.name for path in out.iterdir()] == [f"vda.{fmt}"]
+    assert machines.contents(out / f"vda.{fmt}", fmt) == large.shown[1]["vda"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import os
 import select
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -233,9 +234,16 @@ def connect(handle: Any, export: Export) -> None:
     if isinstance(server, str):
         handle.aio_connect_unix(server)
     elif isinstance(server, Program):
-        handle.aio_connect_systemd_socket_activation(list(server.argv))
+        handle.aio_connect_systemd_socket_activation([*_ending_with_us(), *server.argv])
     else:
         handle.aio_connect_tcp(server[0], str(server[1]))
+
+
+def _ending_with_us() -> tuple[str, ...]:
+    """What has a program end when the thread that starts it does: one that lost its only client
+    before it came to talk to it would wait for another for ever."""
+    found = shutil.which("setpriv")
+    return () if found is None else (found, "--pdeathsig", "TERM")
 
 
 def leave(handle: Any, export: Export, *, idle: bool) -> None:

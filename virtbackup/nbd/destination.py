@@ -6,6 +6,7 @@ can be done; what is behind the disk's end stays.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -162,7 +163,11 @@ class Server:
         try:
             yield
         except nbd.Error as failure:
-            reason = os.strerror(failure.errnum) if failure.errnum else failure.string
+            told = failure.errnum not in (
+                0,
+                errno.EOPNOTSUPP,
+            )  # of one that wants TLS only words do
+            reason = os.strerror(failure.errnum) if told else failure.string
             place = "" if offset is None else f" at offset {offset}"
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_FAILED, f"cannot {what} {self._uri}{place}: {reason}"

@@ -393,7 +393,7 @@ def _lines(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"disk '{disk.name}': QEMU does not tell which image the guest writes to",
             )
-        lines[disk.name] = branch.line(name, images, medium.size)
+        lines[disk.name] = branch.line(name, images, medium.size, disk.name)
     return lines
 
 

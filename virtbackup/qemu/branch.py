@@ -95,8 +95,8 @@ def images(
     return Images(tuple(chain)) if chain else None
 
 
-def line(branch: str, disk: Images, size: int) -> Line:
-    """What the disk of guest-visible SIZE bytes has of BRANCH."""
+def line(branch: str, disk: Images, size: int, target: str) -> Line:
+    """What the disk that is called TARGET, of guest-visible SIZE bytes, has of BRANCH."""
     key = naming.branch_key(branch)
     active = disk.active
     bitmap = active.bitmap(branch)
@@ -107,14 +107,14 @@ def line(branch: str, disk: Images, size: int) -> Line:
     )  # fmt: skip
     point = found.point
     if point is None:
-        return _through_backing(branch, disk, size, found)
+        return _through_backing(branch, disk, target, found)
     if bitmap is None:
         return dataclasses.replace(found, unsound=f"its bitmap '{branch}' was removed")
-    unsound = _own_reason(bitmap, next) or _broken(branch, active) or _resized(point, size)
+    unsound = _own_reason(bitmap, next) or _broken(branch, active) or _another(point, size, target)
     return dataclasses.replace(found, unsound=unsound)
 
 
-def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
+def _through_backing(branch: str, disk: Images, target: str, found: Line) -> Line:
     """Where the image was put over that of the last point: the bitmap must go on in each of them,
     as libvirt makes it go on when it takes a snapshot."""
     key = naming.branch_key(branch)
@@ -123,7 +123,7 @@ def _through_backing(branch: str, disk: Images, size: int, found: Line) -> Line:
         lower.append(medium)
         point = _point(medium, key)
         if point is not None:
-            return _joined(branch, disk.active, lower, point, size, found)
+            return _joined(branch, disk.active, lower, point, target, found)
     if found.bitmap is not None and found.marked:
         reason = _own_reason(found.bitmap, found.next)
         unsound = reason or "its last good backup is not known any more"
@@ -139,7 +139,7 @@ def _joined(
     active: block.Medium,
     lower: Sequence[block.Medium],
     point: naming.Point,
-    size: int,
+    target: str,
     found: Line,
 ) -> Line:
     base = lower[-1].node
@@ -166,7 +166,7 @@ def _joined(
             assert bitmap is not None
             if not unsound and bitmap.granularity != found.bitmap.granularity:
                 unsound = "its bitmaps on backing images have another granularity"
-    unsound = unsound or _resized(point, size)
+    unsound = unsound or _another(point, found.size, target)
     return dataclasses.replace(found, point=point, unsound=unsound, below=below, below_count=count)
 
 
@@ -201,10 +201,14 @@ def _broken(branch: str, medium: block.Medium) -> str | None:
     return None
 
 
-def _resized(point: naming.Point, size: int) -> str | None:
-    if point.size == size:
-        return None
-    return f"it was resized from {point.size} to {size} bytes"
+def _another(point: naming.Point, size: int, target: str) -> str | None:
+    """Why what the disk was at POINT is no base of it now, when it has SIZE and is TARGET."""
+    if point.disk not in (None, naming.disk_key(target)):
+        # Whoever has its last backup has it by that name, and maybe another disk's by this one.
+        return "at its last good backup it was called otherwise"
+    if point.size != size:
+        return f"it was resized from {point.size} to {size} bytes"
+    return None
 
 
 def next_of(medium: block.Medium, key: str) -> block.Bitmap | None:

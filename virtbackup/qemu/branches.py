@@ -41,7 +41,9 @@ def advance(session: domain.Session, running: status.Status) -> str | None:
     actions = []
     for number, disk in enumerate(running.disks):
         assert disk.branch is not None
-        point = naming.Point(running.id, int(running.started), disk.size)
+        point = naming.Point(
+            running.id, int(running.started), disk.size, naming.disk_key(disk.target)
+        )
         note = naming.point_bitmap(running.advances, point)
         if any(medium.bitmap(note) for medium in nodes):
             continue
@@ -129,7 +131,7 @@ def told(state: backup.BlockState) -> list[backup_conf.Branch]:
         lines = {
             target: line
             for target, images in disks.items()
-            if (line := branch.line(name, images, sizes[target])) and _has(line)
+            if (line := branch.line(name, images, sizes[target], target)) and _has(line)
         }
         own = {target: line for target, line in lines.items() if not line.foreign}
         theirs = {target: line for target, line in lines.items() if line.foreign}
@@ -166,7 +168,7 @@ def _told_disk(target: str, line: branch.Line) -> backup_conf.BranchDisk:
 
 def create(session: domain.Session, state: backup.BlockState, name: str, at: naming.Point) -> None:
     """Begin branch NAME at one instant on every disk that a backup takes by itself; AT, but for
-    the disks' sizes, is its first point.
+    the disks' sizes and names, is its first point.
 
     Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is something of that name, or no disk;
     VIR_ERR_OPERATION_FAILED with QEMU's words.
@@ -181,14 +183,18 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"disk '{disk.target}': QEMU does not tell which image the guest writes to",
             )
-        lines[disk.target] = branch.line(name, images, disk.medium.size)
+        lines[disk.target] = branch.line(name, images, disk.medium.size, disk.target)
     if not lines:
         raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, "no disks selected for backup")
     backup.check_new(name, lines)
+    points = {
+        target: dataclasses.replace(at, size=line.size, disk=naming.disk_key(target))
+        for target, line in lines.items()
+    }
     actions = [
         action
-        for line in lines.values()
-        for action in branch.begin(name, line, dataclasses.replace(at, size=line.size))
+        for target, line in lines.items()
+        for action in branch.begin(name, line, points[target])
     ]
     if failure := _transact(session, actions):
         raise errors.error(
@@ -208,7 +214,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
         images = state.images(disk.medium.node) if disk.medium else None
         if images is None or disk.medium is None:
             continue
-        line = branch.line(name, images, disk.medium.size)
+        line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:
             foreign.append(disk.target)
             continue

@@ -22,7 +22,9 @@ _SPEED = 1 << 61
 _OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*(?:-next-[0-9a-f]{16})?")
 _NEXT = re.compile(PREFIX + r"([0-9a-f]{8})-\d+-next-([0-9a-f]{16})")
 _MARK = re.compile(PREFIX + r"branch-([0-9a-f]{16})")
-_POINT = re.compile(PREFIX + r"point-([0-9a-f]{16})-([0-9a-f]{8})-(\d{1,12})-(\d{1,19})")
+_POINT = re.compile(
+    PREFIX + r"point-([0-9a-f]{16})-([0-9a-f]{8})-(\d{1,12})-(\d{1,19})(?:-([0-9a-f]{8}))?"
+)
 
 
 def scratch_file_node(backup: BackupId, number: int) -> NodeName:
@@ -155,11 +157,18 @@ class Point:
     """Seconds since the epoch."""
     size: int
     """Guest-visible bytes that the disk had."""
+    disk: str | None = None
+    """What the disk was called, by its ``disk_key``; None: an older virtbackup did not note it."""
 
 
 def branch_key(branch: str) -> str:
     """A branch's name of up to 1023 bytes, short enough to be a part of another name."""
     return hashlib.sha256(branch.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def disk_key(target: str) -> str:
+    """A disk's name, of whatever length, as a part of another name."""
+    return hashlib.sha256(target.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def next_bitmap(backup: BackupId, number: int, branch: str) -> BitmapName:
@@ -177,13 +186,15 @@ def point_bitmap(branch: str, point: Point) -> BitmapName:
     """An empty bitmap beside the branch's, that by its name says what the branch's is relative to,
     wherever the image goes."""
     key = branch_key(branch)
-    return BitmapName(f"{PREFIX}point-{key}-{point.backup}-{point.time}-{point.size}")
+    disk = "" if point.disk is None else f"-{point.disk}"
+    return BitmapName(f"{PREFIX}point-{key}-{point.backup}-{point.time}-{point.size}{disk}")
 
 
 def point_of(name: str) -> tuple[str, Point] | None:
     """The branch, by its key, and the point of which NAME is the ``point_bitmap``, or None."""
-    match = _POINT.fullmatch(name)
-    return (match[1], Point(BackupId(match[2]), int(match[3]), int(match[4]))) if match else None
+    if (match := _POINT.fullmatch(name)) is None:
+        return None
+    return match[1], Point(BackupId(match[2]), int(match[3]), int(match[4]), match[5])
 
 
 def mark_bitmap(branch: str) -> BitmapName:

@@ -8,10 +8,13 @@ ends a restore before, SIGINT and SIGTERM included, no file remains.
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import os
 import pathlib
 import re
 import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
 
 import libvirt
@@ -25,6 +28,12 @@ PARTIAL = chain.PARTIAL
 
 _URI = re.compile(r"nbds?(\+(unix|vsock))?://.*", re.DOTALL)
 _RAW_NAMES = (".raw", ".img")
+_FLOCK = "hhqqi4x"
+"""fcntl(2)'s struct: type, whence, start, length, pid."""
+_OURS = (1 << 40, 1)
+"""Bytes of a file that a restore locks, beside those that QEMU does."""
+_QEMUS = (100, 200)
+_BUSY = (errno.EAGAIN, errno.EACCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +98,14 @@ def restore(
         if output.type != "file":  # of which nothing is left where the disk is not good
             chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
     cancel.check()
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         if disk is None:
             _make(pathlib.Path(out), undo)
         done = []
         for index, output in enumerate(outputs):
             with _claimed(output, force, undo):
-                done.append(_restore(chains[output.disk], output, index, force, progress, cancel))
+                links = chains[output.disk]
+                done.append(_restore(links, output, index, force, held, progress, cancel))
         cancel.check()
         _finish(outputs)
         undo.pop_all()
@@ -206,8 +216,12 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
-    if output.type == "file" and not path.is_file():
-        raise _invalid(f"{path} is not a file")
+    if output.type == "file":
+        if not path.is_file():
+            raise _invalid(f"{path} is not a file")
+        with _opened(path) as fd:
+            if fd is not None and _is_locked(fd, _QEMUS):
+                raise _invalid(f"{path} is in use by a QEMU")
 
 
 def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:
@@ -238,6 +252,49 @@ def _remove_empty(directory: pathlib.Path) -> None:
         directory.rmdir()
 
 
+# --- who has a file -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[int | None]:
+    """A descriptor of the file at PATH; None where it cannot be opened."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError:
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_locked(fd: int, part: tuple[int, int]) -> bool:
+    """Whether somebody else has a lock on PART, (start, length), of the file; not where its file
+    system does not tell."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *part, 0)
+    try:
+        told = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    except OSError:
+        return False
+    return bool(struct.unpack(_FLOCK, told)[0] != fcntl.F_UNLCK)
+
+
+def _hold(path: pathlib.Path, held: contextlib.ExitStack) -> None:
+    """Keep other restores from the file at PATH, which was just made, until HELD is closed.
+    Errors: one was faster."""
+    fd = held.enter_context(_opened(path))
+    if fd is None:
+        return
+    try:
+        lock = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_OURS, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+    except OSError as failure:
+        if failure.errno in _BUSY:
+            raise _invalid(f"{path} is being written by another restore") from failure
+
+
 # --- one disk -------------------------------------------------------------------------------------
 
 
@@ -253,8 +310,10 @@ def _claimed(output: Output, force: bool, undo: contextlib.ExitStack) -> Iterato
             raise _invalid(
                 f"{partial} exists already: another restore runs, or was killed; --force removes it"
             )
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        with _opened(partial) as fd:
+            if fd is not None and _is_locked(fd, _OURS):
+                raise _invalid(f"{partial} is being written by another restore")
+            _remove(partial)
     undo.callback(_remove, partial)
     yield
 
@@ -269,6 +328,7 @@ def _restore(
     output: Output,
     index: int,
     force: bool,
+    held: contextlib.ExitStack,
     progress: copy.Progress | None,
     cancel: copy.Cancel,
 ) -> Restored:
@@ -278,6 +338,8 @@ def _restore(
         nonlocal opened
         made = _open(output, size, force, cancel)
         opened = True
+        if output.type == "file":
+            _hold(output.partial, held)
         return made
 
     try:

@@ -162,8 +162,19 @@ def _print_maps(
 
 
 def _write_output(path: str, data: bytes) -> None:
+    """All of DATA, or what was there before."""
     try:
-        pathlib.Path(path).write_bytes(data)
+        place = pathlib.Path(path).resolve()  # not the link to a file but the file
+        if place.exists() and not place.is_file():
+            place.write_bytes(data)
+            return
+        partial = place.with_name(place.name + ".partial")
+        try:
+            partial.write_bytes(data)
+            partial.rename(place)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise vsh.Failure(f"cannot write {path}: {error.strerror}") from error
 
