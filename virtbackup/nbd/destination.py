@@ -163,10 +163,8 @@ class Server:
         try:
             yield
         except nbd.Error as failure:
-            told = failure.errnum not in (
-                0,
-                errno.EOPNOTSUPP,
-            )  # of one that wants TLS only words do
+            # That a server wants TLS, libnbd tells in words alone.
+            told = failure.errnum not in (0, errno.EOPNOTSUPP)
             reason = os.strerror(failure.errnum) if told else failure.string
             place = "" if offset is None else f" at offset {offset}"
             raise errors.error(
