@@ -144,6 +144,49 @@ def test_where_it_listens_is_told_later() -> None:
     assert told.listening_on(planned.address) == planned
 
 
+@pytest.mark.parametrize(
+    ("filename", "readonly", "refused"),
+    [
+        ("/images/a.raw", False, True),
+        ("/images/a.raw", True, False),
+        ("nbd+unix:///x?socket=/s", False, True),
+        ("", False, False),
+        ("null-co://", False, False),
+        ('json:{"driver": "raw", "file": {"driver": "null-co", "size": 512}}', False, False),
+    ],
+)
+def test_an_image_that_another_disk_writes_is_refused(
+    filename: str, readonly: bool, refused: bool
+) -> None:
+    """Also where the other one is left out: it goes on writing."""
+    asked = state()
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    assert one.medium is not None
+    medium = dataclasses.replace(one.medium, filename=filename)
+    twin = dataclasses.replace(medium, node=naming.NodeName("twin"), readonly=readonly)
+    disks = dataclasses.replace(one, medium=medium), block.Disk("vdb", twin, None)
+    without = (disk("vdb", present=False),)
+    for left_out in without, ():
+        if refused:
+            with pytest.raises(errors.Error, match="'vda' and disk 'vdb' both write to"):
+                plan(dataclasses.replace(asked, disks=disks), disks=left_out)
+        else:
+            plan(dataclasses.replace(asked, disks=disks), disks=left_out)
+    if refused:
+        strangers = dataclasses.replace(asked, disks=disks[:1], strangers=disks[1:])
+        with pytest.raises(errors.Error, match="'vda' and disk 'vdb' both write to"):
+            plan(strangers)
+
+
+def test_a_node_that_two_devices_have_is_backed_up_once() -> None:
+    asked = state()
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    asked = dataclasses.replace(asked, disks=(one, dataclasses.replace(one, target="vdb")))
+    with pytest.raises(errors.Error, match="disks 'vda' and 'vdb' are the same block node 'A'"):
+        plan(asked)
+    assert [d.target for d in plan(asked, disks=(disk("vda", present=False),)).disks] == ["vdb"]
+
+
 @pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
 def test_a_disk_larger_than_a_scratch_image_can_be_is_refused(size: int, fits: bool) -> None:
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", size, False)
