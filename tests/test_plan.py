@@ -708,11 +708,13 @@ def test_judgement_is_by_disk() -> None:
         for n in range(8)
         if n != 1
     }
+    cancelled = naming.backup_job(ID, 8)
+    jobs[cancelled] = monitor_json.Job(cancelled, "backup", "concluded", "Operation canceled")
     exports = {
         naming.export(ID, n): monitor_json.Export(
             naming.export(ID, n), "nbd", naming.NodeName("x"), n == 3
         )
-        for n in range(8)
+        for n in range(9)
         if n != 2
     }
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", 1, False)
@@ -725,7 +727,7 @@ def test_judgement_is_by_disk() -> None:
     }
     sight = blockjob.Sight(jobs, exports, drives, True, {naming.access_node(ID, 7): "EINVAL"})
     removed = "its export was removed before the backup was stopped"
-    disks = [of(number) for number in range(8)]
+    disks = [of(number) for number in range(9)]
     assert blockjob.judge(disks, sight) == {
         "d1": "its backup job disappeared",
         "d2": removed,
@@ -735,6 +737,8 @@ def test_judgement_is_by_disk() -> None:
         "d5": "the disk was unplugged during the backup",
         "d6": "its medium was removed during the backup",
         "d7": "its snapshot is broken: EINVAL",
+        "d8": "the disk was unplugged during the backup, and its backup job ended: Operation"
+        " canceled",
     }
     assert blockjob.stopped_guest(disks, sight)
     runs = dataclasses.replace(sight, io_error=False)
@@ -745,7 +749,7 @@ def test_judgement_is_by_disk() -> None:
     reasons = blockjob.judge(disks, dataclasses.replace(runs, drives=given))
     assert reasons["d0"] == "it was given away during the backup, to a migration or a save"
     without_devices = dataclasses.replace(runs, drives=None)
-    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7"}
+    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8"}
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,31 @@ def test_one_image_in_two_nodes(tmp_path: pathlib.Path) -> None:
             ):
                 conn.lookupByID(1).backupStart(xml(tmp_path, left_out))
         assert machine.state() == before
+
+
+def test_a_drive_that_goes_with_its_device(tmp_path: pathlib.Path) -> None:
+    """What ``-drive`` made QEMU deletes when the device is unplugged, the backup job included."""
+    for name in "ab":
+        machines.image(tmp_path / f"{name}.raw", SIZE)
+    with (
+        machines.qemu(
+            tmp_path,
+            "-device", "virtio-scsi,id=scsi0",
+            "-drive", f"file={tmp_path}/a.raw,format=raw,if=none,id=a",
+            "-device", "scsi-hd,drive=a,id=sda",
+            "-drive", f"file={tmp_path}/b.raw,format=raw,if=none,id=b",
+            "-device", "scsi-hd,drive=b,id=sdb",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.backupStart(xml(tmp_path))
+        machine.probe("device_del", id="sdb")
+        machine.probe.wait_event("DEVICE_DELETED")
+        with pytest.raises(virtbackup.Error) as caught:
+            dom.backupStop()
+        assert str(caught.value).endswith(
+            "the backup is not good: disk 'sdb': the disk was unplugged during the backup, and its"
+            " backup job ended: Operation canceled"
+        )
+        assert "virtbackup" not in str(machine.state())
