@@ -144,6 +144,49 @@ def test_where_it_listens_is_told_later() -> None:
     assert told.listening_on(planned.address) == planned
 
 
+@pytest.mark.parametrize(
+    ("filename", "readonly", "refused"),
+    [
+        ("/images/a.raw", False, True),
+        ("/images/a.raw", True, False),
+        ("nbd+unix:///x?socket=/s", False, True),
+        ("", False, False),
+        ("null-co://", False, False),
+        ('json:{"driver": "raw", "file": {"driver": "null-co", "size": 512}}', False, False),
+    ],
+)
+def test_an_image_that_another_disk_writes_is_refused(
+    filename: str, readonly: bool, refused: bool
+) -> None:
+    """Also where the other one is left out: it goes on writing."""
+    asked = state()
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    assert one.medium is not None
+    medium = dataclasses.replace(one.medium, filename=filename)
+    twin = dataclasses.replace(medium, node=naming.NodeName("twin"), readonly=readonly)
+    disks = dataclasses.replace(one, medium=medium), block.Disk("vdb", twin, None)
+    without = (disk("vdb", present=False),)
+    for left_out in without, ():
+        if refused:
+            with pytest.raises(errors.Error, match="'vda' and disk 'vdb' both write to"):
+                plan(dataclasses.replace(asked, disks=disks), disks=left_out)
+        else:
+            plan(dataclasses.replace(asked, disks=disks), disks=left_out)
+    if refused:
+        strangers = dataclasses.replace(asked, disks=disks[:1], strangers=disks[1:])
+        with pytest.raises(errors.Error, match="'vda' and disk 'vdb' both write to"):
+            plan(strangers)
+
+
+def test_a_node_that_two_devices_have_is_backed_up_once() -> None:
+    asked = state()
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    asked = dataclasses.replace(asked, disks=(one, dataclasses.replace(one, target="vdb")))
+    with pytest.raises(errors.Error, match="disks 'vda' and 'vdb' are the same block node 'A'"):
+        plan(asked)
+    assert [d.target for d in plan(asked, disks=(disk("vda", present=False),)).disks] == ["vdb"]
+
+
 @pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
 def test_a_disk_larger_than_a_scratch_image_can_be_is_refused(size: int, fits: bool) -> None:
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", size, False)
@@ -665,11 +708,13 @@ def test_judgement_is_by_disk() -> None:
         for n in range(8)
         if n != 1
     }
+    cancelled = naming.backup_job(ID, 8)
+    jobs[cancelled] = monitor_json.Job(cancelled, "backup", "concluded", "Operation canceled")
     exports = {
         naming.export(ID, n): monitor_json.Export(
             naming.export(ID, n), "nbd", naming.NodeName("x"), n == 3
         )
-        for n in range(8)
+        for n in range(9)
         if n != 2
     }
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", 1, False)
@@ -682,7 +727,7 @@ def test_judgement_is_by_disk() -> None:
     }
     sight = blockjob.Sight(jobs, exports, drives, True, {naming.access_node(ID, 7): "EINVAL"})
     removed = "its export was removed before the backup was stopped"
-    disks = [of(number) for number in range(8)]
+    disks = [of(number) for number in range(9)]
     assert blockjob.judge(disks, sight) == {
         "d1": "its backup job disappeared",
         "d2": removed,
@@ -692,6 +737,8 @@ def test_judgement_is_by_disk() -> None:
         "d5": "the disk was unplugged during the backup",
         "d6": "its medium was removed during the backup",
         "d7": "its snapshot is broken: EINVAL",
+        "d8": "the disk was unplugged during the backup, and its backup job ended: Operation"
+        " canceled",
     }
     assert blockjob.stopped_guest(disks, sight)
     runs = dataclasses.replace(sight, io_error=False)
@@ -702,7 +749,7 @@ def test_judgement_is_by_disk() -> None:
     reasons = blockjob.judge(disks, dataclasses.replace(runs, drives=given))
     assert reasons["d0"] == "it was given away during the backup, to a migration or a save"
     without_devices = dataclasses.replace(runs, drives=None)
-    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7"}
+    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8"}
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,7 @@ def plan(
         caps.check_tls(dialect.credentials_kind(credentials), unix)
     _check_branch(definition, caps)
     _check_sources(definition.disks)
+    _check_nodes(definition.disks, state)
     lines = _lines(definition, definition.branch, state)
     _check_sound(definition, lines)
     check_new(definition.fork, _lines(definition, definition.fork, state))
@@ -470,6 +471,19 @@ def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:
                 )
 
 
+def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) -> None:
+    """Refuse a node that is to be backed up twice, as several devices have it: one is enough."""
+    media = {disk.target: disk.medium for disk in state.disks}
+    nodes: dict[naming.NodeName, str] = {}
+    for disk in disks:
+        medium = media[disk.name] if disk.present else None
+        if medium is not None and (other := nodes.setdefault(medium.node, disk.name)) != disk.name:
+            raise _unsupported(
+                f"disks '{other}' and '{disk.name}' are the same block node '{medium.node}': leave"
+                ' one of them out (present="no")'
+            )
+
+
 def _check_disk(
     wanted: backup_conf.BackupDiskDef,
     disk: block.Disk,
@@ -479,6 +493,7 @@ def _check_disk(
 ) -> None:
     """Refuse what cannot be backed up, or not as it is WANTED."""
     _check_size(wanted.name, medium)
+    _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
     _check_jobs(disk, medium, state)
     _check_iothread(wanted.name, state, caps)
@@ -492,6 +507,22 @@ def _check_size(target: str, medium: block.Medium) -> None:
             f"disk '{target}' of {medium.size} bytes is larger than a scratch image can be:"
             f" {qcow2.MAX_SIZE} bytes"
         )
+
+
+def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
+    """Refuse where the guest can write a disk's image past its node, by another disk: what is
+    overwritten that way is not saved."""
+    for twin in (*state.disks, *state.strangers):
+        other = twin.medium
+        if other is None or other.readonly or other.node == medium.node:
+            continue
+        if other.filename == medium.filename and medium.tells_place:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"disk '{target}' and disk '{twin.target}' both write to '{medium.filename}', each"
+                " by a block node of its own: what is written by the one would be missing in a"
+                " backup of the other",
+            )
 
 
 def _check_drive(disk: block.Disk, caps: capabilities.Capabilities) -> None:

@@ -57,6 +57,11 @@ class Medium:
     active: bool = True
     """Not given away, to a migration or a save; told since QEMU 10.0."""
 
+    @property
+    def tells_place(self) -> bool:
+        """Whether ``filename`` says where the data is: not where there is none."""
+        return self.filename != "" and re.search(r"^null-|^json:.*\bnull-", self.filename) is None
+
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 

@@ -39,7 +39,7 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
     for disk in disks:
         reason = (
             _given_away_reason(disk, sight)
-            or job_reason(sight.jobs.get(disk.job))
+            or _job_reason(disk, sight)
             or _frozen_reason(disk, sight)
             or _scratch_reason(disk, sight)
             or _export_reason(disk, sight)
@@ -56,6 +56,14 @@ def _given_away_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     if drive is None or drive.medium is None or drive.medium.active:
         return None
     return "it was given away during the backup, to a migration or a save"
+
+
+def _job_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    """Why the job does not vouch. With a device that is unplugged QEMU deletes the drive that
+    ``-drive`` made for it, and cancels that drive's jobs."""
+    reason = job_reason(sight.jobs.get(disk.job))
+    gone = _device_reason(disk, sight)
+    return f"{gone}, and {reason}" if reason and gone else reason
 
 
 def job_reason(job: monitor_json.Job | None) -> str | None:
