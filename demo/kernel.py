@@ -14,11 +14,12 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "guest"
 DRIVERS = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod")
 _KERNEL = re.compile(r"linux-image-\d\S*-cloud-amd64")
+_KERNEL_PARTS = re.compile(r"Depends: (linux-(?:binary|modules)-\d\S*-cloud-amd64)")
 _MODULE = re.compile(r"\.ko(\.xz|\.zst)?$")
 _DEPENDS = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")
 
@@ -44,11 +45,11 @@ def fetch(more: tuple[str, ...] = ()) -> Kernel:
     """
     suffix = "".join(f"+{name}" for name in more)
 
-    def keep(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
-        _keep_kernel(tar, kept, (*DRIVERS, *more))
+    def keep(tars: Sequence[tarfile.TarFile], kept: pathlib.Path) -> None:
+        _keep_kernel(tars, kept, (*DRIVERS, *more))
 
     linux = _cached(f"linux-image-*-cloud-amd64_*{suffix}") or _download(
-        _kernel_package, keep, suffix
+        _kernel_packages, keep, suffix
     )
     busybox = fetch_program("busybox-static", "bin/busybox")
     order = (linux / "modules").read_text().split()
@@ -59,12 +60,13 @@ def fetch_program(package: str, path: str) -> pathlib.Path:
     """A program whose name in a PACKAGE ends with PATH. Raises Unavailable."""
     name = pathlib.PurePath(path).name
 
-    def keep(tar: tarfile.TarFile, kept: pathlib.Path) -> None:
+    def keep(tars: Sequence[tarfile.TarFile], kept: pathlib.Path) -> None:
+        [tar] = tars
         for member in tar:
             if member.isfile() and member.name.endswith(path):
                 (kept / name).write_bytes(_read(tar, member))
 
-    return (_cached(f"{package}_*") or _download(lambda: package, keep)) / name
+    return (_cached(f"{package}_*") or _download(lambda: [package], keep)) / name
 
 
 def _cached(pattern: str) -> pathlib.Path | None:
@@ -72,40 +74,47 @@ def _cached(pattern: str) -> pathlib.Path | None:
 
 
 def _download(
-    package: Callable[[], str],
-    keep: Callable[[tarfile.TarFile, pathlib.Path], None],
+    packages: Callable[[], Sequence[str]],
+    keep: Callable[[Sequence[tarfile.TarFile], pathlib.Path], None],
     suffix: str = "",
 ) -> pathlib.Path:
-    """Fetch a package, KEEP what is wanted of it; the directory it is in, SUFFIX to its name."""
+    """Fetch packages, KEEP what is wanted of them; the directory it is in, which has the name of
+    the first, and SUFFIX."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".new-") as name:
         work = pathlib.Path(name)
-        archive = _fetch_archive(package, work)
-        kept = work / (archive.stem + suffix)
+        archives = _fetch_archives(packages, work)
+        kept = work / (archives[0].stem + suffix)
         kept.mkdir()
-        files = _run("dpkg-deb", "--fsys-tarfile", str(archive))
-        with tarfile.open(fileobj=io.BytesIO(files)) as tar:
-            keep(tar, kept)
+        with contextlib.ExitStack() as stack:
+            files = (_run("dpkg-deb", "--fsys-tarfile", str(archive)) for archive in archives)
+            keep([stack.enter_context(tarfile.open(fileobj=io.BytesIO(f))) for f in files], kept)
         with contextlib.suppress(OSError):  # another run was faster
             kept.rename(CACHE / kept.name)
     return CACHE / kept.name
 
 
-def _fetch_archive(package: Callable[[], str], directory: pathlib.Path) -> pathlib.Path:
-    """Download the package; when the lists are missing or too old, refresh them and try again."""
+def _fetch_archives(
+    packages: Callable[[], Sequence[str]], directory: pathlib.Path
+) -> list[pathlib.Path]:
+    """Download the packages; when the lists are missing or too old, refresh them and try again."""
     try:
-        _run("apt-get", "-q", "download", package(), cwd=directory)
+        wanted = packages()
+        _run("apt-get", "-q", "download", *wanted, cwd=directory)
     except Unavailable:
         _run(*_as_root(), "apt-get", "-q", "update")
-        _run("apt-get", "-q", "download", package(), cwd=directory)
-    return next(directory.glob("*.deb"))
+        wanted = packages()
+        _run("apt-get", "-q", "download", *wanted, cwd=directory)
+    return [next(directory.glob(f"{package}_*.deb")) for package in wanted]
 
 
-def _kernel_package() -> str:
-    text = _run("apt-cache", "depends", "linux-image-cloud-amd64").decode()
-    if found := _KERNEL.search(text):
-        return found[0]
-    raise Unavailable("apt knows no linux-image-cloud-amd64")
+def _kernel_packages() -> list[str]:
+    """The kernel's package; from Debian 14 on its files are in others, which that depends on."""
+    found = _KERNEL.search(_run("apt-cache", "depends", "linux-image-cloud-amd64").decode())
+    if found is None:
+        raise Unavailable("apt knows no linux-image-cloud-amd64")
+    parts = _KERNEL_PARTS.findall(_run("apt-cache", "depends", found[0]).decode())
+    return [found[0], *parts]
 
 
 def _as_root() -> Iterable[str]:
@@ -122,17 +131,23 @@ def _run(*argv: str, cwd: pathlib.Path | None = None) -> bytes:
         raise Unavailable(f"{' '.join(argv)}: {error.stderr.decode().strip()}") from error
 
 
-def _keep_kernel(tar: tarfile.TarFile, kept: pathlib.Path, drivers: Iterable[str]) -> None:
+def _keep_kernel(
+    tars: Sequence[tarfile.TarFile], kept: pathlib.Path, drivers: Iterable[str]
+) -> None:
+    image = kept / "vmlinuz"
     modules = {}
-    for member in tar:
-        name = pathlib.PurePath(member.name).name
-        if name.startswith("vmlinuz-"):
-            (kept / "vmlinuz").write_bytes(_read(tar, member))
-        elif _MODULE.search(name):
-            modules[_MODULE.sub("", name).replace("-", "_")] = member
+    for tar in tars:
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            name = pathlib.PurePath(member.name).name
+            if name == image.name or name.startswith(f"{image.name}-"):
+                image.write_bytes(_read(tar, member))
+            elif _MODULE.search(name):
+                modules[_MODULE.sub("", name).replace("-", "_")] = tar, member
+    if not image.exists():
+        raise Unavailable(f"no kernel is in {kept.name}, nor in what it depends on")
     order: dict[str, bytes] = {}
     for driver in drivers:
-        _resolve(driver, lambda name: _unpack(tar, modules.get(name)), order)
+        _resolve(driver, lambda name: _unpack(*modules[name]) if name in modules else None, order)
     for name, module in order.items():
         (kept / name).write_bytes(module)
     (kept / "modules").write_text("\n".join(order))
@@ -148,9 +163,7 @@ def _resolve(name: str, load: Callable[[str], bytes | None], order: dict[str, by
     order[name] = module
 
 
-def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes | None:
-    if member is None:
-        return None
+def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     module = _read(tar, member)
     if member.name.endswith(".xz"):
         return lzma.decompress(module)

@@ -66,7 +66,7 @@ class Raw:
     @classmethod
     def tcp(cls, port: int, context: ssl.SSLContext | None = None) -> "Raw":
         """With CONTEXT by tls."""
-        made = socket.create_connection(("127.0.0.1", port), DEADLINE)
+        made = socket.create_connection(("localhost", port), DEADLINE)  # whichever that is first
         if context is None:
             return cls(made)
         wrapped = context.wrap_socket(made, server_hostname="127.0.0.1")

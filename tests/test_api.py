@@ -317,4 +317,5 @@ def test_every_code_has_libvirts_text() -> None:
     of_libvirt.restype, of_libvirt.argtypes = ctypes.c_char_p, (ctypes.c_int, ctypes.c_char_p)
     for code in errors._TEXTS:
         assert str(errors.error(code)) == of_libvirt(code, None).decode()
-        assert str(errors.error(code, "100%")) == of_libvirt(code, b"").decode() % "100%"
+        template = of_libvirt(code, b"").decode().replace("%1$s", "%s")  # as newer ones have it
+        assert str(errors.error(code, "100%")) == template % "100%"

@@ -64,9 +64,21 @@ def test_comments_and_instructions_are_no_part_of_a_document() -> None:
     assert (list(root), root.text) == ([], "bdg")
 
 
-def test_what_a_document_says_of_its_encoding_does_not_count() -> None:
-    document = "<?xml version='1.0' encoding='latin-1'?><a>é</a>"
-    assert xml.parse(document, "a").text == "é"
+@pytest.mark.parametrize("name", ["latin-1", "ISO-8859-1", "utf-16", "UCS-4", "utf-8", "x-of_ours"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_what_a_document_says_of_its_encoding_does_not_count(name: str, quote: str) -> None:
+    said = f"<?xml version='1.0' encoding = {quote}{name}{quote} standalone='no' ?>"
+    assert xml.parse(f"{said}<a>é</a>", "a").text == "é"
+    unsaid = said.replace(f"encoding = {quote}{name}{quote}", " " * (len(name) + 13))
+    assert _refused(f"{said}<a>é</b>") == _refused(f"{unsaid}<a>é</b>")
+    _refused(f"{said[:-2]}encoding={quote}{name}{quote}?><a/>")
+    _refused(f"<?xml version='1.0' encoding='{name} '?><a/>")
+
+
+def _refused(document: str) -> str:
+    with pytest.raises(errors.Error) as caught:
+        xml.parse(document, "a")
+    return str(caught.value)
 
 
 def test_text_between_elements_is_told_behind_elements_that_hold_text() -> None:

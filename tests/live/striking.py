@@ -54,6 +54,7 @@ class Strikes:
         if event == "call":
             if not _is_looked_at(code.co_filename):
                 return None
+            frame.f_trace = self._trace  # Python 3.13 wants it first
             frame.f_trace_opcodes = True
         place = code, frame.f_lasti
         is_new = event == "opcode" and frame.f_lasti in _looks(code) and place not in self._met

@@ -205,7 +205,7 @@ def test_it_is_installed(machine: Machine) -> None:
     assert machine.run("virsh-backup -c test:///default list --name").split() == ["vm"]
     for page in ("virsh-backup", "virtbackupd", "virtbackup.conf"):
         assert machine.run(f"man -w {page}").startswith("/usr/share/man/")
-        assert f"\n       {page} - " in machine.run(f"man {page}")
+        assert re.search(rf"\n +{page} - ", machine.run(f"man {page}"))
     assert machine.run("fish -c 'complete -C \"virsh-backup backup-pu\"'").startswith(
         "backup-pull\t"
     )

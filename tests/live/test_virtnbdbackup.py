@@ -30,7 +30,8 @@ class Theirs:
 
     def run(self, *options: str) -> "subprocess.CompletedProcess[str]":
         argv = ["virtnbdbackup", "-U", self._host.daemon.uri, "-d", NAME, "--noprogress"]
-        argv += ["-S", str(self._host.directory), "-f", str(self._host.path("theirs.sock"))]
+        argv += ["--scratchdir", str(self._host.directory)]
+        argv += ["-f", str(self._host.path("theirs.sock"))]
         return subprocess.run([*argv, *options], check=False, capture_output=True, text=True)
 
     def backup(self, level: str, directory: pathlib.Path) -> None:

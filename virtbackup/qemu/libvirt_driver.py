@@ -12,7 +12,7 @@ import threading
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import libvirt
 
@@ -234,14 +234,12 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
     @contextlib.contextmanager
     def _session(self, ref: hypervisor.DomainRef) -> Iterator[domain.Session]:
         """QEMU of a domain, for one call. Errors: monitor.NotListening where there is none."""
-        with _not_running_where_gone(ref):
-            found = self.lookup(ref)
+        found = _not_running_where_gone(ref, lambda: self.lookup(ref))
         try:
             with _own_errors(), passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
-                with _not_running_where_gone(ref):
-                    disks = domain_conf.DomainDef.parse(found.XMLDesc()).disks
-                yield domain.Session(qemu, identity, disks)
+                xml = _not_running_where_gone(ref, found.XMLDesc)
+                yield domain.Session(qemu, identity, domain_conf.DomainDef.parse(xml).disks)
         except qmp.ProtocolError as failure:
             raise errors.error(
                 libvirt.VIR_ERR_INTERNAL_ERROR, f"QEMU monitor: {failure}"
@@ -300,11 +298,13 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
         self._obj(ref).job.delete_branch(name)
 
 
-@contextlib.contextmanager
-def _not_running_where_gone(ref: hypervisor.DomainRef) -> Iterator[None]:
-    """A domain that libvirt does not know, or not any more, does not run."""
+_Asked = TypeVar("_Asked")
+
+
+def _not_running_where_gone(ref: hypervisor.DomainRef, ask: Callable[[], _Asked]) -> _Asked:
+    """What is asked; a domain that libvirt does not know, or not any more, does not run."""
     try:
-        yield
+        return ask()
     except libvirt.libvirtError as failure:
         if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
             raise

@@ -11,15 +11,18 @@ from virtbackup import errors, hypervisor, runtime
 from virtbackup.qemu import status
 
 
-@contextlib.contextmanager
-def own_errors() -> Iterator[None]:
+class own_errors(contextlib.ContextDecorator):
     """libvirt's errors are errors of ours: the same, but of the type that callers look for."""
-    try:
-        yield
-    except errors.Error:
-        raise
-    except libvirt.libvirtError as failure:
-        raise errors.of_libvirt(failure) from failure
+
+    # No generator: its frame and the error would hold each other, and the error libvirt's
+    # connection, which would stay open after its close until garbage is collected.
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
+        if isinstance(failure, libvirt.libvirtError) and not isinstance(failure, errors.Error):
+            raise errors.of_libvirt(failure) from failure
 
 
 def ref_of(found: "libvirt.virDomain") -> hypervisor.DomainRef:
