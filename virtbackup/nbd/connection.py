@@ -22,6 +22,8 @@ from virtbackup import errors
 from virtbackup.nbd import store
 
 CHUNK = 512 << 10
+"""Bytes of a buffer, where nothing else is best."""
+_MOST = 1 << 20
 """Bytes of a read, at most."""
 _SECTOR = 512
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
@@ -113,7 +115,7 @@ class Connection:
             self.tells = frozenset(filter(handle.can_meta_context, self._contexts))
             """Those of the contexts that the server has."""
             most = handle.get_block_size(nbd.SIZE_MAXIMUM)
-            self.most: int = min(CHUNK, most or CHUNK)
+            self.most: int = min(_MOST, most or _MOST)
             """Bytes of a read."""
             # An unfragmented answer is faster, and QEMU sends an error in it instead of hanging up.
             self._flags = nbd.CMD_FLAG_DF if handle.can_df() else 0

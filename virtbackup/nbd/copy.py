@@ -30,12 +30,14 @@ Format = Literal["qcow2", "raw"]
 Backing = qcow2.Backing
 Cancel = polling.Cancel
 
-BUFFERS = 8
-"""In flight for a disk; fewer when MAX_BUFFERS says so."""
-QCOW2_BUFFERS = 16
-"""The same of one that QEMU writes: another process to wait for on a busy machine."""
-MAX_BUFFERS = 64
-"""For all disks together, but one for each at least."""
+MEMORY = 32 << 20
+"""Bytes of all disks' buffers together, but one buffer for each disk at least."""
+_RAW = (CHUNK, 8)
+_QCOW2 = (2 * CHUNK, 6)
+"""(bytes of a buffer, buffers of a disk), where MEMORY allows it. QEMU, which writes qcow2, is told
+less often with large ones; more of them do not fit into the processor's cache."""
+_FEW = 4
+"""Buffers below which they are better small."""
 CONNECTIONS = 2
 """To a server that says that several clients see the same."""
 _LOOK_AHEAD = 256
@@ -111,7 +113,7 @@ def copy(
     for job in jobs:
         assert job.path is None or (job.dirty is None) == (job.backing is None), job
         assert (job.backing or job.compression) is None or job.format == "qcow2", job
-    share = max(1, MAX_BUFFERS // max(1, len(jobs)))
+    share = MEMORY // max(1, len(jobs))
     with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
         if cancel is None:
             cancel = Cancel()
@@ -120,8 +122,7 @@ def copy(
         always.callback(loop.close)
         disks = []
         for index, job in enumerate(jobs):
-            wanted = QCOW2_BUFFERS if job.format == "qcow2" else BUFFERS
-            disk = _Disk(job, index, min(wanted, share), loop, progress)
+            disk = _Disk(job, index, _buffers(job, share), loop, progress)
             undo.callback(disk.store.abandon)
             disk.begin()
             disks.append(disk)
@@ -214,15 +215,22 @@ class _Disk:
     """One job under way: what is known and not read, what is in flight, where it goes."""
 
     def __init__(
-        self, job: Job, index: int, buffers: int, loop: polling.Loop, progress: Progress | None
+        self,
+        job: Job,
+        index: int,
+        buffers: tuple[int, int],
+        loop: polling.Loop,
+        progress: Progress | None,
     ) -> None:
+        """BUFFERS: their size and number."""
         self._job = job
+        self._chunk, count = buffers
         self._index = index
         self._loop = loop
         self._progress = progress
         first = loop.connect(job.export, _contexts(job))
         self.connections = [first]
-        if first.multi and (buffers > 1 or job.dirty is not None):
+        if first.multi and (count > 1 or job.dirty is not None):
             self.connections += [loop.connect(job.export) for _ in range(CONNECTIONS - 1)]
         self._size = first.size if job.size is None else job.size
         if self._size > first.size:
@@ -237,7 +245,7 @@ class _Disk:
         where = _open(job, self._size)
         try:
             self.store = store.Store(where, loop.stored)
-            self._free = [store.Chunk(CHUNK, where) for _ in range(buffers)]
+            self._free = [store.Chunk(self._chunk, where) for _ in range(count)]
         except BaseException:
             where.discard()
             raise
@@ -352,19 +360,27 @@ class _Disk:
     def _gather(self, walk: _Walk) -> list[extents.Extent]:
         """The data at the head of WALK, up to the next border of a chunk; and more, when it is
         known and comes before that, in small pieces with nothing between that is to be stored."""
-        pieces = [_next_piece(walk.todo)]
-        border = -(-pieces[0].end // CHUNK) * CHUNK
+        pieces = [self._next_piece(walk.todo)]
+        border = -(-pieces[0].end // self._chunk) * self._chunk
         while walk.todo and walk.todo[0].offset < border:
             extent = walk.todo[0]
             if extent.kind is extents.Kind.DATA:
                 if self._worth_asking(extent, walk):
                     break
-                pieces.append(_next_piece(walk.todo))
+                pieces.append(self._next_piece(walk.todo))
             elif self._to_store(extent.kind) or self._tree.early >= _MOST_EARLY:
                 break
             else:
                 self._pass_over(walk.todo.popleft())
         return pieces
+
+    def _next_piece(self, todo: collections.deque[extents.Extent]) -> extents.Extent:
+        """The first part of the first extent, up to the next border of a chunk."""
+        extent = todo.popleft()
+        end = min(extent.end, (extent.offset // self._chunk + 1) * self._chunk)
+        if end < extent.end:
+            todo.appendleft(extents.Extent(end, extent.end - end, extent.kind))
+        return extents.Extent(extent.offset, end - extent.offset, extent.kind)
 
     def _worth_asking(self, extent: extents.Extent, walk: _Walk) -> bool:
         """Whether EXTENT, which has changed, may be zeroes, and many of them."""
@@ -416,6 +432,14 @@ class _Disk:
             self._progress.advance(self._index, count)
 
 
+def _buffers(job: Job, share: int) -> tuple[int, int]:
+    """Their size and number for a disk that has a SHARE of the memory, in bytes."""
+    size, wanted = _QCOW2 if job.format == "qcow2" else _RAW
+    if share < _FEW * size:
+        size = CHUNK
+    return size, max(1, min(wanted, share // size))
+
+
 def _contexts(job: Job) -> tuple[str, ...]:
     """What the first connection is asked about; the second, if there is one, allocation.
 
@@ -427,15 +451,6 @@ def _contexts(job: Job) -> tuple[str, ...]:
     if isinstance(job.export.server, connection.Program):
         return (job.dirty, connection.ALLOCATION)
     return (job.dirty,)
-
-
-def _next_piece(todo: collections.deque[extents.Extent]) -> extents.Extent:
-    """The first part of the first extent, up to the next border of a chunk."""
-    extent = todo.popleft()
-    end = min(extent.end, (extent.offset // CHUNK + 1) * CHUNK)
-    if end < extent.end:
-        todo.appendleft(extents.Extent(end, extent.end - end, extent.kind))
-    return extents.Extent(extent.offset, end - extent.offset, extent.kind)
 
 
 def _open(job: Job, size: int) -> target.Target:
