@@ -78,7 +78,9 @@ class Probe:
         self._file = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
         json.loads(self._file.readline())
-        self("qmp_capabilities")
+        if "QMP" in self.reply("qmp_capabilities"):
+            self.close()
+            raise ConnectionResetError("greeted twice, as by a daemon that has just come up")
 
     @property
     def pid(self) -> int:
