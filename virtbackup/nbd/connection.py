@@ -236,16 +236,20 @@ def connect(handle: Any, export: Export) -> None:
     if isinstance(server, str):
         handle.aio_connect_unix(server)
     elif isinstance(server, Program):
-        handle.aio_connect_systemd_socket_activation([*_ending_with_us(), *server.argv])
+        # One that lost its only client before that came to speak would wait for another for ever.
+        prefix = tied() if shutil.which("setpriv") else ()
+        handle.aio_connect_systemd_socket_activation([*prefix, *server.argv])
     else:
         handle.aio_connect_tcp(server[0], str(server[1]))
 
 
-def _ending_with_us() -> tuple[str, ...]:
-    """What has a program end when the thread that starts it does: one that lost its only client
-    before it came to talk to it would wait for another for ever."""
-    found = shutil.which("setpriv")
-    return () if found is None else (found, "--pdeathsig", "TERM")
+def tied() -> tuple[str, ...]:
+    """What a program is started by to end with the thread that starts it, however that ends.
+
+    The kernel sees to that, and the shell to a process that ended before the kernel was told.
+    """
+    shell = """[ "$PPID" = "$1" ] || exit; shift; exec "$@" """
+    return ("setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh", str(os.getpid()))
 
 
 def leave(handle: Any, export: Export, *, idle: bool) -> None:

@@ -35,7 +35,7 @@ MEMORY = 32 << 20
 _RAW = (CHUNK, 8)
 _QCOW2 = (2 * CHUNK, 6)
 """(bytes of a buffer, buffers of a disk), where MEMORY allows it. QEMU, which writes qcow2, is told
-less often with large ones; more of them do not fit into the processor's cache."""
+less often with large ones; with more of them, or with larger ones, a copy took longer."""
 _FEW = 4
 """Buffers below which they are better small."""
 CONNECTIONS = 2

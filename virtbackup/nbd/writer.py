@@ -45,12 +45,6 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_TOP_PAD_": str(4 << 20),
 }
-# The program ends with the thread that started it, however that ends: the kernel sees to that, and
-# the shell to a process that ended before the kernel was told.
-_TIED = (
-    "setpriv", "--pdeathsig", "KILL",
-    "sh", "-c", """[ "$PPID" = "$1" ] || exit; shift; exec "$@" """, "sh",
-)  # fmt: skip
 # Systemd's socket activation; what listens is the standard input.
 _ACTIVATED = ("sh", "-c", """LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&0 </dev/null""", "sh")
 _LOST = {errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
@@ -416,7 +410,7 @@ class QemuWriter(target.Asynchronous):
         export = "type=vhost-user-blk,id=image,node-name=image,writable=on,addr.type=fd,addr.str="
         with self._listening() as (listening, client):
             argv = ["qemu-storage-daemon", "--blockdev", node, "--export", f"{export}0"]
-            self._start((*_TIED, str(os.getpid()), *argv), listening)
+            self._start((*connection.tied(), *argv), listening)
             listening.close()
             link = vhost_user.Client(client.dup(), self._memory)
             try:
@@ -432,7 +426,7 @@ class QemuWriter(target.Asynchronous):
         with self._listening() as (listening, client):
             argv = ["qemu-nbd", "--cache=unsafe", f"json:{node}"]
             self._start(
-                (*_TIED, str(os.getpid()), *_ACTIVATED, *argv), listening, {**os.environ, **_MALLOC}
+                (*connection.tied(), *_ACTIVATED, *argv), listening, {**os.environ, **_MALLOC}
             )
             listening.close()
             try:

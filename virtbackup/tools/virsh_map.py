@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import shutil
 import sys
@@ -168,7 +169,7 @@ def _write_output(path: str, data: bytes) -> None:
         if place.exists() and not place.is_file():
             place.write_bytes(data)
             return
-        partial = place.with_name(place.name + ".partial")
+        partial = place.with_name(f"{place.name}.{os.getpid()}.partial")  # nobody else's
         try:
             partial.write_bytes(data)
             partial.rename(place)
