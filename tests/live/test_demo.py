@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from demo import kernel
+from tests import waiting
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -68,7 +69,8 @@ def processes_of(scratch: pathlib.Path) -> dict[int, bytes]:
 
 
 def assert_clean(scratch: pathlib.Path) -> None:
-    assert processes_of(scratch) == {}
+    # A command that was just being started ends by itself.
+    waiting.until(lambda: processes_of(scratch) == {})
     assert list(scratch.glob("virtbackup-demo-*")) == []
 
 
