@@ -16,8 +16,9 @@ A branch has four bitmaps on a disk, all on the image that the guest writes to:
 A good backup makes ``next`` the branch's bitmap and sets the point; any other end joins both again.
 Either is one transaction for all disks: at every instant the two have every change since the point.
 Whoever removes, ends or replaces one of them meanwhile makes the branch unsound. What nobody can
-see: a bitmap that is cleared, or replaced between two backups, and a disk that shrinks and grows
-again to what it was, as QEMU does not note that as a change.
+see: a bitmap that is cleared, or replaced where there is no ``next`` (between two backups, or by
+somebody who removed both), and a disk that shrinks and grows again to what it was, as QEMU does not
+note that as a change.
 """
 
 import dataclasses
