@@ -19,7 +19,7 @@ import pytest
 import virtbackup
 from tests.live import machines, scene
 from virtbackup.nbd import copy
-from virtbackup.tools import chain, manifest, pull
+from virtbackup.tools import chain, manifest, pull, virsh_backup
 
 pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(120)]
 
@@ -458,8 +458,9 @@ def test_a_signal_after_the_verdict(
     domain: virtbackup.Domain,
     out: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The branch has moved on by then, so the backup is kept."""
+    """The branch has moved on by then, so the backup is kept, and that is said."""
     stop = pull._stop
 
     def stop_and_signal(*args: object) -> None:
@@ -468,8 +469,13 @@ def test_a_signal_after_the_verdict(
 
     with monkeypatch.context() as patch:
         patch.setattr(pull, "_stop", stop_and_signal)
+        argv = ["-c", machine.uri, "backup-pull", "1", str(out), "--branch", "daily"]
         with pytest.raises(SystemExit):
-            pull.pull(domain, out, branch="daily")
+            virsh_backup.main(argv)
+    assert capsys.readouterr().err == (
+        "warning: operation aborted: that was too late: the backup is whole, and kept in"
+        f" {out}\nerror: interrupted by SIGTERM\n"
+    )
     assert manifest.read(out).number == 1
     made = pull.pull(domain, out, branch="daily", kind="incremental")
     assert made.number == 2

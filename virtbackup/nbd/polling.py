@@ -11,6 +11,7 @@ import libvirt
 from virtbackup import errors
 from virtbackup.nbd import connection, store
 
+CANCELLED = "the copy was cancelled"
 _BURST = 0.1
 """Seconds of a bandwidth that may be read at once."""
 _TICK = 0.001
@@ -31,7 +32,7 @@ class Cancel:
     def check(self) -> None:
         """Raise VIR_ERR_OPERATION_ABORTED once ``set`` was called."""
         if self._is_set:
-            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
+            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, CANCELLED)
 
     def fileno(self) -> int:
         """Readable once set."""

@@ -66,7 +66,8 @@ def pull(
     already, those of ``BackupDef``, before the guest is touched; then those of ``backupStart``,
     ``copy.copy`` and ``backupStop``. On any error the backup is ended and DIRECTORY has no new
     file; once a device may have been written, the error says so. SIGINT ends as KeyboardInterrupt,
-    SIGTERM as SystemExit, both after the same clean-up; in the main thread.
+    SIGTERM as SystemExit, both after the same clean-up; in the main thread. Their cause is an error
+    that says what became of the backup, where it was too late to undo it or a device was written.
     """
     if fmt not in (None, *FORMATS):
         raise errors.invalid_arg("backupPull", "fmt", f"unknown format '{fmt}'")
@@ -117,6 +118,7 @@ def pull(
             files.pop_all()  # the branch has moved on: it is kept, if not now by the next pull
         chain.finish(directory, made)
         files.pop_all()
+        _tell_of_lateness(cancel, directory)
     return made
 
 
@@ -474,6 +476,15 @@ def _stop(domain: api.Domain, directory: pathlib.Path) -> None:
             f"{failure.get_error_message()} (no backup was kept in {directory})",
             domain=failure.get_error_domain(),
         ) from failure
+
+
+def _tell_of_lateness(cancel: copy.Cancel, directory: pathlib.Path) -> None:
+    """Errors: cancelled, when there was nothing to undo any more."""
+    try:
+        cancel.check()
+    except errors.Error as failure:
+        text = f"that was too late: the backup is whole, and kept in {directory}"
+        raise errors.error(failure.get_error_code(), text) from failure
 
 
 def _jobs(

@@ -81,10 +81,10 @@ def _lines(shell: virsh_connection.Shell) -> Iterator[Lines]:
             code = failure.get_error_code()
         lines.tell("failed", code=code, error=str(failure))
         raise
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as end:
         with contextlib.suppress(vsh.OutputClosed, vsh.Failure):
             code = libvirt.VIR_ERR_OPERATION_ABORTED
-            lines.tell("failed", code=code, error=vsh.INTERRUPTION)
+            lines.tell("failed", code=code, error=_left_by(end) or vsh.INTERRUPTION)
         raise
 
 
@@ -112,7 +112,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     as_json = args.flag("json")
     with (
         _lines(shell) if as_json else bar(shell) as progress,
-        _telling_of_devices(shell),
+        _telling_what_is_left(shell),
     ):
         made = pull.pull(
             domain,
@@ -157,14 +157,24 @@ def devices(args: vsh.Args, option: str) -> dict[str, pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _telling_of_devices(shell: virsh_connection.Shell) -> Iterator[None]:
-    """What a signal leaves on a device is not a backup, and an error alone would say so."""
+def _telling_what_is_left(shell: virsh_connection.Shell) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
-        if "is not a backup" in str(end.__cause__):
-            shell.warn(str(end.__cause__))
+        if (told := _left_by(end)) is not None:
+            shell.warn(told)
         raise
+
+
+def _left_by(end: BaseException) -> str | None:
+    """What the END of an interrupted pull has left; None: nothing, as everybody expects."""
+    from virtbackup import errors
+    from virtbackup.nbd import polling
+
+    told = end.__cause__
+    if not isinstance(told, errors.Error) or told.get_str2() == polling.CANCELLED:
+        return None
+    return str(told)
 
 
 def _bandwidth(args: vsh.Args) -> int | None:
