@@ -187,6 +187,30 @@ def test_a_node_that_two_devices_have_is_backed_up_once() -> None:
     assert [d.target for d in plan(asked, disks=(disk("vda", present=False),)).disks] == ["vdb"]
 
 
+def test_a_disk_that_was_given_away_is_refused() -> None:
+    """By its drives' permissions, and where QEMU tells, by the node itself."""
+    reply = test_block.recorded(VERSION, "rest", "x-debug-query-block-graph")
+    drives = {node["id"] for node in reply["nodes"] if node["type"] == "block-backend"}
+    [a] = [node["id"] for node in reply["nodes"] if node["name"] == "A"]
+    for edge in reply["edges"]:
+        if edge["parent"] in drives and edge["child"] == a:
+            edge["perm"] = []
+    asked = state(graph=block.parse_graph(reply))
+    assert asked.graph is not None
+    assert asked.graph.given_away == {"A"}
+    assert state().graph != asked.graph
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    assert one.medium is not None
+    inactive = dataclasses.replace(one, medium=dataclasses.replace(one.medium, active=False))
+    for given_away in asked, state(disks=(inactive,)):
+        with pytest.raises(errors.Error, match="disk 'vda' is not this guest's to use") as caught:
+            plan(given_away)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert "vda" not in [d.target for d in plan(asked, disks=(disk("vda", present=False),)).disks]
+    # What a job has no permissions for, where there is no device, is not given away.
+    assert plan(dataclasses.replace(asked, disks=(dataclasses.replace(one, qom_path=None),)))
+
+
 @pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
 def test_a_disk_larger_than_a_scratch_image_can_be_is_refused(size: int, fits: bool) -> None:
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", size, False)

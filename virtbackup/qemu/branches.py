@@ -171,12 +171,14 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     the disks' sizes and names, is its first point.
 
     Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is something of that name, or no disk;
-    VIR_ERR_OPERATION_FAILED with QEMU's words.
+    VIR_ERR_OPERATION_INVALID where one was given away; VIR_ERR_OPERATION_FAILED with QEMU's
+    words.
     """
     lines = {}
     for disk in state.disks:
         if disk.medium is None or disk.medium.readonly:
             continue
+        backup.check_owned(disk, state)
         images = state.images(disk.medium.node)
         if images is None:
             raise errors.error(
