@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Disks that are not simply one image in one device, each written to while it is backed up."""
 
+import functools
 import pathlib
 
 import libvirt
@@ -127,11 +128,9 @@ def refused(conn: virtbackup.Connection, machine: machines.Machine) -> None:
     """Neither a backup nor a branch can begin, and nothing was tried."""
     before = machine.state()
     dom = conn.lookupByID(1)
-    for begin in (
-        lambda: dom.backupStart(xml(machine.directory)),
-        lambda: dom.backupStart(xml(machine.directory, branch='<branch name="b"/>')),
-        lambda: dom.branchCreate("b"),
-    ):
+    documents = xml(machine.directory), xml(machine.directory, branch='<branch name="b"/>')
+    begins = [functools.partial(dom.backupStart, document) for document in documents]
+    for begin in (*begins, functools.partial(dom.branchCreate, "b")):
         with pytest.raises(virtbackup.Error, match="'vda' is not this guest's to use") as caught:
             begin()
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
