@@ -19,6 +19,7 @@ from virtbackup.qemu import (
     backup,
     block,
     blockjob,
+    branch,
     capabilities,
     monitor_json,
     naming,
@@ -570,6 +571,44 @@ def test_a_branch_is_refused(
     with pytest.raises(errors.Error) as caught:
         branched_plan(asked, **how)
     assert (caught.value.get_error_code(), caught.value.get_str2()) == (code, text)
+
+
+def sized(size: int, *bitmaps: block.Bitmap) -> backup.BlockState:
+    """Disk vda is of SIZE bytes, and its image has BITMAPS."""
+    asked = branched_state(*bitmaps)
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    assert one.medium is not None
+    medium = dataclasses.replace(one.medium, size=size)
+    return dataclasses.replace(asked, disks=(dataclasses.replace(one, medium=medium),))
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "usual"),
+    [
+        (0, 512, 65536),
+        (1 << 40, 512, 65536),
+        ((1 << 40) + 512, 1024, 65536),
+        (7 << 40, 4096, 65536),
+        (1 << 47, 65536, 65536),
+        ((1 << 47) + 512, 131072, 131072),
+        (qcow2.MAX_SIZE, 1 << 20, 1 << 20),
+    ],
+)
+def test_a_large_disk_has_a_bitmap_that_is_not_large(size: int, least: int, usual: int) -> None:
+    """QEMU, and the guest with it, stands still while it goes through a bitmap."""
+    assert branch.least_granularity(size) == least
+    assert branched_plan(sized(size)).definition.disks[0].granularity == usual
+    assert branched_plan(sized(size), granularity=least).definition.disks[0].granularity == least
+    if least > 512:
+        with pytest.raises(errors.Error) as caught:
+            branched_plan(sized(size), granularity=least // 2)
+        assert caught.value.get_str2() == (
+            f"disk 'vda' of {size} bytes is too large for a bitmap of granularity {least // 2},"
+            f" for which the guest would have to wait: it takes at least {least}"
+        )
+    # What there is already stays.
+    there = sized(size, bitmap("b", granularity=512), POINTED, MARKED)
+    assert branched_plan(there, granularity=512).definition.disks[0].granularity == 512
 
 
 def test_every_disk_without_a_sound_point_is_named() -> None:

@@ -364,7 +364,7 @@ def _with_branch(
 def _choose(wanted: backup_conf.BackupDiskDef, line: branch.Line) -> backup_conf.BackupDiskDef:
     """WANTED with the type and granularity that it is going to have."""
     granularity = wanted.granularity or (
-        line.bitmap.granularity if line.bitmap else branch.DEFAULT_GRANULARITY
+        line.bitmap.granularity if line.bitmap else branch.granularity(line.size)
     )
     wanted = dataclasses.replace(wanted, granularity=granularity)
     if wanted.type != "auto":
@@ -429,6 +429,12 @@ def _check_sound(definition: backup_conf.BackupDef, lines: Mapping[str, branch.L
             raise _unsupported(
                 f"disk '{name}': the bitmap of branch '{definition.branch}' has granularity"
                 f" {line.bitmap.granularity}, not {given}"
+            )
+        least = branch.least_granularity(line.size)
+        if given is not None and line.bitmap is None and given < least:
+            raise _unsupported(
+                f"disk '{name}' of {line.size} bytes is too large for a bitmap of granularity"
+                f" {given}, for which the guest would have to wait: it takes at least {least}"
             )
         if line.bitmap is not None and line.bitmap.busy:
             raise errors.error(
