@@ -125,12 +125,13 @@ def test_disks_that_are_another_guests_by_now(tmp_path: pathlib.Path) -> None:
 
 
 def refused(conn: virtbackup.Connection, machine: machines.Machine) -> None:
-    """Neither a backup nor a branch can begin, and nothing was tried."""
+    """Neither a backup nor a branch can begin, nor a branch end, and nothing was tried."""
     before = machine.state()
     dom = conn.lookupByID(1)
     documents = xml(machine.directory), xml(machine.directory, branch='<branch name="b"/>')
     begins = [functools.partial(dom.backupStart, document) for document in documents]
-    for begin in (*begins, functools.partial(dom.branchCreate, "b")):
+    changes = [functools.partial(change, "b") for change in (dom.branchCreate, dom.branchDelete)]
+    for begin in (*begins, *changes):
         with pytest.raises(virtbackup.Error, match="'vda' is not this guest's to use") as caught:
             begin()
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID

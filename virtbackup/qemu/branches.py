@@ -208,7 +208,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
     """Remove branch NAME from every disk.
 
     Errors: VIR_ERR_NO_DOMAIN_CHECKPOINT where no disk has it, VIR_ERR_OPERATION_INVALID where the
-    bitmap is somebody else's or cannot be removed.
+    bitmap is somebody else's or cannot be removed, or a disk was given away.
     """
     actions = []
     foreign, backing = [], []
@@ -216,6 +216,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
         images = state.images(disk.medium.node) if disk.medium else None
         if images is None or disk.medium is None:
             continue
+        backup.check_owned(disk, state)
         line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:
             foreign.append(disk.target)
