@@ -212,33 +212,6 @@ def test_a_disk_that_was_given_away_is_refused() -> None:
     assert plan(dataclasses.replace(asked, disks=(dataclasses.replace(one, qom_path=None),)))
 
 
-@pytest.mark.parametrize(
-    ("exports", "who"),
-    [
-        ({}, "somebody"),
-        ({"f": ("fuse", "A")}, "FUSE export 'f'"),
-        ({"f": ("fuse", "C"), "n": ("nbd", "A")}, "somebody"),
-    ],
-)
-def test_a_disk_that_can_be_resized_meanwhile_is_refused(
-    exports: dict[str, tuple[str, str]], who: str
-) -> None:
-    asked = state()
-    assert asked.graph is not None
-    assert asked.graph.resizable == frozenset()  # by no device
-    graph = dataclasses.replace(asked.graph, resizable=frozenset({naming.NodeName("A")}))
-    found = {
-        naming.ExportId(id): monitor_json.Export(
-            naming.ExportId(id), kind, naming.NodeName(node), False
-        )
-        for id, (kind, node) in exports.items()
-    }
-    reason = refusal(state(graph=graph, exports=found))
-    assert reason.startswith(f"disk 'vda': {who}")
-    left_out = plan(state(graph=graph, exports=found), disks=(disk("vda", present=False),))
-    assert "vda" not in [d.target for d in left_out.disks]
-
-
 @pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
 def test_a_disk_larger_than_a_scratch_image_can_be_is_refused(size: int, fits: bool) -> None:
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", size, False)

@@ -136,28 +136,3 @@ def refused(conn: virtbackup.Connection, machine: machines.Machine) -> None:
             begin()
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
     assert machine.state() == before
-
-
-@pytest.mark.needs("qemu-storage-daemon")
-@pytest.mark.parametrize("writable", ["off", "on"])
-def test_a_disk_that_is_a_file_of_a_fuse_export(tmp_path: pathlib.Path, writable: str) -> None:
-    """No job keeps the export from cutting off what has not been saved."""
-    image = machines.image(tmp_path / "a.raw", SIZE)
-    (mounted := tmp_path / "disk").touch()
-    disk = f"raw,node-name=A,file.driver=file,file.filename={image}"
-    with machines.storage_daemon(tmp_path, "--blockdev", disk) as machine:
-        fuse = {"type": "fuse", "node_name": "A", "mountpoint": str(mounted)}
-        made = machine.probe.reply("block-export-add", id="f", writable=writable == "on", **fuse)
-        if "error" in made:
-            pytest.skip(f"no FUSE: {made['error']['desc']}")
-        before = machine.state()
-        with virtbackup.open(machine.uri) as conn:
-            dom = conn.lookupByID(1)
-            if writable == "on":
-                with pytest.raises(virtbackup.Error, match="disk 'A': FUSE export 'f' can resize"):
-                    dom.backupStart(xml(tmp_path))
-            else:
-                dom.backupStart(xml(tmp_path))
-                assert nbdclient.read(tmp_path / "nbd.sock", "A") == bytes(SIZE)
-                dom.backupStop()
-        assert machine.state() == before

@@ -529,7 +529,6 @@ def _check_disk(
     _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
     _check_jobs(disk, medium, state)
-    _check_resizable(wanted.name, medium, state)
     _check_iothread(wanted.name, state, caps)
     _check_synchronous(wanted.name, state, caps)
     _check_export_name(wanted, caps)
@@ -585,21 +584,6 @@ def _check_jobs(disk: block.Disk, medium: block.Medium, state: BlockState) -> No
             raise _in_use(disk.target, f"'{job}'" + (f" ({info.type})" if info else ""))
     if medium.driver in _JOB_FILTERS:
         raise _in_use(disk.target, f"({_JOB_FILTERS[medium.driver]})")
-
-
-def _check_resizable(target: str, medium: block.Medium, state: BlockState) -> None:
-    """Refuse a disk that can be made smaller meanwhile: what is cut off is not saved, and once it
-    is as large as before nothing shows it."""
-    if state.graph is None or medium.node not in state.graph.resizable:
-        return
-    exports = state.exports.values()
-    fuse = [export.id for export in exports if (export.type, export.node) == ("fuse", medium.node)]
-    who = f"FUSE export '{fuse[0]}'" if fuse else "somebody who"
-    raise errors.error(
-        libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-        f"disk '{target}': {who} can resize it (ftruncate), and QEMU would not save what is cut"
-        " off: have it exported read-only, or in another way, meanwhile",
-    )
 
 
 def _in_use(target: str, job: str) -> errors.Error:

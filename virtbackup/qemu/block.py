@@ -316,9 +316,6 @@ class Graph:
     given_away: frozenset[naming.NodeName] = frozenset()
     """Nodes that drives have and none of them may so much as read: QEMU has given them away, to a
     migration or a save, or has yet to be given them. Every QEMU that has a graph tells this."""
-    resizable: frozenset[naming.NodeName] = frozenset()
-    """Nodes that a drive may resize by itself: that of a writable FUSE export, which no block job
-    keeps from it. Guests' devices may not."""
 
     def nodes(self) -> frozenset[naming.NodeName]:
         """Every node."""
@@ -397,10 +394,8 @@ def parse_graph(reply: Any) -> Graph:
     drives = [edge for edge in found if edge.parent[0] == "block-backend"]
     used = {edge.child for edge in drives if edge.permissions}
     given_away = {naming.NodeName(edge.child[1]) for edge in drives if edge.child not in used}
-    resizable = {naming.NodeName(edge.child[1]) for edge in drives if "resize" in edge.permissions}
     pairs = [(edge.parent, edge.child) for edge in found]
-    graph = _group(vertices.values(), pairs)
-    return Graph(graph, roles, frozenset(given_away), frozenset(resizable))
+    return Graph(_group(vertices.values(), pairs), roles, frozenset(given_away))
 
 
 def _parse_vertex(node: Any) -> tuple[int, tuple[str, str]]:
