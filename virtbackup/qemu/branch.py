@@ -18,8 +18,9 @@ A good backup makes ``next`` the branch's bitmap and sets the point; any other e
 Either is one transaction for all disks: at every instant the two have every change since the point.
 Whoever removes, ends or replaces one of them meanwhile makes the branch unsound. What nobody can
 see: a bitmap that is cleared, or replaced where there is no ``next`` (between two backups, or by
-somebody who removed both), and a disk that shrinks and grows again to what it was, as QEMU does not
-note that as a change.
+somebody who removed both), a disk that shrinks and grows again to what it was, as QEMU does not
+note that as a change, nor a backing image that is put in another's place, and an overlay with exact
+copies of all bitmaps, for whose sake the image below was then given up (``block-stream``).
 """
 
 import dataclasses
