@@ -425,14 +425,14 @@ def test_many_disks_and_a_graph_of_all() -> None:
     disks = block.parse_block([{"device": f"d{n}"} for n in range(MANY)])
     assert len(disks) == MANY
     nodes = _vertices("block-driver", (f"n{n}" for n in range(MANY)), 0)
-    chain = [{"parent": n, "child": n + 1, "name": "backing"} for n in range(MANY - 1)]
+    chain = [{"parent": n, "child": n + 1, "name": "backing", "perm": []} for n in range(MANY - 1)]
     other = _vertices("block-job", iter(["j"]), MANY) + _vertices(
         "block-driver", iter(["other"]), MANY + 1
     )
     graph = block.parse_graph(
         {
             "nodes": nodes + other,
-            "edges": [*chain, {"parent": MANY, "child": MANY + 1, "name": "file"}],
+            "edges": [*chain, {"parent": MANY, "child": MANY + 1, "name": "file", "perm": []}],
         }
     )
     names = [naming.NodeName(f"n{n}") for n in range(MANY)]

@@ -41,6 +41,7 @@ OWN, BROKEN = bitmap("b", count=65536), bitmap("b", inconsistent=True, recording
 STILL = bitmap("b", count=131072, recording=False)
 MARKED, POINTED = bitmap(MARK), point()
 RECENT = bitmap(NEXT, count=65536)
+BELOW = medium(A, OWN, POINTED, MARKED)
 
 SOUND: list[tuple[str, list[block.Medium], int]] = [
     ("at rest", [medium(A, OWN, POINTED, MARKED)], 65536),
@@ -52,8 +53,13 @@ SOUND: list[tuple[str, list[block.Medium], int]] = [
     ("through an overlay", [medium(B, OWN), medium(A, OWN, POINTED, MARKED)], 131072),
     ("through an overlay of libvirt's", [medium(B, OWN, MARKED), medium(A, OWN, POINTED)], 131072),
     ("through two", [medium(C, OWN), medium(B, OWN), medium(A, OWN, POINTED)], 196608),
+    ("through an overlay with the point", [medium(B, OWN, POINTED, MARKED), BELOW], 131072),
+    ("through an overlay with a note that records",
+     [medium(B, OWN, bitmap(NOTE), MARKED), BELOW], 131072),
+    ("through two with the point",
+     [medium(C, OWN, POINTED), medium(B, OWN), medium(A, OWN, POINTED)], 196608),
     ("a new point over an old one", [medium(B, OWN, POINTED), medium(A, OWN, point(512))], 65536),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("what", "chain", "dirty"), SOUND, ids=[case[0] for case in SOUND])
@@ -78,7 +84,6 @@ OTHERWISE = "at its last good backup it was called otherwise"
 REPLACED = "its bitmap 'b' was made by somebody else meanwhile"
 REPAIRED = "its bitmap 'b' was made after QEMU did not come to store another"
 OVERLAY = "an overlay was put over the image 'A' that has its bitmap"
-BELOW = medium(A, OWN, POINTED, MARKED)
 
 UNSOUND: list[tuple[str, list[block.Medium], str]] = [
     ("nothing", [medium(A)], NO_GOOD),
@@ -90,7 +95,8 @@ UNSOUND: list[tuple[str, list[block.Medium], str]] = [
     ("killed after a good one", [medium(A, BROKEN, MARKED)], INCONSISTENT),
     ("repaired", [medium(A, OWN, dataclasses.replace(POINTED, inconsistent=True))], REPAIRED),
     ("repaired, marked", [medium(A, OWN, POINTED, bitmap(MARK, inconsistent=True))], REPAIRED),
-    ("repaired below", [medium(B, OWN), medium(A, OWN, bitmap(NOTE, inconsistent=True))], REPAIRED),
+    ("repaired below",
+     [medium(B, OWN), medium(A, OWN, dataclasses.replace(POINTED, inconsistent=True))], REPAIRED),
     ("repaired above", [medium(B, OWN, bitmap(MARK, inconsistent=True)), BELOW], REPAIRED),
     ("point removed", [medium(A, OWN, MARKED)], "its last good backup is not known any more"),
     ("not recording", [medium(A, STILL, POINTED, MARKED)], STANDS_STILL),
@@ -108,6 +114,11 @@ UNSOUND: list[tuple[str, list[block.Medium], str]] = [
     ("another disk, of another size", [medium(A, OWN, point(512, disk="vdb"))], OTHERWISE),
     ("overlay", [medium(B), BELOW], OVERLAY),
     ("overlay with another bitmap", [medium(B, bitmap("c")), BELOW], OVERLAY),
+    ("overlay with the point alone", [medium(B, POINTED), BELOW], "its bitmap 'b' was removed"),
+    ("a note that records", [medium(A, OWN, bitmap(NOTE), MARKED)],
+     "its last good backup is not known any more"),
+    ("still below an overlay with the point", [medium(B, OWN, POINTED), medium(A, STILL, POINTED)],
+     STANDS_STILL),
     ("one overlay of two without", [medium(C, OWN), medium(B), BELOW],
      "a backing image above 'A' has no bitmap 'b'"),
     ("removed below", [medium(B, OWN), medium(A, POINTED)],

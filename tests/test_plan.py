@@ -19,6 +19,7 @@ from virtbackup.qemu import (
     backup,
     block,
     blockjob,
+    branch,
     capabilities,
     monitor_json,
     naming,
@@ -185,6 +186,30 @@ def test_a_node_that_two_devices_have_is_backed_up_once() -> None:
     with pytest.raises(errors.Error, match="disks 'vda' and 'vdb' are the same block node 'A'"):
         plan(asked)
     assert [d.target for d in plan(asked, disks=(disk("vda", present=False),)).disks] == ["vdb"]
+
+
+def test_a_disk_that_was_given_away_is_refused() -> None:
+    """By its drives' permissions, and where QEMU tells, by the node itself."""
+    reply = test_block.recorded(VERSION, "rest", "x-debug-query-block-graph")
+    drives = {node["id"] for node in reply["nodes"] if node["type"] == "block-backend"}
+    [a] = [node["id"] for node in reply["nodes"] if node["name"] == "A"]
+    for edge in reply["edges"]:
+        if edge["parent"] in drives and edge["child"] == a:
+            edge["perm"] = []
+    asked = state(graph=block.parse_graph(reply))
+    assert asked.graph is not None
+    assert asked.graph.given_away == {"A"}
+    assert state().graph != asked.graph
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    assert one.medium is not None
+    inactive = dataclasses.replace(one, medium=dataclasses.replace(one.medium, active=False))
+    for given_away in asked, state(disks=(inactive,)):
+        with pytest.raises(errors.Error, match="disk 'vda' is not this guest's to use") as caught:
+            plan(given_away)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert "vda" not in [d.target for d in plan(asked, disks=(disk("vda", present=False),)).disks]
+    # What a job has no permissions for, where there is no device, is not given away.
+    assert plan(dataclasses.replace(asked, disks=(dataclasses.replace(one, qom_path=None),)))
 
 
 @pytest.mark.parametrize(("size", "fits"), [(qcow2.MAX_SIZE, True), (qcow2.MAX_SIZE + 512, False)])
@@ -485,7 +510,7 @@ BRANCHES_REFUSED: list[tuple[backup.BlockState, dict[str, Any], int, str]] = [
         "disk 'vda' has a bitmap 'd' already: choose another name for the new branch",
     ),
     (
-        branched_state(*SOUND, bitmap(naming.point_bitmap("d", POINT))),
+        branched_state(*SOUND, bitmap(naming.point_bitmap("d", POINT), recording=False)),
         {"fork": "d"},
         libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
         "disk 'vda' has a bitmap 'd' already: choose another name for the new branch",
@@ -519,6 +544,44 @@ def test_a_branch_is_refused(
     with pytest.raises(errors.Error) as caught:
         branched_plan(asked, **how)
     assert (caught.value.get_error_code(), caught.value.get_str2()) == (code, text)
+
+
+def sized(size: int, *bitmaps: block.Bitmap) -> backup.BlockState:
+    """Disk vda is of SIZE bytes, and its image has BITMAPS."""
+    asked = branched_state(*bitmaps)
+    [one] = [disk for disk in asked.disks if disk.target == "vda"]
+    assert one.medium is not None
+    medium = dataclasses.replace(one.medium, size=size)
+    return dataclasses.replace(asked, disks=(dataclasses.replace(one, medium=medium),))
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "usual"),
+    [
+        (0, 512, 65536),
+        (1 << 40, 512, 65536),
+        ((1 << 40) + 512, 1024, 65536),
+        (7 << 40, 4096, 65536),
+        (1 << 47, 65536, 65536),
+        ((1 << 47) + 512, 131072, 131072),
+        (qcow2.MAX_SIZE, 1 << 20, 1 << 20),
+    ],
+)
+def test_a_large_disk_has_a_bitmap_that_is_not_large(size: int, least: int, usual: int) -> None:
+    """QEMU, and the guest with it, stands still while it goes through a bitmap."""
+    assert branch.least_granularity(size) == least
+    assert branched_plan(sized(size)).definition.disks[0].granularity == usual
+    assert branched_plan(sized(size), granularity=least).definition.disks[0].granularity == least
+    if least > 512:
+        with pytest.raises(errors.Error) as caught:
+            branched_plan(sized(size), granularity=least // 2)
+        assert caught.value.get_str2() == (
+            f"disk 'vda' of {size} bytes is too large for a bitmap of granularity {least // 2},"
+            f" for which the guest would have to wait: it takes at least {least}"
+        )
+    # What there is already stays.
+    there = sized(size, bitmap("b", granularity=512), POINTED, MARKED)
+    assert branched_plan(there, granularity=512).definition.disks[0].granularity == 512
 
 
 def test_every_disk_without_a_sound_point_is_named() -> None:

@@ -12,7 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import libvirt
@@ -745,8 +745,14 @@ def test_a_disk_resized(tmp_path: pathlib.Path, machine: machines.Machine) -> No
     assert one.backup(type="incremental")["vda"].clusters() == {CLUSTERS + 3}
 
 
-def snapshot(machine: machines.Machine, directory: pathlib.Path, *bitmaps: str) -> None:
-    """An overlay over A, and in the same transaction BITMAPS on it, as libvirt does it."""
+def snapshot(
+    machine: machines.Machine,
+    directory: pathlib.Path,
+    *bitmaps: str,
+    disabled: Sequence[str] = (),
+) -> None:
+    """An overlay over A, and in the same transaction BITMAPS on it, as libvirt does it; those that
+    are DISABLED record nothing."""
     machines.image(directory / "over.qcow2", SIZE, "qcow2", backing=directory / "a.qcow2")
     over = {"driver": "qcow2", "node-name": "over", "backing": None,
             "file": {"driver": "file", "filename": f"{directory}/over.qcow2"}}  # fmt: skip
@@ -757,7 +763,8 @@ def snapshot(machine: machines.Machine, directory: pathlib.Path, *bitmaps: str) 
     ]
     actions += [
         {"type": "block-dirty-bitmap-add",
-         "data": {"node": "over", "name": name, "persistent": True, "granularity": CLUSTER}}
+         "data": {"node": "over", "name": name, "persistent": True, "granularity": CLUSTER,
+                  "disabled": name in disabled}}
         for name in bitmaps
     ]  # fmt: skip
     done = machine.probe.exactly("transaction", {"actions": actions})
@@ -833,6 +840,37 @@ def test_a_snapshot_as_libvirt_takes_it(tmp_path: pathlib.Path, machine: machine
     with one.domain() as domain:
         domain.branchDelete("b")
     assert branched.bitmaps(machine, "over") == {}
+
+
+@pytest.mark.parametrize("standing_still", [False, True])
+def test_a_snapshot_in_which_every_bitmap_goes_on(
+    tmp_path: pathlib.Path, machine: machines.Machine, standing_still: bool
+) -> None:
+    """The note of the point too, enabled or as it was: what changed before, the image below has."""
+    one = client(tmp_path)
+    one.backup()
+    one.write(machine, "vda", 1)
+    found = branched.bitmaps(machine)
+    still = [name for name, b in found.items() if standing_still and not b["recording"]]
+    snapshot(machine, tmp_path, *found, disabled=still)
+    one.write(machine, "vda", 2)
+    assert one.branches()["b", "vda"].dirty == 2 * CLUSTER
+    assert one.backup(type="incremental")["vda"].clusters() == {1, 2}
+    one.write(machine, "vda", 3)
+    assert one.backup(type="incremental")["vda"].clusters() == {3}
+
+
+def test_a_snapshot_whose_overlay_took_the_point_and_then_all_data(
+    tmp_path: pathlib.Path, machine: machines.Machine
+) -> None:
+    one = client(tmp_path)
+    one.backup()
+    one.write(machine, "vda", 1)
+    snapshot(machine, tmp_path, *branched.bitmaps(machine))
+    machine.probe("block-stream", job_id="stream", device="over", auto_dismiss=False)
+    machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+    machine.probe("job-dismiss", id="stream")
+    one.refused_then_full("its last good backup is not known any more")
 
 
 def test_a_snapshot_committed_back(tmp_path: pathlib.Path, machine: machines.Machine) -> None:

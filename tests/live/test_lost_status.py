@@ -7,8 +7,10 @@ soon as it goes away, on others the guest stands still at once.
 
 import pathlib
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 
+import libvirt
 import nbd
 import pytest
 
@@ -171,3 +173,45 @@ def test_where_qemus_process_cannot_be_seen(machine: machines.Machine, lost: boo
             left = []
         assert clean_up(machine, between.uri) == left
         assert machine.state() == before
+
+
+@pytest.mark.parametrize("branch", ["", '<branch name="b"/>'])
+def test_where_the_status_has_no_room(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, branch: str
+) -> None:
+    """Somebody else has filled its file system: a backup that runs can be ended all the same."""
+    with (
+        places.small_file_system(tmp_path / "state", 64 << 10) as state,
+        machines.two_disks(tmp_path, size=SIZE) as machine,
+    ):
+        monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+        start(machine, unix(machine) + branch)
+        hog = places.fill_up(state)
+        with virtbackup.open(machine.uri) as conn:
+            assert conn.lookupByID(1).backupGetInfo().state == "running"
+            conn.lookupByID(1).backupStop()
+        assert list(state.glob("*.json")) == list(state.glob("*.partial")) == []
+        hog.unlink()
+        places.fill_up(state)
+        with pytest.raises(virtbackup.Error, match=r"cannot write status .*: No space left"):
+            start(machine, unix(machine))
+        assert not machine.probe("query-jobs")
+
+
+def test_where_nothing_can_be_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs no status is told; a start says what it misses."""
+    with (
+        places.small_file_system(tmp_path / "state", 64 << 10) as state,
+        machines.two_disks(tmp_path, size=SIZE) as machine,
+    ):
+        subprocess.run(["mount", "-o", "remount,ro", str(state)], check=True)
+        monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+        with virtbackup.open(machine.uri) as conn:
+            domain = conn.lookupByID(1)
+            assert domain.name()
+            with pytest.raises(virtbackup.Error, match=r"state lock .*Read-only") as caught:
+                domain.backupStart(f"<domainbackup>{unix(machine)}</domainbackup>")
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+        assert not machine.probe("query-jobs")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Disks that are not simply one image in one device, each written to while it is backed up."""
 
+import functools
 import pathlib
 
+import libvirt
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import machines, nbdclient
 
 SIZE = 1 << 20
@@ -13,9 +16,9 @@ SIZE = 1 << 20
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
 
-def xml(directory: pathlib.Path, disks: str = "") -> str:
+def xml(directory: pathlib.Path, disks: str = "", branch: str = "") -> str:
     return (
-        f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/>'
+        f'<domainbackup><address type="unix" path="{directory}/nbd.sock"/>{branch}'
         f"<disks>{disks}</disks></domainbackup>"
     )
 
@@ -92,3 +95,44 @@ def test_a_drive_that_goes_with_its_device(tmp_path: pathlib.Path) -> None:
             " backup job ended: Operation canceled"
         )
         assert "virtbackup" not in str(machine.state())
+
+
+def test_disks_that_are_another_guests_by_now(tmp_path: pathlib.Path) -> None:
+    """Those of a guest that was migrated, or has yet to come in: another QEMU writes to them, past
+    whatever would save their old data."""
+    machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
+    (there := tmp_path / "there").mkdir()
+    disk = machines.two_disks_of(tmp_path)[:4]
+    with (
+        machines.qemu(tmp_path, *disk) as source,
+        machines.qemu(there, *disk, "-incoming", "defer") as destination,
+        virtbackup.open(source.uri) as here,
+        virtbackup.open(destination.uri) as elsewhere,
+    ):
+        refused(elsewhere, destination)
+        destination.probe("migrate-incoming", uri=f"unix:{tmp_path}/migration")
+        source.probe("migrate", uri=f"unix:{tmp_path}/migration")
+        waiting.until(lambda: source.probe("query-status")["status"] == "postmigrate")
+        waiting.until(lambda: destination.probe("query-status")["running"])
+        refused(here, source)
+        source.probe("system_reset")  # it is called 'prelaunch' then, as one that never ran
+        refused(here, source)
+        dom = elsewhere.lookupByID(1)
+        dom.backupStart(xml(there))
+        destination.io("vda", "write -P 1 0 64k")
+        assert nbdclient.read(there / "nbd.sock", "vda") == bytes(SIZE)
+        dom.backupStop()
+
+
+def refused(conn: virtbackup.Connection, machine: machines.Machine) -> None:
+    """Neither a backup nor a branch can begin, nor a branch end, and nothing was tried."""
+    before = machine.state()
+    dom = conn.lookupByID(1)
+    documents = xml(machine.directory), xml(machine.directory, branch='<branch name="b"/>')
+    begins = [functools.partial(dom.backupStart, document) for document in documents]
+    changes = [functools.partial(change, "b") for change in (dom.branchCreate, dom.branchDelete)]
+    for begin in (*begins, *changes):
+        with pytest.raises(virtbackup.Error, match="'vda' is not this guest's to use") as caught:
+            begin()
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert machine.state() == before

@@ -259,7 +259,7 @@ def plan(
 
     ENGINE None is the safest that this QEMU has. Errors, by disk: VIR_ERR_CONFIG_UNSUPPORTED for
     what is not offered, VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one
-    whose export would kill this QEMU.
+    whose export would kill this QEMU, VIR_ERR_OPERATION_INVALID for one that was given away.
     """
     caps.check_backup()
     engine = engine or caps.engine
@@ -272,6 +272,7 @@ def plan(
     _check_branch(definition, caps)
     _check_sources(definition.disks)
     _check_nodes(definition.disks, state)
+    _check_owned(definition.disks, state)
     lines = _lines(definition, definition.branch, state)
     _check_sound(definition, lines)
     check_new(definition.fork, _lines(definition, definition.fork, state))
@@ -363,7 +364,7 @@ def _with_branch(
 def _choose(wanted: backup_conf.BackupDiskDef, line: branch.Line) -> backup_conf.BackupDiskDef:
     """WANTED with the type and granularity that it is going to have."""
     granularity = wanted.granularity or (
-        line.bitmap.granularity if line.bitmap else branch.DEFAULT_GRANULARITY
+        line.bitmap.granularity if line.bitmap else branch.granularity(line.size)
     )
     wanted = dataclasses.replace(wanted, granularity=granularity)
     if wanted.type != "auto":
@@ -429,6 +430,12 @@ def _check_sound(definition: backup_conf.BackupDef, lines: Mapping[str, branch.L
                 f"disk '{name}': the bitmap of branch '{definition.branch}' has granularity"
                 f" {line.bitmap.granularity}, not {given}"
             )
+        least = branch.least_granularity(line.size)
+        if given is not None and line.bitmap is None and given < least:
+            raise _unsupported(
+                f"disk '{name}' of {line.size} bytes is too large for a bitmap of granularity"
+                f" {given}, for which the guest would have to wait: it takes at least {least}"
+            )
         if line.bitmap is not None and line.bitmap.busy:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
@@ -482,6 +489,32 @@ def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) 
                 f"disks '{other}' and '{disk.name}' are the same block node '{medium.node}': leave"
                 ' one of them out (present="no")'
             )
+
+
+def _check_owned(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) -> None:
+    found = {disk.target: disk for disk in state.disks}
+    for disk in disks:
+        if disk.present:
+            check_owned(found[disk.name], state)
+
+
+def check_owned(disk: block.Disk, state: BlockState) -> None:
+    """Refuse a disk that another QEMU may write to by now, as this one was migrated or saved, or
+    until it has come in: what is overwritten there is not saved, and bitmaps that are added here
+    are in the way of those in the image.
+
+    Errors: VIR_ERR_OPERATION_INVALID.
+    """
+    if disk.medium is None:
+        return
+    # A node that no device has, a job may have whose drive has no permissions.
+    given_away = state.graph.given_away if state.graph and disk.qom_path else ()
+    if not disk.medium.active or disk.medium.node in given_away:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"disk '{disk.target}' is not this guest's to use before it goes on: it was given away"
+            " to a migration or a save, or the guest has not come in yet",
+        )
 
 
 def _check_disk(

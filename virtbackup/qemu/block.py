@@ -313,6 +313,9 @@ class Graph:
         default_factory=dict
     )
     """(a node, ``file`` or ``backing``) -> the node that it has below it as that."""
+    given_away: frozenset[naming.NodeName] = frozenset()
+    """Nodes that drives have and none of them may so much as read: QEMU has given them away, to a
+    migration or a save, or has yet to be given them. Every QEMU that has a graph tells this."""
 
     def nodes(self) -> frozenset[naming.NodeName]:
         """Every node."""
@@ -384,11 +387,15 @@ def parse_graph(reply: Any) -> Graph:
     vertices = dict(map(_parse_vertex, nodes))
     found = [_parse_edge(edge, vertices) for edge in edges]
     roles = {
-        (naming.NodeName(parent[1]), role): naming.NodeName(child[1])
-        for parent, child, role in found
-        if parent[0] == child[0] == "block-driver"
+        (naming.NodeName(edge.parent[1]), edge.role): naming.NodeName(edge.child[1])
+        for edge in found
+        if edge.parent[0] == edge.child[0] == "block-driver"
     }
-    return Graph(_group(vertices.values(), [edge[:2] for edge in found]), roles)
+    drives = [edge for edge in found if edge.parent[0] == "block-backend"]
+    used = {edge.child for edge in drives if edge.permissions}
+    given_away = {naming.NodeName(edge.child[1]) for edge in drives if edge.child not in used}
+    pairs = [(edge.parent, edge.child) for edge in found]
+    return Graph(_group(vertices.values(), pairs), roles, frozenset(given_away))
 
 
 def _parse_vertex(node: Any) -> tuple[int, tuple[str, str]]:
@@ -398,14 +405,21 @@ def _parse_vertex(node: Any) -> tuple[int, tuple[str, str]]:
     raise _unexpected("graph", node)
 
 
-def _parse_edge(
-    edge: Any, vertices: Mapping[int, tuple[str, str]]
-) -> tuple[tuple[str, str], tuple[str, str], str]:
-    """(parent, child, what the child is to the parent)."""
+@dataclasses.dataclass(frozen=True)
+class _Edge:
+    """PARENT has CHILD below it, as its ROLE, and may do with it what PERMISSIONS say."""
+
+    parent: tuple[str, str]
+    child: tuple[str, str]
+    role: str
+    permissions: tuple[Any, ...]
+
+
+def _parse_edge(edge: Any, vertices: Mapping[int, tuple[str, str]]) -> _Edge:
     match edge:
-        case {"parent": int(parent), "child": int(child), "name": str(role)}:
+        case {"parent": int(parent), "child": int(child), "name": str(role), "perm": list(perm)}:
             if parent in vertices and child in vertices:
-                return vertices[parent], vertices[child], role
+                return _Edge(vertices[parent], vertices[child], role, tuple(perm))
     raise _unexpected("graph", edge)
 
 

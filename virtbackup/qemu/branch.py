@@ -6,7 +6,8 @@ A branch has four bitmaps on a disk, all on the image that the guest writes to:
 * one of the branch's own name. Between backups it records what changes; during one it stands still,
   to be exported;
 * ``next``, during a backup only: records from the start's instant on;
-* one that is always empty and whose name is the point that the first is relative to;
+* one that is always empty, as it never records, and whose name is the point that the first is
+  relative to;
 * a mark that makes the first one ours: without mark or point it is somebody else's. The point does
   not do for that. QEMU takes a bitmap that is removed out of the image at once and puts a new one
   in when it closes the image: after a QEMU that was killed there may be neither point, but the
@@ -17,8 +18,9 @@ A good backup makes ``next`` the branch's bitmap and sets the point; any other e
 Either is one transaction for all disks: at every instant the two have every change since the point.
 Whoever removes, ends or replaces one of them meanwhile makes the branch unsound. What nobody can
 see: a bitmap that is cleared, or replaced where there is no ``next`` (between two backups, or by
-somebody who removed both), and a disk that shrinks and grows again to what it was, as QEMU does not
-note that as a change.
+somebody who removed both), a disk that shrinks and grows again to what it was, as QEMU does not
+note that as a change, nor a backing image that is put in another's place, and an overlay with exact
+copies of all bitmaps, for whose sake the image below was then given up (``block-stream``).
 """
 
 import dataclasses
@@ -29,6 +31,9 @@ from virtbackup.qemu import block, monitor_json, naming
 
 DEFAULT_GRANULARITY = 65536
 """Bytes."""
+_MOST_BITS = 1 << 31
+"""Of a bitmap: 256 MiB of QEMU's memory. To join two QEMU goes through all of them, and the guest's
+I/O waits: for half a second then, and for five with 7 TiB at 512 bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,16 @@ class Images:
         return self.chain[0]
 
 
+def least_granularity(size: int) -> int:
+    """Of a bitmap of a disk of SIZE bytes; bytes."""
+    return max(512, 1 << (-(-size // _MOST_BITS) - 1).bit_length()) if size else 512
+
+
+def granularity(size: int) -> int:
+    """Of a bitmap of a disk of SIZE bytes where nobody says; bytes."""
+    return max(DEFAULT_GRANULARITY, least_granularity(size))
+
+
 def images(
     root: naming.NodeName, nodes: Mapping[naming.NodeName, block.Medium], graph: block.Graph
 ) -> Images | None:
@@ -111,6 +126,8 @@ def line(branch: str, disk: Images, size: int, target: str) -> Line:
         return _through_backing(branch, disk, target, found)
     if bitmap is None:
         return dataclasses.replace(found, unsound=f"its bitmap '{branch}' was removed")
+    if lower := _down_to(point, disk.chain[1:], key):
+        return _joined(branch, active, lower, point, target, found)
     unsound = _own_reason(bitmap, next) or _broken(branch, active) or _another(point, size, target)
     return dataclasses.replace(found, unsound=unsound)
 
@@ -119,12 +136,10 @@ def _through_backing(branch: str, disk: Images, target: str, found: Line) -> Lin
     """Where the image was put over that of the last point: the bitmap must go on in each of them,
     as libvirt makes it go on when it takes a snapshot."""
     key = naming.branch_key(branch)
-    lower = []
-    for medium in disk.chain[1:]:
-        lower.append(medium)
-        point = _point(medium, key)
-        if point is not None:
-            return _joined(branch, disk.active, lower, point, target, found)
+    lower = disk.chain[1:]
+    point = next((told for medium in lower if (told := _point(medium, key))), None)
+    if point is not None:
+        return _joined(branch, disk.active, _down_to(point, lower, key), point, target, found)
     if found.bitmap is not None and found.marked:
         reason = _own_reason(found.bitmap, found.next)
         unsound = reason or "its last good backup is not known any more"
@@ -133,6 +148,15 @@ def _through_backing(branch: str, disk: Images, target: str, found: Line) -> Lin
         text = f"its bitmap '{branch}' is not a branch's"
         return dataclasses.replace(found, unsound=text, foreign=True)
     return dataclasses.replace(found, unsound="it has no good backup of this branch yet")
+
+
+def _down_to(
+    point: naming.Point, lower: Sequence[block.Medium], key: str
+) -> Sequence[block.Medium]:
+    """Those of the images LOWER down to the last that has POINT, too: the overlays over it got a
+    copy of its note, as somebody has every bitmap go on. Empty: none has."""
+    having = [n for n, medium in enumerate(lower) if _point(medium, key) == point]
+    return lower[: having[-1] + 1] if having else ()
 
 
 def _joined(
@@ -229,9 +253,11 @@ def own_of(medium: block.Medium, key: str) -> block.Bitmap | None:
 
 
 def _point(medium: block.Medium, key: str) -> naming.Point | None:
+    """The point that is noted on MEDIUM. A note that records was not made by us: somebody had every
+    bitmap go on in an overlay, and what changed before is not known here."""
     for bitmap in medium.bitmaps:
         told = naming.point_of(bitmap.name)
-        if told is not None and told[0] == key:
+        if told is not None and told[0] == key and not bitmap.recording:
             return told[1]
     return None
 
@@ -366,7 +392,7 @@ def begin(branch: str, line: Line, point: naming.Point) -> list[dict[str, Any]]:
     own = monitor_json.BitmapOf(line.node, naming.BitmapName(branch))
     note = monitor_json.BitmapOf(line.node, naming.point_bitmap(branch, point))
     return [
-        monitor_json.bitmap_add(own, DEFAULT_GRANULARITY, line.persistent),
+        monitor_json.bitmap_add(own, granularity(line.size), line.persistent),
         _add_mark(line.node, branch, line.persistent),
         monitor_json.bitmap_add(note, _LARGEST, line.persistent, disabled=True),
     ]

@@ -171,12 +171,14 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     the disks' sizes and names, is its first point.
 
     Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is something of that name, or no disk;
-    VIR_ERR_OPERATION_FAILED with QEMU's words.
+    VIR_ERR_OPERATION_INVALID where one was given away; VIR_ERR_OPERATION_FAILED with QEMU's
+    words.
     """
     lines = {}
     for disk in state.disks:
         if disk.medium is None or disk.medium.readonly:
             continue
+        backup.check_owned(disk, state)
         images = state.images(disk.medium.node)
         if images is None:
             raise errors.error(
@@ -206,7 +208,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
     """Remove branch NAME from every disk.
 
     Errors: VIR_ERR_NO_DOMAIN_CHECKPOINT where no disk has it, VIR_ERR_OPERATION_INVALID where the
-    bitmap is somebody else's or cannot be removed.
+    bitmap is somebody else's or cannot be removed, or a disk was given away.
     """
     actions = []
     foreign, backing = [], []
@@ -214,6 +216,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
         images = state.images(disk.medium.node) if disk.medium else None
         if images is None or disk.medium is None:
             continue
+        backup.check_owned(disk, state)
         line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:
             foreign.append(disk.target)

@@ -7,6 +7,7 @@ So there is a file for a process, in the user's state directory, that names all 
 could be told from it. A file that is not right in every detail is no file: QEMU is asked.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -78,7 +79,8 @@ def store(
         partial.write_text(json.dumps(said))
         partial.replace(path)
     except OSError:  # the next one asks again
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nor can anything be removed from what is only read
+            partial.unlink()
 
 
 def _program(process: runtime.Process | None) -> _Program | None:

@@ -7,6 +7,7 @@ the first command that changes QEMU and removed after the last. What runs, QEMU 
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -30,6 +31,8 @@ VERSION = 7
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 Phase = Literal["starting", "running", "stopping"]
 
@@ -219,13 +222,33 @@ class StatusFile:
             return None
 
     def save(self, status: Status) -> None:
-        """Replace the file; whoever reads sees the old one or the new one."""
+        """Replace the file; whoever reads sees the old one or the new one. Where there is no room
+        for another, it is written over, as a backup that runs has to come to its end."""
+        text = format(status)
         try:
-            self._partial.touch(0o600)
-            self._partial.write_text(format(status))
-            self._partial.replace(self.path)
+            try:
+                self._partial.touch(0o600)
+                self._partial.write_text(text)
+                self._partial.replace(self.path)
+            except OSError as failure:
+                if failure.errno not in _NO_ROOM or not self._has_room(text):
+                    raise
+                self._write_over(text)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot write status '{self.path}'") from failure
+
+    def _has_room(self, text: str) -> bool:
+        """Whether the file is there, and TEXT goes where the old one is."""
+        try:
+            return len(text.encode()) <= self.path.stat().st_blocks * 512
+        except FileNotFoundError:
+            return False
+
+    def _write_over(self, text: str) -> None:
+        with self.path.open("r+") as file:
+            file.write(text)
+            file.truncate()
+        self._partial.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget the backup."""
