@@ -111,6 +111,8 @@ def prune(
         backups = listing.read(directory)
         wanted = plan(backups, keep)
         _check_unfinished(directory, backups)
+        if any(one.file == manifest.FILE for one in backups.unfinished):
+            _write_newest(directory, backups.points[-1].made)
         _merge_all(directory, wanted, progress, cancel)
         cancel.check()
         if wanted.dropped:
@@ -224,10 +226,15 @@ def _take_places(directory: pathlib.Path, file: str) -> None:
     chain.sync_directory(directory)
     newest = manifest.read(directory)
     if newest.number == made.number and newest != made:
-        chain.write(directory, manifest.FILE, made)
-        (directory / (manifest.FILE + chain.PARTIAL)).rename(directory / manifest.FILE)
-        chain.sync_directory(directory)
+        _write_newest(directory, made)
     (directory / (file + MERGED)).rename(directory / file)
+    chain.sync_directory(directory)
+
+
+def _write_newest(directory: pathlib.Path, made: manifest.Manifest) -> None:
+    """``manifest.json``."""
+    chain.write(directory, manifest.FILE, made)
+    (directory / (manifest.FILE + chain.PARTIAL)).rename(directory / manifest.FILE)
     chain.sync_directory(directory)
 
 

@@ -84,19 +84,21 @@ def restore(
 
     FMT is a file's format; None: raw where the file is called so, else qcow2. FORCE overwrites.
 
-    Errors: VIR_ERR_OPERATION_INVALID for what is in the way; VIR_ERR_OPERATION_FAILED for a file of
-    the backup that is not as it was, a target that is too small; those of ``copy.copy``. On any
-    error OUT has no new file, and every file that was there.
+    Errors: VIR_ERR_OPERATION_INVALID for what is in the way, and where a prune has changed
+    meanwhile what POINT is made of; VIR_ERR_OPERATION_FAILED for a file of the backup that is not
+    as it was, a target that is too small; those of ``copy.copy``. On any error OUT has no new file,
+    and every file that was there.
     """
     verify.need("qemu-nbd")
     outputs = places(point, out, disk, fmt)
     chains = {output.disk: backups.links(point, output.disk) for output in outputs}
     for output in outputs:
         _check_output(output, backups, force)
-    for output in outputs:
-        check(chains[output.disk])
-        if output.type != "file":  # of which nothing is left where the disk is not good
-            chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
+    with backups.telling_of_prunes(point):
+        for output in outputs:
+            check(chains[output.disk])
+            if output.type != "file":  # of which nothing is left where the disk is not good
+                chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
     cancel.check()
     with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         if disk is None:
@@ -105,7 +107,8 @@ def restore(
         for index, output in enumerate(outputs):
             with _claimed(output, force, undo):
                 links = chains[output.disk]
-                done.append(_restore(links, output, index, force, held, progress, cancel))
+                with backups.telling_of_prunes(point):
+                    done.append(_restore(links, output, index, force, held, progress, cancel))
         cancel.check()
         _finish(outputs)
         undo.pop_all()
