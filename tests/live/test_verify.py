@@ -124,12 +124,25 @@ def test_names_of_points(whole: points.Backed) -> None:
         assert backups.find(made.id).made == made
         assert backups.find(made.time).label == str(number)
         assert backups.find(made.time.replace("T", " ")).label == str(number)
-    for wanted, text in (("7", "no point '7' in"), ("20", "'20' is more than one point of")):
+    for wanted, text in (
+        ("7", "no point '7' in"), ("20", "no point '20' in"), ("", "no point '' in"),
+        (backups.points[0].time[:5], "' is more than one point of"),
+    ):  # fmt: skip
         with pytest.raises(virtbackup.Error) as raised:
             backups.find(wanted)
         assert raised.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
         assert text in str(raised.value)
         assert f"1 ({backups.points[0].time}), 2 (" in str(raised.value)
+
+
+def test_a_number_is_not_the_beginning_of_a_year(whole: points.Backed) -> None:
+    """Else point 2, which was pruned, is the only one that is left."""
+    backups = listing.read(whole.directory)
+    left = listing.Backups(whole.directory, backups.points[-1:])
+    assert left.find(left.points[0].time[:5]).label == "4"
+    for wanted in ("2", "20", left.points[0].time[:4]):
+        with pytest.raises(virtbackup.Error, match=f"no point '{wanted}' in"):
+            left.find(wanted)
 
 
 def test_of_many_points_the_newest_are_named(whole: points.Backed) -> None:

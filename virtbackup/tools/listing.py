@@ -131,7 +131,7 @@ class Backups:
 
     def find(self, wanted: str | None) -> Point:
         """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
-        ``time`` have them; None is the newest. Errors: VIR_ERR_INVALID_ARG, naming what there is.
+        ``time`` have them, a year alone excepted; None is the newest. Errors: VIR_ERR_INVALID_ARG, naming what there is.
         """
         if wanted is None:
             return self.points[-1]
@@ -146,6 +146,8 @@ class Backups:
         if re.fullmatch(r"[0-9]{1,9}", wanted):
             yield [p for p in self.points if p.made.number == int(wanted)]
         yield [p for p in self.points if p.made.id == wanted]
+        if re.fullmatch(r"[0-9]*", wanted):
+            return  # a number that is not there, or no more: all times begin with a 2
         times = (wanted, wanted.replace(" ", "T"))
         yield [p for p in self.points if p.time.startswith(times)
                or p.made.time.startswith(times)]  # fmt: skip
