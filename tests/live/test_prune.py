@@ -293,6 +293,19 @@ def test_killed_with_two_disks_and_the_newest_merged(
     assert check(one) == [4]
 
 
+def test_what_is_not_of_a_prune_stays(layered: points.Backed) -> None:
+    """Whatever it is called."""
+    ours = ["vda.0004.qcow2.merged", "manifest.0004.json.merged.partial", "prune.json.partial"]
+    theirs = ["notes.merged", "a.0001.raw.merged", "x.merged.partial", "old.prune.json.partial"]
+    for name in (*ours, *theirs):
+        (layered.directory / name).write_text(name)
+    (layered.directory / "d.merged").mkdir()
+    cut(layered.directory, 3)
+    left = names(layered.directory)
+    assert left.issuperset({*theirs, "d.merged"})
+    assert not left & set(ours)
+
+
 @pytest.mark.parametrize("count", [5, 13])
 def test_a_pull_comes_after_the_kill(tmp_path: pathlib.Path, count: int) -> None:
     (tmp_path / "images").mkdir()
@@ -506,7 +519,7 @@ def test_directories_that_are_not_sound(
     with points.guest(tmp_path) as one:
         pull.pull(one.domain, alone)
     assert "without a branch: nothing to prune" in refused(alone)
-    assert "cannot prune" in refused(tmp_path / "none")
+    assert "cannot lock" in refused(tmp_path / "none")
 
 
 def test_of_a_pull_cut_off(backed: points.Backed) -> None:

@@ -131,7 +131,8 @@ class Backups:
 
     def find(self, wanted: str | None) -> Point:
         """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
-        ``time`` have them, a year alone excepted; None is the newest. Errors: VIR_ERR_INVALID_ARG, naming what there is.
+        ``time`` have them, a year alone excepted; None is the newest. Errors: VIR_ERR_INVALID_ARG,
+        naming what there is.
         """
         if wanted is None:
             return self.points[-1]

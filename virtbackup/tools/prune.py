@@ -35,6 +35,12 @@ JOURNAL = listing.JOURNAL
 REASON = "older backups were pruned"
 
 _MERGED_MANIFEST = re.compile(r"(manifest\.\d{4,9}\.json)" + re.escape(MERGED))
+_LEFT = re.compile(
+    rf".+\.\d{{4,9}}\.qcow2{re.escape(MERGED)}"
+    rf"|(manifest\.\d{{4,9}}\.json{re.escape(MERGED)}|{re.escape(JOURNAL)}){re.escape(chain.PARTIAL)}",
+    re.DOTALL,
+)
+"""What a prune makes before it has announced anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,5 +314,4 @@ def finish(directory: pathlib.Path) -> None:
 
 def _leftovers(names: Iterable[str]) -> list[str]:
     """Of a prune that had not announced anything yet; those announced are gone by now."""
-    ends = (MERGED, MERGED + chain.PARTIAL, JOURNAL + chain.PARTIAL)
-    return [n for n in names if n.endswith(ends) and not _MERGED_MANIFEST.fullmatch(n)]
+    return list(filter(_LEFT.fullmatch, names))
