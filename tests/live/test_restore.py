@@ -185,6 +185,9 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert not partial.exists()
     assert "cannot make /proc/x" in refused(layered, "/proc/x")
     assert "cannot create" in refused(layered, tmp_path / "none" / "x", disk="vda")
+    long = tmp_path / ("x" * 300)
+    assert f"cannot make {long}: File name too long" in refused(layered, long)
+    assert f"cannot write {long}: File name too long" in refused(layered, long, disk="vda")
 
 
 LAYER = st.dictionaries(st.integers(0, 20), st.none() | st.integers(0, 9), max_size=12)

@@ -174,7 +174,7 @@ def places(
         raise _invalid("a server takes one disk: name it by --disk")
     made = fmt or "qcow2"
     directory = pathlib.Path(out)
-    if directory.exists() and not directory.is_dir():
+    if os.path.exists(directory) and not os.path.isdir(directory):  # noqa: PTH110, PTH112  (told below)
         raise _invalid(f"{out} is not a directory; one disk into a file is named by --disk")
     names = [one.name for one in point.made.disks]
     return [Output(name, str(directory / f"{name}.{made}"), "file", made) for name in names]
@@ -215,16 +215,23 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     if not os.path.lexists(path):
         return
     for own in _files(backups):
-        if own.exists() and path.exists() and path.samefile(own):
+        if _is_same(path, own):
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
     if output.type == "file":
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113  (nor what it leads to where that is not seen)
             raise _invalid(f"{path} is not a file")
         with _opened(path) as fd:
             if fd is not None and _is_locked(fd, _QEMUS):
                 raise _invalid(f"{path} is in use by a QEMU")
+
+
+def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:
