@@ -319,6 +319,16 @@ def test_a_block_device(layered: points.Backed, tmp_path: pathlib.Path) -> None:
         assert device.read_bytes() == places.FF * 40 * BLOCK
 
 
+def test_a_loop_device_over_a_file_of_the_backup(tmp_path: pathlib.Path) -> None:
+    """As it is made to look into a raw image."""
+    backed = points.built(tmp_path / "b, x", 16 * BLOCK, points.LAYERS, "raw")
+    own = backed.directory / "vda.0001.raw"
+    with places.loop_device(own) as device:
+        text = refused(backed, device, disk="vda", force=True)
+        assert f"{device} is a file of the backups themselves" in text
+    assert own.read_bytes() == backed.shown[1]["vda"]
+
+
 # --- a server -------------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     if not os.path.lexists(path):
         return
     for own in _files(backups):
-        if _is_same(path, own):
+        if _is_same(path, own) or (output.type == "block" and device.is_over(path, own)):
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
