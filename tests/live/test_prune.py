@@ -188,7 +188,10 @@ def test_a_disk_that_comes_and_goes(backed: points.Backed) -> None:
     made = backed.made[4]
     [vda, sdb] = made.disks
     changed = dataclasses.replace(
-        sdb, backing="sdb.0001.qcow2", tables=manifest.tables_of(path, sdb.size)
+        sdb,
+        backing="sdb.0001.qcow2",
+        since=backed.made[1].id,
+        tables=manifest.tables_of(path, sdb.size),
     )
     for name in ("manifest.0004.json", "manifest.json"):
         text = dataclasses.replace(made, disks=(vda, changed)).to_json()

@@ -531,6 +531,35 @@ def test_a_manifest_of_others(backed: points.Backed) -> None:
         )
 
 
+def test_points_of_two_directories(tmp_path: pathlib.Path) -> None:
+    """Of the same guest and branch, each whole, and what follows one is over the other."""
+    (tmp_path / "images").mkdir()
+    first, second = (points.Backed(tmp_path / name) for name in ("first", "second"))
+    with points.guest(tmp_path / "images") as one:
+        for backed in (first, second):
+            for step in range(1, 4):
+                one.machine.io("vda", f"write -P {step + len(backed.directory.name)} 3M 64k")
+                one.back_up(backed)
+            assert points.verified(backed.directory).good
+            if backed is first:
+                one.domain.branchDelete("daily")
+        for file in ("manifest.0002.json", "vda.0002.qcow2", "sdb.0002.qcow2"):
+            shutil.copy(first.directory / file, second.directory)
+        verdict = points.verified(second.directory)
+        assert labels(verdict) == ["2", "3"]
+        own, other = second.made[2].id, first.made[2].id
+        text = f"it follows backup '{own}', and vda.0002.qcow2 is of '{other}'"
+        assert f"disk 'vda': vda.0003.qcow2: {text}" in [one.text for one in verdict.problems]
+        states = listing.read(second.directory).states()
+        assert states["vda.0003.qcow2"] == text
+        with pytest.raises(virtbackup.Error, match=text):
+            points.put_back(second, tmp_path / "out")
+        made = one.back_up(second)
+        assert made.kind == "full"
+        assert made.disks[0].reason == f"{second.directory}/vda.0003.qcow2: {text}"
+    assert labels(points.verified(second.directory)) == ["2", "3"]
+
+
 def test_a_manifest_that_leads_nowhere(backed: points.Backed) -> None:
     """Loops, disks of other sizes, checksums and formats that nobody knows."""
     made = backed.made[4]

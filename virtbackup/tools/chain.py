@@ -69,15 +69,27 @@ class Chain:
 
     def _broken(self, disk: manifest.Disk) -> str | None:
         """Why the files that DISK's last backup is made of are not all there."""
-        by_file = {found.file: found for backup in self.backups for found in backup.disks}
+        by_file = {found.file: (backup, found) for backup in self.backups for found in backup.disks}
+        above: manifest.Disk | None = None
         file: str | None = disk.file
         while file is not None:
             if not (self.directory / file).is_file():
                 return f"{self.directory / file} is missing"
             if file not in by_file:
                 return f"{self.directory} has no manifest of {file}"
-            file = by_file[file].backing
+            backup, found = by_file[file]
+            if above is not None and (problem := other_backup(above, backup)):
+                return f"{self.directory / above.file}: {problem}"
+            above, file = found, found.backing
         return None
+
+
+def other_backup(disk: manifest.Disk, behind: manifest.Manifest) -> str | None:
+    """Why BEHIND, which has the file that DISK, an increment, is over, is not the backup that DISK
+    follows; None: it is, as far as is told."""
+    if disk.since is None or disk.since == behind.id:
+        return None
+    return f"it follows backup '{disk.since}', and {disk.backing} is of '{behind.id}'"
 
 
 @contextlib.contextmanager

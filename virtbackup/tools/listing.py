@@ -172,6 +172,8 @@ class Backups:
             owner, disk = self._by_file[backing]
             if backing in seen or disk.size != links[0].disk.size:
                 raise bad(f"disk '{name}': {backing} cannot be behind {links[-1].disk.file}")
+            if problem := chain.other_backup(links[-1].disk, owner.made):
+                raise bad(f"disk '{name}': {links[-1].disk.file}: {problem}")
             seen.add(backing)
             links.append(self.link(owner, disk))
         if links[-1].disk.kind != "full":
@@ -237,6 +239,8 @@ class Backups:
             return None if disk.kind == "full" else "nothing is told to be behind it"
         if disk.backing not in found:
             return f"no older manifest tells of {disk.backing}"
+        if problem := chain.other_backup(disk, self._by_file[disk.backing][0].made):
+            return problem
         behind = found[disk.backing]
         if behind is None or behind.startswith("of "):
             return behind
