@@ -17,7 +17,7 @@ from virtbackup.tools import manifest
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1).filter(
     lambda name: name not in (".", "..")
 )
-sizes = st.integers(0, 1 << 63)
+sizes = st.integers(0, (1 << 63) - 1)
 texts = st.text(st.characters(codec="utf-8"))
 manifests = st.builds(
     manifest.Manifest,
@@ -102,6 +102,9 @@ def test_a_field_not_known_is_passed_over() -> None:
         (changed(disks=["vda"]), "a disk is not an object"),
         (changed(time=None), "time is not of type str"),
         (changed_disk(size=-1), "size is negative"),
+        (changed_disk(size=1 << 63), "size is too large"),
+        (changed_disk(stored=10**400), "stored is too large"),
+        (changed(number=1 << 63), "number is too large"),
         (changed_disk(size="1000"), "size is not of type int"),
         (changed_disk(checksum={}), "algorithm is not of type str"),
         (changed_disk(file="../vda.raw"), "'../vda.raw' is not a file name"),

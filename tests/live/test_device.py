@@ -563,3 +563,13 @@ def test_a_copy_that_is_cancelled_leaves_the_device(disk: pathlib.Path) -> None:
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
     where.discard()
     assert disk.read_bytes() == places.FF * SIZE
+
+
+@pytest.mark.skipif(bool(machines.INTO_ROOT), reason="the guest's QEMU has another /dev")
+def test_a_loop_device_over_the_guests_own_image(
+    guest: points.Guest, tmp_path: pathlib.Path
+) -> None:
+    image = guest.machine.directory / "b.raw"
+    with places.loop_device(image) as disk:
+        text = refused(guest, tmp_path, f"--target=vda={disk}")
+        assert f"disk 'vda': {disk} is the guest's own disk 'sdb'" in text

@@ -106,6 +106,19 @@ def test_a_picture_through_a_link(layered: points.Backed, tmp_path: pathlib.Path
         picture.write_bytes(b"")
 
 
+def test_what_is_no_place(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    """An error of a word, whatever Python has for it."""
+    (tmp_path / "loop.svg").symlink_to("loop.svg")
+    picture = f"--output={tmp_path}/loop.svg"
+    status, _, err = points.call("backup-map", str(layered.directory), picture)
+    assert (status, err) == (
+        1, f"error: cannot write {tmp_path}/loop.svg: Too many levels of symbolic links\n"
+    )  # fmt: skip
+    status, _, err = points.call("-c", "test:///default", "backup-map", "x" * 300)
+    assert status == 1
+    assert f"error: failed to get domain '{'x' * 300}'" in err
+
+
 def test_terminals(layered: points.Backed) -> None:
     """Colors on a terminal alone, and no sign that the encoding has not."""
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-map"]

@@ -79,6 +79,10 @@ def test_a_directory(
             info = ["qemu-img", "convert", "-O", "raw", f"{disk}.qcow2", "raw"]
             subprocess.run(info, cwd=out, check=True)
             assert (out / "raw").read_bytes() == shown[disk]
+    ok("backup-restore", "--point=2", "--disk=vda", "--", name, f"./file {name}")
+    read = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", f"./file {name}", "raw"]
+    subprocess.run(read, check=True)
+    assert pathlib.Path("raw").read_bytes() == backed.shown[2]["vda"]
     serve(directory, backed.shown[2])
     ok("backup-prune", "--keep=1", "--", name)
     ok("backup-verify", "--", name)

@@ -3,14 +3,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
@@ -186,7 +188,10 @@ def test_a_disk_that_comes_and_goes(backed: points.Backed) -> None:
     made = backed.made[4]
     [vda, sdb] = made.disks
     changed = dataclasses.replace(
-        sdb, backing="sdb.0001.qcow2", tables=manifest.tables_of(path, sdb.size)
+        sdb,
+        backing="sdb.0001.qcow2",
+        since=backed.made[1].id,
+        tables=manifest.tables_of(path, sdb.size),
     )
     for name in ("manifest.0004.json", "manifest.json"):
         text = dataclasses.replace(made, disks=(vda, changed)).to_json()
@@ -208,7 +213,12 @@ CHANGES = ("os.rename", "os.remove", "os.truncate", "open")
 
 
 def killed_at(directory: pathlib.Path, keep: int, count: int) -> bool:
-    """Prune in a process that is killed before the COUNT-th thing that it does to DIRECTORY's
+    """Prune, as ``killed_doing``."""
+    return killed_doing(directory, count, lambda: cut(directory, keep))
+
+
+def killed_doing(directory: pathlib.Path, count: int, work: Callable[[], object]) -> bool:
+    """WORK in a process that is killed before the COUNT-th thing that it does to DIRECTORY's
     names; whether it was, and not done before."""
     pid = os.fork()
     if pid == 0:
@@ -227,7 +237,7 @@ def killed_at(directory: pathlib.Path, keep: int, count: int) -> bool:
 
         sys.addaudithook(audit)
         try:
-            cut(directory, keep)
+            work()
             os._exit(0)
         finally:
             os._exit(1)
@@ -286,6 +296,19 @@ def test_killed_with_two_disks_and_the_newest_merged(
     assert check(one) == [4]
 
 
+def test_what_is_not_of_a_prune_stays(layered: points.Backed) -> None:
+    """Whatever it is called."""
+    ours = ["vda.0004.qcow2.merged", "manifest.0004.json.merged.partial", "prune.json.partial"]
+    theirs = ["notes.merged", "a.0001.raw.merged", "x.merged.partial", "old.prune.json.partial"]
+    for name in (*ours, *theirs):
+        (layered.directory / name).write_text(name)
+    (layered.directory / "d.merged").mkdir()
+    cut(layered.directory, 3)
+    left = names(layered.directory)
+    assert left.issuperset({*theirs, "d.merged"})
+    assert not left & set(ours)
+
+
 @pytest.mark.parametrize("count", [5, 13])
 def test_a_pull_comes_after_the_kill(tmp_path: pathlib.Path, count: int) -> None:
     (tmp_path / "images").mkdir()
@@ -303,6 +326,45 @@ def test_a_pull_comes_after_the_kill(tmp_path: pathlib.Path, count: int) -> None
         assert not listing.read(backed.directory).unfinished
 
 
+def test_a_pull_killed_at_its_last_steps(tmp_path: pathlib.Path) -> None:
+    """What is listed is whole at any moment, and can be pruned as soon as the pull is listed."""
+    (tmp_path / "images").mkdir()
+    with points.guest(tmp_path / "images") as one:
+        for step in range(2):
+            count, is_listed = 8, 0
+            backed = points.Backed(tmp_path / f"backups{step}")
+            while True:
+                one.change(count)
+                if step and not backed.shown:
+                    one.back_up(backed)
+                    one.change(count + 1)
+                new = len(backed.shown) + 1
+                backed.shown[new] = one.contents()
+                killed = killed_doing(
+                    backed.directory, count, functools.partial(_pull, one, backed)
+                )
+                found = [] if not (backed.directory / chain.manifest_file(1)).exists() else (
+                    check(backed)
+                )  # fmt: skip
+                if new in found and killed:
+                    is_listed += 1
+                    assert points.verified(backed.directory).good
+                    told = cut(backed.directory, 1 + count % 2)
+                    assert told.kept[-1].made.number == new
+                    assert not listing.read(backed.directory).unfinished
+                    assert manifest.read(backed.directory).number == new
+                if not killed:
+                    break
+                shutil.rmtree(backed.directory)
+                backed = points.Backed(backed.directory)
+                count += 1
+            assert is_listed >= 2
+
+
+def _pull(one: points.Guest, backed: points.Backed) -> None:
+    pull.pull(one.domain, backed.directory, branch="daily", kind="auto")
+
+
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(test_restore.LAYER, min_size=2, max_size=5), st.integers(1, 4), st.integers(1, 18),
@@ -317,6 +379,96 @@ def test_any_layers(
         assert check(backed)[-1] == len(layers)
         cut(backed.directory, keep)
         assert check(backed) == list(range(max(1, len(layers) - keep + 1), len(layers) + 1))
+
+
+# --- while others read ----------------------------------------------------------------------------
+
+
+def prunes_first(
+    directory: pathlib.Path, program: str, backups: pathlib.Path, count: int
+) -> dict[str, str]:
+    """An environment where PROGRAM, called for the first time, begins only when a prune of BACKUPS
+    has come to the COUNT-th thing that it does to names."""
+    real = shutil.which(program)
+    code = (
+        "import pathlib; from tests.live import test_prune;"
+        f"test_prune.killed_at(pathlib.Path({str(backups)!r}), 2, {count})"
+    )
+    place = directory / f"programs{count}"
+    place.mkdir()
+    (place / program).write_text(
+        f'#!/bin/sh\nmkdir {place}/once 2>/dev/null && {sys.executable} -B -c "{code}"\n'
+        f'exec {real} "$@"\n'
+    )
+    (place / program).chmod(0o755)
+    return {**os.environ, "PATH": f"{place}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(params=[7, 99])
+def overtaken(
+    request: pytest.FixtureRequest, backed: points.Backed, tmp_path: pathlib.Path
+) -> "Overtaken":
+    """virsh-backup in a process of its own, overtaken by a prune as it calls PROGRAM: one that has
+    put the first image in its place alone, or is done."""
+
+    def run(program: str, command: str, *argv: str) -> tuple[int, str, str]:
+        env = prunes_first(tmp_path, program, backed.directory, request.param)
+        done = subprocess.run(
+            [sys.executable, "-m", "virtbackup.tools.virsh_backup", command, backed.directory,
+             *argv], capture_output=True, text=True, env=env, timeout=100,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+Overtaken = Callable[..., tuple[int, str, str]]
+
+
+def is_told(said: tuple[int, str, str], backed: points.Backed) -> bool:
+    *_, line = [line for line in said[2].splitlines() if line.startswith("error: ")]
+    text = f"{backed.directory} was pruned while point 4 was read: try again"
+    return said[:2] == (1, "") and text in line
+
+
+def test_a_server_that_is_overtaken(overtaken: Overtaken, backed: points.Backed) -> None:
+    """It would show what is no longer behind an image that stands alone by now."""
+    said = overtaken("qemu-storage-daemon", "backup-serve")
+    assert is_told(said, backed)
+    assert "--blockdev" not in said[2]
+
+
+def test_a_map_that_is_overtaken(overtaken: Overtaken, backed: points.Backed) -> None:
+    assert is_told(overtaken("qemu-nbd", "backup-map"), backed)
+
+
+def test_a_restore_that_is_overtaken(
+    overtaken: Overtaken, backed: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    """A directory that is good is not called anything else."""
+    out = tmp_path / "out"
+    assert is_told(overtaken("qemu-nbd", "backup-restore", str(out)), backed)
+    assert not out.exists()
+    points.put_back(backed, out, fmt="raw")
+    for disk, shown in backed.shown[4].items():
+        assert (out / f"{disk}.raw").read_bytes() == shown
+
+
+def test_a_verify_that_is_overtaken(overtaken: Overtaken, backed: points.Backed) -> None:
+    """What is wrong all the same is found, too."""
+    points.flip(path := backed.directory / "sdb.0004.qcow2", points.find_data(path, 103))
+    status, out, err = overtaken("qemu-img", "backup-verify", "--json")
+    told = json.loads(out)
+    assert (status, err.count("\n")) == (1, 2)
+    assert [problem["file"] for problem in told["problems"]] == ["sdb.0004.qcow2"]
+    assert "not to be restored: 4\n" in err
+
+
+def test_a_verify_of_good_backups_that_is_overtaken(
+    overtaken: Overtaken, backed: points.Backed
+) -> None:
+    status, _, err = overtaken("qemu-img", "backup-verify")
+    assert (status, err) == (0, "")
 
 
 # --- refused --------------------------------------------------------------------------------------
@@ -370,7 +522,7 @@ def test_directories_that_are_not_sound(
     with points.guest(tmp_path) as one:
         pull.pull(one.domain, alone)
     assert "without a branch: nothing to prune" in refused(alone)
-    assert "cannot prune" in refused(tmp_path / "none")
+    assert "cannot lock" in refused(tmp_path / "none")
 
 
 def test_of_a_pull_cut_off(backed: points.Backed) -> None:

@@ -17,7 +17,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import machines, scene
+from tests.live import machines, places, scene
 from virtbackup.nbd import copy
 from virtbackup.tools import chain, manifest, pull, virsh_backup
 
@@ -479,3 +479,15 @@ def test_a_signal_after_the_verdict(
     assert manifest.read(out).number == 1
     made = pull.pull(domain, out, branch="daily", kind="incremental")
     assert made.number == 2
+
+
+def test_a_directory_that_can_only_be_read(
+    domain: virtbackup.Domain, tmp_path: pathlib.Path
+) -> None:
+    with places.small_file_system(tmp_path / "small", 64 << 20) as small:
+        pull.pull(domain, small / "out", branch="daily", kind="auto")
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        with pytest.raises(virtbackup.Error) as raised:
+            pull.pull(domain, small / "out", branch="daily", kind="auto")
+    assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+    assert f"cannot make a backup in {small}/out: Read-only file system" in str(raised.value)

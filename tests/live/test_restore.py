@@ -185,6 +185,9 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert not partial.exists()
     assert "cannot make /proc/x" in refused(layered, "/proc/x")
     assert "cannot create" in refused(layered, tmp_path / "none" / "x", disk="vda")
+    long = tmp_path / ("x" * 300)
+    assert f"cannot make {long}: File name too long" in refused(layered, long)
+    assert f"cannot write {long}: File name too long" in refused(layered, long, disk="vda")
 
 
 LAYER = st.dictionaries(st.integers(0, 20), st.none() | st.integers(0, 9), max_size=12)
@@ -314,6 +317,16 @@ def test_a_block_device(layered: points.Backed, tmp_path: pathlib.Path) -> None:
             f"{device} is too small: it has {40 * BLOCK} bytes, and the disk {40 * BLOCK + 256}"
         )
         assert device.read_bytes() == places.FF * 40 * BLOCK
+
+
+def test_a_loop_device_over_a_file_of_the_backup(tmp_path: pathlib.Path) -> None:
+    """As it is made to look into a raw image."""
+    backed = points.built(tmp_path / "b, x", 16 * BLOCK, points.LAYERS, "raw")
+    own = backed.directory / "vda.0001.raw"
+    with places.loop_device(own) as device:
+        text = refused(backed, device, disk="vda", force=True)
+        assert f"{device} is a file of the backups themselves" in text
+    assert own.read_bytes() == backed.shown[1]["vda"]
 
 
 # --- a server -------------------------------------------------------------------------------------

@@ -124,12 +124,25 @@ def test_names_of_points(whole: points.Backed) -> None:
         assert backups.find(made.id).made == made
         assert backups.find(made.time).label == str(number)
         assert backups.find(made.time.replace("T", " ")).label == str(number)
-    for wanted, text in (("7", "no point '7' in"), ("20", "'20' is more than one point of")):
+    for wanted, text in (
+        ("7", "no point '7' in"), ("20", "no point '20' in"), ("", "no point '' in"),
+        (backups.points[0].time[:5], "' is more than one point of"),
+    ):  # fmt: skip
         with pytest.raises(virtbackup.Error) as raised:
             backups.find(wanted)
         assert raised.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
         assert text in str(raised.value)
         assert f"1 ({backups.points[0].time}), 2 (" in str(raised.value)
+
+
+def test_a_number_is_not_the_beginning_of_a_year(whole: points.Backed) -> None:
+    """Else point 2, which was pruned, is the only one that is left."""
+    backups = listing.read(whole.directory)
+    left = listing.Backups(whole.directory, backups.points[-1:])
+    assert left.find(left.points[0].time[:5]).label == "4"
+    for wanted in ("2", "20", left.points[0].time[:4]):
+        with pytest.raises(virtbackup.Error, match=f"no point '{wanted}' in"):
+            left.find(wanted)
 
 
 def test_of_many_points_the_newest_are_named(whole: points.Backed) -> None:
@@ -516,6 +529,35 @@ def test_a_manifest_of_others(backed: points.Backed) -> None:
         assert (
             str(points.verified(backed.directory).problems[0]) == f"manifest.0001.json: {problem}"
         )
+
+
+def test_points_of_two_directories(tmp_path: pathlib.Path) -> None:
+    """Of the same guest and branch, each whole, and what follows one is over the other."""
+    (tmp_path / "images").mkdir()
+    first, second = (points.Backed(tmp_path / name) for name in ("first", "second"))
+    with points.guest(tmp_path / "images") as one:
+        for backed in (first, second):
+            for step in range(1, 4):
+                one.machine.io("vda", f"write -P {step + len(backed.directory.name)} 3M 64k")
+                one.back_up(backed)
+            assert points.verified(backed.directory).good
+            if backed is first:
+                one.domain.branchDelete("daily")
+        for file in ("manifest.0002.json", "vda.0002.qcow2", "sdb.0002.qcow2"):
+            shutil.copy(first.directory / file, second.directory)
+        verdict = points.verified(second.directory)
+        assert labels(verdict) == ["2", "3"]
+        own, other = second.made[2].id, first.made[2].id
+        text = f"it follows backup '{own}', and vda.0002.qcow2 is of '{other}'"
+        assert f"disk 'vda': vda.0003.qcow2: {text}" in [one.text for one in verdict.problems]
+        states = listing.read(second.directory).states()
+        assert states["vda.0003.qcow2"] == text
+        with pytest.raises(virtbackup.Error, match=text):
+            points.put_back(second, tmp_path / "out")
+        made = one.back_up(second)
+        assert made.kind == "full"
+        assert made.disks[0].reason == f"{second.directory}/vda.0003.qcow2: {text}"
+    assert labels(points.verified(second.directory)) == ["2", "3"]
 
 
 def test_a_manifest_that_leads_nowhere(backed: points.Backed) -> None:

@@ -74,6 +74,17 @@ def meets(one: int, other: int) -> bool:
     return one == other or _whole(one) == other or _whole(other) == one
 
 
+def is_over(path: pathlib.Path, file: pathlib.Path) -> bool:
+    """Whether the device at PATH is a loop device, or a part of one, that has FILE's bytes."""
+    try:
+        number = _whole(path.stat().st_rdev)
+        place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file"
+        behind = pathlib.Path(place).read_bytes().removesuffix(b"\n")
+        return pathlib.Path(os.fsdecode(behind)).samefile(file)
+    except (OSError, ValueError):
+        return False
+
+
 def _whole(number: int) -> int:
     """The device that another one is a partition of; else itself."""
     place = pathlib.Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")

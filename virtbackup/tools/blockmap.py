@@ -73,14 +73,21 @@ class Map:
 def of_point(
     backups: listing.Backups, point: listing.Point, name: str, cancel: copy.Cancel
 ) -> Iterator[Range]:
-    """The ranges of a disk of a backup. Errors: those of ``restore.check`` and ``copy.copy``."""
+    """The ranges of a disk of a backup. Errors: those of ``restore.check`` and ``copy.copy``;
+    VIR_ERR_OPERATION_INVALID where a prune has changed meanwhile what POINT is made of."""
     verify.need("qemu-nbd")
-    links = backups.links(point, name)
+    with backups.telling_of_prunes(point):
+        yield from merged(_ranges(backups.links(point, name), cancel))
+    backups.check_not_pruned(point)
+
+
+def _ranges(links: Sequence[listing.Link], cancel: copy.Cancel) -> Iterator[Range]:
+    """Of the disk that LINKS are the files of."""
     restore.check(links)
     increment = links[0].disk.backing is not None
     found = layers.shown([verify.job(link) for link in links], cancel)
     # A hole of an increment is zeroes that it has stored: what it leaves out is not its own.
-    ranges = (
+    return (
         Range(
             part.start,
             part.end,
@@ -90,7 +97,6 @@ def of_point(
         )
         for part in found
     )  # fmt: skip
-    return merged(ranges)
 
 
 def of_export(

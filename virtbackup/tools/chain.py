@@ -69,33 +69,54 @@ class Chain:
 
     def _broken(self, disk: manifest.Disk) -> str | None:
         """Why the files that DISK's last backup is made of are not all there."""
-        by_file = {found.file: found for backup in self.backups for found in backup.disks}
+        by_file = {found.file: (backup, found) for backup in self.backups for found in backup.disks}
+        above: manifest.Disk | None = None
         file: str | None = disk.file
         while file is not None:
             if not (self.directory / file).is_file():
                 return f"{self.directory / file} is missing"
             if file not in by_file:
                 return f"{self.directory} has no manifest of {file}"
-            file = by_file[file].backing
+            backup, found = by_file[file]
+            if above is not None and (problem := other_backup(above, backup)):
+                return f"{self.directory / above.file}: {problem}"
+            above, file = found, found.backing
         return None
+
+
+def other_backup(disk: manifest.Disk, behind: manifest.Manifest) -> str | None:
+    """Why BEHIND, which has the file that DISK, an increment, is over, is not the backup that DISK
+    follows; None: it is, as far as is told."""
+    if disk.since is None or disk.since == behind.id:
+        return None
+    return f"it follows backup '{disk.since}', and {disk.backing} is of '{behind.id}'"
 
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
     """Hold DIRECTORY against other pulls and prunes. Errors: VIR_ERR_OPERATION_INVALID when one is
-    there."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as failure:
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID,
-                f"another backup is pulled into {directory}, or it is being pruned",
-            ) from failure
+    there; VIR_ERR_SYSTEM_ERROR."""
+    with contextlib.ExitStack() as undo:
+        with _naming(f"cannot lock {directory}"):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as failure:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    f"another backup is pulled into {directory}, or it is being pruned",
+                ) from failure
         yield
-    finally:
-        os.close(fd)
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Has an error of the system say WHAT it keeps from being done."""
+    try:
+        yield
+    except OSError as failure:
+        raise errors.system_error(failure, what) from failure
 
 
 def manifest_file(number: int) -> str:
@@ -112,10 +133,10 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     Errors: VIR_ERR_OPERATION_INVALID when it has those of another guest or branch, or a backup
     without one; those of ``manifest.read``.
     """
+    with _naming(f"cannot read {directory}"):
+        names = os.listdir(directory)  # noqa: PTH208  (names, not paths)
     numbers = sorted(
-        (int(match[1]), path.name)
-        for path in directory.iterdir()
-        if (match := _MANIFEST.fullmatch(path.name))
+        (int(match[1]), name) for name in names if (match := _MANIFEST.fullmatch(name))
     )
     backups = tuple(manifest.read(directory, file) for _, file in numbers)
     if not backups and (directory / manifest.FILE).exists():
@@ -168,6 +189,14 @@ def recover(
 
     FOUND is what the guest has of the branch. Errors: VIR_ERR_SYSTEM_ERROR.
     """
+    with _naming(f"cannot make a backup in {directory}"):
+        return _recover(directory, found, known)
+
+
+def _recover(
+    directory: pathlib.Path, found: Mapping[str, backup_conf.BranchDisk], known: Chain
+) -> bool:
+    """The same. Errors: OSError, too."""
     number = known.next_number
     (directory / (manifest.FILE + PARTIAL)).unlink(missing_ok=True)
     left = [

@@ -6,6 +6,7 @@ that a disk of it is made of, the newest first, are its links. What a broken dir
 as problems beside the points that are still there.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -28,6 +29,8 @@ JOURNAL = "prune.json"
 _MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
 _UNFINISHED = {chain.PARTIAL: "of a backup that was not finished", MERGED: "of a prune cut off"}
 _MOST_TOLD = 10
+_MOST_READS = 10
+"""Of a directory that changes meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,8 @@ class Backups:
 
     def find(self, wanted: str | None) -> Point:
         """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
-        ``time`` have them; None is the newest. Errors: VIR_ERR_INVALID_ARG, naming what there is.
+        ``time`` have them, a year alone excepted; None is the newest. Errors: VIR_ERR_INVALID_ARG,
+        naming what there is.
         """
         if wanted is None:
             return self.points[-1]
@@ -143,6 +147,8 @@ class Backups:
         if re.fullmatch(r"[0-9]{1,9}", wanted):
             yield [p for p in self.points if p.made.number == int(wanted)]
         yield [p for p in self.points if p.made.id == wanted]
+        if re.fullmatch(r"[0-9]*", wanted):
+            return  # a number that is not there, or no more: all times begin with a 2
         times = (wanted, wanted.replace(" ", "T"))
         yield [p for p in self.points if p.time.startswith(times)
                or p.made.time.startswith(times)]  # fmt: skip
@@ -166,11 +172,56 @@ class Backups:
             owner, disk = self._by_file[backing]
             if backing in seen or disk.size != links[0].disk.size:
                 raise bad(f"disk '{name}': {backing} cannot be behind {links[-1].disk.file}")
+            if problem := chain.other_backup(links[-1].disk, owner.made):
+                raise bad(f"disk '{name}': {links[-1].disk.file}: {problem}")
             seen.add(backing)
             links.append(self.link(owner, disk))
         if links[-1].disk.kind != "full":
             raise bad(f"disk '{name}': nothing is told to be behind {links[-1].disk.file}")
         return tuple(links)
+
+    def overtaken(self, points: Iterable[Point]) -> "Backups | None":
+        """What the directory holds by now, where a prune has changed or removed meanwhile what
+        POINTS are made of; None where it has not, or the directory is not to be read."""
+        try:
+            now = dataclasses.replace(read(self.directory), devices=self.devices)
+        except errors.Error:
+            return None
+        same = all(point in now.points and self._needs(point) == now._needs(point)
+                   for point in points)  # fmt: skip
+        return None if same else now
+
+    def check_not_pruned(self, point: Point) -> None:
+        """Raise VIR_ERR_OPERATION_INVALID where POINT is ``overtaken``."""
+        if self.overtaken([point]) is not None:
+            raise self._pruned(point)
+
+    @contextlib.contextmanager
+    def telling_of_prunes(self, point: Point) -> Iterator[None]:
+        """Has an error of the block, which reads POINT, say so where it is ``overtaken``."""
+        try:
+            yield
+        except errors.Error as failure:
+            was_cancelled = failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
+            if was_cancelled or self.overtaken([point]) is None:
+                raise
+            raise self._pruned(point, failure) from failure
+
+    def _pruned(self, point: Point, failure: errors.Error | None = None) -> errors.Error:
+        text = f"{self.directory} was pruned while point {point.label} was read: try again"
+        if failure is not None:
+            text += f" ({failure.get_str2() or failure})"
+        return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+    def _needs(self, point: Point) -> list[tuple[Link, ...] | str]:
+        """The files that the disks of POINT are made of, or why they cannot be told."""
+        found: list[tuple[Link, ...] | str] = []
+        for disk in point.made.disks:
+            try:
+                found.append(self.links(point, disk.name))
+            except errors.Error as failure:
+                found.append(str(failure))
+        return found
 
     def states(self) -> dict[str, str | None]:
         """Of the file of every disk of every point, why the disk cannot be whole, as far as that is
@@ -188,6 +239,8 @@ class Backups:
             return None if disk.kind == "full" else "nothing is told to be behind it"
         if disk.backing not in found:
             return f"no older manifest tells of {disk.backing}"
+        if problem := chain.other_backup(disk, self._by_file[disk.backing][0].made):
+            return problem
         behind = found[disk.backing]
         if behind is None or behind.startswith("of "):
             return behind
@@ -225,25 +278,41 @@ def shown_time(time: str) -> str:
 def read(directory: pathlib.Path) -> Backups:
     """What DIRECTORY holds. Errors: VIR_ERR_SYSTEM_ERROR; VIR_ERR_OPERATION_INVALID when it has no
     backup at all, saying what it has instead."""
+    names = _names(directory)
+    for _ in range(_MOST_READS):
+        found, before = _read(directory, names), names
+        names = _names(directory)
+        if _manifests(names) == _manifests(before):
+            break  # else a pull or a prune came between, and what was read does not belong together
+    if not found.points:
+        raise _no_backup(directory, (*found.problems, *found.unfinished))
+    return found
+
+
+def _names(directory: pathlib.Path) -> list[str]:
     try:
-        names = sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
+        return sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read {directory}") from failure
+
+
+def _manifests(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("manifest.")]
+
+
+def _read(directory: pathlib.Path, names: list[str]) -> Backups:
+    """The same, of what has NAMES there; without points where there is no backup."""
     numbered = sorted((int(m[1]), name) for name in names if (m := _MANIFEST.fullmatch(name)))
     points: list[Point] = []
     problems: list[Problem] = []
+    unfinished: list[Problem] = []
     for number, name in numbered:
         _read_point(directory, name, number, points, problems)
-    if manifest.FILE in names:
-        _read_newest(directory, names, points, problems)
-    elif numbered:
-        problems.append(Problem(manifest.FILE, "it is missing"))
+    _read_newest(directory, names, points, problems, unfinished)
     problems += _strangers(points)
     merged = [_merged(directory, point, names) for point in points]
-    unfinished = tuple(_unfinished(names, merged))
-    if not merged:
-        raise _no_backup(directory, (*problems, *unfinished))
-    return Backups(directory, tuple(merged), tuple(problems), unfinished)
+    unfinished += _unfinished(names, merged)
+    return Backups(directory, tuple(merged), tuple(problems), tuple(unfinished))
 
 
 def _no_backup(directory: pathlib.Path, found: tuple[Problem, ...]) -> errors.Error:
@@ -272,25 +341,42 @@ def _read_point(
 
 
 def _read_newest(
-    directory: pathlib.Path, names: list[str], points: list[Point], problems: list[Problem]
+    directory: pathlib.Path,
+    names: list[str],
+    points: list[Point],
+    problems: list[Problem],
+    unfinished: list[Problem],
 ) -> None:
-    """``manifest.json``: all there is, or the same as the last of POINTS, or in its place."""
+    """``manifest.json``: all there is, or the same as the last of POINTS, or in its place; that of
+    the one before, or none, where the pull of the last was cut off when it had all but this."""
+    if manifest.FILE not in names:
+        if len(points) == 1:
+            unfinished.append(Problem(manifest.FILE, "it is missing: a pull was cut off"))
+        elif any(map(_MANIFEST.fullmatch, names)):
+            problems.append(Problem(manifest.FILE, "it is missing"))
+        return
     found: list[Point] = []
     _read_point(directory, manifest.FILE, None, found, problems)
-    if not found:
-        return
-    if points and found[0].made in (points[-1].made, _merged(directory, points[-1], names).made):
-        return
-    [newest] = found
+    last = [made for point in points[-1:]
+            for made in (point.made, _merged(directory, point, names).made)]  # fmt: skip
+    before = [point.made for point in points[-2:-1]]
+    for newest in found:
+        if newest.made in before:
+            text = f"it is still that of backup {newest.label}: a pull was cut off"
+            unfinished.append(Problem(manifest.FILE, text))
+        elif newest.made not in last:
+            _add_newest(newest, points, problems)
+
+
+def _add_newest(newest: Point, points: list[Point], problems: list[Problem]) -> None:
+    """What ``manifest.json`` has to POINTS, of which it is none."""
     number = newest.made.number
-    if number is None:
-        if points:
-            problems.append(Problem(manifest.FILE, "it is of a backup without a branch"))
-        else:
-            points.append(newest)
-        return
     last = points[-1].made.number if points else None
-    if last is None or number > last:
+    if number is None and points:
+        problems.append(Problem(manifest.FILE, "it is of a backup without a branch"))
+    elif number is None:
+        points.append(newest)
+    elif last is None or number > last:
         own = chain.manifest_file(number)
         if not any(problem.file == own for problem in problems):
             problems.append(Problem(own, "it is missing"))

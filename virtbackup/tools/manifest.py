@@ -27,6 +27,8 @@ VERSION = 1
 _OWN = "checksum"
 _MOST = 64 << 20
 """Bytes."""
+_MOST_NUMBER = (1 << 63) - 1
+"""No file has more bytes."""
 
 _T = TypeVar("_T", str, int, list[Any], dict[str, Any])
 
@@ -244,6 +246,8 @@ def _get(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
         raise _Bad(f"{name} is not of type {kind.__name__}")
     if isinstance(value, int) and value < 0:
         raise _Bad(f"{name} is negative")
+    if isinstance(value, int) and value > _MOST_NUMBER:
+        raise _Bad(f"{name} is too large")
     return value
 
 

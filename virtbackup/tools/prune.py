@@ -35,6 +35,12 @@ JOURNAL = listing.JOURNAL
 REASON = "older backups were pruned"
 
 _MERGED_MANIFEST = re.compile(r"(manifest\.\d{4,9}\.json)" + re.escape(MERGED))
+_LEFT = re.compile(
+    rf".+\.\d{{4,9}}\.qcow2{re.escape(MERGED)}"
+    rf"|(manifest\.\d{{4,9}}\.json{re.escape(MERGED)}|{re.escape(JOURNAL)}){re.escape(chain.PARTIAL)}",
+    re.DOTALL,
+)
+"""What a prune makes before it has announced anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +117,8 @@ def prune(
         backups = listing.read(directory)
         wanted = plan(backups, keep)
         _check_unfinished(directory, backups)
+        if any(one.file == manifest.FILE for one in backups.unfinished):
+            _write_newest(directory, backups.points[-1].made)
         _merge_all(directory, wanted, progress, cancel)
         cancel.check()
         if wanted.dropped:
@@ -224,10 +232,15 @@ def _take_places(directory: pathlib.Path, file: str) -> None:
     chain.sync_directory(directory)
     newest = manifest.read(directory)
     if newest.number == made.number and newest != made:
-        chain.write(directory, manifest.FILE, made)
-        (directory / (manifest.FILE + chain.PARTIAL)).rename(directory / manifest.FILE)
-        chain.sync_directory(directory)
+        _write_newest(directory, made)
     (directory / (file + MERGED)).rename(directory / file)
+    chain.sync_directory(directory)
+
+
+def _write_newest(directory: pathlib.Path, made: manifest.Manifest) -> None:
+    """``manifest.json``."""
+    chain.write(directory, manifest.FILE, made)
+    (directory / (manifest.FILE + chain.PARTIAL)).rename(directory / manifest.FILE)
     chain.sync_directory(directory)
 
 
@@ -301,5 +314,4 @@ def finish(directory: pathlib.Path) -> None:
 
 def _leftovers(names: Iterable[str]) -> list[str]:
     """Of a prune that had not announced anything yet; those announced are gone by now."""
-    ends = (MERGED, MERGED + chain.PARTIAL, JOURNAL + chain.PARTIAL)
-    return [n for n in names if n.endswith(ends) and not _MERGED_MANIFEST.fullmatch(n)]
+    return list(filter(_LEFT.fullmatch, names))

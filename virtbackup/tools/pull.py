@@ -229,7 +229,6 @@ def _devices(
 ) -> dict[str, pathlib.Path]:
     """TARGETS, with absolute paths, once nothing speaks against them."""
     domain = domain_conf.DomainDef.parse(domain_xml)
-    own = {_device_number(disk.source): disk.target for disk in domain.disks}
     capacity = {disk.target: disk.capacity for disk in domain.disks}
     chosen = {disk.name for disk in wanted.disks if disk.present}
     numbers: dict[int, str] = {}
@@ -243,10 +242,9 @@ def _devices(
                 f"disk '{name}': a backup of a branch cannot go to {path}, as increments are qcow2"
                 " images over the files of a directory"
             )
-        found = _device_number(str(path))
-        for other, of in own.items():
-            if found is not None and other is not None and device.meets(found, other):
-                raise _invalid(f"disk '{name}': {path} is the guest's own disk '{of}'")
+        for disk in domain.disks:
+            if disk.source is not None and _has_bytes_of(path, disk.source):
+                raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
         with _naming_disk(name):
             number, size = device.look(path)
         for other, of in numbers.items():
@@ -259,13 +257,21 @@ def _devices(
     return devices
 
 
-def _device_number(path: str | None) -> int | None:
+def _has_bytes_of(path: pathlib.Path, source: str) -> bool:
+    """Whether what is written to PATH, a block device, is written to SOURCE, a guest's medium."""
+    one, other = _device_number(str(path)), _device_number(source)
+    if one is not None and other is not None:
+        return device.meets(one, other)
+    return device.is_over(path, pathlib.Path(source))
+
+
+def _device_number(path: str) -> int | None:
     """Of the block device at PATH; None of anything else."""
     try:
-        found = None if path is None else pathlib.Path(path).stat()
+        found = pathlib.Path(path).stat()
     except (OSError, ValueError):
         return None
-    return found.st_rdev if found is not None and stat.S_ISBLK(found.st_mode) else None
+    return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
 
 
 @contextlib.contextmanager

@@ -84,19 +84,21 @@ def restore(
 
     FMT is a file's format; None: raw where the file is called so, else qcow2. FORCE overwrites.
 
-    Errors: VIR_ERR_OPERATION_INVALID for what is in the way; VIR_ERR_OPERATION_FAILED for a file of
-    the backup that is not as it was, a target that is too small; those of ``copy.copy``. On any
-    error OUT has no new file, and every file that was there.
+    Errors: VIR_ERR_OPERATION_INVALID for what is in the way, and where a prune has changed
+    meanwhile what POINT is made of; VIR_ERR_OPERATION_FAILED for a file of the backup that is not
+    as it was, a target that is too small; those of ``copy.copy``. On any error OUT has no new file,
+    and every file that was there.
     """
     verify.need("qemu-nbd")
     outputs = places(point, out, disk, fmt)
     chains = {output.disk: backups.links(point, output.disk) for output in outputs}
     for output in outputs:
         _check_output(output, backups, force)
-    for output in outputs:
-        check(chains[output.disk])
-        if output.type != "file":  # of which nothing is left where the disk is not good
-            chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
+    with backups.telling_of_prunes(point):
+        for output in outputs:
+            check(chains[output.disk])
+            if output.type != "file":  # of which nothing is left where the disk is not good
+                chains[output.disk] = verify.checked(chains[output.disk], progress, cancel)
     cancel.check()
     with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         if disk is None:
@@ -105,7 +107,8 @@ def restore(
         for index, output in enumerate(outputs):
             with _claimed(output, force, undo):
                 links = chains[output.disk]
-                done.append(_restore(links, output, index, force, held, progress, cancel))
+                with backups.telling_of_prunes(point):
+                    done.append(_restore(links, output, index, force, held, progress, cancel))
         cancel.check()
         _finish(outputs)
         undo.pop_all()
@@ -171,7 +174,7 @@ def places(
         raise _invalid("a server takes one disk: name it by --disk")
     made = fmt or "qcow2"
     directory = pathlib.Path(out)
-    if directory.exists() and not directory.is_dir():
+    if os.path.exists(directory) and not os.path.isdir(directory):  # noqa: PTH110, PTH112  (told below)
         raise _invalid(f"{out} is not a directory; one disk into a file is named by --disk")
     names = [one.name for one in point.made.disks]
     return [Output(name, str(directory / f"{name}.{made}"), "file", made) for name in names]
@@ -212,16 +215,23 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     if not os.path.lexists(path):
         return
     for own in _files(backups):
-        if own.exists() and path.exists() and path.samefile(own):
+        if _is_same(path, own) or (output.type == "block" and device.is_over(path, own)):
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
     if output.type == "file":
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113  (nor what it leads to where that is not seen)
             raise _invalid(f"{path} is not a file")
         with _opened(path) as fd:
             if fd is not None and _is_locked(fd, _QEMUS):
                 raise _invalid(f"{path} is in use by a QEMU")
+
+
+def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:

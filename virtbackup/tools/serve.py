@@ -8,6 +8,7 @@ reading only. It ends with this process, whatever ends that.
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -60,10 +61,16 @@ class Server:
         self.log.seek(0)
         # Of one that was killed the last words are about something else.
         said = self.log.read().decode(errors="replace").splitlines() if status > 0 else []
-        reason = said[-1].removeprefix(f"{PROGRAM}: ") if said else (
-            f"it ended with status {status}"
-        )  # fmt: skip
+        reason = self._without_options(said[-1]) if said else f"it ended with status {status}"
         return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"{PROGRAM}: {reason}")
+
+    def _without_options(self, said: str) -> str:
+        """What a line says without the option that it is about, which may be long."""
+        reason = said.removeprefix(f"{PROGRAM}: ")
+        assert isinstance(self.process.args, list)
+        for option, value in itertools.pairwise(self.process.args):
+            reason = reason.removeprefix(f"{option} {value}: ")
+        return reason
 
 
 @contextlib.contextmanager
@@ -81,9 +88,27 @@ def serving(
 
     Errors: VIR_ERR_INVALID_ARG for a name; VIR_ERR_OPERATION_FAILED for a file that is not as its
     manifest says, as far as that is seen without reading all of it, and for ADDRESS; those of
-    ``verify.checked``; VIR_ERR_OPERATION_INVALID where something is at the socket's path.
+    ``verify.checked``; VIR_ERR_OPERATION_INVALID where something is at the socket's path, and where
+    a prune has changed meanwhile what POINT is made of.
     """
     verify.need(PROGRAM)
+    with contextlib.ExitStack() as undo:
+        with backups.telling_of_prunes(point):
+            server = _serve(backups, point, names, address, undo, progress, cancel)
+        backups.check_not_pruned(point)  # from here on it has all files open
+        yield server
+
+
+def _serve(
+    backups: listing.Backups,
+    point: listing.Point,
+    names: Sequence[str],
+    address: backup_conf.Address | None,
+    undo: contextlib.ExitStack,
+    progress: copy.Progress | None,
+    cancel: copy.Cancel | None,
+) -> Server:
+    """A server that answers; UNDO ends it."""
     argv = [PROGRAM]
     for index, name in enumerate(names):
         links = backups.links(point, name)
@@ -91,22 +116,21 @@ def serving(
         links = verify.checked(links, progress, cancel)
         argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
         argv += ["--export", json.dumps(_export(index, name))]
-    with contextlib.ExitStack() as undo:
-        private = _private_directory(undo)
-        where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
-        if isinstance(where, backup_conf.UnixAddress):
-            if os.path.lexists(where.path):
-                text = f"{where.path} exists already"
-                raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
-            undo.callback(_remove, pathlib.Path(where.path))
-        ready = private / "pid"
-        argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
-        argv += ["--pidfile", str(ready)]
-        log = undo.enter_context((private / "log").open("w+b"))
-        server = Server(_start(argv, log), log, where)
-        undo.callback(_end, server.process)
-        _wait_until_it_listens(server, ready)
-        yield server
+    private = _private_directory(undo)
+    where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
+    if isinstance(where, backup_conf.UnixAddress):
+        if os.path.lexists(where.path):
+            text = f"{where.path} exists already"
+            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+        undo.callback(_remove, pathlib.Path(where.path))
+    ready = private / "pid"
+    argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
+    argv += ["--pidfile", str(ready)]
+    log = undo.enter_context((private / "log").open("w+b"))
+    server = Server(_start(argv, log), log, where)
+    undo.callback(_end, server.process)
+    _wait_until_it_listens(server, ready)
+    return server
 
 
 def _private_directory(undo: contextlib.ExitStack) -> pathlib.Path:

@@ -53,6 +53,8 @@ class Look:
 class Verdict:
     """What became of a look at a directory."""
 
+    backups: listing.Backups
+    """What it holds."""
     files: tuple[listing.Link, ...]
     """Those that were looked at."""
     problems: tuple[listing.Problem, ...]
@@ -80,10 +82,30 @@ def verify(
 ) -> Verdict:
     """Read again all that POINT is made of, all there is for None.
 
+    Where a prune has changed meanwhile what is read, what seems to be wrong is looked at again.
+
     Errors: VIR_ERR_OPERATION_ABORTED when cancelled, VIR_ERR_SYSTEM_ERROR where QEMU's programs are
-    not installed, unless all is raw. What is wrong with files is no error but in the verdict.
+    not installed, unless all is raw; VIR_ERR_INVALID_ARG where POINT was pruned meanwhile. What is
+    wrong with files is no error but in the verdict.
     """
-    points = backups.points if point is None else (point,)
+    good: dict[listing.Link, Look] = {}
+    while True:
+        points = backups.points if point is None else (point,)
+        verdict = _verify(backups, points, point is None, good, progress, cancel)
+        if verdict.good or (now := backups.overtaken(points)) is None:
+            return verdict
+        backups, point = now, None if point is None else now.find(point.label)
+
+
+def _verify(
+    backups: listing.Backups,
+    points: Sequence[listing.Point],
+    is_all: bool,
+    good: dict[listing.Link, Look],
+    progress: copy.Progress | None,
+    cancel: copy.Cancel | None,
+) -> Verdict:
+    """The same of POINTS. GOOD are looks at files that are not to be read once more; it grows."""
     problems: list[listing.Problem] = []
     bad_points: list[listing.Point] = []
     files: dict[str, listing.Link] = {}
@@ -102,18 +124,22 @@ def verify(
     if any(link.disk.format != "raw" for link in files.values()):
         need("qemu-nbd", "qemu-img")
     manifests = {link.point.file for link in files.values()} | {one.file for one in points}
-    problems[:0] = [one for one in backups.problems if point is None or one.file in manifests]
-    found = _read_all(list(files.values()), progress, cancel)
-    for link, look in zip(files.values(), found, strict=True):
+    problems[:0] = [one for one in backups.problems if is_all or one.file in manifests]
+    unread = [link for link in files.values() if link not in good]
+    looks = good | dict(zip(unread, _read_all(unread, progress, cancel), strict=True))
+    good.update({link: look for link, look in looks.items() if look.problem is None})
+    for link in files.values():
+        look = looks[link]
         if look.problem is not None:
             problems.append(_problem(link, look.problem))
         if not look.restorable:
             bad_points += users[link.disk.file]
     return Verdict(
+        backups,
         tuple(files.values()),
         tuple(problems),
         tuple(one for one in points if one in bad_points),
-        sum(look.read for look in found),
+        sum(look.read for look in looks.values()),
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command that draws where disks have data; ``virtbackup.tools.blockmap`` does the work."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -63,7 +64,7 @@ def _map_sources(
     """What is drawn, and its disks: of a directory, where there is one of that name, else of a
     domain's running backup."""
     wanted = args.optional("disk")
-    if pathlib.Path(args.text("what")).is_dir():
+    if os.path.isdir(args.text("what")):  # noqa: PTH112  (not an error where it cannot be seen)
         about, sources = _sources_of_directory(args)
     else:
         for option in ("point", "device"):
@@ -165,7 +166,7 @@ def _print_maps(
 def _write_output(path: str, data: bytes) -> None:
     """All of DATA, or what was there before."""
     try:
-        place = pathlib.Path(path).resolve()  # not the link to a file but the file
+        place = _followed(path)
         if place.exists() and not place.is_file():
             place.write_bytes(data)
             return
@@ -178,6 +179,13 @@ def _write_output(path: str, data: bytes) -> None:
             raise
     except OSError as error:
         raise vsh.Failure(f"cannot write {path}: {error.strerror}") from error
+
+
+def _followed(path: str) -> pathlib.Path:
+    """Not the link to a file but the file, which need not be there. Errors: OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        return pathlib.Path(os.path.realpath(path, strict=True))
+    return pathlib.Path(os.path.realpath(path))
 
 
 def _range_facts(source: _MapSource, ranges: "Iterable[blockmap.Range]") -> dict[str, object]:

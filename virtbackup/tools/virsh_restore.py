@@ -171,7 +171,7 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         verdict = verify.verify(backups, point, progress=progress, cancel=cancel)
     seconds = time.monotonic() - begin
     if args.flag("json"):
-        shell.print_json(_verdict_facts(backups, verdict, seconds))
+        shell.print_json(_verdict_facts(verdict, seconds))
     else:
         for problem in verdict.problems:
             place = "" if problem.point is None else f"point {problem.point}, "
@@ -190,14 +190,12 @@ def _verify(shell: virsh_connection.Shell, args: vsh.Args) -> int:
         if not args.flag("json"):
             shell.extra("Backups verified")
         return vsh.DONE
-    raise vsh.Failure(_summary(backups, verdict, point), _newest_good(backups, verdict, point))
+    raise vsh.Failure(_summary(verdict, point), _newest_good(verdict, point))
 
 
-def _summary(
-    backups: "listing.Backups", verdict: "verify.Verdict", only: "listing.Point | None"
-) -> str:
+def _summary(verdict: "verify.Verdict", only: "listing.Point | None") -> str:
     first, more = verdict.problems[0], len(verdict.problems) - 1
-    text = f"the backups in {backups.directory} are not whole: {first}"
+    text = f"the backups in {verdict.backups.directory} are not whole: {first}"
     if more:
         text += f" (and {more} more)"
     if verdict.bad_points:
@@ -206,21 +204,17 @@ def _summary(
     return f"{text}; {'every point listed' if only is None else 'the point'} can be restored"
 
 
-def _newest_good(
-    backups: "listing.Backups", verdict: "verify.Verdict", only: "listing.Point | None"
-) -> str | None:
+def _newest_good(verdict: "verify.Verdict", only: "listing.Point | None") -> str | None:
     """What can be restored all the same; of points that were not looked at nothing is known."""
-    good = [point for point in backups.points if point not in verdict.bad_points]
+    good = [point for point in verdict.backups.points if point not in verdict.bad_points]
     if only is not None or not good or not verdict.bad_points:
         return None
     return f"'backup-restore' with --point {good[-1].label} takes the newest that is good"
 
 
-def _verdict_facts(
-    backups: "listing.Backups", verdict: "verify.Verdict", seconds: float
-) -> dict[str, object]:
+def _verdict_facts(verdict: "verify.Verdict", seconds: float) -> dict[str, object]:
     return {
-        "directory": str(backups.directory),
+        "directory": str(verdict.backups.directory),
         "good": verdict.good,
         "files": [link.disk.file for link in verdict.files],
         "in_part": [link.disk.file for link in verdict.in_part],
