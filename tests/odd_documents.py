@@ -64,10 +64,10 @@ def disks(count: int, last: str = "") -> str:
 
 
 def check_large(refused: Refused, document: str, reason: str | None) -> None:
-    """REFUSED tells the REASON, and soon; None: it is not refused."""
-    began = time.monotonic()
+    """REFUSED tells the REASON, and soon, however busy the machine is; None: it is not refused."""
+    began = time.process_time()
     found = refused(document)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert (found is None) == (reason is None), found
     assert reason is None or reason in str(found)
 

@@ -54,6 +54,25 @@ def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
         assert client.lookup("e").id == 3
 
 
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        (1_000, 9_000_000),
+        (11_003_000, 11_003_000),
+        (11_010_000, 11_009_000),
+        (12_008_000, 11_009_000),
+    ],
+)
+def test_a_version_by_which_clients_ask_for_nothing_unknown(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, theirs: int, told: int
+) -> None:
+    """From libvirt 11.10 on, virtnbdbackup has a backup begun with a flag that is refused here."""
+    driver = daemon_scene.Driver(A)
+    monkeypatch.setattr(driver, "get_lib_version", lambda: theirs, raising=False)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
+        assert client.call(REMOTE, "CONNECT_GET_LIB_VERSION").lib_ver == told
+
+
 def test_of_two_with_one_uuid_the_first_host_s_is_meant(tmp_path: pathlib.Path) -> None:
     """By whatever it was looked up."""
     first, second = daemon_scene.Driver(A), daemon_scene.Driver(A)

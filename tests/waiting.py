@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Waiting for what no event tells."""
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,3 +25,12 @@ def until(
             assert process.poll() is None, f"{process.args!r} has ended: {process.returncode}"
         assert time.monotonic() < end, what
         time.sleep(_LOOK_AGAIN)
+
+
+def stop(process: "subprocess.Popen[Any]") -> None:
+    """SIGSTOP to PROCESS, which stands still then: until its main thread has come to run, the
+    others go on. Errors: AssertionError where it has ended."""
+    process.send_signal(signal.SIGSTOP)
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert found is not None
+    assert found.si_code == os.CLD_STOPPED, f"{process.args!r} has ended"

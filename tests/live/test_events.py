@@ -14,7 +14,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import libvirtd
 from tests.live.libvirtd import disk_xml, image, pattern
 from virtbackup.qemu import status
@@ -219,7 +219,7 @@ def test_a_pull_of_a_transient_domain_tells_why_that_ended(
         subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as pull,
     ):
         libvirtd.wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob("out/vda.*")))
-        pull.send_signal(signal.SIGSTOP)
+        waiting.stop(pull)
         one.libvirt.destroy()
         pull.send_signal(signal.SIGCONT)
         _, errors = pull.communicate(timeout=libvirtd.DEADLINE)

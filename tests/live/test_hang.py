@@ -43,7 +43,7 @@ class Storage:
     server: "subprocess.Popen[bytes]"
 
     def hang(self) -> None:
-        self.server.send_signal(signal.SIGSTOP)
+        waiting.stop(self.server)
 
     def go_on(self) -> None:
         self.server.send_signal(signal.SIGCONT)
@@ -222,12 +222,12 @@ def test_which_of_several_file_systems_hangs(tmp_path: pathlib.Path) -> None:
     with file_server(tmp_path, 64 << 20) as storage:
         places = {"it": storage.path, "other": tmp_path}
         images = {name: hang.Image(str(path), None) for name, path in places.items()}
-        assert hang.hanging(images, None, QUICK) == set()
+        assert hang.hanging(images, None, waiting.DEADLINE) == set()
         storage.hang()
         waiting.until(lambda: hang.hanging(images, None, QUICK) == {"it"})
         for _ in range(2):  # whoever was asked before is asked again
             assert hang.hanging(images, None, QUICK) == {"it"}
-        assert hang.hanging({"other": images["other"]}, None, QUICK) == set()
+        assert hang.hanging({"other": images["other"]}, None, waiting.DEADLINE) == set()
         storage.go_on()
         waiting.until(lambda: not hang.hanging(images, None, QUICK))
 

@@ -576,7 +576,7 @@ def test_two_at_once(large: points.Backed, tmp_path: pathlib.Path, fmt: copy.For
     with process(*argv, "--point=1") as one:
         partial = out / f"vda.{fmt}.partial"
         waiting.until(lambda: partial.exists() and partial.stat().st_blocks > 0, process=one)
-        one.send_signal(signal.SIGSTOP)
+        waiting.stop(one)
         before = partial.stat().st_ino
         status, _, err = points.call(*argv)
         assert (status, partial.stat().st_ino) == (1, before)

@@ -25,6 +25,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import copies, places
 from virtbackup.nbd import copy, qcow2, vhost_user, writer
 
@@ -334,6 +335,29 @@ def test_it_is_given_up(tmp_path: pathlib.Path, program: str) -> None:
         made.begin()
     made.discard()
     assert not (tmp_path / "out").exists()
+
+
+def test_killed_while_the_file_is_made(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qemu-img that went on would make the file again that was removed since, and whole."""
+    real = shutil.which("qemu-img")
+    slow = tmp_path / "bin" / "qemu-img"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n: >{tmp_path}/begun\nsleep 1\nexec {real} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    out = tmp_path / "out"
+    code = (
+        "import pathlib, sys; from virtbackup.nbd import writer;"
+        f"writer.QemuWriter(pathlib.Path(sys.argv[1]), {BLOCK}).begin()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(out)]) as one:
+        waiting.until((tmp_path / "begun").exists, process=one)
+        one.kill()
+    out.unlink()
+    time.sleep(2)  # nothing tells that one that is slow would have come by now
+    assert not out.exists()
 
 
 def test_a_file_that_is_there_is_not_touched(tmp_path: pathlib.Path) -> None:

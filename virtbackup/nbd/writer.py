@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import select
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -469,7 +470,10 @@ class QemuWriter(target.Asynchronous):
             yield listening, client
 
     def _run(self, *argv: str) -> None:
-        self._start(argv)
+        if shutil.which(argv[0]) is None:  # the shell that ties it to us would tell it otherwise
+            failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise _cannot_run(argv[0], failure) from failure
+        self._start((*connection.tied(), *argv))
         self._end(None)  # it may have much to sync
 
     def _start(
@@ -486,10 +490,7 @@ class QemuWriter(target.Asynchronous):
                     stderr=subprocess.PIPE, start_new_session=True, env=env,
                 )  # fmt: skip
             except OSError as failure:
-                text = f"cannot run {argv[0]}"
-                if isinstance(failure, FileNotFoundError):
-                    text = f"{text}, which is in the package {_PACKAGES[argv[0]]}"
-                raise errors.system_error(failure, text) from failure
+                raise _cannot_run(argv[0], failure) from failure
             if self._unwanted:
                 self._program.kill()
 
@@ -525,3 +526,10 @@ class QemuWriter(target.Asynchronous):
 
 def _rounded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
+
+
+def _cannot_run(program: str, failure: OSError) -> errors.Error:
+    text = f"cannot run {program}"
+    if isinstance(failure, FileNotFoundError):
+        text = f"{text}, which is in the package {_PACKAGES[program]}"
+    return errors.system_error(failure, text)

@@ -14,8 +14,9 @@ from virtbackup.remote.dispatch import Session, handles
 
 REMOTE = protocol.REMOTE
 
-SPOKEN = 9 * 1000000
-"""The libvirt whose calls these are."""
+SPOKEN = 9 * 1000000, 11 * 1000000 + 9 * 1000
+"""The libvirts whose calls these are: the next has a flag of virDomainBackupBegin's that is unknown
+here, VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN."""
 _FEATURES = frozenset(
     {
         remote_types.FEATURE_PROGRAM_KEEPALIVE,
@@ -92,9 +93,11 @@ def get_version(session: Session, args: None) -> structs.ConnectGetVersionRet:
 
 @handles(REMOTE, "CONNECT_GET_LIB_VERSION")
 def get_lib_version(session: Session, args: None) -> structs.ConnectGetLibVersionRet:
-    """Of the protocol that is spoken, where the driver is of no libvirt: clients go by that."""
-    version = max(SPOKEN, ask(session, "virConnectGetLibVersion", "get_lib_version"))
-    return structs.ConnectGetLibVersionRet(version)
+    """Of the protocol that is spoken, where the driver is of no libvirt, or of a newer one: clients
+    go by that."""
+    oldest, newest = SPOKEN
+    version = ask(session, "virConnectGetLibVersion", "get_lib_version")
+    return structs.ConnectGetLibVersionRet(min(max(oldest, version), newest))
 
 
 @handles(REMOTE, "CONNECT_GET_HOSTNAME")
