@@ -13,6 +13,7 @@ import gc
 import os
 import pathlib
 import shutil
+import signal
 from collections.abc import Generator, Iterable
 from typing import Any
 
@@ -25,6 +26,11 @@ LIVE = HERE / "live"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 LONG_TIMEOUT = 1800.0
 """Seconds a test may take when it looks longer."""
+
+# A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP; and so would all
+# that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # An assertion that fails in what tests share tells what it saw, as one in a test does.
 pytest.register_assert_rewrite(

@@ -3,7 +3,6 @@
 
 import os
 import pathlib
-import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -11,9 +10,6 @@ import pytest
 
 from demo import guest, kernel, records
 from tests.live import agents, libvirtd, machines
-
-# A shell lets what it starts in the background ignore SIGINT, and so would all that tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     # These run what is installed, whatever QEMU is under test: ./dev test --matrix has it once.
