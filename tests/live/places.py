@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Places of a test's own: a small file system, a block device, a port."""
+"""Places of a test's own: a small file system, a block device, a port, a PATH."""
 
 import contextlib
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -67,3 +68,15 @@ def free_port(host: str = "127.0.0.1", family: socket.AddressFamily = socket.AF_
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, 0))
         return int(found.getsockname()[1])
+
+
+def path_with(directory: pathlib.Path, program: str, first: str) -> str:
+    """A PATH on which PROGRAM does what the shell makes of FIRST before it begins; DIRECTORY, which
+    is made, is for that."""
+    real = shutil.which(program)
+    assert real is not None
+    directory.mkdir()
+    made = directory / program
+    made.write_text(f'#!/bin/sh\n{first}\nexec {real} "$@"\n')
+    made.chmod(0o755)
+    return f"{directory}:{os.environ['PATH']}"

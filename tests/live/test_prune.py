@@ -389,19 +389,13 @@ def prunes_first(
 ) -> dict[str, str]:
     """An environment where PROGRAM, called for the first time, begins only when a prune of BACKUPS
     has come to the COUNT-th thing that it does to names."""
-    real = shutil.which(program)
     code = (
         "import pathlib; from tests.live import test_prune;"
         f"test_prune.killed_at(pathlib.Path({str(backups)!r}), 2, {count})"
     )
     place = directory / f"programs{count}"
-    place.mkdir()
-    (place / program).write_text(
-        f'#!/bin/sh\nmkdir {place}/once 2>/dev/null && {sys.executable} -B -c "{code}"\n'
-        f'exec {real} "$@"\n'
-    )
-    (place / program).chmod(0o755)
-    return {**os.environ, "PATH": f"{place}:{os.environ['PATH']}"}
+    first = f'mkdir {place}/once 2>/dev/null && {sys.executable} -B -c "{code}"'
+    return {**os.environ, "PATH": places.path_with(place, program, first)}
 
 
 @pytest.fixture(params=[7, 99])

@@ -8,7 +8,6 @@ import os
 import pathlib
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -553,12 +552,7 @@ def test_killed_while_its_servers_begin(
     layered: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A qemu-nbd whose only client went before it came to listen would wait for ever."""
-    real = shutil.which("qemu-nbd")
-    slow = tmp_path / "bin" / "qemu-nbd"
-    slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {real} "$@"\n')
-    slow.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", places.path_with(tmp_path / "bin", "qemu-nbd", "sleep 1"))
     file = f"{layered.directory}/vda.0001.qcow2"
     with process("backup-restore", str(layered.directory), str(tmp_path / "out")) as one:
         waiting.until(lambda: processes_with(file), process=one)

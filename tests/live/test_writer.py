@@ -341,12 +341,8 @@ def test_killed_while_the_file_is_made(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A qemu-img that went on would make the file again that was removed since, and whole."""
-    real = shutil.which("qemu-img")
-    slow = tmp_path / "bin" / "qemu-img"
-    slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\n: >{tmp_path}/begun\nsleep 1\nexec {real} "$@"\n')
-    slow.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    slow = f": >{tmp_path}/begun; sleep 1"
+    monkeypatch.setenv("PATH", places.path_with(tmp_path / "bin", "qemu-img", slow))
     out = tmp_path / "out"
     code = (
         "import pathlib, sys; from virtbackup.nbd import writer;"

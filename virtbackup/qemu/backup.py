@@ -272,12 +272,14 @@ def plan(
     _check_branch(definition, caps)
     _check_sources(definition.disks)
     _check_nodes(definition.disks, state)
-    _check_owned(definition.disks, state)
+    found = {disk.target: disk for disk in state.disks}
+    for wanted in definition.disks:
+        if wanted.present:
+            check_owned(found[wanted.name], state)
     lines = _lines(definition, definition.branch, state)
     _check_sound(definition, lines)
     check_new(definition.fork, _lines(definition, definition.fork, state))
     spoken = dialect.Dialect(caps)
-    found = {disk.target: disk for disk in state.disks}
     disks: list[DiskPlan] = []
     placed = []
     for wanted in definition.disks:
@@ -489,13 +491,6 @@ def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) 
                 f"disks '{other}' and '{disk.name}' are the same block node '{medium.node}': leave"
                 ' one of them out (present="no")'
             )
-
-
-def _check_owned(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) -> None:
-    found = {disk.target: disk for disk in state.disks}
-    for disk in disks:
-        if disk.present:
-            check_owned(found[disk.name], state)
 
 
 def check_owned(disk: block.Disk, state: BlockState) -> None:

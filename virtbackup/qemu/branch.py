@@ -85,7 +85,7 @@ class Images:
 
 def least_granularity(size: int) -> int:
     """Of a bitmap of a disk of SIZE bytes; bytes."""
-    return max(512, 1 << (-(-size // _MOST_BITS) - 1).bit_length()) if size else 512
+    return max(512, 1 << (-(-size // _MOST_BITS) - 1).bit_length())
 
 
 def granularity(size: int) -> int:
