@@ -13,6 +13,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import machines, nbdclient, places
+from virtbackup.qemu import process
 
 SIZE = 64 << 20
 
@@ -376,6 +377,44 @@ def test_disk_with_a_block_job_is_refused_by_name(tmp_path: pathlib.Path, kind: 
         graph = "x-debug-query-block-graph"
         assert machine.state()[graph] == before[graph]
         assert "nbd.sock" not in {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("step", ["scratch_images", "freeze"])
+def test_an_overlay_that_comes_between_the_look_and_the_instant(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The image that was looked at stands still from the overlay on, the other disks do not."""
+    overlay = {"driver": "file", "filename": f"{tmp_path}/over.qcow2"}
+    machines.image(tmp_path / "over.qcow2", SIZE, "qcow2")
+    goes_on = getattr(process.Run, step)
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        machine.probe("blockdev-add", driver="qcow2", node_name="over", file=overlay, backing=None)
+        refused = []
+
+        def late(run: process.Run) -> None:
+            reply = machine.probe.reply("blockdev-snapshot", node="A", overlay="over")
+            refused.append("error" in reply)  # by a scratch image over the same node
+            for disk in ("vda", "sdb"):
+                machine.io(disk, "write -P 7 0 64k")
+            goes_on(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, step, late)
+            if step == "freeze" and machines.version() < (8, 0, 0):
+                dom.backupStart(unix(tmp_path))
+                dom.backupStop()
+                assert refused == [True]
+                return
+            with pytest.raises(virtbackup.Error, match="disk 'vda' got another image") as caught:
+                dom.backupStart(unix(tmp_path))
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+        assert refused == [False]
+        assert "virtbackup" not in str(machine.state())
+        dom.backupStart(unix(tmp_path))
+        for disk in ("vda", "sdb"):
+            assert nbdclient.read(tmp_path / "nbd.sock", disk)[:1] == b"\7"
+        dom.backupStop()
 
 
 def test_disks_are_frozen_at_one_instant(tmp_path: pathlib.Path) -> None:

@@ -542,6 +542,10 @@ def test_a_domain_that_ends_in_the_middle_of_its_stop(
 
 
 SNAPSHOT = "<domainsnapshot><name>{}</name></domainsnapshot>"
+ONE_DISK = (
+    "<domainsnapshot><name>{}</name><disks><disk name='vda' snapshot='external'/>"
+    "<disk name='sdb' snapshot='no'/></disks></domainsnapshot>"
+)
 DISK_ONLY = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
 )
@@ -1021,6 +1025,35 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
     assert right(host)
     dom.backupStop()
     assert not left_over(two, scratch_dir, state_dir)
+
+
+def test_a_snapshot_of_libvirts_in_the_middle_of_a_start(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    persistent: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one disk: it would be shown as it was at the snapshot, the other as at the start."""
+    dom = connection.lookupByName("lasting")
+    scratch_images = process.Run.scratch_images
+
+    def late(run: process.Run) -> None:
+        persistent.libvirt.snapshotCreateXML(ONE_DISK.format("s"), DISK_ONLY)
+        persistent.write("vda", 0)
+        persistent.write("sdb", 0)
+        scratch_images(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process.Run, "scratch_images", late)
+        with pytest.raises(virtbackup.Error, match="disk 'vda' got another image"):
+            dom.backupStart(document(host))
+    assert not left_over(persistent, scratch_dir, state_dir)
+    dom.backupStart(document(host))
+    for disk in ("vda", "sdb"):
+        assert libvirtd.read(socket(host), disk)[:1] == b"\xff"
+    dom.backupStop()
 
 
 # --- libvirt's own jobs ---------------------------------------------------------------------------

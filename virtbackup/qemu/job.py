@@ -378,6 +378,7 @@ class BackupJob:
                 run.freeze()
             else:
                 agent.standing_still(quiesce, run.freeze)
+            run.check_media()
             run.exports()
             if (refusal := run.give_way()) is not None:
                 starting = _keeping(starting, run.session, refusal)

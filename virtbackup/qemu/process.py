@@ -163,6 +163,28 @@ class Run:
                     raise _of_disk(disk.target, failure) from failure
             raise
 
+    def check_media(self) -> None:
+        """Refuse, after the instant, where a drive has another image at its root than the plan has
+        seen: since it came there, by a snapshot, say, the guest has written past the one that was
+        frozen, and that shows an earlier moment than the other disks.
+
+        Errors: VIR_ERR_OPERATION_FAILED.
+        """
+        if not self.session.capabilities.devices:
+            return
+        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
+        media = {drive.qom_path: drive.medium for drive in found}
+        for disk in self.plan.disks:
+            medium = media.get(disk.device) if disk.device else None
+            # The job's filter may be shown for the image; of an unplugged disk, the stop tells.
+            if medium is None or medium.node == disk.node or medium.driver in block.FILTERS:
+                continue
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED,
+                f"disk '{disk.target}' got another image as the backup began: '{medium.node}' in"
+                f" place of '{disk.node}'",
+            )
+
     def changed(self) -> dict[str, int]:
         """Disk -> bytes changed since its branch's last point; after the instant, and only of disks
         whose changes are told."""
