@@ -661,7 +661,7 @@ _RED, _YELLOW = "1;31", "1;33"
 
 
 def shows_colours(stream: TextIO) -> bool:
-    """Whether people look at STREAM, on a terminal that has colours, and want any (no-color.org)."""
+    """Whether people look at STREAM, a terminal that has colours, and want any (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     return not plain and stream.isatty()
 
