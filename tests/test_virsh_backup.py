@@ -190,8 +190,8 @@ def test_what_virsh_calls_otherwise_is_done_here() -> None:
         (["--log"], "option '-l'/'--log' requires an argument"),
         (["echo a; nope"], "unknown command: 'nope'\n'help' shows all commands"),
         (["list", ";", "uri"], "unexpected data ';'\n'help list' shows what it takes"),
-        (["list", "--name", "--uuid"],
-         "Options --name and --uuid are mutually exclusive\n'help list' shows what it takes"),
+        (["list", "--name", "--table"],
+         "Options --table and --name are mutually exclusive\n'help list' shows what it takes"),
     ],
 )  # fmt: skip
 def test_misuse_of_the_program(argv: list[str], message: str, run: Run) -> None:
@@ -365,6 +365,17 @@ def test_list_all_in_every_form(run: Run) -> None:
     assert facts[-1] == {
         "id": None, "name": "off", "uuid": shell_driver.UUID.format(1), "state": "shut off",
     }  # fmt: skip
+
+
+def test_list_of_several_things(run: Run) -> None:
+    """In virsh's order, whatever theirs is."""
+    first, last = shell_driver.UUID.format(4), shell_driver.UUID.format(1)
+    assert run("list", "--name", "--uuid")[1].startswith(f"{first} vm1\n")
+    assert run("list", "--name", "--id") == (0, "1 vm1\n2 7\n3 my vm\n", "")
+    assert run("list", "--id", "--name", "--uuid")[1].startswith(f"{first} 1 vm1\n")
+    assert run("list", "--inactive", "--id", "--uuid") == (0, f"{last} -\n", "")
+    for form in ("--name", "--uuid", "--id"):
+        assert run("list", "--json", form)[0] == run("list", form, "--table")[0] == 2
 
 
 def test_list_of_some_states(run: Run) -> None:

@@ -46,6 +46,15 @@ def process_start(pid: int) -> int | None:
     return int(fields[19])
 
 
+def process_user(pid: int) -> int | None:
+    """The user that process PID acts as; None when there is none (proc(5))."""
+    with contextlib.suppress(OSError):
+        status = pathlib.Path(f"/proc/{pid}/status").read_text(errors="replace")
+        if found := re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE):
+            return int(found[1])
+    return None
+
+
 def this_process() -> Process:
     """Ourselves."""
     pid = os.getpid()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One backup's way through a real QEMU: what is exported is the instant of the start."""
 
+import os
 import pathlib
 import socket
 import subprocess
@@ -154,6 +155,28 @@ def test_nothing_to_back_up(tmp_path: pathlib.Path) -> None:
         with pytest.raises(virtbackup.Error, match="no disks selected for backup") as caught:
             conn.lookupByID(1).backupStart(unix(tmp_path))
         assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+
+
+def test_a_qemu_that_has_become_another_user(
+    tmp_path: pathlib.Path, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """It needs no path, neither to the scratch images nor to the socket's directory. The monitor's
+    socket tells the user who made it, which was root yet."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    becomes = ("-run-with", "user=nobody") if machines.version() >= (9, 1) else ("-runas", "nobody")
+    tmp_path.chmod(0o700)
+    with machines.two_disks(tmp_path, *becomes) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        source = f'<disk name="vda"><source file="{scratch_dir}/own"/></disk>'
+        for document in (unix(tmp_path), unix(tmp_path, source)):
+            dom.backupStart(document)
+            assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"vda", "sdb"}
+            dom.backupStop()
+            assert machine.state() == before
+            assert list(scratch_dir.iterdir()) == []
+            assert not (tmp_path / "nbd.sock").exists()
 
 
 def test_firmware_flash_is_no_disk(tmp_path: pathlib.Path) -> None:

@@ -128,9 +128,15 @@ def test_terminals(layered: points.Backed) -> None:
     ).stdout
     assert b"\033" not in plain
     assert b"  # data" in plain
-    text, _ = terminals.shown(argv, env={**os.environ, "PYTHONUTF8": "1"})
+    wanted = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    wanted |= {"PYTHONUTF8": "1", "TERM": "xterm"}
+    text, _ = terminals.shown(argv, env=wanted)
     assert b"\033[34m" in text
     assert "█".encode() in text
+    for unwanted in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        text, _ = terminals.shown(argv, env=wanted | unwanted)
+        assert b"\033" not in text
+        assert "█".encode() in text
 
 
 def test_a_running_backup(tmp_path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -169,6 +170,21 @@ def test_a_directory_that_exists_may_have_other_files(
         "notes", "manifest.json", "vda.qcow2", "sdb.qcow2"
     }  # fmt: skip
     assert (out / "notes").read_text() == "mine"
+
+
+def test_as_many_files_are_opened_as_may_be(machine: machines.Machine, out: pathlib.Path) -> None:
+    """Not only as many as a login allows at first: each disk takes some ten."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-c", machine.uri]
+    done = subprocess.run(
+        [*argv, "backup-pull", "1", str(out)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (20, most)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(backup(out)) == {"vda", "sdb"}
 
 
 def test_directories_are_made(domain: virtbackup.Domain, out: pathlib.Path) -> None:

@@ -322,6 +322,29 @@ def test_cleanup_without_a_status_touches_only_ours(
         assert machine.state() == before
 
 
+def test_cleanup_leaves_what_runs_by_another_monitor(tmp_path: pathlib.Path) -> None:
+    """A backup that was started over one monitor of a QEMU is not taken for a crash's by who has
+    another one of the same."""
+    second = tmp_path / "second.sock"
+    with (
+        machines.two_disks(tmp_path, "-qmp", f"unix:{second},server=on,wait=off") as machine,
+        virtbackup.open(machine.uri) as conn,
+        virtbackup.open(f"qmp://{second}") as other,
+    ):
+        dom, same = conn.lookupByID(1), other.lookupByID(1)
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        running = machine.state()
+        for refused in (same.backupCleanup, lambda: same.backupStart(unix(tmp_path))):
+            with pytest.raises(virtbackup.Error, match="runs by another monitor") as caught:
+                refused()
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        assert machine.state() == running
+        dom.backupStop()
+        assert machine.state() == before
+        assert same.backupCleanup() == []
+
+
 def test_a_broken_status_file_is_no_obstacle(
     tmp_path: pathlib.Path, state_dir: pathlib.Path
 ) -> None:

@@ -357,6 +357,19 @@ def test_a_qemu_img_that_fails_is_no_damage(
     assert len(verdict.problems) == 2
 
 
+def test_a_qemu_img_that_cannot_be_run_is_no_damage(
+    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it is no program; it can be for want of memory or processes as well."""
+    (tmp_path / "qemu-img").touch(0o755)
+    (tmp_path / "qemu-nbd").symlink_to(str(shutil.which("qemu-nbd")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    verdict = points.verified(whole.directory, "1")
+    assert labels(verdict) == []
+    expected = f"qemu-img cannot look through its tables: Exec format error; {RIGHT}"
+    assert [problem.text for problem in verdict.problems] == [expected] * 2
+
+
 def test_one_flipped_bit_of_a_manifest(backed: points.Backed) -> None:
     """It is named, also where the point can be restored all the same."""
     for file in ("manifest.0002.json", "manifest.json"):

@@ -307,6 +307,7 @@ class BackupJob:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
+                    self._check_no_other(state)
                     removed, rest = cleanup.clean(session, _abandoned(left), self._file)
                     _check_removed(rest)
             except monitor.NotListening:
@@ -336,6 +337,7 @@ class BackupJob:
             logger.info("left by a process that is gone, removed: %s", line)
         if left is not None:
             state = self._clear(session, left, bitmaps)
+        self._check_no_other(state)
         if jobs := state.running_jobs():
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
@@ -347,6 +349,22 @@ class BackupJob:
         if unsafe is not None and left is None:
             raise unsafe
         return state
+
+    def _check_no_other(self, state: backup.BlockState) -> None:
+        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU that was started over
+        another monitor of it, or over libvirt."""
+        shown = state.backups()
+        if not shown:
+            return
+        for file, other in status.all_in(self._file.path.parent):
+            runs = other.phase == "running" and other.id in shown and _alive(other.owner)
+            if file != self._file.path and runs:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
+                    f" that one ends it; where there is no such monitor any more, remove '{file}'"
+                    " first",
+                )
 
     def _clear(
         self, session: domain.Session, left: status.Status | None, bitmaps: bool

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.qemu import monitor_json, qmp
 
 logger = logging.getLogger(__name__)
@@ -248,8 +248,10 @@ class SocketMonitor:
         return pid or None
 
     def peer_uid(self) -> int:
-        """The user who listens."""
-        return self._credentials()[1]
+        """The user who listens by now: QEMU may have become another one since (``-runas``)."""
+        pid, then, _ = self._credentials()
+        now = runtime.process_user(pid)
+        return then if now is None else now
 
     def _credentials(self) -> tuple[int, int, int]:
         size = struct.calcsize("3i")

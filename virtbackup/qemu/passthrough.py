@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import libvirt
 import libvirt_qemu
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.qemu import monitor, monitor_json, qmp
 
 PATIENCE = 60.0
@@ -91,7 +91,7 @@ class LibvirtMonitor:
     def peer_uid(self) -> int:
         """QEMU's user; ours, where it is not known."""
         pid = self.peer_pid()
-        uid = None if pid is None else uid_of(pid)
+        uid = None if pid is None else runtime.process_user(pid)
         return os.getuid() if uid is None else uid
 
     def execute(self, command: monitor_json.Command) -> Any:
@@ -199,15 +199,6 @@ def _is_of(pid: int, uuid: str, id: int) -> bool:
     # libvirt's directory for what is of this run: its secret key is in there, of every QEMU.
     runs = {int(found) for found in re.findall(rb"/domain-(\d+)-", b" ".join(argv))}
     return not runs or id in runs
-
-
-def uid_of(pid: int) -> int | None:
-    """The user that process PID acts as."""
-    with contextlib.suppress(OSError):
-        status = pathlib.Path(f"/proc/{pid}/status").read_text(errors="replace")
-        if found := re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE):
-            return int(found[1])
-    return None
 
 
 def _with_id(reply: str) -> bytes:

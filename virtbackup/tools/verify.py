@@ -35,6 +35,7 @@ a qemu-img, and where QEMU has to read it a qemu-nbd and the buffers of a copy."
 _DAMAGED = (2, 3)
 """How qemu-img check ends where the tables are wrong, or clusters are lost: all else is an error of
 its own."""
+_CANNOT_LOOK = "qemu-img cannot look through its tables"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,14 +362,14 @@ def _bad_tables(link: listing.Link) -> str | None:
     try:
         done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     except OSError as failure:
-        raise errors.system_error(failure, "cannot run qemu-img") from failure
+        return f"{_CANNOT_LOOK}: {failure.strerror}"
     if done.returncode == 0:
         return None
     said = done.stderr.decode(errors="replace").strip().splitlines()
     if done.returncode in _DAMAGED:
         return f"its tables are damaged{f': {said[0]}' if said else _counts(done.stdout)}"
     why = said[-1].removeprefix("qemu-img: ") if said else f"it ended with status {done.returncode}"
-    return f"qemu-img cannot look through its tables: {why}"
+    return f"{_CANNOT_LOOK}: {why}"
 
 
 def _counts(output: bytes) -> str:

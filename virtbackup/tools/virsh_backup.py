@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The backup commands (virsh-backup.c), and the program ``virsh-backup`` (virsh.c)."""
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import os
 import pathlib
 import re
+import resource
 import signal
 import sys
 import time
@@ -511,6 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # Or it is looked through for garbage, of which there is none, while modules are loaded.
         gc.set_threshold(_SELDOM)
+        _allow_files()
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     finally:
@@ -543,6 +546,13 @@ def _main(argv: Sequence[str]) -> int:
         raise
     except vsh.OutputClosed:
         return vsh.FAILED
+
+
+def _allow_files() -> None:
+    """Open as many files as may be: a pull has some ten of each disk."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # as it is, then
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _mend_streams() -> None:

@@ -37,9 +37,10 @@ _STATE_FILTERS = {
 
 
 def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    for forms in (("json", "table"), ("table", "name"), ("table", "uuid"), ("table", "id")):
-        args.exclusive(*forms)
-    args.exclusive("json", "name", "uuid", "id")
+    args.exclusive("json", "table")
+    for form in ("name", "uuid", "id"):
+        args.exclusive("json", form)
+        args.exclusive("table", form)
     states = [state for name, some in _STATE_FILTERS.items() if args.flag(name) for state in some]
     domains = [
         domain
@@ -49,13 +50,12 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     if states:
         domains = [domain for domain in domains if _state(domain) in states]
     domains.sort(key=lambda domain: (not domain.isActive(), domain.ID(), domain.name()))
-    only: Callable[[virtbackup.Domain], str]
+    wanted = [told for name, told in _COLUMNS.items() if args.flag(name)]
     if args.flag("json"):
         shell.print_json([_facts(domain) for domain in domains])
-    elif args.flag("name") or args.flag("uuid") or args.flag("id"):
-        only = virtbackup.Domain.name if args.flag("name") else virtbackup.Domain.UUIDString
+    elif wanted:
         for domain in domains:
-            shell.print(_id(domain) if args.flag("id") else only(domain))
+            shell.print(" ".join(told(domain) for told in wanted))
     else:
         rows = [(_id(domain), domain.name(), _state(domain)) for domain in domains]
         shell.print_table(("Id", "Name", "State"), rows)
@@ -64,6 +64,13 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 def _id(domain: "virtbackup.Domain") -> str:
     return str(domain.ID()) if domain.isActive() else "-"
 
+
+_COLUMNS: dict[str, Callable[["virtbackup.Domain"], str]] = {
+    "uuid": lambda domain: domain.UUIDString(),
+    "id": _id,
+    "name": lambda domain: domain.name(),
+}
+"""An option of ``list`` -> what it prints of a domain, in virsh's order."""
 
 _FACTS: dict[str, Callable[["virtbackup.Domain"], object]] = {
     "id": lambda domain: domain.ID() if domain.isActive() else None,

@@ -159,7 +159,7 @@ def _print_maps(
         size = virsh_connection.human_size
         shell.print("")
         shell.print(f"{vsh.visible(drawn.disk)}: {size(drawn.size)}, {size(cell)} a sign")
-        for line in blockmap.text(drawn, columns, signs, sys.stdout.isatty()):
+        for line in blockmap.text(drawn, columns, signs, vsh.shows_colours(sys.stdout)):
             shell.print(line)
 
 

@@ -660,10 +660,14 @@ def _without_infinite(value: Any) -> Any:
 _RED, _YELLOW = "1;31", "1;33"
 
 
-def _marked(word: str, colour: str) -> str:
-    """WORD in a COLOUR, where people look at standard error and want any (no-color.org)."""
+def shows_colours(stream: TextIO) -> bool:
+    """Whether people look at STREAM, a terminal that has colours, and want any (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    return word if plain or not sys.stderr.isatty() else f"\x1b[{colour}m{word}\x1b[0m"
+    return not plain and stream.isatty()
+
+
+def _marked(word: str, colour: str) -> str:
+    return f"\x1b[{colour}m{word}\x1b[0m" if shows_colours(sys.stderr) else word
 
 
 def flush() -> None:
