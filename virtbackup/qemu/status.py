@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -193,8 +194,7 @@ class StatusFile:
         lock = None
         try:
             runtime.make_directory()
-            self._lock_path.touch(0o600)
-            lock = io.FileIO(self._lock_path, "a")
+            lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
             _acquire(lock.fileno(), self._lock_path)
         except BaseException as failure:
             if lock is not None:
@@ -212,7 +212,7 @@ class StatusFile:
         Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
         """
         try:
-            return parse(self.path.read_text())
+            return parse(runtime.read_file(self.path).decode())
         except FileNotFoundError:
             return None
         except OSError as failure:
@@ -227,6 +227,7 @@ class StatusFile:
         text = format(status)
         try:
             try:
+                self._partial.unlink(missing_ok=True)  # whatever it is
                 self._partial.touch(0o600)
                 self._partial.write_text(text)
                 self._partial.replace(self.path)
@@ -260,7 +261,11 @@ def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
     """The status files of a directory, whosever domains they are about."""
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
-            yield path, parse(path.read_text())
+            yield path, parse(runtime.read_file(path).decode())
+
+
+def _open_or_make(path: str, flags: int) -> int:
+    return runtime.open_file(path, flags | os.O_CREAT)
 
 
 def _acquire(fd: int, path: pathlib.Path) -> None:
