@@ -338,6 +338,17 @@ def test_a_block_device(layered: points.Backed, tmp_path: pathlib.Path) -> None:
         assert device.read_bytes() == places.FF * 40 * BLOCK
 
 
+@pytest.mark.may_skip
+@pytest.mark.needs("losetup")
+def test_a_block_device_that_can_only_be_read(
+    layered: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(41 * BLOCK))
+    with places.loop_device(tmp_path / "disk", "--read-only") as device:
+        text = refused(layered, device, disk="vda", force=True)
+        assert text.endswith(f"{device} is read-only: nothing was written to it")
+
+
 def test_a_loop_device_over_a_file_of_the_backup(tmp_path: pathlib.Path) -> None:
     """As it is made to look into a raw image."""
     backed = points.built(tmp_path / "b, x", 16 * BLOCK, points.LAYERS, "raw")
