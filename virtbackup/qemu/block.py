@@ -21,6 +21,8 @@ FILTERS = frozenset(
     }
 )  # fmt: skip
 """Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
+FILTERED = ("file", "image", "raw")
+"""As what they have that image: blkdebug as the second, blkverify as the last."""
 
 
 @dataclasses.dataclass(frozen=True)
