@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from virtbackup.qemu import block, monitor_json, naming
+from virtbackup.qemu import block, monitor_json, naming, qmp
 
 DATA = pathlib.Path(__file__).parent / "qemublockdata"
 VERSIONS = sorted(path.name for path in DATA.iterdir())
@@ -42,6 +42,34 @@ def test_disks_are_named_and_measured(version: str) -> None:
     assert definitions["cdrom"].readonly
     assert not definitions["empty"].has_medium
     assert definitions["vda"].source == "/images/a"
+
+
+@pytest.mark.parametrize(
+    ("qdev", "expected"),
+    [
+        ("/machine/peripheral/disk/virtio-backend", "disk"),
+        ("/machine/peripheral/disk/disk.0/legacy[0]", "disk"),  # usb-storage
+        ("disk/0", "disk/0"),
+        # A device in JSON may be called "disk/0", and another one "disk".
+        ("/machine/peripheral/disk/0/virtio-backend", "node"),
+        ("/machine/peripheral-anon/device[1]/virtio-backend", "node"),
+    ],
+)
+def test_a_device_is_called_by_all_of_its_id(qdev: str, expected: str) -> None:
+    [item] = [
+        i for i in recorded(VERSIONS[0], "rest", "query-block") if "/vda/" in i.get("qdev", "")
+    ]
+    item["inserted"]["node-name"] = "node"
+    item["device"] = ""
+    assert [disk.target for disk in block.parse_block([{**item, "qdev": qdev}])] == [expected]
+
+
+@pytest.mark.parametrize("key", ["qdev", "device"])
+def test_a_name_that_cannot_be_is_told(key: str) -> None:
+    item = {**recorded(VERSIONS[0], "rest", "query-block")[0], key: "a\x01b"}
+    with pytest.raises(qmp.ProtocolError) as raised:
+        block.parse_block([item])
+    assert str(raised.value).endswith(rf"unexpected block info: {key} is 'a\x01b'")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -177,6 +177,9 @@ def vertices(*pairs: tuple[str, str, str]) -> block.Graph:
         ("#i", {}, [("#i", "backing", "A")], "A"),
         ("#i", {}, [("#i", "file", "A")], "A"),
         ("B", {"t": "throttle"}, [("B", "backing", "t"), ("t", "file", "A")], "BA"),
+        ("d", {"d": "blkdebug"}, [("d", "image", "B"), ("B", "backing", "A")], "BA"),
+        ("v", {"v": "blkverify"}, [("v", "test", "A"), ("v", "raw", "B")], "B"),
+        ("B", {"d": "blkdebug"}, [("B", "backing", "d"), ("d", "image", "A")], "BA"),
         ("gone", {}, [], None),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -170,3 +171,15 @@ def test_all_of_it_is_kept() -> None:
     """A field more would have to be in the file."""
     names = [field.name for field in dataclasses.fields(capabilities.Capabilities)]
     assert names == ["version", "package", "commands", "features"]
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_not_waited_for(program: Program, state: pathlib.Path) -> None:
+    with program(QEMU) as (running, process):
+        kept = state / "qemu-{}-{}.capabilities".format(*process)
+        os.mkfifo(kept)
+        os.mkfifo(kept.with_suffix(f".{os.getpid()}"))
+        assert capabilities_cache.load(process, GREETING) is None
+        capabilities_cache.store(process, GREETING, KNOWN)
+        assert capabilities_cache.load(process, GREETING) == KNOWN
+        running.kill()

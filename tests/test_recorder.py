@@ -47,6 +47,7 @@ def test_what_is_too_much_is_no_recording(monkeypatch: pytest.MonkeyPatch) -> No
     ("uri", "reason"),
     [
         ("test:///default", "only a QEMU at a qmp:// URI can be recorded, not 'test:///default'"),
+        ("QMP:///nowhere", "failed to connect to monitor socket '/nowhere': No such file"),
         ("qmp:///nowhere", "failed to connect to monitor socket '/nowhere': No such file"),
         ("qmp:///x?engine=both", "'qmp:///x?engine=both': expected qmp:///absolute/path"),
         ("qmp://host/x", "'qmp://host/x': expected qmp:///absolute/path"),

@@ -3,9 +3,11 @@
 and private directories that are swept once their owner is gone."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Iterator
 
 Process = tuple[int, int]
@@ -30,6 +32,25 @@ def make_directory() -> pathlib.Path:
     made = directory()
     made.mkdir(mode=0o700, parents=True, exist_ok=True)
     return made
+
+
+def open_file(path: str | os.PathLike[str], flags: int) -> int:
+    """As ``os.open``, of a file, this user's alone where it is made. What is none is neither waited
+    for nor read: a FIFO would block, a device may have no end. Errors: OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise OSError(errno.EINVAL, "it is no file")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """What is in the file at PATH. Errors: OSError, as ``open_file``."""
+    with os.fdopen(open_file(path, os.O_RDONLY), "rb") as opened:
+        return opened.read()
 
 
 def process_start(pid: int) -> int | None:

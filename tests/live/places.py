@@ -41,9 +41,9 @@ def fill_up(path: pathlib.Path, leave: int = 0) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def loop_device(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def loop_device(path: pathlib.Path, *options: str) -> Iterator[pathlib.Path]:
     """A block device over a file. Skips where there is none."""
-    argv = ["losetup", "--find", "--show", str(path)]
+    argv = ["losetup", "--find", "--show", *options, str(path)]
     made = subprocess.run(argv, capture_output=True, text=True)
     if made.returncode:
         pytest.skip("no loop device")

@@ -1061,9 +1061,10 @@ def test_what_cannot_be_kept_is_lost_with_the_guest(tmp_path: pathlib.Path) -> N
         one.refused_then_full(FIRST)
 
 
-@pytest.mark.parametrize("filters", ["throttle", "copy-on-read", "both"])
+@pytest.mark.parametrize("filters", ["throttle", "copy-on-read", "both", "blkdebug", "blkverify"])
 def test_filters_over_the_image(tmp_path: pathlib.Path, engine: str, filters: str) -> None:
     images(tmp_path)
+    machines.image(tmp_path / "copy", SIZE)
     image = ("-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={tmp_path}/a.qcow2")
     group = ("-object", "throttle-group,id=g")
     over = {
@@ -1071,6 +1072,9 @@ def test_filters_over_the_image(tmp_path: pathlib.Path, engine: str, filters: st
         "copy-on-read": ("-blockdev", "copy-on-read,node-name=top,file=A"),
         "both": ("-blockdev", "throttle,node-name=mid,throttle-group=g,file=A",
                  "-blockdev", "copy-on-read,node-name=top,file=mid"),
+        "blkdebug": ("-blockdev", "blkdebug,node-name=top,image=A"),
+        "blkverify": ("-blockdev", f"file,node-name=T,filename={tmp_path}/copy",
+                      "-blockdev", "blkverify,node-name=top,raw=A,test=T"),
     }[filters]  # fmt: skip
     device = ("-device", "virtio-blk,drive=top,id=vda")
     one = client(tmp_path, engine)

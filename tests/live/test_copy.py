@@ -2,9 +2,12 @@
 """The data mover against real servers, good and bad: nbdkit with its filters, QEMU's own."""
 
 import gc
+import itertools
 import os
 import pathlib
 import random
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +18,9 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import copies, places
-from virtbackup.nbd import checksum, connection, copy, writer
+from virtbackup.nbd import checksum, connection, copy, polling, writer
 
 pytestmark = [
     pytest.mark.needs("nbdkit", "qemu-nbd", "qemu-img", "nbdcopy"),
@@ -251,6 +255,49 @@ def test_an_allocation_error_is_an_error(tmp_path: pathlib.Path) -> None:
     with copies.nbdkit(tmp_path, *argv) as server:
         error = refused(tmp_path, server.export)
     assert "cannot read allocation of export 'disk' at offset 0: Input/output error" in str(error)
+
+
+def leave_no_descriptor(pid: int) -> int:
+    """Take from a server without clients what it could yet open; its limit from now on."""
+    opened = pathlib.Path(f"/proc/{pid}/fd")
+    waiting.until(lambda: sum("socket:" in str(one.readlink()) for one in opened.iterdir()) == 1)
+    used = {int(one.name) for one in opened.iterdir()}
+    limit = next(number for number in itertools.count() if number not in used)
+    most = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, most))
+    return limit
+
+
+def test_a_server_without_a_free_descriptor(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would let clients wait for ever."""
+    monkeypatch.setattr(polling, "PATIENCE", 0.5)
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+        pid = server.process.pid
+        limit = leave_no_descriptor(pid)
+        error = refused(tmp_path, server.export)
+    assert str(error) == (
+        f"operation failed: cannot connect to export 'disk': process {pid} accepts no connection:"
+        f" it has no free file descriptor (of {limit})"
+    )
+
+
+def test_a_server_that_stands_still_is_waited_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polling, "PATIENCE", 0.1)
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+        pid = server.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        timer = threading.Timer(1.0, os.kill, (pid, signal.SIGCONT))
+        timer.start()
+        began = time.monotonic()
+        assert copy_one(server.export, tmp_path / "out").size == MIB
+        assert time.monotonic() - began > 0.9
+        timer.join()
 
 
 def test_a_server_killed_in_the_middle(tmp_path: pathlib.Path) -> None:

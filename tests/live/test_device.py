@@ -383,6 +383,13 @@ def test_a_device_that_is_too_small(guest: points.Guest, tmp_path: pathlib.Path)
         assert small.read_bytes() == places.FF * (points.SIZE - 512)
 
 
+def test_a_device_that_can_only_be_read(guest: points.Guest, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(SIZE))
+    with places.loop_device(tmp_path / "file", "--read-only") as disk:
+        text = refused(guest, tmp_path, f"--target=vda={disk}")
+    assert text.endswith(f"disk 'vda': {disk} is read-only: nothing was written to it\n")
+
+
 @pytest.mark.needs("mkfs.ext4", "mount")
 def test_a_device_that_is_in_use(
     guest: points.Guest, disk: pathlib.Path, tmp_path: pathlib.Path

@@ -208,6 +208,16 @@ class Scene:
         with virtbackup.open(self.uri) as connection:
             connection.listAllDomains()[0].backupStop()
 
+    def thawing(self) -> list[int]:
+        """The processes that are there to thaw."""
+        told = os.fsencode(self.agent.path)
+        found = []
+        for one in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if told in (one / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(one.name))
+        return found
+
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[machines.Machine]:
@@ -309,6 +319,26 @@ def test_an_interrupt_while_it_freezes(scene: Scene) -> None:
     scene.agent.wait_for("freeze", "thaw")
 
 
+def test_an_interrupt_while_the_agent_does_not_answer(scene: Scene) -> None:
+    """The agent was told nothing, so nobody tries to thaw."""
+    struck = threading.Event()
+
+    def interrupt(_: dict[str, Any]) -> bytes | None:
+        if not struck.is_set():
+            struck.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return None
+
+    scene.agent.on(sync=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        scene.start()
+    waiting.until(lambda: not scene.thawing(), 5)
+    scene.agent.on(sync=agents.sync)
+    scene.start()
+    scene.stop()
+    assert scene.agent.commands == ["freeze", "thaw"]
+
+
 def test_an_interrupt_anywhere_leaves_nothing_frozen(scene: Scene) -> None:
     """Not for as long as its exception is looked at, either."""
     said = scene.agent.commands
@@ -320,6 +350,7 @@ def test_an_interrupt_anywhere_leaves_nothing_frozen(scene: Scene) -> None:
                 strikes.strike(lambda: dom.backupStart(scene.document, QUIESCE))
             except KeyboardInterrupt:
                 waiting.until(lambda: said[-1:] != ["freeze"], 15)
+                waiting.until(lambda: not scene.thawing(), 15)
             else:
                 break
             with contextlib.suppress(virtbackup.Error):
@@ -406,7 +437,7 @@ def test_a_libvirt_that_does_not_come_back_from_its_agent(
     stuck = agent.LibvirtAgent(Domain, "guest")
     try:
         with pytest.raises(virtbackup.Error, match=r"no answer within 0\.1 seconds") as error:
-            stuck.freeze()
+            stuck.freeze(lambda: None)
         assert error.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
         assert not agent.thaw(stuck)
         assert "may be FROZEN (agent guest)" in capfd.readouterr().err

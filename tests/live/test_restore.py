@@ -156,6 +156,25 @@ def test_one_disk(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "a.raw").stat().st_size == 40 * BLOCK + 256
 
 
+@pytest.mark.parametrize(
+    "uri", ["nbd+ssh://h/x", "ssh://h/x", "NBDX+unix:///x", "file:///x", "sheep.dog-1+x://"]
+)
+@pytest.mark.parametrize("disk", [None, "vda"])
+def test_what_cannot_be_written_to(
+    layered: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, uri: str,
+    disk: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert refused(layered, uri, disk=disk, force=True) == (
+        f"Requested operation is not valid: cannot write to {uri}: a server is written to by nbd://,"
+        " nbds://, nbd+unix://, nbds+unix://, nbd+vsock:// or nbds+vsock://"
+    )
+    assert list(tmp_path.iterdir()) == []
+    if disk is None:
+        points.put_back(layered, f"./{uri}")
+        assert (tmp_path / uri / "vda.qcow2").is_file()
+
+
 def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
@@ -164,7 +183,8 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert "is not a directory" in refused(layered, file)
     assert "is a directory" in refused(layered, tmp_path, disk="vda")
     assert "neither a file nor a block device" in refused(layered, "/dev/null", disk="vda")
-    assert "name it by --disk" in refused(layered, "nbd://localhost")
+    for uri in ("nbd://localhost", "NBD://localhost", "nbds+Unix:///?socket=x"):
+        assert "name it by --disk" in refused(layered, uri)
     assert "there is no format qcow2" in refused(layered, "nbd://h", disk="vda", fmt="qcow2")
     own = layered.directory / "vda.0001.qcow2"
     before = {path: path.read_bytes() for path in layered.directory.iterdir()}
@@ -318,6 +338,17 @@ def test_a_block_device(layered: points.Backed, tmp_path: pathlib.Path) -> None:
         assert device.read_bytes() == places.FF * 40 * BLOCK
 
 
+@pytest.mark.may_skip
+@pytest.mark.needs("losetup")
+def test_a_block_device_that_can_only_be_read(
+    layered: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(41 * BLOCK))
+    with places.loop_device(tmp_path / "disk", "--read-only") as device:
+        text = refused(layered, device, disk="vda", force=True)
+        assert text.endswith(f"{device} is read-only: nothing was written to it")
+
+
 def test_a_loop_device_over_a_file_of_the_backup(tmp_path: pathlib.Path) -> None:
     """As it is made to look into a raw image."""
     backed = points.built(tmp_path / "b, x", 16 * BLOCK, points.LAYERS, "raw")
@@ -370,11 +401,11 @@ def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "3M"], check=True)
     socket = tmp_path / "s"
     argv = ["qemu-nbd", "-f", "qcow2", "-k", str(socket), "-x", "e x", str(image)]
+    place = nbdclient.uri(socket, "e%20x").replace("nbd+unix", "NBD+Unix")
     with copies.running(argv, socket.exists) as server:
         status, out, err = points.call(
-            "backup-restore", str(layered.directory), nbdclient.uri(socket, "e%20x"), "--disk=vda",
-            "--define",
-        )  # fmt: skip
+            "backup-restore", str(layered.directory), place, "--disk=vda", "--define"
+        )
         assert (status, err) == (0, "warning: disk 'vdb' was not restored and is where it was\n")
         assert '<host transport="unix"' in out
         assert server.wait(20) == 0  # it ends with its client, and until then has the image

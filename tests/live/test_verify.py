@@ -631,6 +631,10 @@ def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
         status, _, err = points.call("backup-prune", str(backed.directory), "--keep=3")
         assert (status, "it is no file" in err) == (1, True)
         (backed.directory / name).unlink()
+    os.mkfifo(backed.directory / "manifest.json.partial")  # of which nothing is kept
+    assert points.call("backup-prune", str(backed.directory), "--keep=1")[0] == 0
+    assert not (backed.directory / "manifest.json.partial").exists()
+    assert points.verified(backed.directory).good
 
 
 # --- unfinished -----------------------------------------------------------------------------------

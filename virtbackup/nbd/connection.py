@@ -8,9 +8,12 @@ import contextlib
 import dataclasses
 import errno
 import os
+import resource
 import select
 import shutil
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +29,8 @@ CHUNK = 512 << 10
 _MOST = 1 << 20
 """Bytes of a read, at most."""
 _SECTOR = 512
+_UCRED = struct.Struct("iII")
+"""SO_PEERCRED's: process, user, group; of who listens."""
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """libnbd's error numbers for what no server said."""
 
@@ -93,6 +98,7 @@ class Connection:
         self._contexts = contexts
         self._in_flight: dict[int, Request] = {}
         self._doing = "connect to"
+        self._is_greeted = False
         self._handle: Any = nbd.NBD()
         with self._naming(self._doing):
             self._handle.set_export_name(export.name)
@@ -139,12 +145,18 @@ class Connection:
 
     def notify(self, events: int) -> None:
         """Hand what poll said to libnbd. Errors: the connection is lost."""
+        self._is_greeted = self._is_greeted or bool(events & select.POLLIN)
         try:
             notify(self._handle, events)
         except nbd.Error as failure:
             raise self._named(failure, self._doing) from failure
         if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
             raise self._error(self._doing, "the server closed the connection")
+
+    def check_accepted(self) -> None:
+        """Errors: the server cannot take the connection, and has not, as far as can be seen."""
+        if not self._is_greeted and (reason := _why_not_accepted(self.fileno())):
+            raise self._error(self._doing, reason)
 
     def read(self, chunk: store.Chunk, offset: int, length: int) -> None:
         # A context manager for each read would take longer than all else here.
@@ -203,6 +215,25 @@ class Connection:
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
         return failed(self._export, what, reason, offset)
+
+
+def _why_not_accepted(fd: int) -> str | None:
+    """Why the process behind a unix socket cannot take the connection; None where that is not seen,
+    as it may just be slow."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connected:
+        if connected.family != socket.AF_UNIX:
+            return None
+        told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid = _UCRED.unpack(told)[0]
+        if not pid or pid == os.getpid():  # of another namespace, or listening in another's name
+            return None
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]
+        used = sum(int(name) < limit for name in os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+        if used >= limit:
+            return (
+                f"process {pid} accepts no connection: it has no free file descriptor (of {limit})"
+            )
+    return None
 
 
 def mask(handle: Any) -> int:

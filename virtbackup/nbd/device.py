@@ -21,6 +21,7 @@ import libvirt
 from virtbackup import errors
 from virtbackup.nbd import checksum, target
 
+_BLKROGET = 0x125E
 _BLKZEROOUT = 0x127F
 _BLKSSZGET = 0x1268
 _KEEP_SIZE_PUNCH_HOLE = 1 | 2
@@ -54,6 +55,9 @@ def held(path: pathlib.Path) -> int:
         if failure.errno == errno.EBUSY:
             raise _invalid(f"{path} is in use: it is mounted, or a part of something") from failure
         raise errors.system_error(failure, f"cannot open {path} for writing") from failure
+    if _is_read_only(fd):  # which some kernels tell at the first write
+        os.close(fd)
+        raise _invalid(f"{path} is read-only: nothing was written to it")
     try:
         # QEMU does not open a device so; it locks some bytes of it.
         lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -67,6 +71,13 @@ def held(path: pathlib.Path) -> int:
         os.close(fd)
         raise _invalid(f"{path} is in use: process {user} has it open")
     return fd
+
+
+def _is_read_only(fd: int) -> bool:
+    try:
+        return bool(struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
+    except OSError:
+        return False
 
 
 def meets(one: int, other: int) -> bool:

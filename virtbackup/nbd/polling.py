@@ -12,6 +12,8 @@ from virtbackup import errors
 from virtbackup.nbd import connection, store
 
 CANCELLED = "the copy was cancelled"
+PATIENCE = 30.0
+"""Seconds without a server's greeting until it is seen to whether it can accept a connection."""
 _BURST = 0.1
 """Seconds of a bandwidth that may be read at once."""
 _TICK = 0.001
@@ -85,9 +87,14 @@ class Loop:
         return made
 
     def negotiate(self, one: connection.Connection) -> None:
-        """Wait until the connection is past the handshake."""
+        """Wait until the connection is past the handshake, for as long as a server may yet take it.
+        Errors: it cannot."""
+        look = time.monotonic() + PATIENCE
         while not one.ready:
-            self.wait()
+            self.wait(max(0.0, look - time.monotonic()))
+            if time.monotonic() >= look:
+                one.check_accepted()
+                look = time.monotonic() + PATIENCE
         one.negotiate()
 
     def connect(
@@ -98,8 +105,9 @@ class Loop:
         self.negotiate(made)
         return made
 
-    def wait(self) -> list[connection.Connection]:
-        """Sleep until somebody can go on; the connections that did. Errors: lost; cancelled."""
+    def wait(self, most: float | None = None) -> list[connection.Connection]:
+        """Sleep until somebody can go on, for MOST seconds; the connections that did. Errors: lost;
+        cancelled."""
         for fd, one in self._connections.items():
             mask = one.mask()
             if self._masks.get(fd) != mask:
@@ -107,7 +115,8 @@ class Loop:
                 self._masks[fd] = mask
         moved = []
         delay = self._rate.delay() if self._rate is not None else 0.0
-        for fd, event in self._poll.poll(delay * 1000 if delay else None):
+        limits = [seconds for seconds in (delay or None, most) if seconds is not None]
+        for fd, event in self._poll.poll(min(limits) * 1000 if limits else None):
             if fd in self._connections:
                 self._connections[fd].notify(event)
                 moved.append(self._connections[fd])

@@ -7,7 +7,6 @@ this one die in between; and a thaw that fails is tried again, and said aloud.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -53,9 +52,10 @@ class Agent(Protocol):
     def what(self) -> tuple[str, ...]:
         """What the second process is told, to find the same agent. Errors: libvirt.libvirtError."""
 
-    def freeze(self) -> int:
-        """Freeze all file systems; how many. Errors: errors.Error; then none is frozen, as far as
-        it could be seen to."""
+    def freeze(self, begin: Callable[[], None]) -> int:
+        """Freeze all file systems; how many. BEGIN is called before the agent is told to, what it
+        raises is raised. Errors: errors.Error; then none is frozen, as far as it could be seen to.
+        """
 
     def thaw(self) -> None:
         """Thaw all of them. Errors: libvirt.libvirtError."""
@@ -73,7 +73,8 @@ class LibvirtAgent:
         domain = self._lookup()
         return "libvirt", domain.connect().getURI(), domain.UUIDString()
 
-    def freeze(self) -> int:
+    def freeze(self, begin: Callable[[], None]) -> int:
+        begin()
         return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
 
     def thaw(self) -> None:
@@ -115,8 +116,8 @@ class SocketAgent:
     def what(self) -> tuple[str, ...]:
         return "socket", self._path
 
-    def freeze(self) -> int:
-        count = self._execute("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
+    def freeze(self, begin: Callable[[], None]) -> int:
+        count = self._execute("guest-fsfreeze-freeze", FREEZE_TIMEOUT, begin)
         if type(count) is not int:
             raise _failed(f"unexpected reply to guest-fsfreeze-freeze: {qmp.shown(count)}")
         return count
@@ -124,7 +125,9 @@ class SocketAgent:
     def thaw(self) -> None:
         self._execute("guest-fsfreeze-thaw", TIMEOUT)
 
-    def _execute(self, command: str, timeout: float) -> object:
+    def _execute(
+        self, command: str, timeout: float, begin: Callable[[], None] = lambda: None
+    ) -> object:
         """What COMMAND returns, by a connection that is known to be answered; not held by who looks
         at a signal's exception (SIGINT), as nobody else could thaw then."""
         end = time.monotonic() + TIMEOUT
@@ -135,6 +138,7 @@ class SocketAgent:
             opened.connect(self._path)
             connection = _Connection(opened, self._path)
             connection.sync(end)
+            begin()
             code = libvirt.VIR_ERR_OPERATION_TIMEOUT
             replied = connection.execute(command, timeout)
         except TimeoutError as failure:
@@ -211,9 +215,9 @@ def standing_still(agent: Agent, do: Callable[[], None]) -> None:
     """
     with _guard(agent) as guard:
         try:
-            count = agent.freeze()
+            count = agent.freeze(guard.arm)
         except libvirt.libvirtError as failure:
-            guard.is_done = _thawed_after(failure, agent)
+            guard.is_done = guard.is_done or _thawed_after(failure, agent)
             raise
         began = time.monotonic()
         try:
@@ -266,15 +270,42 @@ def thaw(
     return False
 
 
-@dataclasses.dataclass
+_ARMED, _DONE = b"armed\n", b"done\n"
+
+
 class _Guard:
-    """What the second process is going to be told."""
+    """What the second process is told, by a SOCKET to its standard input and output."""
 
-    is_done: bool = False
-    """Nothing is frozen any more."""
+    def __init__(self, socket: socket.socket) -> None:
+        self.is_done = True
+        """Nothing is frozen, or nothing any more."""
+        self._socket = socket
+
+    def is_ready(self) -> bool:
+        """Whether the second process is there to thaw."""
+        wait = select.poll()  # of any descriptor, however many are open
+        wait.register(self._socket, select.POLLIN)
+        with contextlib.suppress(OSError):
+            return bool(wait.poll(READY_TIMEOUT * 1000)) and self._socket.recv(1) != b""
+        return False
+
+    def arm(self) -> None:
+        """From now on the guest may be frozen. Errors: VIR_ERR_OPERATION_FAILED."""
+        self.is_done = False
+        try:
+            self._socket.sendall(_ARMED)
+        except OSError as failure:
+            self.is_done = True
+            raise _failed("what is to thaw the guest, should we die, has ended") from failure
+
+    def dismiss(self) -> None:
+        """Have the second process end; or thaw, on its own."""
+        with contextlib.suppress(OSError):  # it has ended already
+            if self.is_done:
+                self._socket.sendall(_DONE)
+        self._socket.close()
 
 
-_DONE = b"done\n"
 _MAIN = (
     "import sys; sys.path[:] = {path!r}; from {module} import main; sys.exit(main(sys.argv[1:]))"
 )
@@ -285,46 +316,39 @@ _left_alone: list["subprocess.Popen[bytes]"] = []
 
 @contextlib.contextmanager
 def _guard(agent: Agent) -> Iterator[_Guard]:
-    """A process that thaws if this one ends within, or cannot do it itself.
+    """A process that thaws if this one ends within once it is armed, or cannot do it itself.
 
     Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_OPERATION_FAILED.
     """
+    _left_alone[:] = [one for one in _left_alone if one.poll() is None]
     main = _MAIN.format(path=sys.path, module=__name__)
     argv = [sys.executable, "-c", main, str(os.getpid()), *agent.what]
+    # Not pipes of subprocess's, which keeps what is running for ever: a signal's exception may come
+    # as it has started the process, and then nobody would close them.
+    pair: tuple[socket.socket, ...] = ()
     try:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-    except OSError as failure:
-        raise errors.system_error(failure, "cannot start what thaws the guest") from failure
-    guard = _Guard(is_done=True)
-    try:
-        if not _is_ready(process):
-            raise _failed("what is to thaw the guest, should we die, cannot reach its agent")
-        guard.is_done = False
-        yield guard
+        try:
+            pair = socket.socketpair()
+            guard = _Guard(pair[0])
+            theirs = pair[1].fileno()
+            process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, start_new_session=True)
+        except OSError as failure:
+            raise errors.system_error(failure, "cannot start what thaws the guest") from failure
+        pair[1].close()
+        try:
+            if not guard.is_ready():
+                raise _failed("what is to thaw the guest, should we die, cannot reach its agent")
+            yield guard
+        finally:
+            guard.dismiss()
+            _see_off(process, guard.is_done)
     finally:
-        _dismiss(process, guard)
+        for end in pair:
+            end.close()
 
 
-def _is_ready(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether the second process is there to thaw."""
-    assert process.stdout is not None
-    wait = select.poll()  # of any descriptor, however many are open
-    wait.register(process.stdout, select.POLLIN)
-    return bool(wait.poll(READY_TIMEOUT * 1000)) and process.stdout.read(1) != b""
-
-
-def _dismiss(process: "subprocess.Popen[bytes]", guard: _Guard) -> None:
-    """Let the second process end; or thaw, on its own."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdout.close()
-    with contextlib.suppress(OSError):  # it has ended already
-        if guard.is_done:
-            process.stdin.write(_DONE)
-        process.stdin.close()
-    if not guard.is_done:
+def _see_off(process: "subprocess.Popen[bytes]", is_done: bool) -> None:
+    if not is_done:
         logger.error("process %d goes on trying to thaw the guest", process.pid)
     else:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -349,27 +373,30 @@ def main(argv: list[str]) -> int:
     parent = None
     with contextlib.suppress(OSError):  # before Linux 5.3
         parent = os.pidfd_open(int(argv[0]))
-    sys.stdout.write(".")
-    sys.stdout.flush()
-    if _is_told_done(parent):
+    with contextlib.suppress(OSError):  # nobody looks, and so nobody will arm us
+        os.write(sys.stdout.fileno(), b".")
+    if not _is_left_armed(parent):
         return 0
     return 0 if thaw(agent, MORE_ATTEMPTS) else 1
 
 
-def _is_told_done(parent: int | None) -> bool:
-    """Wait until our input ends, or the process of descriptor PARENT; whether it said that nothing
-    is frozen. Both, as a process that was forked meanwhile may hold our input open."""
+def _is_left_armed(parent: int | None) -> bool:
+    """Wait until we are told that nothing is frozen, or our input ends, or the process of
+    descriptor PARENT; whether something may be frozen. Both ends, as a process that was forked
+    meanwhile may hold our input open."""
     said = b""
     wait = select.poll()
     wait.register(sys.stdin, select.POLLIN)
     if parent is not None:
         wait.register(parent, select.POLLIN)
-    while said != _DONE:
+    while not said.endswith(_DONE):
         ready = dict(wait.poll())
         if sys.stdin.fileno() not in ready:
             break
-        more = os.read(sys.stdin.fileno(), len(_DONE))
+        more = b""
+        with contextlib.suppress(OSError):  # of who ended without a look at our word
+            more = os.read(sys.stdin.fileno(), len(_ARMED + _DONE))
         if not more:
             break
         said += more
-    return said == _DONE
+    return said == _ARMED

@@ -21,6 +21,8 @@ FILTERS = frozenset(
     }
 )  # fmt: skip
 """Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
+FILTERED = ("file", "image", "raw")
+"""As what they have that image: blkdebug as the second, blkverify as the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +274,7 @@ def _name(item: Mapping[str, Any], key: str) -> str:
     value = item.get(key, "")
     if isinstance(value, str) and qmp.is_plain(value):
         return value
-    raise _unexpected(f"info ('{key}')", item)
+    raise qmp.ProtocolError(f"unexpected block info: {key} is {qmp.shown(value)}")
 
 
 def _unexpected(what: str, value: Any) -> qmp.ProtocolError:
@@ -280,8 +282,9 @@ def _unexpected(what: str, value: Any) -> qmp.ProtocolError:
 
 
 def _device_id(qdev: str) -> str:
-    """The user's id in a ``qdev``: the id itself, or a path under /machine/peripheral."""
-    if match := re.match(r"/machine/peripheral/([^/]+)", qdev):
+    """The user's id in a ``qdev``: the id itself, or a path under /machine/peripheral to what is
+    within a virtio or a USB device. Of an id with a slash a path tells no end."""
+    if match := re.fullmatch(r"/machine/peripheral/([^/]+)(/virtio-backend|/\1\.0/.+)?", qdev):
         return match[1]
     return "" if qdev.startswith("/") else qdev
 

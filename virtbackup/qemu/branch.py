@@ -104,7 +104,8 @@ def images(
         if (
             node not in nodes or nodes[node].driver in block.FILTERS
         ):  # implicit filters are not told
-            below = graph.roles.get((node, "file"), below)
+            filtered = (graph.roles.get((node, role)) for role in block.FILTERED)
+            below = next(filter(None, filtered), below)
         else:
             chain.append(nodes[node])
         node = below

@@ -45,7 +45,7 @@ def load(
     if program is None:
         return None
     try:
-        said = json.loads(_path(program.process).read_text())
+        said = json.loads(runtime.read_file(_path(program.process)))
         if said.pop("of") != _of(program, greeting):
             return None
         commands, features = said["commands"], said["features"]
@@ -75,6 +75,7 @@ def store(
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         _forget_the_dead(path.parent)
+        partial.unlink(missing_ok=True)  # whatever it is
         partial.touch(mode=0o600)
         partial.write_text(json.dumps(said))
         partial.replace(path)

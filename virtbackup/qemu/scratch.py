@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.conf import storage_conf
 from virtbackup.qemu import hang, qcow2
 
@@ -211,7 +211,7 @@ def is_unused_image(path: str, size: int) -> bool:
     """Whether what is at PATH is an image of SIZE guest-visible bytes as ``create`` and ``format``
     make it or were just making it, and nothing else that somebody put there."""
     try:
-        with pathlib.Path(path).open("rb") as file:
+        with os.fdopen(runtime.open_file(path, os.O_RDONLY), "rb") as file:
             found = os.fstat(file.fileno())
             if not found.st_size:
                 return found.st_mode & 0o7777 == 0o600

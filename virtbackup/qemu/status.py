@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is known of a domain's backup, on disk: any later process can stop it or clean up.
 
-One JSON file and one lock a domain, in a directory of this user's. The file is written before
-the first command that changes QEMU and removed after the last. What runs, QEMU says.
+One JSON file and one lock a domain, in a directory of this user's, and a second file for the next
+status, so that nothing that comes to that later keeps it from being written. The file is written
+before the first command that changes QEMU and removed after the last. What runs, QEMU says.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -14,6 +16,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -32,7 +35,11 @@ LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_UNIT = 4096
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_CANNOT = (errno.EINVAL, errno.ENOSYS)
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 Phase = Literal["starting", "running", "stopping"]
 
@@ -193,8 +200,7 @@ class StatusFile:
         lock = None
         try:
             runtime.make_directory()
-            self._lock_path.touch(0o600)
-            lock = io.FileIO(self._lock_path, "a")
+            lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
             _acquire(lock.fileno(), self._lock_path)
         except BaseException as failure:
             if lock is not None:
@@ -212,7 +218,7 @@ class StatusFile:
         Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
         """
         try:
-            return parse(self.path.read_text())
+            return parse(runtime.read_file(self.path).decode())
         except FileNotFoundError:
             return None
         except OSError as failure:
@@ -222,45 +228,61 @@ class StatusFile:
             return None
 
     def save(self, status: Status) -> None:
-        """Replace the file; whoever reads sees the old one or the new one. Where there is no room
-        for another, it is written over, as a backup that runs has to come to its end."""
-        text = format(status)
+        """Replace the file; whoever reads sees the old one or the new one. The first time there has
+        to be room for two, one of which is the next one's: as a backup that runs has to come to its
+        end, where there is no room any more, too."""
+        data = format(status).encode()
         try:
+            is_first = not self.path.exists()
+            _write_over(self._partial, data)
+            if not is_first and _are_exchanged(self._partial, self.path):
+                return
+            self._partial.replace(self.path)
             try:
-                self._partial.touch(0o600)
-                self._partial.write_text(text)
-                self._partial.replace(self.path)
-            except OSError as failure:
-                if failure.errno not in _NO_ROOM or not self._has_room(text):
+                _write_over(self._partial, data)
+            except OSError:
+                if is_first:
+                    self.path.unlink()
                     raise
-                self._write_over(text)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot write status '{self.path}'") from failure
-
-    def _has_room(self, text: str) -> bool:
-        """Whether the file is there, and TEXT goes where the old one is."""
-        try:
-            return len(text.encode()) <= self.path.stat().st_blocks * 512
-        except FileNotFoundError:
-            return False
-
-    def _write_over(self, text: str) -> None:
-        with self.path.open("r+") as file:
-            file.write(text)
-            file.truncate()
-        self._partial.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget the backup."""
         self.path.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)  # of a save that was interrupted
+        self._partial.unlink(missing_ok=True)
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
     """The status files of a directory, whosever domains they are about."""
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
-            yield path, parse(path.read_text())
+            yield path, parse(runtime.read_file(path).decode())
+
+
+def _open_or_make(path: str | os.PathLike[str], flags: int) -> int:
+    return runtime.open_file(path, flags | os.O_CREAT)
+
+
+def _write_over(path: pathlib.Path, data: bytes) -> None:
+    """Have the file at PATH begin with DATA, the rest blank; it takes no more room if it is large
+    enough, which it is made with some to spare."""
+    with os.fdopen(_open_or_make(path, os.O_RDWR), "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < len(data):
+            size = -(-2 * len(data) // _UNIT) * _UNIT
+        file.write(data.ljust(size))
+
+
+def _are_exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchange two files' names in one step; not where their file system cannot."""
+    first, second = (ctypes.c_char_p(os.fsencode(path)) for path in (one, other))
+    if not _LIBC.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number))
 
 
 def _acquire(fd: int, path: pathlib.Path) -> None:

@@ -13,13 +13,12 @@ import errno
 import json
 import os
 import pathlib
-import stat
 from typing import Any, TypeVar
 
 import libvirt
 import xxhash
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.nbd import checksum, copy, image
 
 FILE = "manifest.json"
@@ -271,14 +270,8 @@ def tables_of(path: pathlib.Path, size: int, cancel: copy.Cancel | None = None) 
 def read_file(path: pathlib.Path) -> str:
     """The text at PATH, its line ends as they are. Errors: OSError, for what is no file or larger
     than any manifest, too; UnicodeDecodeError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO: not for ever
-    with os.fdopen(fd, "rb") as opened:
-        found = os.fstat(fd)
-        if stat.S_ISDIR(found.st_mode):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no file")
-        if found.st_size > _MOST:
+    with os.fdopen(runtime.open_file(path, os.O_RDONLY), "rb") as opened:
+        if os.fstat(opened.fileno()).st_size > _MOST:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         return opened.read(_MOST).decode("utf-8")
 

@@ -239,6 +239,7 @@ def _take_places(directory: pathlib.Path, file: str) -> None:
 
 def _write_newest(directory: pathlib.Path, made: manifest.Manifest) -> None:
     """``manifest.json``."""
+    (directory / (manifest.FILE + chain.PARTIAL)).unlink(missing_ok=True)  # whatever it is
     chain.write(directory, manifest.FILE, made)
     (directory / (manifest.FILE + chain.PARTIAL)).rename(directory / manifest.FILE)
     chain.sync_directory(directory)

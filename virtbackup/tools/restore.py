@@ -26,7 +26,8 @@ from virtbackup.tools import chain, listing, manifest, verify
 
 PARTIAL = chain.PARTIAL
 
-_URI = re.compile(r"nbds?(\+(unix|vsock))?://.*", re.DOTALL)
+_URI = re.compile(r"([a-z][a-z0-9+.-]*)(://.*)", re.DOTALL | re.IGNORECASE)
+_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 _RAW_NAMES = (".raw", ".img")
 _FLOCK = "hhqqi4x"
 """fcntl(2)'s struct: type, whence, start, length, pid."""
@@ -170,7 +171,7 @@ def places(
     """Where ``restore`` puts the disks. Errors: OUT or FMT make no sense."""
     if disk is not None:
         return [_output(point.disk(disk).name, out, fmt)]
-    if _URI.match(out):
+    if _server(out) is not None:
         raise _invalid("a server takes one disk: name it by --disk")
     made = fmt or "qcow2"
     directory = pathlib.Path(out)
@@ -180,10 +181,23 @@ def places(
     return [Output(name, str(directory / f"{name}.{made}"), "file", made) for name in names]
 
 
+def _server(out: str) -> str | None:
+    """The URI that OUT is, its scheme as it is written by all; None: it is a path. Errors: it is
+    none of an NBD server."""
+    if (match := _URI.fullmatch(out)) is None:
+        return None
+    if (scheme := match[1].lower()) in _SCHEMES:
+        return scheme + match[2]
+    known = [f"{one}://" for one in _SCHEMES]
+    raise _invalid(
+        f"cannot write to {out}: a server is written to by {', '.join(known[:-1])} or {known[-1]}"
+    )
+
+
 def _output(name: str, out: str, fmt: copy.Format | None) -> Output:
-    if _URI.match(out):
+    if (uri := _server(out)) is not None:
         _only_raw(out, fmt)
-        return Output(name, out, "network", "raw")
+        return Output(name, uri, "network", "raw")
     path = pathlib.Path(out)
     try:
         mode = path.stat().st_mode

@@ -45,7 +45,7 @@ def _recorder(control: virsh_connection.Control) -> "recorder.Recorder":
     """Of the QEMU at the shell's URI. Errors: Failure where there cannot be one."""
     from virtbackup.qemu import driver, recorder
 
-    if not control.uri.startswith("qmp:"):
+    if not control.uri.lower().startswith("qmp:"):
         raise vsh.Failure(f"only a QEMU at a qmp:// URI can be recorded, not '{control.uri}'")
     if control.readonly:
         raise vsh.Failure("operation forbidden: read only access prevents monitor-record")

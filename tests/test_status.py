@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""That files of ours of which somebody made something else are told, and not waited for."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import pytest
+
+from tests.live import places
+from tests.test_ending import RUNNING, having
+from virtbackup import errors
+from virtbackup.qemu import scratch, status
+
+pytestmark = pytest.mark.timeout(30)
+
+KINDS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
+    "FIFO": (os.mkfifo, "it is no file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "it is no file"),
+    "directory": (pathlib.Path.mkdir, "Is a directory"),
+}
+
+
+@pytest.fixture
+def file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> status.StatusFile:
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    return status.StatusFile("key")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_status_that_is_no_file(file: status.StatusFile, kind: str) -> None:
+    make, words = KINDS[kind]
+    make(file.path)
+    with pytest.raises(errors.Error, match=f"cannot read status '{file.path}': {words}"):
+        file.load()
+    assert list(status.all_in(file.path.parent)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lock_that_is_no_file(file: status.StatusFile, kind: str) -> None:
+    make, words = KINDS[kind]
+    path = file.path.with_suffix(".lock")
+    make(path)
+    with pytest.raises(errors.Error, match=f"cannot open state lock '{path}': {words}"):
+        file.locked()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_in_the_way_of_a_status(file: status.StatusFile, kind: str) -> None:
+    make, words = KINDS[kind]
+    file.save(RUNNING)
+    file.path.with_suffix(".partial").unlink()
+    make(file.path.with_suffix(".partial"))
+    with pytest.raises(errors.Error, match=f"cannot write status '{file.path}': {words}"):
+        file.save(having(phase="stopping"))
+    assert file.load() == RUNNING
+
+
+def test_a_fifo_is_no_scratch_image(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "scratch"
+    os.mkfifo(path, 0o600)
+    assert not scratch.is_unused_image(str(path), 1 << 20)
+
+
+# --- without room ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(tmp_path: pathlib.Path) -> Iterator[status.StatusFile]:
+    """A status in a file system that has no room for anything else."""
+    with places.small_file_system(tmp_path / "full", 128 << 10) as path:
+        file = status.StatusFile("key", path)
+        file.save(having(definition="old" * 3000))
+        places.fill_up(path)
+        yield file
+
+
+def test_a_status_without_room_is_the_old_or_the_new_one(full: status.StatusFile) -> None:
+    """Wherever who writes it is killed, as before each call of a function of the system's."""
+    old = full.load()
+    assert old is not None
+    new = dataclasses.replace(old, definition="new" * 2900, phase="stopping")
+    found, steps = [], itertools.count(1)
+    for step in steps:
+        full.save(old)
+        if (child := os.fork()) == 0:
+            sys.setprofile(_Killing(step))
+            full.save(new)
+            os._exit(0)
+        status_of_child = os.waitpid(child, 0)[1]
+        found.append(full.load())
+        assert found[-1] in (old, new), step
+        if not status_of_child:
+            break
+    assert found[0] == old
+    assert found[-1] == new
+    assert len(found) > 10
+
+
+_PURE = ("copy.py", "dataclasses.py", "encoder.py")
+
+
+class _Killing:
+    """Ends the process as the STEPth function of C begins, or ends."""
+
+    def __init__(self, step: int) -> None:
+        self._left = step
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if event in ("c_call", "c_return") and not frame.f_code.co_filename.endswith(_PURE):
+            self._left -= 1
+            if not self._left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_who_reads_a_status_without_room_finds_one(full: status.StatusFile) -> None:
+    """At any time, and without its lock."""
+    old = full.load()
+    assert old is not None
+    new = dataclasses.replace(old, definition="new" * 2900, phase="stopping")
+    if (child := os.fork()) == 0:
+        for one in [new, old] * 1000:
+            full.save(one)
+        os._exit(0)
+    count = 0
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        assert full.load() in (old, new)
+        count += 1
+    assert count > 20
