@@ -519,3 +519,43 @@ def test_storage_daemon(tmp_path: pathlib.Path) -> None:
         dom.backupStop()
         assert machine.state() == before
         assert not (tmp_path / "nbd.sock").exists()
+
+
+@pytest.mark.parametrize("step", ["scratch_images", "freeze"])
+def test_an_overlay_of_a_storage_daemon_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    goes_on = getattr(process.Run, step)
+    overlay = machines.image(tmp_path / "over.qcow2", 4 << 20, "qcow2")
+    disks = ("A", "B")
+    for disk in disks:
+        machines.image(tmp_path / disk, 4 << 20, "qcow2")
+    nodes = [f"qcow2,node-name={disk},file.driver=file,file.filename={tmp_path}/{disk}"
+             for disk in disks]  # fmt: skip
+    options = [word for node in nodes for word in ("--blockdev", node)]
+    with (
+        machines.storage_daemon(tmp_path, *options) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):
+        [dom] = conn.listAllDomains()
+        file = {"driver": "file", "filename": str(overlay)}
+        machine.probe("blockdev-add", driver="qcow2", node_name="over", file=file, backing=None)
+        leave_out = unix(tmp_path, '<disk name="over" present="no"/>')
+
+        def late(run: process.Run) -> None:
+            refused = machine.probe.reply("blockdev-snapshot", node="A", overlay="over")
+            assert ("error" in refused) == (step == "freeze" and machines.version() < (8, 0, 0))
+            goes_on(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, step, late)
+            if step == "freeze" and machines.version() < (8, 0, 0):
+                dom.backupStart(leave_out)
+                dom.backupStop()
+                return
+            with pytest.raises(virtbackup.Error, match=r"disk 'A' got another image .*'over' in"):
+                dom.backupStart(leave_out)
+        assert "virtbackup" not in str(machine.state())
+        dom.backupStart(unix(tmp_path))
+        assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"over", "B"}
+        dom.backupStop()

@@ -331,6 +331,11 @@ class Graph:
         over = self._parents.get(("block-driver", node), ())
         return not any(kind == "block-driver" for kind, _ in over)
 
+    def nodes_over(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
+        """Every node from which NODE can be reached."""
+        over = _reached(self._parents, [("block-driver", node)]) - {("block-driver", node)}
+        return frozenset(naming.NodeName(name) for kind, name in over if kind == "block-driver")
+
     def children_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """The nodes directly below NODE."""
         below = self.children.get(("block-driver", node), frozenset())

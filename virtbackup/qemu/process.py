@@ -25,6 +25,7 @@ from virtbackup.qemu import (
     listener,
     monitor,
     monitor_json,
+    naming,
     nbdserver,
     qcow2,
     scratch,
@@ -171,6 +172,7 @@ class Run:
         Errors: VIR_ERR_OPERATION_FAILED.
         """
         if not self.session.capabilities.devices:
+            self._check_nodes()
             return
         found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
         media = {drive.qom_path: drive.medium for drive in found}
@@ -179,11 +181,16 @@ class Run:
             # The job's filter may be shown for the image; of an unplugged disk, the stop tells.
             if medium is None or medium.node == disk.node or medium.driver in block.FILTERS:
                 continue
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_FAILED,
-                f"disk '{disk.target}' got another image as the backup began: '{medium.node}' in"
-                f" place of '{disk.node}'",
-            )
+            raise _other_image(disk, medium.node)
+
+    def _check_nodes(self) -> None:
+        """The same where a disk is a node that no node is over: an overlay is, now."""
+        graph = block.parse_graph(self.qemu.execute(monitor_json.query_block_graph()))
+        for disk in self.plan.disks:
+            for node in graph.nodes_over(disk.node):
+                # QEMU names what is a job's own so, and whatever is given no name.
+                if not node.startswith("#") and naming.backup_of(node) is None:
+                    raise _other_image(disk, node)
 
     def changed(self) -> dict[str, int]:
         """Disk -> bytes changed since its branch's last point; after the instant, and only of disks
@@ -304,6 +311,14 @@ def _user(uid: int) -> str:
         return f"'{pwd.getpwuid(uid).pw_name}'"
     except KeyError:
         return str(uid)
+
+
+def _other_image(disk: backup.DiskPlan, node: naming.NodeName) -> errors.Error:
+    return errors.error(
+        libvirt.VIR_ERR_OPERATION_FAILED,
+        f"disk '{disk.target}' got another image as the backup began: '{node}' in place of"
+        f" '{disk.node}'",
+    )
 
 
 def _of_disk(
