@@ -28,7 +28,10 @@ FAKES = {
 mkdir -p "$4/etc"
 echo "debootstrap $3 $5" >>"$CALLS"
 [ "$3" != "${BROKEN-}" ] || exit 1""",
-    "chroot": 'case $2 in qemu*) echo "QEMU emulator version 1.2.3 (${1##*/})" ;; esac',
+    "chroot": """
+case $2 in qemu*) ;; *) exit 0 ;; esac
+[ "${1##*/}" != "${DEAD-}" ] || exit 1
+echo "QEMU emulator version 1.2.3 (${1##*/})\"""",
     "qemu-system-x86_64": 'echo "QEMU emulator version 3.2.1 (installed)"',
 }
 PYTHON = """
@@ -130,11 +133,30 @@ def test_root_directories_are_made_once(tree: Tree) -> None:
 
 
 def test_an_unfinished_root_directory_is_made_anew(tree: Tree) -> None:
-    done = tree.run(BROKEN=OTHERS[0])
-    assert done.returncode == 1
-    assert f"no QEMU of {OTHERS[0]}" in done.stderr
+    assert tree.run(BROKEN=OTHERS[0]).returncode == 1
     assert tree.run().returncode == 0
-    assert len(tree.called("debootstrap")) == len(OTHERS)
+    assert tree.called("debootstrap") == [f"{OTHERS[0]} scheme://mirror/debian/"]
+
+
+@pytest.mark.parametrize("missing", OTHERS)
+def test_a_qemu_that_cannot_be_fetched_does_not_keep_the_next_from_its_turn(
+    tree: Tree, missing: str
+) -> None:
+    done = tree.run(BROKEN=missing)
+    assert done.returncode == 1
+    assert f"dev: no QEMU of {missing}, see .cache/qemu/{missing}.log\n" in done.stderr
+    assert len(tree.called("pytest")) == len(SUITES) - 1
+    verdicts = done.stdout.split("== Summary\n")[1].splitlines()
+    assert len(verdicts) == len(SUITES)
+    assert verdicts[SUITES.index(missing)] == f"QEMU of {missing}: NOT TESTED"
+    assert sum(": passed in " in line for line in verdicts) == len(SUITES) - 1
+
+
+def test_a_qemu_that_does_not_run_does_not_keep_the_next_from_its_turn(tree: Tree) -> None:
+    done = tree.run(DEAD=OTHERS[0])
+    assert done.returncode == 1
+    assert len(tree.called("pytest")) == len(SUITES) - 1
+    assert f"\nQEMU of {OTHERS[0]}: NOT TESTED\n" in done.stdout
 
 
 def test_a_failure_does_not_keep_the_next_from_its_turn(tree: Tree) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from virtbackup import runtime
-from virtbackup.qemu import ending, events, naming, status
+from virtbackup.qemu import ending, events, lifecycle, naming, status
 
 PATIENCE = 20.0
 FIRST, SECOND = naming.BackupId("00000001"), naming.BackupId("00000002")
@@ -134,6 +134,17 @@ def test_the_end_of_qemu(dead: runtime.Process) -> None:
     assert following.look(gone, lambda: None) is None
     following._gone_since = -ending.GRACE
     assert following.look(gone, lambda: None) == (False, "QEMU is gone")
+
+
+def test_the_end_of_a_domain_that_is_known_no_more(dead: runtime.Process) -> None:
+    """Who heard why has a moment to note it."""
+    gone = having(qemu=dead)
+    heard = having(qemu=dead, given_up="the domain was destroyed")
+    following = ending._Following(FIRST)
+    assert following.look(gone, lambda: lifecycle.UNKNOWN) is None
+    assert following.look(heard, lambda: lifecycle.UNKNOWN) == (False, "the domain was destroyed")
+    following._gone_since = -ending.GRACE
+    assert following.look(gone, lambda: lifecycle.UNKNOWN) == (False, lifecycle.UNKNOWN)
 
 
 def test_who_stops_tells(one: tuple[ending.Ending, Ends], file: status.StatusFile) -> None:

@@ -4,6 +4,7 @@
 import contextlib
 import io
 import json
+import logging
 import pathlib
 import signal
 import socket
@@ -254,3 +255,31 @@ def test_a_signal_while_others_are_served(tmp_path: pathlib.Path) -> None:
         thread.join(DEADLINE)
     signal.signal(signal.SIGUSR1, before)
     assert got == ["served"]
+
+
+def test_an_interrupt_before_the_reader_begins(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It finds its socket closed then, which is no failure of the monitor's."""
+    main = threading.get_ident()
+    closed, read = threading.Event(), threading.Event()
+
+    class Late(threading.Thread):
+        def _bootstrap(self) -> None:
+            signal.pthread_kill(main, signal.SIGINT)
+            assert closed.wait(DEADLINE)
+            super()._bootstrap()  # type: ignore[misc]
+
+        def run(self) -> None:
+            super().run()
+            read.set()
+
+    caplog.set_level(logging.DEBUG)
+    with served(tmp_path, until_closed) as path:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "Thread", Late)
+            with pytest.raises(KeyboardInterrupt):
+                monitor.SocketMonitor(path)
+        closed.set()
+        assert read.wait(DEADLINE)
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []

@@ -39,15 +39,19 @@ class Theirs:
         assert done.returncode == 0, done.stderr
 
     def restored(self, directory: pathlib.Path) -> dict[str, bytes]:
-        """What is in a backup: disk -> its bytes."""
+        """What is in a backup: disk -> its bytes. One at a time: the NBD server of a disk before
+        takes away what has the socket's name as it ends, its successor's socket, too."""
         out = directory.with_name(f"{directory.name}-restored")
-        argv = ["virtnbdrestore", "-U", self._host.daemon.uri, "--noprogress"]
-        argv += ["-i", str(directory), "-o", str(out), "-L", f"{out}.log"]
-        argv += ["-f", str(self._host.path("restore.sock"))]
-        done = subprocess.run(argv, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        names = {"vda": "a.qcow2", "sdb": "b.qcow2"}
-        return {disk: machines.contents(out / name, "qcow2") for disk, name in names.items()}
+        out.mkdir()
+        found = {}
+        for disk, name in {"vda": "a.qcow2", "sdb": "b.qcow2"}.items():
+            argv = ["virtnbdrestore", "-U", self._host.daemon.uri, "--noprogress", "-d", disk]
+            argv += ["-i", str(directory), "-o", str(out / disk), "-L", f"{out}/{disk}.log"]
+            argv += ["-f", str(self._host.path(f"{directory.name}-{disk}.sock"))]
+            done = subprocess.run(argv, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            found[disk] = machines.contents(out / disk / name, "qcow2")
+        return found
 
 
 class Ours:

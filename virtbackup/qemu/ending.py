@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from virtbackup import errors, runtime
-from virtbackup.qemu import naming, status
+from virtbackup.qemu import lifecycle, naming, status
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,8 @@ class _Following:
             return None
         reason = why_gone()
         self._gone_since = self._gone_since or time.monotonic()
-        if reason is None and time.monotonic() < self._gone_since + GRACE:
+        says_why = reason is not None and reason != lifecycle.UNKNOWN
+        if not says_why and time.monotonic() < self._gone_since + GRACE:
             return None
         return False, reason or _GONE
 

@@ -465,8 +465,10 @@ def _read(of: "weakref.ref[SocketMonitor]", connection: socket.socket) -> None:
             one.received(parser, data)
             del one
     except Exception as caught:  # whoever waits for a reply must be told
-        failure = caught
-        logger.debug("reader failed", exc_info=True)
+        # Interrupted as this thread began, ``close`` does not wait for it.
+        if connection.fileno() >= 0:
+            failure = caught
+            logger.debug("reader failed", exc_info=True)
     if (one := of()) is not None:
         one.ended(failure)
     else:
