@@ -56,8 +56,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 def process_start(pid: int) -> int | None:
     """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  (bytes, not a path at rest)
-            text = stat.read()
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  (bytes, not a path at rest)
+            text = file.read()
     except OSError:
         return None
     # The command's name may hold anything; what follows its last bracket is orderly.
