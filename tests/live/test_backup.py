@@ -440,6 +440,35 @@ def test_an_overlay_that_comes_between_the_look_and_the_instant(
         dom.backupStop()
 
 
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_overlay_with_a_job_of_its_own_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """The filter that is seen at the disk's root then is not over the image that was frozen."""
+    scratch_images = process.Run.scratch_images
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        for name in ("over", "copy"):
+            image = machines.image(tmp_path / f"{name}.qcow2", SIZE, "qcow2")
+            file = {"driver": "file", "filename": str(image)}
+            machine.probe("blockdev-add", driver="qcow2", node_name=name, file=file, backing=None)
+
+        def late(run: process.Run) -> None:
+            machine.probe("blockdev-snapshot", node="A", overlay="over")
+            job = {"job-id": "theirs", "device": "over", "target": "copy", "sync": "none"}
+            machine.probe("blockdev-backup", **job)
+            scratch_images(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, "scratch_images", late)
+            with pytest.raises(virtbackup.Error, match="disk 'vda' got another image"):
+                dom.backupStart(unix(tmp_path))
+        assert "virtbackup" not in str(machine.state())
+
+
 def test_disks_are_frozen_at_one_instant(tmp_path: pathlib.Path) -> None:
     """A guest that writes i to one disk, then to the other: never seen further than one."""
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
