@@ -83,9 +83,10 @@ class Run:
             self.listener.close()
 
     def check_server(self) -> None:
-        """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so. Of a process
-        that is not seen to be QEMU, its word is taken: one that only passes the monitor on may have
-        another network, and a recording listens nowhere."""
+        """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so, or as somebody
+        has put the server elsewhere before the exports came to it. Of a process that is not seen to
+        be QEMU, its word is taken: one that only passes the monitor on may have another network,
+        and a recording listens nowhere."""
         pid, address = self.session.pid, self.plan.address
         if pid is None or not nbdserver.is_qemu(pid):
             return
