@@ -92,6 +92,22 @@ def test_all_disks_in_one_transaction() -> None:
     json.dumps(command.arguments)
 
 
+def test_a_disk_is_kept_from_going_back_to_a_snapshot() -> None:
+    """By a bitmap that is there from before the job on, where QEMU would let it."""
+    actions = plan(state(), HYBRID).transaction().arguments["actions"]
+    assert [action["type"] for action in actions] == [
+        *["block-dirty-bitmap-add"] * 4,
+        *["blockdev-backup"] * 4,
+    ]
+    assert actions[2]["data"] == {
+        "node": "A",
+        "name": "virtbackup-0123abcd-2-guard",
+        "granularity": 1 << 31,
+        "persistent": False,
+        "disabled": True,
+    }
+
+
 def test_everything_about_a_disk() -> None:
     """The third of four: the number is the disk's among those that take part."""
     planned = plan(state(), breaking(HYBRID))
@@ -112,6 +128,7 @@ def test_everything_about_a_disk() -> None:
         breaks_snapshot=True,
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
+        guard=naming.BitmapName("virtbackup-0123abcd-2-guard"),
     )
     assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
 
