@@ -343,6 +343,10 @@ def test_names_of_any_length_make_names_that_qemu_takes(name: str) -> None:
         assert naming.is_own_bitmap(one)
     assert [naming.backup_of(one) for one in made] == [ID, None, None]
     assert not naming.is_own_bitmap(name)
+    guard = naming.guard_bitmap(ID, 9999)
+    assert naming.is_guard(guard)
+    assert naming.is_own_bitmap(guard)
+    assert not any(naming.is_guard(one) for one in (*made, name))
 
 
 # --- no change is ever missing --------------------------------------------------------------------

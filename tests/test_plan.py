@@ -92,6 +92,22 @@ def test_all_disks_in_one_transaction() -> None:
     json.dumps(command.arguments)
 
 
+def test_a_disk_is_kept_from_going_back_to_a_snapshot() -> None:
+    """By a bitmap that is there from before the job on, where QEMU would let it."""
+    actions = plan(state(), HYBRID).transaction().arguments["actions"]
+    assert [action["type"] for action in actions] == [
+        *["block-dirty-bitmap-add"] * 4,
+        *["blockdev-backup"] * 4,
+    ]
+    assert actions[2]["data"] == {
+        "node": "A",
+        "name": "virtbackup-0123abcd-2-guard",
+        "granularity": 1 << 31,
+        "persistent": False,
+        "disabled": True,
+    }
+
+
 def test_everything_about_a_disk() -> None:
     """The third of four: the number is the disk's among those that take part."""
     planned = plan(state(), breaking(HYBRID))
@@ -112,6 +128,7 @@ def test_everything_about_a_disk() -> None:
         breaks_snapshot=True,
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
+        guard=naming.BitmapName("virtbackup-0123abcd-2-guard"),
     )
     assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
 
@@ -768,16 +785,17 @@ def test_judgement_is_by_disk() -> None:
         naming.backup_job(ID, n): monitor_json.Job(
             naming.backup_job(ID, n), "backup", "running", None
         )
-        for n in range(8)
-        if n != 1
+        for n in range(10)
+        if n not in (1, 8)
     }
     cancelled = naming.backup_job(ID, 8)
     jobs[cancelled] = monitor_json.Job(cancelled, "backup", "concluded", "Operation canceled")
+    shown = {7: naming.access_node(ID, 7), 9: naming.NodeName("A")}
     exports = {
         naming.export(ID, n): monitor_json.Export(
-            naming.export(ID, n), "nbd", naming.NodeName("x"), n == 3
+            naming.export(ID, n), "nbd", shown.get(n, naming.scratch_node(ID, n)), n == 3
         )
-        for n in range(9)
+        for n in range(10)
         if n != 2
     }
     medium = block.Medium(naming.NodeName("n"), "raw", "/n", 1, False)
@@ -785,12 +803,12 @@ def test_judgement_is_by_disk() -> None:
         f"/machine/{n}": block.Disk(
             f"d{n}", None if n == 6 else medium, f"/machine/{n}", io_status=status_of
         )
-        for n, status_of in enumerate(["ok", None, "ok", "ok", "nospace", "ok", "ok", "ok"])
-        if n != 5
+        for n, status_of in enumerate(["ok", None, "ok", "ok", "nospace"] + ["ok"] * 5)
+        if n not in (5, 8)
     }
     sight = blockjob.Sight(jobs, exports, drives, True, {naming.access_node(ID, 7): "EINVAL"})
     removed = "its export was removed before the backup was stopped"
-    disks = [of(number) for number in range(9)]
+    disks = [of(number) for number in range(10)]
     assert blockjob.judge(disks, sight) == {
         "d1": "its backup job disappeared",
         "d2": removed,
@@ -802,6 +820,7 @@ def test_judgement_is_by_disk() -> None:
         "d7": "its snapshot is broken: EINVAL",
         "d8": "the disk was unplugged during the backup, and its backup job ended: Operation"
         " canceled",
+        "d9": "its export shows node 'A' in place of the frozen disk",
     }
     assert blockjob.stopped_guest(disks, sight)
     runs = dataclasses.replace(sight, io_error=False)
@@ -812,7 +831,7 @@ def test_judgement_is_by_disk() -> None:
     reasons = blockjob.judge(disks, dataclasses.replace(runs, drives=given))
     assert reasons["d0"] == "it was given away during the backup, to a migration or a save"
     without_devices = dataclasses.replace(runs, drives=None)
-    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8"}
+    assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8", "d9"}
 
 
 @pytest.mark.parametrize(

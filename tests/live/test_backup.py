@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import threading
+from typing import Any
 
 import libvirt
 import nbd
@@ -437,6 +438,74 @@ def test_an_overlay_that_comes_between_the_look_and_the_instant(
         dom.backupStart(unix(tmp_path))
         for disk in ("vda", "sdb"):
             assert nbdclient.read(tmp_path / "nbd.sock", disk)[:1] == b"\7"
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_overlay_with_a_job_of_its_own_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """The filter that is seen at the disk's root then is not over the image that was frozen."""
+    scratch_images = process.Run.scratch_images
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        for name in ("over", "copy"):
+            image = machines.image(tmp_path / f"{name}.qcow2", SIZE, "qcow2")
+            file = {"driver": "file", "filename": str(image)}
+            machine.probe("blockdev-add", driver="qcow2", node_name=name, file=file, backing=None)
+
+        def late(run: process.Run) -> None:
+            machine.probe("blockdev-snapshot", node="A", overlay="over")
+            job = {"job-id": "theirs", "device": "over", "target": "copy", "sync": "none"}
+            machine.probe("blockdev-backup", **job)
+            scratch_images(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, "scratch_images", late)
+            with pytest.raises(virtbackup.Error, match="disk 'vda' got another image"):
+                dom.backupStart(unix(tmp_path))
+        assert "virtbackup" not in str(machine.state())
+
+
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
+    tmp_path: pathlib.Path, engine: str
+) -> None:
+    """QEMU would change the disk below the filter of the job, which would not save old data."""
+    if machines.version() < (6, 0, 0):
+        return  # it has only loadvm, which takes no disk with a filter
+    with (
+        machines.two_disks(tmp_path, size=4 << 20) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+
+        def snapshot(verb: str) -> str | None:
+            job = {"job-id": "theirs", "tag": "before", "vmstate": "A", "devices": ["A"]}
+            machine.probe(f"snapshot-{verb}", **job)
+
+            def told() -> Any:
+                return {one["id"]: one for one in machine.probe("query-jobs")}["theirs"]
+
+            waiting.until(lambda: told()["status"] == "concluded")
+            failure: str | None = told().get("error")
+            machine.probe("job-dismiss", id="theirs")
+            return failure
+
+        assert snapshot("save") is None
+        machine.io("vda", "write -P 5 0 64k")
+        before = machine.state()
+        dom.backupStart(unix(tmp_path))
+        assert "Device has active dirty bitmap" in str(snapshot("load"))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\5"
+        dom.backupStop()
+        assert machine.state() == before
+        assert snapshot("load") is None
+        dom.backupStart(unix(tmp_path))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\0"
         dom.backupStop()
 
 

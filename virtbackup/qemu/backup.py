@@ -70,6 +70,8 @@ class DiskPlan:
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
+    guard: naming.BitmapName | None = None
+    """What keeps the disk from going back to a snapshot, where no bitmap of a branch does."""
 
     @property
     def changes(self) -> monitor_json.BitmapOf | None:
@@ -160,9 +162,14 @@ class BackupPlan:
             for disk in self.disks
         ]
         before = [action for step in steps for action in step.before()]
+        guards = [
+            branch.guard(disk.node, disk.guard)
+            for disk in self.disks
+            if disk.guard and not disk.step
+        ]
         after = [action for step in steps for action in step.after()]
         copies = [action for disk in self.disks for action in disk.make_copy()]
-        return monitor_json.transaction([*before, *jobs, *after, *copies])
+        return monitor_json.transaction([*before, *guards, *jobs, *after, *copies])
 
     def give_way_commands(self, disk: DiskPlan) -> list[monitor_json.Command]:
         """Have QEMU leave the scratch image out when it gives the disks away, which it refuses to
@@ -340,6 +347,7 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
+        guard=naming.guard_bitmap(backup, number) if caps.guards else None,
     )
 
 

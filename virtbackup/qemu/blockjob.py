@@ -76,12 +76,15 @@ def job_reason(job: monitor_json.Job | None) -> str | None:
 
 
 def _export_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
-    """Why a client cannot have read everything: somebody else took the export away."""
+    """Why a client cannot have read everything, or not from the frozen disk: somebody else took the
+    export away, or made another one of its id."""
     if sight.exports is None:
         return None
     export = sight.exports.get(disk.export)
     if export is None or export.shutting_down:
         return "its export was removed before the backup was stopped"
+    if naming.backup_of(export.node) is None:
+        return f"its export shows node '{export.node}' in place of the frozen disk"
     return None
 
 

@@ -18,7 +18,8 @@ A good backup makes ``next`` the branch's bitmap and sets the point; any other e
 Either is one transaction for all disks: at every instant the two have every change since the point.
 Whoever removes, ends or replaces one of them meanwhile makes the branch unsound. What nobody can
 see: a bitmap that is cleared, or replaced where there is no ``next`` (between two backups, or by
-somebody who removed both), a disk that shrinks and grows again to what it was, as QEMU does not
+somebody who removed both), one that is ended between the look at it and the transaction of a start
+or a stop, a disk that shrinks and grows again to what it was, as QEMU does not
 note that as a change, nor a backing image that is put in another's place, and an overlay with exact
 copies of all bitmaps, for whose sake the image below was then given up (``block-stream``).
 """
@@ -331,6 +332,13 @@ class Step:
             for name in self.remove
         ]
         return ([monitor_json.bitmap_disable(self.own)] if self.keeps else []) + remove
+
+
+def guard(node: naming.NodeName, name: naming.BitmapName) -> dict[str, Any]:
+    """The action that begins the bitmap NAME on NODE, of no branch."""
+    return monitor_json.bitmap_add(
+        monitor_json.BitmapOf(node, name), _LARGEST, persistent=False, disabled=True
+    )
 
 
 def step(branch: str, line: Line, next: naming.BitmapName, granularity: int) -> Step:

@@ -113,6 +113,8 @@ def take_out(
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.credentials()
     removed += sweeper.fdsets()
+    if session.capabilities.guards and (left is None or left.branch is None):
+        removed += branches.remove_guards(session, left.id if left else None)
     joined, divided = _join_branches(session, left)
     removed += joined
     if left is not None and ours:

@@ -388,7 +388,6 @@ class BackupJob:
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
             starting = dataclasses.replace(starting, server=True, socket=socket)
-            run.check_server()
             run.scratch_images()
             starting = _with_inodes(starting, run.inodes)
             self._file.save(starting)
@@ -398,6 +397,7 @@ class BackupJob:
                 agent.standing_still(quiesce, run.freeze)
             run.check_media()
             run.exports()
+            run.check_server()
             if (refusal := run.give_way()) is not None:
                 starting = _keeping(starting, run.session, refusal)
             starting = _with_changed(starting, run.changed())

@@ -182,6 +182,16 @@ def next_of(name: str) -> tuple[BackupId, str] | None:
     return (BackupId(match[1]), match[2]) if match else None
 
 
+def guard_bitmap(backup: BackupId, number: int) -> BitmapName:
+    """What never records: QEMU does not have a disk with a bitmap go back to a snapshot."""
+    return BitmapName(f"{PREFIX}{backup}-{number}-guard")
+
+
+def is_guard(name: str) -> bool:
+    """Whether NAME is a ``guard_bitmap``."""
+    return name.endswith("-guard") and backup_of(name) is not None
+
+
 def point_bitmap(branch: str, point: Point) -> BitmapName:
     """An empty bitmap beside the branch's, that by its name says what the branch's is relative to,
     wherever the image goes."""
@@ -209,5 +219,6 @@ def mark_of(name: str) -> str | None:
 
 
 def is_own_bitmap(name: str) -> bool:
-    """Whether NAME is one of the three that are beside a branch's bitmap."""
-    return any(told(name) is not None for told in (next_of, point_of, mark_of))
+    """Whether NAME is one of the three that are beside a branch's bitmap, or a guard."""
+    beside = any(told(name) is not None for told in (next_of, point_of, mark_of))
+    return beside or is_guard(name)

@@ -83,9 +83,10 @@ class Run:
             self.listener.close()
 
     def check_server(self) -> None:
-        """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so. Of a process
-        that is not seen to be QEMU, its word is taken: one that only passes the monitor on may have
-        another network, and a recording listens nowhere."""
+        """Raise VIR_ERR_OPERATION_FAILED where nobody listens, though QEMU says so, or as somebody
+        has put the server elsewhere before the exports came to it. Of a process that is not seen to
+        be QEMU, its word is taken: one that only passes the monitor on may have another network,
+        and a recording listens nowhere."""
         pid, address = self.session.pid, self.plan.address
         if pid is None or not nbdserver.is_qemu(pid):
             return
@@ -176,12 +177,26 @@ class Run:
             return
         found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
         media = {drive.qom_path: drive.medium for drive in found}
+        filtered = []
         for disk in self.plan.disks:
             medium = media.get(disk.device) if disk.device else None
             # The job's filter may be shown for the image; of an unplugged disk, the stop tells.
-            if medium is None or medium.node == disk.node or medium.driver in block.FILTERS:
+            if medium is None or medium.node in (disk.node, disk.filter):
                 continue
-            raise _other_image(disk, medium.node)
+            if medium.driver not in block.FILTERS:
+                raise _other_image(disk, medium.node)
+            filtered.append((disk, medium.node))
+        self._check_filters(filtered)
+
+    def _check_filters(self, filtered: list[tuple[backup.DiskPlan, naming.NodeName]]) -> None:
+        """Of disks with a filter at the root that need not be our job's: whether it is over what
+        was frozen."""
+        if not filtered or not self.session.capabilities.block_graph:
+            return
+        graph = block.parse_graph(self.qemu.execute(monitor_json.query_block_graph()))
+        for disk, root in filtered:
+            if disk.node not in graph.children_of(root):
+                raise _other_image(disk, root)
 
     def _check_nodes(self) -> None:
         """The same where a disk is a node that no node is over: an overlay is, now."""
