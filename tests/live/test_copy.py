@@ -260,7 +260,14 @@ def test_an_allocation_error_is_an_error(tmp_path: pathlib.Path) -> None:
 def leave_no_descriptor(pid: int) -> int:
     """Take from a server without clients what it could yet open; its limit from now on."""
     opened = pathlib.Path(f"/proc/{pid}/fd")
-    waiting.until(lambda: sum("socket:" in str(one.readlink()) for one in opened.iterdir()) == 1)
+
+    def only_listens() -> bool:
+        try:
+            return sum("socket:" in str(one.readlink()) for one in opened.iterdir()) == 1
+        except FileNotFoundError:  # closed meanwhile
+            return False
+
+    waiting.until(only_listens)
     used = {int(one.name) for one in opened.iterdir()}
     limit = next(number for number in itertools.count() if number not in used)
     most = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
