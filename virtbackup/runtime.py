@@ -7,12 +7,15 @@ import errno
 import os
 import pathlib
 import re
+import socket
 import stat
+import struct
 from collections.abc import Iterator
 
 Process = tuple[int, int]
 """(pid, start in clock ticks since boot): a process for good, as pids are used again."""
 
+_UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 
 
@@ -74,6 +77,15 @@ def process_user(pid: int) -> int | None:
         if found := re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE):
             return int(found[1])
     return None
+
+
+def peer_of(connected: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of who is at the other end of a unix socket, by the kernel's word: of a
+    server, as it was when it began to listen. The pid is 0 where it cannot be seen from here
+    (SO_PEERCRED). Errors: OSError."""
+    told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(told)
+    return pid, uid, gid
 
 
 def this_process() -> Process:

@@ -14,7 +14,6 @@ import pathlib
 import re
 import select
 import socket
-import struct
 import subprocess
 import tempfile
 import time
@@ -23,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from tests import waiting
+from virtbackup import runtime
 
 STATE_QUERIES = (
     "query-block",
@@ -85,9 +85,7 @@ class Probe:
     @property
     def pid(self) -> int:
         """The process that answers."""
-        size = struct.calcsize("3i")
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        return int(struct.unpack("3i", credentials)[0])
+        return runtime.peer_of(self._socket)[0]
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         reply = self.reply(command, **arguments)

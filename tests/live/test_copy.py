@@ -297,9 +297,8 @@ def test_a_server_that_stands_still_is_waited_for(
     monkeypatch.setattr(polling, "PATIENCE", 0.1)
     (tmp_path / "disk").write_bytes(bytes(MIB))
     with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
-        pid = server.process.pid
-        os.kill(pid, signal.SIGSTOP)
-        timer = threading.Timer(1.0, os.kill, (pid, signal.SIGCONT))
+        waiting.stop(server.process)
+        timer = threading.Timer(1.0, server.process.send_signal, (signal.SIGCONT,))
         timer.start()
         began = time.monotonic()
         assert copy_one(server.export, tmp_path / "out").size == MIB

@@ -13,7 +13,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import libvirt
 import nbd
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.nbd import store
 
 CHUNK = 512 << 10
@@ -29,8 +28,6 @@ CHUNK = 512 << 10
 _MOST = 1 << 20
 """Bytes of a read, at most."""
 _SECTOR = 512
-_UCRED = struct.Struct("iII")
-"""SO_PEERCRED's: process, user, group; of who listens."""
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """libnbd's error numbers for what no server said."""
 
@@ -223,8 +220,7 @@ def _why_not_accepted(fd: int) -> str | None:
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connected:
         if connected.family != socket.AF_UNIX:
             return None
-        told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid = _UCRED.unpack(told)[0]
+        pid, _, _ = runtime.peer_of(connected)
         if not pid or pid == os.getpid():  # of another namespace, or listening in another's name
             return None
         limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]

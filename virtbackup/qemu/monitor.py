@@ -243,22 +243,14 @@ class SocketMonitor:
         _hang_up(self._socket, self.path)
 
     def peer_pid(self) -> int | None:
-        """The process that listens, or None where it cannot be seen from here (SO_PEERCRED)."""
-        pid = self._credentials()[0]
-        return pid or None
+        """The process that listens, or None where it cannot be seen from here."""
+        return runtime.peer_of(self._socket)[0] or None
 
     def peer_uid(self) -> int:
         """The user who listens by now: QEMU may have become another one since (``-runas``)."""
-        pid, then, _ = self._credentials()
+        pid, then, _ = runtime.peer_of(self._socket)
         now = runtime.process_user(pid)
         return then if now is None else now
-
-    def _credentials(self) -> tuple[int, int, int]:
-        size = struct.calcsize("3i")
-        pid, uid, gid = struct.unpack(
-            "3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        )
-        return pid, uid, gid
 
     def execute(self, command: monitor_json.Command) -> Any:
         """Send COMMAND, wait, and give QEMU's ``return``; see execute_all."""

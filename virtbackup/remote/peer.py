@@ -6,10 +6,9 @@ import os
 import pwd
 import socket
 import ssl
-import struct
 import threading
 
-from virtbackup import access
+from virtbackup import access, runtime
 
 
 class Peer:
@@ -21,7 +20,7 @@ class Peer:
         self._identity: access.Identity | None = None
         self._credentials: tuple[int, int, int] | None = None
         if connected.family == socket.AF_UNIX:
-            pid, uid, _ = self._credentials = credentials(connected)
+            pid, uid, _ = self._credentials = runtime.peer_of(connected)
             self.address = f"process {pid} of user {uid}"
             """For logs."""
         else:
@@ -53,14 +52,6 @@ class Peer:
                 _, uid, gid = self._credentials
                 self._identity = user(uid, gid)
             return self._identity
-
-
-def credentials(connected: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) at the other end of a unix socket, by the kernel's word. Errors: OSError."""
-    size = struct.calcsize("iII")
-    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid, uid, gid = struct.unpack("iII", found)
-    return pid, uid, gid
 
 
 def user(uid: int, gid: int) -> access.Identity:
