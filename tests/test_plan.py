@@ -128,7 +128,9 @@ def test_everything_about_a_disk() -> None:
         breaks_snapshot=True,
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
-        guard=naming.BitmapName("virtbackup-0123abcd-2-guard"),
+        guard=monitor_json.BitmapOf(
+            naming.NodeName("A"), naming.BitmapName("virtbackup-0123abcd-2-guard")
+        ),
     )
     assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
 

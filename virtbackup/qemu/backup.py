@@ -70,8 +70,8 @@ class DiskPlan:
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
-    guard: naming.BitmapName | None = None
-    """What keeps the disk from going back to a snapshot, where no bitmap of a branch does."""
+    guard: monitor_json.BitmapOf | None = None
+    """What keeps its image from going back to a snapshot, where no bitmap of a branch does."""
 
     @property
     def changes(self) -> monitor_json.BitmapOf | None:
@@ -162,11 +162,7 @@ class BackupPlan:
             for disk in self.disks
         ]
         before = [action for step in steps for action in step.before()]
-        guards = [
-            branch.guard(disk.node, disk.guard)
-            for disk in self.disks
-            if disk.guard and not disk.step
-        ]
+        guards = [branch.guard(disk.guard) for disk in self.disks if disk.guard]
         after = [action for step in steps for action in step.after()]
         copies = [action for disk in self.disks for action in disk.make_copy()]
         return monitor_json.transaction([*before, *guards, *jobs, *after, *copies])
@@ -313,6 +309,11 @@ def plan(
             number = len(disks)
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
+        elif caps.guards:
+            images = state.images(medium.node)
+            image = images.active.node if images else medium.node
+            guard = monitor_json.BitmapOf(image, naming.guard_bitmap(backup, len(disks)))
+            plan = dataclasses.replace(plan, guard=guard)
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials, gives_way)
@@ -347,7 +348,6 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
-        guard=naming.guard_bitmap(backup, number) if caps.guards else None,
     )
 
 

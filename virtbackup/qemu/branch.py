@@ -334,11 +334,9 @@ class Step:
         return ([monitor_json.bitmap_disable(self.own)] if self.keeps else []) + remove
 
 
-def guard(node: naming.NodeName, name: naming.BitmapName) -> dict[str, Any]:
-    """The action that begins the bitmap NAME on NODE, of no branch."""
-    return monitor_json.bitmap_add(
-        monitor_json.BitmapOf(node, name), _LARGEST, persistent=False, disabled=True
-    )
+def guard(bitmap: monitor_json.BitmapOf) -> dict[str, Any]:
+    """The action that begins BITMAP, of no branch."""
+    return monitor_json.bitmap_add(bitmap, _LARGEST, persistent=False, disabled=True)
 
 
 def step(branch: str, line: Line, next: naming.BitmapName, granularity: int) -> Step:

@@ -183,8 +183,9 @@ SNAPSHOT_LOAD = Defect(
     " was not saved before is shown as it is in the snapshot, without an error",
     "a bitmap on each disk, with which QEMU refuses",
 )
-"""Seen on 10.0.13 and 11.1.3 with both engines; on 7.2.22 the job has a bitmap there itself. What
-lies between is taken to be like 10.0. No QEMU has loadvm take a disk with such a filter."""
+"""Seen on 10.0.13 and 11.1.3 with both engines; on 7.2.22 the job has a bitmap there itself, if not
+where the disk has another filter over its image, which nothing is done about there. What lies
+between is taken to be like 10.0. No QEMU has loadvm take a disk with such a filter."""
 
 
 TLS_INET_ONLY = Defect(

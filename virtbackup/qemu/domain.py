@@ -183,7 +183,9 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
         synchronous = _synchronous(qemu, disks)
     nodes: dict[naming.NodeName, block.Medium] = {}
-    if bitmaps or (graph is None and caps.named_nodes_are_safe(running.values())):
+    filtered = any(disk.medium and disk.medium.driver in block.FILTERS for disk in disks)
+    wanted = graph is None or (filtered and caps.guards)
+    if bitmaps or (wanted and caps.named_nodes_are_safe(running.values())):
         nodes = named_nodes(qemu, caps, running.values())
     return backup.BlockState(
         disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers
