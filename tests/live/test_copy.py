@@ -258,7 +258,8 @@ def test_an_allocation_error_is_an_error(tmp_path: pathlib.Path) -> None:
 
 
 def leave_no_descriptor(pid: int) -> int:
-    """Take from a server without clients what it could yet open; its limit from now on."""
+    """Take from a server what it could yet open; its limit from now on. Its clients have gone, and
+    the last of them was served."""
     opened = pathlib.Path(f"/proc/{pid}/fd")
 
     def only_listens() -> bool:
@@ -283,6 +284,7 @@ def test_a_server_without_a_free_descriptor(
     (tmp_path / "disk").write_bytes(bytes(MIB))
     with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
         pid = server.process.pid
+        copy_one(server.export, tmp_path / "before")  # who looked for it has been accepted by now
         limit = leave_no_descriptor(pid)
         error = refused(tmp_path, server.export)
     assert str(error) == (
