@@ -177,15 +177,16 @@ them: of 150 saves whose backup was ended meanwhile 9 killed QEMU 7.2, of 500 si
 
 
 SNAPSHOT_LOAD = Defect(
-    (8, 0, 0),
+    (6, 0, 0),
     None,
     "snapshot-load changes a disk below the filter of a backup job, which saves nothing of it: what"
     " was not saved before is shown as it is in the snapshot, without an error",
     "a bitmap on each disk, with which QEMU refuses",
 )
-"""Seen on 10.0.13 and 11.1.3 with both engines; on 7.2.22 the job has a bitmap there itself, if not
-where the disk has another filter over its image, which nothing is done about there. What lies
-between is taken to be like 10.0. No QEMU has loadvm take a disk with such a filter."""
+"""Seen on 10.0.13 and 11.1.3 with both engines; on 7.2.22, where the job itself has a bitmap at the
+disk's root, with a filter between that and the image. What lies between, and before from 6.0 on,
+which is the first with snapshot-load, is taken to be like these. No QEMU has loadvm take a disk
+with such a filter."""
 
 
 TLS_INET_ONLY = Defect(

@@ -97,7 +97,10 @@ class BlockLayer:
         for drive in blocks:
             inserted = drive.get("inserted")
             if inserted is not None:
-                infos.setdefault(inserted["node-name"], inserted)
+                # With the bitmaps of then, for the same reason.
+                info = {**infos.get(inserted["node-name"], inserted)}
+                info["dirty-bitmaps"] = inserted.get("dirty-bitmaps", [])
+                infos[inserted["node-name"]] = info
             root = None if inserted is None else inserted["node-name"]
             self.state.devices.append(fake_state.Device(drive, root))
         self._templates = list(infos.values())
