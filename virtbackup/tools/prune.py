@@ -205,6 +205,7 @@ def _merge(
         since=None,
         reason=REASON,
         tables=manifest.tables_of(aside, disk.size, cancel),
+        length=manifest.length_of(aside),
     )
 
 
