@@ -26,7 +26,7 @@ from tests import waiting
 from tests.live import copies, machines, nbdclient, places, points
 from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
-from virtbackup.tools import listing, manifest, restore
+from virtbackup.tools import listing, manifest, restore, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit", "nbdcopy"),
@@ -255,6 +255,27 @@ def test_much_that_is_hidden_and_many_links(
     backed = points.built(tmp_path / "backups", 300 * BLOCK - 7, layers)
     points.put_back(backed, tmp_path / "out.raw", disk="vda")
     assert (tmp_path / "out.raw").read_bytes() == backed.shown[12]["vda"]
+
+
+class _Slowly(list[copy.Job]):
+    """Jobs whose servers take their time to be started, as those of a long chain on a busy host."""
+
+    def __iter__(self) -> Iterator[copy.Job]:
+        for job in super().__iter__():
+            time.sleep(0.6)
+            yield job
+
+
+def test_servers_that_wait_for_one_another(tmp_path: pathlib.Path) -> None:
+    """A qemu-nbd (of 7.2.14 and newer) ends a client that says nothing for ten seconds."""
+    layers: list[dict[int, int | None]] = [{n: n + 1} for n in range(20)]
+    backed = points.built(tmp_path / "backups", 20 * BLOCK, layers)
+    backups = listing.read(backed.directory)
+    links = backups.links(backups.find("20"), "vda")
+    jobs = _Slowly(verify.job(link) for link in links)
+    with contextlib.closing(copy.Cancel()) as cancel:
+        parts = list(layers_module.shown(jobs, cancel))
+    assert sum(part.end - part.start for part in parts) == 20 * BLOCK
 
 
 # --- not as it was backed up ----------------------------------------------------------------------
