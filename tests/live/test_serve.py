@@ -112,6 +112,26 @@ def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path) -> Non
     assert not path.exists()
 
 
+def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    """Of a server that was killed; a file that is called so is somebody's."""
+    path = tmp_path / "s"
+    with served(whole, "--disk=sdb", f"--unix={path}") as one:
+        daemon = one.daemon()
+        os.kill(daemon, signal.SIGKILL)
+        one.process.kill()
+        one.process.communicate(timeout=20)
+        waiting.until(lambda: gone(daemon))
+    assert path.is_socket()
+    with served(whole, "--disk=sdb", f"--unix={path}") as one:
+        assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
+        one.process.send_signal(signal.SIGINT)
+        one.process.communicate(timeout=20)
+    path.write_text("mine")
+    status, out, err = points.run("backup-serve", str(whole.directory), f"--unix={path}")
+    assert (status, out, path.read_text()) == (1, "", "mine")
+    assert err.endswith(f"{path} exists already\n")
+
+
 def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pathlib.Path) -> None:
     """To an image that was put elsewhere; what has something else is not given away."""
     backed, away = whole.copy(tmp_path / "backups"), tmp_path / "away.qcow2"
