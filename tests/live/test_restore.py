@@ -8,12 +8,14 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from xml.sax import saxutils
 
 import libvirt
 import pytest
@@ -23,7 +25,7 @@ from lxml import etree
 
 import virtbackup
 from tests import waiting
-from tests.live import copies, machines, nbdclient, places, points
+from tests.live import copies, libvirtd, machines, nbdclient, places, points
 from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
 from virtbackup.tools import listing, manifest, restore, verify
@@ -145,6 +147,53 @@ def test_define(
     assert (status, said) == (1, "")
     assert "a name or a path holds characters that XML cannot carry" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out.img"]
+
+
+@pytest.mark.needs("libvirtd", "virsh", "unshare")
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+def test_libvirt_defines_what_is_printed(
+    host: libvirtd.Host, tmp_path: pathlib.Path, scratch_dir: pathlib.Path, fmt: str
+) -> None:
+    """And starts it, with what the disks had; other drives, options and names stay as they were."""
+    base = libvirtd.image(host.path("base.qcow2"), 3)
+    over = host.path("over & <1>.qcow2")
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), str(over)]
+    subprocess.run(create, check=True)
+    disks = (
+        libvirtd.disk_xml("vda", libvirtd.image(host.path("a.qcow2"), 1), driver="cache='none'"),
+        libvirtd.disk_xml("sdb", saxutils.escape(str(over)), inside="<serial>S</serial>"),
+        "<disk type='file' device='cdrom'><target dev='sdd' bus='sata'/></disk>",
+    )
+    with host.domain("restored", "".join(disks), persistent=True) as domain:
+        domain.write("sdb", 5)
+        run = ("-c", host.daemon.uri, "backup-pull", "restored", str(tmp_path / "backup"))
+        assert points.call(*run)[0] == 0
+        domain.libvirt.destroy()
+        domain.libvirt.undefine()
+        out = host.path(f"out {fmt}")
+        status, said, err = points.call(
+            "backup-restore", str(tmp_path / "backup"), str(out), "--format", fmt, "--define"
+        )
+        assert (status, err) == (0, "")
+        (tmp_path / "restored.xml").write_text(said)
+        virsh = ["virsh", "-q", "-c", host.daemon.uri, "define", "--validate"]
+        subprocess.run([*virsh, str(tmp_path / "restored.xml")], check=True, capture_output=True)
+        again = libvirtd.Domain(host.connection.lookupByName("restored"))
+        for path in out.iterdir():
+            path.chmod(0o666)  # libvirt here gives no image to its user
+        again.libvirt.create()
+        named = etree.fromstring(again.libvirt.XMLDesc()).iterfind("devices/disk/source[@file]")
+        assert {source.get("file") for source in named} == {
+            str(out / f"{disk}.{fmt}") for disk in ("vda", "sdb")
+        }
+        again.io("vda", f"read -P 38 0 {libvirtd.CLUSTER}")
+        again.io("sdb", f"read -P 255 {5 * libvirtd.CLUSTER} {libvirtd.CLUSTER}")
+    for disk, seed in (("vda", 1), ("sdb", 3)):
+        want = bytearray(libvirtd.pattern(seed))
+        if disk == "sdb":
+            want[5 * libvirtd.CLUSTER : 6 * libvirtd.CLUSTER] = b"\xff" * libvirtd.CLUSTER
+        assert content_of(out / f"{disk}.{fmt}", fmt) == want
+    shutil.rmtree(out)
 
 
 def test_one_disk(layered: points.Backed, tmp_path: pathlib.Path) -> None:
