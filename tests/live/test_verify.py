@@ -509,7 +509,7 @@ def test_a_manifest_is_missing_that_nothing_follows(tmp_path: pathlib.Path) -> N
         (backed.directory / f"manifest.{number:04}.json").write_text(full)
     shutil.copy(backed.directory / "manifest.0005.json", backed.directory / "manifest.json")
     text = "it is missing: backups before and after it are there"
-    expected = listing.Problem("manifest.0004.json", text)
+    expected = listing.Problem("manifest.0004.json", text, point="4")
     verdict = points.verified(backed.directory)
     assert (list(verdict.problems), labels(verdict)) == ([expected], [])
     status, _, err = points.call("backup-prune", str(backed.directory), "--keep=1")
@@ -566,6 +566,8 @@ def test_a_manifest_is_broken(backed: points.Backed, text: str) -> None:
     status, _, err = points.call("backup-list", str(backed.directory))
     assert status == 0
     assert err.startswith("warning: manifest.0003.json: not a backup manifest: ")
+    _, _, err = points.call("backup-verify", str(backed.directory))
+    assert "; not to be restored: 3, 4\n" in err
 
 
 def test_a_manifest_of_others(backed: points.Backed) -> None:

@@ -88,7 +88,8 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file; of a disk and a point where that can be said."""
+    """What is wrong with a file; of a disk and a point where that can be said. One of a point alone
+    is that its manifest is not there, or cannot be read, so that the point is lost."""
 
     file: str
     text: str
@@ -333,12 +334,14 @@ def _read_point(
     try:
         found, changed = manifest.read_checked(directory, name)
     except errors.Error as failure:
-        problems.append(Problem(name, str(failure)))
+        lost = None if number is None else str(number)
+        problems.append(Problem(name, str(failure), point=lost))
         return
     if changed is not None:
         problems.append(Problem(name, changed))
     if number is not None and found.number != number:
-        problems.append(Problem(name, f"it is the manifest of backup {found.number}"))
+        text = f"it is the manifest of backup {found.number}"
+        problems.append(Problem(name, text, point=str(number)))
         return
     points.append(Point(name, found))
 
@@ -395,7 +398,7 @@ def _gaps(numbers: list[int]) -> Iterator[Problem]:
         first, last = chain.manifest_file(before + 1), chain.manifest_file(after - 1)
         if after == before + 2:
             text = "it is missing: backups before and after it are there"
-            yield Problem(first, text)
+            yield Problem(first, text, point=str(before + 1))
         elif after > before + 2:
             text = f"it and all up to {last} are missing: backups before and after them are there"
             yield Problem(first, text)
