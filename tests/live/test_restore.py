@@ -465,6 +465,25 @@ def test_a_server(layered: points.Backed, tmp_path: pathlib.Path, kit: list[str]
             assert server.contents() == want + bytes((3 << 20) - len(want))
 
 
+@pytest.mark.parametrize("more", [[], ["--filter=nozero"]], ids=["zero", "nozero"])
+@pytest.mark.parametrize("number", ["1", "3"])
+def test_a_server_has_more_behind_the_disk(
+    tmp_path: pathlib.Path, number: str, more: list[str]
+) -> None:
+    """In the very block of the server's that the disk ends in, with data or zeroes."""
+    size = 2 * BLOCK + 4096 + 256
+    layers: list[dict[int, int | None]] = [{0: 1, 2: 3}, {0: 2}, {2: None}]
+    backed = points.built(tmp_path / "backups", size, layers)
+    (tmp_path / "image").write_bytes(b"\x55" * (3 * BLOCK))
+    kit = ["--filter=blocksize-policy", *more, "file", str(tmp_path / "image"),
+           "blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=64K",
+           "blocksize-error-policy=error"]  # fmt: skip
+    with copies.nbdkit(tmp_path, *kit) as server:
+        points.put_back(backed, uri(server), disk="vda", point=number, force=True)
+    want = backed.shown[int(number)]["vda"]
+    assert (tmp_path / "image").read_bytes() == want + b"\x55" * (3 * BLOCK - size)
+
+
 def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     """Into an image through QEMU's own writer, whatever it is."""
     image = tmp_path / "image"
