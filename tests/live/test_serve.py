@@ -132,6 +132,28 @@ def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path
     assert err.endswith(f"{path} exists already\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_takes_its_time_to_come_up(
+    whole: points.Backed, tmp_path: pathlib.Path, state_dir: pathlib.Path, number: signal.Signals
+) -> None:
+    """As one with many files does; nobody has to wait for it to be rid of it."""
+    program, pid = tmp_path / "qemu-storage-daemon", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > '{pid}.new'; mv '{pid}.new' '{pid}'; exec sleep 60\n")
+    program.chmod(0o755)
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-serve"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        [*argv, str(whole.directory)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        waiting.until(pid.exists)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert gone(int(pid.read_text()))
+    assert list(state_dir.iterdir()) == []
+
+
 def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pathlib.Path) -> None:
     """To an image that was put elsewhere; what has something else is not given away."""
     backed, away = whole.copy(tmp_path / "backups"), tmp_path / "away.qcow2"

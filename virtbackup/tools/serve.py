@@ -29,6 +29,8 @@ from virtbackup.tools import listing, verify
 PROGRAM = "qemu-storage-daemon"
 
 _START_TIMEOUT = 30.0
+_FILE_TIMEOUT = 1.0
+"""For each file more that QEMU opens: what it takes for one grows with those that are behind it."""
 _END_TIMEOUT = 10.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -110,10 +112,12 @@ def _serve(
 ) -> Server:
     """A server that answers; UNDO ends it."""
     argv = [PROGRAM]
+    files = 0
     for index, name in enumerate(names):
         links = backups.links(point, name)
         listing.check(links)
         links = verify.checked(links, progress, cancel)
+        files += len(links)
         argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
         argv += ["--export", json.dumps(_export(index, name))]
     private = _private_directory(undo)
@@ -125,7 +129,7 @@ def _serve(
     with _place(where, undo):
         server = Server(_start(argv, log), log, where)
         undo.callback(_end, server.process)
-        _wait_until_it_listens(server, ready)
+        _wait_until_it_listens(server, ready, _START_TIMEOUT + files * _FILE_TIMEOUT, cancel)
     return server
 
 
@@ -208,10 +212,15 @@ def _start(argv: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
         raise errors.system_error(failure, f"cannot run {PROGRAM}") from failure
 
 
-def _wait_until_it_listens(server: Server, ready: pathlib.Path) -> None:
-    """The daemon writes its pid file, READY, once it has made everything else."""
-    end = time.monotonic() + _START_TIMEOUT
+def _wait_until_it_listens(
+    server: Server, ready: pathlib.Path, timeout: float, cancel: copy.Cancel | None
+) -> None:
+    """The daemon writes its pid file, READY, once it has made everything else. Errors: it ended, or
+    has not done so in TIMEOUT seconds; VIR_ERR_OPERATION_ABORTED when cancelled."""
+    end = time.monotonic() + timeout
     while not ready.exists():
+        if cancel is not None:
+            cancel.check()
         if server.process.poll() is not None:
             raise server.failed()
         if time.monotonic() > end:
