@@ -39,6 +39,7 @@ manifests = st.builds(
             since=st.none() | texts,
             reason=st.none() | texts,
             tables=st.none() | st.builds(manifest.Checksum, texts, sizes, texts),
+            length=st.none() | sizes,
         ),
         max_size=3,
         unique_by=(lambda disk: disk.name, lambda disk: disk.file),

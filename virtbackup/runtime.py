@@ -4,6 +4,7 @@ and private directories that are swept once their owner is gone."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
 import re
@@ -86,6 +87,33 @@ def peer_of(connected: socket.socket) -> tuple[int, int, int]:
     told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(told)
     return pid, uid, gid
+
+
+@contextlib.contextmanager
+def alone_in(directory: str) -> Iterator[None]:
+    """While nobody else who asks for this is about to listen there: he might take what is not
+    served yet for what is left over. Errors: OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def is_left_over(path: str) -> bool:
+    """Whether PATH is a socket that nobody serves."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                return False
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def this_process() -> Process:

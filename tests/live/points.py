@@ -118,6 +118,7 @@ def built(
             "incremental" if below else "full", below.file if below else None,
             f"id{number - 1}" if below else None,
             tables=manifest.tables_of(directory / file, size) if fmt == "qcow2" else None,
+            length=(directory / file).stat().st_size if fmt == "qcow2" else None,
         )  # fmt: skip
         one = manifest.Manifest(
             manifest.VERSION, manifest.Domain("vm", UUID), disk.kind,

@@ -552,7 +552,11 @@ def test_an_announcement_of_nobody(backed: points.Backed) -> None:
         backed.directory / "manifest.0003.json.merged"
     )
     assert "not a backup manifest" in refused(backed.directory)
-    assert numbers(backed.directory) == [1, 2, 3, 4]
+    text = (backed.directory / "manifest.0002.json").read_text()
+    for other in (text, text.replace('"number": 2', '"number": 3')):
+        (backed.directory / "manifest.0003.json.merged").write_text(other)
+        assert "manifest.0003.json.merged is of another backup" in refused(backed.directory)
+        assert check(backed) == [1, 2, 3, 4]
 
 
 @pytest.mark.may_skip

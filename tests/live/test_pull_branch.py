@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -302,12 +303,57 @@ def test_a_link_of_the_chain_is_missing(
         libvirt.VIR_ERR_OPERATION_INVALID,
     )
     words = (
-        "has no manifest of vda.0001.qcow2" if "manifest" in missing else f"{missing} is missing"
+        "has no manifest of vda.0001.qcow2"
+        if "manifest" in missing
+        else f"{missing}: it is missing"
     )
     assert words in text
     made = pull.pull(domain, out, branch="daily", kind="auto")
     sdb = "full" if "manifest" in missing else "incremental"
     assert kinds(made) == {"vda": "full", "sdb": sdb}
+
+
+def _rebased(path: pathlib.Path) -> None:
+    rebase = ["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", "sdb.0001.qcow2", str(path)]
+    subprocess.run(rebase, check=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "problem"),
+    [
+        ("vda.0001.qcow2", lambda path: os.truncate(path, 0), "it is shorter than the header"),
+        ("vda.0002.qcow2", lambda path: os.truncate(path, path.stat().st_size - 1), "expected"),
+        ("vda.0001.qcow2", lambda path: subprocess.run(
+            ["qemu-img", "resize", "-q", str(path), "+1M"], check=True), "it is a disk of"),
+        ("vda.0002.qcow2", _rebased, "its backing file is sdb.0001.qcow2, expected vda.0001.qcow2"),
+        ("vda.0002.qcow2", lambda path: shutil.copy(path.with_name("vda.0001.qcow2"), path),
+         "its backing file is none, expected vda.0001.qcow2"),
+    ],
+    ids=["empty", "cut", "resized", "rebased", "another"],
+)  # fmt: skip
+def test_a_link_of_the_chain_is_another(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    file: str,
+    spoil: Callable[[pathlib.Path], object],
+    problem: str,
+) -> None:
+    """Nothing follows what can be seen not to be the backup that it is called."""
+    pull.pull(domain, out, branch="daily")
+    pull.pull(domain, out, branch="daily", kind="incremental")
+    spoil(out / file)
+    text = refused(
+        lambda: pull.pull(domain, out, branch="daily", kind="incremental"),
+        machine,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+    )
+    assert f"disk 'vda': {out / file}: " in text
+    assert problem in text
+    assert "disk 'sdb'" not in text
+    made = pull.pull(domain, out, branch="daily", kind="auto")
+    assert kinds(made) == {"vda": "full", "sdb": "incremental"}
+    assert problem in str(made.disks[0].reason)
 
 
 def test_one_pull_at_a_time(

@@ -8,12 +8,14 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from xml.sax import saxutils
 
 import libvirt
 import pytest
@@ -23,10 +25,10 @@ from lxml import etree
 
 import virtbackup
 from tests import waiting
-from tests.live import copies, machines, nbdclient, places, points
+from tests.live import copies, libvirtd, machines, nbdclient, places, points
 from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
-from virtbackup.tools import listing, manifest, restore
+from virtbackup.tools import listing, manifest, restore, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit", "nbdcopy"),
@@ -147,6 +149,53 @@ def test_define(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out.img"]
 
 
+@pytest.mark.needs("libvirtd", "virsh", "unshare")
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+def test_libvirt_defines_what_is_printed(
+    host: libvirtd.Host, tmp_path: pathlib.Path, scratch_dir: pathlib.Path, fmt: str
+) -> None:
+    """And starts it, with what the disks had; other drives, options and names stay as they were."""
+    base = libvirtd.image(host.path("base.qcow2"), 3)
+    over = host.path("over & <1>.qcow2")
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), str(over)]
+    subprocess.run(create, check=True)
+    disks = (
+        libvirtd.disk_xml("vda", libvirtd.image(host.path("a.qcow2"), 1), driver="cache='none'"),
+        libvirtd.disk_xml("sdb", saxutils.escape(str(over)), inside="<serial>S</serial>"),
+        "<disk type='file' device='cdrom'><target dev='sdd' bus='sata'/></disk>",
+    )
+    with host.domain("restored", "".join(disks), persistent=True) as domain:
+        domain.write("sdb", 5)
+        run = ("-c", host.daemon.uri, "backup-pull", "restored", str(tmp_path / "backup"))
+        assert points.call(*run)[0] == 0
+        domain.libvirt.destroy()
+        domain.libvirt.undefine()
+        out = host.path(f"out {fmt}")
+        status, said, err = points.call(
+            "backup-restore", str(tmp_path / "backup"), str(out), "--format", fmt, "--define"
+        )
+        assert (status, err) == (0, "")
+        (tmp_path / "restored.xml").write_text(said)
+        virsh = ["virsh", "-q", "-c", host.daemon.uri, "define", "--validate"]
+        subprocess.run([*virsh, str(tmp_path / "restored.xml")], check=True, capture_output=True)
+        again = libvirtd.Domain(host.connection.lookupByName("restored"))
+        for path in out.iterdir():
+            path.chmod(0o666)  # libvirt here gives no image to its user
+        again.libvirt.create()
+        named = etree.fromstring(again.libvirt.XMLDesc()).iterfind("devices/disk/source[@file]")
+        assert {source.get("file") for source in named} == {
+            str(out / f"{disk}.{fmt}") for disk in ("vda", "sdb")
+        }
+        again.io("vda", f"read -P 38 0 {libvirtd.CLUSTER}")
+        again.io("sdb", f"read -P 255 {5 * libvirtd.CLUSTER} {libvirtd.CLUSTER}")
+    for disk, seed in (("vda", 1), ("sdb", 3)):
+        want = bytearray(libvirtd.pattern(seed))
+        if disk == "sdb":
+            want[5 * libvirtd.CLUSTER : 6 * libvirtd.CLUSTER] = b"\xff" * libvirtd.CLUSTER
+        assert content_of(out / f"{disk}.{fmt}", fmt) == want
+    shutil.rmtree(out)
+
+
 def test_one_disk(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     for name, fmt in (("a", "qcow2"), ("a.raw", "raw"), ("b.img", "raw"), ("c.x", "qcow2")):
         points.put_back(layered, tmp_path / name, disk="vda")
@@ -255,6 +304,27 @@ def test_much_that_is_hidden_and_many_links(
     backed = points.built(tmp_path / "backups", 300 * BLOCK - 7, layers)
     points.put_back(backed, tmp_path / "out.raw", disk="vda")
     assert (tmp_path / "out.raw").read_bytes() == backed.shown[12]["vda"]
+
+
+class _Slowly(list[copy.Job]):
+    """Jobs whose servers take their time to be started, as those of a long chain on a busy host."""
+
+    def __iter__(self) -> Iterator[copy.Job]:
+        for job in super().__iter__():
+            time.sleep(0.6)
+            yield job
+
+
+def test_servers_that_wait_for_one_another(tmp_path: pathlib.Path) -> None:
+    """A qemu-nbd (of 7.2.14 and newer) ends a client that says nothing for ten seconds."""
+    layers: list[dict[int, int | None]] = [{n: n + 1} for n in range(20)]
+    backed = points.built(tmp_path / "backups", 20 * BLOCK, layers)
+    backups = listing.read(backed.directory)
+    links = backups.links(backups.find("20"), "vda")
+    jobs = _Slowly(verify.job(link) for link in links)
+    with contextlib.closing(copy.Cancel()) as cancel:
+        parts = list(layers_module.shown(jobs, cancel))
+    assert sum(part.end - part.start for part in parts) == 20 * BLOCK
 
 
 # --- not as it was backed up ----------------------------------------------------------------------
@@ -393,6 +463,25 @@ def test_a_server(layered: points.Backed, tmp_path: pathlib.Path, kit: list[str]
             points.put_back(layered, uri(server), disk="vda", point=str(number), force=force)
             want = layered.shown[number]["vda"]
             assert server.contents() == want + bytes((3 << 20) - len(want))
+
+
+@pytest.mark.parametrize("more", [[], ["--filter=nozero"]], ids=["zero", "nozero"])
+@pytest.mark.parametrize("number", ["1", "3"])
+def test_a_server_has_more_behind_the_disk(
+    tmp_path: pathlib.Path, number: str, more: list[str]
+) -> None:
+    """In the very block of the server's that the disk ends in, with data or zeroes."""
+    size = 2 * BLOCK + 4096 + 256
+    layers: list[dict[int, int | None]] = [{0: 1, 2: 3}, {0: 2}, {2: None}]
+    backed = points.built(tmp_path / "backups", size, layers)
+    (tmp_path / "image").write_bytes(b"\x55" * (3 * BLOCK))
+    kit = ["--filter=blocksize-policy", *more, "file", str(tmp_path / "image"),
+           "blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=64K",
+           "blocksize-error-policy=error"]  # fmt: skip
+    with copies.nbdkit(tmp_path, *kit) as server:
+        points.put_back(backed, uri(server), disk="vda", point=number, force=True)
+    want = backed.shown[int(number)]["vda"]
+    assert (tmp_path / "image").read_bytes() == want + b"\x55" * (3 * BLOCK - size)
 
 
 def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:

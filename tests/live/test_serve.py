@@ -112,6 +112,48 @@ def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path) -> Non
     assert not path.exists()
 
 
+def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path) -> None:
+    """Of a server that was killed; a file that is called so is somebody's."""
+    path = tmp_path / "s"
+    with served(whole, "--disk=sdb", f"--unix={path}") as one:
+        daemon = one.daemon()
+        os.kill(daemon, signal.SIGKILL)
+        one.process.kill()
+        one.process.communicate(timeout=20)
+        waiting.until(lambda: gone(daemon))
+    assert path.is_socket()
+    with served(whole, "--disk=sdb", f"--unix={path}") as one:
+        assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
+        one.process.send_signal(signal.SIGINT)
+        one.process.communicate(timeout=20)
+    path.write_text("mine")
+    status, out, err = points.run("backup-serve", str(whole.directory), f"--unix={path}")
+    assert (status, out, path.read_text()) == (1, "", "mine")
+    assert err.endswith(f"{path} exists already\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_takes_its_time_to_come_up(
+    whole: points.Backed, tmp_path: pathlib.Path, state_dir: pathlib.Path, number: signal.Signals
+) -> None:
+    """As one with many files does; nobody has to wait for it to be rid of it."""
+    program, pid = tmp_path / "qemu-storage-daemon", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > '{pid}.new'; mv '{pid}.new' '{pid}'; exec sleep 60\n")
+    program.chmod(0o755)
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-serve"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        [*argv, str(whole.directory)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        waiting.until(pid.exists)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert gone(int(pid.read_text()))
+    assert list(state_dir.iterdir()) == []
+
+
 def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pathlib.Path) -> None:
     """To an image that was put elsewhere; what has something else is not given away."""
     backed, away = whole.copy(tmp_path / "backups"), tmp_path / "away.qcow2"

@@ -486,6 +486,8 @@ def test_a_manifest_is_missing(backed: points.Backed) -> None:
     verdict = points.verified(backed.directory)
     assert labels(verdict) == ["3", "4"]
     assert [one.text for one in verdict.problems] == [
+        "it is missing: backups before and after it are there"
+    ] + [
         f"disk '{disk}': {backed.directory} has no manifest of {disk}.0002.qcow2"
         for _ in (3, 4)
         for disk in ("vda", "sdb")
@@ -497,6 +499,43 @@ def test_a_manifest_is_missing(backed: points.Backed) -> None:
     )
     [unfinished, _] = listing.read(backed.directory).unfinished
     assert unfinished.text == "no manifest tells of it"
+
+
+def test_a_manifest_is_missing_that_nothing_follows(tmp_path: pathlib.Path) -> None:
+    """A prune takes the oldest alone, so a number between two others was there."""
+    backed = points.built(tmp_path / "backups", 3 * checksum.BLOCK, [{0: 1}])
+    for number in (2, 3, 5):
+        full = _with(backed.made[1], number=number, id=f"id{number}")
+        (backed.directory / f"manifest.{number:04}.json").write_text(full)
+    shutil.copy(backed.directory / "manifest.0005.json", backed.directory / "manifest.json")
+    text = "it is missing: backups before and after it are there"
+    expected = listing.Problem("manifest.0004.json", text, point="4")
+    verdict = points.verified(backed.directory)
+    assert (list(verdict.problems), labels(verdict)) == ([expected], [])
+    status, _, err = points.call("backup-prune", str(backed.directory), "--keep=1")
+    assert (status, "manifest.0004.json: it is missing" in err) == (1, True), err
+    (backed.directory / "manifest.0002.json").unlink()
+    (backed.directory / "manifest.0003.json").unlink()
+    assert list(listing.read(backed.directory).problems) == [
+        listing.Problem("manifest.0002.json", "it and all up to manifest.0004.json are missing:"
+                        " backups before and after them are there")
+    ]  # fmt: skip
+    (backed.directory / "prune.json").write_text("{}")  # what it removes is not missing
+    assert not listing.read(backed.directory).problems
+
+
+@pytest.mark.parametrize("count", [1, 70000])
+def test_a_cut_image_is_seen_without_reading_it(backed: points.Backed, count: int) -> None:
+    path = backed.directory / "vda.0002.qcow2"
+    length = path.stat().st_size
+    os.truncate(path, length - count)
+    text = f"it has {length - count} bytes, expected {length}"
+    states = listing.read(backed.directory).states()
+    assert states["vda.0002.qcow2"] == text
+    assert states["vda.0003.qcow2"] == f"of vda.0002.qcow2: {text}"
+    assert (states["vda.0001.qcow2"], states["sdb.0003.qcow2"]) == (None, None)
+    status, _, err = points.call("backup-serve", str(backed.directory), "--point=3")
+    assert (status, f"{path} is not good: {text}" in err) == (1, True), err
 
 
 def test_the_newest_manifest_is_missing(backed: points.Backed) -> None:
@@ -527,6 +566,8 @@ def test_a_manifest_is_broken(backed: points.Backed, text: str) -> None:
     status, _, err = points.call("backup-list", str(backed.directory))
     assert status == 0
     assert err.startswith("warning: manifest.0003.json: not a backup manifest: ")
+    _, _, err = points.call("backup-verify", str(backed.directory))
+    assert "; not to be restored: 3, 4\n" in err
 
 
 def test_a_manifest_of_others(backed: points.Backed) -> None:

@@ -67,7 +67,7 @@ class Server:
 
     def write(self, offset: int, data: memoryview) -> None:
         # The caller uses DATA for something else after this.
-        copied = bytes(data) + bytes(self._lacking(offset + len(data)))
+        copied = bytes(data) + self._behind(offset + len(data))
         view = memoryview(copied)
         for start in range(0, len(view), self._most):
             self._write(offset + start, view[start : start + self._most])
@@ -75,7 +75,11 @@ class Server:
     def write_zeroes(self, offset: int, length: int) -> None:
         if self._blank:
             return
-        length += self._lacking(offset + length)
+        if behind := self._behind(offset + length):
+            # The block that the disk ends in is written as a whole.
+            inside = (offset + length) % self._least
+            length -= inside
+            self._write(offset + length, memoryview(bytes(inside) + behind))
         most = _MOST_ZEROES if self._can_zero else min(self._most, len(_ZEROES))
         for start in range(0, length, most):
             count = min(most, length - start)
@@ -129,6 +133,18 @@ class Server:
         """Bytes from END, the disk's own, to where the server takes a request to end."""
         least: int = self._least
         return min(-(-end // least) * least, self._has) - end
+
+    def _behind(self, end: int) -> bytes:
+        """What the server has from END, the disk's own, to where it takes a request to end."""
+        lacking = self._lacking(end)
+        if lacking == 0 or self._blank:
+            return bytes(lacking)
+        start = end // self._least * self._least
+        with self._naming("read", start):
+            buffer = nbd.Buffer(end + lacking - start)
+            cookie = self._handle.aio_pread(buffer, start)
+            self._wait(lambda: self._handle.aio_command_completed(cookie))
+        return bytes(buffer.to_bytearray())[end - start :]
 
     def _write(self, offset: int, data: memoryview) -> None:
         with self._naming("write", offset):

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from virtbackup.nbd import checksum, connection, copy, extents, polling, store, target, view
 
 BUFFERS = 16
+STARTING = 8
+"""Servers."""
 STRETCH = 256 << 20
 """Bytes of the disk that are looked at together; more where little is on it."""
 _MOST_STRETCH = 1 << 31
@@ -206,9 +208,16 @@ class _Source:
 
 
 def _open(jobs: Sequence[copy.Job], loop: polling.Loop) -> list[_Source]:
-    """All servers start at once."""
-    sources = [_Source(job, loop) for job in jobs]
-    for source in sources:
+    """A few servers start at a time: those of many layers would take longer than the first of them
+    waits for a word of its client."""
+    sources: list[_Source] = []
+    silent: collections.deque[_Source] = collections.deque()
+    for job in jobs:
+        if len(silent) == STARTING:
+            silent.popleft().negotiate()
+        sources.append(_Source(job, loop))
+        silent.append(sources[-1])
+    for source in silent:
         source.negotiate()
     return sources
 

@@ -9,7 +9,6 @@ import array
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import os
 import select
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
+from virtbackup import runtime
 from virtbackup.remote import rpc
 
 T = TypeVar("T")
@@ -101,11 +101,11 @@ def _listen_unix(path: str, mode: int) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
     try:
         os.fchmod(made.fileno(), mode)  # before bind, so that it is never open to more
-        with _alone_in(os.path.dirname(path)):  # noqa: PTH120
+        with runtime.alone_in(os.path.dirname(path)):  # noqa: PTH120
             try:
                 made.bind(path)
             except OSError:
-                if not _is_left_over(path):
+                if not runtime.is_left_over(path):
                     raise
                 os.unlink(path)  # noqa: PTH108
                 made.bind(path)
@@ -126,33 +126,6 @@ def _set_mode(path: str, mode: int) -> None:
         os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _alone_in(directory: str) -> Iterator[None]:
-    """While nobody else who asks for this is about to listen there: he might take what is not
-    served yet for what is left over. Errors: OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _is_left_over(path: str) -> bool:
-    """Whether PATH is a socket that nobody serves."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                return False
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
 
 
 def refuse_descriptors(listening: socket.socket) -> None:

@@ -20,6 +20,7 @@ import libvirt
 
 from virtbackup import api, errors
 from virtbackup.conf import backup_conf
+from virtbackup.nbd import checksum, header, qcow2
 from virtbackup.tools import manifest
 
 logger = logging.getLogger(__name__)
@@ -68,16 +69,17 @@ class Chain:
         return self._broken(found)
 
     def _broken(self, disk: manifest.Disk) -> str | None:
-        """Why the files that DISK's last backup is made of are not all there."""
+        """Why the files that DISK's last backup is made of are not all there, and theirs, as far as
+        that is seen without reading them."""
         by_file = {found.file: (backup, found) for backup in self.backups for found in backup.disks}
         above: manifest.Disk | None = None
         file: str | None = disk.file
         while file is not None:
-            if not (self.directory / file).is_file():
-                return f"{self.directory / file} is missing"
             if file not in by_file:
                 return f"{self.directory} has no manifest of {file}"
             backup, found = by_file[file]
+            if own := file_problem(self.directory / file, found):
+                return f"{self.directory / file}: {own}"
             if above is not None and (problem := other_backup(above, backup)):
                 return f"{self.directory / above.file}: {problem}"
             above, file = found, found.backing
@@ -90,6 +92,62 @@ def other_backup(disk: manifest.Disk, behind: manifest.Manifest) -> str | None:
     if disk.since is None or disk.since == behind.id:
         return None
     return f"it follows backup '{disk.since}', and {disk.backing} is of '{behind.id}'"
+
+
+def read_header(path: pathlib.Path) -> header.Header:
+    """Of a qcow2 image. Errors: OSError, BadHeader."""
+    with path.open("rb") as file:
+        return header.parse(file.read(header.SIZE))
+
+
+def file_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:
+    """What can be seen of the file of DISK, without reading all of it, not to be as its manifest
+    says."""
+    try:
+        if disk.type == "block":
+            return _problem_of_device(path, disk)
+        if not path.is_file():
+            return "it is no file" if path.exists() else "it is missing"
+        found = path.stat().st_size
+        if disk.format == "raw":
+            return None if found == disk.size else f"it has {found} bytes, expected {disk.size}"
+        if disk.format != "qcow2":
+            return f"format '{disk.format}' is unknown"
+        if (own := _problem_of_qcow2(disk, read_header(path))) is not None:
+            return own
+        # With more behind its end, which a verify tells, it has the disk all the same.
+        is_cut = disk.length is not None and found < disk.length
+        return f"it has {found} bytes, expected {disk.length}" if is_cut else None
+    except OSError as failure:
+        return f"it cannot be read: {failure.strerror}"
+    except header.BadHeader as failure:
+        return str(failure)
+
+
+def _problem_of_device(path: pathlib.Path, disk: manifest.Disk) -> str | None:
+    if not path.is_block_device():
+        return "it is no block device" if path.exists() else "it is missing"
+    if disk.format != "raw" or disk.backing is not None:
+        return "a block device has a whole disk, raw"
+    with path.open("rb") as device:
+        found = device.seek(0, os.SEEK_END)
+    return None if found >= disk.size else (
+        f"it has {found} bytes, expected at least {disk.size}"
+    )  # fmt: skip
+
+
+def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:
+    if found.external_data or found.encrypted:
+        return "its data is encrypted or in another file, so it is not of a backup"
+    size = qcow2.virtual_size(disk.size)
+    if found.size != size:
+        return f"it is a disk of {found.size} bytes, expected {size}"
+    backing = None if found.backing is None else found.backing.removeprefix("./")
+    if backing != disk.backing:
+        return f"its backing file is {backing or 'none'}, expected {disk.backing or 'none'}"
+    if disk.backing is not None and found.cluster % checksum.BLOCK:
+        return f"it is no increment: its clusters have {found.cluster} bytes"
+    return None
 
 
 @contextlib.contextmanager

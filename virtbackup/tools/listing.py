@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, header, qcow2
+from virtbackup.nbd import header
 from virtbackup.tools import chain, manifest
 
 MERGED = ".merged"
@@ -87,7 +88,8 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file; of a disk and a point where that can be said."""
+    """What is wrong with a file; of a disk and a point where that can be said. One of a point alone
+    is that its manifest is not there, or cannot be read, so that the point is lost."""
 
     file: str
     text: str
@@ -309,6 +311,8 @@ def _read(directory: pathlib.Path, names: list[str]) -> Backups:
     for number, name in numbered:
         _read_point(directory, name, number, points, problems)
     _read_newest(directory, names, points, problems, unfinished)
+    if JOURNAL not in names:  # which tells what a prune was about to remove, in any order
+        problems += _gaps([number for number, _ in numbered])
     problems += _strangers(points)
     merged = [_merged(directory, point, names) for point in points]
     unfinished += _unfinished(names, merged)
@@ -330,12 +334,14 @@ def _read_point(
     try:
         found, changed = manifest.read_checked(directory, name)
     except errors.Error as failure:
-        problems.append(Problem(name, str(failure)))
+        lost = None if number is None else str(number)
+        problems.append(Problem(name, str(failure), point=lost))
         return
     if changed is not None:
         problems.append(Problem(name, changed))
     if number is not None and found.number != number:
-        problems.append(Problem(name, f"it is the manifest of backup {found.number}"))
+        text = f"it is the manifest of backup {found.number}"
+        problems.append(Problem(name, text, point=str(number)))
         return
     points.append(Point(name, found))
 
@@ -385,6 +391,19 @@ def _add_newest(newest: Point, points: list[Point], problems: list[Problem]) -> 
         problems.append(Problem(manifest.FILE, f"it is not that of the newest backup, {last}"))
 
 
+def _gaps(numbers: list[int]) -> Iterator[Problem]:
+    """What is missing between NUMBERS, in order: backups follow one another without a gap, and a
+    prune takes the oldest."""
+    for before, after in itertools.pairwise(numbers):
+        first, last = chain.manifest_file(before + 1), chain.manifest_file(after - 1)
+        if after == before + 2:
+            text = "it is missing: backups before and after it are there"
+            yield Problem(first, text, point=str(before + 1))
+        elif after > before + 2:
+            text = f"it and all up to {last} are missing: backups before and after them are there"
+            yield Problem(first, text)
+
+
 def _strangers(points: list[Point]) -> Iterator[Problem]:
     """Points of another guest or branch than the newest."""
     for point in points[:-1]:
@@ -419,7 +438,7 @@ def _merged(directory: pathlib.Path, point: Point, names: list[str]) -> Point:
 
 def _stands_alone(path: pathlib.Path) -> bool:
     try:
-        return read_header(path).backing is None
+        return chain.read_header(path).backing is None
     except (OSError, header.BadHeader):
         return False
 
@@ -443,56 +462,9 @@ def _unfinished(names: list[str], points: list[Point]) -> Iterator[Problem]:
 # --- a file ---------------------------------------------------------------------------------------
 
 
-def read_header(path: pathlib.Path) -> header.Header:
-    """Of a qcow2 image. Errors: OSError, BadHeader."""
-    with path.open("rb") as file:
-        return header.parse(file.read(header.SIZE))
-
-
 def problem(link: Link) -> str | None:
-    """What can be seen of a file, without reading all of it, not to be as its manifest says."""
-    disk = link.disk
-    try:
-        if disk.type == "block":
-            return _problem_of_device(link)
-        if not link.path.is_file():
-            return "it is no file" if link.path.exists() else "it is missing"
-        if disk.format == "raw":
-            found = link.path.stat().st_size
-            return None if found == disk.size else f"it has {found} bytes, expected {disk.size}"
-        if disk.format != "qcow2":
-            return f"format '{disk.format}' is unknown"
-        return _problem_of_qcow2(disk, read_header(link.path))
-    except OSError as failure:
-        return f"it cannot be read: {failure.strerror}"
-    except header.BadHeader as failure:
-        return str(failure)
-
-
-def _problem_of_device(link: Link) -> str | None:
-    if not link.path.is_block_device():
-        return "it is no block device" if link.path.exists() else "it is missing"
-    if link.disk.format != "raw" or link.disk.backing is not None:
-        return "a block device has a whole disk, raw"
-    with link.path.open("rb") as device:
-        found = device.seek(0, os.SEEK_END)
-    return None if found >= link.disk.size else (
-        f"it has {found} bytes, expected at least {link.disk.size}"
-    )  # fmt: skip
-
-
-def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:
-    if found.external_data or found.encrypted:
-        return "its data is encrypted or in another file, so it is not of a backup"
-    size = qcow2.virtual_size(disk.size)
-    if found.size != size:
-        return f"it is a disk of {found.size} bytes, expected {size}"
-    backing = None if found.backing is None else found.backing.removeprefix("./")
-    if backing != disk.backing:
-        return f"its backing file is {backing or 'none'}, expected {disk.backing or 'none'}"
-    if disk.backing is not None and found.cluster % checksum.BLOCK:
-        return f"it is no increment: its clusters have {found.cluster} bytes"
-    return None
+    """As ``chain.file_problem``."""
+    return chain.file_problem(link.path, link.disk)
 
 
 def check(links: Iterable[Link]) -> None:

@@ -67,6 +67,8 @@ class Disk:
     """Of all else that is in a qcow2 file; None of a raw one, and of an older virtbackup."""
     type: str = "file"
     """``file``, or ``block``: a block device, of which the disk takes the first bytes."""
+    length: int | None = None
+    """Of a qcow2 file, in bytes; None of what is raw, and of an older virtbackup."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +221,7 @@ def _disk(fields: Any) -> Disk:
         reason=_optional(fields, "reason", str),
         tables=None if (tables := _optional(fields, "tables", dict)) is None else _checksum(tables),
         type=type,
+        length=_optional(fields, "length", int),
     )
 
 
@@ -265,6 +268,14 @@ def tables_of(path: pathlib.Path, size: int, cancel: copy.Cancel | None = None) 
             libvirt.VIR_ERR_OPERATION_FAILED, f"{path} is not as it was written: {failure}"
         ) from failure
     return Checksum(checksum.TABLES, checksum.BLOCK, value)
+
+
+def length_of(path: pathlib.Path) -> int:
+    """Of the file at PATH, in bytes. Errors: VIR_ERR_SYSTEM_ERROR."""
+    try:
+        return path.stat().st_size
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot read {path}") from failure
 
 
 def read_file(path: pathlib.Path) -> str:

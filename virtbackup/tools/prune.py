@@ -205,6 +205,7 @@ def _merge(
         since=None,
         reason=REASON,
         tables=manifest.tables_of(aside, disk.size, cancel),
+        length=manifest.length_of(aside),
     )
 
 
@@ -306,6 +307,9 @@ def finish(directory: pathlib.Path) -> None:
         if match := _MERGED_MANIFEST.fullmatch(name):
             if not (directory / match[1]).exists():
                 raise _invalid(f"{directory / name} is of a backup that is not there")
+            one, other = (manifest.read(directory, file) for file in (name, match[1]))
+            if (one.id, one.number) != (other.id, other.number):
+                raise _invalid(f"{directory / name} is of another backup than {match[1]}")
             _take_places(directory, match[1])
     for name in _leftovers(names):
         (directory / name).unlink(missing_ok=True)

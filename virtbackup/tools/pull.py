@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import itertools
 import logging
 import os
 import pathlib
@@ -108,7 +109,7 @@ def pull(
             of = manifest.Domain(domain.name(), domain.UUIDString())
             tables = [_tables(directory, disk, result.size, cancel)
                       for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
-            made = _manifest(of, plan, info, results, tables, live_xml, domain_xml)
+            made = _manifest(of, plan, directory, info, results, tables, live_xml, domain_xml)
             _write_manifest(directory, plan, made)
             cancel.check()
         _stop(domain, directory)
@@ -570,6 +571,7 @@ def _backing(disk: _Disk) -> copy.Backing | None:
 def _manifest(
     domain: manifest.Domain,
     plan: _Plan,
+    directory: pathlib.Path,
     info: backup_conf.BackupInfo,
     results: Iterable[copy.Result],
     tables: Iterable[manifest.Checksum | None],
@@ -582,7 +584,7 @@ def _manifest(
         domain=domain,
         kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
         time=started.isoformat(),
-        disks=tuple(map(_describe, plan.disks, results, tables)),
+        disks=tuple(map(_describe, plan.disks, itertools.repeat(directory), results, tables)),
         backup_xml=live_xml,
         domain_xml=domain_xml,
         id=info.id,
@@ -601,7 +603,10 @@ def _tables(
     return manifest.tables_of(disk.path(directory), size, cancel)
 
 
-def _describe(disk: _Disk, result: copy.Result, tables: manifest.Checksum | None) -> manifest.Disk:
+def _describe(
+    disk: _Disk, directory: pathlib.Path, result: copy.Result, tables: manifest.Checksum | None
+) -> manifest.Disk:
+    """What is told of a file that is still called partial. Errors: VIR_ERR_SYSTEM_ERROR."""
     return manifest.Disk(
         name=disk.name,
         file=disk.file,
@@ -615,6 +620,7 @@ def _describe(disk: _Disk, result: copy.Result, tables: manifest.Checksum | None
         reason=disk.reason,
         tables=tables,
         type=disk.type,
+        length=manifest.length_of(disk.path(directory)) if disk.format == "qcow2" else None,
     )
 
 

@@ -29,6 +29,8 @@ from virtbackup.tools import listing, verify
 PROGRAM = "qemu-storage-daemon"
 
 _START_TIMEOUT = 30.0
+_FILE_TIMEOUT = 1.0
+"""For each file more that QEMU opens: what it takes for one grows with those that are behind it."""
 _END_TIMEOUT = 10.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -110,27 +112,47 @@ def _serve(
 ) -> Server:
     """A server that answers; UNDO ends it."""
     argv = [PROGRAM]
+    files = 0
     for index, name in enumerate(names):
         links = backups.links(point, name)
         listing.check(links)
         links = verify.checked(links, progress, cancel)
+        files += len(links)
         argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
         argv += ["--export", json.dumps(_export(index, name))]
     private = _private_directory(undo)
     where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
-    if isinstance(where, backup_conf.UnixAddress):
-        if os.path.lexists(where.path):
-            text = f"{where.path} exists already"
-            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
-        undo.callback(_remove, pathlib.Path(where.path))
     ready = private / "pid"
     argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
     argv += ["--pidfile", str(ready)]
     log = undo.enter_context((private / "log").open("w+b"))
-    server = Server(_start(argv, log), log, where)
-    undo.callback(_end, server.process)
-    _wait_until_it_listens(server, ready)
+    with _place(where, undo):
+        server = Server(_start(argv, log), log, where)
+        undo.callback(_end, server.process)
+        _wait_until_it_listens(server, ready, _START_TIMEOUT + files * _FILE_TIMEOUT, cancel)
     return server
+
+
+@contextlib.contextmanager
+def _place(where: backup_conf.Address, undo: contextlib.ExitStack) -> Iterator[None]:
+    """While a server comes up at WHERE, the place is its own; UNDO removes its socket. One that
+    nobody serves any more, as of a server that was killed, is replaced. Errors: something else is
+    there."""
+    if not isinstance(where, backup_conf.UnixAddress):
+        yield
+        return
+    path = pathlib.Path(where.path)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(runtime.alone_in(str(path.parent)))
+            if runtime.is_left_over(where.path):
+                path.unlink()
+        except OSError as failure:
+            raise errors.system_error(failure, f"cannot listen at {path}") from failure
+        if os.path.lexists(path):
+            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{path} exists already")
+        undo.callback(_remove, path)
+        yield
 
 
 def _private_directory(undo: contextlib.ExitStack) -> pathlib.Path:
@@ -190,10 +212,15 @@ def _start(argv: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
         raise errors.system_error(failure, f"cannot run {PROGRAM}") from failure
 
 
-def _wait_until_it_listens(server: Server, ready: pathlib.Path) -> None:
-    """The daemon writes its pid file, READY, once it has made everything else."""
-    end = time.monotonic() + _START_TIMEOUT
+def _wait_until_it_listens(
+    server: Server, ready: pathlib.Path, timeout: float, cancel: copy.Cancel | None
+) -> None:
+    """The daemon writes its pid file, READY, once it has made everything else. Errors: it ended, or
+    has not done so in TIMEOUT seconds; VIR_ERR_OPERATION_ABORTED when cancelled."""
+    end = time.monotonic() + timeout
     while not ready.exists():
+        if cancel is not None:
+            cancel.check()
         if server.process.poll() is not None:
             raise server.failed()
         if time.monotonic() > end:

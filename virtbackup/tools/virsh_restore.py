@@ -198,9 +198,10 @@ def _summary(verdict: "verify.Verdict", only: "listing.Point | None") -> str:
     text = f"the backups in {verdict.backups.directory} are not whole: {first}"
     if more:
         text += f" (and {more} more)"
-    if verdict.bad_points:
-        bad = ", ".join(point.label for point in verdict.bad_points)
-        return f"{text}; not to be restored: {bad}"
+    lost = {one.point for one in verdict.problems if one.disk is None and one.point is not None}
+    if bad := lost | {point.label for point in verdict.bad_points}:
+        in_order = sorted(bad, key=lambda label: (len(label), label))  # as numbers, as times
+        return f"{text}; not to be restored: {', '.join(in_order)}"
     return f"{text}; {'every point listed' if only is None else 'the point'} can be restored"
 
 
