@@ -518,6 +518,34 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
         dom.backupStop()
 
 
+def test_a_backup_that_ends_while_a_migration_takes_its_bitmaps_along(
+    tmp_path: pathlib.Path,
+) -> None:
+    """What keeps a disk from going back to a snapshot cannot be removed then: that is told, and
+    done by the next call once it can be."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        probe = machine.probe
+        before = machine.state()
+        taken_along = [{"capability": "dirty-bitmaps", "state": True}]
+        probe("migrate-set-capabilities", capabilities=taken_along)
+        probe("migrate-set-parameters", max_bandwidth=1000)
+        dom.backupStart(unix(tmp_path))
+        guarded = "-guard" in str(machine.state())
+        probe("migrate", uri="exec:cat >/dev/null")
+        waiting.until(lambda: probe("query-migrate")["status"] == "active")
+        dom.backupStop()
+        if guarded:
+            assert machine.state() != before
+            with pytest.raises(virtbackup.Error, match="in use: bitmap 'virtbackup-.*-guard' of"):
+                dom.backupCleanup()
+        probe("migrate_cancel")
+        waiting.until(lambda: probe("query-migrate")["status"] == "cancelled")
+        removed = dom.backupCleanup()
+        assert len([line for line in removed if "-guard" in line]) == 2 * guarded
+        assert machine.state() == before
+
+
 def test_disks_are_frozen_at_one_instant(tmp_path: pathlib.Path) -> None:
     """A guest that writes i to one disk, then to the other: never seen further than one."""
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:

@@ -91,19 +91,22 @@ def roll_back(
     return names, []
 
 
-def remove_guards(session: domain.Session, backup: naming.BackupId | None) -> list[str]:
+def remove_guards(
+    session: domain.Session, backup: naming.BackupId | None
+) -> tuple[list[str], list[str]]:
     """Remove the bitmaps that kept the disks of BACKUP, or any of ours, from going back to a
-    snapshot; a line for each."""
+    snapshot. (A line for each, what is still there, as a migration has begun to take it along.)"""
     found = [
         monitor_json.BitmapOf(medium.node, bitmap.name)
         for medium in _nodes(session).values()
         for bitmap in medium.bitmaps
         if naming.is_guard(bitmap.name) and backup in (None, naming.backup_of(bitmap.name))
     ]
+    names = [f"bitmap '{one.name}' of node '{one.node}'" for one in found]
     if failure := _transact(session, [monitor_json.bitmap_remove(one) for one in found]):
         logger.warning("backup=%s bitmaps not removed: %s", backup or "any", failure)
-        return []
-    return [f"bitmap '{one.name}' of node '{one.node}'" for one in found]
+        return [], names
+    return names, []
 
 
 def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[block.Bitmap]:
