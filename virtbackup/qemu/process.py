@@ -159,11 +159,39 @@ class Run:
         try:
             self.qemu.execute(self.plan.transaction())
         except monitor_json.CommandFailed as failure:
+            self._check_unchanged(failure)
             for disk in self.plan.disks:
                 names = [disk.node, disk.job, *([disk.step.node] if disk.step else [])]
                 if any(f"'{name}'" in failure.desc for name in names):
                     raise _of_disk(disk.target, failure) from failure
             raise
+
+    def _check_unchanged(self, refusal: monitor_json.CommandFailed) -> None:
+        """Say it, in place of the REFUSAL of the instant, where a drive is not what the plan has
+        seen; QEMU's words do not tell, and may name a node that is none of the plan's.
+
+        Errors: VIR_ERR_OPERATION_FAILED.
+        """
+        if not self.session.capabilities.devices:
+            return
+        media = self._media()
+        for disk in self.plan.disks:
+            medium = media.get(disk.device) if disk.device else None
+            if medium is None or medium.driver in block.FILTERS:
+                continue
+            if medium.node != disk.node:
+                raise _other_image(disk, medium.node) from refusal
+            if medium.size != disk.size:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}' was resized from {disk.size} to {medium.size} bytes as"
+                    " the backup began",
+                ) from refusal
+
+    def _media(self) -> dict[str | None, block.Medium | None]:
+        """What is in the drives, by the places of their devices."""
+        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
+        return {drive.qom_path: drive.medium for drive in found}
 
     def check_media(self) -> None:
         """Refuse, after the instant, where a drive has another image at its root than the plan has
@@ -175,8 +203,7 @@ class Run:
         if not self.session.capabilities.devices:
             self._check_nodes()
             return
-        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
-        media = {drive.qom_path: drive.medium for drive in found}
+        media = self._media()
         filtered = []
         for disk in self.plan.disks:
             medium = media.get(disk.device) if disk.device else None
