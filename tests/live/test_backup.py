@@ -518,6 +518,66 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
         dom.backupStop()
 
 
+def test_a_disk_that_is_resized_between_the_look_and_the_instant(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch_images = process.Run.scratch_images
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+
+        def late(run: process.Run) -> None:
+            machine.probe("block_resize", node_name="B", size=SIZE * 2)
+            scratch_images(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, "scratch_images", late)
+            with pytest.raises(virtbackup.Error) as refused:
+                dom.backupStart(unix(tmp_path))
+        assert refused.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+        resized = f"disk 'sdb' was resized from {SIZE} to {SIZE * 2} bytes as the backup began"
+        assert resized in str(refused.value)
+        assert "virtbackup" not in str(machine.state())
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("what", ["file", "backing"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_another_image_below_a_disk_during_its_backup(
+    tmp_path: pathlib.Path, engine: str, what: str
+) -> None:
+    """QEMU changes the disk below the filter of the job, which does not save old data."""
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    base, other = (machines.image(tmp_path / name, 4 << 20) for name in ("base", "other"))
+    overlay = machines.image(tmp_path / "a.qcow2", 4 << 20, "qcow2")
+    subprocess.run(["qemu-io", "-f", "raw", "-c", "write -q -P 5 0 64k", base], check=True)
+    nodes = ("-blockdev", f"file,node-name=other,filename={other}")
+    below = f"file,node-name=base,filename={base}"
+    if what == "file":
+        nodes += ("-blockdev", below, "-blockdev", "raw,node-name=A,file=base")
+        options = {"driver": "raw", "node-name": "A", "file": "other"}
+    else:
+        file = {"driver": "file", "filename": str(overlay)}
+        disk = f"qcow2,node-name=A,backing=base,file.driver=file,file.filename={overlay}"
+        nodes += ("-blockdev", f"{below},read-only=on", "-blockdev", disk)
+        options = {"driver": "qcow2", "node-name": "A", "backing": "other", "file": file}
+    with (
+        machines.qemu(tmp_path, *nodes, "-device", "virtio-blk,drive=A,id=vda") as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        machine.probe("blockdev-reopen", options=[options])
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\0"  # not what it was
+        [disk] = dom.backupGetInfo().disks
+        assert disk.reason == "it got another image, 'other', below its node 'A' during the backup"
+        with pytest.raises(virtbackup.Error, match="disk 'vda': it got another image, 'other'"):
+            dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
 def test_a_backup_that_ends_while_a_migration_takes_its_bitmaps_along(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -70,6 +70,9 @@ class DiskPlan:
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
+    stores: frozenset[naming.NodeName] = frozenset()
+    """Where the live disk's data is kept, its backing images' too; empty where that is not known.
+    """
     guard: monitor_json.BitmapOf | None = None
     """What keeps its image from going back to a snapshot, where no bitmap of a branch does."""
 
@@ -304,6 +307,8 @@ def plan(
             wanted = _choose(wanted, line)
         placed.append(wanted)
         plan = _disk(wanted, found[wanted.name], engine, caps, backup, len(disks))
+        if state.graph:
+            plan = dataclasses.replace(plan, stores=state.graph.stores_of(medium.node))
         if line is not None:
             assert definition.branch is not None
             number = len(disks)

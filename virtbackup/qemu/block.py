@@ -341,6 +341,15 @@ class Graph:
         below = self.children.get(("block-driver", node), frozenset())
         return frozenset(naming.NodeName(name) for kind, name in below if kind == "block-driver")
 
+    def stores_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
+        """The nodes at the very bottom below NODE, or NODE itself: where its data is kept."""
+        below = _reached(self.children, [("block-driver", node)])
+        return frozenset(
+            naming.NodeName(name)
+            for kind, name in below
+            if kind == "block-driver" and not self.children.get((kind, name))
+        )
+
     def is_unused(self, node: naming.NodeName) -> bool:
         """Whether NODE is there and nothing is over it: no device, export, job or other node."""
         vertex = ("block-driver", node)
