@@ -470,6 +470,36 @@ def test_an_overlay_with_a_job_of_its_own_in_the_middle_of_a_start(
         assert "virtbackup" not in str(machine.state())
 
 
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_backup_job_of_somebody_elses_that_begins_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Two filters are over the image that was frozen then, and ours is one."""
+    freeze = process.Run.freeze
+    copy = machines.image(tmp_path / "copy.qcow2", SIZE, "qcow2")
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        file = {"driver": "file", "filename": str(copy)}
+        machine.probe("blockdev-add", driver="qcow2", node_name="copy", file=file)
+
+        def late(run: process.Run) -> None:
+            freeze(run)
+            job = {"job-id": "theirs", "device": "A", "target": "copy", "sync": "none"}
+            machine.probe("blockdev-backup", **job)
+            machine.io("vda", "write -P 7 0 64k")
+
+        monkeypatch.setattr(process.Run, "freeze", late)
+        dom.backupStart(unix(tmp_path))
+        machine.io("vda", "write -P 8 64k 64k")
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[: 128 << 10] == bytes(128 << 10)
+        dom.backupStop()
+        assert "virtbackup" not in str(machine.state())
+        assert [job["status"] for job in machine.probe("query-jobs")] == ["running"]
+
+
 @pytest.mark.parametrize("root", ["A", "throttled"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(

@@ -341,6 +341,14 @@ class Graph:
         below = self.children.get(("block-driver", node), frozenset())
         return frozenset(naming.NodeName(name) for kind, name in below if kind == "block-driver")
 
+    def is_filtered(self, root: naming.NodeName, node: naming.NodeName) -> bool:
+        """Whether ROOT is NODE, or there are only filters from it down to NODE."""
+        below: naming.NodeName | None = root
+        while below is not None and below != node:
+            filtered = (self.roles.get((below, role)) for role in FILTERED)
+            below = next(filter(None, filtered), None)
+        return below == node
+
     def stores_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """The nodes at the very bottom below NODE, or NODE itself: where its data is kept."""
         below = _reached(self.children, [("block-driver", node)])

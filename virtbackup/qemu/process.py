@@ -216,13 +216,13 @@ class Run:
         self._check_filters(filtered)
 
     def _check_filters(self, filtered: list[tuple[backup.DiskPlan, naming.NodeName]]) -> None:
-        """Of disks with a filter at the root that need not be our job's: whether it is over what
-        was frozen."""
+        """Of disks with a filter at the root that need not be our job's, or not that alone: whether
+        there are only filters over what was frozen."""
         if not filtered or not self.session.capabilities.block_graph:
             return
         graph = block.parse_graph(self.qemu.execute(monitor_json.query_block_graph()))
         for disk, root in filtered:
-            if disk.node not in graph.children_of(root):
+            if not graph.is_filtered(root, disk.node):
                 raise _other_image(disk, root)
 
     def _check_nodes(self) -> None:
