@@ -281,7 +281,7 @@ def plan(
     found = {disk.target: disk for disk in state.disks}
     for wanted in definition.disks:
         if wanted.present:
-            check_owned(found[wanted.name], state)
+            check_owned(found[wanted.name], state.graph)
     lines = _lines(definition, definition.branch, state)
     _check_sound(definition, lines)
     check_new(definition.fork, _lines(definition, definition.fork, state))
@@ -506,17 +506,17 @@ def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) 
             )
 
 
-def check_owned(disk: block.Disk, state: BlockState) -> None:
+def check_owned(disk: block.Disk, graph: block.Graph | None) -> None:
     """Refuse a disk that another QEMU may write to by now, as this one was migrated or saved, or
     until it has come in: what is overwritten there is not saved, and bitmaps that are added here
-    are in the way of those in the image.
+    are in the way of those in the image. GRAPH None: where it cannot be asked for.
 
     Errors: VIR_ERR_OPERATION_INVALID.
     """
     if disk.medium is None:
         return
     # A node that no device has, a job may have whose drive has no permissions.
-    given_away = state.graph.given_away if state.graph and disk.qom_path else ()
+    given_away = graph.given_away if graph and disk.qom_path else ()
     if not disk.medium.active or disk.medium.node in given_away:
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID,

@@ -342,12 +342,16 @@ class Graph:
         return frozenset(naming.NodeName(name) for kind, name in below if kind == "block-driver")
 
     def is_filtered(self, root: naming.NodeName, node: naming.NodeName) -> bool:
-        """Whether ROOT is NODE, or there are only filters from it down to NODE."""
-        below: naming.NodeName | None = root
-        while below is not None and below != node:
-            filtered = (self.roles.get((below, role)) for role in FILTERED)
-            below = next(filter(None, filtered), None)
-        return below == node
+        """Whether ROOT, which is a filter, is over NODE with nothing but filters in between. Those
+        of jobs are told to be backed by it up to 5.2, where two in a row cannot be known for it."""
+        below = self.roles.get((root, "backing"))
+        while root != node:
+            filtered = (self.roles.get((root, role)) for role in FILTERED)
+            found = next(filter(None, filtered), below)
+            if found is None:
+                return False
+            root, below = found, None
+        return True
 
     def stores_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """The nodes at the very bottom below NODE, or NODE itself: where its data is kept."""

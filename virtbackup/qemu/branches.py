@@ -196,7 +196,7 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     for disk in state.disks:
         if disk.medium is None or disk.medium.readonly:
             continue
-        backup.check_owned(disk, state)
+        backup.check_owned(disk, state.graph)
         images = state.images(disk.medium.node)
         if images is None:
             raise errors.error(
@@ -234,7 +234,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
         images = state.images(disk.medium.node) if disk.medium else None
         if images is None or disk.medium is None:
             continue
-        backup.check_owned(disk, state)
+        backup.check_owned(disk, state.graph)
         line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:
             foreign.append(disk.target)
