@@ -126,6 +126,7 @@ def test_everything_about_a_disk() -> None:
         filter=naming.NodeName("virtbackup-0123abcd-2-flt"),
         access=naming.NodeName("virtbackup-0123abcd-2-acc"),
         breaks_snapshot=True,
+        stores=frozenset({naming.NodeName("fa"), naming.NodeName("#block009")}),
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
         guard=monitor_json.BitmapOf(
