@@ -777,8 +777,8 @@ def test_judgement_is_by_disk() -> None:
     def of(number: int) -> status.DiskStatus:
         return status.DiskStatus(
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
-            stores=(naming.NodeName("f"),), export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
-            scratch_file=naming.scratch_file_node(ID, number),
+            stores=(naming.NodeName("f"),), export=naming.export(ID, number), exportname="",
+            job=naming.backup_job(ID, number), scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
             directory="/scratch", threshold=None, path=None, inode=None, type="full",
             type_reason=None, branch=None,
@@ -887,8 +887,9 @@ def _disk_status() -> status.DiskStatus:
     line = status.BranchStatus(naming.NodeName("n"), keeps=True, since=point, dirty=512)
     return status.DiskStatus(
         target="vda", size=1, node=naming.NodeName("n"), device=None,
-        stores=(naming.NodeName("n"),), export=naming.export(ID, 0), exportname="vda", job=naming.backup_job(ID, 0),
-        scratch_file=naming.scratch_file_node(ID, 0), access=None, breaks_snapshot=False,
+        stores=(naming.NodeName("n"),), export=naming.export(ID, 0), exportname="vda",
+        job=naming.backup_job(ID, 0), scratch_file=naming.scratch_file_node(ID, 0),
+        access=None, breaks_snapshot=False,
         directory="/scratch", threshold=None, path=None, inode=None, type="incremental",
         type_reason="why", branch=line,
     )  # fmt: skip

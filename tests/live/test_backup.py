@@ -616,15 +616,15 @@ def test_another_image_below_a_disk_during_its_backup(
     base, other = (machines.image(tmp_path / name, 4 << 20) for name in ("base", "other"))
     overlay = machines.image(tmp_path / "a.qcow2", 4 << 20, "qcow2")
     subprocess.run(["qemu-io", "-f", "raw", "-c", "write -q -P 5 0 64k", base], check=True)
-    nodes = ("-blockdev", f"file,node-name=other,filename={other}")
+    nodes: tuple[str, ...] = ("-blockdev", f"file,node-name=other,filename={other}")
     below = f"file,node-name=base,filename={base}"
     if what == "file":
         nodes += ("-blockdev", below, "-blockdev", "raw,node-name=A,file=base")
-        options = {"driver": "raw", "node-name": "A", "file": "other"}
+        options: dict[str, Any] = {"driver": "raw", "node-name": "A", "file": "other"}
     else:
         file = {"driver": "file", "filename": str(overlay)}
-        disk = f"qcow2,node-name=A,backing=base,file.driver=file,file.filename={overlay}"
-        nodes += ("-blockdev", f"{below},read-only=on", "-blockdev", disk)
+        over = f"qcow2,node-name=A,backing=base,file.driver=file,file.filename={overlay}"
+        nodes += ("-blockdev", f"{below},read-only=on", "-blockdev", over)
         options = {"driver": "qcow2", "node-name": "A", "backing": "other", "file": file}
     with (
         machines.qemu(tmp_path, *nodes, "-device", "virtio-blk,drive=A,id=vda") as machine,
@@ -661,7 +661,7 @@ def test_a_backup_that_ends_while_a_migration_takes_its_bitmaps_along(
         dom.backupStop()
         if guarded:
             assert machine.state() != before
-            with pytest.raises(virtbackup.Error, match="in use: bitmap 'virtbackup-.*-guard' of"):
+            with pytest.raises(virtbackup.Error, match=r"in use: bitmap 'virtbackup-.*-guard' of"):
                 dom.backupCleanup()
         probe("migrate_cancel")
         waiting.until(lambda: probe("query-migrate")["status"] == "cancelled")

@@ -306,18 +306,16 @@ def plan(
         if line is not None:
             wanted = _choose(wanted, line)
         placed.append(wanted)
-        plan = _disk(wanted, found[wanted.name], engine, caps, backup, len(disks))
-        if state.graph:
-            plan = dataclasses.replace(plan, stores=state.graph.stores_of(medium.node))
+        number = len(disks)
+        plan = _disk(wanted, found[wanted.name], engine, caps, backup, number, state.graph)
         if line is not None:
             assert definition.branch is not None
-            number = len(disks)
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
         elif caps.guards:
             images = state.images(medium.node)
             image = images.active.node if images else medium.node
-            guard = monitor_json.BitmapOf(image, naming.guard_bitmap(backup, len(disks)))
+            guard = monitor_json.BitmapOf(image, naming.guard_bitmap(backup, number))
             plan = dataclasses.replace(plan, guard=guard)
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
@@ -331,6 +329,7 @@ def _disk(
     caps: capabilities.Capabilities,
     backup: naming.BackupId,
     number: int,
+    graph: block.Graph | None,
 ) -> DiskPlan:
     assert wanted.exportname is not None
     assert wanted.source is not None
@@ -353,6 +352,7 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
+        stores=graph.stores_of(disk.medium.node) if graph else frozenset(),
     )
 
 
