@@ -550,6 +550,32 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
         dom.backupStop()
 
 
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_job_that_somebody_cancels_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """With the job the node is gone that the hybrid engine was to export."""
+    freeze = process.Run.freeze
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+
+        def late(run: process.Run) -> None:
+            freeze(run)
+            machine.probe("job-cancel", id=run.plan.disks[1].job)
+            machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, "freeze", late)
+            ended = "disk 'sdb': its backup job ended: Operation canceled"
+            with pytest.raises(virtbackup.Error, match=ended):
+                dom.backupStart(unix(tmp_path))
+                dom.backupStop()
+        assert "virtbackup" not in str(machine.state())
+
+
 @pytest.mark.parametrize("step", ["scratch_images", "freeze"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_guest_that_migrates_between_the_look_and_the_instant(

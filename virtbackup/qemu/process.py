@@ -21,6 +21,7 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     backup,
     block,
+    blockjob,
     domain,
     listener,
     monitor,
@@ -270,7 +271,23 @@ class Run:
 
     def exports(self) -> None:
         """Show every frozen disk under its export name."""
-        self._each(self.plan.export_commands)
+        try:
+            self._each(self.plan.export_commands)
+        except errors.Error as failure:
+            self._check_jobs(failure)
+            raise
+
+    def _check_jobs(self, refusal: errors.Error) -> None:
+        """Say it, in place of a REFUSAL of QEMU's, where a job has ended, and with it the node that
+        was to be shown. Errors: VIR_ERR_OPERATION_FAILED."""
+        spoken = self.plan.dialect
+        jobs = spoken.parse_jobs(self.qemu.execute(spoken.query_jobs()))
+        for disk in self.plan.disks:
+            if (reason := blockjob.job_reason(jobs.get(disk.job))) is not None:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}': {reason}, as the backup began",
+                ) from refusal
 
     def give_way(self) -> str | None:
         """Let QEMU give the disks away in the middle of it, where that can be. What it refuses of
