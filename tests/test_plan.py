@@ -125,6 +125,7 @@ def test_everything_about_a_disk() -> None:
         filter=naming.NodeName("virtbackup-0123abcd-2-flt"),
         access=naming.NodeName("virtbackup-0123abcd-2-acc"),
         breaks_snapshot=True,
+        stores=frozenset({naming.NodeName("fa"), naming.NodeName("#block009")}),
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
         guard=monitor_json.BitmapOf(
@@ -775,8 +776,8 @@ def test_judgement_is_by_disk() -> None:
     def of(number: int) -> status.DiskStatus:
         return status.DiskStatus(
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
-            export=naming.export(ID, number), exportname="", job=naming.backup_job(ID, number),
-            scratch_file=naming.scratch_file_node(ID, number),
+            stores=(naming.NodeName("f"),), export=naming.export(ID, number), exportname="",
+            job=naming.backup_job(ID, number), scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
             directory="/scratch", threshold=None, path=None, inode=None, type="full",
             type_reason=None, branch=None,
@@ -831,6 +832,17 @@ def test_judgement_is_by_disk() -> None:
     given = {**drives, "/machine/0": dataclasses.replace(drives["/machine/0"], medium=away)}
     reasons = blockjob.judge(disks, dataclasses.replace(runs, drives=given))
     assert reasons["d0"] == "it was given away during the backup, to a migration or a save"
+    node, file, other = (("block-driver", name) for name in "nfg")
+    for below, reason in (
+        ((file,), None),
+        ((), None),
+        ((other,), "it got another image, 'g', below its node 'n' during the backup"),
+        ((file, other), "it got another image, 'g', below its node 'n' during the backup"),
+    ):
+        graph = block.Graph({node: frozenset(below), file: frozenset(), other: frozenset()})
+        reasons = blockjob.judge(disks, dataclasses.replace(runs, graph=graph))
+        assert reasons.get("d0") == reason
+        assert reasons["d1"] == "its backup job disappeared"
     without_devices = dataclasses.replace(runs, drives=None)
     assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8", "d9"}
 
@@ -873,9 +885,10 @@ def _disk_status() -> status.DiskStatus:
     point = naming.Point(ID, 1700000000, 1 << 20)
     line = status.BranchStatus(naming.NodeName("n"), keeps=True, since=point, dirty=512)
     return status.DiskStatus(
-        target="vda", size=1, node=naming.NodeName("n"), device=None, export=naming.export(ID, 0),
-        exportname="vda", job=naming.backup_job(ID, 0),
-        scratch_file=naming.scratch_file_node(ID, 0), access=None, breaks_snapshot=False,
+        target="vda", size=1, node=naming.NodeName("n"), device=None,
+        stores=(naming.NodeName("n"),), export=naming.export(ID, 0), exportname="vda",
+        job=naming.backup_job(ID, 0), scratch_file=naming.scratch_file_node(ID, 0),
+        access=None, breaks_snapshot=False,
         directory="/scratch", threshold=None, path=None, inode=None, type="incremental",
         type_reason="why", branch=line,
     )  # fmt: skip

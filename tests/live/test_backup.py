@@ -470,6 +470,38 @@ def test_an_overlay_with_a_job_of_its_own_in_the_middle_of_a_start(
         assert "virtbackup" not in str(machine.state())
 
 
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_backup_job_of_somebody_elses_that_begins_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Two filters are over the image that was frozen then, and ours is one."""
+    if machines.version() < (6, 0, 0):
+        return  # where that cannot be told from an overlay with a job, the start is refused
+    freeze = process.Run.freeze
+    copy = machines.image(tmp_path / "copy.qcow2", SIZE, "qcow2")
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        file = {"driver": "file", "filename": str(copy)}
+        machine.probe("blockdev-add", driver="qcow2", node_name="copy", file=file)
+
+        def late(run: process.Run) -> None:
+            freeze(run)
+            job = {"job-id": "theirs", "device": "A", "target": "copy", "sync": "none"}
+            machine.probe("blockdev-backup", **job)
+            machine.io("vda", "write -P 7 0 64k")
+
+        monkeypatch.setattr(process.Run, "freeze", late)
+        dom.backupStart(unix(tmp_path))
+        machine.io("vda", "write -P 8 64k 64k")
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[: 128 << 10] == bytes(128 << 10)
+        dom.backupStop()
+        assert "virtbackup" not in str(machine.state())
+        assert [job["status"] for job in machine.probe("query-jobs")] == ["running"]
+
+
 @pytest.mark.parametrize("root", ["A", "throttled"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
@@ -516,6 +548,157 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
         dom.backupStart(unix(tmp_path))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\0"
         dom.backupStop()
+
+
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_job_that_somebody_cancels_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """With the job the node is gone that the hybrid engine was to export."""
+    freeze = process.Run.freeze
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+
+        def late(run: process.Run) -> None:
+            freeze(run)
+            machine.probe("job-cancel", id=run.plan.disks[1].job)
+            machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, "freeze", late)
+            ended = "disk 'sdb': its backup job ended: Operation canceled"
+            try:
+                dom.backupStart(unix(tmp_path))
+            except virtbackup.Error as failure:
+                assert engine == "hybrid"
+                assert ended in str(failure)
+            else:
+                with pytest.raises(virtbackup.Error, match=ended):
+                    dom.backupStop()
+        assert "virtbackup" not in str(machine.state())
+
+
+@pytest.mark.parametrize("step", ["scratch_images", "freeze"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_guest_that_migrates_between_the_look_and_the_instant(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str, step: str
+) -> None:
+    """Another QEMU may write to its disks by then, past the job."""
+    goes_on = getattr(process.Run, step)
+    with (
+        machines.two_disks(tmp_path) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        probe = machine.probe
+
+        def late(run: process.Run) -> None:
+            probe("migrate", uri="exec:cat >/dev/null")
+            waiting.until(lambda: probe("query-migrate")["status"] == "completed")
+            goes_on(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, step, late)
+            with pytest.raises(virtbackup.Error, match="'vda' is not this guest's to use") as said:
+                dom.backupStart(unix(tmp_path))
+        assert said.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        probe("cont")
+        state = machine.state()
+        del state["query-fdsets"]  # up to 9.0 none is given up while the guest does not run
+        assert "virtbackup" not in str(state)
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+def test_a_disk_that_is_resized_between_the_look_and_the_instant(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch_images = process.Run.scratch_images
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+
+        def late(run: process.Run) -> None:
+            machine.probe("block_resize", node_name="B", size=SIZE * 2)
+            scratch_images(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process.Run, "scratch_images", late)
+            with pytest.raises(virtbackup.Error) as refused:
+                dom.backupStart(unix(tmp_path))
+        assert refused.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+        resized = f"disk 'sdb' was resized from {SIZE} to {SIZE * 2} bytes as the backup began"
+        assert resized in str(refused.value)
+        assert "virtbackup" not in str(machine.state())
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("what", ["file", "backing"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_another_image_below_a_disk_during_its_backup(
+    tmp_path: pathlib.Path, engine: str, what: str
+) -> None:
+    """QEMU changes the disk below the filter of the job, which does not save old data."""
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    base, other = (machines.image(tmp_path / name, 4 << 20) for name in ("base", "other"))
+    overlay = machines.image(tmp_path / "a.qcow2", 4 << 20, "qcow2")
+    subprocess.run(["qemu-io", "-f", "raw", "-c", "write -q -P 5 0 64k", base], check=True)
+    nodes: tuple[str, ...] = ("-blockdev", f"file,node-name=other,filename={other}")
+    below = f"file,node-name=base,filename={base}"
+    if what == "file":
+        nodes += ("-blockdev", below, "-blockdev", "raw,node-name=A,file=base")
+        options: dict[str, Any] = {"driver": "raw", "node-name": "A", "file": "other"}
+    else:
+        file = {"driver": "file", "filename": str(overlay)}
+        over = f"qcow2,node-name=A,backing=base,file.driver=file,file.filename={overlay}"
+        nodes += ("-blockdev", f"{below},read-only=on", "-blockdev", over)
+        options = {"driver": "qcow2", "node-name": "A", "backing": "other", "file": file}
+    with (
+        machines.qemu(tmp_path, *nodes, "-device", "virtio-blk,drive=A,id=vda") as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        machine.probe("blockdev-reopen", options=[options])
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\0"  # not what it was
+        [disk] = dom.backupGetInfo().disks
+        assert disk.reason == "it got another image, 'other', below its node 'A' during the backup"
+        with pytest.raises(virtbackup.Error, match="disk 'vda': it got another image, 'other'"):
+            dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+def test_a_backup_that_ends_while_a_migration_takes_its_bitmaps_along(
+    tmp_path: pathlib.Path,
+) -> None:
+    """What keeps a disk from going back to a snapshot cannot be removed then: that is told, and
+    done by the next call once it can be."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        probe = machine.probe
+        before = machine.state()
+        taken_along = [{"capability": "dirty-bitmaps", "state": True}]
+        probe("migrate-set-capabilities", capabilities=taken_along)
+        probe("migrate-set-parameters", max_bandwidth=1000)
+        dom.backupStart(unix(tmp_path))
+        guarded = "-guard" in str(machine.state())
+        probe("migrate", uri="exec:cat >/dev/null")
+        waiting.until(lambda: probe("query-migrate")["status"] == "active")
+        dom.backupStop()
+        if guarded:
+            assert machine.state() != before
+            with pytest.raises(virtbackup.Error, match=r"in use: bitmap 'virtbackup-.*-guard' of"):
+                dom.backupCleanup()
+        probe("migrate_cancel")
+        waiting.until(lambda: probe("query-migrate")["status"] == "cancelled")
+        removed = dom.backupCleanup()
+        assert len([line for line in removed if "-guard" in line]) == 2 * guarded
+        assert machine.state() == before
 
 
 def test_disks_are_frozen_at_one_instant(tmp_path: pathlib.Path) -> None:

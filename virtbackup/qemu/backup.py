@@ -70,6 +70,9 @@ class DiskPlan:
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
+    stores: frozenset[naming.NodeName] = frozenset()
+    """Where the live disk's data is kept, its backing images' too; empty where that is not known.
+    """
     guard: monitor_json.BitmapOf | None = None
     """What keeps its image from going back to a snapshot, where no bitmap of a branch does."""
 
@@ -278,7 +281,7 @@ def plan(
     found = {disk.target: disk for disk in state.disks}
     for wanted in definition.disks:
         if wanted.present:
-            check_owned(found[wanted.name], state)
+            check_owned(found[wanted.name], state.graph)
     lines = _lines(definition, definition.branch, state)
     _check_sound(definition, lines)
     check_new(definition.fork, _lines(definition, definition.fork, state))
@@ -303,16 +306,16 @@ def plan(
         if line is not None:
             wanted = _choose(wanted, line)
         placed.append(wanted)
-        plan = _disk(wanted, found[wanted.name], engine, caps, backup, len(disks))
+        number = len(disks)
+        plan = _disk(wanted, found[wanted.name], engine, caps, backup, number, state.graph)
         if line is not None:
             assert definition.branch is not None
-            number = len(disks)
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
         elif caps.guards:
             images = state.images(medium.node)
             image = images.active.node if images else medium.node
-            guard = monitor_json.BitmapOf(image, naming.guard_bitmap(backup, len(disks)))
+            guard = monitor_json.BitmapOf(image, naming.guard_bitmap(backup, number))
             plan = dataclasses.replace(plan, guard=guard)
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
@@ -326,6 +329,7 @@ def _disk(
     caps: capabilities.Capabilities,
     backup: naming.BackupId,
     number: int,
+    graph: block.Graph | None,
 ) -> DiskPlan:
     assert wanted.exportname is not None
     assert wanted.source is not None
@@ -348,6 +352,7 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
+        stores=graph.stores_of(disk.medium.node) if graph else frozenset(),
     )
 
 
@@ -501,17 +506,17 @@ def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) 
             )
 
 
-def check_owned(disk: block.Disk, state: BlockState) -> None:
+def check_owned(disk: block.Disk, graph: block.Graph | None) -> None:
     """Refuse a disk that another QEMU may write to by now, as this one was migrated or saved, or
     until it has come in: what is overwritten there is not saved, and bitmaps that are added here
-    are in the way of those in the image.
+    are in the way of those in the image. GRAPH None: where it cannot be asked for.
 
     Errors: VIR_ERR_OPERATION_INVALID.
     """
     if disk.medium is None:
         return
     # A node that no device has, a job may have whose drive has no permissions.
-    given_away = state.graph.given_away if state.graph and disk.qom_path else ()
+    given_away = graph.given_away if graph and disk.qom_path else ()
     if not disk.medium.active or disk.medium.node in given_away:
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID,

@@ -341,6 +341,27 @@ class Graph:
         below = self.children.get(("block-driver", node), frozenset())
         return frozenset(naming.NodeName(name) for kind, name in below if kind == "block-driver")
 
+    def is_filtered(self, root: naming.NodeName, node: naming.NodeName) -> bool:
+        """Whether ROOT, which is a filter, is over NODE with nothing but filters in between. Those
+        of jobs are told to be backed by it up to 5.2, where two in a row cannot be known for it."""
+        below = self.roles.get((root, "backing"))
+        while root != node:
+            filtered = (self.roles.get((root, role)) for role in FILTERED)
+            found = next(filter(None, filtered), below)
+            if found is None:
+                return False
+            root, below = found, None
+        return True
+
+    def stores_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
+        """The nodes at the very bottom below NODE, or NODE itself: where its data is kept."""
+        below = _reached(self.children, [("block-driver", node)])
+        return frozenset(
+            naming.NodeName(name)
+            for kind, name in below
+            if kind == "block-driver" and not self.children.get((kind, name))
+        )
+
     def is_unused(self, node: naming.NodeName) -> bool:
         """Whether NODE is there and nothing is over it: no device, export, job or other node."""
         vertex = ("block-driver", node)

@@ -31,6 +31,8 @@ class Sight:
     """The guest is paused since a drive met an error, and was not so at the start already."""
     unreadable: Mapping[naming.NodeName, str] = dataclasses.field(default_factory=dict)
     """Frozen disks that were tried and cannot be read, with the reason."""
+    graph: block.Graph | None = None
+    """None where it cannot be asked for."""
 
 
 def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
@@ -40,6 +42,7 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
         reason = (
             _given_away_reason(disk, sight)
             or _job_reason(disk, sight)
+            or _image_reason(disk, sight)
             or _frozen_reason(disk, sight)
             or _scratch_reason(disk, sight)
             or _export_reason(disk, sight)
@@ -56,6 +59,18 @@ def _given_away_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     if drive is None or drive.medium is None or drive.medium.active:
         return None
     return "it was given away during the backup, to a migration or a save"
+
+
+def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    """Why the frozen disk may show what was not on the disk: below the job's filter, which saves
+    nothing of that, it got an image that it had not at the start, by ``blockdev-reopen``. That it
+    lost one, as by ``block-stream``, leaves the data what it was."""
+    if sight.graph is None or not disk.stores:
+        return None
+    added = sight.graph.stores_of(disk.node) - {disk.node} - set(disk.stores)
+    if not added:
+        return None
+    return f"it got another image, '{min(added)}', below its node '{disk.node}' during the backup"
 
 
 def _job_reason(disk: status.DiskStatus, sight: Sight) -> str | None:

@@ -91,19 +91,22 @@ def roll_back(
     return names, []
 
 
-def remove_guards(session: domain.Session, backup: naming.BackupId | None) -> list[str]:
+def remove_guards(
+    session: domain.Session, backup: naming.BackupId | None
+) -> tuple[list[str], list[str]]:
     """Remove the bitmaps that kept the disks of BACKUP, or any of ours, from going back to a
-    snapshot; a line for each."""
+    snapshot. (A line for each, what is still there, as a migration has begun to take it along.)"""
     found = [
         monitor_json.BitmapOf(medium.node, bitmap.name)
         for medium in _nodes(session).values()
         for bitmap in medium.bitmaps
         if naming.is_guard(bitmap.name) and backup in (None, naming.backup_of(bitmap.name))
     ]
+    names = [f"bitmap '{one.name}' of node '{one.node}'" for one in found]
     if failure := _transact(session, [monitor_json.bitmap_remove(one) for one in found]):
         logger.warning("backup=%s bitmaps not removed: %s", backup or "any", failure)
-        return []
-    return [f"bitmap '{one.name}' of node '{one.node}'" for one in found]
+        return [], names
+    return names, []
 
 
 def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[block.Bitmap]:
@@ -193,7 +196,7 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     for disk in state.disks:
         if disk.medium is None or disk.medium.readonly:
             continue
-        backup.check_owned(disk, state)
+        backup.check_owned(disk, state.graph)
         images = state.images(disk.medium.node)
         if images is None:
             raise errors.error(
@@ -231,7 +234,7 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
         images = state.images(disk.medium.node) if disk.medium else None
         if images is None or disk.medium is None:
             continue
-        backup.check_owned(disk, state)
+        backup.check_owned(disk, state.graph)
         line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:
             foreign.append(disk.target)

@@ -113,14 +113,22 @@ def take_out(
     removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     removed += sweeper.credentials()
     removed += sweeper.fdsets()
-    if session.capabilities.guards and (left is None or left.branch is None):
-        removed += branches.remove_guards(session, left.id if left else None)
+    unguarded, guards = _remove_guards(session, left)
     joined, divided = _join_branches(session, left)
-    removed += joined
+    removed += [*unguarded, *joined]
     if left is not None and ours:
         removed += _orphans(session, left, sweeper)
     rest = [NBD_SERVER] if server_left else []
-    return removed, rest + sweeper.remaining() + divided
+    return removed, rest + sweeper.remaining() + guards + divided
+
+
+def _remove_guards(
+    session: domain.Session, left: status.Status | None
+) -> tuple[list[str], list[str]]:
+    """As ``branches.remove_guards``."""
+    if not session.capabilities.guards or (left is not None and left.branch is not None):
+        return [], []
+    return branches.remove_guards(session, left.id if left else None)
 
 
 def _join_branches(

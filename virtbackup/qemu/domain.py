@@ -237,17 +237,20 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
     queries = [spoken.query_jobs()]
     if caps.block_exports:
         queries.append(monitor_json.query_block_exports())
+    if caps.block_graph:
+        queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
     replies = iter(qemu.execute_all(queries))
     running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else None
+    graph = block.parse_graph(next(replies)) if caps.block_graph else None
     if not caps.devices:
-        return blockjob.Sight(running, exports, None, io_error=False)
+        return blockjob.Sight(running, exports, None, io_error=False, graph=graph)
     disks = block.parse_block(next(replies))
     drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
     now = monitor_json.parse_status(next(replies))
-    return blockjob.Sight(running, exports, drives, io_error=now.status == "io-error")
+    return blockjob.Sight(running, exports, drives, io_error=now.status == "io-error", graph=graph)
 
 
 def named_nodes(

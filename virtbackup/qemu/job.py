@@ -662,6 +662,7 @@ def _starting(
                 size=disk.size,
                 node=disk.node,
                 device=disk.device,
+                stores=tuple(sorted(disk.stores)),
                 export=disk.export,
                 exportname=disk.exportname,
                 job=disk.job,

@@ -21,6 +21,7 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     backup,
     block,
+    blockjob,
     domain,
     listener,
     monitor,
@@ -146,6 +147,7 @@ class Run:
                 with self._scratch_file(disk) as (filename, give_up):
                     self.qemu.execute_all([*self._scratch_commands(disk, filename), *give_up])
             except monitor_json.CommandFailed as failure:
+                self._check_unchanged(failure)
                 raise _of_disk(disk.target, failure, self._words(failure)) from failure
 
     def _scratch_commands(self, disk: backup.DiskPlan, filename: str) -> list[monitor_json.Command]:
@@ -159,48 +161,87 @@ class Run:
         try:
             self.qemu.execute(self.plan.transaction())
         except monitor_json.CommandFailed as failure:
+            self._check_unchanged(failure)
             for disk in self.plan.disks:
                 names = [disk.node, disk.job, *([disk.step.node] if disk.step else [])]
                 if any(f"'{name}'" in failure.desc for name in names):
                     raise _of_disk(disk.target, failure) from failure
             raise
 
+    def _check_unchanged(self, refusal: monitor_json.CommandFailed) -> None:
+        """Say it, in place of a REFUSAL of QEMU's, where a drive is not what the plan has seen: its
+        words do not tell, and may name a node that is none of the plan's.
+
+        Errors: VIR_ERR_OPERATION_FAILED, those of ``backup.check_owned``.
+        """
+        if not self.session.capabilities.devices:
+            return
+        graph = self._graph() if self.session.capabilities.block_graph else None
+        for disk, drive, medium in self._drives():
+            if medium.driver in block.FILTERS:
+                continue
+            if medium.node != disk.node:
+                raise _other_image(disk, medium.node) from refusal
+            backup.check_owned(drive, graph)
+            if medium.size != disk.size:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}' was resized from {disk.size} to {medium.size} bytes as"
+                    " the backup began",
+                ) from refusal
+
+    def _drives(self) -> list[tuple[backup.DiskPlan, block.Disk, block.Medium]]:
+        """Of each disk its drive, and what is in it. Those that were unplugged, or whose medium was
+        removed, are not there: the stop tells of them."""
+        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
+        drives = {drive.qom_path: drive for drive in found}
+        return [
+            (disk, dataclasses.replace(drive, target=disk.target), drive.medium)
+            for disk in self.plan.disks
+            if disk.device and (drive := drives.get(disk.device)) and drive.medium
+        ]
+
+    def _graph(self) -> block.Graph:
+        return block.parse_graph(self.qemu.execute(monitor_json.query_block_graph()))
+
     def check_media(self) -> None:
         """Refuse, after the instant, where a drive has another image at its root than the plan has
         seen: since it came there, by a snapshot, say, the guest has written past the one that was
-        frozen, and that shows an earlier moment than the other disks.
+        frozen, and that shows an earlier moment than the other disks. So may another QEMU have,
+        where the drive was given away.
 
-        Errors: VIR_ERR_OPERATION_FAILED.
+        Errors: VIR_ERR_OPERATION_FAILED, those of ``backup.check_owned``.
         """
         if not self.session.capabilities.devices:
             self._check_nodes()
             return
-        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
-        media = {drive.qom_path: drive.medium for drive in found}
         filtered = []
-        for disk in self.plan.disks:
-            medium = media.get(disk.device) if disk.device else None
-            # The job's filter may be shown for the image; of an unplugged disk, the stop tells.
-            if medium is None or medium.node in (disk.node, disk.filter):
+        for disk, drive, medium in self._drives():
+            backup.check_owned(drive, None)
+            # The job's filter may be shown for the image.
+            if medium.node in (disk.node, disk.filter):
                 continue
             if medium.driver not in block.FILTERS:
                 raise _other_image(disk, medium.node)
-            filtered.append((disk, medium.node))
+            filtered.append((disk, drive, medium.node))
         self._check_filters(filtered)
 
-    def _check_filters(self, filtered: list[tuple[backup.DiskPlan, naming.NodeName]]) -> None:
-        """Of disks with a filter at the root that need not be our job's: whether it is over what
-        was frozen."""
+    def _check_filters(
+        self, filtered: list[tuple[backup.DiskPlan, block.Disk, naming.NodeName]]
+    ) -> None:
+        """Of disks with a filter at the root that need not be our job's, or not that alone: whether
+        there are only filters over what was frozen."""
         if not filtered or not self.session.capabilities.block_graph:
             return
-        graph = block.parse_graph(self.qemu.execute(monitor_json.query_block_graph()))
-        for disk, root in filtered:
-            if disk.node not in graph.children_of(root):
+        graph = self._graph()
+        for disk, drive, root in filtered:
+            if not graph.is_filtered(root, disk.node):
                 raise _other_image(disk, root)
+            backup.check_owned(drive, graph)
 
     def _check_nodes(self) -> None:
         """The same where a disk is a node that no node is over: an overlay is, now."""
-        graph = block.parse_graph(self.qemu.execute(monitor_json.query_block_graph()))
+        graph = self._graph()
         for disk in self.plan.disks:
             for node in graph.nodes_over(disk.node):
                 # QEMU names what is a job's own so, and whatever is given no name.
@@ -230,7 +271,23 @@ class Run:
 
     def exports(self) -> None:
         """Show every frozen disk under its export name."""
-        self._each(self.plan.export_commands)
+        try:
+            self._each(self.plan.export_commands)
+        except errors.Error as failure:
+            self._check_jobs(failure)
+            raise
+
+    def _check_jobs(self, refusal: errors.Error) -> None:
+        """Say it, in place of a REFUSAL of QEMU's, where a job has ended, and with it the node that
+        was to be shown. Errors: VIR_ERR_OPERATION_FAILED."""
+        spoken = self.plan.dialect
+        jobs = spoken.parse_jobs(self.qemu.execute(spoken.query_jobs()))
+        for disk in self.plan.disks:
+            if (reason := blockjob.job_reason(jobs.get(disk.job))) is not None:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}': {reason}, as the backup began",
+                ) from refusal
 
     def give_way(self) -> str | None:
         """Let QEMU give the disks away in the middle of it, where that can be. What it refuses of

@@ -30,7 +30,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 7
+VERSION = 8
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -54,6 +54,8 @@ class DiskStatus:
     """The live disk's root node at the start."""
     device: str | None
     """The device's place in QEMU's object tree; None where there was none to be asked about."""
+    stores: tuple[naming.NodeName, ...]
+    """As ``backup.DiskPlan``, in order."""
     export: naming.ExportId
     exportname: str
     job: naming.JobId
@@ -168,12 +170,13 @@ def parse(text: str) -> Status:
 
 
 def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
+    stores = tuple(map(naming.NodeName, fields.pop("stores")))
     branch = fields.pop("branch")
     if branch is not None:
         since = branch.pop("since")
         point = None if since is None else naming.Point(**since)
         branch = BranchStatus(since=point, **branch)
-    return DiskStatus(branch=branch, **fields)
+    return DiskStatus(branch=branch, stores=stores, **fields)
 
 
 def format(status: Status) -> str:

@@ -224,14 +224,14 @@ class Info:
                     yield "block-job", job.id, role, name, [], _ANYTHING
             if job.filter is not None and self._old_words:
                 root = job.source if job.status == "concluded" else job.filter
-                yield "block-backend", f"\0{job.id}", "root", root, _READ, _ANYTHING
+                yield "block-backend", f"\0job {job.id}", "root", root, _READ, _ANYTHING
         for device in self._state.devices:
             if device.root is not None:
                 perm = _READ if self._state.nodes[device.root].readonly else _WRITE
                 yield "block-backend", device.name, "root", device.root, perm, _READ
         for export in self._state.exports.values():
             # A backend without a name; the mark keeps two of them apart.
-            yield "block-backend", f"\0{export.id}", "root", export.node, _READ, _WRITE
+            yield "block-backend", f"\0export {export.id}", "root", export.node, _READ, _WRITE
 
     def jobs(self) -> list[Message]:
         return [
