@@ -68,9 +68,10 @@ class Control:
         if path == "-":
             self._trace = sys.stderr
             return
+        local = local_path(path)
         try:
             # Open for as long as the process lives: connections come and go.
-            self._trace = _Trace(pathlib.Path(path).open("wb"))  # noqa: SIM115
+            self._trace = _Trace(local.open("wb"))  # noqa: SIM115
         except OSError as error:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
         self._trace_path = path
@@ -166,8 +167,9 @@ def set_logging(level: int | None, path: str | None = None) -> None:
     line = "%(levelname)s %(name)s: %(message)s"
     if path is not None:
         line = f"%(asctime)s %(process)d {line}"
+        local = local_path(path)
         try:
-            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            handler = logging.FileHandler(local, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
     logging.basicConfig(level=levels[level or 0], format=line, handlers=[handler])
@@ -264,7 +266,18 @@ def is_loopback(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-# --- what is read ---------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
+
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.DOTALL | re.IGNORECASE)
+
+
+def local_path(given: str, status: int = vsh.FAILED) -> pathlib.Path:
+    """The path that GIVEN is. Errors: Failure with STATUS where it is a URI, of whatever scheme: as
+    a path, it would be taken for one of that odd name."""
+    if _URI.fullmatch(given):
+        hint = f"That name as a path: ./{given}"
+        raise vsh.Failure(f"'{given}' is a URI: expected a path", hint, status)
+    return pathlib.Path(given)
 
 
 def read_document(path: str) -> str:
@@ -272,7 +285,7 @@ def read_document(path: str) -> str:
     try:
         if path == "-":
             return _read_bounded(path, sys.stdin.buffer)
-        with pathlib.Path(path).open("rb") as file:
+        with local_path(path).open("rb") as file:
             return _read_bounded(path, file)
     except OSError as error:
         raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
