@@ -15,19 +15,32 @@ from collections.abc import Iterator
 Process = tuple[int, int]
 """(pid, start in clock ticks since boot): a process for good, as pids are used again."""
 
+_PATHS = ("VIRTBACKUP_CONF", "VIRTBACKUP_SCRATCH_DIR", "VIRTBACKUP_STATE_DIR")
 _UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
+
+
+def settle_paths() -> None:
+    """Have the environment's paths of ours lead where they do now, wherever this process goes to."""
+    for name in _PATHS:
+        if given := os.environ.get(name):
+            os.environ[name] = str(pathlib.Path(given).absolute())
 
 
 def directory() -> pathlib.Path:
     """Where our files live: $VIRTBACKUP_STATE_DIR, root's /run/virtbackup, or the user's."""
     if own := os.environ.get("VIRTBACKUP_STATE_DIR"):
-        return pathlib.Path(own)
+        return pathlib.Path(own).absolute()
     if os.geteuid() == 0:
         return pathlib.Path("/run/virtbackup")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = pathlib.Path(runtime) if runtime else pathlib.Path.home() / ".cache"
-    return base / "virtbackup"
+    return (users_directory("XDG_RUNTIME_DIR") or pathlib.Path.home() / ".cache") / "virtbackup"
+
+
+def users_directory(variable: str) -> pathlib.Path | None:
+    """What VARIABLE names; None where it does not, or by a relative path, which is not one for all
+    that the user runs (XDG base directory specification)."""
+    given = os.environ.get(variable, "")
+    return pathlib.Path(given) if given.startswith("/") else None
 
 
 def make_directory() -> pathlib.Path:

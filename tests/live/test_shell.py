@@ -104,6 +104,28 @@ def test_whole_session(machine: machines.Machine, run: Run, tmp_path: pathlib.Pa
     assert machine.state() == before
 
 
+def test_paths_of_the_environment_are_those_of_the_start(
+    machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    """Where the shell goes to meanwhile; what is typed is from where it is, as in virsh."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "x.xml").write_text(_document(tmp_path))
+    (tmp_path / "conf").write_text("")
+    paths = {"STATE_DIR": "state", "SCRATCH_DIR": "scratch", "CONF": "conf"}
+    done = subprocess.run(
+        [*PROGRAM, "-c", machine.uri],
+        input="cd scratch\nbackup-start 1 ../x.xml\ncd /\nbackup-info 1\nbackup-stop 1\n",
+        env={**os.environ, **{f"VIRTBACKUP_{name}": path for name, path in paths.items()}},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Domain backup stopped" in done.stdout
+    assert (tmp_path / "state").is_dir()
+
+
 def test_start_from_stdin_and_cancel(
     machine: machines.Machine, run: Run, tmp_path: pathlib.Path
 ) -> None:

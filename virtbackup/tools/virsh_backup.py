@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import virtbackup
+from virtbackup import runtime
 from virtbackup.tools import (
     virsh_branch,
     virsh_compare,
@@ -526,6 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     _mend_streams()
+    runtime.settle_paths()
     arguments = list(argv)
     control = virsh_connection.Control(virsh_connection.default_uri())
     shell = vsh.Shell(TABLE, control, virsh_connection.describe)
