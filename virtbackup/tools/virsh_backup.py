@@ -383,7 +383,8 @@ _JSON_OF_START = dataclasses.replace(
 COMMANDS = (
     vsh.Command(
         "backup-cleanup", GROUP.keyword, "Remove what a crash left of a backup",
-        "Remove what a backup left behind whose manager was killed; a running backup stays.",
+        "Remove what a backup left behind whose manager was killed; a running backup stays. Where\n"
+        "no stop came to tell that it was not good, this does.",
         (virsh_connection.DOMAIN, virsh_connection.JSON),
         _cleanup,
     ),
