@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests import waiting
-from tests.live import machines, terminals
+from tests.live import machines, places, terminals
 from virtbackup.conf import backup_conf
 from virtbackup.tools import virsh_backup, vsh
 
@@ -538,3 +538,42 @@ def test_list_takes_virshs_forms(form: str, capsys: pytest.CaptureFixture[str]) 
         re.sub(r"\S+", "x", ours).split("\n")[0]
         == re.sub(r"\S+", "x", theirs.stdout).split("\n")[0]
     )
+
+
+@pytest.mark.needs("virsh", "qemu-nbd", "losetup")
+def test_disks_are_listed_as_virsh_lists_them(tmp_path: pathlib.Path) -> None:
+    """Of a QEMU by its QMP socket, and of a domain with the same disks."""
+    image, socket = machines.image(tmp_path / "a.raw", 4 << 20), tmp_path / "nbd.sock"
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(places.block_device(tmp_path / "device", 4 << 20))
+        argv = ["qemu-nbd", "-t", "-e", "4", "-f", "raw", "-k", str(socket), "-x", "a b/c", image]
+        server = stack.enter_context(subprocess.Popen(argv))
+        stack.callback(server.kill)
+        waiting.until(socket.is_socket, process=server)
+        options, disks = list[str](), ""
+        for target, driver, place, kind, source in [
+            ("vda", "host_device", f"filename={device}", "block", f"dev='{device}'"),
+            ("vdb", "nbd", f"server.type=unix,file.server.path={socket},file.export=a b/c",
+             "network", "protocol='nbd' name='a b/c'"),
+            ("vdc", "file", f"filename={tmp_path}/c.raw", "file", f"file='{tmp_path}/c.raw'"),
+        ]:  # fmt: skip
+            (tmp_path / "c.raw").write_bytes(bytes(4 << 20))
+            node = f"raw,node-name=n-{target},file.driver={driver},file.{place}"
+            options += ["-blockdev", f"driver={node}"]
+            options += ["-device", f"virtio-blk,drive=n-{target},id={target}"]
+            disks += f"<disk type='{kind}'><source {source}/><target dev='{target}'/></disk>"
+        machine = stack.enter_context(machines.qemu(tmp_path, *options))
+        (tmp_path / "vm.xml").write_text(
+            "<domain type='test'><name>vm</name><memory>65536</memory><os><type>hvm</type></os>"
+            f"<devices>{disks}</devices></domain>"
+        )
+        define = f"define {tmp_path}/vm.xml; domblklist vm"
+        for form in ("", " --details"):
+            theirs = subprocess.run(
+                [*VIRSH, "-q", define + form], capture_output=True, text=True, check=True
+            )
+            ours = subprocess.run(
+                [*PROGRAM, "-c", machine.uri, "-q", f"domblklist 1{form}"],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            assert sorted(ours.stdout.splitlines()) == sorted(theirs.stdout.splitlines())
