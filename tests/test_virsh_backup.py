@@ -428,6 +428,9 @@ def test_what_a_domain_is_called(run: Run) -> None:
     assert run("domname", uuid) == (0, "vm1\n", "")
     assert run("domuuid", "1") == (0, f"{uuid}\n", "")
     assert run("domstate", "off") == (0, "shut off\n", "")
+    assert run("domstate", "vm1", "--reason") == (0, "running (unknown)\n", "")
+    told = json.loads(run("domstate", "off", "--reason", "--json")[1])
+    assert told == {"domain": "off", "state": "shut off", "reason": "unknown"}
     assert domain_conf.DomainDef.parse(run("dumpxml", "vm1")[1]).name == "vm1"
 
 

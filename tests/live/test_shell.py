@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
 from tests import waiting
 from tests.live import machines, places, terminals
 from virtbackup.conf import backup_conf
-from virtbackup.tools import virsh_backup, vsh
+from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -577,3 +578,37 @@ def test_disks_are_listed_as_virsh_lists_them(tmp_path: pathlib.Path) -> None:
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             assert sorted(ours.stdout.splitlines()) == sorted(theirs.stdout.splitlines())
+
+
+@pytest.mark.needs("virsh")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--xpath //name",
+        "--xpath '//name|//uuid'",
+        "--xpath //devices/disk",
+        "--xpath //disk/@type",
+        "--xpath '//name/text()'",
+        "--xpath //nope",
+        "--xpath '//disk|//name' --wrap",
+        "--xpath //nope --wrap",
+        "--wrap",
+        "--xpath 'count(//name)'",
+    ],
+)
+def test_nodes_are_printed_as_virsh_prints_them(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"dumpxml test {words}"
+    argv = [*VIRSH, "-q", line]
+    theirs = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    document = subprocess.check_output([*VIRSH, "-q", "dumpxml test"], text=True)
+    shell = vsh.Shell(virsh_backup.TABLE, None, lambda error: None)
+    call = vsh.parse(virsh_backup.TABLE, vsh.split(line)[0])
+
+    def printed() -> None:
+        virsh_connection.print_xml(cast("Any", shell), call.args, document)
+
+    status = shell.guard(printed)
+    out = capsys.readouterr().out
+    assert (status, out.strip()) == (theirs.returncode, theirs.stdout.strip())

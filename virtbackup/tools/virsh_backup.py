@@ -232,7 +232,8 @@ def _stop_domain(
 
 
 def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print_document(virsh_connection.domain(shell, args).backupGetXMLDesc())
+    document = virsh_connection.domain(shell, args).backupGetXMLDesc()
+    virsh_connection.print_xml(shell, args, document)
 
 
 def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -391,7 +392,7 @@ COMMANDS = (
     vsh.Command(
         "backup-dumpxml", GROUP.keyword, "Dump XML of the running backup",
         "Print the running backup with every default filled in.",
-        (virsh_connection.DOMAIN,),
+        (virsh_connection.DOMAIN, *virsh_connection.XPATH),
         _dumpxml,
     ),
     vsh.Command(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
+import html
 import io
 import ipaddress
 import logging
@@ -227,6 +228,12 @@ JSON_LINES = vsh.Option("json", vsh.Kind.BOOL, "print what happens as lines of J
 QUIESCE = vsh.Option("quiesce", vsh.Kind.BOOL, "quiesce guest's file systems")
 
 
+XPATH = (
+    vsh.Option("xpath", vsh.Kind.STRING, "xpath expression to filter the XML document"),
+    vsh.Option("wrap", vsh.Kind.BOOL, "wrap xpath results in an common root element"),
+)
+"""Of what prints a document: see ``print_xml``."""
+
 INSECURE = vsh.Option(
     "insecure", vsh.Kind.BOOL, "no warning of exports that a network can read without TLS"
 )
@@ -304,6 +311,40 @@ def _read_bounded(path: str, file: BinaryIO) -> str:
 
 
 # --- what is printed ------------------------------------------------------------------------------
+
+
+def print_xml(shell: Shell, args: vsh.Args, document: str) -> None:
+    """Print DOCUMENT, or the nodes of it that are asked for by XPATH. Errors: Failure."""
+    expression = args.optional("xpath")
+    if expression is None:
+        shell.print_document(document)
+        return
+    from lxml import etree
+
+    try:
+        found = etree.fromstring(document).xpath(expression)
+    except etree.XPathError as error:
+        raise vsh.Failure(f"Incorrect xpath '{expression}': {error}") from error
+    if not isinstance(found, list):
+        raise vsh.Failure(f"Incorrect xpath '{expression}': it gives no nodes")
+    texts = [_node(one) for one in found]
+    if args.flag("wrap"):
+        wrapped = etree.fromstring(f"<nodes>{''.join(texts)}</nodes>")
+        texts = [_node(wrapped)]
+    for text in texts:
+        shell.print(text)
+
+
+def _node(found: object) -> str:
+    """An element, an attribute or a text of a document, as a document has it."""
+    from lxml import etree
+
+    if isinstance(found, etree._Element):
+        etree.indent(found)
+        return etree.tostring(found, encoding="unicode", with_tail=False)
+    text = html.escape(str(found))
+    name = getattr(found, "attrname", None)
+    return text if name is None else f' {name}="{text}"'
 
 
 def print_pairs(shell: Shell, pairs: Iterable[tuple[str, str]]) -> None:
