@@ -16,6 +16,7 @@ Process = tuple[int, int]
 """(pid, start in clock ticks since boot): a process for good, as pids are used again."""
 
 _PATHS = ("VIRTBACKUP_CONF", "VIRTBACKUP_SCRATCH_DIR", "VIRTBACKUP_STATE_DIR")
+_TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 
@@ -99,6 +100,41 @@ def peer_of(connected: socket.socket) -> tuple[int, int, int]:
     told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(told)
     return pid, uid, gid
+
+
+def not_accepted_by(connected: socket.socket) -> int:
+    """The process that listens where a TCP connection leads, and has not accepted it; 0 where there
+    is none, or it cannot be seen from here: it is of another machine, or of another network
+    (proc(5)). Errors: OSError."""
+    here, there = (f":{name[1]:04X}" for name in (connected.getsockname(), connected.getpeername()))
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    ours = [row for row in rows if row[1].endswith(there) and row[2].endswith(here)]
+    if [row[9] for row in ours] != [
+        "0"
+    ]:  # one that is accepted is some process's, and has an inode
+        return 0
+    listens = {row[9] for row in rows if row[1].endswith(there) and row[3] == _TCP_LISTEN}
+    found = {pid for pid in map(int, _numbers("/proc")) if _sockets(pid) & listens}
+    return found.pop() if len(found) == 1 else 0
+
+
+def _sockets(pid: int) -> set[str]:
+    """The inodes of the sockets that process PID has; none where we may not look."""
+    found = set()
+    for number in _numbers(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return {name.removeprefix("socket:[").removesuffix("]") for name in found}
+
+
+def _numbers(directory: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return list(filter(str.isdecimal, os.listdir(directory)))  # noqa: PTH208
+    return []
 
 
 def this_process() -> Process:

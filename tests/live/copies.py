@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 import xxhash
 
 from tests import waiting
-from tests.live import nbdclient
+from tests.live import nbdclient, places
 from virtbackup.nbd import checksum, connection
 
 BLOCK = checksum.BLOCK
@@ -67,10 +67,21 @@ def qemu_nbd(directory: pathlib.Path, *argv: str) -> Iterator[Server]:
         yield Server(process, connection.Export(str(path), "disk"))
 
 
-def accepts(path: pathlib.Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
+@contextlib.contextmanager
+def qemu_nbd_on_a_port(*argv: str) -> Iterator[Server]:
+    """The same on a TCP port."""
+    where = ("127.0.0.1", places.free_port())
+    command = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "disk", *argv]
+    command += ["-b", where[0], "-p", str(where[1])]
+    with running(command, lambda: accepts(where)) as process:
+        yield Server(process, connection.Export(where, "disk"))
+
+
+def accepts(where: pathlib.Path | tuple[str, int]) -> bool:
+    family = socket.AF_UNIX if isinstance(where, pathlib.Path) else socket.AF_INET
+    with socket.socket(family) as client:
         try:
-            client.connect(str(path))
+            client.connect(str(where) if isinstance(where, pathlib.Path) else where)
         except OSError:
             return False
         return True
@@ -129,8 +140,8 @@ def defined_checksum(disk: bytes, held: Collection[int] | None = None) -> str:
     blocks = range(-(-len(disk) // BLOCK))
     for is_held, run in itertools.groupby(blocks, lambda block: held is None or block in held):
         if is_held:
-            places = (block * BLOCK for block in run)
-            entries += [xxhash.xxh3_128_digest(disk[at : at + BLOCK]) for at in places]
+            starts = (block * BLOCK for block in run)
+            entries += [xxhash.xxh3_128_digest(disk[at : at + BLOCK]) for at in starts]
         else:
             entries.append(len(list(run)).to_bytes(16, "big"))
     value: str = xxhash.xxh3_128_hexdigest(b"".join(entries))

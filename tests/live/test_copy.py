@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The data mover against real servers, good and bad: nbdkit with its filters, QEMU's own."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -275,13 +276,24 @@ def leave_no_descriptor(pid: int) -> int:
     return limit
 
 
+def serve_disk(
+    directory: pathlib.Path, address: str
+) -> contextlib.AbstractContextManager[copies.Server]:
+    """1 MiB of zeroes, by a qemu-nbd on an ADDRESS of that kind."""
+    (directory / "disk").write_bytes(bytes(MIB))
+    argv = ("-f", "raw", str(directory / "disk"))
+    return (
+        copies.qemu_nbd(directory, *argv) if address == "unix" else copies.qemu_nbd_on_a_port(*argv)
+    )
+
+
+@pytest.mark.parametrize("address", ["unix", "ip"])
 def test_a_server_without_a_free_descriptor(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     """It would let clients wait for ever."""
     monkeypatch.setattr(polling, "PATIENCE", 0.5)
-    (tmp_path / "disk").write_bytes(bytes(MIB))
-    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+    with serve_disk(tmp_path, address) as server:
         pid = server.process.pid
         limit = leave_no_descriptor(pid)
         error = refused(tmp_path, server.export)
@@ -291,12 +303,12 @@ def test_a_server_without_a_free_descriptor(
     )
 
 
+@pytest.mark.parametrize("address", ["unix", "ip"])
 def test_a_server_that_stands_still_is_waited_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setattr(polling, "PATIENCE", 0.1)
-    (tmp_path / "disk").write_bytes(bytes(MIB))
-    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+    with serve_disk(tmp_path, address) as server:
         waiting.stop(server.process)
         timer = threading.Timer(1.0, server.process.send_signal, (signal.SIGCONT,))
         timer.start()
