@@ -22,7 +22,7 @@ _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 
 
 def settle_paths() -> None:
-    """Have the environment's paths of ours lead where they do now, wherever this process goes to."""
+    """Have the environment's paths of ours lead where they do now, wherever this process goes."""
     for name in _PATHS:
         if given := os.environ.get(name):
             os.environ[name] = str(pathlib.Path(given).absolute())
@@ -112,10 +112,8 @@ def not_accepted_by(connected: socket.socket) -> int:
         for table in ("tcp", "tcp6")
         for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]
     ]
-    ours = [row for row in rows if row[1].endswith(there) and row[2].endswith(here)]
-    if [row[9] for row in ours] != [
-        "0"
-    ]:  # one that is accepted is some process's, and has an inode
+    theirs = [row[9] for row in rows if row[1].endswith(there) and row[2].endswith(here)]
+    if theirs != ["0"]:  # the other end: once it is accepted, it has an inode
         return 0
     listens = {row[9] for row in rows if row[1].endswith(there) and row[3] == _TCP_LISTEN}
     found = {pid for pid in map(int, _numbers("/proc")) if _sockets(pid) & listens}
@@ -127,7 +125,7 @@ def _sockets(pid: int) -> set[str]:
     found = set()
     for number in _numbers(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            found.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+            found.add(str(pathlib.Path(f"/proc/{pid}/fd/{number}").readlink()))
     return {name.removeprefix("socket:[").removesuffix("]") for name in found}
 
 

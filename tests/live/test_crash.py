@@ -107,7 +107,7 @@ def test_the_verdict_of_a_stop_that_was_killed_is_told(tmp_path: pathlib.Path) -
         callers.Caller(between.uri) as caller,
     ):
         before = machine.state()
-        number, told = 0, []
+        number, told = 0, list[str]()
         while not number or told[-1]:
             between.disarm()
             with virtbackup.open(between.uri) as conn:
@@ -126,7 +126,8 @@ def test_the_verdict_of_a_stop_that_was_killed_is_told(tmp_path: pathlib.Path) -
 def _told_after_a_kill(
     between: proxy.Proxy, caller: callers.Caller, pid: int, number: int, dom: virtbackup.Domain
 ) -> str:
-    """Who told the verdict after the stop, process PID, was killed before its command NUMBER; empty: it did."""
+    """Who told the verdict after the stop, process PID, was killed before its command NUMBER;
+    empty: it did."""
     verdict = "the backup is not good: .*disk 'sdb': (its backup job ended: Operation canceled|{})"
     verdict = verdict.format("the process that was stopping it did not come to an end")
     between.kill_client = lambda: os.kill(pid, signal.SIGKILL)

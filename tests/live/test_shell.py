@@ -547,7 +547,19 @@ def test_disks_are_listed_as_virsh_lists_them(tmp_path: pathlib.Path) -> None:
     image, socket = machines.image(tmp_path / "a.raw", 4 << 20), tmp_path / "nbd.sock"
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(places.block_device(tmp_path / "device", 4 << 20))
-        argv = ["qemu-nbd", "-t", "-e", "4", "-f", "raw", "-k", str(socket), "-x", "a b/c", image]
+        argv = [
+            "qemu-nbd",
+            "-t",
+            "-e",
+            "4",
+            "-f",
+            "raw",
+            "-k",
+            str(socket),
+            "-x",
+            "a b/c",
+            str(image),
+        ]
         server = stack.enter_context(subprocess.Popen(argv))
         stack.callback(server.kill)
         waiting.until(socket.is_socket, process=server)

@@ -224,7 +224,9 @@ def test_qemu_restarted_on_the_same_socket(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_cleanup_tells_the_verdict_that_nobody_was_told(tmp_path: pathlib.Path, again: bool) -> None:
+def test_cleanup_tells_the_verdict_that_nobody_was_told(
+    tmp_path: pathlib.Path, again: bool
+) -> None:
     """Where the stop can tell it no more: QEMU was killed, and perhaps there is another one."""
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)

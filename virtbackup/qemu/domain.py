@@ -273,8 +273,8 @@ def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain
 
 
 def _as_seen_here(disk: domain_conf.DiskDef) -> domain_conf.DiskDef:
-    """DISK, as that of a block device where it is one. QEMU does not say; and what is not of /dev is
-    not looked at, as its file system may hang."""
+    """DISK, as that of a block device where it is one, which QEMU does not say. What is not in /dev
+    is not looked at, as its file system may hang."""
     if disk.source is not None and disk.source.startswith("/dev/"):
         with contextlib.suppress(OSError, ValueError):
             if stat.S_ISBLK(os.stat(disk.source).st_mode):  # noqa: PTH116  (it need not be a path)

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import libvirt
 
@@ -295,7 +295,8 @@ class BackupJob:
         return _ask(session, self._file.load()).disks
 
     def cleanup(self) -> list[str]:
-        """Remove what a crash left; a line for each thing, a bad verdict that nobody was told first.
+        """Remove what a crash left; a line for each thing, a bad verdict first that nobody knows.
+
         Errors: VIR_ERR_OPERATION_INVALID while a backup runs."""
         with self._file.locked():
             left = self._file.load()
@@ -577,7 +578,7 @@ def _untold(
     left: status.Status | None, judge: Callable[[status.Status], dict[str, str]]
 ) -> list[str]:
     """A line of why the backup LEFT is not good, as its stop would have told, by the verdict that
-    one has reached, else as JUDGE finds; none where a stop has told it, or nobody wanted to know."""
+    one has reached, else as JUDGE finds; none where one has told it, or nobody wanted to know."""
     if left is None or left.told or left.cancelled or left.phase == "starting":
         return []
     reasons = judge(left) if left.verdict is None else left.verdict

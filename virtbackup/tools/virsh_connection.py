@@ -72,7 +72,7 @@ class Control:
         local = local_path(path)
         try:
             # Open for as long as the process lives: connections come and go.
-            self._trace = _Trace(local.open("wb"))  # noqa: SIM115
+            self._trace = _Trace(local.open("wb"))
         except OSError as error:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
         self._trace_path = path
