@@ -71,17 +71,23 @@ def qemu_nbd(directory: pathlib.Path, *argv: str) -> Iterator[Server]:
 def qemu_nbd_on_a_port(*argv: str) -> Iterator[Server]:
     """The same on a TCP port."""
     where = ("127.0.0.1", places.free_port())
-    command = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "disk", *argv]
-    command += ["-b", where[0], "-p", str(where[1])]
-    with running(command, lambda: accepts(where)) as process:
+    command = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "disk", "-b", where[0], "-p", str(where[1])]
+    with running([*command, *argv], lambda: _greets(where)) as process:
         yield Server(process, connection.Export(where, "disk"))
 
 
-def accepts(where: pathlib.Path | tuple[str, int]) -> bool:
-    family = socket.AF_UNIX if isinstance(where, pathlib.Path) else socket.AF_INET
-    with socket.socket(family) as client:
+def _greets(where: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(where) as client:
+            return client.recv(8) == b"NBDMAGIC"
+    except OSError:
+        return False
+
+
+def accepts(path: pathlib.Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
         try:
-            client.connect(str(where) if isinstance(where, pathlib.Path) else where)
+            client.connect(str(path))
         except OSError:
             return False
         return True

@@ -263,10 +263,12 @@ def leave_no_descriptor(pid: int) -> int:
     opened = pathlib.Path(f"/proc/{pid}/fd")
 
     def only_listens() -> bool:
+        """And has none among its first descriptors that it is about to open or has just closed."""
         try:
-            return sum("socket:" in str(one.readlink()) for one in opened.iterdir()) == 1
+            found = {int(one.name): str(one.readlink()) for one in opened.iterdir()}
         except FileNotFoundError:  # closed meanwhile
             return False
+        return max(found) < len(found) and sum("socket:" in it for it in found.values()) == 1
 
     waiting.until(only_listens)
     used = {int(one.name) for one in opened.iterdir()}
