@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from virtbackup.conf import domain_conf
 from virtbackup.qemu import block, monitor_json, naming, qmp
 
 DATA = pathlib.Path(__file__).parent / "qemublockdata"
@@ -15,6 +16,28 @@ VERSIONS = sorted(path.name for path in DATA.iterdir())
 
 def recorded(version: str, state: str, command: str) -> Any:
     return json.loads((DATA / version / state / f"{command}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("filename", "type", "source"),
+    [
+        ("/images/a:b.qcow2", "file", "/images/a:b.qcow2"),
+        ("nbd://127.0.0.1:10809/a%20b", "network", "a b"),
+        ("nbd+unix:///ex/p?socket=/run/nbd.sock", "network", "ex/p"),
+        ("nbd://[::1]:10809", "network", "nbd"),
+        ("nbd+unix://?socket=/run/nbd.sock", "network", "nbd"),
+        ("rbd:pool/image:id=admin:mon_host=a\\:6789", "network", "pool/image"),
+        ("iscsi://10.0.0.1/iqn.2013-07.com.example:x/1", "network", "iqn.2013-07.com.example:x/1"),
+        ("https://host/a/b.img", "network", "a/b.img"),
+        ('json:{"driver": "null-co"}', "file", 'json:{"driver": "null-co"}'),
+    ],
+)
+def test_what_a_medium_is_in_libvirts_words(filename: str, type: str, source: str) -> None:
+    medium = block.Medium(naming.NodeName("A"), "raw", filename, 512, readonly=False)
+    told = block.Disk("vda", medium, None).definition()
+    assert (told.type, told.source) == (type, source)
+    again = domain_conf.DomainDef("vm", "uuid", None, (told,))
+    assert domain_conf.DomainDef.parse(again.format()) == again
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "api": {"errors", "conf", "hypervisor", "access"},
     "extend": {"errors", "conf", "hypervisor", "access", "api"},
     "runtime": set(),
-    "config": {"errors", "conf"},
+    "config": {"errors", "conf", "runtime"},
     "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "config", "qemu"},
     "test": {"errors", "hypervisor", "runtime", "qemu", "test"},
     # conf: its dataclasses are the values of the driver interface.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """That files of ours of which somebody made something else are told, and not waited for."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -12,7 +13,7 @@ from types import FrameType
 
 import pytest
 
-from tests.live import places
+from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
 from virtbackup import errors
 from virtbackup.qemu import scratch, status
@@ -80,7 +81,14 @@ def full(tmp_path: pathlib.Path) -> Iterator[status.StatusFile]:
         yield file
 
 
-def test_a_status_without_room_is_the_old_or_the_new_one(full: status.StatusFile) -> None:
+EXCHANGES = pytest.mark.parametrize("exchanges", [True, pytest.param(False, marks=refusing.needs)])
+"""Whether the file system can exchange two files' names in one step."""
+
+
+@EXCHANGES
+def test_a_status_without_room_is_the_old_or_the_new_one(
+    full: status.StatusFile, exchanges: bool
+) -> None:
     """Wherever who writes it is killed, as before each call of a function of the system's."""
     old = full.load()
     assert old is not None
@@ -89,6 +97,8 @@ def test_a_status_without_room_is_the_old_or_the_new_one(full: status.StatusFile
     for step in steps:
         full.save(old)
         if (child := os.fork()) == 0:
+            if not exchanges:
+                refusing.refuse_exchange()
             sys.setprofile(_Killing(step))
             full.save(new)
             os._exit(0)
@@ -118,14 +128,23 @@ class _Killing:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_who_reads_a_status_without_room_finds_one(full: status.StatusFile) -> None:
-    """At any time, and without its lock."""
+@EXCHANGES
+def test_who_reads_a_status_without_room_finds_one(
+    full: status.StatusFile, exchanges: bool
+) -> None:
+    """At any time, and without its lock. Where names are not exchanged, what a reader has open
+    takes its room yet, so that a write may be refused meanwhile."""
     old = full.load()
     assert old is not None
     new = dataclasses.replace(old, definition="new" * 2900, phase="stopping")
     if (child := os.fork()) == 0:
+        refused: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not exchanges:
+            refusing.refuse_exchange()
+            refused = contextlib.suppress(errors.Error)
         for one in [new, old] * 1000:
-            full.save(one)
+            with refused:
+                full.save(one)
         os._exit(0)
     count = 0
     while not os.waitpid(child, os.WNOHANG)[0]:

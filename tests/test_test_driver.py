@@ -627,6 +627,7 @@ def test_monitor_replay_ends_when_interrupted(state: pathlib.Path, by: signal.Si
     ("words", "text"),
     [
         (["/no/where"], "cannot read '/no/where': No such file or directory"),
+        (["/dev/zero"], "'/dev/zero': it has more than 67108864 characters"),
         (["setup.cfg"], "'setup.cfg': line 1: not JSON"),
         (
             [str(RECORDINGS / "qemu-7.2.22.jsonl"), "--socket", "/no/where/x"],

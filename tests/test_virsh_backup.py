@@ -198,6 +198,41 @@ def test_misuse_of_the_program(argv: list[str], message: str, run: Run) -> None:
     assert run(*argv) == (2, "", f"error: {message}\n")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["backup-pull", "vm1", "{}"],
+        ["backup-pull", "vm1", "d", "--xml={}"],
+        ["backup-pull", "vm1", "d", "--target=vda={}"],
+        ["backup-list", "{}"],
+        ["backup-verify", "d", "--device=vda={}"],
+        ["backup-map", "vm1", "--output={}.svg"],
+        ["backup-prune", "{}", "--keep=2"],
+        ["backup-restore", "{}", "out"],
+        ["backup-serve", "{}"],
+        ["backup-start", "vm1", "{}"],
+        ["monitor-diff", "{}", "b"],
+        ["monitor-record", "{}"],
+        ["monitor-replay", "{}"],
+        ["monitor-replay", "f", "--socket={}"],
+        ["translate", "{}", "--to=native"],
+        ["--log={}", "uri"],
+        ["--trace={}", "uri"],
+    ],
+)
+@pytest.mark.parametrize("uri", ["ssh://host/x", "nbd://host/x", "file:///x", "S3://x"])
+def test_uri_for_a_path(
+    words: list[str], uri: str, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be one of that odd name, below the current directory."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*(word.format(uri) for word in words))
+    assert (status, out) == (2 if words[0] == "monitor-diff" else 1, "")
+    uri += ".svg" if words[0] == "backup-map" else ""
+    assert err == f"error: '{uri}' is a URI: expected a path\nThat name as a path: ./{uri}\n"
+    assert not list(tmp_path.iterdir())
+
+
 # --- the program's options ------------------------------------------------------------------------
 
 
@@ -393,6 +428,9 @@ def test_what_a_domain_is_called(run: Run) -> None:
     assert run("domname", uuid) == (0, "vm1\n", "")
     assert run("domuuid", "1") == (0, f"{uuid}\n", "")
     assert run("domstate", "off") == (0, "shut off\n", "")
+    assert run("domstate", "vm1", "--reason") == (0, "running (unknown)\n", "")
+    told = json.loads(run("domstate", "off", "--reason", "--json")[1])
+    assert told == {"domain": "off", "state": "shut off", "reason": "unknown"}
     assert domain_conf.DomainDef.parse(run("dumpxml", "vm1")[1]).name == "vm1"
 
 

@@ -195,6 +195,18 @@ def places(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[path
     return config.places()
 
 
+def test_a_relative_directory_of_the_users_is_none(
+    places: list[pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As XDG's specification has it: it would be another one from directory to directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "virtbackup" / "virtbackup.conf").write_text("insecure = yes")
+    assert config.load().insecure
+    monkeypatch.setenv("XDG_CONFIG_HOME", "home")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert not config.load().insecure
+
+
 def test_the_users_own_decides(places: list[pathlib.Path]) -> None:
     machine, own = places
     assert config.load().files == (str(machine), str(own))

@@ -326,7 +326,8 @@ class Domain:
         return info
 
     def backupCleanup(self, flags: int = 0) -> list[str]:
-        """Remove what a crash left of a backup, and only that; one line for each thing removed."""
+        """Remove what a crash left of a backup, and only that; one line for each thing removed, the
+        verdict of a backup that was not good first where no stop has told it."""
         function = "virDomainBackupCleanup"
         cleanup = self._call(function, "domain_backup_cleanup")
         errors.check_flags(function, flags, 0)

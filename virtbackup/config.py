@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import TYPE_CHECKING
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 
 if TYPE_CHECKING:
     from virtbackup.conf import virtbackup_conf
@@ -18,8 +18,9 @@ def places() -> list[pathlib.Path]:
     """The files, the last to decide."""
     if own := os.environ.get("VIRTBACKUP_CONF"):
         return [pathlib.Path(own)]
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
-    return [MACHINES, pathlib.Path(base, "virtbackup", "virtbackup.conf")]
+    home = os.path.expanduser("~/.config")  # noqa: PTH111
+    base = runtime.users_directory("XDG_CONFIG_HOME") or pathlib.Path(home)
+    return [MACHINES, base / "virtbackup" / "virtbackup.conf"]
 
 
 def load() -> "virtbackup_conf.Settings":

@@ -16,19 +16,33 @@ from collections.abc import Iterator
 Process = tuple[int, int]
 """(pid, start in clock ticks since boot): a process for good, as pids are used again."""
 
+_PATHS = ("VIRTBACKUP_CONF", "VIRTBACKUP_SCRATCH_DIR", "VIRTBACKUP_STATE_DIR")
+_TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
+
+
+def settle_paths() -> None:
+    """Have the environment's paths of ours lead where they do now, wherever this process goes."""
+    for name in _PATHS:
+        if given := os.environ.get(name):
+            os.environ[name] = str(pathlib.Path(given).absolute())
 
 
 def directory() -> pathlib.Path:
     """Where our files live: $VIRTBACKUP_STATE_DIR, root's /run/virtbackup, or the user's."""
     if own := os.environ.get("VIRTBACKUP_STATE_DIR"):
-        return pathlib.Path(own)
+        return pathlib.Path(own).absolute()
     if os.geteuid() == 0:
         return pathlib.Path("/run/virtbackup")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = pathlib.Path(runtime) if runtime else pathlib.Path.home() / ".cache"
-    return base / "virtbackup"
+    return (users_directory("XDG_RUNTIME_DIR") or pathlib.Path.home() / ".cache") / "virtbackup"
+
+
+def users_directory(variable: str) -> pathlib.Path | None:
+    """What VARIABLE names; None where it does not, or by a relative path, which is not one for all
+    that the user runs (XDG base directory specification)."""
+    given = os.environ.get(variable, "")
+    return pathlib.Path(given) if given.startswith("/") else None
 
 
 def make_directory() -> pathlib.Path:
@@ -114,6 +128,39 @@ def is_left_over(path: str) -> bool:
         except OSError:
             return False
     return False
+
+
+def not_accepted_by(connected: socket.socket) -> int:
+    """The process that listens where a TCP connection leads, and has not accepted it; 0 where there
+    is none, or it cannot be seen from here: it is of another machine, or of another network
+    (proc(5)). Errors: OSError."""
+    here, there = (f":{name[1]:04X}" for name in (connected.getsockname(), connected.getpeername()))
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    theirs = [row[9] for row in rows if row[1].endswith(there) and row[2].endswith(here)]
+    if theirs != ["0"]:  # the other end: once it is accepted, it has an inode
+        return 0
+    listens = {row[9] for row in rows if row[1].endswith(there) and row[3] == _TCP_LISTEN}
+    found = {pid for pid in map(int, _numbers("/proc")) if _sockets(pid) & listens}
+    return found.pop() if len(found) == 1 else 0
+
+
+def _sockets(pid: int) -> set[str]:
+    """The inodes of the sockets that process PID has; none where we may not look."""
+    found = set()
+    for number in _numbers(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.add(str(pathlib.Path(f"/proc/{pid}/fd/{number}").readlink()))
+    return {name.removeprefix("socket:[").removesuffix("]") for name in found}
+
+
+def _numbers(directory: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return list(filter(str.isdecimal, os.listdir(directory)))  # noqa: PTH208
+    return []
 
 
 def this_process() -> Process:

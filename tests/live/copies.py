@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 import xxhash
 
 from tests import waiting
-from tests.live import nbdclient
+from tests.live import nbdclient, places
 from virtbackup.nbd import checksum, connection
 
 BLOCK = checksum.BLOCK
@@ -65,6 +65,23 @@ def qemu_nbd(directory: pathlib.Path, *argv: str) -> Iterator[Server]:
     command = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "disk", "-k", str(path), *argv]
     with running(command, lambda: accepts(path)) as process:
         yield Server(process, connection.Export(str(path), "disk"))
+
+
+@contextlib.contextmanager
+def qemu_nbd_on_a_port(*argv: str) -> Iterator[Server]:
+    """The same on a TCP port."""
+    where = ("127.0.0.1", places.free_port())
+    command = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "disk", "-b", where[0], "-p", str(where[1])]
+    with running([*command, *argv], lambda: _greets(where)) as process:
+        yield Server(process, connection.Export(where, "disk"))
+
+
+def _greets(where: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(where) as client:
+            return client.recv(8) == b"NBDMAGIC"
+    except OSError:
+        return False
 
 
 def accepts(path: pathlib.Path) -> bool:
@@ -129,8 +146,8 @@ def defined_checksum(disk: bytes, held: Collection[int] | None = None) -> str:
     blocks = range(-(-len(disk) // BLOCK))
     for is_held, run in itertools.groupby(blocks, lambda block: held is None or block in held):
         if is_held:
-            places = (block * BLOCK for block in run)
-            entries += [xxhash.xxh3_128_digest(disk[at : at + BLOCK]) for at in places]
+            starts = (block * BLOCK for block in run)
+            entries += [xxhash.xxh3_128_digest(disk[at : at + BLOCK]) for at in starts]
         else:
             entries.append(len(list(run)).to_bytes(16, "big"))
     value: str = xxhash.xxh3_128_hexdigest(b"".join(entries))

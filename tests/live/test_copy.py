@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The data mover against real servers, good and bad: nbdkit with its filters, QEMU's own."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -263,10 +264,12 @@ def leave_no_descriptor(pid: int) -> int:
     opened = pathlib.Path(f"/proc/{pid}/fd")
 
     def only_listens() -> bool:
+        """And has none among its first descriptors that it is about to open or has just closed."""
         try:
-            return sum("socket:" in str(one.readlink()) for one in opened.iterdir()) == 1
+            found = {int(one.name): str(one.readlink()) for one in opened.iterdir()}
         except FileNotFoundError:  # closed meanwhile
             return False
+        return max(found) < len(found) and sum("socket:" in it for it in found.values()) == 1
 
     waiting.until(only_listens)
     used = {int(one.name) for one in opened.iterdir()}
@@ -276,13 +279,24 @@ def leave_no_descriptor(pid: int) -> int:
     return limit
 
 
+def serve_disk(
+    directory: pathlib.Path, address: str
+) -> contextlib.AbstractContextManager[copies.Server]:
+    """1 MiB of zeroes, by a qemu-nbd on an ADDRESS of that kind."""
+    (directory / "disk").write_bytes(bytes(MIB))
+    argv = ("-f", "raw", str(directory / "disk"))
+    return (
+        copies.qemu_nbd(directory, *argv) if address == "unix" else copies.qemu_nbd_on_a_port(*argv)
+    )
+
+
+@pytest.mark.parametrize("address", ["unix", "ip"])
 def test_a_server_without_a_free_descriptor(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     """It would let clients wait for ever."""
     monkeypatch.setattr(polling, "PATIENCE", 0.5)
-    (tmp_path / "disk").write_bytes(bytes(MIB))
-    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+    with serve_disk(tmp_path, address) as server:
         pid = server.process.pid
         copy_one(server.export, tmp_path / "before")  # who looked for it has been accepted by now
         limit = leave_no_descriptor(pid)
@@ -293,12 +307,12 @@ def test_a_server_without_a_free_descriptor(
     )
 
 
+@pytest.mark.parametrize("address", ["unix", "ip"])
 def test_a_server_that_stands_still_is_waited_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setattr(polling, "PATIENCE", 0.1)
-    (tmp_path / "disk").write_bytes(bytes(MIB))
-    with copies.qemu_nbd(tmp_path, "-f", "raw", str(tmp_path / "disk")) as server:
+    with serve_disk(tmp_path, address) as server:
         waiting.stop(server.process)
         timer = threading.Timer(1.0, server.process.send_signal, (signal.SIGCONT,))
         timer.start()

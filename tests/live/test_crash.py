@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """We are killed before and after every QMP command; whoever comes next finds all that is ours."""
 
+import os
 import pathlib
+import re
+import signal
 from typing import Literal
 
 import libvirt
@@ -95,3 +98,53 @@ def test_killed_in_the_middle_of_a_stop(
                 break
             number += STEP
         assert number > 5
+
+
+def test_the_verdict_of_a_stop_that_was_killed_is_told(tmp_path: pathlib.Path) -> None:
+    """By whoever comes next: the next stop, or a cleanup once the killed one has come that far."""
+    with (
+        proxy.spoiled(tmp_path) as (machine, between),
+        callers.Caller(between.uri) as caller,
+    ):
+        before = machine.state()
+        number, told = 0, list[str]()
+        while not number or told[-1]:
+            between.disarm()
+            with virtbackup.open(between.uri) as conn:
+                dom = conn.lookupByID(1)
+                dom.backupStart(crashing.document(tmp_path, named=False))
+                jobs = sorted(job["id"] for job in machine.probe("query-jobs"))
+                machine.probe("block-job-cancel", device=jobs[1])
+                machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+                pid = caller.begin("", "backupStop")
+                told.append(_told_after_a_kill(between, caller, pid, number, dom))
+            assert machine.state() == before
+            number += 3
+        assert {"stop", "cleanup"} <= set(told)
+
+
+def _told_after_a_kill(
+    between: proxy.Proxy, caller: callers.Caller, pid: int, number: int, dom: virtbackup.Domain
+) -> str:
+    """Who told the verdict after the stop, process PID, was killed before its command NUMBER;
+    empty: it did."""
+    verdict = "the backup is not good: .*disk 'sdb': (its backup job ended: Operation canceled|{})"
+    verdict = verdict.format("the process that was stopping it did not come to an end")
+    between.kill_client = lambda: os.kill(pid, signal.SIGKILL)
+    between.arm(number, "kill-before")
+    os.kill(pid, signal.SIGCONT)
+    status = caller.end()
+    between.disarm()
+    if status == callers.REFUSED:
+        assert dom.backupCleanup() == []
+        return ""
+    assert status == -signal.SIGKILL
+    try:
+        removed = dom.backupCleanup()
+    except virtbackup.Error as refused:
+        assert "backup-stop ends it" in str(refused)
+        with pytest.raises(virtbackup.Error, match=verdict):
+            dom.backupStop()
+        return "stop"
+    assert re.fullmatch(f"verdict on backup [0-9a-f]{{8}}: {verdict}", removed[0])
+    return "cleanup"

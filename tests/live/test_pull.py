@@ -231,7 +231,7 @@ def test_a_directory_that_is_a_file(
     machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
 ) -> None:
     out.write_text("mine")
-    assert f"{out} exists already" in str(untouched(machine, domain, out))
+    assert f"{out} exists already and is no directory" in str(untouched(machine, domain, out))
     assert "cannot make a backup in" in str(untouched(machine, domain, out / "below"))
     assert out.read_text() == "mine"
 

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
 from tests import waiting
-from tests.live import machines, terminals
+from tests.live import machines, places, terminals
 from virtbackup.conf import backup_conf
-from virtbackup.tools import virsh_backup, vsh
+from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -102,6 +103,28 @@ def test_whole_session(machine: machines.Machine, run: Run, tmp_path: pathlib.Pa
     assert (status, out) == (1, "")
     assert err.startswith("error: Domain backup job id not found")
     assert machine.state() == before
+
+
+def test_paths_of_the_environment_are_those_of_the_start(
+    machine: machines.Machine, tmp_path: pathlib.Path
+) -> None:
+    """Where the shell goes to meanwhile; what is typed is from where it is, as in virsh."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "x.xml").write_text(_document(tmp_path))
+    (tmp_path / "conf").write_text("")
+    paths = {"STATE_DIR": "state", "SCRATCH_DIR": "scratch", "CONF": "conf"}
+    done = subprocess.run(
+        [*PROGRAM, "-c", machine.uri],
+        input="cd scratch\nbackup-start 1 ../x.xml\ncd /\nbackup-info 1\nbackup-stop 1\n",
+        env={**os.environ, **{f"VIRTBACKUP_{name}": path for name, path in paths.items()}},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Domain backup stopped" in done.stdout
+    assert (tmp_path / "state").is_dir()
 
 
 def test_start_from_stdin_and_cancel(
@@ -516,3 +539,88 @@ def test_list_takes_virshs_forms(form: str, capsys: pytest.CaptureFixture[str]) 
         re.sub(r"\S+", "x", ours).split("\n")[0]
         == re.sub(r"\S+", "x", theirs.stdout).split("\n")[0]
     )
+
+
+@pytest.mark.needs("virsh", "qemu-nbd", "losetup")
+def test_disks_are_listed_as_virsh_lists_them(tmp_path: pathlib.Path) -> None:
+    """Of a QEMU by its QMP socket, and of a domain with the same disks."""
+    image, socket = machines.image(tmp_path / "a.raw", 4 << 20), tmp_path / "nbd.sock"
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(places.block_device(tmp_path / "device", 4 << 20))
+        argv = [
+            "qemu-nbd",
+            "-t",
+            "-e",
+            "4",
+            "-f",
+            "raw",
+            "-k",
+            str(socket),
+            "-x",
+            "a b/c",
+            str(image),
+        ]
+        server = stack.enter_context(subprocess.Popen(argv))
+        stack.callback(server.kill)
+        waiting.until(socket.is_socket, process=server)
+        options, disks = list[str](), ""
+        for target, driver, place, kind, source in [
+            ("vda", "host_device", f"filename={device}", "block", f"dev='{device}'"),
+            ("vdb", "nbd", f"server.type=unix,file.server.path={socket},file.export=a b/c",
+             "network", "protocol='nbd' name='a b/c'"),
+            ("vdc", "file", f"filename={tmp_path}/c.raw", "file", f"file='{tmp_path}/c.raw'"),
+        ]:  # fmt: skip
+            (tmp_path / "c.raw").write_bytes(bytes(4 << 20))
+            node = f"raw,node-name=n-{target},file.driver={driver},file.{place}"
+            options += ["-blockdev", f"driver={node}"]
+            options += ["-device", f"virtio-blk,drive=n-{target},id={target}"]
+            disks += f"<disk type='{kind}'><source {source}/><target dev='{target}'/></disk>"
+        machine = stack.enter_context(machines.qemu(tmp_path, *options))
+        (tmp_path / "vm.xml").write_text(
+            "<domain type='test'><name>vm</name><memory>65536</memory><os><type>hvm</type></os>"
+            f"<devices>{disks}</devices></domain>"
+        )
+        define = f"define {tmp_path}/vm.xml; domblklist vm"
+        for form in ("", " --details"):
+            theirs = subprocess.run(
+                [*VIRSH, "-q", define + form], capture_output=True, text=True, check=True
+            )
+            ours = subprocess.run(
+                [*PROGRAM, "-c", machine.uri, "-q", f"domblklist 1{form}"],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            assert sorted(ours.stdout.splitlines()) == sorted(theirs.stdout.splitlines())
+
+
+@pytest.mark.needs("virsh")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--xpath //name",
+        "--xpath '//name|//uuid'",
+        "--xpath //devices/disk",
+        "--xpath //disk/@type",
+        "--xpath '//name/text()'",
+        "--xpath //nope",
+        "--xpath '//disk|//name' --wrap",
+        "--xpath //nope --wrap",
+        "--wrap",
+        "--xpath 'count(//name)'",
+    ],
+)
+def test_nodes_are_printed_as_virsh_prints_them(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"dumpxml test {words}"
+    argv = [*VIRSH, "-q", line]
+    theirs = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    document = subprocess.check_output([*VIRSH, "-q", "dumpxml test"], text=True)
+    shell = vsh.Shell(virsh_backup.TABLE, None, lambda error: None)
+    call = vsh.parse(virsh_backup.TABLE, vsh.split(line)[0])
+
+    def printed() -> None:
+        virsh_connection.print_xml(cast("Any", shell), call.args, document)
+
+    status = shell.guard(printed)
+    out = capsys.readouterr().out
+    assert (status, out.strip()) == (theirs.returncode, theirs.stdout.strip())

@@ -223,6 +223,26 @@ def test_qemu_restarted_on_the_same_socket(tmp_path: pathlib.Path) -> None:
         assert machine.state() == before
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_cleanup_tells_the_verdict_that_nobody_was_told(
+    tmp_path: pathlib.Path, again: bool
+) -> None:
+    """Where the stop can tell it no more: QEMU was killed, and perhaps there is another one."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path, '<disk name="sdb" present="no"/>'))
+        id = dom.backupGetInfo().id
+        machine.kill()
+        with contextlib.ExitStack() as stack:
+            if again:
+                stack.enter_context(machines.two_disks(tmp_path))
+            [dom] = stack.enter_context(virtbackup.open(machine.uri)).listAllDomains()
+            why = "the domain was restarted" if again else "QEMU is gone"
+            told = f"verdict on backup {id}: the backup is not good: disk 'vda': {why}"
+            assert dom.backupCleanup()[0] == told
+            assert not any(line.startswith("verdict") for line in dom.backupCleanup())
+
+
 def test_start_clears_a_dead_backups_status_by_itself(tmp_path: pathlib.Path) -> None:
     scratch = tmp_path / "scratch.qcow2"
     xml = unix(tmp_path, f'<disk name="vda"><source file="{scratch}"/></disk>')

@@ -28,6 +28,8 @@ class DiskDef:
     type: str = "file"
     source: str | None = None
     """A path or name by which people know the medium; None: an empty drive."""
+    protocol: str | None = None
+    """By which a network disk is reached."""
     format: str | None = None
     readonly: bool = False
     capacity: int | None = None
@@ -89,6 +91,7 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         device=element.get("device", "disk"),
         type=kind,
         source=None if source is None else _medium(source, kind),
+        protocol=None if source is None else source.get("protocol"),
         format=None if driver is None else driver.get("type"),
         readonly=element.find("readonly") is not None,
         capacity=None if capacity is None else _number(capacity.text or "0", capacity),
@@ -116,6 +119,8 @@ def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
         etree.SubElement(element, "driver", name="qemu", type=disk.format)
     if disk.source is not None:
         source = etree.SubElement(element, "source")
+        if disk.protocol is not None:
+            source.set("protocol", disk.protocol)
         source.set(_SOURCE_ATTRIBUTE.get(disk.type, "file"), xml.shown(disk.source))
     etree.SubElement(element, "target", dev=disk.target)
     if disk.readonly:

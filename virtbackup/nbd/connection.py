@@ -215,12 +215,13 @@ class Connection:
 
 
 def _why_not_accepted(fd: int) -> str | None:
-    """Why the process behind a unix socket cannot take the connection; None where that is not seen,
-    as it may just be slow."""
+    """Why the process that is called cannot take the connection; None where that is not seen, as it
+    may just be slow."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connected:
-        if connected.family != socket.AF_UNIX:
-            return None
-        pid, _, _ = runtime.peer_of(connected)
+        if connected.family == socket.AF_UNIX:
+            pid, _, _ = runtime.peer_of(connected)
+        else:
+            pid = runtime.not_accepted_by(connected)
         if not pid or pid == os.getpid():  # of another namespace, or listening in another's name
             return None
         limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]

@@ -8,6 +8,7 @@ in, types out.
 import dataclasses
 import functools
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -87,14 +88,26 @@ class Disk:
         device = "cdrom" if self.removable and (not self.medium or self.medium.readonly) else "disk"
         if self.medium is None:
             return domain_conf.DiskDef(self.target, device)
+        protocol, source = _place(self.medium.filename)
         return domain_conf.DiskDef(
             self.target,
             device,
-            source=self.medium.filename,
+            type="file" if protocol is None else "network",
+            source=source,
+            protocol=protocol,
             format=None if self.medium.driver in FILTERS else self.medium.driver,
             readonly=self.medium.readonly,
             capacity=self.medium.size,
         )
+
+
+def _place(filename: str) -> tuple[str | None, str]:
+    """(Protocol of the network, None for none; what libvirt calls it) of a file that QEMU tells."""
+    if rbd := re.fullmatch(r"rbd:([^:@]+).*", filename, re.DOTALL):
+        return "rbd", rbd[1]
+    if uri := re.fullmatch(r"([a-z]+)(?:\+[a-z]+)?://[^/?]*/?([^?]*).*", filename, re.DOTALL):
+        return uri[1], urllib.parse.unquote(uri[2]) or uri[1]
+    return None, filename
 
 
 def parse_block(reply: Any, targets: Mapping[str, str] | None = None) -> tuple[Disk, ...]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One QEMU behind a monitor: who it is, what it can do, which disks it has (qemu_domain.c)."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 
 import libvirt
@@ -269,9 +271,18 @@ def named_nodes(
 
 def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain_conf.DomainDef:
     """The domain as its XML tells it."""
-    return domain_conf.DomainDef(
-        ref.name, ref.uuid, ref.id, tuple(disk.definition() for disk in found)
-    )
+    disks = (disk.definition() for disk in found)
+    return domain_conf.DomainDef(ref.name, ref.uuid, ref.id, tuple(map(_as_seen_here, disks)))
+
+
+def _as_seen_here(disk: domain_conf.DiskDef) -> domain_conf.DiskDef:
+    """DISK, as that of a block device where it is one, which QEMU does not say. What is not in /dev
+    is not looked at, as its file system may hang."""
+    if disk.source is not None and disk.source.startswith("/dev/"):
+        with contextlib.suppress(OSError, ValueError):
+            if stat.S_ISBLK(os.stat(disk.source).st_mode):  # noqa: PTH116  (it need not be a path)
+                return dataclasses.replace(disk, type="block")
+    return disk
 
 
 def _synchronous(qemu: monitor.Monitor, found: Iterable[block.Disk]) -> frozenset[str]:

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import libvirt
 
@@ -25,6 +25,7 @@ from virtbackup.qemu import (
     capabilities,
     cleanup,
     domain,
+    ending,
     image_lock,
     listener,
     monitor,
@@ -294,8 +295,9 @@ class BackupJob:
         return _ask(session, self._file.load()).disks
 
     def cleanup(self) -> list[str]:
-        """Remove what a crash left; a line for each thing. Errors: VIR_ERR_OPERATION_INVALID
-        while a backup runs."""
+        """Remove what a crash left; a line for each thing, a bad verdict first that nobody knows.
+
+        Errors: VIR_ERR_OPERATION_INVALID while a backup runs."""
         with self._file.locked():
             left = self._file.load()
             try:
@@ -308,10 +310,13 @@ class BackupJob:
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
                     self._check_no_other(state)
-                    removed, rest = cleanup.clean(session, _abandoned(left), self._file)
-                    _check_removed(rest)
+                    removed = self._clean(session, left)
             except monitor.NotListening:
-                removed = self._forget(_abandoned(left))
+                why = self._why_ended(_WORD) or _GONE
+                removed = [
+                    *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
+                    *self._forget(_abandoned(left)),
+                ]
             return removed + runtime.sweep()
 
     # --- start ---
@@ -369,11 +374,26 @@ class BackupJob:
     def _clear(
         self, session: domain.Session, left: status.Status | None, bitmaps: bool
     ) -> backup.BlockState:
-        removed, rest = cleanup.clean(session, _abandoned(left), self._file)
-        for line in removed:
+        for line in self._clean(session, left):
             logger.info("left by an earlier backup, removed: %s", line)
-        _check_removed(rest)
         return domain.ask(session, bitmaps)
+
+    def _clean(self, session: domain.Session, left: status.Status | None) -> list[str]:
+        """As ``cleanup``, of what QEMU has. Errors: some of it is in use."""
+
+        def judge(left: status.Status) -> dict[str, str]:
+            known = self._knowing_end(session, left)
+            return verdict.judge(session, known, verdict.look_at(session, left))
+
+        untold = _untold(left, judge)
+        removed, rest = cleanup.clean(session, _abandoned(left), self._file)
+        if rest:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_FAILED,
+                "what is left of a backup cannot be removed, as it is in use: "
+                + "; ".join([", ".join(rest), *untold]),
+            )
+        return untold + removed
 
     def _run(
         self,
@@ -554,6 +574,17 @@ def _abandoned(left: status.Status | None) -> status.Status | None:
     return dataclasses.replace(left, cancelled=True)
 
 
+def _untold(
+    left: status.Status | None, judge: Callable[[status.Status], dict[str, str]]
+) -> list[str]:
+    """A line of why the backup LEFT is not good, as its stop would have told, by the verdict that
+    one has reached, else as JUDGE finds; none where one has told it, or nobody wanted to know."""
+    if left is None or left.told or left.cancelled or left.phase == "starting":
+        return []
+    reasons = judge(left) if left.verdict is None else left.verdict
+    return [f"verdict on backup {left.id}: {ending.reason_of(reasons)}"] if reasons else []
+
+
 def _no_backup() -> errors.Error:
     return errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
 
@@ -584,14 +615,6 @@ def _check_branches(session: domain.Session) -> None:
         version = capabilities.dotted(session.capabilities.version)
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED, f"QEMU {version} cannot have branches"
-        )
-
-
-def _check_removed(rest: Sequence[str]) -> None:
-    if rest:
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_FAILED,
-            f"what is left of a backup cannot be removed, as it is in use: {', '.join(rest)}",
         )
 
 

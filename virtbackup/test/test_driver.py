@@ -32,6 +32,8 @@ DEFAULT = "qemu-*.jsonl"
 """What ``test:///default`` is made from: the newest of these."""
 RECORDING = "recording.jsonl"
 FAULTS = "faults.json"
+MAX_FILE = 64 << 20
+"""Characters of either."""
 
 _SHAPE = (
     "expected test:///default, test:///NAME of a shipped recording or test:///absolute/directory,"
@@ -100,7 +102,11 @@ def _version_in(path: pathlib.Path) -> tuple[int, ...]:
 
 def _read(path: pathlib.Path, parse: Callable[[str], _T]) -> _T:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ValueError(f"it has more than {MAX_FILE} characters")
+        return parse(text)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read '{path}'") from failure
     except ValueError as failure:

@@ -376,7 +376,8 @@ def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             undo.callback(_remove_empty, directory)
     except FileExistsError as failure:
-        raise _exists(failure) from failure
+        text = f"{failure.filename} exists already and is no directory"
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text) from failure
     except OSError as failure:
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
 
@@ -393,14 +394,11 @@ def _claim(
                 raise FileExistsError(errno.EEXIST, "", os.fspath(path))
         paths[0].touch(exist_ok=False)
     except FileExistsError as failure:
-        raise _exists(failure) from failure
+        text = f"{failure.filename} exists already"
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text) from failure
     except OSError as failure:
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
     undo.callback(_remove, paths)
-
-
-def _exists(failure: FileExistsError) -> errors.Error:
-    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{failure.filename} exists already")
 
 
 def _remove_empty(directory: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import virtbackup
+from virtbackup import runtime
 from virtbackup.tools import (
     virsh_branch,
     virsh_compare,
@@ -231,7 +232,8 @@ def _stop_domain(
 
 
 def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print_document(virsh_connection.domain(shell, args).backupGetXMLDesc())
+    document = virsh_connection.domain(shell, args).backupGetXMLDesc()
+    virsh_connection.print_xml(shell, args, document)
 
 
 def _cleanup(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -382,14 +384,15 @@ _JSON_OF_START = dataclasses.replace(
 COMMANDS = (
     vsh.Command(
         "backup-cleanup", GROUP.keyword, "Remove what a crash left of a backup",
-        "Remove what a backup left behind whose manager was killed; a running backup stays.",
+        "Remove what a backup left behind whose manager was killed; a running backup stays. Where\n"
+        "no stop came to tell that it was not good, this does.",
         (virsh_connection.DOMAIN, virsh_connection.JSON),
         _cleanup,
     ),
     vsh.Command(
         "backup-dumpxml", GROUP.keyword, "Dump XML of the running backup",
         "Print the running backup with every default filled in.",
-        (virsh_connection.DOMAIN,),
+        (virsh_connection.DOMAIN, *virsh_connection.XPATH),
         _dumpxml,
     ),
     vsh.Command(
@@ -526,6 +529,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     _mend_streams()
+    runtime.settle_paths()
     arguments = list(argv)
     control = virsh_connection.Control(virsh_connection.default_uri())
     shell = vsh.Shell(TABLE, control, virsh_connection.describe)

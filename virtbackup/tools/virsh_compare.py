@@ -2,7 +2,6 @@
 """The command that compares our engine with libvirt's own; ``compare`` does the work."""
 
 import contextlib
-import pathlib
 import urllib.parse
 from typing import Any
 
@@ -37,7 +36,7 @@ def _compare(shell: virsh_connection.Shell, args: vsh.Args) -> int:
             plain.lookupByUUIDString(domain.UUIDString()),
             document,
             rounds,
-            None if log is None else pathlib.Path(log),
+            None if log is None else virsh_connection.local_path(log),
         )
     facts = found.facts()
     if args.flag("json"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
+import html
 import io
 import ipaddress
 import logging
@@ -68,9 +69,10 @@ class Control:
         if path == "-":
             self._trace = sys.stderr
             return
+        local = local_path(path)
         try:
             # Open for as long as the process lives: connections come and go.
-            self._trace = _Trace(pathlib.Path(path).open("wb"))  # noqa: SIM115
+            self._trace = _Trace(local.open("wb"))
         except OSError as error:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
         self._trace_path = path
@@ -166,8 +168,9 @@ def set_logging(level: int | None, path: str | None = None) -> None:
     line = "%(levelname)s %(name)s: %(message)s"
     if path is not None:
         line = f"%(asctime)s %(process)d {line}"
+        local = local_path(path)
         try:
-            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            handler = logging.FileHandler(local, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
     logging.basicConfig(level=levels[level or 0], format=line, handlers=[handler])
@@ -225,6 +228,12 @@ JSON_LINES = vsh.Option("json", vsh.Kind.BOOL, "print what happens as lines of J
 QUIESCE = vsh.Option("quiesce", vsh.Kind.BOOL, "quiesce guest's file systems")
 
 
+XPATH = (
+    vsh.Option("xpath", vsh.Kind.STRING, "xpath expression to filter the XML document"),
+    vsh.Option("wrap", vsh.Kind.BOOL, "wrap xpath results in an common root element"),
+)
+"""Of what prints a document: see ``print_xml``."""
+
 INSECURE = vsh.Option(
     "insecure", vsh.Kind.BOOL, "no warning of exports that a network can read without TLS"
 )
@@ -264,7 +273,18 @@ def is_loopback(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-# --- what is read ---------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
+
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.DOTALL | re.IGNORECASE)
+
+
+def local_path(given: str, status: int = vsh.FAILED) -> pathlib.Path:
+    """The path that GIVEN is. Errors: Failure with STATUS where it is a URI, of whatever scheme: as
+    a path, it would be taken for one of that odd name."""
+    if _URI.fullmatch(given):
+        hint = f"That name as a path: ./{given}"
+        raise vsh.Failure(f"'{given}' is a URI: expected a path", hint, status)
+    return pathlib.Path(given)
 
 
 def read_document(path: str) -> str:
@@ -272,7 +292,7 @@ def read_document(path: str) -> str:
     try:
         if path == "-":
             return _read_bounded(path, sys.stdin.buffer)
-        with pathlib.Path(path).open("rb") as file:
+        with local_path(path).open("rb") as file:
             return _read_bounded(path, file)
     except OSError as error:
         raise vsh.Failure(f"Failed to open file '{path}': {error.strerror}") from error
@@ -291,6 +311,40 @@ def _read_bounded(path: str, file: BinaryIO) -> str:
 
 
 # --- what is printed ------------------------------------------------------------------------------
+
+
+def print_xml(shell: Shell, args: vsh.Args, document: str) -> None:
+    """Print DOCUMENT, or the nodes of it that are asked for by XPATH. Errors: Failure."""
+    expression = args.optional("xpath")
+    if expression is None:
+        shell.print_document(document)
+        return
+    from lxml import etree
+
+    try:
+        found = etree.fromstring(document).xpath(expression)
+    except etree.XPathError as error:
+        raise vsh.Failure(f"Incorrect xpath '{expression}': {error}") from error
+    if not isinstance(found, list):
+        raise vsh.Failure(f"Incorrect xpath '{expression}': it gives no nodes")
+    texts = [_node(one) for one in found]
+    if args.flag("wrap"):
+        wrapped = etree.fromstring(f"<nodes>{''.join(texts)}</nodes>")
+        texts = [_node(wrapped)]
+    for text in texts:
+        shell.print(text)
+
+
+def _node(found: object) -> str:
+    """An element, an attribute or a text of a document, as a document has it."""
+    from lxml import etree
+
+    if isinstance(found, etree._Element):
+        etree.indent(found)
+        return etree.tostring(found, encoding="unicode", with_tail=False)
+    text = html.escape(str(found))
+    name = getattr(found, "attrname", None)
+    return text if name is None else f' {name}="{text}"'
 
 
 def print_pairs(shell: Shell, pairs: Iterable[tuple[str, str]]) -> None:

@@ -22,9 +22,40 @@ _STATES = (
 """By number, VIR_DOMAIN_NOSTATE first."""
 
 
+_REASONS = (
+    ("unknown",),
+    (
+        "unknown", "booted", "migrated", "restored", "from snapshot", "unpaused",
+        "migration canceled", "save canceled", "event wakeup", "crashed", "post-copy",
+        "post-copy failed",
+    ),
+    ("unknown",),
+    (
+        "unknown", "user", "migrating", "saving", "dumping", "I/O error", "watchdog",
+        "from snapshot", "shutting down", "creating snapshot", "crashed", "starting up",
+        "post-copy", "post-copy failed", "api error",
+    ),
+    ("unknown", "user"),
+    (
+        "unknown", "shutdown", "destroyed", "crashed", "migrated", "saved", "failed",
+        "from snapshot", "daemon",
+    ),
+    ("unknown", "panicked"),
+    ("unknown",),
+)  # fmt: skip
+"""Of each state, by number."""
+
+
 def _state(domain: "virtbackup.Domain") -> str:
-    number = domain.state()[0]
-    return _STATES[number] if number < len(_STATES) else "no state"
+    return _state_and_reason(domain)[0]
+
+
+def _state_and_reason(domain: "virtbackup.Domain") -> tuple[str, str]:
+    state, reason = domain.state()
+    if state >= len(_STATES):
+        return _STATES[0], _REASONS[0][0]
+    known = _REASONS[state]
+    return _STATES[state], known[reason] if reason < len(known) else known[0]
 
 
 _STATE_FILTERS = {
@@ -113,8 +144,19 @@ def _print_one(key: str) -> Callable[[virsh_connection.Shell, vsh.Args], None]:
     return handler
 
 
+def _domstate(shell: virsh_connection.Shell, args: vsh.Args) -> None:
+    domain = virsh_connection.domain(shell, args)
+    state, reason = _state_and_reason(domain)
+    told = args.flag("reason")
+    if args.flag("json"):
+        more = {"reason": reason} if told else {}
+        shell.print_json({"domain": domain.name(), "state": state, **more})
+    else:
+        shell.print(f"{state} ({reason})" if told else state)
+
+
 def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    shell.print_document(virsh_connection.domain(shell, args).XMLDesc())
+    virsh_connection.print_xml(shell, args, virsh_connection.domain(shell, args).XMLDesc())
 
 
 def _domblklist(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -175,7 +217,12 @@ COMMANDS = (
     vsh.Command(
         "domstate", MONITORING.keyword, "domain state",
         "Returns state about a domain.",
-        (virsh_connection.DOMAIN, virsh_connection.JSON), _print_one("state"),
+        (
+            virsh_connection.DOMAIN,
+            vsh.Option("reason", vsh.Kind.BOOL, "also print reason for the state"),
+            virsh_connection.JSON,
+        ),
+        _domstate,
     ),
     vsh.Command(
         "domuuid", MANAGEMENT.keyword, "convert a domain name or id to domain UUID",
@@ -184,7 +231,7 @@ COMMANDS = (
     vsh.Command(
         "dumpxml", MANAGEMENT.keyword, "domain information in XML",
         "Print what is known of the domain as an XML document: at least its name, uuid and disks.",
-        (virsh_connection.DOMAIN,), _dumpxml,
+        (virsh_connection.DOMAIN, *virsh_connection.XPATH), _dumpxml,
     ),
     vsh.Command(
         "list", MONITORING.keyword, "list domains",

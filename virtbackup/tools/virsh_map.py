@@ -27,6 +27,8 @@ def _map(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     output = args.optional("output")
     if output is not None and not output.endswith((".svg", ".png")):
         raise vsh.UsageError("--output is a file called .svg or .png")
+    if output is not None:
+        virsh_connection.local_path(output)
     columns = max(16, min(shutil.get_terminal_size().columns - 4, 128))
     count = blockmap.COLUMNS * blockmap.ROWS if output else columns * _MAP_ROWS
     about, sources = _map_sources(shell, args)

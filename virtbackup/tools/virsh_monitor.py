@@ -26,7 +26,7 @@ def _record(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import interrupt
 
     path = args.text("file")
-    if path != "-" and os.path.lexists(path):
+    if path != "-" and os.path.lexists(virsh_connection.local_path(path)):
         raise vsh.Failure(f"file '{path}' exists")
     recorder = _recorder(shell.control)
 
@@ -74,11 +74,12 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.test import fake_server, test_driver
 
     given, faults = args.optional("socket"), args.optional("faults")
+    path = virsh_connection.local_path(given or "").absolute()
     script = test_driver.load(
-        pathlib.Path(args.text("file")), None if faults is None else pathlib.Path(faults)
+        virsh_connection.local_path(args.text("file")),
+        None if faults is None else virsh_connection.local_path(faults),
     )
     with contextlib.ExitStack() as stack:
-        path = pathlib.Path(given or "").absolute()
         try:
             if given is None:
                 path = stack.enter_context(runtime.private_directory()) / "qmp.sock"
@@ -138,8 +139,9 @@ def _traffic(path: str, monitor: str | None) -> "Sequence[recording.Line]":
     """What was said, by the file at PATH. Errors: Failure: there is nothing to compare."""
     from virtbackup.qemu import traffic
 
+    local = virsh_connection.local_path(path, vsh.USAGE)
     try:
-        with pathlib.Path(path).open("rb") as file:
+        with local.open("rb") as file:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
             raise _trouble(f"file '{path}' is larger than {MAX_FILE} bytes")

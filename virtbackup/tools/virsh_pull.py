@@ -105,7 +105,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
     xml, targets = args.optional("xml"), devices(args, "target")
     document = None if xml is None else virsh_connection.read_document(xml)
-    directory = pathlib.Path(args.text("directory"))
+    directory = virsh_connection.local_path(args.text("directory"))
     domain = virsh_connection.domain(shell, args)
     if document is not None:
         virsh_connection.warn_of_listener(shell, args, document)
@@ -152,7 +152,7 @@ def devices(args: vsh.Args, option: str) -> dict[str, pathlib.Path]:
             raise vsh.UsageError(f"invalid --{option} '{given}': expected DISK=DEVICE")
         if name in found:
             raise vsh.UsageError(f"invalid --{option} '{given}': disk '{name}' has one already")
-        found[name] = pathlib.Path(path)
+        found[name] = virsh_connection.local_path(path)
     return found
 
 

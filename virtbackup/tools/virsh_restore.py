@@ -2,7 +2,6 @@
 """The commands about what a directory of backups holds: is it whole, and how to get it back."""
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
@@ -18,7 +17,7 @@ if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with the
 def _read(args: vsh.Args) -> "listing.Backups":
     from virtbackup.tools import listing
 
-    return listing.read(pathlib.Path(args.text("directory")))
+    return listing.read(virsh_connection.local_path(args.text("directory")))
 
 
 def _read_with_devices(args: vsh.Args) -> "listing.Backups":
@@ -455,7 +454,7 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     if args.flag("dry-run"):
         plan = prune.plan(_read(args), keep)
     else:
-        directory = pathlib.Path(args.text("directory"))
+        directory = virsh_connection.local_path(args.text("directory"))
         _read(args)  # or it says that something is wrong with the lock
         with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
             plan = prune.prune(directory, keep, progress=progress, cancel=cancel)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from virtbackup import runtime
 from virtbackup.tools import vsh
 
 logger = logging.getLogger(__name__)
@@ -98,8 +99,8 @@ def line_editing(shell: vsh.Shell[Any], history: pathlib.Path) -> Iterator[None]
 
 def history_path(name: str) -> pathlib.Path:
     """Where the shell called NAME keeps its history."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "/") + "/.cache"
-    return pathlib.Path(cache) / name / "history"
+    home = os.environ.get("HOME", "/") + "/.cache"
+    return (runtime.users_directory("XDG_CACHE_HOME") or pathlib.Path(home)) / name / "history"
 
 
 def _load_history(readline: Any, path: pathlib.Path) -> None:
