@@ -382,7 +382,7 @@ def test_answers_out_of_order(hostile: hostile_monitor.HostileMonitor, patient: 
 
 
 def test_a_session_is_bounded_however_many_answers_are_slow(
-    hostile: hostile_monitor.HostileMonitor, monkeypatch: pytest.MonkeyPatch
+    hostile: hostile_monitor.HostileMonitor, patient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every answer comes in its time, and there is no end of them: exports that never go."""
     monkeypatch.setattr(monitor, "SESSION_TIMEOUT", 0.3)
