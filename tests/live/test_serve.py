@@ -117,6 +117,7 @@ def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path
     path = tmp_path / "s"
     with served(whole, "--disk=sdb", f"--unix={path}") as one:
         daemon = one.daemon()
+        waiting.stop(one.process)  # who would clear up after the other
         os.kill(daemon, signal.SIGKILL)
         one.process.kill()
         one.process.communicate(timeout=20)
