@@ -685,6 +685,7 @@ def _starting(
                 size=disk.size,
                 node=disk.node,
                 device=disk.device,
+                image=disk.image,
                 stores=tuple(sorted(disk.stores)),
                 export=disk.export,
                 exportname=disk.exportname,
