@@ -125,6 +125,7 @@ def test_everything_about_a_disk() -> None:
         filter=naming.NodeName("virtbackup-0123abcd-2-flt"),
         access=naming.NodeName("virtbackup-0123abcd-2-acc"),
         breaks_snapshot=True,
+        image=naming.NodeName("A"),
         stores=frozenset({naming.NodeName("fa"), naming.NodeName("#block009")}),
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
@@ -776,7 +777,8 @@ def test_judgement_is_by_disk() -> None:
     def of(number: int) -> status.DiskStatus:
         return status.DiskStatus(
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
-            stores=(naming.NodeName("f"),), export=naming.export(ID, number), exportname="",
+            image=naming.NodeName("n"), stores=(naming.NodeName("f"),),
+            export=naming.export(ID, number), exportname="",
             job=naming.backup_job(ID, number), scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
             directory="/scratch", threshold=None, path=None, inode=None, type="full",
@@ -843,6 +845,22 @@ def test_judgement_is_by_disk() -> None:
         reasons = blockjob.judge(disks, dataclasses.replace(runs, graph=graph))
         assert reasons.get("d0") == reason
         assert reasons["d1"] == "its backup job disappeared"
+    # Below a filter over the image: another image over that, and one in its place.
+    below_filter = [
+        dataclasses.replace(disk, node=naming.NodeName("t"), image=naming.NodeName("n"))
+        for disk in disks
+    ]
+    root, over = ("block-driver", "t"), ("block-driver", "o")
+    for at, reason in (
+        ({over: frozenset({node, other}), node: frozenset({file})}, None),
+        (
+            {over: frozenset({other})},
+            "it got another image, 'g', below its node 't' during the backup",
+        ),
+    ):
+        graph = block.Graph({root: frozenset({over}), **at, file: frozenset(), other: frozenset()})
+        reasons = blockjob.judge(below_filter, dataclasses.replace(runs, graph=graph))
+        assert reasons.get("d0") == reason
     without_devices = dataclasses.replace(runs, drives=None)
     assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8", "d9"}
 
@@ -886,7 +904,8 @@ def _disk_status() -> status.DiskStatus:
     line = status.BranchStatus(naming.NodeName("n"), keeps=True, since=point, dirty=512)
     return status.DiskStatus(
         target="vda", size=1, node=naming.NodeName("n"), device=None,
-        stores=(naming.NodeName("n"),), export=naming.export(ID, 0), exportname="vda",
+        image=naming.NodeName("n"), stores=(naming.NodeName("n"),),
+        export=naming.export(ID, 0), exportname="vda",
         job=naming.backup_job(ID, 0), scratch_file=naming.scratch_file_node(ID, 0),
         access=None, breaks_snapshot=False,
         directory="/scratch", threshold=None, path=None, inode=None, type="incremental",

@@ -104,12 +104,13 @@ def peer_of(connected: socket.socket) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def alone_in(directory: str) -> Iterator[None]:
+def alone_in(directory: str, wait: bool = True) -> Iterator[None]:
     """While nobody else who asks for this is about to listen there: he might take what is not
-    served yet for what is left over. Errors: OSError."""
+    served yet for what is left over. Errors: OSError; without WAIT, BlockingIOError where somebody
+    is, or holds the directory for something else, as a pull does, which may take hours."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(fd)

@@ -673,6 +673,34 @@ def test_another_image_below_a_disk_during_its_backup(
         dom.backupStop()
 
 
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_snapshot_below_a_filter_during_a_backup(tmp_path: pathlib.Path, engine: str) -> None:
+    """The guest's writes to the new image go through the filter of the job, too."""
+    image, over = (machines.image(tmp_path / name, 4 << 20, "qcow2") for name in ("a", "over"))
+    with (
+        machines.qemu(
+            tmp_path,
+            "-object", "throttle-group,id=group",
+            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}",
+            "-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A",
+            "-device", "virtio-blk,drive=throttled,id=vda",
+        ) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        machine.io("vda", "write -P 5 0 64k")
+        dom.backupStart(unix(tmp_path))
+        file = {"driver": "file", "filename": str(over)}
+        machine.probe("blockdev-add", driver="qcow2", node_name="B", file=file, backing=None)
+        machine.probe("blockdev-snapshot", node="A", overlay="B")
+        machine.io("vda", "write -P 6 0 64k")
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\5"
+        dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\6"
+        dom.backupStop()
+
+
 def test_a_backup_that_ends_while_a_migration_takes_its_bitmaps_along(
     tmp_path: pathlib.Path,
 ) -> None:

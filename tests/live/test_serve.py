@@ -16,6 +16,7 @@ import pytest
 
 from tests import waiting
 from tests.live import nbdclient, points
+from virtbackup.tools import chain
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
@@ -123,6 +124,11 @@ def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path
         one.process.communicate(timeout=20)
         waiting.until(lambda: gone(daemon))
     assert path.is_socket()
+    with chain.locked(tmp_path):
+        status, out, err = points.run("backup-serve", str(whole.directory), f"--unix={path}")
+        assert (status, out) == (1, "")
+        assert f"cannot listen at {path}: Resource temporarily unavailable" in err
+    assert path.is_socket()
     with served(whole, "--disk=sdb", f"--unix={path}") as one:
         assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
         one.process.send_signal(signal.SIGINT)
@@ -131,6 +137,19 @@ def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path
     status, out, err = points.run("backup-serve", str(whole.directory), f"--unix={path}")
     assert (status, out, path.read_text()) == (1, "", "mine")
     assert err.endswith(f"{path} exists already\n")
+
+
+def test_a_socket_in_a_directory_that_is_pulled_into(
+    whole: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    """A pull holds it for as long as it takes."""
+    backed = whole.copy(tmp_path / "backups")
+    path = backed.directory / "s"
+    with (
+        chain.locked(backed.directory),
+        served(backed, "--disk=sdb", f"--unix={path}") as one,
+    ):
+        assert nbdclient.read_uri(one.exports["sdb"]) == backed.shown[4]["sdb"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -64,15 +64,17 @@ class DiskPlan:
     """When the scratch image fails, the backup breaks and not the guest's write."""
     export: naming.ExportId
     opaque: str
+    image: naming.NodeName
+    """What is below the filters at the live disk's root, if there are any; NODE where that is not
+    known."""
+    stores: frozenset[naming.NodeName]
+    """Where the data of that is kept, its backing images' too; empty where that is not known."""
     step: branch.Step | None = None
     """What is done to the bitmaps of the backup's branch, if it has one."""
     since: naming.Point | None = None
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
-    stores: frozenset[naming.NodeName] = frozenset()
-    """Where the live disk's data is kept, its backing images' too; empty where that is not known.
-    """
     guard: monitor_json.BitmapOf | None = None
     """What keeps its image from going back to a snapshot, where no bitmap of a branch does."""
 
@@ -307,15 +309,13 @@ def plan(
             wanted = _choose(wanted, line)
         placed.append(wanted)
         number = len(disks)
-        plan = _disk(wanted, found[wanted.name], engine, caps, backup, number, state.graph)
+        plan = _disk(wanted, found[wanted.name], engine, caps, backup, number, state)
         if line is not None:
             assert definition.branch is not None
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
         elif caps.guards:
-            images = state.images(medium.node)
-            image = images.active.node if images else medium.node
-            guard = monitor_json.BitmapOf(image, naming.guard_bitmap(backup, number))
+            guard = monitor_json.BitmapOf(plan.image, naming.guard_bitmap(backup, number))
             plan = dataclasses.replace(plan, guard=guard)
         disks.append(plan)
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
@@ -329,12 +329,13 @@ def _disk(
     caps: capabilities.Capabilities,
     backup: naming.BackupId,
     number: int,
-    graph: block.Graph | None,
+    state: BlockState,
 ) -> DiskPlan:
     assert wanted.exportname is not None
     assert wanted.source is not None
     assert disk.medium is not None
     hybrid = engine == "hybrid"
+    image = _image(disk.medium, state)
     return DiskPlan(
         target=wanted.name,
         number=number,
@@ -352,8 +353,17 @@ def _disk(
         breaks_snapshot=hybrid and caps.breaks_snapshot,
         export=naming.export(backup, number),
         opaque=naming.fdset_opaque(backup, number),
-        stores=graph.stores_of(disk.medium.node) if graph else frozenset(),
+        image=image or disk.medium.node,
+        stores=state.graph.stores_of(image) if state.graph and image else frozenset(),
     )
+
+
+def _image(medium: block.Medium, state: BlockState) -> naming.NodeName | None:
+    """As ``DiskPlan``; None where it is not known."""
+    if medium.driver not in block.FILTERS:
+        return medium.node
+    images = state.images(medium.node)
+    return images.active.node if images else None
 
 
 def _with_branch(

@@ -64,13 +64,16 @@ def _given_away_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
 def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     """Why the frozen disk may show what was not on the disk: below the job's filter, which saves
     nothing of that, it got an image that it had not at the start, by ``blockdev-reopen``. That it
-    lost one, as by ``block-stream``, leaves the data what it was."""
+    lost one, as by ``block-stream``, or got one over its own, as by a snapshot where it has another
+    filter, leaves the data what it was."""
     if sight.graph is None or not disk.stores:
         return None
-    added = sight.graph.stores_of(disk.node) - {disk.node} - set(disk.stores)
+    is_below = disk.node in sight.graph.nodes_over(disk.image)
+    node = disk.image if is_below else disk.node
+    added = sight.graph.stores_of(node) - {node} - set(disk.stores)
     if not added:
         return None
-    return f"it got another image, '{min(added)}', below its node '{disk.node}' during the backup"
+    return f"it got another image, '{min(added)}', below its node '{node}' during the backup"
 
 
 def _job_reason(disk: status.DiskStatus, sight: Sight) -> str | None:

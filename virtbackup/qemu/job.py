@@ -375,7 +375,7 @@ class BackupJob:
         self, session: domain.Session, left: status.Status | None, bitmaps: bool
     ) -> backup.BlockState:
         for line in self._clean(session, left):
-            logger.info("left by an earlier backup, removed: %s", line)
+            logger.info("cleared away, of an earlier backup: %s", line)
         return domain.ask(session, bitmaps)
 
     def _clean(self, session: domain.Session, left: status.Status | None) -> list[str]:
@@ -685,6 +685,7 @@ def _starting(
                 size=disk.size,
                 node=disk.node,
                 device=disk.device,
+                image=disk.image,
                 stores=tuple(sorted(disk.stores)),
                 export=disk.export,
                 exportname=disk.exportname,

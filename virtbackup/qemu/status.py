@@ -30,7 +30,7 @@ from virtbackup.qemu import naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 8
+VERSION = 9
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -54,6 +54,7 @@ class DiskStatus:
     """The live disk's root node at the start."""
     device: str | None
     """The device's place in QEMU's object tree; None where there was none to be asked about."""
+    image: naming.NodeName
     stores: tuple[naming.NodeName, ...]
     """As ``backup.DiskPlan``, in order."""
     export: naming.ExportId

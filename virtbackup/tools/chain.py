@@ -14,7 +14,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import libvirt
 
@@ -26,6 +26,8 @@ from virtbackup.tools import manifest
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+MERGED = ".merged"
+"""What a prune makes aside: an image or a manifest that is to take the place of that name."""
 
 _MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
 _PARTIAL = re.compile(r".+\.(\d{4,9})\.(qcow2|raw|json)" + re.escape(PARTIAL))
@@ -196,12 +198,44 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     numbers = sorted(
         (int(match[1]), name) for name in names if (match := _MANIFEST.fullmatch(name))
     )
-    backups = tuple(manifest.read(directory, file) for _, file in numbers)
+    backups = tuple(
+        merged(directory, file, manifest.read(directory, file), names) for _, file in numbers
+    )
     if not backups and (directory / manifest.FILE).exists():
         backups = (manifest.read(directory),)
     for backup in backups:
         _check(directory, backup, domain, branch)
     return Chain(directory, backups)
+
+
+def merged(
+    directory: pathlib.Path, file: str, made: manifest.Manifest, names: Iterable[str]
+) -> manifest.Manifest:
+    """MADE, the manifest FILE of a DIRECTORY that has NAMES, with those of its disks that a prune
+    cut off has put in their places already.
+
+    Until the manifest follows, a file that stands alone is told from the increment that it takes
+    the place of by having no backing file.
+    """
+    if file + MERGED not in names:
+        return made
+    try:
+        coming = manifest.read(directory, file + MERGED)
+    except errors.Error:
+        return made
+    new = {disk.file: disk for disk in coming.disks if disk.backing is None}
+    disks = tuple(
+        new[disk.file] if disk.file in new and _stands_alone(directory / disk.file) else disk
+        for disk in made.disks
+    )
+    return coming if disks == coming.disks else dataclasses.replace(made, disks=disks)
+
+
+def _stands_alone(path: pathlib.Path) -> bool:
+    try:
+        return read_header(path).backing is None
+    except (OSError, header.BadHeader):
+        return False
 
 
 def _check(

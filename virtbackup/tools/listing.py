@@ -19,16 +19,16 @@ from collections.abc import Iterable, Iterator, Mapping
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import header
 from virtbackup.tools import chain, manifest
 
-MERGED = ".merged"
-"""What a prune makes aside: an image or a manifest that is to take the place of that name."""
 JOURNAL = "prune.json"
 """What a prune is about to remove."""
 
 _MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
-_UNFINISHED = {chain.PARTIAL: "of a backup that was not finished", MERGED: "of a prune cut off"}
+_UNFINISHED = {
+    chain.PARTIAL: "of a backup that was not finished",
+    chain.MERGED: "of a prune cut off",
+}
 _MOST_TOLD = 10
 _MOST_READS = 10
 """Of a directory that changes meanwhile."""
@@ -415,32 +415,9 @@ def _strangers(points: list[Point]) -> Iterator[Problem]:
 
 
 def _merged(directory: pathlib.Path, point: Point, names: list[str]) -> Point:
-    """POINT, with those of its disks that a prune cut off has put in their places already.
-
-    Until its manifest follows, a file that stands alone is told from the increment that it takes
-    the place of by having no backing file.
-    """
-    if point.file + MERGED not in names:
-        return point
-    try:
-        coming = manifest.read(directory, point.file + MERGED)
-    except errors.Error:
-        return point
-    new = {disk.file: disk for disk in coming.disks if disk.backing is None}
-    disks = tuple(
-        new[disk.file] if disk.file in new and _stands_alone(directory / disk.file) else disk
-        for disk in point.made.disks
-    )
-    if disks == coming.disks:
-        return Point(point.file, coming)
-    return Point(point.file, dataclasses.replace(point.made, disks=disks))
-
-
-def _stands_alone(path: pathlib.Path) -> bool:
-    try:
-        return chain.read_header(path).backing is None
-    except (OSError, header.BadHeader):
-        return False
+    """As ``chain.merged``."""
+    made = chain.merged(directory, point.file, point.made, names)
+    return dataclasses.replace(point, made=made)
 
 
 def _unfinished(names: list[str], points: list[Point]) -> Iterator[Problem]:
@@ -454,7 +431,7 @@ def _unfinished(names: list[str], points: list[Point]) -> Iterator[Problem]:
         if suffix is not None:
             yield Problem(name, _UNFINISHED[suffix])
         elif name == JOURNAL:
-            yield Problem(name, _UNFINISHED[MERGED])
+            yield Problem(name, _UNFINISHED[chain.MERGED])
         elif points and name not in known and image.fullmatch(name):
             yield Problem(name, "no manifest tells of it")
 

@@ -30,7 +30,7 @@ from virtbackup import errors
 from virtbackup.nbd import checksum, copy, target, writer
 from virtbackup.tools import chain, listing, manifest, restore, verify
 
-MERGED = listing.MERGED
+MERGED = chain.MERGED
 JOURNAL = listing.JOURNAL
 REASON = "older backups were pruned"
 

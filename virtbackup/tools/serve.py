@@ -126,33 +126,28 @@ def _serve(
     argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
     argv += ["--pidfile", str(ready)]
     log = undo.enter_context((private / "log").open("w+b"))
-    with _place(where, undo):
-        server = Server(_start(argv, log), log, where)
-        undo.callback(_end, server.process)
-        _wait_until_it_listens(server, ready, _START_TIMEOUT + files * _FILE_TIMEOUT, cancel)
+    if isinstance(where, backup_conf.UnixAddress):
+        _make_room(pathlib.Path(where.path))
+        undo.callback(_remove, pathlib.Path(where.path))
+    server = Server(_start(argv, log), log, where)
+    undo.callback(_end, server.process)
+    _wait_until_it_listens(server, ready, _START_TIMEOUT + files * _FILE_TIMEOUT, cancel)
     return server
 
 
-@contextlib.contextmanager
-def _place(where: backup_conf.Address, undo: contextlib.ExitStack) -> Iterator[None]:
-    """While a server comes up at WHERE, the place is its own; UNDO removes its socket. One that
-    nobody serves any more, as of a server that was killed, is replaced. Errors: something else is
-    there."""
-    if not isinstance(where, backup_conf.UnixAddress):
-        yield
-        return
-    path = pathlib.Path(where.path)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(runtime.alone_in(str(path.parent)))
-            if runtime.is_left_over(where.path):
-                path.unlink()
-        except OSError as failure:
-            raise errors.system_error(failure, f"cannot listen at {path}") from failure
-        if os.path.lexists(path):
-            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{path} exists already")
-        undo.callback(_remove, path)
-        yield
+def _make_room(path: pathlib.Path) -> None:
+    """Remove a socket at PATH that nobody serves any more, as of a server that was killed. Errors:
+    something else is there, or somebody just listens there, or pulls into the directory it is in.
+    """
+    try:
+        if runtime.is_left_over(str(path)):
+            with runtime.alone_in(str(path.parent), wait=False):
+                if runtime.is_left_over(str(path)):
+                    path.unlink()
+    except OSError as failure:
+        raise errors.system_error(failure, f"cannot listen at {path}") from failure
+    if os.path.lexists(path):
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{path} exists already")
 
 
 def _private_directory(undo: contextlib.ExitStack) -> pathlib.Path:

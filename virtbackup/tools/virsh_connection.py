@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
+import copy
 import html
 import io
 import ipaddress
@@ -327,12 +328,26 @@ def print_xml(shell: Shell, args: vsh.Args, document: str) -> None:
         raise vsh.Failure(f"Incorrect xpath '{expression}': {error}") from error
     if not isinstance(found, list):
         raise vsh.Failure(f"Incorrect xpath '{expression}': it gives no nodes")
-    texts = [_node(one) for one in found]
-    if args.flag("wrap"):
-        wrapped = etree.fromstring(f"<nodes>{''.join(texts)}</nodes>")
-        texts = [_node(wrapped)]
-    for text in texts:
-        shell.print(text)
+    for one in [_wrapped(found)] if args.flag("wrap") else found:
+        shell.print(_node(one))
+
+
+def _wrapped(found: Iterable[object]) -> object:
+    """All that was FOUND in one element, which has each attribute once."""
+    from lxml import etree
+
+    root = etree.Element("nodes")
+    for one in found:
+        if isinstance(one, etree._Element):
+            root.append(copy.deepcopy(one))
+            root[-1].tail = None
+        elif (name := getattr(one, "attrname", None)) is not None:
+            root.set(name, str(one))
+        elif len(root):
+            root[-1].tail = (root[-1].tail or "") + str(one)
+        else:
+            root.text = (root.text or "") + str(one)
+    return root
 
 
 def _node(found: object) -> str:
@@ -342,9 +357,11 @@ def _node(found: object) -> str:
     if isinstance(found, etree._Element):
         etree.indent(found)
         return etree.tostring(found, encoding="unicode", with_tail=False)
-    text = html.escape(str(found))
-    name = getattr(found, "attrname", None)
-    return text if name is None else f' {name}="{text}"'
+    text = html.escape(str(found), quote=False)
+    if (name := getattr(found, "attrname", None)) is None:
+        return text
+    quoted = text.replace('"', "&quot;")
+    return f' {name}="{quoted}"'
 
 
 def print_pairs(shell: Shell, pairs: Iterable[tuple[str, str]]) -> None:
