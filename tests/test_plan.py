@@ -81,11 +81,8 @@ def test_all_disks_in_one_transaction() -> None:
     command = planned.transaction()
     assert command.execute == "transaction"
     actions = command.arguments["actions"]
-    assert [action["type"] for action in actions] == [
-        *["block-dirty-bitmap-add"] * 4,
-        *["blockdev-backup"] * 4,
-    ]
-    assert actions[6]["data"] == {
+    assert [action["type"] for action in actions] == ["blockdev-backup"] * 4
+    assert actions[2]["data"] == {
         "job-id": "virtbackup-0123abcd-2",
         "device": "A",
         "target": "virtbackup-0123abcd-2-scr",
@@ -98,6 +95,10 @@ def test_all_disks_in_one_transaction() -> None:
 def test_a_disk_is_kept_from_going_back_to_a_snapshot() -> None:
     """By a bitmap that is there from before the job on, where QEMU would let it."""
     actions = plan(state(), HYBRID).transaction().arguments["actions"]
+    assert [action["type"] for action in actions] == [
+        *["block-dirty-bitmap-add"] * 4,
+        *["blockdev-backup"] * 4,
+    ]
     assert actions[2]["data"] == {
         "node": "A",
         "name": "virtbackup-0123abcd-2-guard",
@@ -777,7 +778,7 @@ def test_judgement_is_by_disk() -> None:
     def of(number: int) -> status.DiskStatus:
         return status.DiskStatus(
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
-            image=naming.NodeName("n"), stores=(naming.NodeName("f"),),
+            image=naming.NodeName("n"), stores=(naming.NodeName("f"),), guarded=False,
             export=naming.export(ID, number), exportname="",
             job=naming.backup_job(ID, number), scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
@@ -904,7 +905,7 @@ def _disk_status() -> status.DiskStatus:
     line = status.BranchStatus(naming.NodeName("n"), keeps=True, since=point, dirty=512)
     return status.DiskStatus(
         target="vda", size=1, node=naming.NodeName("n"), device=None,
-        image=naming.NodeName("n"), stores=(naming.NodeName("n"),),
+        image=naming.NodeName("n"), stores=(naming.NodeName("n"),), guarded=True,
         export=naming.export(ID, 0), exportname="vda",
         job=naming.backup_job(ID, 0), scratch_file=naming.scratch_file_node(ID, 0),
         access=None, breaks_snapshot=False,

@@ -283,7 +283,7 @@ def test_autodestroy_owner_killed(tmp_path: pathlib.Path, what: str) -> None:
                 removed = dom.backupCleanup()
                 # 2 exports, server, 2 jobs, 2 images; where they are nodes 2 frozen disks, and
                 # where there is something to keep the disks from 2 bitmaps
-                guards = machines.version() >= (6, 0, 0)
+                guards = machines.version() >= (8, 0, 0)
                 assert len(removed) == 7 + 2 * hybrid + 2 * guards, removed
                 assert dom.backupCleanup() == []
             elif what == "start":

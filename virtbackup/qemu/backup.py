@@ -314,7 +314,7 @@ def plan(
             assert definition.branch is not None
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
-        elif caps.guards:
+        elif caps.guards(plan.image != plan.node):
             guard = monitor_json.BitmapOf(plan.image, naming.guard_bitmap(backup, number))
             plan = dataclasses.replace(plan, guard=guard)
         disks.append(plan)

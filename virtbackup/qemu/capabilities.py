@@ -177,16 +177,25 @@ them: of 150 saves whose backup was ended meanwhile 9 killed QEMU 7.2, of 500 si
 
 
 SNAPSHOT_LOAD = Defect(
-    (6, 0, 0),
+    (8, 0, 0),
     None,
     "snapshot-load changes a disk below the filter of a backup job, which saves nothing of it: what"
     " was not saved before is shown as it is in the snapshot, without an error",
     "a bitmap on each disk, with which QEMU refuses",
 )
-"""Seen on 10.0.13 and 11.1.3 with both engines; on 7.2.22, where the job itself has a bitmap at the
-disk's root, with a filter between that and the image. What lies between, and before from 6.0 on,
-which is the first with snapshot-load, is taken to be like these. No QEMU has loadvm take a disk
-with such a filter."""
+"""Seen on 10.0.13 and 11.1.3 with both engines; what lies between 7.2 and these is taken to be
+alike. No QEMU has loadvm take a disk with such a filter."""
+
+
+SNAPSHOT_LOAD_BELOW = Defect(
+    (6, 0, 0),
+    (8, 0, 0),
+    "the same, where the disk has a filter of its own over its image: the bitmap with which the job"
+    " itself has QEMU refuse is on that filter",
+    "a bitmap on the image of such a disk",
+)
+"""Seen on 7.2.22; what lies before, from 6.0 on, which is the first with snapshot-load, is taken to
+be alike."""
 
 
 TLS_INET_ONLY = Defect(
@@ -297,11 +306,12 @@ class Capabilities:
         exported = {"block-export-add.bitmaps", "nbd-server-add.bitmap"} & self.features
         return at_once and bool(exported) and self.block_graph
 
-    @property
-    def guards(self) -> bool:
-        """A disk without a branch gets a bitmap for the time of its backup (SNAPSHOT_LOAD)."""
-        loads = "snapshot-load" in self.commands and SNAPSHOT_LOAD.affects(self.version)
-        return loads and self.branches
+    def guards(self, filtered: bool) -> bool:
+        """A disk without a branch gets a bitmap for the time of its backup; FILTERED: where it has
+        a filter of its own (SNAPSHOT_LOAD)."""
+        defects = (SNAPSHOT_LOAD, SNAPSHOT_LOAD_BELOW) if filtered else (SNAPSHOT_LOAD,)
+        loads = "snapshot-load" in self.commands
+        return loads and self.branches and any(one.affects(self.version) for one in defects)
 
     @property
     def max_connections(self) -> bool:

@@ -125,8 +125,12 @@ def take_out(
 def _remove_guards(
     session: domain.Session, left: status.Status | None
 ) -> tuple[list[str], list[str]]:
-    """As ``branches.remove_guards``."""
-    if not session.capabilities.guards or (left is not None and left.branch is not None):
+    """As ``branches.remove_guards``; QEMU is not asked for its nodes where there are none."""
+    if left is None:
+        known = session.capabilities.guards(filtered=True)
+    else:
+        known = any(disk.guarded for disk in left.disks)
+    if not known:
         return [], []
     return branches.remove_guards(session, left.id if left else None)
 

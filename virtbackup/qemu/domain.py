@@ -186,7 +186,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         synchronous = _synchronous(qemu, disks)
     nodes: dict[naming.NodeName, block.Medium] = {}
     filtered = any(disk.medium and disk.medium.driver in block.FILTERS for disk in disks)
-    wanted = graph is None or (filtered and caps.guards)
+    wanted = graph is None or (filtered and caps.guards(filtered))
     if bitmaps or (wanted and caps.named_nodes_are_safe(running.values())):
         nodes = named_nodes(qemu, caps, running.values())
     return backup.BlockState(

@@ -687,6 +687,7 @@ def _starting(
                 device=disk.device,
                 image=disk.image,
                 stores=tuple(sorted(disk.stores)),
+                guarded=disk.guard is not None,
                 export=disk.export,
                 exportname=disk.exportname,
                 job=disk.job,

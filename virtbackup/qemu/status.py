@@ -57,6 +57,8 @@ class DiskStatus:
     image: naming.NodeName
     stores: tuple[naming.NodeName, ...]
     """As ``backup.DiskPlan``, in order."""
+    guarded: bool
+    """It has a bitmap that keeps it from going back to a snapshot."""
     export: naming.ExportId
     exportname: str
     job: naming.JobId
