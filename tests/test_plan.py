@@ -935,6 +935,10 @@ def test_status_round_trip_and_garbage() -> None:
         ((5, 2, 0), "backup", "running", True),
         ((5, 2, 0), "create", "concluded", True),
         ((7, 2, 22), "backup", "concluded", True),
+        ((7, 2, 22), "stream", "concluded", False),
+        ((7, 2, 22), "stream", "running", False),
+        ((7, 2, 22), "commit", "concluded", True),
+        ((10, 0, 13), "stream", "concluded", True),
     ],
 )
 def test_nodes_are_not_asked_for_where_that_kills_qemu(

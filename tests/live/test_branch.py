@@ -23,7 +23,7 @@ from tests import waiting
 from tests.live import branched, machines, places, scene
 from tests.live.branched import CLUSTER, SIZE, Client
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import block, branch, capabilities, job, naming
+from virtbackup.qemu import block, branch, capabilities, domain, job, naming
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -307,6 +307,50 @@ def test_a_job_of_somebody_else_that_has_ended_and_is_still_there(
     assert point is not None
     assert (point.id == info.id) == (machines.version() >= (7, 2, 0))
     assert one.backup(type="incremental")["vda"].clusters() == {1}
+    assert "next" not in branched.ours(machine)
+
+
+def test_a_stream_of_somebody_else_that_has_ended_and_is_still_there(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libvirt's blockpull ends, by one that dismisses the job late, or while we look. Some QEMUs
+    must not be asked for their nodes then."""
+    monkeypatch.setattr(domain, "STREAM_PATIENCE", 0.2)
+    one = client(tmp_path)
+    one.backup()
+    for name, backing in (("X", None), ("Y", "X")):
+        image = machines.image(tmp_path / f"{name}.qcow2", CLUSTER, "qcow2")
+        file = {"driver": "file", "filename": str(image)}
+        arguments = {"driver": "qcow2", "node-name": name, "file": file, "backing": backing}
+        machine.probe.exactly("blockdev-add", arguments)
+    one.start()
+    one.write(machine, "vda", 1)
+    machine.probe("block-stream", job_id="theirs", device="Y", auto_dismiss=False)
+    machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+    one.read()
+    with one.domain() as dom:
+        assert dom.backupGetInfo().state == "running"
+    if capabilities.STREAM_CRASH.affects(machines.version()):
+        with pytest.raises(virtbackup.Error, match="job 'theirs' is not over"):
+            one.branches()
+        with pytest.raises(virtbackup.Error, match="its last point: job 'theirs' is not over"):
+            one.stop()
+    else:
+        one.branches()
+        one.stop()
+    machine.probe("job-dismiss", id="theirs")
+    assert one.backup(type="incremental")["vda"].clusters() == {1}
+    machine.probe("block-stream", job_id="theirs", device="Y", auto_dismiss=False)
+    machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+    with one.domain() as dom:  # nothing stands in the way of a backup that is of no branch
+        for _ in range(2):
+            address = f'<address type="unix" path="{tmp_path}/plain.sock"/>'
+            dom.backupStart(f"<domainbackup>{address}</domainbackup>")
+            dom.backupStop()
+    machine.probe("job-dismiss", id="theirs")
+    for node in ("A", "B"):
+        names = branched.bitmaps(machine, node)
+        assert not any(naming.is_guard(name) for name in names)
     assert "next" not in branched.ours(machine)
 
 

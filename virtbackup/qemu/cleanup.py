@@ -132,7 +132,17 @@ def _remove_guards(
         known = any(disk.guarded for disk in left.disks)
     if not known:
         return [], []
-    return branches.remove_guards(session, left.id if left else None)
+    caps, removed = session.capabilities, []
+    if not caps.named_nodes_are_always_safe:
+        if left is not None and not caps.named_nodes_are_safe(domain.jobs(session).values()):
+            removed = branches.remove_guards_of(session, left)
+            if len(removed) == len(left.disks):
+                return removed, []
+        danger = domain.danger_of_named_nodes(session.qemu, caps)
+        if danger is not None:
+            return removed, [f"bitmaps that keep disks from going back to a snapshot, as {danger}"]
+    found, rest = branches.remove_guards(session, left.id if left else None)
+    return removed + found, rest
 
 
 def _join_branches(
@@ -142,8 +152,9 @@ def _join_branches(
     to be."""
     if not session.capabilities.branches or (left is not None and left.branch is None):
         return [], []
-    if not session.capabilities.named_nodes_are_safe(domain.jobs(session).values()):
-        return [], ["bitmaps of a branch, as a backup job has not been dismissed"]
+    danger = domain.danger_of_named_nodes(session.qemu, session.capabilities)
+    if danger is not None:
+        return [], [f"bitmaps of a branch, as {danger}"]
     if left is None:
         return branches.roll_back(session, None)
     fork = left.advances if left.forks else None

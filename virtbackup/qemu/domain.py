@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import stat
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import libvirt
@@ -26,6 +27,10 @@ from virtbackup.qemu import (
 
 ID = 1
 """The id of the one domain behind a monitor."""
+
+STREAM_PATIENCE = 5.0
+"""Seconds to wait for a job that must be over before QEMU's nodes can be asked for."""
+_STREAM_POLL = 0.02
 
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 _URL = bytes.fromhex("6ba7b8119dad11d180b400c04fd430c8")
@@ -256,17 +261,46 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
 
 
 def named_nodes(
-    qemu: monitor.Monitor, caps: capabilities.Capabilities, jobs: Iterable[monitor_json.Job]
+    qemu: monitor.Monitor,
+    caps: capabilities.Capabilities,
+    jobs: Iterable[monitor_json.Job] | None = None,
 ) -> dict[naming.NodeName, block.Medium]:
-    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them, while QEMU has JOBS,
-    would kill it."""
-    if not caps.named_nodes_are_safe(jobs):
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_INVALID,
-            f"a backup job has ended that nobody has dismissed, and on this QEMU"
-            f" {capabilities.NAMED_NODES_CRASH.evidence}",
-        )
+    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU; JOBS as
+    in ``danger_of_named_nodes``."""
+    danger = danger_of_named_nodes(qemu, caps, jobs)
+    if danger is not None:
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, danger)
     return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
+
+
+def danger_of_named_nodes(
+    qemu: monitor.Monitor,
+    caps: capabilities.Capabilities,
+    jobs: Iterable[monitor_json.Job] | None = None,
+) -> str | None:
+    """Why query-named-block-nodes might kill QEMU; None: it does not. A stream job is waited for
+    until STREAM_PATIENCE is over. JOBS are those that QEMU has just had; None: it is asked."""
+    spoken = dialect.Dialect(caps)
+    end = time.monotonic() + STREAM_PATIENCE
+    while True:
+        if jobs is None:
+            jobs = spoken.parse_jobs(qemu.execute(spoken.query_jobs())).values()
+        found = caps.jobs_against_named_nodes(jobs)
+        if not found:
+            return None
+        if all(job.type != "stream" for job in found):
+            return (
+                "a backup job has ended that nobody has dismissed, and on this QEMU"
+                f" {capabilities.NAMED_NODES_CRASH.evidence}"
+            )
+        if time.monotonic() > end:
+            stream = next(job for job in found if job.type == "stream")
+            return (
+                f"job '{stream.id}' is not over, or not dismissed, and on this QEMU"
+                f" {capabilities.STREAM_CRASH.evidence}"
+            )
+        time.sleep(_STREAM_POLL)
+        jobs = None
 
 
 def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain_conf.DomainDef:

@@ -264,7 +264,7 @@ class Run:
 
     def _nodes_are_safe(self) -> bool:
         spoken = self.plan.dialect
-        if spoken.caps.named_nodes_are_safe():
+        if spoken.caps.named_nodes_are_always_safe:
             return True
         jobs = spoken.parse_jobs(self.qemu.execute(spoken.query_jobs()))
         return spoken.caps.named_nodes_are_safe(jobs.values())

@@ -13,6 +13,7 @@ from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
     blockjob,
+    capabilities,
     domain,
     hang,
     monitor_json,
@@ -46,7 +47,8 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
         return info(running, reasons, hung=hung)
     used: Mapping[str, int]
     thresholds: Mapping[naming.NodeName, int] = {}
-    if caps.named_nodes_are_safe():
+    backups_end = capabilities.NAMED_NODES_CRASH.affects(caps.version)
+    if not backups_end and caps.named_nodes_are_safe(sight.jobs.values()):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
         thresholds = block.parse_write_thresholds(nodes)
         sizes = block.parse_actual_sizes(nodes)
