@@ -7,7 +7,7 @@ shows, so a step whose reply was lost, or that a crash cut off, is found done or
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import libvirt
@@ -103,22 +103,16 @@ def remove_guards(
         for bitmap in medium.bitmaps
         if naming.is_guard(bitmap.name) and backup in (None, naming.backup_of(bitmap.name))
     ]
-    names = [f"bitmap '{one.name}' of node '{one.node}'" for one in found]
-    if failure := _transact(session, [monitor_json.bitmap_remove(one) for one in found]):
+    names = list(map(str, found))
+    if failure := remove(session, found):
         logger.warning("backup=%s bitmaps not removed: %s", backup or "any", failure)
         return [], names
     return names, []
 
 
-def remove_guards_of(session: domain.Session, left: status.Status) -> list[str]:
-    """The same for backup LEFT without asking QEMU for its nodes: where a disk has a filter over
-    its image, it is not found so. (A line for each that was removed.)"""
-    names = []
-    for number, disk in enumerate(left.disks):
-        one = monitor_json.BitmapOf(disk.node, naming.guard_bitmap(left.id, number))
-        if _transact(session, [monitor_json.bitmap_remove(one)]) is None:
-            names.append(f"bitmap '{one.name}' of node '{one.node}'")
-    return names
+def remove(session: domain.Session, bitmaps: Iterable[monitor_json.BitmapOf]) -> str | None:
+    """Remove all BITMAPS at one instant. Why QEMU refused; None: it did not."""
+    return _transact(session, [monitor_json.bitmap_remove(one) for one in bitmaps])
 
 
 def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[block.Bitmap]:

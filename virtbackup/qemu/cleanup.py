@@ -125,24 +125,25 @@ def take_out(
 def _remove_guards(
     session: domain.Session, left: status.Status | None
 ) -> tuple[list[str], list[str]]:
-    """As ``branches.remove_guards``; QEMU is not asked for its nodes where there are none."""
+    """As ``branches.remove_guards``. QEMU is asked for its nodes only where those of LEFT are not
+    where they were, or are in use."""
     if left is None:
-        known = session.capabilities.guards(filtered=True)
+        if not session.capabilities.guards(filtered=True):
+            return [], []
     else:
-        known = any(disk.guarded for disk in left.disks)
-    if not known:
-        return [], []
-    caps, removed = session.capabilities, []
-    if not caps.named_nodes_are_always_safe:
-        if left is not None and not caps.named_nodes_are_safe(domain.jobs(session).values()):
-            removed = branches.remove_guards_of(session, left)
-            if len(removed) == len(left.disks):
-                return removed, []
-        danger = domain.danger_of_named_nodes(session.qemu, caps)
-        if danger is not None:
-            return removed, [f"bitmaps that keep disks from going back to a snapshot, as {danger}"]
-    found, rest = branches.remove_guards(session, left.id if left else None)
-    return removed + found, rest
+        guards = [
+            monitor_json.BitmapOf(disk.image, naming.guard_bitmap(left.id, number))
+            for number, disk in enumerate(left.disks)
+            if disk.guarded
+        ]
+        if not guards:
+            return [], []
+        if branches.remove(session, guards) is None:
+            return list(map(str, guards)), []
+    danger = domain.danger_of_named_nodes(session.qemu, session.capabilities)
+    if danger is not None:
+        return [], [f"bitmaps that keep disks from going back to a snapshot, as {danger}"]
+    return branches.remove_guards(session, left.id if left else None)
 
 
 def _join_branches(

@@ -421,6 +421,9 @@ class BitmapOf:
         """QAPI's BlockDirtyBitmapOrStr."""
         return self.name if self.node is None else {"node": self.node, "name": self.name}
 
+    def __str__(self) -> str:
+        return f"bitmap '{self.name}' of node '{self.node}'"
+
 
 def bitmap_add(
     bitmap: BitmapOf, granularity: int, persistent: bool, disabled: bool = False
