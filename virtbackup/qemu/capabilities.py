@@ -160,7 +160,8 @@ STREAM_CRASH = Defect(
     "not asked while there is a stream job, which may end at any moment; it is waited for",
 )
 """Seen on 7.2.22 (a segmentation fault, each time, with ``flat`` or without; not of commit, mirror
-and backup jobs); 10.0.13 and 11.1.3 do not. What lies between, and before, is taken to be alike."""
+and backup jobs); 10.0.13 and 11.1.3 do not. What lies between, and before, is taken to be alike. A
+job that begins and ends between the question for jobs and that for nodes is not seen."""
 
 
 BUSY_BITMAP_ABORT = Defect(

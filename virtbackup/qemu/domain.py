@@ -265,9 +265,10 @@ def named_nodes(
     caps: capabilities.Capabilities,
     jobs: Iterable[monitor_json.Job] | None = None,
 ) -> dict[naming.NodeName, block.Medium]:
-    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU; JOBS as
-    in ``danger_of_named_nodes``."""
-    danger = danger_of_named_nodes(qemu, caps, jobs)
+    """Every node. JOBS as in ``danger_of_named_nodes``, but where a stream job would kill QEMU that
+    may have come since. Errors: VIR_ERR_OPERATION_INVALID where asking would kill QEMU."""
+    fresh = capabilities.STREAM_CRASH.affects(caps.version)
+    danger = danger_of_named_nodes(qemu, caps, None if fresh else jobs)
     if danger is not None:
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, danger)
     return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
