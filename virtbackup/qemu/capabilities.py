@@ -369,10 +369,6 @@ class Capabilities:
         """This QEMU survives query-named-block-nodes whichever jobs it has."""
         return not any(defect.affects(self.version) for defect in (NAMED_NODES_CRASH, STREAM_CRASH))
 
-    def named_nodes_are_safe(self, jobs: Iterable[monitor_json.Job]) -> bool:
-        """Whether this QEMU survives query-named-block-nodes while it has JOBS."""
-        return not self.jobs_against_named_nodes(jobs)
-
     def jobs_against_named_nodes(self, jobs: Iterable[monitor_json.Job]) -> list[monitor_json.Job]:
         """Those of JOBS for which this QEMU need not survive query-named-block-nodes. A stream job
         may have ended by the time it is asked."""

@@ -181,7 +181,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         run_state = monitor_json.parse_status(next(replies))
         runs, io_error = run_state.running, run_state.status == "io-error"
     else:
-        disks = block.disks_of_nodes(named_nodes(qemu, caps, running.values()), graph)
+        disks = block.disks_of_nodes(named_nodes(qemu, caps), graph)
         runs = io_error = False
     iothreads = {}
     if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
@@ -192,8 +192,8 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     nodes: dict[naming.NodeName, block.Medium] = {}
     filtered = any(disk.medium and disk.medium.driver in block.FILTERS for disk in disks)
     wanted = graph is None or (filtered and caps.guards(filtered))
-    if bitmaps or (wanted and caps.named_nodes_are_safe(running.values())):
-        nodes = named_nodes(qemu, caps, running.values())
+    if bitmaps or (wanted and named_nodes_are_safe(qemu, caps)):
+        nodes = named_nodes(qemu, caps)
     return backup.BlockState(
         disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers
     )
@@ -261,47 +261,50 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
 
 
 def named_nodes(
-    qemu: monitor.Monitor,
-    caps: capabilities.Capabilities,
-    jobs: Iterable[monitor_json.Job] | None = None,
+    qemu: monitor.Monitor, caps: capabilities.Capabilities
 ) -> dict[naming.NodeName, block.Medium]:
-    """Every node. JOBS as in ``danger_of_named_nodes``, but where a stream job would kill QEMU that
-    may have come since. Errors: VIR_ERR_OPERATION_INVALID where asking would kill QEMU."""
-    fresh = capabilities.STREAM_CRASH.affects(caps.version)
-    danger = danger_of_named_nodes(qemu, caps, None if fresh else jobs)
+    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU."""
+    danger = danger_of_named_nodes(qemu, caps)
     if danger is not None:
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, danger)
     return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
 
 
-def danger_of_named_nodes(
-    qemu: monitor.Monitor,
-    caps: capabilities.Capabilities,
-    jobs: Iterable[monitor_json.Job] | None = None,
-) -> str | None:
-    """Why query-named-block-nodes might kill QEMU; None: it does not. A stream job is waited for
-    until STREAM_PATIENCE is over. JOBS are those that QEMU has just had; None: it is asked."""
-    spoken = dialect.Dialect(caps)
+def named_nodes_are_safe(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> bool:
+    """Whether QEMU survives query-named-block-nodes if it is the next thing that it is asked."""
+    return not _jobs_against_named_nodes(qemu, caps)
+
+
+def danger_of_named_nodes(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> str | None:
+    """Why query-named-block-nodes might kill QEMU, if it is the next thing that it is asked; None:
+    it does not. A stream job is waited for until STREAM_PATIENCE is over."""
     end = time.monotonic() + STREAM_PATIENCE
-    while True:
-        if jobs is None:
-            jobs = spoken.parse_jobs(qemu.execute(spoken.query_jobs())).values()
-        found = caps.jobs_against_named_nodes(jobs)
-        if not found:
-            return None
-        if all(job.type != "stream" for job in found):
+    while found := _jobs_against_named_nodes(qemu, caps):
+        stream = next((job for job in found if job.type == "stream"), None)
+        if stream is None:
             return (
                 "a backup job has ended that nobody has dismissed, and on this QEMU"
                 f" {capabilities.NAMED_NODES_CRASH.evidence}"
             )
         if time.monotonic() > end:
-            stream = next(job for job in found if job.type == "stream")
             return (
                 f"job '{stream.id}' is not over, or not dismissed, and on this QEMU"
                 f" {capabilities.STREAM_CRASH.evidence}"
             )
         time.sleep(_STREAM_POLL)
-        jobs = None
+    return None
+
+
+def _jobs_against_named_nodes(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities
+) -> list[monitor_json.Job]:
+    """The jobs for which QEMU must not be asked just now."""
+    if caps.named_nodes_are_always_safe:
+        return []
+    spoken = dialect.Dialect(caps)
+    return caps.jobs_against_named_nodes(
+        spoken.parse_jobs(qemu.execute(spoken.query_jobs())).values()
+    )
 
 
 def definition(ref: hypervisor.DomainRef, found: Iterable[block.Disk]) -> domain_conf.DomainDef:

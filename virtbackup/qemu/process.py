@@ -252,7 +252,7 @@ class Run:
         """Disk -> bytes changed since its branch's last point; after the instant, and only of disks
         whose changes are told."""
         told = {disk.target: disk.step for disk in self.plan.disks if disk.since and disk.step}
-        if not told or not self._nodes_are_safe():
+        if not told or not domain.named_nodes_are_safe(self.qemu, self.plan.dialect.caps):
             return {}
         sizes = {disk.target: disk.size for disk in self.plan.disks}
         nodes = block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
@@ -261,13 +261,6 @@ class Run:
             for target, step in told.items()
             if step.node in nodes and (bitmap := nodes[step.node].bitmap(step.branch))
         }
-
-    def _nodes_are_safe(self) -> bool:
-        spoken = self.plan.dialect
-        if spoken.caps.named_nodes_are_always_safe:
-            return True
-        jobs = spoken.parse_jobs(self.qemu.execute(spoken.query_jobs()))
-        return spoken.caps.named_nodes_are_safe(jobs.values())
 
     def exports(self) -> None:
         """Show every frozen disk under its export name."""

@@ -176,7 +176,9 @@ def _ask_everything(session: domain.Session) -> None:
     ask(monitor_json.query_status())
     ask(monitor_json.query_block())
     spoken = dialect.Dialect(caps)
-    if caps.named_nodes_are_safe(spoken.parse_jobs(ask(spoken.query_jobs()) or []).values()):
+    if not caps.jobs_against_named_nodes(
+        spoken.parse_jobs(ask(spoken.query_jobs()) or []).values()
+    ):
         ask(_query_named_block_nodes(schema))
     ask(monitor_json.query_block_exports())
     ask(monitor_json.query_block_graph())

@@ -311,8 +311,7 @@ class Sweeper:
     def _node_names(self) -> Iterable[naming.NodeName]:
         if self.caps.block_graph:
             return block.parse_graph(self.qemu.execute(monitor_json.query_block_graph())).nodes()
-        jobs = self._dialect.parse_jobs(self.qemu.execute(self._dialect.query_jobs()))
-        return domain.named_nodes(self.qemu, self.caps, jobs.values())
+        return domain.named_nodes(self.qemu, self.caps)
 
     @property
     def _has_tls(self) -> bool:

@@ -48,7 +48,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     used: Mapping[str, int]
     thresholds: Mapping[naming.NodeName, int] = {}
     backups_end = capabilities.NAMED_NODES_CRASH.affects(caps.version)
-    if not backups_end and caps.named_nodes_are_safe(sight.jobs.values()):
+    if not backups_end and domain.named_nodes_are_safe(session.qemu, caps):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
         thresholds = block.parse_write_thresholds(nodes)
         sizes = block.parse_actual_sizes(nodes)
