@@ -14,7 +14,7 @@ import pytest
 
 import virtbackup
 from tests import waiting
-from tests.live import machines, nbdclient, places
+from tests.live import machines, nbdclient, places, steps
 from virtbackup.qemu import process
 
 SIZE = 64 << 20
@@ -405,12 +405,11 @@ def test_disk_with_a_block_job_is_refused_by_name(tmp_path: pathlib.Path, kind: 
 
 @pytest.mark.parametrize("step", ["scratch_images", "freeze"])
 def test_an_overlay_that_comes_between_the_look_and_the_instant(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: pathlib.Path, step: str
 ) -> None:
     """The image that was looked at stands still from the overlay on, the other disks do not."""
     overlay = {"driver": "file", "filename": f"{tmp_path}/over.qcow2"}
     machines.image(tmp_path / "over.qcow2", SIZE, "qcow2")
-    goes_on = getattr(process.Run, step)
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
         machine.probe("blockdev-add", driver="qcow2", node_name="over", file=overlay, backing=None)
@@ -421,10 +420,8 @@ def test_an_overlay_that_comes_between_the_look_and_the_instant(
             refused.append("error" in reply)  # by a scratch image over the same node
             for disk in ("vda", "sdb"):
                 machine.io(disk, "write -P 7 0 64k")
-            goes_on(run)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(process.Run, step, late)
+        with steps.before(step, late):
             if step == "freeze" and machines.version() < (8, 0, 0):
                 dom.backupStart(unix(tmp_path))
                 dom.backupStop()
@@ -443,10 +440,9 @@ def test_an_overlay_that_comes_between_the_look_and_the_instant(
 
 @pytest.mark.parametrize("engine", machines.engines())
 def test_an_overlay_with_a_job_of_its_own_in_the_middle_of_a_start(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+    tmp_path: pathlib.Path, engine: str
 ) -> None:
     """The filter that is seen at the disk's root then is not over the image that was frozen."""
-    scratch_images = process.Run.scratch_images
     with (
         machines.two_disks(tmp_path) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
@@ -461,23 +457,22 @@ def test_an_overlay_with_a_job_of_its_own_in_the_middle_of_a_start(
             machine.probe("blockdev-snapshot", node="A", overlay="over")
             job = {"job-id": "theirs", "device": "over", "target": "copy", "sync": "none"}
             machine.probe("blockdev-backup", **job)
-            scratch_images(run)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(process.Run, "scratch_images", late)
-            with pytest.raises(virtbackup.Error, match="disk 'vda' got another image"):
-                dom.backupStart(unix(tmp_path))
+        with (
+            steps.before("scratch_images", late),
+            pytest.raises(virtbackup.Error, match="disk 'vda' got another image"),
+        ):
+            dom.backupStart(unix(tmp_path))
         assert "virtbackup" not in str(machine.state())
 
 
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_backup_job_of_somebody_elses_that_begins_in_the_middle_of_a_start(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+    tmp_path: pathlib.Path, engine: str
 ) -> None:
     """Two filters are over the image that was frozen then, and ours is one."""
     if machines.version() < (6, 0, 0):
         return  # where that cannot be told from an overlay with a job, the start is refused
-    freeze = process.Run.freeze
     copy = machines.image(tmp_path / "copy.qcow2", SIZE, "qcow2")
     with (
         machines.two_disks(tmp_path) as machine,
@@ -488,13 +483,12 @@ def test_a_backup_job_of_somebody_elses_that_begins_in_the_middle_of_a_start(
         machine.probe("blockdev-add", driver="qcow2", node_name="copy", file=file)
 
         def late(run: process.Run) -> None:
-            freeze(run)
             job = {"job-id": "theirs", "device": "A", "target": "copy", "sync": "none"}
             machine.probe("blockdev-backup", **job)
             machine.io("vda", "write -P 7 0 64k")
 
-        monkeypatch.setattr(process.Run, "freeze", late)
-        dom.backupStart(unix(tmp_path))
+        with steps.after("freeze", late):
+            dom.backupStart(unix(tmp_path))
         machine.io("vda", "write -P 8 64k 64k")
         assert nbdclient.read(tmp_path / "nbd.sock", "vda")[: 128 << 10] == bytes(128 << 10)
         dom.backupStop()
@@ -552,10 +546,9 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
 
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_job_that_somebody_cancels_in_the_middle_of_a_start(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str
+    tmp_path: pathlib.Path, engine: str
 ) -> None:
     """With the job the node is gone that the hybrid engine was to export."""
-    freeze = process.Run.freeze
     with (
         machines.two_disks(tmp_path) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
@@ -563,12 +556,10 @@ def test_a_job_that_somebody_cancels_in_the_middle_of_a_start(
         dom = conn.lookupByID(1)
 
         def late(run: process.Run) -> None:
-            freeze(run)
             machine.probe("job-cancel", id=run.plan.disks[1].job)
             machine.probe.wait_event("BLOCK_JOB_CANCELLED")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(process.Run, "freeze", late)
+        with steps.after("freeze", late):
             ended = "disk 'sdb': its backup job ended: Operation canceled"
             try:
                 dom.backupStart(unix(tmp_path))
@@ -584,10 +575,9 @@ def test_a_job_that_somebody_cancels_in_the_middle_of_a_start(
 @pytest.mark.parametrize("step", ["scratch_images", "freeze"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_guest_that_migrates_between_the_look_and_the_instant(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, engine: str, step: str
+    tmp_path: pathlib.Path, engine: str, step: str
 ) -> None:
     """Another QEMU may write to its disks by then, past the job."""
-    goes_on = getattr(process.Run, step)
     with (
         machines.two_disks(tmp_path) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
@@ -598,12 +588,12 @@ def test_a_guest_that_migrates_between_the_look_and_the_instant(
         def late(run: process.Run) -> None:
             probe("migrate", uri="exec:cat >/dev/null")
             waiting.until(lambda: probe("query-migrate")["status"] == "completed")
-            goes_on(run)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(process.Run, step, late)
-            with pytest.raises(virtbackup.Error, match="'vda' is not this guest's to use") as said:
-                dom.backupStart(unix(tmp_path))
+        with (
+            steps.before(step, late),
+            pytest.raises(virtbackup.Error, match="'vda' is not this guest's to use") as said,
+        ):
+            dom.backupStart(unix(tmp_path))
         assert said.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
         probe("cont")
         state = machine.state()
@@ -613,21 +603,15 @@ def test_a_guest_that_migrates_between_the_look_and_the_instant(
         dom.backupStop()
 
 
-def test_a_disk_that_is_resized_between_the_look_and_the_instant(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scratch_images = process.Run.scratch_images
+def test_a_disk_that_is_resized_between_the_look_and_the_instant(tmp_path: pathlib.Path) -> None:
     with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
         dom = conn.lookupByID(1)
 
         def late(run: process.Run) -> None:
             machine.probe("block_resize", node_name="B", size=SIZE * 2)
-            scratch_images(run)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(process.Run, "scratch_images", late)
-            with pytest.raises(virtbackup.Error) as refused:
-                dom.backupStart(unix(tmp_path))
+        with steps.before("scratch_images", late), pytest.raises(virtbackup.Error) as refused:
+            dom.backupStart(unix(tmp_path))
         assert refused.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
         resized = f"disk 'sdb' was resized from {SIZE} to {SIZE * 2} bytes as the backup began"
         assert resized in str(refused.value)
@@ -812,9 +796,8 @@ def test_storage_daemon(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("step", ["scratch_images", "freeze"])
 def test_an_overlay_of_a_storage_daemon_in_the_middle_of_a_start(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: pathlib.Path, step: str
 ) -> None:
-    goes_on = getattr(process.Run, step)
     overlay = machines.image(tmp_path / "over.qcow2", 4 << 20, "qcow2")
     disks = ("A", "B")
     for disk in disks:
@@ -834,10 +817,8 @@ def test_an_overlay_of_a_storage_daemon_in_the_middle_of_a_start(
         def late(run: process.Run) -> None:
             refused = machine.probe.reply("blockdev-snapshot", node="A", overlay="over")
             assert ("error" in refused) == (step == "freeze" and machines.version() < (8, 0, 0))
-            goes_on(run)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(process.Run, step, late)
+        with steps.before(step, late):
             if step == "freeze" and machines.version() < (8, 0, 0):
                 dom.backupStart(leave_out)
                 dom.backupStop()

@@ -21,9 +21,9 @@ import pytest
 
 import virtbackup
 from tests import conftest, strict_json, waiting
-from tests.live import certificates, libvirtd, machines, nbdclient, places, test_json
+from tests.live import certificates, libvirtd, machines, nbdclient, places, steps, test_json
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import capabilities, process
+from virtbackup.qemu import capabilities
 from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
@@ -993,31 +993,21 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
     two: libvirtd.Domain,
     scratch_dir: pathlib.Path,
     state_dir: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """QEMU: nothing is left. libvirtd: what is left, the next start removes."""
     dom = connection.lookupByName("two")
-    freeze = process.Run.freeze
-
-    def after(kill: Callable[[], None]) -> Callable[[process.Run], None]:
-        def killed(run: process.Run) -> None:
-            kill()
-            freeze(run)
-
-        return killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(process.Run, "freeze", after(lambda: libvirtd.kill(two.libvirt)))
-        with pytest.raises(virtbackup.Error, match=r"monitor|domain is not running"):
-            dom.backupStart(document(host))
-        assert not list(scratch_dir.iterdir())
-        assert not list(state_dir.glob("*.json"))
-        assert not socket(host).exists()
-        libvirtd.wait_for(lambda: not two.libvirt.isActive())
-        two.libvirt.create()
-        patch.setattr(process.Run, "freeze", after(host.daemon.kill))
-        with pytest.raises(virtbackup.Error):
-            dom.backupStart(document(host))
+    with (
+        steps.before("freeze", lambda _: libvirtd.kill(two.libvirt)),
+        pytest.raises(virtbackup.Error, match=r"monitor|domain is not running"),
+    ):
+        dom.backupStart(document(host))
+    assert not list(scratch_dir.iterdir())
+    assert not list(state_dir.glob("*.json"))
+    assert not socket(host).exists()
+    libvirtd.wait_for(lambda: not two.libvirt.isActive())
+    two.libvirt.create()
+    with steps.before("freeze", lambda _: host.daemon.kill()), pytest.raises(virtbackup.Error):
+        dom.backupStart(document(host))
     host.daemon.start()
     host.connection = libvirt.open(host.daemon.uri)
     two = libvirtd.Domain(host.connection.lookupByName("two"))
@@ -1033,22 +1023,20 @@ def test_a_snapshot_of_libvirts_in_the_middle_of_a_start(
     persistent: libvirtd.Domain,
     scratch_dir: pathlib.Path,
     state_dir: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of one disk: it would be shown as it was at the snapshot, the other as at the start."""
     dom = connection.lookupByName("lasting")
-    scratch_images = process.Run.scratch_images
 
-    def late(run: process.Run) -> None:
+    def late(_: object) -> None:
         persistent.libvirt.snapshotCreateXML(ONE_DISK.format("s"), DISK_ONLY)
         persistent.write("vda", 0)
         persistent.write("sdb", 0)
-        scratch_images(run)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(process.Run, "scratch_images", late)
-        with pytest.raises(virtbackup.Error, match="disk 'vda' got another image"):
-            dom.backupStart(document(host))
+    with (
+        steps.before("scratch_images", late),
+        pytest.raises(virtbackup.Error, match="disk 'vda' got another image"),
+    ):
+        dom.backupStart(document(host))
     assert not left_over(persistent, scratch_dir, state_dir)
     dom.backupStart(document(host))
     for disk in ("vda", "sdb"):

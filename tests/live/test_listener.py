@@ -11,9 +11,9 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests.live import crashing, machines, nbdclient
+from tests.live import crashing, machines, nbdclient, steps
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import listener, monitor, nbdserver, process
+from virtbackup.qemu import listener, monitor, nbdserver
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -236,20 +236,19 @@ def test_a_server_that_somebody_put_elsewhere_in_the_middle_of_a_start(
     machine: machines.Machine,
     domain: virtbackup.Domain,
     tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The disks would be shown where nobody was told of."""
     before = machine.state()
-    scratch_images = process.Run.scratch_images
 
-    def late(run: process.Run) -> None:
-        scratch_images(run)
+    def late(_: object) -> None:
         machine.probe("nbd-server-stop")
         elsewhere = {"type": "unix", "data": {"path": f"{tmp_path}/theirs.sock"}}
         machine.probe("nbd-server-start", addr=elsewhere)
 
-    monkeypatch.setattr(process.Run, "scratch_images", late)
     unix = f'<address type="unix" path="{tmp_path}/nbd.sock"/>'
-    with pytest.raises(virtbackup.Error, match="the NBD server does not listen on"):
+    with (
+        steps.after("scratch_images", late),
+        pytest.raises(virtbackup.Error, match="the NBD server does not listen on"),
+    ):
         domain.backupStart(document(unix))
     assert machine.state() == before
