@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is kept of a QEMU's capabilities is for that program in that process, or it is not used."""
+"""What is kept of a QEMU's capabilities is for that very program, or it is not used."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,13 @@ KNOWN = capabilities.Capabilities(
 
 
 Running = tuple["subprocess.Popen[bytes]", runtime.Process]
-Program = Callable[[str], contextlib.AbstractContextManager[Running]]
+Program = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
 @pytest.fixture
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """Runs a program of that name, which becomes another QEMU when it is sent a line."""
+    """Runs a program of that name with arguments, which becomes another QEMU when it is sent a
+    line."""
     names = tmp_path_factory.mktemp("bin")
     for name, what in ((QEMU, "sh"), ("other", "sh"), ("qemu-updated", "cat")):
         (names / name).symlink_to(str(shutil.which(what)))
@@ -40,8 +41,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 
 @contextlib.contextmanager
-def _program(names: pathlib.Path, name: str) -> Iterator[Running]:
-    argv = [str(names / name), "-c", f"echo; read line; exec {names}/qemu-updated"]
+def _program(names: pathlib.Path, name: str, *options: str) -> Iterator[Running]:
+    argv = [str(names / name), "-c", f"echo; read line; exec {names}/qemu-updated", *options]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -83,15 +84,55 @@ def test_another_greeting_is_another_qemu(process: runtime.Process) -> None:
         assert capabilities_cache.load(process, other) is None
 
 
-def test_another_process_is_another_qemu(
-    state: pathlib.Path, process: runtime.Process, program: Program
-) -> None:
+def test_another_process_of_the_same_program(process: runtime.Process, program: Program) -> None:
     capabilities_cache.store(process, GREETING, KNOWN)
-    [file] = state.iterdir()
     with program(QEMU) as (_, other):
-        assert kept(other) is None
-        file.rename(state / f"qemu-{other[0]}-{other[1]}.capabilities")
-        assert kept(other) is None
+        assert kept(other) == KNOWN
+
+
+@pytest.mark.parametrize("option", ["-compat", "--compat=deprecated-output=hide", "-readconfig"])
+def test_an_option_that_hides_some_of_it(
+    process: runtime.Process, program: Program, option: str
+) -> None:
+    """Whoever is started the same way has the same."""
+    capabilities_cache.store(process, GREETING, KNOWN)
+    less = dataclasses.replace(KNOWN, features=frozenset())
+    with program(QEMU, option, "x") as (_, one), program(QEMU, option, "x") as (_, same):
+        assert kept(one) is None
+        capabilities_cache.store(one, GREETING, less)
+        assert kept(same) == less
+        assert kept(process) == KNOWN
+        with program(QEMU, option, "y") as (_, other):
+            assert kept(other) is None
+
+
+@pytest.mark.parametrize("change", ["content", "times", "new"])
+def test_an_update_of_the_program(
+    tmp_path_factory: pytest.TempPathFactory, state: pathlib.Path, change: str
+) -> None:
+    """Also one that has the size and the time of the one before."""
+    names = tmp_path_factory.mktemp("bin")
+    shell = pathlib.Path(str(shutil.which("sh"))).resolve()
+    shutil.copy(shell, names / QEMU)
+    with _program(names, QEMU) as (_, process):
+        capabilities_cache.store(process, GREETING, KNOWN)
+        assert kept(process) == KNOWN
+    [file] = state.iterdir()
+    before = (names / QEMU).stat()
+    if change == "new":
+        (names / QEMU).unlink()
+        shutil.copy(shell, names / QEMU)
+    elif change == "content":
+        with (names / QEMU).open("ab") as opened:
+            opened.write(b"more")
+    if change != "content":
+        os.utime(names / QEMU, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with _program(names, QEMU) as (_, process):
+        assert kept(process) is None
+        capabilities_cache.store(process, GREETING, KNOWN)
+        [other] = set(state.iterdir()) - {file}
+        file.replace(other)
+        assert kept(process) is None
 
 
 def test_another_program_in_the_same_process(program: Program) -> None:
@@ -156,15 +197,22 @@ def test_without_a_directory_nothing_is_kept(
     assert kept(process) is None
 
 
-def test_what_was_kept_of_the_dead_goes(
-    state: pathlib.Path, process: runtime.Process, program: Program
+def test_of_much_that_is_kept_the_newest_stay(
+    monkeypatch: pytest.MonkeyPatch, state: pathlib.Path, program: Program
 ) -> None:
-    with program(QEMU) as (_, gone):
-        capabilities_cache.store(gone, GREETING, KNOWN)
+    monkeypatch.setattr(capabilities_cache, "_KEPT", 2)
     (state / "other").touch()
-    capabilities_cache.store(process, GREETING, KNOWN)
-    names = {path.name for path in state.iterdir()}
-    assert names == {"other", f"qemu-{process[0]}-{process[1]}.capabilities"}
+    with contextlib.ExitStack() as running:
+        processes = []
+        for number in range(3):
+            _, process = running.enter_context(program(QEMU, "-compat", str(number)))
+            capabilities_cache.store(process, GREETING, KNOWN)
+            for file in state.glob("*.capabilities"):
+                at = file.stat().st_mtime_ns - 10**9
+                os.utime(file, ns=(at, at))
+            processes.append(process)
+        assert [kept(process) for process in processes] == [None, KNOWN, KNOWN]
+    assert len(list(state.iterdir())) == 3
 
 
 def test_all_of_it_is_kept() -> None:
@@ -176,7 +224,9 @@ def test_all_of_it_is_kept() -> None:
 @pytest.mark.timeout(30)
 def test_what_is_no_file_is_not_waited_for(program: Program, state: pathlib.Path) -> None:
     with program(QEMU) as (running, process):
-        kept = state / "qemu-{}-{}.capabilities".format(*process)
+        capabilities_cache.store(process, GREETING, KNOWN)
+        [kept] = state.iterdir()
+        kept.unlink()
         os.mkfifo(kept)
         os.mkfifo(kept.with_suffix(f".{os.getpid()}"))
         assert capabilities_cache.load(process, GREETING) is None

@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -31,14 +32,37 @@ def shared_dirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def known_capabilities(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where is kept what QEMU was found to be able to do, by all tests together."""
+    return tmp_path_factory.mktemp("known")
+
+
 @pytest.fixture(autouse=True)
 def state_dir(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> pathlib.Path:
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    known_capabilities: pathlib.Path,
+) -> Iterator[pathlib.Path]:
     """Where status files go for the test and the processes it starts."""
     path = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", os.fspath(path))
-    return path
+    _copy_new(known_capabilities, path)
+    yield path
+    _copy_new(path, known_capabilities)
+
+
+def _copy_new(directory: pathlib.Path, to: pathlib.Path) -> None:
+    for file in directory.glob("qemu-*.capabilities"):
+        if file.is_file() and not (to / file.name).exists():
+            shutil.copy(file, to)
+
+
+@pytest.fixture
+def unknown_qemu(state_dir: pathlib.Path) -> None:
+    """What QEMU can do has to be asked of it, as the first time."""
+    for file in state_dir.iterdir():
+        file.unlink()
 
 
 @pytest.fixture(autouse=True)

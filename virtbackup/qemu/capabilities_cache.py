@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What running QEMUs can do, kept for the next process that asks (virQEMUCapsCache).
+"""What QEMUs can do, kept for the next process that asks (virQEMUCapsCache).
 
 For its schema alone QEMU's main loop, and the guest with it, is busy for ten milliseconds, and so
-are we to read it; for as long as the same program runs in the same process, the answer is the same.
-So there is a file for a process, in the user's state directory, that names all by which another
-could be told from it. A file that is not right in every detail is no file: QEMU is asked.
+are we to read it; for every process of the same program, the answer is the same. So there is a file
+for a program, in the user's state directory, that names all by which another one could be told from
+it. A file that is not right in every detail is no file: QEMU is asked.
 """
 
 import contextlib
@@ -19,22 +19,30 @@ from typing import Any
 from virtbackup import runtime
 from virtbackup.qemu import capabilities, nbdserver, qmp
 
-_NAME = re.compile(r"qemu-(\d+)-(\d+)\.capabilities")
+_SUFFIX = ".capabilities"
+_KEPT = 8
+"""Files, which an update of QEMU leaves behind: the newest stay."""
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 _ASKED = hashlib.sha256(repr(sorted(capabilities.FEATURES.items())).encode()).hexdigest()
 """What is looked up in a schema: by the next version of ours it may be more."""
+_CHANGING = re.compile(rb"--?(compat|readconfig)(=|$)")
+"""Options that may hide a part of the schema (qapi/compat.json)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """What runs in a process: another one comes with another boot, or by exec(2)."""
+    """The file that runs in a process, and how."""
 
     boot: str
-    process: runtime.Process
     device: int
     inode: int
+    size: int
+    modified: int
+    """The last change of its content, in nanoseconds."""
     changed: int
-    """Its file's last change, in nanoseconds."""
+    """The last change of the file, which nobody can set."""
+    options: str
+    """The command line, if it may make a difference; else empty."""
 
 
 def load(
@@ -45,7 +53,7 @@ def load(
     if program is None:
         return None
     try:
-        said = json.loads(runtime.read_file(_path(program.process)))
+        said = json.loads(runtime.read_file(_path(program)))
         if said.pop("of") != _of(program, greeting):
             return None
         commands, features = said["commands"], said["features"]
@@ -62,7 +70,7 @@ def store(
     process: runtime.Process | None, greeting: qmp.Greeting, known: capabilities.Capabilities
 ) -> None:
     """Keep what is KNOWN of the QEMU in PROCESS, if that can be told from others, in the state
-    directory, if there is one; what was kept of processes that are gone is removed."""
+    directory, if there is one; of much that is kept, the oldest is removed."""
     program = _program(process)
     if program is None:
         return
@@ -71,14 +79,14 @@ def store(
         "commands": sorted(known.commands),
         "features": sorted(known.features),
     }
-    path = _path(program.process)
+    path = _path(program)
     partial = path.with_suffix(f".{os.getpid()}")
     try:
-        _forget_the_dead(path.parent)
         partial.unlink(missing_ok=True)  # whatever it is
         partial.touch(mode=0o600)
         partial.write_text(json.dumps(said))
         partial.replace(path)
+        _forget_the_oldest(path.parent)
     except OSError:  # the next one asks again
         with contextlib.suppress(OSError):  # nor can anything be removed from what is only read
             partial.unlink()
@@ -88,12 +96,19 @@ def _program(process: runtime.Process | None) -> _Program | None:
     """None of a process that is not seen to be QEMU: another one may stand behind it tomorrow."""
     if process is None or not nbdserver.is_qemu(process[0]):
         return None
+    proc = pathlib.Path(f"/proc/{process[0]}")
     try:
-        found = pathlib.Path(f"/proc/{process[0]}/exe").stat()
+        words = (proc / "cmdline").read_bytes()
+        found = (proc / "exe").stat()
         boot = _BOOT.read_text().strip()
     except OSError:
         return None
-    return _Program(boot, process, found.st_dev, found.st_ino, found.st_mtime_ns)
+    options = words if any(map(_CHANGING.match, words.split(b"\0"))) else b""
+    return _Program(
+        boot=boot, device=found.st_dev, inode=found.st_ino, size=found.st_size,
+        modified=found.st_mtime_ns, changed=found.st_ctime_ns,
+        options=options.decode(errors="backslashreplace"),
+    )  # fmt: skip
 
 
 def _of(program: _Program, greeting: qmp.Greeting) -> dict[str, Any]:
@@ -103,13 +118,12 @@ def _of(program: _Program, greeting: qmp.Greeting) -> dict[str, Any]:
     return as_json
 
 
-def _path(process: runtime.Process) -> pathlib.Path:
-    pid, start = process
-    return runtime.directory() / f"qemu-{pid}-{start}.capabilities"
+def _path(program: _Program) -> pathlib.Path:
+    number = hashlib.sha256(repr(program).encode()).hexdigest()[:16]
+    return runtime.directory() / f"qemu-{number}{_SUFFIX}"
 
 
-def _forget_the_dead(directory: pathlib.Path) -> None:
-    for path in directory.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and not runtime.is_alive((int(match[1]), int(match[2]))):
-            path.unlink(missing_ok=True)
+def _forget_the_oldest(directory: pathlib.Path) -> None:
+    kept = sorted(directory.glob(f"qemu-*{_SUFFIX}"), key=lambda path: path.lstat().st_mtime_ns)
+    for path in kept[:-_KEPT]:
+        path.unlink(missing_ok=True)

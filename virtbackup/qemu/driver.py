@@ -188,7 +188,7 @@ class QmpDriver(queries.QmpQueries):
 
 
 def _identify(qemu: monitor.Monitor, process: runtime.Process | None) -> domain.Identity:
-    """Who answers, in PROCESS; what it can do is asked once in its life."""
+    """Who answers, in PROCESS; what its program can do is asked once."""
     known = capabilities_cache.load(process, qemu.greeting)
     identity = domain.identify(qemu, known=known)
     if known is None and identity.process == process:
