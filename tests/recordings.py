@@ -83,7 +83,8 @@ def _qemu_img(*arguments: str) -> None:
 @contextlib.contextmanager
 def running(binary: str) -> Iterator[machines.Machine]:
     """The QEMU to be recorded, in a directory of its own; our own files are there, too."""
-    with tempfile.TemporaryDirectory(prefix="vb-record-") as name:
+    # Always there: some of what QEMU says is the file system's word.
+    with tempfile.TemporaryDirectory(prefix="vb-record-", dir="/tmp") as name:
         directory = pathlib.Path(name)
         own = {}
         for variable in ("VIRTBACKUP_STATE_DIR", "VIRTBACKUP_SCRATCH_DIR"):

@@ -264,13 +264,13 @@ LOST = (*SLOW, "hang up", "half a line", "another half")
 
 HARMLESS = ("answered twice", "answer to nothing", "events first")
 
-EVERY = {spoiler: 1 if conftest.long() else 25 if spoiler in SLOW else 12 for spoiler in SPOILERS}
+EVERY = 1 if conftest.long() else 24
 """One of so many turns is spoilt, another one with each spoiler, so that each turn is by some."""
 
 
 def _spoil_turns(hostile: hostile_monitor.HostileMonitor, name: str, spoiler: str) -> None:
-    first = list(SPOILERS).index(spoiler) % EVERY[spoiler]
-    for turn in range(first, turns(name), EVERY[spoiler]):
+    first = list(SPOILERS).index(spoiler) % EVERY
+    for turn in range(first, turns(name), EVERY):
         prepare(hostile, name)
         hostile.play(name, turn, SPOILERS[spoiler])
         failure = outcome(hostile, name)

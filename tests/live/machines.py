@@ -323,12 +323,30 @@ def storage_daemon(
 def image(
     path: pathlib.Path, size: int, fmt: str = "raw", backing: pathlib.Path | None = None
 ) -> pathlib.Path:
-    """Make an image of SIZE bytes with Debian's qemu-img."""
-    argv = ["qemu-img", "create", "-q", "-f", fmt]
+    """Make an image of SIZE bytes as Debian's qemu-img does."""
     if backing:
-        argv += ["-b", str(backing), "-F", "qcow2"]
-    subprocess.run([*argv, str(path), str(size)], check=True)
+        base = ["-b", str(backing), "-F", "qcow2"]
+        _create(path, size, fmt, *base)
+    elif fmt == "raw":
+        with path.open("wb") as file:
+            file.truncate(size)
+    else:
+        path.write_bytes(_empty_image(size, fmt))
     return path
+
+
+@functools.cache
+def _empty_image(size: int, fmt: str) -> bytes:
+    """What qemu-img makes, the same for many tests."""
+    with tempfile.TemporaryDirectory() as name:
+        path = pathlib.Path(name) / "image"
+        _create(path, size, fmt)
+        return path.read_bytes()
+
+
+def _create(path: pathlib.Path, size: int, fmt: str, *options: str) -> None:
+    argv = ["qemu-img", "create", "-q", "-f", fmt, *options, str(path), str(size)]
+    subprocess.run(argv, check=True)
 
 
 def contents(path: pathlib.Path, fmt: str) -> bytes:

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.t
 
 SIZE = 6 << 20
 ROUNDS = 14
-LIVES = 24 if conftest.long() else 2
+LIVES = 24 if conftest.long() else 1
 SEED = os.environ.get("VIRTBACKUP_ROUNDS_SEED", "1")
 DISKS = {"vda": "a.qcow2", "sdb": "b.raw", "sdc": "c.qcow2"}
 GRANULARITY = {"daily": None, "hourly": 4096}

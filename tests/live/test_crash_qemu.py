@@ -11,6 +11,7 @@ from tests.live import crashing, foreign, machines, proxy
 from virtbackup.tools import manifest
 
 
+@pytest.mark.usefixtures("unknown_qemu")
 @pytest.mark.parametrize("fault", ["kill-qemu-before", "kill-qemu-after"])
 @pytest.mark.parametrize("call", ["start", "stop", "pull"])
 def test_qemu_killed_at_every_command(
@@ -24,7 +25,7 @@ def test_qemu_killed_at_every_command(
     before: set[str] = set()
     wrong: list[str] = []
     # Between two commands is after the one and before the other: unless there is time, once.
-    for number in range(0, 200, 1 if conftest.long() else 4 if call == "pull" else 2):
+    for number in range(0, 200, 1 if conftest.long() else 7 if call == "pull" else 3):
         with crashing.machine_behind_proxy(tmp_path) as (machine, between):
             start_and_stop(machine, between, tmp_path, wrong)
             before = before or crashing.files(tmp_path, state_dir)

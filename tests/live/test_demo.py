@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from demo import kernel
-from tests import waiting
+from tests import conftest, waiting
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
@@ -91,9 +91,10 @@ def test_one_wrong_byte_is_told(scratch: pathlib.Path, tmp_path: pathlib.Path) -
     assert_clean(scratch)
 
 
-@pytest.mark.parametrize(
-    ("moment", "number"), [("writing after", signal.SIGINT), ("backup-info", signal.SIGTERM)]
-)
+MOMENTS = [("writing after", signal.SIGINT), ("backup-info", signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("moment", "number"), MOMENTS if conftest.long() else MOMENTS[:1])
 def test_an_interruption_cleans_up(scratch: pathlib.Path, moment: str, number: int) -> None:
     demo = start(scratch, how=("-c", SOON) if moment == "backup-info" else ("-m", "demo"))
     assert demo.stdout is not None

@@ -205,7 +205,7 @@ def test_we_are_killed_in_the_stop(
     with test_branch_crash.watched(tmp_path) as (machine, between, caller):
         one = test_branch_crash.client(tmp_path, engine)
         one.backup()
-        for number in itertools.count(0, 1 if conftest.long() else 3):
+        for number in itertools.count(0, 1 if conftest.long() else 5):
             fork, base = f"c{number}", dict(one.copies)
             one.write(machine, "vda", 3)
             start(one, "b", fork=fork)

@@ -12,10 +12,11 @@ import pytest
 
 import virtbackup
 from demo import guest, judge, records
+from tests import conftest
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
-ROUNDS = 4
+ROUNDS = 8 if conftest.long() else 2
 
 
 def read(socket: pathlib.Path, disk: records.Disk, copy: pathlib.Path) -> pathlib.Path:

@@ -519,7 +519,7 @@ class EndAt(io.StringIO):
 
 
 @pytest.mark.parametrize("how", ["destroyed", "killed"])
-@pytest.mark.parametrize("line", [1, 2, 10, 40])
+@pytest.mark.parametrize("line", [1, 2, 10, 40] if conftest.long() else [2, 40])
 def test_a_domain_that_ends_in_the_middle_of_its_stop(
     host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path,
     state_dir: pathlib.Path, how: str, line: int,

@@ -14,7 +14,10 @@ from tests.live import machines
 from virtbackup.qemu import recording
 from virtbackup.tools import virsh_backup
 
-pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img"),
+    pytest.mark.usefixtures("unknown_qemu"),
+]
 
 BINARIES = ("qemu-system-x86_64", "qemu-storage-daemon")
 
@@ -121,5 +124,5 @@ def test_a_signal_at_any_moment_leaves_the_guest_as_it_was(
             assert process.returncode == 128 + number, (line, err)
             assert err.startswith("error: interrupted")
             assert not file.exists()
-            line += 2 if conftest.long() else 24
+            line += 2 if conftest.long() else 40
         assert line > 60

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 ROUNDS = 20
-LIVES = 50 if conftest.long() else 2
+LIVES = 50 if conftest.long() else 1
 SEED = os.environ.get("VIRTBACKUP_ROUNDS_SEED", "1")
 SPACE = 24 << 20
 FIGURES: collections.Counter[str] = collections.Counter()

@@ -21,6 +21,7 @@ from virtbackup.tools import chain
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
     pytest.mark.timeout(120),
+    pytest.mark.usefixtures("unknown_qemu"),  # or there is more in the state directory
 ]
 
 

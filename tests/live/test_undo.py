@@ -11,6 +11,7 @@ from tests.live import crashing, proxy
 FAULTS: tuple[proxy.Fault, ...] = ("refuse", "lose-reply", "hang-up-before", "hang-up-after")
 
 
+@pytest.mark.usefixtures("unknown_qemu")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("extra", [(), ("-S",)], ids=["running", "paused"])
 def test_each_command_of_a_start_fails_in_turn(

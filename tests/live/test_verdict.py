@@ -425,7 +425,7 @@ def test_an_interrupted_start_leaves_nothing_that_is_not_found(
             assert what_is_there(machine, tmp_path, state_dir, scratch_dir) == before, (delay, out)
 
 
-EVERY = 1 if conftest.long() else 24
+EVERY = 1 if conftest.long() else 40
 """Of how many places where a signal may strike one is tried."""
 HOLD = striking.HOLD if conftest.long() else ()
 NOT_COME_TO_AN_END = "the process that was stopping it did not come to an end"
