@@ -475,6 +475,24 @@ def test_the_guests_own_device(tmp_path: pathlib.Path) -> None:
         assert disk.read_bytes() == places.FF * SIZE
 
 
+def test_a_network_disk_whose_name_is_that_of_the_device(
+    guest: points.Guest, disk: pathlib.Path
+) -> None:
+    """That is no path here. As libvirt has it; over QMP a name is a URI."""
+    source = f"<source protocol='nbd' name='{disk}'><host name='backup.example'/></source>"
+    with virtbackup.open(guest.machine.uri) as connection:
+        known = connection.lookupByName("vm").XMLDesc()
+    network = f"<disk type='network' device='disk'>{source}<target dev='vdz'/></disk>"
+    known = known.replace("</devices>", f"{network}</devices>")
+    document = "<domainbackup><address type='unix' path='/a'/><disks><disk name='vda'/></disks>"
+    wanted = pull._wanted(f"{document}</domainbackup>", known, None, None)
+    assert pull._devices({"vda": disk}, wanted, known) == {"vda": disk}
+    theirs = known.replace("type='network'", "type='block'")
+    theirs = theirs.replace(source, f"<source dev='{disk}'/>")
+    with pytest.raises(virtbackup.Error, match="is the guest's own disk 'vdz'"):
+        pull._devices({"vda": disk}, wanted, theirs)
+
+
 # --- what fails -----------------------------------------------------------------------------------
 
 

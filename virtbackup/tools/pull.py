@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
+_WITH_PATH = ("file", "block")
+"""The types of disks whose source is a path here."""
 
 
 def pull(
@@ -244,7 +246,7 @@ def _devices(
                 " images over the files of a directory"
             )
         for disk in domain.disks:
-            if disk.source is not None and _has_bytes_of(path, disk.source):
+            if disk.type in _WITH_PATH and disk.source and _has_bytes_of(path, disk.source):
                 raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
         with _naming_disk(name):
             number, size = device.look(path)
