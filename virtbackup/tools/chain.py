@@ -223,6 +223,8 @@ def merged(
         coming = manifest.read(directory, file + MERGED)
     except errors.Error:
         return made
+    if coming.id != made.id:
+        return made
     new = {disk.file: disk for disk in coming.disks if disk.backing is None}
     disks = tuple(
         new[disk.file] if disk.file in new and _stands_alone(directory / disk.file) else disk
