@@ -184,7 +184,8 @@ def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
 
 def format(status: Status) -> str:
     """The file's text."""
-    return json.dumps({"version": VERSION, **dataclasses.asdict(status)}, indent=1) + "\n"
+    # Without indent, and asdict(), it takes a tenth of the time, of which a start has little.
+    return json.dumps({"version": VERSION, **vars(status)}, default=vars) + "\n"
 
 
 class StatusFile:
