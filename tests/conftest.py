@@ -42,7 +42,7 @@ pytest.register_assert_rewrite(
     "tests.live", *(f"tests.{path.stem}" for path in HERE.glob("[!_]*.py") if path != THIS)
 )
 
-hypothesis.settings.register_profile("short", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("short", deadline=None, print_blob=True, max_examples=50)
 hypothesis.settings.register_profile("long", parent=None, deadline=None, max_examples=5000)
 hypothesis.settings.register_profile(
     "mutant",

@@ -25,7 +25,7 @@ def test_qemu_killed_at_every_command(
     before: set[str] = set()
     wrong: list[str] = []
     # Between two commands is after the one and before the other: unless there is time, once.
-    for number in range(0, 200, 1 if conftest.long() else 7 if call == "pull" else 3):
+    for number in range(0, 200, 1 if conftest.long() else 7 if call == "pull" else 5):
         with crashing.machine_behind_proxy(tmp_path) as (machine, between):
             start_and_stop(machine, between, tmp_path, wrong)
             before = before or crashing.files(tmp_path, state_dir)

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -69,8 +70,7 @@ def content_of(path: pathlib.Path, fmt: str) -> bytes:
 # --- files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize(("number", "fmt"), [*zip((1, 2, 3, 4), itertools.cycle(FORMATS))])
 def test_every_point(
     whole: points.Backed, tmp_path: pathlib.Path, number: int, fmt: copy.Format
 ) -> None:

@@ -2,6 +2,7 @@
 """The program virsh-backup as people run it, on real QEMU; and read side by side with virsh."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests import waiting
+from tests import conftest, waiting
 from tests.live import machines, places, terminals
 from virtbackup.conf import backup_conf
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
@@ -371,10 +372,12 @@ def test_interrupted_pull_leaves_nothing(
     assert machine.state() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(
-    "command", ["block-export-del", "nbd-server-stop", "job-cancel", "blockdev-del"]
-)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STEPS = ("block-export-del", "nbd-server-stop", "job-cancel", "blockdev-del")
+SIGNALLED = [*itertools.product(STEPS, SIGNALS)]
+
+
+@pytest.mark.parametrize(("command", "number"), SIGNALLED if conftest.long() else SIGNALLED[::2])
 def test_signal_does_not_leave_a_stop_half_done(
     command: str,
     number: signal.Signals,
