@@ -66,26 +66,36 @@ def process(program: Program) -> Iterator[runtime.Process]:
         yield process
 
 
-def kept(process: runtime.Process) -> capabilities.Capabilities | None:
-    return capabilities_cache.load(process, GREETING)
+def kept(
+    process: runtime.Process, greeting: qmp.Greeting = GREETING
+) -> capabilities.Capabilities | None:
+    program = capabilities_cache.program_of(process)
+    assert program is not None
+    return capabilities_cache.load(program, greeting)
+
+
+def keep(process: runtime.Process, known: capabilities.Capabilities) -> None:
+    program = capabilities_cache.program_of(process)
+    assert program is not None
+    capabilities_cache.store(program, GREETING, known)
 
 
 def test_what_was_stored_is_loaded(state: pathlib.Path, process: runtime.Process) -> None:
     assert kept(process) is None
-    capabilities_cache.store(process, GREETING, KNOWN)
+    keep(process, KNOWN)
     assert kept(process) == KNOWN
     [file] = state.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_another_greeting_is_another_qemu(process: runtime.Process) -> None:
-    capabilities_cache.store(process, GREETING, KNOWN)
+    keep(process, KNOWN)
     for other in (qmp.Greeting((11, 1, 4), "Debian"), qmp.Greeting((11, 1, 3), "")):
-        assert capabilities_cache.load(process, other) is None
+        assert kept(process, other) is None
 
 
 def test_another_process_of_the_same_program(process: runtime.Process, program: Program) -> None:
-    capabilities_cache.store(process, GREETING, KNOWN)
+    keep(process, KNOWN)
     with program(QEMU) as (_, other):
         assert kept(other) == KNOWN
 
@@ -95,11 +105,11 @@ def test_an_option_that_hides_some_of_it(
     process: runtime.Process, program: Program, option: str
 ) -> None:
     """Whoever is started the same way has the same."""
-    capabilities_cache.store(process, GREETING, KNOWN)
+    keep(process, KNOWN)
     less = dataclasses.replace(KNOWN, features=frozenset())
     with program(QEMU, option, "x") as (_, one), program(QEMU, option, "x") as (_, same):
         assert kept(one) is None
-        capabilities_cache.store(one, GREETING, less)
+        keep(one, less)
         assert kept(same) == less
         assert kept(process) == KNOWN
         with program(QEMU, option, "y") as (_, other):
@@ -115,7 +125,7 @@ def test_an_update_of_the_program(
     shell = pathlib.Path(str(shutil.which("sh"))).resolve()
     shutil.copy(shell, names / QEMU)
     with _program(names, QEMU) as (_, process):
-        capabilities_cache.store(process, GREETING, KNOWN)
+        keep(process, KNOWN)
         assert kept(process) == KNOWN
     [file] = state.iterdir()
     before = (names / QEMU).stat()
@@ -129,7 +139,7 @@ def test_an_update_of_the_program(
         os.utime(names / QEMU, ns=(before.st_atime_ns, before.st_mtime_ns))
     with _program(names, QEMU) as (_, process):
         assert kept(process) is None
-        capabilities_cache.store(process, GREETING, KNOWN)
+        keep(process, KNOWN)
         [other] = set(state.iterdir()) - {file}
         file.replace(other)
         assert kept(process) is None
@@ -138,7 +148,7 @@ def test_an_update_of_the_program(
 def test_another_program_in_the_same_process(program: Program) -> None:
     """As QEMU may update itself."""
     with program(QEMU) as (running, process):
-        capabilities_cache.store(process, GREETING, KNOWN)
+        keep(process, KNOWN)
         assert kept(process) == KNOWN
         assert running.stdin is not None
         assert running.stdout is not None
@@ -155,19 +165,23 @@ def test_who_looks_for_more_asks_again(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(capabilities_cache, "_ASKED", "less")
-        capabilities_cache.store(process, GREETING, KNOWN)
+        keep(process, KNOWN)
         assert kept(process) == KNOWN
     assert kept(process) is None
 
 
-def test_nothing_is_kept_of_who_is_not_seen_to_be_qemu(
-    state: pathlib.Path, program: Program
-) -> None:
-    capabilities_cache.store(None, GREETING, KNOWN)
+def test_nothing_is_kept_of_who_is_not_seen_to_be_qemu(program: Program) -> None:
+    assert capabilities_cache.program_of(None) is None
     with program("other") as (_, process):
-        capabilities_cache.store(process, GREETING, KNOWN)
-    assert list(state.iterdir()) == []
-    assert capabilities_cache.load(None, GREETING) is None
+        assert capabilities_cache.program_of(process) is None
+
+
+def test_what_is_kept_has_no_secret(state: pathlib.Path, program: Program) -> None:
+    with program(QEMU, "-compat", "x", "-object", "secret,data=letmein") as (_, process):
+        keep(process, KNOWN)
+        assert kept(process) == KNOWN
+    [file] = state.iterdir()
+    assert "letmein" not in file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +189,7 @@ def test_nothing_is_kept_of_who_is_not_seen_to_be_qemu(
     ["", "[]", "3", "{}", "[" * 100_000, '{"of": {}}', "cut", "numbers", "nothing"],
 )  # fmt: skip
 def test_a_broken_file_is_no_file(state: pathlib.Path, process: runtime.Process, text: str) -> None:
-    capabilities_cache.store(process, GREETING, KNOWN)
+    keep(process, KNOWN)
     [file] = state.iterdir()
     whole = file.read_text()
     said = json.loads(whole)
@@ -192,7 +206,7 @@ def test_without_a_directory_nothing_is_kept(
     monkeypatch: pytest.MonkeyPatch, state: pathlib.Path, process: runtime.Process
 ) -> None:
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state / "none"))
-    capabilities_cache.store(process, GREETING, KNOWN)
+    keep(process, KNOWN)
     assert not (state / "none").exists()
     assert kept(process) is None
 
@@ -206,7 +220,7 @@ def test_of_much_that_is_kept_the_newest_stay(
         processes = []
         for number in range(3):
             _, process = running.enter_context(program(QEMU, "-compat", str(number)))
-            capabilities_cache.store(process, GREETING, KNOWN)
+            keep(process, KNOWN)
             for file in state.glob("*.capabilities"):
                 at = file.stat().st_mtime_ns - 10**9
                 os.utime(file, ns=(at, at))
@@ -224,12 +238,12 @@ def test_all_of_it_is_kept() -> None:
 @pytest.mark.timeout(30)
 def test_what_is_no_file_is_not_waited_for(program: Program, state: pathlib.Path) -> None:
     with program(QEMU) as (running, process):
-        capabilities_cache.store(process, GREETING, KNOWN)
-        [kept] = state.iterdir()
-        kept.unlink()
-        os.mkfifo(kept)
-        os.mkfifo(kept.with_suffix(f".{os.getpid()}"))
-        assert capabilities_cache.load(process, GREETING) is None
-        capabilities_cache.store(process, GREETING, KNOWN)
-        assert capabilities_cache.load(process, GREETING) == KNOWN
+        keep(process, KNOWN)
+        [file] = state.iterdir()
+        file.unlink()
+        os.mkfifo(file)
+        os.mkfifo(file.with_suffix(f".{os.getpid()}"))
+        assert kept(process) is None
+        keep(process, KNOWN)
+        assert kept(process) == KNOWN
         running.kill()

@@ -30,7 +30,7 @@ _CHANGING = re.compile(rb"--?(compat|readconfig)(=|$)")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class Program:
     """The file that runs in a process, and how."""
 
     boot: str
@@ -42,16 +42,31 @@ class _Program:
     changed: int
     """The last change of the file, which nobody can set."""
     options: str
-    """The command line, if it may make a difference; else empty."""
+    """A hash of the command line, which may have secrets, if it may make a difference."""
 
 
-def load(
-    process: runtime.Process | None, greeting: qmp.Greeting
-) -> capabilities.Capabilities | None:
-    """What the QEMU that greets so, in PROCESS, can do; None where it has to be asked."""
-    program = _program(process)
-    if program is None:
+def program_of(process: runtime.Process | None) -> Program | None:
+    """What runs in PROCESS now, and for as long as its monitor's connection does; None of one that
+    is not seen to be QEMU: another one may stand behind it tomorrow."""
+    if process is None or not nbdserver.is_qemu(process[0]):
         return None
+    proc = pathlib.Path(f"/proc/{process[0]}")
+    try:
+        words = (proc / "cmdline").read_bytes()
+        found = (proc / "exe").stat()
+        boot = _BOOT.read_text().strip()
+    except OSError:
+        return None
+    is_other = any(map(_CHANGING.match, words.split(b"\0")))
+    return Program(
+        boot=boot, device=found.st_dev, inode=found.st_ino, size=found.st_size,
+        modified=found.st_mtime_ns, changed=found.st_ctime_ns,
+        options=hashlib.sha256(words).hexdigest() if is_other else "",
+    )  # fmt: skip
+
+
+def load(program: Program, greeting: qmp.Greeting) -> capabilities.Capabilities | None:
+    """What a QEMU that greets so can do, being PROGRAM; None where it has to be asked."""
     try:
         said = json.loads(runtime.read_file(_path(program)))
         if said.pop("of") != _of(program, greeting):
@@ -66,14 +81,9 @@ def load(
     )
 
 
-def store(
-    process: runtime.Process | None, greeting: qmp.Greeting, known: capabilities.Capabilities
-) -> None:
-    """Keep what is KNOWN of the QEMU in PROCESS, if that can be told from others, in the state
-    directory, if there is one; of much that is kept, the oldest is removed."""
-    program = _program(process)
-    if program is None:
-        return
+def store(program: Program, greeting: qmp.Greeting, known: capabilities.Capabilities) -> None:
+    """Keep what is KNOWN of PROGRAM in the state directory, if there is one; of much that is kept,
+    the oldest is removed."""
     said = {
         "of": _of(program, greeting),
         "commands": sorted(known.commands),
@@ -92,33 +102,14 @@ def store(
             partial.unlink()
 
 
-def _program(process: runtime.Process | None) -> _Program | None:
-    """None of a process that is not seen to be QEMU: another one may stand behind it tomorrow."""
-    if process is None or not nbdserver.is_qemu(process[0]):
-        return None
-    proc = pathlib.Path(f"/proc/{process[0]}")
-    try:
-        words = (proc / "cmdline").read_bytes()
-        found = (proc / "exe").stat()
-        boot = _BOOT.read_text().strip()
-    except OSError:
-        return None
-    options = words if any(map(_CHANGING.match, words.split(b"\0"))) else b""
-    return _Program(
-        boot=boot, device=found.st_dev, inode=found.st_ino, size=found.st_size,
-        modified=found.st_mtime_ns, changed=found.st_ctime_ns,
-        options=options.decode(errors="backslashreplace"),
-    )  # fmt: skip
-
-
-def _of(program: _Program, greeting: qmp.Greeting) -> dict[str, Any]:
+def _of(program: Program, greeting: qmp.Greeting) -> dict[str, Any]:
     """As JSON gives it back."""
     said = {"asked": _ASKED, "version": greeting.version, "package": greeting.package}
     as_json: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(program), **said}))
     return as_json
 
 
-def _path(program: _Program) -> pathlib.Path:
+def _path(program: Program) -> pathlib.Path:
     number = hashlib.sha256(repr(program).encode()).hexdigest()[:16]
     return runtime.directory() / f"qemu-{number}{_SUFFIX}"
 

@@ -189,10 +189,11 @@ class QmpDriver(queries.QmpQueries):
 
 def _identify(qemu: monitor.Monitor, process: runtime.Process | None) -> domain.Identity:
     """Who answers, in PROCESS; what its program can do is asked once."""
-    known = capabilities_cache.load(process, qemu.greeting)
+    program = capabilities_cache.program_of(process)
+    known = capabilities_cache.load(program, qemu.greeting) if program else None
     identity = domain.identify(qemu, known=known)
-    if known is None and identity.process == process:
-        capabilities_cache.store(process, qemu.greeting, identity.capabilities)
+    if program and known is None and identity.process == process:
+        capabilities_cache.store(program, qemu.greeting, identity.capabilities)
     return identity
 
 
