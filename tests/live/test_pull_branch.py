@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import libvirt
@@ -160,6 +160,40 @@ def test_a_disk_that_reads_otherwise_the_second_time(
     with pytest.raises(virtbackup.Error, match=r"disk 'vda': '.*' has not what was written"):
         pull.pull(domain, out, fmt="raw", check=True)
     assert not out.exists()
+
+
+def test_an_export_that_reads_otherwise_the_second_time(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A scratch image that does not keep what it was given, after it was read for the backup."""
+    plain, scratch = copy.copy, tmp_path / "scratch"
+    machine.io("vda", "write -P 77 1M 64k")
+    before = machine.state()
+
+    def copy_and_spoil(jobs: Sequence[copy.Job], **options: Any) -> list[copy.Result]:
+        results = plain(jobs, **options)
+        if jobs[0].path is not None:  # the first time
+            machine.io("vda", "write -P 1 1M 64k")  # now the image has what was there
+            at = scratch.read_bytes().index(b"\x4d" * 65536)
+            with scratch.open("r+b") as file:
+                file.seek(at + 4096)
+                file.write(b"x")
+        return results
+
+    monkeypatch.setattr(copy, "copy", copy_and_spoil)
+    xml = (
+        f'<domainbackup><address type="unix" path="{tmp_path}/n"/><disks><disk name="vda">'
+        f'<source file="{scratch}"/></disk></disks></domainbackup>'
+    )
+    with pytest.raises(virtbackup.Error, match="disk 'vda': its export does not read as it did"):
+        pull.pull(domain, out, xml=xml, check=True)
+    assert not out.exists()
+    assert not scratch.exists()
+    assert machine.state() == before
 
 
 def test_a_branch_that_does_not_advance_is_no_chain(
