@@ -409,37 +409,35 @@ def test_a_forked_process_ends_nothing(tmp_path: pathlib.Path, machine: machines
     assert machine.state() == before
 
 
-# --- a guest that was paused ----------------------------------------------------------------------
+# --- what the address may not be --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ends", ["stop", "cleanup", "start"])
-def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
-    linux: guest.Guest, tmp_path_factory: pytest.TempPathFactory, ends: str
+def test_another_servers_clients_are_left_alone(
+    tmp_path: pathlib.Path, machine: machines.Machine
 ) -> None:
-    """Nobody watches. Where QEMU can break the backup instead, the guest is not even paused."""
-    socket_path = linux.directory / "backup.sock"
-    address = f'<domainbackup><address type="unix" path="{socket_path}"/>'
-    with places.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
-        disks = "".join(
-            f'<disk name="{disk.name}"><source dir="{room}"/></disk>' for disk in records.DISKS
-        )
-        xml = f"{address}<disks>{disks}</disks></domainbackup>"
-        scene.start_and_die(linux.uri, xml, autodestroy=ends in ("cleanup", "start"))
-        number = linux.report.number
-        with virtbackup.open(linux.uri) as conn:
-            [dom] = conn.listAllDomains()
-            info = dom.backupGetInfo()
-            while info.state == "running":
-                info = dom.backupGetInfo()
-            paused = linux.monitor.command("query-status")["status"] == "io-error"
-            assert paused == (info.scratch_failure == "guest")
-            if paused:
-                assert any("the guest was paused" in str(disk.reason) for disk in info.disks)
-                assert dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED
-            end(dom, linux, ends, f"{address}</domainbackup>")
-        assert linux.monitor.command("query-status")["status"] == "running"
-        linux.wait_for_number(max(number, linux.report.number) + 200)
-        assert scene.damage(linux) == ()
+    """The guest's user exports something over QEMU's own server: a start is refused, and the
+    client of that export reads on."""
+    address = {"type": "unix", "data": {"path": f"{tmp_path}/nbd.sock"}}
+    machine.probe("nbd-server-start", addr=address)
+    machine.probe("block-export-add", type="nbd", id="theirs", node_name="A", name="theirs")
+    client = nbd.NBD()
+    client.set_export_name("theirs")
+    client.connect_unix(f"{tmp_path}/nbd.sock")
+    with socket.socket(socket.AF_UNIX) as halfway, virtbackup.open(machine.uri) as conn:
+        halfway.connect(f"{tmp_path}/nbd.sock")
+        for path, reason in (
+            (f"{tmp_path}/nbd.sock", "another server listens on"),
+            (f"{tmp_path}/other.sock", "NBD server is already in use by another job or client"),
+        ):
+            with pytest.raises(virtbackup.Error, match=reason):
+                conn.lookupByID(1).backupStart(
+                    f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+                )
+        assert halfway.recv(8) == b"NBDMAGIC"
+        assert client.pread(512, 0) == bytes([1]) * 512
+
+
+# --- a guest that was paused ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -542,29 +540,32 @@ def end(dom: virtbackup.Domain, linux: guest.Guest, how: str, other: str) -> Non
     assert not (linux.directory / "backup.sock").exists()
 
 
-# --- what the address may not be --------------------------------------------------------------
-
-
-def test_another_servers_clients_are_left_alone(
-    tmp_path: pathlib.Path, machine: machines.Machine
+# The last one: its guest, which writes all the time, ends with it.
+@pytest.mark.parametrize("ends", ["stop", "cleanup", "start"])
+def test_a_guest_that_our_scratch_paused_goes_on_and_loses_nothing(
+    linux: guest.Guest, tmp_path_factory: pytest.TempPathFactory, ends: str
 ) -> None:
-    """The guest's user exports something over QEMU's own server: a start is refused, and the
-    client of that export reads on."""
-    address = {"type": "unix", "data": {"path": f"{tmp_path}/nbd.sock"}}
-    machine.probe("nbd-server-start", addr=address)
-    machine.probe("block-export-add", type="nbd", id="theirs", node_name="A", name="theirs")
-    client = nbd.NBD()
-    client.set_export_name("theirs")
-    client.connect_unix(f"{tmp_path}/nbd.sock")
-    with socket.socket(socket.AF_UNIX) as halfway, virtbackup.open(machine.uri) as conn:
-        halfway.connect(f"{tmp_path}/nbd.sock")
-        for path, reason in (
-            (f"{tmp_path}/nbd.sock", "another server listens on"),
-            (f"{tmp_path}/other.sock", "NBD server is already in use by another job or client"),
-        ):
-            with pytest.raises(virtbackup.Error, match=reason):
-                conn.lookupByID(1).backupStart(
-                    f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
-                )
-        assert halfway.recv(8) == b"NBDMAGIC"
-        assert client.pread(512, 0) == bytes([1]) * 512
+    """Nobody watches. Where QEMU can break the backup instead, the guest is not even paused."""
+    socket_path = linux.directory / "backup.sock"
+    address = f'<domainbackup><address type="unix" path="{socket_path}"/>'
+    with places.small_file_system(tmp_path_factory.mktemp("room"), 3 * MIB) as room:
+        disks = "".join(
+            f'<disk name="{disk.name}"><source dir="{room}"/></disk>' for disk in records.DISKS
+        )
+        xml = f"{address}<disks>{disks}</disks></domainbackup>"
+        scene.start_and_die(linux.uri, xml, autodestroy=ends in ("cleanup", "start"))
+        number = linux.report.number
+        with virtbackup.open(linux.uri) as conn:
+            [dom] = conn.listAllDomains()
+            info = dom.backupGetInfo()
+            while info.state == "running":
+                info = dom.backupGetInfo()
+            paused = linux.monitor.command("query-status")["status"] == "io-error"
+            assert paused == (info.scratch_failure == "guest")
+            if paused:
+                assert any("the guest was paused" in str(disk.reason) for disk in info.disks)
+                assert dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+            end(dom, linux, ends, f"{address}</domainbackup>")
+        assert linux.monitor.command("query-status")["status"] == "running"
+        linux.wait_for_number(max(number, linux.report.number) + 200)
+        assert scene.damage(linux) == ()
