@@ -117,9 +117,7 @@ def test_an_option_that_hides_some_of_it(
 
 
 @pytest.mark.parametrize("change", ["content", "times", "new"])
-def test_an_update_of_the_program(
-    tmp_path_factory: pytest.TempPathFactory, state: pathlib.Path, change: str
-) -> None:
+def test_an_update_of_the_program(tmp_path_factory: pytest.TempPathFactory, change: str) -> None:
     """Also one that has the size and the time of the one before."""
     names = tmp_path_factory.mktemp("bin")
     shell = pathlib.Path(str(shutil.which("sh"))).resolve()
@@ -127,7 +125,6 @@ def test_an_update_of_the_program(
     with _program(names, QEMU) as (_, process):
         keep(process, KNOWN)
         assert kept(process) == KNOWN
-    [file] = state.iterdir()
     before = (names / QEMU).stat()
     if change == "new":
         (names / QEMU).unlink()
@@ -138,10 +135,6 @@ def test_an_update_of_the_program(
     if change != "content":
         os.utime(names / QEMU, ns=(before.st_atime_ns, before.st_mtime_ns))
     with _program(names, QEMU) as (_, process):
-        assert kept(process) is None
-        keep(process, KNOWN)
-        [other] = set(state.iterdir()) - {file}
-        file.replace(other)
         assert kept(process) is None
 
 
@@ -186,7 +179,7 @@ def test_what_is_kept_has_no_secret(state: pathlib.Path, program: Program) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "3", "{}", "[" * 100_000, '{"of": {}}', "cut", "numbers", "nothing"],
+    ["", "[]", "3", "{}", "[" * 100_000, "cut", "numbers", "nothing"],
 )  # fmt: skip
 def test_a_broken_file_is_no_file(state: pathlib.Path, process: runtime.Process, text: str) -> None:
     keep(process, KNOWN)

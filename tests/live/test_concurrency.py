@@ -201,6 +201,7 @@ def domain(tmp_path: pathlib.Path, places: tuple[pathlib.Path, ...]) -> Iterator
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "running"])
 def test_every_pair_of_commands_at_once(domain: Domain, running: bool) -> None:
     before = domain.everything()
+    # Unless there is time, one half where no backup runs and the other half where one does.
     pairs = [*itertools.combinations_with_replacement(COMMANDS, 2)]
     for pair in pairs if conftest.long() else pairs[running::2]:
         if running:

@@ -15,8 +15,8 @@ from tests import conftest
 from tests.live import callers, crashing, places, proxy
 
 STEP = 1 if conftest.long() else 3
-"""Between two commands is after the one and before the other: so even where there is no time for
-all, both together come to nearly each."""
+"""Between two commands is after the one and before the other: so both faults together come to two
+of three places, where there is no time for all."""
 WAYS = [("unix", "cleanup"), ("ip", "start"), ("unix", "start"), ("ip", "cleanup")]
 """Where the server is, and what comes after the kill."""
 

@@ -71,7 +71,7 @@ def test_killed_at_every_command(
         state = machine.state()
         before = crashing.files(tmp_path, state_dir)
         pull_vm = ("virsh-backup", "-c", between.uri, "backup-pull", "vm", str(out))
-        # Between two commands is after the one and before the other: unless there is time, once.
+        # Before one command and after it, for some of them, unless there is time for each.
         step = 1 if conftest.long() else 5
         for number in range(0, 200, step):
             status = caller.spoilt(between, (number, fault), *pull_vm)

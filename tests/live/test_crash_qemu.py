@@ -24,7 +24,7 @@ def test_qemu_killed_at_every_command(
     machines.image(tmp_path / "b.raw", crashing.SIZE)
     before: set[str] = set()
     wrong: list[str] = []
-    # Between two commands is after the one and before the other: unless there is time, once.
+    # Before one command and after it, for some of them, unless there is time for each.
     for number in range(0, 200, 1 if conftest.long() else 7 if call == "pull" else 5):
         with crashing.machine_behind_proxy(tmp_path) as (machine, between):
             start_and_stop(machine, between, tmp_path, wrong)

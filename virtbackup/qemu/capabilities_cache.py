@@ -3,8 +3,8 @@
 
 For its schema alone QEMU's main loop, and the guest with it, is busy for ten milliseconds, and so
 are we to read it; for every process of the same program, the answer is the same. So there is a file
-for a program, in the user's state directory, that names all by which another one could be told from
-it. A file that is not right in every detail is no file: QEMU is asked.
+for a program, in the user's state directory, called by a hash of all by which another one could be
+told from it. A file that is not whole is no file: QEMU is asked.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
 
 from virtbackup import runtime
 from virtbackup.qemu import capabilities, nbdserver, qmp
@@ -68,9 +67,7 @@ def program_of(process: runtime.Process | None) -> Program | None:
 def load(program: Program, greeting: qmp.Greeting) -> capabilities.Capabilities | None:
     """What a QEMU that greets so can do, being PROGRAM; None where it has to be asked."""
     try:
-        said = json.loads(runtime.read_file(_path(program)))
-        if said.pop("of") != _of(program, greeting):
-            return None
+        said = json.loads(runtime.read_file(_path(program, greeting)))
         commands, features = said["commands"], said["features"]
         if not all(isinstance(name, str) for name in (*commands, *features)):
             return None
@@ -84,12 +81,8 @@ def load(program: Program, greeting: qmp.Greeting) -> capabilities.Capabilities 
 def store(program: Program, greeting: qmp.Greeting, known: capabilities.Capabilities) -> None:
     """Keep what is KNOWN of PROGRAM in the state directory, if there is one; of much that is kept,
     the oldest is removed."""
-    said = {
-        "of": _of(program, greeting),
-        "commands": sorted(known.commands),
-        "features": sorted(known.features),
-    }
-    path = _path(program)
+    said = {"commands": sorted(known.commands), "features": sorted(known.features)}
+    path = _path(program, greeting)
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         partial.unlink(missing_ok=True)  # whatever it is
@@ -102,16 +95,9 @@ def store(program: Program, greeting: qmp.Greeting, known: capabilities.Capabili
             partial.unlink()
 
 
-def _of(program: Program, greeting: qmp.Greeting) -> dict[str, Any]:
-    """As JSON gives it back."""
-    said = {"asked": _ASKED, "version": greeting.version, "package": greeting.package}
-    as_json: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(program), **said}))
-    return as_json
-
-
-def _path(program: Program) -> pathlib.Path:
-    number = hashlib.sha256(repr(program).encode()).hexdigest()[:16]
-    return runtime.directory() / f"qemu-{number}{_SUFFIX}"
+def _path(program: Program, greeting: qmp.Greeting) -> pathlib.Path:
+    of = repr((_ASKED, program, greeting.version, greeting.package))
+    return runtime.directory() / f"qemu-{hashlib.sha256(of.encode()).hexdigest()}{_SUFFIX}"
 
 
 def _forget_the_oldest(directory: pathlib.Path) -> None:
