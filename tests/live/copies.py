@@ -3,6 +3,7 @@
 
 import contextlib
 import itertools
+import os
 import pathlib
 import socket
 import subprocess
@@ -91,6 +92,20 @@ def accepts(path: pathlib.Path) -> bool:
         except OSError:
             return False
         return True
+
+
+def children(pid: int = os.getpid()) -> dict[int, str]:
+    """pid -> program of every child of PID that is not dead."""
+    found = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = path.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, parent = words[2].split()[:2]
+        if int(parent) == pid and state != "Z":
+            found[int(path.parent.name)] = words[0].partition("(")[2]
+    return found
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -228,13 +228,15 @@ def test_a_pull_ends_no_backup_but_its_own(
     before = domain.everything()
     plain_copy = copy.copy
 
-    def copy_and_be_late(*args: Any, **options: Any) -> Any:
-        results = plain_copy(*args, **options)
-        assert domain.one("stop").status == 0
-        assert domain.one("start").status == 0
-        if not copied:
-            raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_FAILED, "the export is gone")
-        return results
+    def copy_and_be_late(*args: Any, when_read: Callable[[], None], **options: Any) -> Any:
+        def be_late() -> None:
+            assert domain.one("stop").status == 0
+            assert domain.one("start").status == 0
+            if not copied:
+                raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_FAILED, "the export is gone")
+            when_read()
+
+        return plain_copy(*args, when_read=be_late, **options)
 
     monkeypatch.setattr(copy, "copy", copy_and_be_late)
     with virtbackup.open(domain.machine.uri) as connection:

@@ -146,6 +146,36 @@ def test_several_disks_at_once(tmp_path: pathlib.Path) -> None:
     assert watch.sizes == watch.counts == dict.fromkeys(range(20), len(disk))
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("size", ["0", "1", "20M"])
+def test_once_all_is_read_the_server_is_not_needed(
+    tmp_path: pathlib.Path, size: str, fmt: copy.Format
+) -> None:
+    calls = []
+    with copies.nbdkit(tmp_path, "pattern", size) as server:
+        disk = server.contents()
+
+        def end_server() -> None:
+            calls.append(server.process.kill())
+            server.process.wait()
+
+        job = copy.Job(server.export, tmp_path / "out", fmt)
+        [result] = copy.copy([job], when_read=end_server)
+    assert calls == [None]
+    assert_copied(tmp_path / "out", fmt, disk, result)
+
+
+def test_nothing_is_left_of_a_copy_whose_server_calls_it_bad(tmp_path: pathlib.Path) -> None:
+    def refuse() -> None:
+        raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_FAILED, "it was not good")
+
+    with copies.nbdkit(tmp_path, "--filter=exportname", "pattern", "20M") as server:
+        jobs = [copy.Job(server.export, tmp_path / fmt, fmt) for fmt in FORMATS]
+        with pytest.raises(virtbackup.Error, match="it was not good"):
+            copy.copy(jobs, when_read=refuse)
+    assert not any((tmp_path / fmt).exists() for fmt in FORMATS)
+
+
 def test_no_disk_is_no_work() -> None:
     assert copy.copy([]) == []
 

@@ -12,14 +12,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
 
 import virtbackup
-from tests import conftest
-from tests.live import machines, places
+from tests import conftest, waiting
+from tests.live import copies, machines, places
 from virtbackup.nbd import copy
 from virtbackup.tools import manifest, pull
 
@@ -136,6 +137,67 @@ def test_the_bytes_are_those_of_the_start(
     assert begin <= started <= datetime.datetime.now(datetime.timezone.utc)
     assert 'exportname="vda"' in made.backup_xml
     assert "<source file=" in made.domain_xml
+
+
+@contextlib.contextmanager
+def _writers_that_stand_still(
+    machine: machines.Machine, then: signal.Signals
+) -> Iterator[copy.Progress]:
+    """Progress that stops what writes the images once all was handed to it, until the guest has no
+    job any more; they get THEN at that time."""
+
+    def writers() -> list[int]:
+        mine = copies.children().items()
+        return [pid for pid, name in mine if name.startswith(("qemu-nbd", "qemu-storage"))]
+
+    class Progress(copies.Watch):
+        def advance(self, index: int, count: int) -> None:
+            super().advance(index, count)
+            if self.counts == {0: 16 * MIB, 1: 16 * MIB}:
+                stopped.extend(writers())
+                for pid in stopped:
+                    os.kill(pid, signal.SIGSTOP)
+                goes_on.start()
+
+    def go_on() -> None:
+        try:
+            waiting.until(lambda: not machine.probe("query-jobs"))
+            seen.append("free")
+        finally:
+            for pid in stopped:
+                os.kill(pid, then)
+
+    stopped: list[int] = []
+    seen: list[str] = []
+    goes_on = threading.Thread(target=go_on)
+    yield Progress()
+    goes_on.join()
+    assert stopped
+    assert seen == ["free"]
+
+
+def test_the_guest_is_free_before_the_files_are_whole(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    before, state = machines.on_two_disks(machine), machine.state()
+    with _writers_that_stand_still(machine, signal.SIGCONT) as progress:
+        made = pull.pull(domain, out, progress=progress)
+    assert made == manifest.read(out)
+    assert backup(out) == before
+    assert machine.state() == state
+
+
+def test_a_file_that_is_lost_after_the_stop(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    state = machine.state()
+    with (
+        _writers_that_stand_still(machine, signal.SIGKILL) as progress,
+        pytest.raises(virtbackup.Error, match="the program that writes it"),
+    ):
+        pull.pull(domain, out, progress=progress)
+    assert is_empty(out)
+    assert machine.state() == state
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", None])

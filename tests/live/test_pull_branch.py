@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import libvirt
 import pytest
@@ -507,9 +507,13 @@ def test_a_file_that_somebody_took_away(
         path.unlink()
 
     monkeypatch.setattr(pull, "_stop", stop_and_take_away)
-    for branch in (None, "daily"):
-        with pytest.raises(virtbackup.Error, match=f"cannot finish the backup in {out}"):
-            pull.pull(domain, out, branch=branch)
+    for branch, fmt, told in (
+        (None, "qcow2", f"cannot read {out}/sdb.qcow2.partial"),  # its tables are read after it
+        (None, "raw", f"cannot finish the backup in {out}"),
+        ("daily", "qcow2", f"cannot finish the backup in {out}"),
+    ):
+        with pytest.raises(virtbackup.Error, match=told):
+            pull.pull(domain, out, branch=branch, fmt=cast("copy.Format", fmt))
         assert list(out.glob("manifest*.json")) == []
 
 

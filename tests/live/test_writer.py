@@ -105,25 +105,11 @@ def only(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *programs: st
     monkeypatch.setenv("PATH", str(directory))
 
 
-def children(pid: int = os.getpid()) -> dict[int, str]:
-    """pid -> program of every child of PID that is not dead."""
-    found = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            words = path.read_text().rpartition(")")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, parent = words[2].split()[:2]
-        if int(parent) == pid and state != "Z":
-            found[int(path.parent.name)] = words[0].partition("(")[2]
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    before = set(children())
+    before = set(copies.children())
     yield
-    assert set(children()) <= before
+    assert set(copies.children()) <= before
 
 
 def begun(path: pathlib.Path, size: int = 64 * BLOCK, **options: object) -> writer.QemuWriter:
@@ -144,7 +130,7 @@ def test_what_is_written_is_there(tmp_path: pathlib.Path, program: str) -> None:
     size, source = 5 * BLOCK + 1000, random.Random(1)
     path = tmp_path / "a,b:c=d.qcow2"
     made = begun(path, size)
-    assert any(name in program for name in children().values())
+    assert any(name in program for name in copies.children().values())
     own = made.memory(3 * BLOCK)
     own[:] = source.randbytes(3 * BLOCK)
     other, end = source.randbytes(BLOCK), source.randbytes(1000)
@@ -234,7 +220,7 @@ def test_a_program_killed_in_the_middle(tmp_path: pathlib.Path, program: str) ->
     out = tmp_path / "out"
 
     def kill() -> None:
-        [pid] = [pid for pid, name in children().items() if name in program]
+        [pid] = [pid for pid, name in copies.children().items() if name in program]
         os.kill(pid, signal.SIGKILL)
 
     with (
@@ -313,7 +299,7 @@ signal.pause()
     process = subprocess.Popen(argv, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"begun\n"
-    [(pid, name)] = children(process.pid).items()
+    [(pid, name)] = copies.children(process.pid).items()
     assert name in program
     writing = os.pidfd_open(pid)
     process.kill()

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from virtbackup.nbd import checksum, connection, extents, filename, polling, qcow2, store, target
@@ -102,13 +102,15 @@ def copy(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
     bandwidth: int | None = None,
+    when_read: Callable[[], None] | None = None,
 ) -> list[Result]:
     """Copy every disk; when this returns, all files are whole and on disk. BANDWIDTH: bytes that
-    are read a second, of all disks together; None: as many as can be.
+    are read a second, of all disks together; None: as many as can be. WHEN_READ is called once the
+    servers are not needed any more, while the files are being synced.
 
     Errors: VIR_ERR_OPERATION_FAILED for a server that cannot be reached, refuses, answers wrong or
     does not tell what has changed; VIR_ERR_SYSTEM_ERROR for a file; VIR_ERR_OPERATION_ABORTED when
-    cancelled. On any error no file of these jobs remains.
+    cancelled; WHEN_READ's. On any error no file of these jobs remains.
     """
     for job in jobs:
         assert job.path is None or (job.dirty is None) == (job.backing is None), job
@@ -126,7 +128,7 @@ def copy(
             undo.callback(disk.store.abandon)
             disk.begin()
             disks.append(disk)
-        _run(loop, disks)
+        _run(loop, disks, when_read)
         results = [disk.result() for disk in disks]
         undo.pop_all()
     return results
@@ -171,13 +173,21 @@ def _file(path: pathlib.Path) -> dict[str, str]:
     return {"driver": "file", "filename": filename.told(path)}
 
 
-def _run(loop: polling.Loop, disks: Sequence["_Disk"]) -> None:
+def _run(
+    loop: polling.Loop, disks: Sequence["_Disk"], when_read: Callable[[], None] | None
+) -> None:
     """Until all DISKS are copied."""
     by_connection = {id(c): disk for disk in disks for c in disk.connections}
     busy = list(disks)
     while busy := [disk for disk in busy if not disk.go_on()]:
-        for one in loop.wait():
-            by_connection[id(one)].receive(one)
+        if when_read is not None and all(disk.is_read for disk in disks):
+            when_read()
+            when_read = None
+        else:
+            for one in loop.wait():
+                by_connection[id(one)].receive(one)
+    if when_read is not None:  # what was synced faster than looked at
+        when_read()
 
 
 class _Walk:
@@ -271,6 +281,11 @@ class _Disk:
                 self._loop.leave(one)
             self.store.finish()
         return self.store.stored is not None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether nothing more is asked of the server."""
+        return self._finishing
 
     def _note_stored(self, chunk: store.Chunk) -> None:
         if chunk.zero:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A whole backup in one call: start, copy every disk, stop, and only then call it good.
 
+The backup is stopped once all was read: the guest does not have it while the files are synced.
+
 What is not known to be good has no name in the directory: disks are ``NAME.FORMAT.partial`` until
 the stop said that the backup was good, and the manifest comes last. Whatever ends a pull before,
 SIGINT and SIGTERM included, the backup is cancelled and no file remains.
@@ -9,14 +11,15 @@ A disk may go to a block device instead, raw, from the device's start. What a de
 once the copy has begun; the directory tells of it when, and only when, the backup is good.
 
 Backups of a branch follow one another in the same directory, see ``chain``. There the stop has an
-effect on the guest, too, the branch moves on; so all files are durable before it, and from then on
-the backup is kept whatever happens.
+effect on the guest, too, the branch moves on; so all files are durable before it, however long that
+takes, and from then on the backup is kept whatever happens.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -96,25 +99,29 @@ def pull(
         _claim(directory, plan.paths(directory), files)
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
-        with _started(domain, plan.definition.format(), quiesce) as live_xml:
-            info = domain.backupGetInfo()
-            plan = plan.as_started(info)
-            live = backup_conf.BackupDef.parse(live_xml)
+        with _started(domain, directory, plan.definition.format(), quiesce) as running:
+            if plan.number is not None:
+                plan = plan.as_started(running.info)
+            live = backup_conf.BackupDef.parse(running.xml)
             jobs = _jobs(live, directory, plan, tls, compress)
             cancel.check()
             written.update(devices)
+            stop = functools.partial(running.stop, cancel)
+            # Where neither the files nor a second look need the backup, it does not last for them.
+            early = plan.number is None and not check
             results = copy.copy(
-                list(jobs.values()), progress=progress, cancel=cancel, bandwidth=bandwidth
-            )
+                list(jobs.values()), progress=progress, cancel=cancel, bandwidth=bandwidth,
+                when_read=stop if early else None,
+            )  # fmt: skip
             if check:
                 _check(jobs, results, cancel, bandwidth)
             of = manifest.Domain(domain.name(), domain.UUIDString())
             tables = [_tables(directory, disk, result.size, cancel)
                       for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
-            made = _manifest(of, plan, directory, info, results, tables, live_xml, domain_xml)
+            made = _manifest(of, plan, directory, running, results, tables, domain_xml)
             _write_manifest(directory, plan, made)
-            cancel.check()
-        _stop(domain, directory)
+            if not early:
+                stop()
         if plan.number is None:
             cancel.check()
         else:
@@ -412,17 +419,46 @@ def _remove_empty(directory: pathlib.Path) -> None:
 # --- during ---------------------------------------------------------------------------------------
 
 
+class _Running:
+    """A backup from its start on, of DOMAIN for DIRECTORY."""
+
+    def __init__(self, domain: api.Domain, directory: pathlib.Path) -> None:
+        self._domain = domain
+        self._directory = directory
+        self.xml = domain.backupGetXMLDesc()
+        self.is_stopped = False
+        """Or is to be: its verdict was asked for."""
+
+    @functools.cached_property
+    def info(self) -> backup_conf.BackupInfo:
+        """What is told of it, before the stop."""
+        return self._domain.backupGetInfo()
+
+    def stop(self, cancel: copy.Cancel) -> None:
+        """As ``_stop``, unless cancelled by now."""
+        _ = self.info
+        cancel.check()
+        self.is_stopped = True
+        _stop(self._domain, self._directory)
+
+
 @contextlib.contextmanager
-def _started(domain: api.Domain, xml: str, quiesce: bool) -> Iterator[str]:
-    """A running backup and its live document; cancelled when the block fails."""
+def _started(
+    domain: api.Domain, directory: pathlib.Path, xml: str, quiesce: bool
+) -> Iterator[_Running]:
+    """A running backup; cancelled when the block fails before its stop."""
     flags = api.VIR_DOMAIN_BACKUP_START_AUTODESTROY
     if quiesce:
         flags |= api.VIR_DOMAIN_BACKUP_START_QUIESCE
     domain.backupStart(xml, flags)
+    running: _Running | None = None
     # Signals are deferred, so nothing comes between the start and this.
     try:
-        yield domain.backupGetXMLDesc()
+        running = _Running(domain, directory)
+        yield running
     except BaseException as failure:
+        if running is not None and running.is_stopped:
+            raise
         # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
         reasons = _reasons(domain, failure)
         _cancel(domain)
@@ -572,12 +608,12 @@ def _manifest(
     domain: manifest.Domain,
     plan: _Plan,
     directory: pathlib.Path,
-    info: backup_conf.BackupInfo,
+    running: _Running,
     results: Iterable[copy.Result],
     tables: Iterable[manifest.Checksum | None],
-    live_xml: str,
     domain_xml: str,
 ) -> manifest.Manifest:
+    info = running.info
     started = datetime.datetime.fromtimestamp(info.started, datetime.timezone.utc)
     return manifest.Manifest(
         version=manifest.VERSION,
@@ -585,7 +621,7 @@ def _manifest(
         kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
         time=started.isoformat(),
         disks=tuple(map(_describe, plan.disks, itertools.repeat(directory), results, tables)),
-        backup_xml=live_xml,
+        backup_xml=running.xml,
         domain_xml=domain_xml,
         id=info.id,
         branch=plan.definition.branch,
