@@ -151,17 +151,17 @@ def test_several_disks_at_once(tmp_path: pathlib.Path) -> None:
 def test_once_all_is_read_the_server_is_not_needed(
     tmp_path: pathlib.Path, size: str, fmt: copy.Format
 ) -> None:
-    calls = []
+    ended: list[int] = []
     with copies.nbdkit(tmp_path, "pattern", size) as server:
         disk = server.contents()
 
         def end_server() -> None:
-            calls.append(server.process.kill())
-            server.process.wait()
+            server.process.kill()
+            ended.append(server.process.wait())
 
         job = copy.Job(server.export, tmp_path / "out", fmt)
         [result] = copy.copy([job], when_read=end_server)
-    assert calls == [None]
+    assert ended == [-signal.SIGKILL]
     assert_copied(tmp_path / "out", fmt, disk, result)
 
 
