@@ -105,8 +105,8 @@ def copy(
     when_read: Callable[[], None] | None = None,
 ) -> list[Result]:
     """Copy every disk; when this returns, all files are whole and on disk. BANDWIDTH: bytes that
-    are read a second, of all disks together; None: as many as can be. WHEN_READ is called once the
-    servers are not needed any more, while the files are being synced.
+    are read a second, of all disks together; None: as many as can be. WHEN_READ is called, once,
+    when the servers are not needed any more, while the files are being synced.
 
     Errors: VIR_ERR_OPERATION_FAILED for a server that cannot be reached, refuses, answers wrong or
     does not tell what has changed; VIR_ERR_SYSTEM_ERROR for a file; VIR_ERR_OPERATION_ABORTED when
@@ -186,8 +186,6 @@ def _run(
         else:
             for one in loop.wait():
                 by_connection[id(one)].receive(one)
-    if when_read is not None:  # what was synced faster than looked at
-        when_read()
 
 
 class _Walk:
@@ -251,7 +249,8 @@ class _Disk:
         self._tree = checksum.Tree(self._size)
         # The way through all of the disk, and on top one through a part whose turn it is.
         self._walks = [self._first_walk()]
-        self._finishing = False
+        self.is_read = False
+        """Whether nothing more is asked of the server."""
         where = _open(job, self._size)
         try:
             self.store = store.Store(where, loop.stored)
@@ -275,17 +274,13 @@ class _Disk:
             self._free.append(chunk)
         if self._left:
             self._fill()
-        if not self._left and not self._finishing:
-            self._finishing = True
+        if not self._left and not self.is_read:
+            self.is_read = True
             for one in self.connections:
                 self._loop.leave(one)
             self.store.finish()
+            return False  # however fast that is: first, what waits for is_read
         return self.store.stored is not None
-
-    @property
-    def is_read(self) -> bool:
-        """Whether nothing more is asked of the server."""
-        return self._finishing
 
     def _note_stored(self, chunk: store.Chunk) -> None:
         if chunk.zero:

@@ -436,7 +436,7 @@ class _Running:
 
     def stop(self, cancel: copy.Cancel) -> None:
         """As ``_stop``, unless cancelled by now."""
-        _ = self.info
+        _ = self.info  # there is none after it
         cancel.check()
         self.is_stopped = True
         _stop(self._domain, self._directory)
