@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from tests import datacases, odd_documents
 from tests.test_backup_conf import DOMAIN
 from virtbackup import errors
-from virtbackup.conf import backup_conf, domain_conf, native_conf, translate, xml
+from virtbackup.conf import backup_conf, dialects, domain_conf, native_conf, translate, xml
 
 DOCUMENTS = [
     path.read_text()
     for folder in ("nativexmldata", "translatedata")
     for path in datacases.inputs(folder, "*/*.xml")
 ]
-DIALECTS: tuple[translate.Dialect, ...] = ("native", "proposal")
-PARSE: dict[translate.Dialect, Callable[[str], backup_conf.BackupDef | native_conf.BackupDef]] = {
+DIALECTS: tuple[dialects.Dialect, ...] = ("native", "proposal")
+PARSE: dict[dialects.Dialect, Callable[[str], backup_conf.BackupDef | native_conf.BackupDef]] = {
     "native": native_conf.BackupDef.parse,
     "proposal": backup_conf.BackupDef.parse,
 }
@@ -46,10 +46,10 @@ def refused(document: str) -> str | None:
     return None
 
 
-def _translated(document: str, to: translate.Dialect) -> None:
+def _translated(document: str, to: dialects.Dialect) -> None:
     """What comes out is a document of that dialect, which the other one can say again."""
     try:
-        found = translate.dialect(document)
+        found = dialects.dialect(document)
         translated = translate.translate(document, to, domain)
     except errors.Error as failure:
         assert failure.get_error_code()

@@ -15,14 +15,21 @@ from hypothesis import strategies as st
 from tests import datacases
 from tests.test_backup_conf import DOMAIN, name, refusal
 from virtbackup import errors
-from virtbackup.conf import backup_conf, domain_conf, native_conf, storage_conf, translate
+from virtbackup.conf import (
+    backup_conf,
+    dialects,
+    domain_conf,
+    native_conf,
+    storage_conf,
+    translate,
+)
 
 
 def _domain() -> domain_conf.DomainDef:
     return DOMAIN
 
 
-def _check(case: pathlib.Path, to: translate.Dialect) -> None:
+def _check(case: pathlib.Path, to: dialects.Dialect) -> None:
     alone = case.stem.startswith("alone-")
     try:
         translated = translate.translate(case.read_text(), to, None if alone else _domain)
@@ -60,16 +67,16 @@ def test_what_is_read_is_what_is_translated(case: pathlib.Path) -> None:
         translated = translate.translate(document, "proposal", _domain)
     except errors.Error as failure:
         with pytest.raises(errors.Error) as caught:
-            translate.read(document, _domain)
+            dialects.read(document, _domain)
         assert refusal(caught.value) == refusal(failure)
     else:
-        assert translate.read(document, _domain).format() == translated
+        assert dialects.read(document, _domain).format() == translated
 
 
 def test_an_address_that_cannot_be_said_is_told_by_its_line() -> None:
     document = "<domainbackup mode='pull'>\n<server transport='fd' fdgroup='g'/>\n</domainbackup>"
     with pytest.raises(errors.Error) as caught:
-        translate.address(document)
+        dialects.address(document)
     assert str(caught.value) == (
         "unsupported configuration: <server transport='fd'> cannot be said in the proposal"
         " (line 2, element <server>)"
@@ -79,10 +86,10 @@ def test_an_address_that_cannot_be_said_is_told_by_its_line() -> None:
 @pytest.mark.parametrize("case", datacases.inputs("translatedata/mixed"), ids=name)
 def test_a_document_in_both_dialects(case: pathlib.Path) -> None:
     with pytest.raises(errors.Error) as caught:
-        translate.dialect(case.read_text())
+        dialects.dialect(case.read_text())
     datacases.check(case.with_suffix(".err"), refusal(caught.value))
-    dialects: tuple[translate.Dialect, ...] = ("native", "proposal")
-    for to in dialects:
+    both: tuple[dialects.Dialect, ...] = ("native", "proposal")
+    for to in both:
         with pytest.raises(errors.Error) as again:
             translate.translate(case.read_text(), to, _domain)
         assert str(again.value) == str(caught.value)
@@ -107,12 +114,12 @@ def test_the_proposal_is_known(case: pathlib.Path) -> None:
         parsed = backup_conf.BackupDef.parse(document)
     except errors.Error as failure:
         with pytest.raises(errors.Error) as caught:
-            translate.read(document, _domain)
+            dialects.read(document, _domain)
         expected = (str(failure), "mixes two dialects")
         assert any(text in str(caught.value) for text in expected)
     else:
-        assert translate.dialect(document) == "proposal"
-        assert translate.read(document, _never) == parsed
+        assert dialects.dialect(document) == "proposal"
+        assert dialects.read(document, _never) == parsed
 
 
 @pytest.mark.parametrize("case", NATIVE, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -121,9 +128,9 @@ def test_libvirts_own_is_known(case: pathlib.Path) -> None:
         native_conf.BackupDef.parse(case.read_text())
     except errors.Error:
         with pytest.raises(errors.Error):
-            translate.read(case.read_text(), _domain)
+            dialects.read(case.read_text(), _domain)
     else:
-        assert translate.dialect(case.read_text()) == "native"
+        assert dialects.dialect(case.read_text()) == "native"
 
 
 def _never() -> domain_conf.DomainDef:
@@ -140,9 +147,9 @@ def _never() -> domain_conf.DomainDef:
     ],
 )
 def test_the_domain_is_asked_for_only_where_it_is_needed(document: str) -> None:
-    address = translate.read(document, _never).address
+    address = dialects.read(document, _never).address
     assert isinstance(address, backup_conf.Address)
-    assert translate.address(document) == address
+    assert dialects.address(document) == address
 
 
 @pytest.mark.parametrize(
@@ -159,7 +166,7 @@ def test_the_domain_is_asked_for_only_where_it_is_needed(document: str) -> None:
 def test_the_address_is_told_without_the_domain(
     document: str, address: backup_conf.Address
 ) -> None:
-    assert translate.address(document) == address
+    assert dialects.address(document) == address
 
 
 # --- there and back -------------------------------------------------------------------------------

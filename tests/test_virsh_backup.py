@@ -1219,6 +1219,21 @@ def test_readline_is_loaded_for_people_only() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
+def test_a_plain_pull_loads_nothing_that_few_need(tmp_path: pathlib.Path) -> None:
+    seldom = [
+        "conf.native_conf", "conf.translate", "conf.virtbackup_conf", "nbd.device", "nbd.image",
+        "nbd.writer", "tools.devices",
+    ]  # fmt: skip
+    argv = ["-c", "test:///default", "-q", "backup-pull", "vm", str(tmp_path), "--format", "raw"]
+    code = (
+        "import sys; from virtbackup.tools import virsh_backup;"
+        f"assert virsh_backup.main({argv!r}) == 0;"
+        f"print([name for name in {seldom!r} if 'virtbackup.' + name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=DEADLINE)
+    assert (done.stderr, done.stdout) == (b"", b"[]\n")
+
+
 # --- on a terminal --------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ import virtbackup
 from tests import waiting
 from tests.live import machines, nbdclient, places, points
 from virtbackup.nbd import checksum, device
-from virtbackup.tools import listing, manifest, pull, verify
+from virtbackup.tools import devices, listing, manifest, pull, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "losetup", "nbdcopy"),
@@ -486,11 +486,11 @@ def test_a_network_disk_whose_name_is_that_of_the_device(
     known = known.replace("</devices>", f"{network}</devices>")
     document = "<domainbackup><address type='unix' path='/a'/><disks><disk name='vda'/></disks>"
     wanted = pull._wanted(f"{document}</domainbackup>", known, None, None)
-    assert pull._devices({"vda": disk}, wanted, known) == {"vda": disk}
+    assert devices.usable({"vda": disk}, wanted, known) == {"vda": disk}
     theirs = known.replace("type='network'", "type='block'")
     theirs = theirs.replace(source, f"<source dev='{disk}'/>")
     with pytest.raises(virtbackup.Error, match="is the guest's own disk 'vdz'"):
-        pull._devices({"vda": disk}, wanted, theirs)
+        devices.usable({"vda": disk}, wanted, theirs)
 
 
 # --- what fails -----------------------------------------------------------------------------------

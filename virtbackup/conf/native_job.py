@@ -11,14 +11,14 @@ from collections.abc import Callable
 import libvirt
 
 from virtbackup import errors
-from virtbackup.conf import backup_conf, native_conf, translate
+from virtbackup.conf import backup_conf, dialects, native_conf, translate
 
 END_TIMEOUT = 60.0
 """Seconds for libvirt to end a backup job that was aborted."""
 
 
 def begin(
-    document: str, quiesce: bool, domain: translate.Domain, image: Callable[[str], str]
+    document: str, quiesce: bool, domain: dialects.Domain, image: Callable[[str], str]
 ) -> native_conf.BackupDef:
     """What is begun for a document in either dialect. IMAGE: a disk's name -> the path of a scratch
     image, where the document names none.
@@ -29,7 +29,7 @@ def begin(
         raise errors.error(
             libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "libvirt's own backup does not quiesce"
         )
-    definition = translate.read(document, domain)
+    definition = dialects.read(document, domain)
     if definition.branch is not None:
         raise errors.error(
             libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
@@ -55,7 +55,7 @@ def image_path(directory: str, disk: str, token: str) -> str:
     return f"{directory}/virtbackup-libvirt-{token}.{disk}"
 
 
-def running(document: str, domain: translate.Domain) -> backup_conf.BackupDef:
+def running(document: str, domain: dialects.Domain) -> backup_conf.BackupDef:
     """A running backup, which libvirt tells by DOCUMENT, in the proposal's dialect."""
     native = native_conf.BackupDef.parse(document)
     return translate.to_proposal(native, domain).align_disks(domain())

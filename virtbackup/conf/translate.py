@@ -12,87 +12,24 @@ does not. So a document that lists disks takes the domain to be translated.
 
 import contextlib
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import libvirt
 from lxml import etree
 
-from virtbackup.conf import backup_conf, domain_conf, native_conf, storage_conf, xml
-
-Dialect = typing.Literal["proposal", "native"]
-
-Domain = Callable[[], domain_conf.DomainDef]
-"""Asks for the domain; called at most once, and only where it is needed."""
-
-
-# --- which one ---
-
-_MARKS: dict[Dialect, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "proposal": (
-        ("address", ()),
-        ("branch", ()),
-        ("disks/disk", ("present", "reason")),
-        ("disks/disk/source", ()),
-        ("disks/disk/bitmap", ()),
-    ),
-    "native": (
-        (".", ("mode",)),
-        ("server", ()),
-        ("incremental", ()),
-        (
-            "disks/disk",
-            ("backup", "backupmode", "incremental", "index", "state"),
-        ),
-        ("disks/disk/scratch", ()),
-        ("disks/disk/target", ()),
-        ("disks/disk/driver", ()),
-    ),
-}
-"""Elements, or attributes of them, that only one dialect has."""
-
-
-def dialect(document: str) -> Dialect:
-    """Which dialect a document is in; the proposal's where nothing tells, as in an empty one.
-
-    Errors: VIR_ERR_XML_ERROR for a document that is none (``xml.parse``), or is in both.
-    """
-    return _dialect(xml.parse(document, "domainbackup"))
-
-
-def _dialect(root: etree._Element) -> Dialect:
-    proposal, native = _mark(root, "proposal"), _mark(root, "native")
-    if proposal is not None and native is not None:
-        (ours, element), (theirs, other) = proposal, native
-        raise xml.xml_error(
-            f"the document mixes two dialects: {ours} (line {element.sourceline}) is the"
-            f" proposal's, {theirs} (line {other.sourceline}) is libvirt's own"
-        )
-    return "proposal" if native is None else "native"
-
-
-def _mark(root: etree._Element, of: Dialect) -> tuple[str, etree._Element] | None:
-    """What in ROOT only the dialect OF has, as people write it, and the element."""
-    for path, attributes in _MARKS[of]:
-        for element in root.iterfind(path):
-            if not attributes:
-                return f"<{element.tag}>", element
-            for name in attributes:
-                if element.get(name) is not None:
-                    return f"<{element.tag} {name}=>", element
-    return None
-
+from virtbackup.conf import backup_conf, dialects, domain_conf, native_conf, storage_conf, xml
 
 # --- whole documents ---
 
 
-def translate(document: str, to: Dialect, domain: Domain | None = None) -> str:
+def translate(document: str, to: dialects.Dialect, domain: dialects.Domain | None = None) -> str:
     """The document in the dialect TO; one that is in it already, as ``format`` writes it.
 
     Errors: those of ``dialect`` and of both ``parse``; VIR_ERR_CONFIG_UNSUPPORTED, with the line,
     for what cannot be said; those of ``align_disks`` of both dialects.
     """
     root = xml.parse(document, "domainbackup")
-    if _dialect(root) == "proposal":
+    if dialects.dialect(document) == "proposal":
         ours = backup_conf.BackupDef.parse(document)
         if to == "proposal":
             return ours.format()
@@ -105,24 +42,18 @@ def translate(document: str, to: Dialect, domain: Domain | None = None) -> str:
         return _to_proposal(native, domain).format()
 
 
-def read(document: str, domain: Domain) -> backup_conf.BackupDef:
-    """What a document in either dialect asks for. Errors: as ``translate``."""
-    root = xml.parse(document, "domainbackup")
-    if _dialect(root) == "proposal":
-        return backup_conf.BackupDef.parse(document)
-    with _telling(root):
+def read_native(document: str, domain: dialects.Domain) -> backup_conf.BackupDef:
+    """What a document in libvirt's own dialect asks for. Errors: as ``translate``."""
+    with _telling(xml.parse(document, "domainbackup")):
         return _to_proposal(native_conf.BackupDef.parse(document), domain)
 
 
-def address(document: str) -> backup_conf.Address:
-    """Where the NBD server of a backup is to listen, by a document in either dialect.
+def address_of_native(document: str) -> backup_conf.Address:
+    """Where the NBD server of a backup is to listen, by a document in libvirt's own dialect.
 
     Errors: as ``translate``, of what no domain is needed for.
     """
-    root = xml.parse(document, "domainbackup")
-    if _dialect(root) == "proposal":
-        return backup_conf.BackupDef.parse(document).address
-    with _telling(root):
+    with _telling(xml.parse(document, "domainbackup")):
         return _address(native_conf.BackupDef.parse(document).server)
 
 
@@ -144,7 +75,7 @@ def _telling(root: etree._Element | None) -> Iterator[None]:
         raise xml.report(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, str(failure), element) from None
 
 
-def _ask(domain: Domain | None, path: str, why: str) -> domain_conf.DomainDef:
+def _ask(domain: dialects.Domain | None, path: str, why: str) -> domain_conf.DomainDef:
     if domain is None:
         raise _Unsayable(f"the disks of the domain must be known for a translation: {why}", path)
     return domain()
@@ -165,7 +96,7 @@ def _listed(disks: Iterable[_Disk]) -> list[tuple[str, _Disk]]:
 
 
 def to_native(
-    definition: backup_conf.BackupDef, domain: Domain | None = None
+    definition: backup_conf.BackupDef, domain: dialects.Domain | None = None
 ) -> native_conf.BackupDef:
     """The same backup in libvirt's own dialect, the branch's name as the checkpoint's.
 
@@ -176,7 +107,9 @@ def to_native(
         return _to_native(definition, domain)
 
 
-def _to_native(definition: backup_conf.BackupDef, domain: Domain | None) -> native_conf.BackupDef:
+def _to_native(
+    definition: backup_conf.BackupDef, domain: dialects.Domain | None
+) -> native_conf.BackupDef:
     server = _server(definition.address)
     for path, disk in _listed(definition.disks):
         if disk.present is not False:
@@ -251,7 +184,7 @@ def _native_disk(disk: backup_conf.BackupDiskDef, branch: str | None) -> native_
 
 
 def to_proposal(
-    definition: native_conf.BackupDef, domain: Domain | None = None
+    definition: native_conf.BackupDef, domain: dialects.Domain | None = None
 ) -> backup_conf.BackupDef:
     """The same backup in the proposal's dialect, the checkpoint's name as the branch's.
 
@@ -263,7 +196,9 @@ def to_proposal(
         return _to_proposal(definition, domain)
 
 
-def _to_proposal(definition: native_conf.BackupDef, domain: Domain | None) -> backup_conf.BackupDef:
+def _to_proposal(
+    definition: native_conf.BackupDef, domain: dialects.Domain | None
+) -> backup_conf.BackupDef:
     if definition.mode == "push":
         raise _Unsayable("mode='push' cannot be said in the proposal: it pulls only", ".")
     address = _address(definition.server)

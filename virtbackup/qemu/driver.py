@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.conf import backup_conf, domain_conf, translate
+from virtbackup.conf import backup_conf, dialects, domain_conf
 from virtbackup.qemu import (
     agent,
     capabilities,
@@ -159,7 +159,7 @@ class QmpDriver(queries.QmpQueries):
         self._domain.adopt()
 
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        self._domain.backup_start(translate.read(xml, self._definition), flags)
+        self._domain.backup_start(dialects.read(xml, self._definition), flags)
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         self._domain.backup_stop(flags)

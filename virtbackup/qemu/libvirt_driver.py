@@ -17,7 +17,7 @@ from typing import TextIO, TypeVar
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.conf import backup_conf, domain_conf, translate
+from virtbackup.conf import backup_conf, dialects, domain_conf
 from virtbackup.qemu import (
     agent,
     capabilities,
@@ -266,7 +266,7 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
     @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         found = self.lookup(ref)
-        definition = translate.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
+        definition = dialects.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
         if not found.isActive():
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
         _check_jobs(found, definition)

@@ -17,7 +17,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import api, errors
-from virtbackup.conf import backup_conf, domain_conf, translate
+from virtbackup.conf import backup_conf, dialects, domain_conf
 from virtbackup.nbd import connection, copy
 from virtbackup.tools import exports, interrupt
 
@@ -111,7 +111,7 @@ def compare(
     VIR_ERR_CONFIG_UNSUPPORTED for a branch, which would move on; those of backupStart,
     ``copy.copy`` and backupStop; nothing runs afterwards. Signals as for ``pull.pull``.
     """
-    wanted = translate.read(xml, lambda: domain_conf.DomainDef.parse(guest.XMLDesc()))
+    wanted = dialects.read(xml, lambda: domain_conf.DomainDef.parse(guest.XMLDesc()))
     if wanted.branch is not None:
         raise errors.error(
             libvirt.VIR_ERR_CONFIG_UNSUPPORTED,

@@ -2,7 +2,7 @@
 """The exports of a running backup, as our own client reaches them."""
 
 from virtbackup import config
-from virtbackup.conf import backup_conf, virtbackup_conf
+from virtbackup.conf import backup_conf
 from virtbackup.nbd import connection
 
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -14,6 +14,8 @@ def tls(address: backup_conf.Address) -> connection.Tls | None:
     and ``Settings.credentials``."""
     if not address.tls:
         return None
+    from virtbackup.conf import virtbackup_conf  # takes a while, and few need it
+
     match config.load().credentials():
         case virtbackup_conf.X509() as x509:
             return connection.Tls(certificates=x509.client_directory)

@@ -19,7 +19,7 @@ import libvirt
 import xxhash
 
 from virtbackup import errors, runtime
-from virtbackup.nbd import checksum, copy, image
+from virtbackup.nbd import checksum, copy
 
 FILE = "manifest.json"
 VERSION = 1
@@ -259,6 +259,8 @@ def tables_of(path: pathlib.Path, size: int, cancel: copy.Cancel | None = None) 
     Errors: VIR_ERR_SYSTEM_ERROR; VIR_ERR_OPERATION_FAILED where it is no image as a copy makes one;
     VIR_ERR_OPERATION_ABORTED when cancelled.
     """
+    from virtbackup.nbd import image  # what lists backups has no need of it
+
     try:
         value = image.tables_checksum(path, size, cancel)
     except OSError as failure:

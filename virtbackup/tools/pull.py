@@ -24,23 +24,20 @@ import itertools
 import logging
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import libvirt
 
 from virtbackup import api, errors, runtime
-from virtbackup.conf import backup_conf, domain_conf, translate
-from virtbackup.nbd import checksum, connection, copy, device, image
+from virtbackup.conf import backup_conf, dialects, domain_conf
+from virtbackup.nbd import checksum, connection, copy
 from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
-_WITH_PATH = ("file", "block")
-"""The types of disks whose source is a path here."""
 
 
 def pull(
@@ -88,7 +85,11 @@ def pull(
         contextlib.ExitStack() as files,
     ):
         wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
-        devices = _devices(targets or {}, wanted, domain_xml)
+        devices: Mapping[str, pathlib.Path] = {}
+        if targets:
+            from virtbackup.tools import devices as checked  # few need it
+
+            devices = checked.usable(targets, wanted, domain_xml)
         tls = exports.tls(wanted.address)
         if wanted.branch is None:
             plan = _plan_alone(wanted, fmt or "qcow2", devices)
@@ -213,7 +214,7 @@ def _wanted(
 ) -> backup_conf.BackupDef:
     """The backup that is asked for, aligned. Errors: those of BackupDef."""
     domain = domain_conf.DomainDef.parse(domain_xml)
-    given = translate.read(xml, lambda: domain)
+    given = dialects.read(xml, lambda: domain)
     given = dataclasses.replace(given, branch=branch or given.branch)
     if given.advance is False or given.fork is not None:
         raise errors.error(
@@ -232,66 +233,6 @@ def _wanted(
         if disk.present and (problem := manifest.file_name_problem(disk.name)):
             raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, f"disk {problem}")
     return dataclasses.replace(aligned, disks=disks)
-
-
-def _devices(
-    targets: Mapping[str, pathlib.Path], wanted: backup_conf.BackupDef, domain_xml: str
-) -> dict[str, pathlib.Path]:
-    """TARGETS, with absolute paths, once nothing speaks against them."""
-    domain = domain_conf.DomainDef.parse(domain_xml)
-    capacity = {disk.target: disk.capacity for disk in domain.disks}
-    chosen = {disk.name for disk in wanted.disks if disk.present}
-    numbers: dict[int, str] = {}
-    devices = {}
-    for name, given in targets.items():
-        path = pathlib.Path(os.path.abspath(given))  # noqa: PTH100  (a link stays one)
-        if name not in chosen:
-            raise _invalid(f"disk '{name}' is not in the backup, so {path} cannot take it")
-        if wanted.branch is not None:
-            raise _invalid(
-                f"disk '{name}': a backup of a branch cannot go to {path}, as increments are qcow2"
-                " images over the files of a directory"
-            )
-        for disk in domain.disks:
-            if disk.type in _WITH_PATH and disk.source and _has_bytes_of(path, disk.source):
-                raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
-        with _naming_disk(name):
-            number, size = device.look(path)
-        for other, of in numbers.items():
-            if device.meets(number, other):
-                raise _invalid(f"disk '{name}': {path} takes disk '{of}' already")
-        if size < (needs := capacity[name] or 0):
-            with _naming_disk(name):
-                raise device.too_small(str(path), size, needs)
-        numbers[number], devices[name] = name, path
-    return devices
-
-
-def _has_bytes_of(path: pathlib.Path, source: str) -> bool:
-    """Whether what is written to PATH, a block device, is written to SOURCE, a guest's medium."""
-    one, other = _device_number(str(path)), _device_number(source)
-    if one is not None and other is not None:
-        return device.meets(one, other)
-    return device.is_over(path, pathlib.Path(source))
-
-
-def _device_number(path: str) -> int | None:
-    """Of the block device at PATH; None of anything else."""
-    try:
-        found = pathlib.Path(path).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
-
-
-@contextlib.contextmanager
-def _naming_disk(name: str) -> Iterator[None]:
-    try:
-        yield
-    except errors.Error as failure:
-        raise errors.error(
-            failure.get_error_code(), f"disk '{name}': {failure.get_str2() or failure}"
-        ) from failure
 
 
 def _invalid(text: str) -> errors.Error:
@@ -582,6 +523,8 @@ def _check(
 
 
 def _checksum_of_device(path: pathlib.Path, size: int, cancel: copy.Cancel) -> str:
+    from virtbackup.nbd import image  # few need it
+
     try:
         with image.File(path) as file:
             return image.read_raw(file, size, cancel=cancel).checksum

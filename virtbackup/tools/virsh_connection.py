@@ -2,9 +2,7 @@
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
 import copy
-import html
 import io
-import ipaddress
 import logging
 import os
 import pathlib
@@ -245,12 +243,12 @@ def warn_of_listener(shell: Shell, args: vsh.Args, document: str) -> None:
     import libvirt
 
     from virtbackup import config
-    from virtbackup.conf import backup_conf, translate
+    from virtbackup.conf import backup_conf, dialects
 
     if args.flag("insecure"):
         return
     try:
-        address = translate.address(document)
+        address = dialects.address(document)
         if address.tls or isinstance(address, backup_conf.UnixAddress):
             return
         if is_loopback(address.host) or config.load().insecure:
@@ -267,6 +265,8 @@ def warn_of_listener(shell: Shell, args: vsh.Args, document: str) -> None:
 
 def is_loopback(host: str) -> bool:
     """Whether HOST, a name or an address, is this machine seen by itself alone."""
+    import ipaddress
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -352,6 +352,8 @@ def _wrapped(found: Iterable[object]) -> object:
 
 def _node(found: object) -> str:
     """An element, an attribute or a text of a document, as a document has it."""
+    import html
+
     from lxml import etree
 
     if isinstance(found, etree._Element):

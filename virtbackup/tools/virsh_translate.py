@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 from virtbackup.tools import virsh_connection, vsh
 
 if TYPE_CHECKING:  # at run time where they are used, or help would wait for them
-    from virtbackup.conf import domain_conf, translate
+    from virtbackup.conf import dialects, domain_conf
 
 
 def _translate(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -16,7 +16,7 @@ def _translate(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         return domain_conf.DomainDef.parse(virsh_connection.domain(shell, args).XMLDesc())
 
     document = virsh_connection.read_document(args.text("file"))
-    to = cast("translate.Dialect", args.text("to"))
+    to = cast("dialects.Dialect", args.text("to"))
     shell.print_document(translate.translate(document, to, domain if args.flag("domain") else None))
 
 

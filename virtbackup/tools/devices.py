@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether the disks of a pull may go to block devices: nothing is written to them here."""
+
+import contextlib
+import os
+import pathlib
+import stat
+from collections.abc import Iterator, Mapping
+
+import libvirt
+
+from virtbackup import errors
+from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.nbd import device
+
+_WITH_PATH = ("file", "block")
+"""The types of disks whose source is a path here."""
+
+
+def usable(
+    targets: Mapping[str, pathlib.Path], wanted: backup_conf.BackupDef, domain_xml: str
+) -> dict[str, pathlib.Path]:
+    """TARGETS, with absolute paths, once nothing speaks against them: a disk of the guest that has
+    DOMAIN_XML -> the device that it goes to.
+
+    Errors: VIR_ERR_OPERATION_INVALID for a disk that is not in the backup, or is of a branch, a
+    device that has bytes of the guest's, or of another one of TARGETS, or is in use;
+    VIR_ERR_OPERATION_FAILED for one that is too small; VIR_ERR_SYSTEM_ERROR.
+    """
+    domain = domain_conf.DomainDef.parse(domain_xml)
+    capacity = {disk.target: disk.capacity for disk in domain.disks}
+    chosen = {disk.name for disk in wanted.disks if disk.present}
+    numbers: dict[int, str] = {}
+    devices = {}
+    for name, given in targets.items():
+        path = pathlib.Path(os.path.abspath(given))  # noqa: PTH100  (a link stays one)
+        if name not in chosen:
+            raise _invalid(f"disk '{name}' is not in the backup, so {path} cannot take it")
+        if wanted.branch is not None:
+            raise _invalid(
+                f"disk '{name}': a backup of a branch cannot go to {path}, as increments are qcow2"
+                " images over the files of a directory"
+            )
+        for disk in domain.disks:
+            if disk.type in _WITH_PATH and disk.source and _has_bytes_of(path, disk.source):
+                raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
+        with _naming_disk(name):
+            number, size = device.look(path)
+        for other, of in numbers.items():
+            if device.meets(number, other):
+                raise _invalid(f"disk '{name}': {path} takes disk '{of}' already")
+        if size < (needs := capacity[name] or 0):
+            with _naming_disk(name):
+                raise device.too_small(str(path), size, needs)
+        numbers[number], devices[name] = name, path
+    return devices
+
+
+def _has_bytes_of(path: pathlib.Path, source: str) -> bool:
+    """Whether what is written to PATH, a block device, is written to SOURCE, a guest's medium."""
+    one, other = _device_number(str(path)), _device_number(source)
+    if one is not None and other is not None:
+        return device.meets(one, other)
+    return device.is_over(path, pathlib.Path(source))
+
+
+def _device_number(path: str) -> int | None:
+    """Of the block device at PATH; None of anything else."""
+    try:
+        found = pathlib.Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
+
+
+@contextlib.contextmanager
+def _naming_disk(name: str) -> Iterator[None]:
+    try:
+        yield
+    except errors.Error as failure:
+        raise errors.error(
+            failure.get_error_code(), f"disk '{name}': {failure.get_str2() or failure}"
+        ) from failure
+
+
+def _invalid(text: str) -> errors.Error:
+    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
