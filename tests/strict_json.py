@@ -3,6 +3,7 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,17 @@ def loads(text: str) -> Any:
 def lines(text: str) -> list[Any]:
     """Of each line of TEXT. Errors: ValueError."""
     return [loads(line) for line in text.splitlines()]
+
+
+def first(process: "subprocess.Popen[str]") -> str:
+    """The document that PROCESS prints before it goes on. Errors: AssertionError where it ends."""
+    assert process.stdout is not None
+    text = ""
+    while not text.endswith("\n}\n"):
+        line = process.stdout.readline()
+        assert line, f"it ended after {text!r}"
+        text += line
+    return text
 
 
 def _refuse(word: str) -> Any:

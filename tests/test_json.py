@@ -301,8 +301,7 @@ def test_monitor_diff_of_what_is_nested_too_deeply(
 
 def document(process: "subprocess.Popen[str]") -> Any:
     """What a process prints that then goes on."""
-    assert process.stdout is not None
-    return strict_json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+    return strict_json.loads(strict_json.first(process))
 
 
 @pytest.mark.parametrize("name", ["plain", os.fsdecode(b"a b%41?#\"'\n\xff\xc3\xa9")], ids=ascii)

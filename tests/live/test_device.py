@@ -18,7 +18,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import waiting
+from tests import strict_json, waiting
 from tests.live import machines, nbdclient, places, points
 from virtbackup.nbd import checksum, device
 from virtbackup.tools import devices, listing, manifest, pull, verify
@@ -220,9 +220,7 @@ def serving(
         ) as server,
     ):
         try:
-            assert server.stdout is not None
-            text = "".join(iter(server.stdout.readline, "}\n"))
-            yield json.loads(text + "}\n")["exports"], errors
+            yield strict_json.loads(strict_json.first(server))["exports"], errors
         finally:
             server.send_signal(signal.SIGTERM)
 

@@ -82,8 +82,7 @@ class Scene:
         """Start a command that goes on: what it said, and its process."""
         argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", command, *words, "--json"]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        return self.heard(command, "".join(iter(process.stdout.readline, "}\n")) + "}\n"), process
+        return self.heard(command, strict_json.first(process)), process
 
 
 def end(process: "subprocess.Popen[str]") -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Directories of backups by names that a program, a protocol or JSON could take for something."""
 
-import json
 import os
 import pathlib
 import signal
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import strict_json
 from tests.live import nbdclient, points
 
 pytestmark = [
@@ -58,7 +58,7 @@ def test_a_directory(
         fmt = "--format=raw" if step == 0 and len(name) % 2 else "--check"
         ok("-c", guest.machine.uri, "backup-pull", "vm", "--branch=names", "--auto", fmt, "--",
            name)  # fmt: skip
-    facts = json.loads(ok("backup-list", "--json", "--", name))
+    facts = strict_json.loads(ok("backup-list", "--json", "--", name))
     assert facts["directory"] == name
     assert [point["number"] for point in facts["points"]] == [1, 2, 3]
     ok("backup-verify", "--", name)
@@ -91,9 +91,8 @@ def serve(directory: pathlib.Path, shown: dict[str, bytes]) -> None:
         [sys.executable, "-m", "virtbackup.tools.virsh_backup", *argv],
         stdout=subprocess.PIPE, text=True,
     ) as server:  # fmt: skip
-        assert server.stdout is not None
         try:
-            facts = json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")
+            facts = strict_json.loads(strict_json.first(server))
             for disk, uri in facts["exports"].items():
                 assert nbdclient.read_uri(uri) == shown[disk]
         finally:
