@@ -174,6 +174,7 @@ class Run:
 
         Errors: VIR_ERR_OPERATION_FAILED, those of ``backup.check_owned``.
         """
+        self._check_below(refusal)
         if not self.session.capabilities.devices:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
@@ -240,7 +241,7 @@ class Run:
                 raise _other_image(disk, root)
             backup.check_owned(drive, graph)
 
-    def _check_below(self) -> None:
+    def _check_below(self, refusal: monitor_json.CommandFailed | None = None) -> None:
         """The same of an image below a filter that is the disk's own: it is frozen wherever it came
         from, but the bitmaps of its branch are on the one before, and miss what was written since.
         """
@@ -255,7 +256,7 @@ class Run:
                     libvirt.VIR_ERR_OPERATION_FAILED,
                     f"disk '{disk.target}' got another image as the backup began: '{image}', which"
                     f" has the bitmaps of its branch, is not the one below '{disk.node}' any more",
-                )
+                ) from refusal
 
     def _check_nodes(self) -> None:
         """The same where a disk is a node that no node is over: an overlay is, now."""
