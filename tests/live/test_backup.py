@@ -657,6 +657,110 @@ def test_another_image_below_a_disk_during_its_backup(
         dom.backupStop()
 
 
+@pytest.mark.parametrize("what", ["none", "the next"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_image_that_is_taken_away_during_a_backup(
+    tmp_path: pathlib.Path, engine: str, what: str
+) -> None:
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    with (
+        machines.qemu(tmp_path, *_three_images(tmp_path)) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\2"
+        file = {"driver": "file", "filename": f"{tmp_path}/top"}
+        backing = None if what == "none" else "base"
+        options = {"driver": "qcow2", "node-name": "A", "backing": backing, "file": file}
+        machine.probe("blockdev-reopen", options=[options])
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] != b"\2"
+        reason = "the image 'mid' was taken away from below its node 'A' during the backup"
+        [disk] = dom.backupGetInfo().disks
+        assert disk.reason == reason
+        with pytest.raises(virtbackup.Error, match=f"disk 'vda': {reason}"):
+            dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("base", [None, "base"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_images_that_are_streamed_during_a_backup(
+    tmp_path: pathlib.Path, engine: str, base: str | None
+) -> None:
+    """The same images are gone, and the data is not."""
+    with (
+        machines.qemu(tmp_path, *_three_images(tmp_path)) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        before = nbdclient.read(tmp_path / "nbd.sock", "vda")
+        into = {} if base is None else {"base-node": base}
+        machine.probe("block-stream", **{"job-id": "stream", "device": "A", **into})
+        machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+        waiting.until(lambda: not any(job["id"] == "stream" for job in machine.probe("query-jobs")))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda") == before
+        assert [disk.reason for disk in dom.backupGetInfo().disks] == [None]
+        dom.backupStop()
+
+
+def _three_images(directory: pathlib.Path) -> tuple[str, ...]:
+    """The arguments for vda, whose node A is over ``mid``, and that over ``base``."""
+    base = machines.image(directory / "base", 4 << 20, "qcow2")
+    mid = machines.image(directory / "mid", 4 << 20, "qcow2", backing=base)
+    top = machines.image(directory / "top", 4 << 20, "qcow2", backing=mid)
+    for image, byte in ((base, 1), (mid, 2)):
+        write = ["-f", "qcow2", "-c", f"write -q -P {byte} 0 64k", str(image)]
+        subprocess.run(["qemu-io", *write], check=True)
+    file = "file.driver=file,file.filename"
+    return (
+        "-blockdev", f"qcow2,node-name=base,read-only=on,{file}={base}",
+        "-blockdev", f"qcow2,node-name=mid,read-only=on,backing=base,{file}={mid}",
+        "-blockdev", f"qcow2,node-name=A,backing=mid,{file}={top}",
+        "-device", "virtio-blk,drive=A,id=vda",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_another_part_of_its_file_during_a_backup(
+    tmp_path: pathlib.Path, engine: str, filtered: bool
+) -> None:
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    size = 4 << 20
+    file = machines.image(tmp_path / "file", 3 * size)
+    write = ["-f", "raw", "-c", f"write -q -P 5 {2 * size} 64k", str(file)]
+    subprocess.run(["qemu-io", *write], check=True)
+    nodes = [
+        "-object", "throttle-group,id=group",
+        "-blockdev", f"file,node-name=file,filename={file}",
+        "-blockdev", f"raw,node-name=A,file=file,offset={size},size={size}",
+    ]  # fmt: skip
+    if filtered:
+        nodes += ["-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A"]
+    root = "throttled" if filtered else "A"
+    with (
+        machines.qemu(tmp_path, *nodes, "-device", f"virtio-blk,drive={root},id=vda") as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        assert dom.backupGetInfo().state == "running"
+        options = {"driver": "raw", "node-name": "A", "file": "file", "size": size}
+        machine.probe("blockdev-reopen", options=[{**options, "offset": 2 * size}])
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\5"  # not what it was
+        reason = f"its node 'A' shows its file from byte {2 * size} on, no more from {size}"
+        assert reason in str(dom.backupGetInfo().disks[0].reason)
+        with pytest.raises(virtbackup.Error, match=f"disk 'vda': {reason}"):
+            dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_snapshot_below_a_filter_during_a_backup(tmp_path: pathlib.Path, engine: str) -> None:
     """The guest's writes to the new image go through the filter of the job, too."""

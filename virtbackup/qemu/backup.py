@@ -69,6 +69,10 @@ class DiskPlan:
     known."""
     stores: frozenset[naming.NodeName]
     """Where the data of that is kept, its backing images' too; empty where that is not known."""
+    offset: int
+    """Bytes of its file before the first of the disk."""
+    backing: tuple[block.Backing, ...]
+    """What it is backed by, as far as that is known."""
     step: branch.Step | None = None
     """What is done to the bitmaps of the backup's branch, if it has one."""
     since: naming.Point | None = None
@@ -336,6 +340,9 @@ def _disk(
     assert disk.medium is not None
     hybrid = engine == "hybrid"
     image = _image(disk.medium, state)
+    medium = (
+        disk.medium if image == disk.medium.node else state.nodes.get(image or disk.medium.node)
+    )
     return DiskPlan(
         target=wanted.name,
         number=number,
@@ -355,6 +362,8 @@ def _disk(
         opaque=naming.fdset_opaque(backup, number),
         image=image or disk.medium.node,
         stores=state.graph.stores_of(image) if state.graph and image else frozenset(),
+        offset=disk.medium.offset,
+        backing=state.graph.backing_of(medium) if state.graph and medium else (),
     )
 
 
