@@ -1010,8 +1010,13 @@ def _snapshot(machine: machines.Machine, node: str, overlay: str, *bitmaps: str)
     """An overlay over NODE in which BITMAPS go on."""
     actions: list[dict[str, Any]] = [
         {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}},
-        *({"type": "block-dirty-bitmap-add", "data": {"node": overlay, "name": name}}
-          for name in bitmaps),
+        *(
+            {
+                "type": "block-dirty-bitmap-add",
+                "data": {"node": overlay, "name": name, "persistent": True},
+            }
+            for name in bitmaps
+        ),
     ]  # fmt: skip
     machine.probe("transaction", actions=actions)
 
