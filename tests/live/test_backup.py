@@ -620,6 +620,34 @@ def test_a_disk_that_is_resized_between_the_look_and_the_instant(tmp_path: pathl
         dom.backupStop()
 
 
+def test_a_disk_with_a_filter_that_is_resized_as_the_backup_begins(tmp_path: pathlib.Path) -> None:
+    file = machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-object", "throttle-group,id=group",
+            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={file}",
+            "-blockdev", "throttle,node-name=filtered,throttle-group=group,file=A",
+            "-device", "virtio-blk,drive=filtered,id=vda",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+
+        def late(run: process.Run) -> None:
+            machine.probe("block_resize", node_name="filtered", size=SIZE * 2)
+
+        resized = f"disk 'vda' was resized from {SIZE} to {SIZE * 2} bytes as the backup began"
+        with (
+            steps.before("scratch_images", late),
+            pytest.raises(virtbackup.Error, match=resized),
+        ):
+            dom.backupStart(unix(tmp_path))
+        assert "virtbackup" not in str(machine.state())
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
 @pytest.mark.parametrize("what", ["file", "backing"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_another_image_below_a_disk_during_its_backup(

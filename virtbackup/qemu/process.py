@@ -179,8 +179,8 @@ class Run:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
         for disk, drive, medium in self._drives():
-            if medium.driver in block.FILTERS:
-                continue
+            if medium.driver in block.FILTERS and medium.node != disk.node:
+                continue  # it need not be the disk's own
             if medium.node != disk.node:
                 raise _other_image(disk, medium.node) from refusal
             backup.check_owned(drive, graph)
