@@ -496,13 +496,14 @@ def test_a_backup_job_of_somebody_elses_that_begins_in_the_middle_of_a_start(
         assert [job["status"] for job in machine.probe("query-jobs")] == ["running"]
 
 
-@pytest.mark.parametrize("root", ["A", "throttled"])
+@pytest.mark.parametrize("branch", ["", '<branch name="b"/>'])
+@pytest.mark.parametrize("root", ["A", "throttled", "part", "quorum"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
-    tmp_path: pathlib.Path, engine: str, root: str
+    tmp_path: pathlib.Path, engine: str, root: str, branch: str
 ) -> None:
     """QEMU would change the disk below the filter of the job, which would not save old data; and
-    below a filter that it has anyway."""
+    below a filter that it has anyway, or within what it is made of."""
     if machines.version() < (6, 0, 0):
         return  # it has only loadvm, which takes no disk with a filter
     image = machines.image(tmp_path / "a.qcow2", 4 << 20, "qcow2")
@@ -512,11 +513,13 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
             "-object", "throttle-group,id=group",
             "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}",
             "-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A",
+            *_over_an_image("A", root),
             "-device", f"virtio-blk,drive={root},id=vda",
         ) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
     ):  # fmt: skip
         dom = conn.lookupByID(1)
+        xml = unix(tmp_path).replace("</domainbackup>", f"{branch}</domainbackup>")
 
         def snapshot(verb: str) -> str | None:
             job = {"job-id": "theirs", "tag": "before", "vmstate": "A", "devices": ["A"]}
@@ -533,15 +536,24 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
         assert snapshot("save") is None
         machine.io("vda", "write -P 5 0 64k")
         before = machine.state()
-        dom.backupStart(unix(tmp_path))
+        dom.backupStart(xml)
         assert "Device has active dirty bitmap" in str(snapshot("load"))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\5"
-        dom.backupStop()
+        dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
         assert machine.state() == before
         assert snapshot("load") is None
         dom.backupStart(unix(tmp_path))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\0"
         dom.backupStop()
+
+
+def _over_an_image(image: str, root: str) -> tuple[str, ...]:
+    """The arguments for a node ROOT that is made of IMAGE, where that name is of such."""
+    nodes = {
+        "part": f"raw,node-name=part,file={image},offset=0,size={4 << 20}",
+        "quorum": f"quorum,node-name=quorum,vote-threshold=1,children.0={image}",
+    }
+    return ("-blockdev", nodes[root]) if root in nodes else ()
 
 
 @pytest.mark.parametrize("engine", machines.engines())

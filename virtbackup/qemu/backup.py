@@ -79,8 +79,9 @@ class DiskPlan:
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
-    guard: monitor_json.BitmapOf | None = None
-    """What keeps its image from going back to a snapshot, where no bitmap of a branch does."""
+    guards: tuple[naming.NodeName, ...] = ()
+    """Its image, and the nodes that this is made of, that get a bitmap which keeps them from going
+    back to a snapshot, where no bitmap of a branch does."""
 
     @property
     def changes(self) -> monitor_json.BitmapOf | None:
@@ -171,7 +172,11 @@ class BackupPlan:
             for disk in self.disks
         ]
         before = [action for step in steps for action in step.before()]
-        guards = [branch.guard(disk.guard) for disk in self.disks if disk.guard]
+        guards = [
+            branch.guard(monitor_json.BitmapOf(node, naming.guard_bitmap(self.id, disk.number)))
+            for disk in self.disks
+            for node in disk.guards
+        ]
         after = [action for step in steps for action in step.after()]
         copies = [action for disk in self.disks for action in disk.make_copy()]
         return monitor_json.transaction([*before, *guards, *jobs, *after, *copies])
@@ -318,10 +323,7 @@ def plan(
             assert definition.branch is not None
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
-        elif caps.guards(plan.image != plan.node):
-            guard = monitor_json.BitmapOf(plan.image, naming.guard_bitmap(backup, number))
-            plan = dataclasses.replace(plan, guard=guard)
-        disks.append(plan)
+        disks.append(dataclasses.replace(plan, guards=_guards(plan, caps, state.graph)))
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials, gives_way)
 
@@ -365,6 +367,18 @@ def _disk(
         offset=disk.medium.offset,
         backing=state.graph.backing_of(medium) if state.graph and medium else (),
     )
+
+
+def _guards(
+    plan: DiskPlan, caps: capabilities.Capabilities, graph: block.Graph | None
+) -> tuple[naming.NodeName, ...]:
+    """As ``DiskPlan``."""
+    nodes: list[naming.NodeName] = []
+    if plan.step is None and caps.guards(plan.image != plan.node):
+        nodes.append(plan.image)
+    if graph and caps.guards(filtered=True):  # a job's own bitmap is above these, too
+        nodes += sorted(graph.within(plan.image))
+    return tuple(nodes)
 
 
 def _image(medium: block.Medium, state: BlockState) -> naming.NodeName | None:

@@ -427,6 +427,21 @@ class Graph:
         now = self.roles.get((backing.node, "backing"))
         return now is not None and self.is_filtered(now, backing.below)
 
+    def within(self, image: naming.NodeName) -> frozenset[naming.NodeName]:
+        """The nodes below IMAGE that are none of its backing images, nor at the very bottom: those
+        of the quorum that it is, say, or one that it shows a part of."""
+        found: set[naming.NodeName] = set()
+        todo = [image]
+        while todo:
+            node = todo.pop()
+            below = {
+                child for (parent, role), child in self.roles.items()
+                if parent == node and role != "backing" and self.children_of(child)
+            }  # fmt: skip
+            todo += below - found
+            found |= below
+        return frozenset(found)
+
     def stores_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """The nodes at the very bottom below NODE, or NODE itself: where its data is kept."""
         below = _reached(self.children, [("block-driver", node)])

@@ -689,7 +689,7 @@ def _starting(
                 stores=tuple(sorted(disk.stores)),
                 offset=disk.offset,
                 backing=disk.backing,
-                guarded=disk.guard is not None,
+                guards=disk.guards,
                 export=disk.export,
                 exportname=disk.exportname,
                 job=disk.job,

@@ -59,8 +59,8 @@ class DiskStatus:
     offset: int
     backing: tuple[block.Backing, ...]
     """As ``backup.DiskPlan``, in order."""
-    guarded: bool
-    """It has a bitmap that keeps it from going back to a snapshot."""
+    guards: tuple[naming.NodeName, ...]
+    """The nodes with a bitmap that keeps them from going back to a snapshot."""
     export: naming.ExportId
     exportname: str
     job: naming.JobId
@@ -176,13 +176,14 @@ def parse(text: str) -> Status:
 
 def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
     stores = tuple(map(naming.NodeName, fields.pop("stores")))
+    guards = tuple(map(naming.NodeName, fields.pop("guards")))
     backing = tuple(block.Backing(**one) for one in fields.pop("backing"))
     branch = fields.pop("branch")
     if branch is not None:
         since = branch.pop("since")
         point = None if since is None else naming.Point(**since)
         branch = BranchStatus(since=point, **branch)
-    return DiskStatus(branch=branch, stores=stores, backing=backing, **fields)
+    return DiskStatus(branch=branch, stores=stores, guards=guards, backing=backing, **fields)
 
 
 def format(status: Status) -> str:
