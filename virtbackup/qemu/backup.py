@@ -567,6 +567,7 @@ def _check_disk(
 ) -> None:
     """Refuse what cannot be backed up, or not as it is WANTED."""
     _check_size(wanted.name, medium)
+    _check_image(wanted.name, medium, state)
     _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
     _check_jobs(disk, medium, state)
@@ -580,6 +581,20 @@ def _check_size(target: str, medium: block.Medium) -> None:
         raise _unsupported(
             f"disk '{target}' of {medium.size} bytes is larger than a scratch image can be:"
             f" {qcow2.MAX_SIZE} bytes"
+        )
+
+
+def _check_image(target: str, medium: block.Medium, state: BlockState) -> None:
+    """Refuse where the image was made smaller below a filter that has not noticed: that QEMU ends
+    when a client asks what is behind the image's end, and the guest's bitmaps do not know of it."""
+    if medium.driver not in block.FILTERS or not state.nodes:
+        return
+    images = state.images(medium.node)
+    if images is not None and images.active.size < medium.size:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{target}' of {medium.size} bytes has an image of {images.active.size} bytes,"
+            f" '{images.active.node}', below '{medium.node}': resize that node, too",
         )
 
 
