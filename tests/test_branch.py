@@ -131,6 +131,8 @@ UNSOUND: list[tuple[str, list[block.Medium], str]] = [
     ("broken below", [medium(B, OWN), medium(A, BROKEN, POINTED)], INCONSISTENT),
     ("granularities", [medium(B, bitmap("b", granularity=512)), BELOW],
      "its bitmaps on backing images have another granularity"),
+    ("resized and back again", [medium(C, OWN), medium(B, OWN, size=512), BELOW],
+     "its backing image 'B' is of 512 bytes: it was resized in between"),
     ("resized through an overlay", [medium(B, OWN), medium(A, OWN, point(512))], RESIZED),
 ]  # fmt: skip
 

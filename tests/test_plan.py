@@ -128,11 +128,13 @@ def test_everything_about_a_disk() -> None:
         breaks_snapshot=True,
         image=naming.NodeName("A"),
         stores=frozenset({naming.NodeName("fa"), naming.NodeName("#block009")}),
+        offset=0,
+        backing=(
+            block.Backing(naming.NodeName("A"), naming.NodeName("#block008"), "/images/base"),
+        ),
         export=naming.ExportId("virtbackup-0123abcd-2"),
         opaque="virtbackup-0123abcd-2",
-        guard=monitor_json.BitmapOf(
-            naming.NodeName("A"), naming.BitmapName("virtbackup-0123abcd-2-guard")
-        ),
+        guards=(naming.NodeName("A"),),
     )
     assert (planned.id, planned.engine, planned.credentials) == (ID, "hybrid", None)
 
@@ -778,7 +780,8 @@ def test_judgement_is_by_disk() -> None:
     def of(number: int) -> status.DiskStatus:
         return status.DiskStatus(
             target=f"d{number}", size=1, node=naming.NodeName("n"), device=f"/machine/{number}",
-            image=naming.NodeName("n"), stores=(naming.NodeName("f"),), guarded=False,
+            image=naming.NodeName("n"), stores=(naming.NodeName("f"),), offset=0, backing=(),
+            guards=(),
             export=naming.export(ID, number), exportname="",
             job=naming.backup_job(ID, number), scratch_file=naming.scratch_file_node(ID, number),
             access=naming.access_node(ID, number), breaks_snapshot=number != 4,
@@ -905,7 +908,8 @@ def _disk_status() -> status.DiskStatus:
     line = status.BranchStatus(naming.NodeName("n"), keeps=True, since=point, dirty=512)
     return status.DiskStatus(
         target="vda", size=1, node=naming.NodeName("n"), device=None,
-        image=naming.NodeName("n"), stores=(naming.NodeName("n"),), guarded=True,
+        image=naming.NodeName("n"), stores=(naming.NodeName("n"),), guards=(naming.NodeName("n"),),
+        offset=512, backing=(block.Backing(naming.NodeName("n"), naming.NodeName("m"), None),),
         export=naming.export(ID, 0), exportname="vda",
         job=naming.backup_job(ID, 0), scratch_file=naming.scratch_file_node(ID, 0),
         access=None, breaks_snapshot=False,

@@ -496,13 +496,14 @@ def test_a_backup_job_of_somebody_elses_that_begins_in_the_middle_of_a_start(
         assert [job["status"] for job in machine.probe("query-jobs")] == ["running"]
 
 
-@pytest.mark.parametrize("root", ["A", "throttled"])
+@pytest.mark.parametrize("branch", ["", '<branch name="b"/>'])
+@pytest.mark.parametrize("root", ["A", "throttled", "part", "quorum"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
-    tmp_path: pathlib.Path, engine: str, root: str
+    tmp_path: pathlib.Path, engine: str, root: str, branch: str
 ) -> None:
     """QEMU would change the disk below the filter of the job, which would not save old data; and
-    below a filter that it has anyway."""
+    below a filter that it has anyway, or within what it is made of."""
     if machines.version() < (6, 0, 0):
         return  # it has only loadvm, which takes no disk with a filter
     image = machines.image(tmp_path / "a.qcow2", 4 << 20, "qcow2")
@@ -512,11 +513,13 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
             "-object", "throttle-group,id=group",
             "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}",
             "-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A",
+            *_over_an_image("A", root),
             "-device", f"virtio-blk,drive={root},id=vda",
         ) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
     ):  # fmt: skip
         dom = conn.lookupByID(1)
+        xml = unix(tmp_path).replace("</domainbackup>", f"{branch}</domainbackup>")
 
         def snapshot(verb: str) -> str | None:
             job = {"job-id": "theirs", "tag": "before", "vmstate": "A", "devices": ["A"]}
@@ -533,15 +536,24 @@ def test_a_guest_does_not_go_back_to_a_snapshot_during_a_backup(
         assert snapshot("save") is None
         machine.io("vda", "write -P 5 0 64k")
         before = machine.state()
-        dom.backupStart(unix(tmp_path))
+        dom.backupStart(xml)
         assert "Device has active dirty bitmap" in str(snapshot("load"))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\5"
-        dom.backupStop()
+        dom.backupStop(virtbackup.VIR_DOMAIN_BACKUP_STOP_CANCEL)
         assert machine.state() == before
         assert snapshot("load") is None
         dom.backupStart(unix(tmp_path))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\0"
         dom.backupStop()
+
+
+def _over_an_image(image: str, root: str) -> tuple[str, ...]:
+    """The arguments for a node ROOT that is made of IMAGE, where that name is of such."""
+    nodes = {
+        "part": f"raw,node-name=part,file={image},offset=0,size={4 << 20}",
+        "quorum": f"quorum,node-name=quorum,vote-threshold=1,children.0={image}",
+    }
+    return ("-blockdev", nodes[root]) if root in nodes else ()
 
 
 @pytest.mark.parametrize("engine", machines.engines())
@@ -620,6 +632,74 @@ def test_a_disk_that_is_resized_between_the_look_and_the_instant(tmp_path: pathl
         dom.backupStop()
 
 
+def test_a_disk_with_a_filter_that_is_resized_as_the_backup_begins(tmp_path: pathlib.Path) -> None:
+    file = machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-object", "throttle-group,id=group",
+            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={file}",
+            "-blockdev", "throttle,node-name=filtered,throttle-group=group,file=A",
+            "-device", "virtio-blk,drive=filtered,id=vda",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+
+        def late(run: process.Run) -> None:
+            machine.probe("block_resize", node_name="filtered", size=SIZE * 2)
+
+        resized = f"disk 'vda' was resized from {SIZE} to {SIZE * 2} bytes as the backup began"
+        with (
+            steps.before("scratch_images", late),
+            pytest.raises(virtbackup.Error, match=resized),
+        ):
+            dom.backupStart(unix(tmp_path))
+        assert "virtbackup" not in str(machine.state())
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("branch", ["", '<branch name="b"/>'])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_disk_whose_image_was_made_smaller_below_its_filter(
+    tmp_path: pathlib.Path, engine: str, branch: str
+) -> None:
+    """The filter goes on to tell the old size. Whoever asks what is behind the image's end ends
+    QEMU with the hybrid engine, and no bitmap has it that there are zeroes now."""
+    file = machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
+    xml = unix(tmp_path).replace("</domainbackup>", f"{branch}</domainbackup>")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-object", "throttle-group,id=group",
+            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={file}",
+            "-blockdev", "throttle,node-name=filtered,throttle-group=group,file=A",
+            "-device", "virtio-blk,drive=filtered,id=vda",
+        ) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.backupStart(xml)
+        dom.backupStop()
+        machine.probe("block_resize", node_name="A", size=SIZE // 2)
+        [drive] = machine.probe("query-block")
+        told = drive["inserted"]["image"]["virtual-size"]
+        before = machine.state()
+        smaller = f"disk 'vda' of {SIZE} bytes has an image of {SIZE // 2} bytes, 'A', below"
+        if told == SIZE // 2:  # this QEMU's filter has noticed
+            assert machines.version() >= (11, 0, 0)
+        elif branch or machines.version() >= (6, 0, 0):
+            with pytest.raises(virtbackup.Error, match=smaller) as refused:
+                dom.backupStart(xml)
+            assert refused.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+            assert machine.state() == before
+        machine.probe("block_resize", node_name="filtered", size=SIZE // 2)
+        dom.backupStart(xml)
+        assert len(nbdclient.read(tmp_path / "nbd.sock", "vda")) == SIZE // 2
+        dom.backupStop()
+
+
 @pytest.mark.parametrize("what", ["file", "backing"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_another_image_below_a_disk_during_its_backup(
@@ -652,6 +732,110 @@ def test_another_image_below_a_disk_during_its_backup(
         [disk] = dom.backupGetInfo().disks
         assert disk.reason == "it got another image, 'other', below its node 'A' during the backup"
         with pytest.raises(virtbackup.Error, match="disk 'vda': it got another image, 'other'"):
+            dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("what", ["none", "the next"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_image_that_is_taken_away_during_a_backup(
+    tmp_path: pathlib.Path, engine: str, what: str
+) -> None:
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    with (
+        machines.qemu(tmp_path, *_three_images(tmp_path)) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\2"
+        file = {"driver": "file", "filename": f"{tmp_path}/top"}
+        backing = None if what == "none" else "base"
+        options = {"driver": "qcow2", "node-name": "A", "backing": backing, "file": file}
+        machine.probe("blockdev-reopen", options=[options])
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] != b"\2"
+        reason = "the image 'mid' was taken away from below its node 'A' during the backup"
+        [disk] = dom.backupGetInfo().disks
+        assert disk.reason == reason
+        with pytest.raises(virtbackup.Error, match=f"disk 'vda': {reason}"):
+            dom.backupStop()
+        dom.backupStart(unix(tmp_path))
+        dom.backupStop()
+
+
+@pytest.mark.parametrize("base", [None, "base"])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_images_that_are_streamed_during_a_backup(
+    tmp_path: pathlib.Path, engine: str, base: str | None
+) -> None:
+    """The same images are gone, and the data is not."""
+    with (
+        machines.qemu(tmp_path, *_three_images(tmp_path)) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        before = nbdclient.read(tmp_path / "nbd.sock", "vda")
+        into = {} if base is None else {"base-node": base}
+        machine.probe("block-stream", **{"job-id": "stream", "device": "A", **into})
+        machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+        waiting.until(lambda: not any(job["id"] == "stream" for job in machine.probe("query-jobs")))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda") == before
+        assert [disk.reason for disk in dom.backupGetInfo().disks] == [None]
+        dom.backupStop()
+
+
+def _three_images(directory: pathlib.Path) -> tuple[str, ...]:
+    """The arguments for vda, whose node A is over ``mid``, and that over ``base``."""
+    base = machines.image(directory / "base", 4 << 20, "qcow2")
+    mid = machines.image(directory / "mid", 4 << 20, "qcow2", backing=base)
+    top = machines.image(directory / "top", 4 << 20, "qcow2", backing=mid)
+    for image, byte in ((base, 1), (mid, 2)):
+        write = ["-f", "qcow2", "-c", f"write -q -P {byte} 0 64k", str(image)]
+        subprocess.run(["qemu-io", *write], check=True)
+    file = "file.driver=file,file.filename"
+    return (
+        "-blockdev", f"qcow2,node-name=base,read-only=on,{file}={base}",
+        "-blockdev", f"qcow2,node-name=mid,read-only=on,backing=base,{file}={mid}",
+        "-blockdev", f"qcow2,node-name=A,backing=mid,{file}={top}",
+        "-device", "virtio-blk,drive=A,id=vda",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_another_part_of_its_file_during_a_backup(
+    tmp_path: pathlib.Path, engine: str, filtered: bool
+) -> None:
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    size = 4 << 20
+    file = machines.image(tmp_path / "file", 3 * size)
+    write = ["-f", "raw", "-c", f"write -q -P 5 {2 * size} 64k", str(file)]
+    subprocess.run(["qemu-io", *write], check=True)
+    nodes = [
+        "-object", "throttle-group,id=group",
+        "-blockdev", f"file,node-name=file,filename={file}",
+        "-blockdev", f"raw,node-name=A,file=file,offset={size},size={size}",
+    ]  # fmt: skip
+    if filtered:
+        nodes += ["-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A"]
+    root = "throttled" if filtered else "A"
+    with (
+        machines.qemu(tmp_path, *nodes, "-device", f"virtio-blk,drive={root},id=vda") as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        assert dom.backupGetInfo().state == "running"
+        options = {"driver": "raw", "node-name": "A", "file": "file", "size": size}
+        machine.probe("blockdev-reopen", options=[{**options, "offset": 2 * size}])
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda")[:1] == b"\5"  # not what it was
+        reason = f"its node 'A' shows its file from byte {2 * size} on, no more from {size}"
+        assert reason in str(dom.backupGetInfo().disks[0].reason)
+        with pytest.raises(virtbackup.Error, match=f"disk 'vda': {reason}"):
             dom.backupStop()
         dom.backupStart(unix(tmp_path))
         dom.backupStop()

@@ -20,10 +20,10 @@ import pytest
 
 import virtbackup
 from tests import waiting
-from tests.live import branched, machines, places, scene
+from tests.live import branched, machines, places, scene, steps
 from tests.live.branched import CLUSTER, SIZE, Client
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import block, branch, capabilities, domain, job, naming, verdict
+from virtbackup.qemu import block, branch, capabilities, domain, job, naming, process, verdict
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -956,6 +956,69 @@ def test_a_bitmap_that_is_missing_from_one_overlay_of_two(
         ],
     )
     one.refused_then_full("a backing image above 'A' has no bitmap 'b'")
+
+
+@pytest.mark.parametrize("advance", ["", ' advance="no"'])
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("step", ["scratch_images", "freeze"])
+def test_a_snapshot_below_a_filter_in_the_middle_of_a_start(
+    tmp_path: pathlib.Path, engine: str, step: str, joins: bool, advance: str
+) -> None:
+    """What the guest writes to the overlay before the instant, no bitmap of the branch has. Where
+    it JOINS what several images know, QEMU refuses to, and not by the disk's name."""
+    image = machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
+    with machines.qemu(
+        tmp_path,
+        "-object", "throttle-group,id=group",
+        "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}",
+        "-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A",
+        "-device", "virtio-blk,drive=throttled,id=vda",
+    ) as machine:  # fmt: skip
+        for name in ("over", "over2"):
+            overlay = machines.image(tmp_path / f"{name}.qcow2", SIZE, "qcow2")
+            file = {"driver": "file", "filename": str(overlay)}
+            machine.probe("blockdev-add", driver="qcow2", node_name=name, file=file, backing=None)
+        one = client(tmp_path, engine)
+        one.backup()
+        one.write(machine, "vda", 1)
+        if joins:
+            _snapshot(machine, "A", "over2", "b")
+        refused = []
+
+        def late(run: process.Run) -> None:
+            below = "over2" if joins else "A"
+            reply = machine.probe.reply("blockdev-snapshot", node=below, overlay="over")
+            refused.append("error" in reply)
+            one.write(machine, "vda", 2)
+
+        xml = one.document().replace('<branch name="b"', f'<branch name="b"{advance}')
+        with (
+            one.domain() as domain,
+            steps.before(step, late),
+            pytest.raises(virtbackup.Error, match="disk 'vda' got another image as the") as caught,
+        ):
+            domain.backupStart(xml)
+        assert refused == [False]
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+        assert branched.ours(machine, "over") == set()
+        one.refused_then_full("an overlay was put over the image 'A' that has its bitmap")
+        one.write(machine, "vda", 3)
+        assert one.backup()["vda"].clusters() == {3}
+
+
+def _snapshot(machine: machines.Machine, node: str, overlay: str, *bitmaps: str) -> None:
+    """An overlay over NODE in which BITMAPS go on."""
+    actions: list[dict[str, Any]] = [
+        {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}},
+        *(
+            {
+                "type": "block-dirty-bitmap-add",
+                "data": {"node": overlay, "name": name, "persistent": True},
+            }
+            for name in bitmaps
+        ),
+    ]  # fmt: skip
+    machine.probe("transaction", actions=actions)
 
 
 @pytest.mark.parametrize("propagated", [False, True])

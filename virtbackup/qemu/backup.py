@@ -69,14 +69,19 @@ class DiskPlan:
     known."""
     stores: frozenset[naming.NodeName]
     """Where the data of that is kept, its backing images' too; empty where that is not known."""
+    offset: int
+    """Bytes of its file before the first of the disk."""
+    backing: tuple[block.Backing, ...]
+    """What it is backed by, as far as that is known."""
     step: branch.Step | None = None
     """What is done to the bitmaps of the backup's branch, if it has one."""
     since: naming.Point | None = None
     """The point since which the changes are told along with the disk; None: they are not."""
     exportbitmap: naming.BitmapName | None = None
     """What the copy of the branch's bitmap is called that is exported; None: that itself is."""
-    guard: monitor_json.BitmapOf | None = None
-    """What keeps its image from going back to a snapshot, where no bitmap of a branch does."""
+    guards: tuple[naming.NodeName, ...] = ()
+    """Its image, and the nodes that this is made of, that get a bitmap which keeps them from going
+    back to a snapshot, where no bitmap of a branch does."""
 
     @property
     def changes(self) -> monitor_json.BitmapOf | None:
@@ -167,7 +172,11 @@ class BackupPlan:
             for disk in self.disks
         ]
         before = [action for step in steps for action in step.before()]
-        guards = [branch.guard(disk.guard) for disk in self.disks if disk.guard]
+        guards = [
+            branch.guard(monitor_json.BitmapOf(node, naming.guard_bitmap(self.id, disk.number)))
+            for disk in self.disks
+            for node in disk.guards
+        ]
         after = [action for step in steps for action in step.after()]
         copies = [action for disk in self.disks for action in disk.make_copy()]
         return monitor_json.transaction([*before, *guards, *jobs, *after, *copies])
@@ -314,10 +323,7 @@ def plan(
             assert definition.branch is not None
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
             plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
-        elif caps.guards(plan.image != plan.node):
-            guard = monitor_json.BitmapOf(plan.image, naming.guard_bitmap(backup, number))
-            plan = dataclasses.replace(plan, guard=guard)
-        disks.append(plan)
+        disks.append(dataclasses.replace(plan, guards=_guards(plan, caps, state.graph)))
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials, gives_way)
 
@@ -336,6 +342,9 @@ def _disk(
     assert disk.medium is not None
     hybrid = engine == "hybrid"
     image = _image(disk.medium, state)
+    medium = (
+        disk.medium if image == disk.medium.node else state.nodes.get(image or disk.medium.node)
+    )
     return DiskPlan(
         target=wanted.name,
         number=number,
@@ -355,7 +364,21 @@ def _disk(
         opaque=naming.fdset_opaque(backup, number),
         image=image or disk.medium.node,
         stores=state.graph.stores_of(image) if state.graph and image else frozenset(),
+        offset=disk.medium.offset,
+        backing=state.graph.backing_of(medium) if state.graph and medium else (),
     )
+
+
+def _guards(
+    plan: DiskPlan, caps: capabilities.Capabilities, graph: block.Graph | None
+) -> tuple[naming.NodeName, ...]:
+    """As ``DiskPlan``."""
+    nodes: list[naming.NodeName] = []
+    if plan.step is None and caps.guards(plan.image != plan.node):
+        nodes.append(plan.image)
+    if graph and caps.guards(filtered=True):  # a job's own bitmap is above these, too
+        nodes += sorted(graph.within(plan.image))
+    return tuple(nodes)
 
 
 def _image(medium: block.Medium, state: BlockState) -> naming.NodeName | None:
@@ -544,6 +567,7 @@ def _check_disk(
 ) -> None:
     """Refuse what cannot be backed up, or not as it is WANTED."""
     _check_size(wanted.name, medium)
+    _check_image(wanted.name, medium, state)
     _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
     _check_jobs(disk, medium, state)
@@ -557,6 +581,20 @@ def _check_size(target: str, medium: block.Medium) -> None:
         raise _unsupported(
             f"disk '{target}' of {medium.size} bytes is larger than a scratch image can be:"
             f" {qcow2.MAX_SIZE} bytes"
+        )
+
+
+def _check_image(target: str, medium: block.Medium, state: BlockState) -> None:
+    """Refuse where the image was made smaller below a filter that has not noticed: that QEMU ends
+    when a client asks what is behind the image's end, and the guest's bitmaps do not know of it."""
+    if medium.driver not in block.FILTERS or not state.nodes:
+        return
+    images = state.images(medium.node)
+    if images is not None and images.active.size < medium.size:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{target}' of {medium.size} bytes has an image of {images.active.size} bytes,"
+            f" '{images.active.node}', below '{medium.node}': resize that node, too",
         )
 
 

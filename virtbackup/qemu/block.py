@@ -7,9 +7,10 @@ in, types out.
 
 import dataclasses
 import functools
+import json
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from virtbackup.conf import domain_conf
@@ -59,6 +60,13 @@ class Medium:
     """Bytes that its file takes, where the driver can tell."""
     active: bool = True
     """Not given away, to a migration or a save; told since QEMU 10.0."""
+    backing_files: tuple[str | None, ...] = ()
+    """What the image itself says its backing image is, then what that says, and so on."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes of the file before the first of the disk (a ``raw`` node's)."""
+        return _offset(self.filename)
 
     @property
     def tells_place(self) -> bool:
@@ -241,8 +249,35 @@ def _parse_medium(inserted: Any) -> Medium:
                 driver == "qcow2" and _stores_bitmaps(image),
                 allocation if _is_size(allocation := image.get("actual-size")) else None,
                 inserted.get("active") is not False,
+                tuple(_backing_files(image)),
             )
     raise _unexpected("info", inserted)
+
+
+def _backing_files(image: Any) -> Iterator[str | None]:
+    while isinstance(image, dict):
+        told = image.get("backing-filename")
+        yield told if isinstance(told, str) else None
+        image = image.get("backing-image")
+
+
+def _offset(filename: str) -> int:
+    """As ``Medium.offset``; 0 where a name is too long for QEMU to tell it."""
+    if not filename.startswith("json:"):
+        return 0
+    try:
+        options = json.loads(filename.removeprefix("json:"))
+    except (ValueError, RecursionError):
+        return 0
+    offset = 0
+    while isinstance(options, dict):
+        if options.get("driver") == "raw":
+            told = str(options.get("offset", 0))
+            offset += int(told) if re.fullmatch(r"[0-9]{1,19}", told) else 0
+        elif options.get("driver") not in FILTERS:
+            break
+        options = next((options[role] for role in FILTERED if role in options), None)
+    return offset
 
 
 def _stores_bitmaps(image: Any) -> bool:
@@ -320,6 +355,16 @@ def _items(reply: Any) -> list[dict[str, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Backing:
+    """That NODE has BELOW as its backing image."""
+
+    node: naming.NodeName
+    below: naming.NodeName
+    told: str | None
+    """What NODE's image itself says it is, which whoever merges both into one changes."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph:
     """Who is over whom in the block layer: (kind, name) pairs, kinds as QEMU's
     XDbgBlockGraphNodeType (block-backend, block-job, block-driver)."""
@@ -365,6 +410,37 @@ class Graph:
                 return False
             root, below = found, None
         return True
+
+    def backing_of(self, image: Medium) -> tuple[Backing, ...]:
+        """IMAGE and those that it is backed by, as far as there are no filters between them."""
+        found = []
+        node: naming.NodeName | None = image.node
+        for told in image.backing_files:
+            below = self.roles.get((node, "backing")) if node else None
+            if node and below:
+                found.append(Backing(node, below, told))
+            node = below
+        return tuple(found)
+
+    def is_backed(self, backing: Backing) -> bool:
+        """Whether it is still as BACKING says; filters in between do not matter."""
+        now = self.roles.get((backing.node, "backing"))
+        return now is not None and self.is_filtered(now, backing.below)
+
+    def within(self, image: naming.NodeName) -> frozenset[naming.NodeName]:
+        """The nodes below IMAGE that are none of its backing images, nor at the very bottom: those
+        of the quorum that it is, say, or one that it shows a part of."""
+        found: set[naming.NodeName] = set()
+        todo = [image]
+        while todo:
+            node = todo.pop()
+            below = {
+                child for (parent, role), child in self.roles.items()
+                if parent == node and role != "backing" and self.children_of(child)
+            }  # fmt: skip
+            todo += below - found
+            found |= below
+        return frozenset(found)
 
     def stores_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """The nodes at the very bottom below NODE, or NODE itself: where its data is kept."""

@@ -33,6 +33,8 @@ class Sight:
     """Frozen disks that were tried and cannot be read, with the reason."""
     graph: block.Graph | None = None
     """None where it cannot be asked for."""
+    nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
+    """Every node, where they were asked for."""
 
 
 def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
@@ -63,17 +65,54 @@ def _given_away_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
 
 def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     """Why the frozen disk may show what was not on the disk: below the job's filter, which saves
-    nothing of that, it got an image that it had not at the start, by ``blockdev-reopen``. That it
-    lost one, as by ``block-stream``, or got one over its own, as by a snapshot where it has another
-    filter, leaves the data what it was."""
+    nothing of that, it got an image that it had not at the start, lost one, or shows another part
+    of its file, by ``blockdev-reopen``. That it lost one by ``block-stream``, or got one over its
+    own, as by a snapshot where it has another filter, leaves the data what it was. An image that
+    did not say that it had the one it lost, does not tell which of both it was."""
     if sight.graph is None or not disk.stores:
         return None
     is_below = disk.node in sight.graph.nodes_over(disk.image)
     node = disk.image if is_below else disk.node
     added = sight.graph.stores_of(node) - {node} - set(disk.stores)
-    if not added:
+    if added:
+        return f"it got another image, '{min(added)}', below its node '{node}' during the backup"
+    for backing in has_lost(disk, sight):
+        now = sight.nodes.get(backing.node)
+        # Whoever has merged the one into the other has noted it in the image.
+        if now is None or now.backing_files[:1] != (backing.told,):
+            continue
+        if backing.told is not None or (backing.node, "backing") in sight.graph.roles:
+            return (
+                f"the image '{backing.below}' was taken away from below its node '{backing.node}'"
+                " during the backup"
+            )
+    return _offset_reason(disk, sight, sight.graph)
+
+
+def has_lost(disk: status.DiskStatus, sight: Sight) -> list[block.Backing]:
+    """What below the image of DISK is not backed by what it was at the start: as by
+    ``block-stream``, which leaves the data what it was, or by ``blockdev-reopen``."""
+    if sight.graph is None:
+        return []
+    return [
+        backing
+        for backing in disk.backing
+        if not sight.graph.is_backed(backing)
+        and disk.image in {backing.node, *sight.graph.nodes_over(backing.node)}
+    ]
+
+
+def _offset_reason(disk: status.DiskStatus, sight: Sight, graph: block.Graph) -> str | None:
+    """Why the frozen disk may show another part of its file, by ``blockdev-reopen``."""
+    drive = _drive(disk, sight)
+    if drive is None or drive.medium is None or drive.medium.offset == disk.offset:
         return None
-    return f"it got another image, '{min(added)}', below its node '{node}' during the backup"
+    if not graph.is_filtered(drive.medium.node, disk.image):
+        return None  # that of an overlay
+    return (
+        f"its node '{disk.image}' shows its file from byte {drive.medium.offset} on, no more from"
+        f" {disk.offset}, since during the backup"
+    )
 
 
 def _job_reason(disk: status.DiskStatus, sight: Sight) -> str | None:

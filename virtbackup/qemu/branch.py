@@ -194,6 +194,12 @@ def _joined(
             if not unsound and bitmap.granularity != found.bitmap.granularity:
                 unsound = "its bitmaps on backing images have another granularity"
     unsound = unsound or _another(point, found.size, target)
+    for medium in lower:
+        if not unsound and medium.size != found.size:
+            unsound = (
+                f"its backing image '{medium.node}' is of {medium.size} bytes: it was resized in"
+                " between"
+            )
     return dataclasses.replace(found, point=point, unsound=unsound, below=below, below_count=count)
 
 

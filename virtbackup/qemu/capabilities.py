@@ -201,9 +201,9 @@ alike. No QEMU has loadvm take a disk with such a filter."""
 SNAPSHOT_LOAD_BELOW = Defect(
     (6, 0, 0),
     (8, 0, 0),
-    "the same, where the disk has a filter of its own over its image: the bitmap with which the job"
-    " itself has QEMU refuse is on that filter",
-    "a bitmap on the image of such a disk",
+    "the same, where the disk has a filter of its own over its image, or is made of other images (a"
+    " part of one, a quorum): the bitmap with which the job itself has QEMU refuse is over these",
+    "a bitmap on the image of such a disk, and on what it is made of",
 )
 """Seen on 7.2.22; what lies before, from 6.0 on, which is the first with snapshot-load, is taken to
 be alike."""

@@ -132,9 +132,9 @@ def _remove_guards(
             return [], []
     else:
         guards = [
-            monitor_json.BitmapOf(disk.image, naming.guard_bitmap(left.id, number))
+            monitor_json.BitmapOf(node, naming.guard_bitmap(left.id, number))
             for number, disk in enumerate(left.disks)
-            if disk.guarded
+            for node in disk.guards
         ]
         if not guards:
             return [], []

@@ -484,7 +484,7 @@ class BackupJob:
             running = dataclasses.replace(running, server=False)
         after = verdict.look_at(session, running)
         sight = dataclasses.replace(
-            after,
+            verdict.with_nodes(session, running, after),
             exports=before.exports,
             io_error=before.io_error or after.io_error,
             unreadable=verdict.unreadable(session, running, after),
@@ -687,7 +687,9 @@ def _starting(
                 device=disk.device,
                 image=disk.image,
                 stores=tuple(sorted(disk.stores)),
-                guarded=disk.guard is not None,
+                offset=disk.offset,
+                backing=disk.backing,
+                guards=disk.guards,
                 export=disk.export,
                 exportname=disk.exportname,
                 job=disk.job,

@@ -174,12 +174,13 @@ class Run:
 
         Errors: VIR_ERR_OPERATION_FAILED, those of ``backup.check_owned``.
         """
+        self._check_below(refusal)
         if not self.session.capabilities.devices:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
         for disk, drive, medium in self._drives():
-            if medium.driver in block.FILTERS:
-                continue
+            if medium.driver in block.FILTERS and medium.node != disk.node:
+                continue  # it need not be the disk's own
             if medium.node != disk.node:
                 raise _other_image(disk, medium.node) from refusal
             backup.check_owned(drive, graph)
@@ -212,6 +213,7 @@ class Run:
 
         Errors: VIR_ERR_OPERATION_FAILED, those of ``backup.check_owned``.
         """
+        self._check_below()
         if not self.session.capabilities.devices:
             self._check_nodes()
             return
@@ -238,6 +240,23 @@ class Run:
             if not graph.is_filtered(root, disk.node):
                 raise _other_image(disk, root)
             backup.check_owned(drive, graph)
+
+    def _check_below(self, refusal: monitor_json.CommandFailed | None = None) -> None:
+        """The same of an image below a filter that is the disk's own: it is frozen wherever it came
+        from, but the bitmaps of its branch are on the one before, and miss what was written since.
+        """
+        below = [(disk, disk.step.node) for disk in self.plan.disks if disk.step]
+        below = [(disk, image) for disk, image in below if image != disk.node]
+        if not below:
+            return
+        graph = self._graph()
+        for disk, image in below:
+            if not graph.is_filtered(disk.node, image):
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}' got another image as the backup began: '{image}', which"
+                    f" has the bitmaps of its branch, is not the one below '{disk.node}' any more",
+                ) from refusal
 
     def _check_nodes(self) -> None:
         """The same where a disk is a node that no node is over: an overlay is, now."""

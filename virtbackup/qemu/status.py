@@ -26,11 +26,11 @@ import libvirt
 
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import naming
+from virtbackup.qemu import block, naming
 
 logger = logging.getLogger(__name__)
 
-VERSION = 9
+VERSION = 10
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -56,9 +56,11 @@ class DiskStatus:
     """The device's place in QEMU's object tree; None where there was none to be asked about."""
     image: naming.NodeName
     stores: tuple[naming.NodeName, ...]
+    offset: int
+    backing: tuple[block.Backing, ...]
     """As ``backup.DiskPlan``, in order."""
-    guarded: bool
-    """It has a bitmap that keeps it from going back to a snapshot."""
+    guards: tuple[naming.NodeName, ...]
+    """The nodes with a bitmap that keeps them from going back to a snapshot."""
     export: naming.ExportId
     exportname: str
     job: naming.JobId
@@ -174,12 +176,14 @@ def parse(text: str) -> Status:
 
 def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
     stores = tuple(map(naming.NodeName, fields.pop("stores")))
+    guards = tuple(map(naming.NodeName, fields.pop("guards")))
+    backing = tuple(block.Backing(**one) for one in fields.pop("backing"))
     branch = fields.pop("branch")
     if branch is not None:
         since = branch.pop("since")
         point = None if since is None else naming.Point(**since)
         branch = BranchStatus(since=point, **branch)
-    return DiskStatus(branch=branch, stores=stores, **fields)
+    return DiskStatus(branch=branch, stores=stores, guards=guards, backing=backing, **fields)
 
 
 def format(status: Status) -> str:

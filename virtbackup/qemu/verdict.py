@@ -41,6 +41,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     sight = look_at(session, running)
     hung = hanging(session, running, PATIENCE)
     if not hung:
+        sight = with_nodes(session, running, sight)
         sight = dataclasses.replace(sight, unreadable=_seen_by_client(session, running, sight))
     reasons = judge(session, running, sight)
     if hung:
@@ -79,6 +80,19 @@ def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
     """What has become of the backup RUNNING, the reading of frozen disks not tried."""
     sight = domain.look(session.qemu, session.capabilities)
     return dataclasses.replace(sight, io_error=sight.io_error and not running.was_stopped)
+
+
+def with_nodes(
+    session: domain.Session, running: status.Status, sight: blockjob.Sight
+) -> blockjob.Sight:
+    """SIGHT with every node where those tell what has become of a disk's backing images, and it is
+    safe to ask. No scratch image may hang."""
+    if not any(blockjob.has_lost(disk, sight) for disk in running.disks):
+        return sight
+    if not domain.named_nodes_are_safe(session.qemu, session.capabilities):
+        return sight
+    nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
+    return dataclasses.replace(sight, nodes=block.parse_named_nodes(nodes))
 
 
 def _seen_by_client(
