@@ -22,7 +22,7 @@ import virtbackup
 from tests import conftest, waiting
 from tests.live import copies, machines, places
 from virtbackup.nbd import copy
-from virtbackup.tools import manifest, pull
+from virtbackup.tools import chain, manifest, pull
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -287,6 +287,36 @@ def test_what_is_in_the_way_is_refused(
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
     assert f"{out / name} exists already" in str(error)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("name", ["manifest.0001.json", "manifest.0002.json.partial"])
+def test_a_directory_of_a_branch(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    private: pathlib.Path,
+    name: str,
+) -> None:
+    """Its next pull would take ``manifest.json`` for its own, and with it all that tells of a
+    backup without a branch. After a crash it has none yet."""
+    out.mkdir()
+    (out / name).write_text("theirs")
+    error = untouched(machine, domain, out)
+    assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert f"{out} is of the backups of a branch, as it has {name}" in str(error)
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_directory_that_is_pulled_into(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    """Another guest's backup of a branch, which has no ``manifest.json`` before its end."""
+    out.mkdir()
+    with chain.locked(out):
+        error = untouched(machine, domain, out)
+    assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert f"another backup is pulled into {out}" in str(error)
+    assert list(out.iterdir()) == []
 
 
 def test_a_directory_that_is_a_file(

@@ -208,6 +208,20 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     return Chain(directory, backups)
 
 
+def check_none(directory: pathlib.Path) -> None:
+    """Raise VIR_ERR_OPERATION_INVALID where DIRECTORY has backups of a branch, be it one that the
+    next pull finishes: its ``manifest.json`` is theirs."""
+    with _naming(f"cannot read {directory}"):
+        names = sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
+    for name in names:
+        if _MANIFEST.fullmatch(name.removesuffix(PARTIAL)):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"{directory} is of the backups of a branch, as it has {name}: a backup without one"
+                " needs a directory of its own",
+            )
+
+
 def merged(
     directory: pathlib.Path, file: str, made: manifest.Manifest, names: Iterable[str]
 ) -> manifest.Manifest:

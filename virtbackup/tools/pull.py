@@ -90,11 +90,11 @@ def pull(
         wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
         devices = _devices(targets or {}, wanted, domain_xml)
         tls = exports.tls(wanted.address)
+        _make(directory, files)
+        undo.enter_context(chain.locked(directory))
         if wanted.branch is None:
-            plan = _plan_alone(wanted, fmt or "qcow2", devices)
+            plan = _plan_alone(directory, wanted, fmt or "qcow2", devices)
         else:
-            _make(directory, files)
-            undo.enter_context(chain.locked(directory))
             plan = _plan_next(domain, directory, wanted, fmt)
         _claim(directory, plan.paths(directory), files)
         cancel.check()
@@ -299,9 +299,13 @@ def _invalid(text: str) -> errors.Error:
 
 
 def _plan_alone(
-    wanted: backup_conf.BackupDef, fmt: copy.Format, devices: Mapping[str, pathlib.Path]
+    directory: pathlib.Path,
+    wanted: backup_conf.BackupDef,
+    fmt: copy.Format,
+    devices: Mapping[str, pathlib.Path],
 ) -> _Plan:
-    """A backup without a branch."""
+    """A backup without a branch in DIRECTORY, which is locked."""
+    chain.check_none(directory)
     for disk in wanted.disks:
         if disk.present and disk.type != "full":
             raise errors.error(
@@ -394,9 +398,8 @@ def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
 def _claim(
     directory: pathlib.Path, paths: Sequence[pathlib.Path], undo: contextlib.ExitStack
 ) -> None:
-    """Make DIRECTORY, and in it the first of PATHS, so that no other pull goes there; UNDO removes
-    all PATHS. Errors: one of them exists, by its path."""
-    _make(directory, undo)
+    """Make the first of PATHS in DIRECTORY, which has none of them; UNDO removes them all. Errors:
+    one of them exists, by its path."""
     try:
         for path in paths:
             if os.path.lexists(path):
