@@ -203,8 +203,26 @@ def test_a_disk_that_comes_and_goes(backed: points.Backed) -> None:
         ["vda.0003.qcow2", "vda.0002.qcow2", "vda.0001.qcow2"],
         ["sdb.0004.qcow2", "sdb.0001.qcow2"],
     ]
+    assert plan.lost == ()
     assert check(backed) == [3, 4]
     assert listing.read(backed.directory).points[1].made.kind == "incremental"
+
+
+def test_a_disk_that_does_not_come_back(backed: points.Backed) -> None:
+    """Its last backup goes with the points that have it, which is said."""
+    for name in ("manifest.0004.json", "manifest.json"):
+        made = dataclasses.replace(backed.made[4], disks=backed.made[4].disks[:1])
+        (backed.directory / name).write_text(made.to_json())
+    (backed.directory / "sdb.0004.qcow2").unlink()
+    argv = ("backup-prune", str(backed.directory), "--keep=1")
+    said = "warning: disk 'sdb' would be gone: no point that is kept has it\n"
+    assert points.call(*argv, "--dry-run")[::2] == (0, said)
+    assert json.loads(points.call(*argv, "--dry-run", "--json")[1])["lost"] == ["sdb"]
+    assert points.call(*argv)[::2] == (
+        0,
+        "warning: disk 'sdb' is gone: no point that is kept has it\n",
+    )
+    assert points.call(*argv)[::2] == (0, "")
 
 
 # --- killed ---------------------------------------------------------------------------------------

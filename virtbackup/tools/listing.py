@@ -160,6 +160,14 @@ class Backups:
         more = f"{len(names) - _MOST_TOLD} earlier, " if len(names) > _MOST_TOLD else ""
         return f"{self.directory}: {more}{', '.join(names[-_MOST_TOLD:])}"
 
+    def files(self) -> Iterator[pathlib.Path]:
+        """All that the points are made of."""
+        yield self.directory / manifest.FILE
+        for point in self.points:
+            yield self.directory / point.file
+            for disk in point.made.disks:
+                yield self.link(point, disk).path
+
     def links(self, point: Point, name: str) -> tuple[Link, ...]:
         """The files that disk NAME of POINT is made of, the newest first.
 
@@ -251,6 +259,14 @@ class Backups:
     @functools.cached_property
     def _by_file(self) -> dict[str, tuple[Point, manifest.Disk]]:
         return {disk.file: (point, disk) for point in self.points for disk in point.made.disks}
+
+
+def is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether both are there, and one file."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def bad(text: str) -> errors.Error:

@@ -288,7 +288,8 @@ def read_file(path: pathlib.Path) -> str:
 
 
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
-    """The manifest in DIRECTORY. Errors, which name it: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
+    """The manifest in DIRECTORY. Errors, which name it: VIR_ERR_SYSTEM_ERROR,
+    VIR_ERR_INVALID_ARG."""
     path = directory / file
     text = _text(path)
     try:

@@ -59,6 +59,13 @@ class Plan:
         """Of the points that go, in the order in which they have to."""
         return tuple(point.file for point in reversed(self.dropped))
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Disks that no point has any more."""
+        kept = {disk.name for point in self.kept for disk in point.made.disks}
+        gone = {disk.name: None for point in self.dropped for disk in point.made.disks}
+        return tuple(name for name in gone if name not in kept)
+
 
 def plan(backups: listing.Backups, keep: int) -> Plan:
     """What is to be done to keep the KEEP newest points alone.

@@ -22,7 +22,7 @@ import libvirt
 from virtbackup import errors
 from virtbackup.conf import redefine
 from virtbackup.nbd import copy, destination, device, layers, target, writer
-from virtbackup.tools import chain, listing, manifest, verify
+from virtbackup.tools import chain, listing, verify
 
 PARTIAL = chain.PARTIAL
 
@@ -228,8 +228,8 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     path = output.path
     if not os.path.lexists(path):
         return
-    for own in _files(backups):
-        if _is_same(path, own) or (output.type == "block" and device.is_over(path, own)):
+    for own in backups.files():
+        if listing.is_same(path, own) or (output.type == "block" and device.is_over(path, own)):
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
@@ -239,21 +239,6 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
         with _opened(path) as fd:
             if fd is not None and _is_locked(fd, _QEMUS):
                 raise _invalid(f"{path} is in use by a QEMU")
-
-
-def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
-
-
-def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:
-    yield backups.directory / manifest.FILE
-    for point in backups.points:
-        yield backups.directory / point.file
-        for disk in point.made.disks:
-            yield backups.link(point, disk).path
 
 
 def _invalid(text: str) -> errors.Error:
