@@ -615,6 +615,14 @@ def test_an_announcement_of_nobody(backed: points.Backed) -> None:
     assert listing.read(backed.directory).points[0].made == whole
 
 
+def test_what_is_no_file_of_a_prune(layered: points.Backed) -> None:
+    """The error says what is in the way."""
+    (layered.directory / "vda.0004.qcow2.merged").mkdir()
+    text = refused(layered.directory)
+    assert f"cannot prune {layered.directory}: {layered.directory}/vda.0004.qcow2.merged: " in text
+    assert check(layered) == [1, 2, 3, 4]
+
+
 @pytest.mark.may_skip
 def test_a_full_disk(whole: points.Backed, tmp_path: pathlib.Path) -> None:
     with places.small_file_system(tmp_path / "out", 8 << 20) as out:

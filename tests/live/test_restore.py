@@ -258,6 +258,37 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert f"cannot write {long}: File name too long" in refused(layered, long, disk="vda")
 
 
+@pytest.mark.parametrize("what", ["file", "qemu"])
+def test_what_comes_in_the_way_meanwhile(
+    layered: points.Backed, tmp_path: pathlib.Path, what: str
+) -> None:
+    """A restore may take hours; what is there at its end was not there, or not in use, before."""
+    with contextlib.ExitStack() as undo:
+
+        class Come:
+            """Something else takes the place once the first byte is read."""
+
+            def start(self, index: int, size: int) -> None:
+                if what == "file":
+                    (tmp_path / "x").write_text("mine")
+                    return
+                drive = f"raw,node-name=A,file.driver=file,file.filename={tmp_path}/x"
+                argv = ("-blockdev", drive, "-device", "virtio-blk,drive=A,id=vda")
+                undo.enter_context(machines.qemu(tmp_path, *argv))
+
+            def advance(self, index: int, count: int) -> None:
+                """Nothing."""
+
+        if what == "qemu":
+            machines.image(tmp_path / "x", 1 << 20)
+        options = {"disk": "vda", "force": what == "qemu", "progress": Come()}
+        text = refused(layered, tmp_path / "x", **options)
+        said = {"file": "exists already; --force overwrites it", "qemu": "is in use by a QEMU"}
+        assert said[what] in text
+        assert (tmp_path / "x").read_bytes() == (b"mine" if what == "file" else bytes(1 << 20))
+        assert not list(tmp_path.glob("*.partial"))
+
+
 LAYER = st.dictionaries(st.integers(0, 20), st.none() | st.integers(0, 9), max_size=12)
 SIZES = st.sampled_from([0, 1, 511, 512, 513, BLOCK - 1, BLOCK, BLOCK + 1]) | st.integers(
     0, 20 * BLOCK

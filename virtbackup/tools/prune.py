@@ -143,7 +143,8 @@ def _naming(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        raise errors.system_error(failure, f"cannot prune {directory}") from failure
+        file = "" if failure.filename is None else f": {os.fsdecode(failure.filename)}"
+        raise errors.system_error(failure, f"cannot prune {directory}{file}") from failure
 
 
 def _check_unfinished(directory: pathlib.Path, backups: listing.Backups) -> None:

@@ -111,6 +111,8 @@ def restore(
                 with backups.telling_of_prunes(point):
                     done.append(_restore(links, output, index, force, held, progress, cancel))
         cancel.check()
+        for output in outputs:  # once more: it took a while
+            _check_output(output, backups, force)
         _finish(outputs)
         undo.pop_all()
     return done
