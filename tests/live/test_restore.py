@@ -29,7 +29,7 @@ from tests import waiting
 from tests.live import copies, libvirtd, machines, nbdclient, places, points
 from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
-from virtbackup.tools import listing, manifest, restore, verify
+from virtbackup.tools import chain, listing, manifest, restore, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit", "nbdcopy"),
@@ -287,6 +287,19 @@ def test_what_comes_in_the_way_meanwhile(
         assert said[what] in text
         assert (tmp_path / "x").read_bytes() == (b"mine" if what == "file" else bytes(1 << 20))
         assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_a_pull_makes(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    """What a pull writes has such a name, too: another file in its place would be taken for it."""
+    partial = tmp_path / "vda.raw.partial"
+    partial.write_text("of a pull")
+    with chain.locked(tmp_path):
+        text = refused(layered, tmp_path, fmt="raw", force=True)
+        assert f"{partial} is there, and a backup is pulled into {tmp_path}" in text
+        assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+        assert partial.read_text() == "of a pull"
+    points.put_back(layered, tmp_path, fmt="raw", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["vda.raw"]
 
 
 LAYER = st.dictionaries(st.integers(0, 20), st.none() | st.integers(0, 9), max_size=12)

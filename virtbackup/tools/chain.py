@@ -170,6 +170,21 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def is_locked(directory: pathlib.Path) -> bool:
+    """Whether a pull or a prune has DIRECTORY; not where that cannot be told."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as failure:
+        return isinstance(failure, BlockingIOError)
+    finally:
+        os.close(fd)
+    return False
+
+
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
     """Has an error of the system say WHAT it keeps from being done."""

@@ -24,7 +24,6 @@ import itertools
 import logging
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -253,7 +252,9 @@ def _devices(
                 " images over the files of a directory"
             )
         for disk in domain.disks:
-            if disk.type in _WITH_PATH and disk.source and _has_bytes_of(path, disk.source):
+            if disk.type not in _WITH_PATH or not disk.source:
+                continue
+            if device.has_bytes_of(path, pathlib.Path(disk.source)):
                 raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
         with _naming_disk(name):
             number, size = device.look(path)
@@ -265,23 +266,6 @@ def _devices(
                 raise device.too_small(str(path), size, needs)
         numbers[number], devices[name] = name, path
     return devices
-
-
-def _has_bytes_of(path: pathlib.Path, source: str) -> bool:
-    """Whether what is written to PATH, a block device, is written to SOURCE, a guest's medium."""
-    one, other = _device_number(str(path)), _device_number(source)
-    if one is not None and other is not None:
-        return device.meets(one, other)
-    return device.is_over(path, pathlib.Path(source))
-
-
-def _device_number(path: str) -> int | None:
-    """Of the block device at PATH; None of anything else."""
-    try:
-        found = pathlib.Path(path).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
 
 
 @contextlib.contextmanager

@@ -231,7 +231,9 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     if not os.path.lexists(path):
         return
     for own in backups.files():
-        if listing.is_same(path, own) or (output.type == "block" and device.is_over(path, own)):
+        if listing.is_same(path, own) or (
+            output.type == "block" and device.has_bytes_of(path, own)
+        ):
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
@@ -324,6 +326,8 @@ def _claimed(output: Output, force: bool, undo: contextlib.ExitStack) -> Iterato
         with _opened(partial) as fd:
             if fd is not None and _is_locked(fd, _OURS):
                 raise _invalid(f"{partial} is being written by another restore")
+            if chain.is_locked(partial.parent):
+                raise _invalid(f"{partial} is there, and a backup is pulled into {partial.parent}")
             _remove(partial)
     undo.callback(_remove, partial)
     yield
