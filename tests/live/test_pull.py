@@ -22,7 +22,7 @@ import virtbackup
 from tests import conftest, waiting
 from tests.live import copies, machines, places
 from virtbackup.nbd import copy
-from virtbackup.tools import chain, manifest, pull
+from virtbackup.tools import chain, manifest, pull, virsh_backup
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -247,6 +247,18 @@ def test_as_many_files_are_opened_as_may_be(machine: machines.Machine, out: path
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert set(backup(out)) == {"vda", "sdb"}
+
+
+def test_a_directory_with_an_odd_name(
+    machine: machines.Machine, out: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It writes nothing else to a terminal than its name."""
+    place = out / "a\n\x1b[2Jb"
+    assert virsh_backup.main(["-c", machine.uri, "backup-pull", "1", str(place)]) == 0
+    said = capsys.readouterr().out
+    assert f"vda: {out}/a\\n\\x1b[2Jb/vda.qcow2 (" in said
+    assert "\x1b" not in said
+    assert set(backup(place)) == {"vda", "sdb"}
 
 
 def test_directories_are_made(domain: virtbackup.Domain, out: pathlib.Path) -> None:
