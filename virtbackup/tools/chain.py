@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import libvirt
@@ -29,6 +30,8 @@ PARTIAL = ".partial"
 MERGED = ".merged"
 """What a prune makes aside: an image or a manifest that is to take the place of that name."""
 
+_LOOK = 0.02
+"""Seconds, longer than ``is_locked`` has a lock."""
 _MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
 _PARTIAL = re.compile(r".+\.(\d{4,9})\.(qcow2|raw|json)" + re.escape(PARTIAL))
 
@@ -160,14 +163,23 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         with _naming(f"cannot lock {directory}"):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as failure:
+            _lock(fd, directory)
+        yield
+
+
+def _lock(fd: int, directory: pathlib.Path) -> None:
+    for is_last in (False, False, True):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as failure:
+            if is_last:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"another backup is pulled into {directory}, or it is being pruned",
                 ) from failure
-        yield
+            time.sleep(_LOOK)
+        else:
+            return
 
 
 def is_locked(directory: pathlib.Path) -> bool:
