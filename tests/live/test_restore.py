@@ -745,6 +745,26 @@ def test_two_at_once(large: points.Backed, tmp_path: pathlib.Path, fmt: copy.For
     assert machines.contents(out / f"vda.{fmt}", fmt) == large.shown[1]["vda"]
 
 
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_another_is_faster(
+    layered: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format, force: list[str]
+) -> None:
+    """What it has made by the time that this one would make it is not removed: it, or a third's
+    in its place, would be given the name without being whole."""
+    out = tmp_path / f"x.{fmt}"
+    partial = tmp_path / f"x.{fmt}.partial"
+    path = places.path_with(tmp_path / "programs", "qemu-nbd", f"echo theirs >{partial}")
+    argv = ["backup-restore", str(layered.directory), str(out), "--disk=vda", *force]
+    done = subprocess.run(
+        [sys.executable, "-m", "virtbackup.tools.virsh_backup", *argv],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"error: cannot create {partial}: File exists\n")
+    assert partial.read_text() == "theirs\n"
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals(large: points.Backed, tmp_path: pathlib.Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
