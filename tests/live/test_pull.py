@@ -301,6 +301,26 @@ def test_what_is_in_the_way_is_refused(
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "sdb.qcow2"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_comes_in_the_way_meanwhile(
+    domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path, name: str, fails: bool
+) -> None:
+    """It is somebody else's, however the pull ends."""
+
+    def come(index: int) -> None:
+        (out / name).write_text("mine")
+        if fails:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError if fails else virtbackup.Error) as raised:
+        pull.pull(domain, out, progress=Watch(at_start=come))
+    assert fails or f"{out / name} exists already" in str(raised.value)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+    with pytest.raises(virtbackup.Error, match="no domain backup job present"):
+        domain.backupGetInfo()
+
+
 @pytest.mark.parametrize("name", ["manifest.0001.json", "manifest.0002.json.partial"])
 def test_a_directory_of_a_branch(
     machine: machines.Machine,
