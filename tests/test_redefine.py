@@ -75,6 +75,20 @@ def test_a_server(place: str, source: str) -> None:
     assert etree.tostring(found).decode().replace("\n", "").replace("  ", "").strip() == source
 
 
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("nbd://[::1", "nbd://[::1 is no address of a server: Invalid IPv6 URL"),
+        ("nbd://h:99999/x", "nbd://h:99999/x is no address of a server: Port out of range"),
+        ("nbd+vsock://2/x", "nbd+vsock://2/x cannot be said in a domain's XML: libvirt reaches"),
+    ],
+)
+def test_a_server_that_cannot_be_said(place: str, text: str) -> None:
+    with pytest.raises(virtbackup.Error) as caught:
+        redefine.redefine(DOCUMENT, {"vdb": redefine.Medium("network", place, "raw")})
+    assert text in str(caught.value)
+
+
 def test_a_disk_that_says_no_format_yet() -> None:
     media = {"vdb": redefine.Medium("file", "/y", "qcow2")}
     made, left = redefine.redefine(DOCUMENT, media)

@@ -327,6 +327,28 @@ def refused(guest: points.Guest, tmp_path: pathlib.Path, *argv: str) -> str:
     return err
 
 
+@pytest.mark.needs("addpart")
+def test_a_restore_over_the_backup(guest: points.Guest, tmp_path: pathlib.Path) -> None:
+    """To the device that another disk was backed up to, by the name of a part of it or of the
+    whole: it has the same bytes."""
+    (tmp_path / "file").write_bytes(bytes(4 * SIZE))
+    with places.loop_device(tmp_path / "file", "--partscan") as whole:
+        subprocess.run(["addpart", str(whole), "1", "0", str(2 * SIZE // 512)], check=True)
+        part = pathlib.Path(f"{whole}p1")
+        if not part.is_block_device():
+            pytest.skip("no partitions")
+        for taken, other in ((part, whole), (whole, part)):
+            out = tmp_path / taken.name
+            target = f"--target=vda={taken}"
+            done = points.call("-c", guest.machine.uri, "backup-pull", "vm", str(out), target)
+            assert done[0] == 0
+            before = whole.read_bytes()
+            argv = ("backup-restore", str(out), str(other), "--disk=sdb", "--force")
+            status, _, err = points.call(*argv)
+            assert (status, f"{other} is a file of the backups themselves" in err) == (1, True)
+            assert whole.read_bytes() == before
+
+
 def test_what_is_no_device(guest: points.Guest, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path, pathlib.Path("/dev/null")):

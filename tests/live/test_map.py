@@ -106,6 +106,21 @@ def test_a_picture_through_a_link(layered: points.Backed, tmp_path: pathlib.Path
         picture.write_bytes(b"")
 
 
+def test_a_picture_through_a_link_to_the_backup(
+    layered: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    """What is there else is overwritten by a picture."""
+    backed = layered.copy(tmp_path / "backups")
+    for number, own in enumerate(("vda.0002.qcow2", "manifest.json")):
+        link, file = tmp_path / f"link{number}.svg", backed.directory / own
+        link.symlink_to(file)
+        before = file.read_bytes()
+        said = f"error: {link} is {file}, a file of the backups themselves\n"
+        argv = ("backup-map", str(backed.directory), f"--output={link}")
+        assert points.call(*argv) == (1, "", said)
+        assert file.read_bytes() == before
+
+
 def test_what_is_no_place(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     """An error of a word, whatever Python has for it."""
     (tmp_path / "loop.svg").symlink_to("loop.svg")

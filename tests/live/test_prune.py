@@ -203,8 +203,26 @@ def test_a_disk_that_comes_and_goes(backed: points.Backed) -> None:
         ["vda.0003.qcow2", "vda.0002.qcow2", "vda.0001.qcow2"],
         ["sdb.0004.qcow2", "sdb.0001.qcow2"],
     ]
+    assert plan.lost == ()
     assert check(backed) == [3, 4]
     assert listing.read(backed.directory).points[1].made.kind == "incremental"
+
+
+def test_a_disk_that_does_not_come_back(backed: points.Backed) -> None:
+    """Its last backup goes with the points that have it, which is said."""
+    for name in ("manifest.0004.json", "manifest.json"):
+        made = dataclasses.replace(backed.made[4], disks=backed.made[4].disks[:1])
+        (backed.directory / name).write_text(made.to_json())
+    (backed.directory / "sdb.0004.qcow2").unlink()
+    argv = ("backup-prune", str(backed.directory), "--keep=1")
+    said = "warning: disk 'sdb' would be gone: no point that is kept has it\n"
+    assert points.call(*argv, "--dry-run")[::2] == (0, said)
+    assert json.loads(points.call(*argv, "--dry-run", "--json")[1])["lost"] == ["sdb"]
+    assert points.call(*argv)[::2] == (
+        0,
+        "warning: disk 'sdb' is gone: no point that is kept has it\n",
+    )
+    assert points.call(*argv)[::2] == (0, "")
 
 
 # --- killed ---------------------------------------------------------------------------------------
@@ -294,6 +312,39 @@ def test_killed_with_two_disks_and_the_newest_merged(
     assert count > 8
     cut(one.directory, 1)
     assert check(one) == [4]
+
+
+@pytest.mark.parametrize("gone", [("vda",), ("vda", "sdb")])
+def test_announced_images_are_gone(backed: points.Backed, gone: tuple[str, ...]) -> None:
+    """As in a copy of the directory that was made meanwhile, or where somebody has tidied up: the
+    increments are there, and so is what they need."""
+    killed_before_the_images_are_renamed(backed.directory)
+    for disk in gone:
+        (backed.directory / f"{disk}.0003.qcow2.merged").unlink()
+    assert check(backed) == [1, 2, 3, 4]
+    prune.finish(backed.directory)
+    assert check(backed) == [1, 2, 3, 4]
+    kinds = {
+        disk.name: disk.kind for disk in manifest.read(backed.directory, "manifest.0003.json").disks
+    }
+    assert kinds == {disk: "incremental" if disk in gone else "full" for disk in ("vda", "sdb")}
+    assert not listing.read(backed.directory).unfinished
+    cut(backed.directory, 2)
+    assert check(backed) == [3, 4]
+
+
+def test_an_announced_image_is_cut(backed: points.Backed) -> None:
+    killed_before_the_images_are_renamed(backed.directory)
+    os.truncate(backed.directory / "vda.0003.qcow2.merged", 100000)
+    cut(backed.directory, 2)
+    assert check(backed) == [3, 4]
+
+
+def killed_before_the_images_are_renamed(directory: pathlib.Path) -> None:
+    count = 1
+    while not (directory / "manifest.0003.json.merged").exists():
+        assert killed_at(directory, 2, count)
+        count += 1
 
 
 def test_what_is_not_of_a_prune_stays(layered: points.Backed) -> None:
@@ -398,12 +449,12 @@ def prunes_first(
     return {**os.environ, "PATH": places.path_with(place, program, first)}
 
 
-@pytest.fixture(params=[7, 99])
+@pytest.fixture(params=[8, 99])
 def overtaken(
     request: pytest.FixtureRequest, backed: points.Backed, tmp_path: pathlib.Path
 ) -> "Overtaken":
     """virsh-backup in a process of its own, overtaken by a prune as it calls PROGRAM: one that has
-    put the first image in its place alone, or is done."""
+    put the images in their places, no more, or is done."""
 
     def run(program: str, command: str, *argv: str) -> tuple[int, str, str]:
         env = prunes_first(tmp_path, program, backed.directory, request.param)
@@ -551,7 +602,7 @@ def test_an_announcement_of_nobody(backed: points.Backed) -> None:
     (backed.directory / "manifest.0009.json.merged").rename(
         backed.directory / "manifest.0003.json.merged"
     )
-    assert "not a backup manifest" in refused(backed.directory)
+    assert "manifest.0003.json.merged is not a backup manifest: " in refused(backed.directory)
     text = (backed.directory / "manifest.0002.json").read_text()
     for other in (text, text.replace('"number": 2', '"number": 3')):
         (backed.directory / "manifest.0003.json.merged").write_text(other)
@@ -562,6 +613,14 @@ def test_an_announcement_of_nobody(backed: points.Backed) -> None:
     planted = dataclasses.replace(whole, id="another", time=backed.made[2].time)
     (backed.directory / "manifest.0001.json.merged").write_text(planted.to_json())
     assert listing.read(backed.directory).points[0].made == whole
+
+
+def test_what_is_no_file_of_a_prune(layered: points.Backed) -> None:
+    """The error says what is in the way."""
+    (layered.directory / "vda.0004.qcow2.merged").mkdir()
+    text = refused(layered.directory)
+    assert f"cannot prune {layered.directory}: {layered.directory}/vda.0004.qcow2.merged: " in text
+    assert check(layered) == [1, 2, 3, 4]
 
 
 @pytest.mark.may_skip

@@ -22,7 +22,7 @@ import virtbackup
 from tests import conftest, waiting
 from tests.live import copies, machines, places
 from virtbackup.nbd import copy
-from virtbackup.tools import manifest, pull
+from virtbackup.tools import chain, manifest, pull, virsh_backup
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -249,6 +249,18 @@ def test_as_many_files_are_opened_as_may_be(machine: machines.Machine, out: path
     assert set(backup(out)) == {"vda", "sdb"}
 
 
+def test_a_directory_with_an_odd_name(
+    machine: machines.Machine, out: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It writes nothing else to a terminal than its name."""
+    place = out / "a\n\x1b[2Jb"
+    assert virsh_backup.main(["-c", machine.uri, "backup-pull", "1", str(place)]) == 0
+    said = capsys.readouterr().out
+    assert f"vda: {out}/a\\n\\x1b[2Jb/vda.qcow2 (" in said
+    assert "\x1b" not in said
+    assert set(backup(place)) == {"vda", "sdb"}
+
+
 def test_directories_are_made(domain: virtbackup.Domain, out: pathlib.Path) -> None:
     pull.pull(domain, out / "of" / "monday", fmt="raw")
     assert set(backup(out / "of" / "monday")) == {"vda", "sdb"}
@@ -287,6 +299,56 @@ def test_what_is_in_the_way_is_refused(
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
     assert f"{out / name} exists already" in str(error)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "sdb.qcow2"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_comes_in_the_way_meanwhile(
+    domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path, name: str, fails: bool
+) -> None:
+    """It is somebody else's, however the pull ends."""
+
+    def come(index: int) -> None:
+        (out / name).write_text("mine")
+        if fails:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError if fails else virtbackup.Error) as raised:
+        pull.pull(domain, out, progress=Watch(at_start=come))
+    assert fails or f"{out / name} exists already" in str(raised.value)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+    with pytest.raises(virtbackup.Error, match="no domain backup job present"):
+        domain.backupGetInfo()
+
+
+@pytest.mark.parametrize("name", ["manifest.0001.json", "manifest.0002.json.partial"])
+def test_a_directory_of_a_branch(
+    machine: machines.Machine,
+    domain: virtbackup.Domain,
+    out: pathlib.Path,
+    private: pathlib.Path,
+    name: str,
+) -> None:
+    """Its next pull would take ``manifest.json`` for its own, and with it all that tells of a
+    backup without a branch. After a crash it has none yet."""
+    out.mkdir()
+    (out / name).write_text("theirs")
+    error = untouched(machine, domain, out)
+    assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert f"{out} is of the backups of a branch, as it has {name}" in str(error)
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_directory_that_is_pulled_into(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, private: pathlib.Path
+) -> None:
+    """Another guest's backup of a branch, which has no ``manifest.json`` before its end."""
+    out.mkdir()
+    with chain.locked(out):
+        error = untouched(machine, domain, out)
+    assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert f"another backup is pulled into {out}" in str(error)
+    assert list(out.iterdir()) == []
 
 
 def test_a_directory_that_is_a_file(

@@ -247,7 +247,7 @@ def test_another_guest_branch_or_kind_of_directory(
     text = refused(lambda: pull.pull(domain, out, branch="weekly"), machine, invalid)
     assert f"{out} has backups of branch 'daily', not of 'weekly'" in text
     text = refused(lambda: pull.pull(domain, out), machine, invalid)
-    assert "manifest.json exists already" in text
+    assert f"{out} is of the backups of a branch, as it has manifest.0001.json" in text
     alone = tmp_path / "alone"
     pull.pull(domain, alone)
     text = refused(lambda: pull.pull(domain, alone, branch="daily"), machine, invalid)

@@ -29,7 +29,7 @@ from tests import waiting
 from tests.live import copies, libvirtd, machines, nbdclient, places, points
 from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
-from virtbackup.tools import listing, manifest, restore, verify
+from virtbackup.tools import chain, listing, manifest, restore, verify
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd", "nbdkit", "nbdcopy"),
@@ -256,6 +256,50 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     long = tmp_path / ("x" * 300)
     assert f"cannot make {long}: File name too long" in refused(layered, long)
     assert f"cannot write {long}: File name too long" in refused(layered, long, disk="vda")
+
+
+@pytest.mark.parametrize("what", ["file", "qemu"])
+def test_what_comes_in_the_way_meanwhile(
+    layered: points.Backed, tmp_path: pathlib.Path, what: str
+) -> None:
+    """A restore may take hours; what is there at its end was not there, or not in use, before."""
+    with contextlib.ExitStack() as undo:
+
+        class Come:
+            """Something else takes the place once the first byte is read."""
+
+            def start(self, index: int, size: int) -> None:
+                if what == "file":
+                    (tmp_path / "x").write_text("mine")
+                    return
+                drive = f"raw,node-name=A,file.driver=file,file.filename={tmp_path}/x"
+                argv = ("-blockdev", drive, "-device", "virtio-blk,drive=A,id=vda")
+                undo.enter_context(machines.qemu(tmp_path, *argv))
+
+            def advance(self, index: int, count: int) -> None:
+                """Nothing."""
+
+        if what == "qemu":
+            machines.image(tmp_path / "x", 1 << 20)
+        options = {"disk": "vda", "force": what == "qemu", "progress": Come()}
+        text = refused(layered, tmp_path / "x", **options)
+        said = {"file": "exists already; --force overwrites it", "qemu": "is in use by a QEMU"}
+        assert said[what] in text
+        assert (tmp_path / "x").read_bytes() == (b"mine" if what == "file" else bytes(1 << 20))
+        assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_a_pull_makes(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    """What a pull writes has such a name, too: another file in its place would be taken for it."""
+    partial = tmp_path / "vda.raw.partial"
+    partial.write_text("of a pull")
+    with chain.locked(tmp_path):
+        text = refused(layered, tmp_path, fmt="raw", force=True)
+        assert f"{partial} is there, and a backup is pulled into {tmp_path}" in text
+        assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+        assert partial.read_text() == "of a pull"
+    points.put_back(layered, tmp_path, fmt="raw", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["vda.raw"]
 
 
 LAYER = st.dictionaries(st.integers(0, 20), st.none() | st.integers(0, 9), max_size=12)
@@ -699,6 +743,26 @@ def test_two_at_once(large: points.Backed, tmp_path: pathlib.Path, fmt: copy.For
         assert one.wait(20) == 0
     assert [path.name for path in out.iterdir()] == [f"vda.{fmt}"]
     assert machines.contents(out / f"vda.{fmt}", fmt) == large.shown[1]["vda"]
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_another_is_faster(
+    layered: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format, force: list[str]
+) -> None:
+    """What it has made by the time that this one would make it is not removed: it, or a third's
+    in its place, would be given the name without being whole."""
+    out = tmp_path / f"x.{fmt}"
+    partial = tmp_path / f"x.{fmt}.partial"
+    path = places.path_with(tmp_path / "programs", "qemu-nbd", f"echo theirs >{partial}")
+    argv = ["backup-restore", str(layered.directory), str(out), "--disk=vda", *force]
+    done = subprocess.run(
+        [sys.executable, "-m", "virtbackup.tools.virsh_backup", *argv],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"error: cannot create {partial}: File exists\n")
+    assert partial.read_text() == "theirs\n"
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -16,7 +16,7 @@ import virtbackup
 from tests import conftest
 from tests.live import points
 from virtbackup.nbd import checksum, copy, header, image, layers
-from virtbackup.tools import interrupt, listing, manifest, pull, verify, virsh_connection
+from virtbackup.tools import chain, interrupt, listing, manifest, pull, verify, virsh_connection
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-nbd"),
@@ -693,6 +693,18 @@ def test_what_is_unfinished_is_told(backed: points.Backed) -> None:
         "warning: no part of a backup: vda.0009.raw: no manifest tells of it",
     ]
     assert points.verified(backed.directory).good
+
+
+def test_what_is_under_way_is_told(backed: points.Backed) -> None:
+    """Nobody is to tidy up after a prune that runs."""
+    (backed.directory / "vda.0002.qcow2.merged").touch()
+    argv = ("backup-list", str(backed.directory))
+    place = "warning: no part of a backup: vda.0002.qcow2.merged: of a "
+    with chain.locked(backed.directory):
+        assert points.call(*argv)[2] == f"{place}pull or a prune that runs\n"
+    assert points.call(*argv)[2] == f"{place}prune cut off\n"
+    with chain.locked(backed.directory):  # which looking does not hold
+        pass
 
 
 def test_directories_without_a_backup(tmp_path: pathlib.Path) -> None:

@@ -5,9 +5,13 @@ import dataclasses
 import urllib.parse
 from collections.abc import Mapping
 
+import libvirt
 from lxml import etree
 
+from virtbackup import errors
 from virtbackup.conf import xml
+
+_NBD_PORT = 10809
 
 _OF_OLD_MEDIUM = ("source", "backingStore", "mirror", "encryption", "auth", "capacity")
 """Elements of a ``<disk>`` that tell of the medium that it had."""
@@ -27,7 +31,8 @@ def redefine(document: str, media: Mapping[str, Medium]) -> tuple[str, list[str]
     """DOCUMENT, a ``<domain>``, with the disks of the target names in MEDIA there; and those of its
     disks with a medium that are not in MEDIA. It is of no running domain.
 
-    Errors: VIR_ERR_XML_ERROR, also where it has no disk of a name in MEDIA.
+    Errors: VIR_ERR_XML_ERROR, also where it has no disk of a name in MEDIA; VIR_ERR_INVALID_ARG and
+    VIR_ERR_CONFIG_UNSUPPORTED for an URI that a document cannot have.
     """
     root = xml.parse(document, "domain")
     _forget(root, "id")
@@ -78,8 +83,20 @@ def _forget(element: etree._Element, attribute: str) -> None:
 
 
 def _nbd(source: etree._Element, uri: str) -> None:
-    """What libvirt calls an NBD URI (the NBD URI specification)."""
-    parts = urllib.parse.urlsplit(uri)
+    """What libvirt calls an NBD URI (the NBD URI specification). Errors: it is none, or libvirt
+    has no word for it."""
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        port = parts.port or _NBD_PORT
+    except ValueError as failure:
+        text = f"{uri} is no address of a server: {failure}"
+        raise errors.error(libvirt.VIR_ERR_INVALID_ARG, text) from failure
+    if parts.scheme.endswith("+vsock"):
+        raise errors.error(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            f"{uri} cannot be said in a domain's XML: libvirt reaches servers by TCP and by sockets"
+            " in the file system",
+        )
     source.set("protocol", "nbd")
     if name := urllib.parse.unquote(parts.path.removeprefix("/")):
         source.set("name", name)
@@ -92,4 +109,4 @@ def _nbd(source: etree._Element, uri: str) -> None:
         host.set("socket", sockets[0])
     else:
         host.set("name", parts.hostname or "localhost")
-        host.set("port", str(parts.port or 10809))
+        host.set("port", str(port))

@@ -85,6 +85,23 @@ def meets(one: int, other: int) -> bool:
     return one == other or _whole(one) == other or _whole(other) == one
 
 
+def has_bytes_of(path: pathlib.Path, medium: pathlib.Path) -> bool:
+    """Whether what is written to PATH, a block device, is written to MEDIUM, a file or a device."""
+    one, other = _number(path), _number(medium)
+    if one is not None and other is not None:
+        return meets(one, other)
+    return is_over(path, medium)
+
+
+def _number(path: pathlib.Path) -> int | None:
+    """Of the block device at PATH; None of anything else."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
+
+
 def is_over(path: pathlib.Path, file: pathlib.Path) -> bool:
     """Whether the device at PATH is a loop device, or a part of one, that has FILE's bytes."""
     try:

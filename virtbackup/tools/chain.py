@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import libvirt
@@ -29,6 +30,8 @@ PARTIAL = ".partial"
 MERGED = ".merged"
 """What a prune makes aside: an image or a manifest that is to take the place of that name."""
 
+_LOOK = 0.02
+"""Seconds, longer than ``is_locked`` has a lock."""
 _MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
 _PARTIAL = re.compile(r".+\.(\d{4,9})\.(qcow2|raw|json)" + re.escape(PARTIAL))
 
@@ -160,14 +163,38 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         with _naming(f"cannot lock {directory}"):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as failure:
+            _lock(fd, directory)
+        yield
+
+
+def _lock(fd: int, directory: pathlib.Path) -> None:
+    for is_last in (False, False, True):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as failure:
+            if is_last:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"another backup is pulled into {directory}, or it is being pruned",
                 ) from failure
-        yield
+            time.sleep(_LOOK)
+        else:
+            return
+
+
+def is_locked(directory: pathlib.Path) -> bool:
+    """Whether a pull or a prune has DIRECTORY; not where that cannot be told."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as failure:
+        return isinstance(failure, BlockingIOError)
+    finally:
+        os.close(fd)
+    return False
 
 
 @contextlib.contextmanager
@@ -206,6 +233,20 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     for backup in backups:
         _check(directory, backup, domain, branch)
     return Chain(directory, backups)
+
+
+def check_none(directory: pathlib.Path) -> None:
+    """Raise VIR_ERR_OPERATION_INVALID where DIRECTORY has backups of a branch, be it one that the
+    next pull finishes: its ``manifest.json`` is theirs."""
+    with _naming(f"cannot read {directory}"):
+        names = sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
+    for name in names:
+        if _MANIFEST.fullmatch(name.removesuffix(PARTIAL)):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"{directory} is of the backups of a branch, as it has {name}: a backup without one"
+                " needs a directory of its own",
+            )
 
 
 def merged(

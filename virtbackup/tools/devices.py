@@ -4,7 +4,6 @@
 import contextlib
 import os
 import pathlib
-import stat
 from collections.abc import Iterator, Mapping
 
 import libvirt
@@ -42,7 +41,9 @@ def usable(
                 " images over the files of a directory"
             )
         for disk in domain.disks:
-            if disk.type in _WITH_PATH and disk.source and _has_bytes_of(path, disk.source):
+            if disk.type not in _WITH_PATH or not disk.source:
+                continue
+            if device.has_bytes_of(path, pathlib.Path(disk.source)):
                 raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
         with _naming_disk(name):
             number, size = device.look(path)
@@ -54,23 +55,6 @@ def usable(
                 raise device.too_small(str(path), size, needs)
         numbers[number], devices[name] = name, path
     return devices
-
-
-def _has_bytes_of(path: pathlib.Path, source: str) -> bool:
-    """Whether what is written to PATH, a block device, is written to SOURCE, a guest's medium."""
-    one, other = _device_number(str(path)), _device_number(source)
-    if one is not None and other is not None:
-        return device.meets(one, other)
-    return device.is_over(path, pathlib.Path(source))
-
-
-def _device_number(path: str) -> int | None:
-    """Of the block device at PATH; None of anything else."""
-    try:
-        found = pathlib.Path(path).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
 
 
 @contextlib.contextmanager

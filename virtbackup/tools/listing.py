@@ -29,6 +29,7 @@ _UNFINISHED = {
     chain.PARTIAL: "of a backup that was not finished",
     chain.MERGED: "of a prune cut off",
 }
+_UNDER_WAY = "of a pull or a prune that runs"
 _MOST_TOLD = 10
 _MOST_READS = 10
 """Of a directory that changes meanwhile."""
@@ -160,6 +161,14 @@ class Backups:
         more = f"{len(names) - _MOST_TOLD} earlier, " if len(names) > _MOST_TOLD else ""
         return f"{self.directory}: {more}{', '.join(names[-_MOST_TOLD:])}"
 
+    def files(self) -> Iterator[pathlib.Path]:
+        """All that the points are made of."""
+        yield self.directory / manifest.FILE
+        for point in self.points:
+            yield self.directory / point.file
+            for disk in point.made.disks:
+                yield self.link(point, disk).path
+
     def links(self, point: Point, name: str) -> tuple[Link, ...]:
         """The files that disk NAME of POINT is made of, the newest first.
 
@@ -253,6 +262,14 @@ class Backups:
         return {disk.file: (point, disk) for point in self.points for disk in point.made.disks}
 
 
+def is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether both are there, and one file."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def bad(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, text)
 
@@ -315,7 +332,7 @@ def _read(directory: pathlib.Path, names: list[str]) -> Backups:
         problems += _gaps([number for number, _ in numbered])
     problems += _strangers(points)
     merged = [_merged(directory, point, names) for point in points]
-    unfinished += _unfinished(names, merged)
+    unfinished += _unfinished(directory, names, merged)
     return Backups(directory, tuple(merged), tuple(problems), tuple(unfinished))
 
 
@@ -420,7 +437,9 @@ def _merged(directory: pathlib.Path, point: Point, names: list[str]) -> Point:
     return dataclasses.replace(point, made=made)
 
 
-def _unfinished(names: list[str], points: list[Point]) -> Iterator[Problem]:
+def _unfinished(
+    directory: pathlib.Path, names: list[str], points: list[Point]
+) -> Iterator[Problem]:
     known = {disk.file for point in points for disk in point.made.disks}
     image = re.compile(
         "(?:" + "|".join(sorted({re.escape(d.name) for p in points for d in p.made.disks}))
@@ -428,10 +447,11 @@ def _unfinished(names: list[str], points: list[Point]) -> Iterator[Problem]:
     )  # fmt: skip
     for name in names:
         suffix = next((end for end in _UNFINISHED if name.endswith(end)), None)
+        if suffix is None and name == JOURNAL:
+            suffix = chain.MERGED
         if suffix is not None:
-            yield Problem(name, _UNFINISHED[suffix])
-        elif name == JOURNAL:
-            yield Problem(name, _UNFINISHED[chain.MERGED])
+            is_locked = chain.is_locked(directory)
+            yield Problem(name, _UNDER_WAY if is_locked else _UNFINISHED[suffix])
         elif points and name not in known and image.fullmatch(name):
             yield Problem(name, "no manifest tells of it")
 

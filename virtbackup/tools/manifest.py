@@ -290,20 +290,29 @@ def read_file(path: pathlib.Path) -> str:
 
 
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
-    """The manifest in DIRECTORY. Errors: VIR_ERR_SYSTEM_ERROR, VIR_ERR_INVALID_ARG."""
-    return read_checked(directory, file)[0]
+    """The manifest in DIRECTORY. Errors, which name it: VIR_ERR_SYSTEM_ERROR,
+    VIR_ERR_INVALID_ARG."""
+    path = directory / file
+    text = _text(path)
+    try:
+        return Manifest.from_json(text)
+    except errors.Error as failure:
+        raise errors.invalid_arg("backupManifest", "text", f"{path} is {failure}") from failure
 
 
 def read_checked(directory: pathlib.Path, file: str = FILE) -> tuple[Manifest, str | None]:
     """The manifest in DIRECTORY, and what tells that it is not as it was written, as ``changed``.
     Errors: as ``read``."""
-    path = directory / file
+    text = _text(directory / file)
+    return Manifest.from_json(text), changed(text)
+
+
+def _text(path: pathlib.Path) -> str:
     try:
-        text = read_file(path)
+        return read_file(path)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read {path}") from failure
     except UnicodeDecodeError as failure:
         raise errors.error(
             libvirt.VIR_ERR_INVALID_ARG, f"{path} is not a backup manifest: {failure}"
         ) from failure
-    return Manifest.from_json(text), changed(text)

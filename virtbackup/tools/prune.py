@@ -59,6 +59,13 @@ class Plan:
         """Of the points that go, in the order in which they have to."""
         return tuple(point.file for point in reversed(self.dropped))
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Disks that no point has any more."""
+        kept = {disk.name for point in self.kept for disk in point.made.disks}
+        gone = {disk.name: None for point in self.dropped for disk in point.made.disks}
+        return tuple(name for name in gone if name not in kept)
+
 
 def plan(backups: listing.Backups, keep: int) -> Plan:
     """What is to be done to keep the KEEP newest points alone.
@@ -118,7 +125,7 @@ def prune(
         wanted = plan(backups, keep)
         _check_unfinished(directory, backups)
         if any(one.file == manifest.FILE for one in backups.unfinished):
-            _write_newest(directory, backups.points[-1].made)
+            _write(directory, manifest.FILE, backups.points[-1].made)
         _merge_all(directory, wanted, progress, cancel)
         cancel.check()
         if wanted.dropped:
@@ -136,7 +143,8 @@ def _naming(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        raise errors.system_error(failure, f"cannot prune {directory}") from failure
+        file = "" if failure.filename is None else f": {os.fsdecode(failure.filename)}"
+        raise errors.system_error(failure, f"cannot prune {directory}{file}") from failure
 
 
 def _check_unfinished(directory: pathlib.Path, backups: listing.Backups) -> None:
@@ -216,33 +224,37 @@ def _announce(
 ) -> None:
     """POINT's manifest of tomorrow, beside the one of today."""
     kind = "full" if all(disk.backing is None for disk in disks) else "incremental"
-    made = dataclasses.replace(point.made, kind=kind, disks=disks)
-    chain.write(directory, point.file + MERGED, made)
-    name = point.file + MERGED
-    (directory / (name + chain.PARTIAL)).rename(directory / name)
-    chain.sync_directory(directory)
+    _write(directory, point.file + MERGED, dataclasses.replace(point.made, kind=kind, disks=disks))
 
 
 def _take_places(directory: pathlib.Path, file: str) -> None:
-    """Put the images that the announced manifest FILE tells of in their places, then it."""
-    made = manifest.read(directory, file + MERGED)
-    for disk in made.disks:
+    """Put the images that the announced manifest FILE tells of in their places, then it.
+
+    Where one of them is not there any more, or is cut, as in a copy of the directory that was made
+    meanwhile, the manifest goes on to tell of the increment that is in its place.
+    """
+    coming = manifest.read(directory, file + MERGED)
+    for disk in coming.disks:
         aside = _aside(directory / disk.file)
-        if aside.exists():
+        if chain.file_problem(aside, disk) is None:
             aside.rename(directory / disk.file)
     chain.sync_directory(directory)
+    made = chain.merged(directory, file, manifest.read(directory, file), [file + MERGED])
+    if made != coming:
+        _write(directory, file + MERGED, made)
     newest = manifest.read(directory)
     if newest.number == made.number and newest != made:
-        _write_newest(directory, made)
+        _write(directory, manifest.FILE, made)
     (directory / (file + MERGED)).rename(directory / file)
     chain.sync_directory(directory)
 
 
-def _write_newest(directory: pathlib.Path, made: manifest.Manifest) -> None:
-    """``manifest.json``."""
-    (directory / (manifest.FILE + chain.PARTIAL)).unlink(missing_ok=True)  # whatever it is
-    chain.write(directory, manifest.FILE, made)
-    (directory / (manifest.FILE + chain.PARTIAL)).rename(directory / manifest.FILE)
+def _write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
+    """A manifest, durable and whole under its name, or not there."""
+    partial = directory / (file + chain.PARTIAL)
+    partial.unlink(missing_ok=True)  # whatever it is
+    chain.write(directory, file, made)
+    partial.rename(directory / file)
     chain.sync_directory(directory)
 
 

@@ -18,7 +18,6 @@ takes, and from then on the backup is kept whatever happens.
 import contextlib
 import dataclasses
 import datetime
-import errno
 import functools
 import itertools
 import logging
@@ -91,13 +90,13 @@ def pull(
 
             devices = checked.usable(targets, wanted, domain_xml)
         tls = exports.tls(wanted.address)
+        _make(directory, files)
+        undo.enter_context(chain.locked(directory))
         if wanted.branch is None:
-            plan = _plan_alone(wanted, fmt or "qcow2", devices)
+            plan = _plan_alone(directory, wanted, fmt or "qcow2", devices)
         else:
-            _make(directory, files)
-            undo.enter_context(chain.locked(directory))
             plan = _plan_next(domain, directory, wanted, fmt)
-        _claim(directory, plan.paths(directory), files)
+        _claim(directory, plan, files)
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
         with _started(domain, directory, plan.definition.format(), quiesce) as running:
@@ -125,6 +124,8 @@ def pull(
                 stop()
         if plan.number is None:
             cancel.check()
+            _check_absent(plan.paths(directory))  # once more: it took a while
+            files.callback(_remove, plan.paths(directory))
         else:
             files.pop_all()  # the branch has moved on: it is kept, if not now by the next pull
         chain.finish(directory, made)
@@ -181,10 +182,10 @@ class _Plan:
     def manifest_file(self) -> str:
         return manifest.FILE if self.number is None else chain.manifest_file(self.number)
 
-    def paths(self, directory: pathlib.Path) -> list[pathlib.Path]:
-        """Every file of the backup, under its partial name and its final one; no devices."""
+    def paths(self, directory: pathlib.Path, suffix: str = "") -> list[pathlib.Path]:
+        """Every file of the backup, the manifest first, its name followed by SUFFIX; no devices."""
         files = [self.manifest_file, *(disk.file for disk in self.disks if disk.type == "file")]
-        return [directory / (file + suffix) for file in files for suffix in (PARTIAL, "")]
+        return [directory / (file + suffix) for file in files]
 
     def as_started(self, info: backup_conf.BackupInfo) -> "_Plan":
         """The same for the backup that runs: an increment that did not come to be one is whole.
@@ -240,9 +241,13 @@ def _invalid(text: str) -> errors.Error:
 
 
 def _plan_alone(
-    wanted: backup_conf.BackupDef, fmt: copy.Format, devices: Mapping[str, pathlib.Path]
+    directory: pathlib.Path,
+    wanted: backup_conf.BackupDef,
+    fmt: copy.Format,
+    devices: Mapping[str, pathlib.Path],
 ) -> _Plan:
-    """A backup without a branch."""
+    """A backup without a branch in DIRECTORY, which is locked."""
+    chain.check_none(directory)
     for disk in wanted.disks:
         if disk.present and disk.type != "full":
             raise errors.error(
@@ -332,23 +337,25 @@ def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
 
 
-def _claim(
-    directory: pathlib.Path, paths: Sequence[pathlib.Path], undo: contextlib.ExitStack
-) -> None:
-    """Make DIRECTORY, and in it the first of PATHS, so that no other pull goes there; UNDO removes
-    all PATHS. Errors: one of them exists, by its path."""
-    _make(directory, undo)
+def _claim(directory: pathlib.Path, plan: _Plan, undo: contextlib.ExitStack) -> None:
+    """Make the file of the manifest in DIRECTORY, which has none of the backup's files; UNDO
+    removes all of them that are not known to be good. Errors: one exists, by its path."""
+    partial = plan.paths(directory, PARTIAL)
+    _check_absent([*partial, *plan.paths(directory)])
     try:
-        for path in paths:
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, "", os.fspath(path))
-        paths[0].touch(exist_ok=False)
+        partial[0].touch(exist_ok=False)
     except FileExistsError as failure:
-        text = f"{failure.filename} exists already"
-        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text) from failure
+        raise _invalid(f"{partial[0]} exists already") from failure
     except OSError as failure:
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
-    undo.callback(_remove, paths)
+    undo.callback(_remove, partial)
+
+
+def _check_absent(paths: Iterable[pathlib.Path]) -> None:
+    """Errors: VIR_ERR_OPERATION_INVALID for the first of PATHS that exists."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise _invalid(f"{path} exists already")
 
 
 def _remove_empty(directory: pathlib.Path) -> None:

@@ -15,6 +15,7 @@ import pathlib
 import re
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import libvirt
@@ -22,7 +23,7 @@ import libvirt
 from virtbackup import errors
 from virtbackup.conf import redefine
 from virtbackup.nbd import copy, destination, device, layers, target, writer
-from virtbackup.tools import chain, listing, manifest, verify
+from virtbackup.tools import chain, listing, verify
 
 PARTIAL = chain.PARTIAL
 
@@ -33,6 +34,8 @@ _FLOCK = "hhqqi4x"
 """fcntl(2)'s struct: type, whence, start, length, pid."""
 _OURS = (1 << 40, 1)
 """Bytes of a file that a restore locks, beside those that QEMU does."""
+_JUST_MADE = 0.05
+"""Seconds after which a restore has locked the file that it has made."""
 _QEMUS = (100, 200)
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
@@ -106,11 +109,14 @@ def restore(
             _make(pathlib.Path(out), undo)
         done = []
         for index, output in enumerate(outputs):
-            with _claimed(output, force, undo):
-                links = chains[output.disk]
-                with backups.telling_of_prunes(point):
-                    done.append(_restore(links, output, index, force, held, progress, cancel))
+            _make_room(output, force)
+            links = chains[output.disk]
+            with backups.telling_of_prunes(point):
+                made = _restore(links, output, index, force, held, undo, progress, cancel)
+            done.append(made)
         cancel.check()
+        for output in outputs:  # once more: it took a while
+            _check_output(output, backups, force)
         _finish(outputs)
         undo.pop_all()
     return done
@@ -228,8 +234,10 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
     path = output.path
     if not os.path.lexists(path):
         return
-    for own in _files(backups):
-        if _is_same(path, own) or (output.type == "block" and device.is_over(path, own)):
+    for own in backups.files():
+        if listing.is_same(path, own) or (
+            output.type == "block" and device.has_bytes_of(path, own)
+        ):
             raise _invalid(f"{path} is a file of the backups themselves")
     if not force:
         raise _invalid(f"{path} exists already; --force overwrites it")
@@ -239,21 +247,6 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
         with _opened(path) as fd:
             if fd is not None and _is_locked(fd, _QEMUS):
                 raise _invalid(f"{path} is in use by a QEMU")
-
-
-def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
-
-
-def _files(backups: listing.Backups) -> Iterator[pathlib.Path]:
-    yield backups.directory / manifest.FILE
-    for point in backups.points:
-        yield backups.directory / point.file
-        for disk in point.made.disks:
-            yield backups.link(point, disk).path
 
 
 def _invalid(text: str) -> errors.Error:
@@ -322,24 +315,24 @@ def _hold(path: pathlib.Path, held: contextlib.ExitStack) -> None:
 # --- one disk -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _claimed(output: Output, force: bool, undo: contextlib.ExitStack) -> Iterator[None]:
-    """For the time that OUTPUT is written. UNDO removes what came to be of a file."""
-    if output.type != "file":
-        yield
-        return
+def _make_room(output: Output, force: bool) -> None:
+    """Remove what a killed restore has left of OUTPUT. Errors: it is not to be removed."""
     partial = output.partial
-    if os.path.lexists(partial):
-        if not force:
-            raise _invalid(
-                f"{partial} exists already: another restore runs, or was killed; --force removes it"
-            )
-        with _opened(partial) as fd:
+    if output.type != "file" or not os.path.lexists(partial):
+        return
+    if not force:
+        raise _invalid(
+            f"{partial} exists already: another restore runs, or was killed; --force removes it"
+        )
+    with _opened(partial) as fd:
+        for is_last in (False, True):
             if fd is not None and _is_locked(fd, _OURS):
                 raise _invalid(f"{partial} is being written by another restore")
-            _remove(partial)
-    undo.callback(_remove, partial)
-    yield
+            if not is_last:
+                time.sleep(_JUST_MADE)
+        if chain.is_locked(partial.parent):
+            raise _invalid(f"{partial} is there, and a backup is pulled into {partial.parent}")
+        _remove(partial)
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -353,9 +346,11 @@ def _restore(
     index: int,
     force: bool,
     held: contextlib.ExitStack,
+    undo: contextlib.ExitStack,
     progress: copy.Progress | None,
     cancel: copy.Cancel,
 ) -> Restored:
+    """UNDO removes the file, once it is this restore's own, and only then."""
     opened = False
 
     def open_target(size: int) -> target.Target:
@@ -364,6 +359,7 @@ def _restore(
         opened = True
         if output.type == "file":
             _hold(output.partial, held)
+            undo.callback(_remove, output.partial)
         return made
 
     try:

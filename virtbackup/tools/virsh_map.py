@@ -15,7 +15,7 @@ from virtbackup.tools import virsh_connection, virsh_pull, virsh_restore, vsh
 
 if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with them
     from virtbackup.nbd import copy
-    from virtbackup.tools import blockmap
+    from virtbackup.tools import blockmap, listing
 
 _MAP_ROWS = 16
 
@@ -89,6 +89,8 @@ def _sources_of_directory(args: vsh.Args) -> tuple[dict[str, object], list[_MapS
     directory = pathlib.Path(args.text("what"))
     backups = listing.read(directory).with_devices(virsh_pull.devices(args, "device"))
     point = backups.find(args.optional("point"))
+    if (output := args.optional("output")) is not None:
+        _check_output(output, backups)
     sources = [
         _MapSource(
             disk.name,
@@ -163,6 +165,15 @@ def _print_maps(
         shell.print(f"{vsh.visible(drawn.disk)}: {size(drawn.size)}, {size(cell)} a sign")
         for line in blockmap.text(drawn, columns, signs, vsh.shows_colours(sys.stdout)):
             shell.print(line)
+
+
+def _check_output(path: str, backups: "listing.Backups") -> None:
+    """Raise where the picture would take the place of what is drawn."""
+    from virtbackup.tools import listing
+
+    for own in backups.files():
+        if listing.is_same(pathlib.Path(path), own):
+            raise vsh.Failure(f"{path} is {own}, a file of the backups themselves")
 
 
 def _write_output(path: str, data: bytes) -> None:

@@ -137,9 +137,8 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         path = directory / disk.file
         why = f"; {disk.reason}" if disk.reason else ""
         kind = f"{disk.kind}, " if made.branch else ""
-        shell.extra(
-            f"{disk.name}: {path} ({kind}{size(disk.size)}, {size(disk.stored)} stored{why})"
-        )
+        sizes = f"{size(disk.size)}, {size(disk.stored)} stored"
+        shell.extra(vsh.visible(f"{disk.name}: {path} ({kind}{sizes}{why})"))
     shell.extra("Domain backup pulled")
 
 

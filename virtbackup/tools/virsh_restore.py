@@ -474,6 +474,9 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         f"{len(plan.kept)} points {would}kept, {len(plan.dropped)} {would}removed"
         f" ({virsh_connection.human_size(_stored(plan))})"
     )
+    gone = "would be gone" if args.flag("dry-run") else "is gone"
+    for name in plan.lost:
+        shell.warn(f"disk '{name}' {gone}: no point that is kept has it")
 
 
 def _stored(plan: "prune.Plan") -> int:
@@ -487,6 +490,7 @@ def _prune_facts(plan: "prune.Plan", dry_run: bool) -> dict[str, object]:
         "kept": [point_facts(point) for point in plan.kept],
         "removed": [point_facts(point) for point in plan.dropped],
         "stored": _stored(plan),
+        "lost": list(plan.lost),
         "merged": [
             {
                 "disk": links[0].disk.name,
