@@ -152,7 +152,7 @@ def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
     """``NAME[,KEY=VALUE]...``, a comma in a name or a value written twice."""
     from virtbackup.conf import backup_conf, storage_conf
 
-    name, *parts = (part.replace("\0", ",") for part in spec.replace(",,", "\0").split(","))
+    name, *parts = vsh.split_list(spec)
     values: dict[str, str] = {}
     for part in parts:
         key, equals, value = part.partition("=")
