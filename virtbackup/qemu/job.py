@@ -207,6 +207,7 @@ class BackupJob:
         with self._file.locked():
             running = self._file.load()
             if running is None:
+                self._check_version()
                 raise _no_backup()
             _check_is(running, only)
             running = dataclasses.replace(running, cancelled=running.cancelled or cancel)
@@ -280,6 +281,8 @@ class BackupJob:
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
             left = self._file.load()
+            if left is None:
+                self._check_version()
             state = _ask(session, left, bitmaps=True)
             if left is not None and left.branch == name and not _is_stale(session, state, left):
                 raise errors.error(
@@ -300,6 +303,7 @@ class BackupJob:
         Errors: VIR_ERR_OPERATION_INVALID while a backup runs."""
         with self._file.locked():
             left = self._file.load()
+            other = self._file.of_other_version() if left is None else None
             try:
                 with self._connect() as session:
                     state = _ask(session, left)
@@ -317,6 +321,11 @@ class BackupJob:
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
                     *self._forget(_abandoned(left)),
                 ]
+            if other is not None:
+                self._file.remove()
+                removed.insert(
+                    0, f"verdict on backup {other.id}: not known, thus not good: {other}"
+                )
             return removed + runtime.sweep()
 
     # --- start ---
@@ -344,6 +353,7 @@ class BackupJob:
             state = self._clear(session, left, bitmaps)
         self._check_no_other(state)
         if jobs := state.running_jobs():
+            self._check_version()
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
                 f"another backup job is already running ('{jobs[0]}'), but there is no status of"
@@ -453,10 +463,20 @@ class BackupJob:
 
     def _running(self, only: naming.BackupId | None = None) -> status.Status:
         running = self._file.load()
+        if running is None:
+            self._check_version()
         if running is None or running.phase != "running":
             raise _no_backup()
         _check_is(running, only)
         return running
+
+    def _check_version(self) -> None:
+        """Raise VIR_ERR_OPERATION_UNSUPPORTED where another version has a backup here."""
+        if other := self._file.of_other_version():
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"{other}: stop it by that version, or have backup-cleanup end it as not good",
+            )
 
     def _end(
         self, session: domain.Session, running: status.Status

@@ -31,6 +31,9 @@ from virtbackup.qemu import naming
 logger = logging.getLogger(__name__)
 
 VERSION = 9
+"""Of what is written. Whoever raises it has ``_complete`` read the one before, as far as a verdict
+that rests on it can be an honest one; a backup that is under way at an upgrade is ended so."""
+_READ = (8, VERSION)
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -57,8 +60,9 @@ class DiskStatus:
     image: naming.NodeName
     stores: tuple[naming.NodeName, ...]
     """As ``backup.DiskPlan``, in order."""
-    guarded: bool
-    """It has a bitmap that keeps it from going back to a snapshot."""
+    guarded: bool | None
+    """It has a bitmap that keeps it from going back to a snapshot; None: an older version, which
+    has begun its backup, did not note that."""
     export: naming.ExportId
     exportname: str
     job: naming.JobId
@@ -154,12 +158,29 @@ def _address(definition: str) -> backup_conf.Address:
     return backup_conf.BackupDef.parse(definition).address
 
 
+class OtherVersion(ValueError):
+    """A status that another version of the package has written, and that this one cannot read."""
+
+    def __init__(self, version: int, id: str) -> None:
+        older = "a newer" if version > VERSION else "an older"
+        super().__init__(
+            f"backup {id} was begun by {older} version of virtbackup, whose status file, of version"
+            f" {version}, cannot be read by this one, which reads {_READ[0]} to {_READ[-1]}"
+        )
+        self.id = id
+        """The backup's."""
+
+
 def parse(text: str) -> Status:
-    """Read a file. Errors: ValueError for what ``format`` did not write."""
+    """Read a file. Errors: OtherVersion; another ValueError for what ``format`` did not write."""
     try:
         fields: dict[str, Any] = json.loads(text)
-        if fields.pop("version") != VERSION:
-            raise ValueError("another version")
+        version = fields.pop("version")
+        if type(version) is int and version not in _READ:
+            raise OtherVersion(version, str(fields["id"]))
+        if version not in _READ:
+            raise ValueError("no version")
+        fields["disks"] = [_complete(disk) for disk in fields["disks"]]
         disks = tuple(_parse_disk(disk) for disk in fields.pop("disks"))
         qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
         return Status(
@@ -170,6 +191,17 @@ def parse(text: str) -> Status:
         )
     except (KeyError, TypeError, AttributeError, IndexError) as failure:
         raise ValueError(f"not a status: {failure!r}") from failure
+
+
+def _complete(fields: dict[str, Any]) -> dict[str, Any]:
+    """A disk of whatever version can be read, with what was not noted then.
+
+    Without ``image`` it is taken to be ``node``, so that an image that comes between the two, as by
+    a snapshot, is one too many: a verdict may be bad then where it could be good, never the other
+    way round. Where the disk has no branch, whose bitmap does the same, it may have had a guard.
+    """
+    guarded = None if fields["branch"] is None else False
+    return {"image": fields["node"], "guarded": guarded, **fields}
 
 
 def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
@@ -220,19 +252,36 @@ class StatusFile:
         return lock
 
     def load(self) -> Status | None:
-        """The status, or None where there is none (a broken one is logged and counts so).
+        """The status, or None where there is none (a broken one, or one of another version, is
+        logged and counts so).
 
         Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
         """
+        try:
+            return self._read()
+        except ValueError as failure:
+            logger.warning("status=%s unreadable: %s", self.path, failure)
+            return None
+
+    def of_other_version(self) -> OtherVersion | None:
+        """Why the status, where ``load`` gives none, is one of another version. Errors: as
+        ``load``."""
+        try:
+            self._read()
+        except OtherVersion as other:
+            return other
+        except ValueError:
+            pass
+        return None
+
+    def _read(self) -> Status | None:
+        """Errors: as ``load``, and as ``parse``."""
         try:
             return parse(runtime.read_file(self.path).decode())
         except FileNotFoundError:
             return None
         except OSError as failure:
             raise errors.system_error(failure, f"cannot read status '{self.path}'") from failure
-        except ValueError as failure:
-            logger.warning("status=%s unreadable: %s", self.path, failure)
-            return None
 
     def save(self, status: Status) -> None:
         """Replace the file; whoever reads sees the old one or the new one. The first time there has

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A backup that another version of the package has begun: what can be done about it, and what is
+told of it.
+
+Its status is made from that of this version's, by what the recorded ones do not have.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+import libvirt
+import pytest
+
+import virtbackup
+from tests.live import machines, scene
+from tests.test_status import STATUSES
+from virtbackup.qemu import capabilities, status
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
+
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
+    with machines.two_disks(tmp_path, size=SIZE) as one:
+        yield one
+
+
+def begin(machine: machines.Machine, of_version: int, branch: str = "") -> None:
+    """Start a backup, and have its status be of that version."""
+    with virtbackup.open(machine.uri) as conn:
+        conn.lookupByID(1).backupStart(
+            f'<domainbackup><address type="unix" path="{machine.directory}/nbd.sock"/>{branch}'
+            "</domainbackup>"
+        )
+    [path] = scene.state_files()
+    told = {**json.loads(path.read_text()), "version": of_version}
+    if of_version == 8:
+        known = json.loads(STATUSES[0].read_text())
+        told = {key: told[key] for key in known}
+        [keys] = {tuple(disk) for disk in known["disks"]}
+        told["disks"] = [{key: disk[key] for key in keys} for disk in told["disks"]]
+    path.write_text(json.dumps(told))
+
+
+def stop(machine: machines.Machine) -> str | None:
+    """Why the backup is not good; None: it is."""
+    with virtbackup.open(machine.uri) as conn:
+        try:
+            conn.lookupByID(1).backupStop()
+        except libvirt.libvirtError as failure:
+            return str(failure)
+    return None
+
+
+def needs_guards_of_some() -> bool:
+    """Whether the QEMU under test needs a guard for some disks and not for others."""
+    return capabilities.SNAPSHOT_LOAD_BELOW.affects(machines.version())
+
+
+def test_what_was_not_noted_is_not_called_good(machine: machines.Machine) -> None:
+    before = machine.state()
+    begin(machine, of_version=8)
+    with virtbackup.open(machine.uri) as conn:
+        info = conn.lookupByID(1).backupGetInfo()
+    reason = stop(machine)
+    if needs_guards_of_some():
+        assert info.state == "failed"
+        assert "did not note whether the disk was kept from going back to a snapshot" in str(reason)
+    else:
+        assert (info.state, reason) == ("running", None)
+    assert machine.state() == before
+    assert not scene.state_files()
+
+
+def test_a_branch_goes_on(machine: machines.Machine) -> None:
+    """Its bitmap keeps the disk from going back to a snapshot, whatever else was noted."""
+    begin(machine, of_version=8, branch='<branch name="nightly"/>')
+    assert stop(machine) is None
+    with virtbackup.open(machine.uri) as conn:
+        [line] = conn.lookupByID(1).branchList()
+    assert all(disk.sound and disk.point for disk in line.disks)
+
+
+@pytest.mark.parametrize("version", [7, status.VERSION + 1])
+def test_what_cannot_be_read_is_not_taken_for_none(version: int, machine: machines.Machine) -> None:
+    before = machine.state()
+    begin(machine, of_version=version)
+    words = "was begun by (an older|a newer) version of virtbackup"
+    assert re.search(words, str(stop(machine)))
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        for ask in (
+            dom.backupGetInfo,
+            dom.backupGetXMLDesc,
+            lambda: dom.branchDelete("nightly"),
+            lambda: dom.backupStart(
+                '<domainbackup><address type="unix" path="/x"/></domainbackup>'
+            ),
+        ):
+            with pytest.raises(libvirt.libvirtError, match=words):
+                ask()
+        assert len(dom.XMLDesc()) > 0
+        told = dom.backupCleanup()
+        assert re.match(
+            f"verdict on backup [0-9a-f]+: not known, thus not good: .* {words}", told[0]
+        )
+        with pytest.raises(libvirt.libvirtError, match="no domain backup job present"):
+            dom.backupStop()
+    assert machine.state() == before
+    assert not scene.state_files()
