@@ -116,7 +116,8 @@ class Connection:
 
     def getDaemonVersion(self) -> int:
         """The version of the library that runs the domains, libvirt's or, where that has no part in
-        it, this one's, counted likewise."""
+        it, this one's, counted likewise; of a virtbackupd, that of libvirt's whose protocol it
+        speaks."""
         return int(self._hook("virConnectGetLibVersion", "get_lib_version")())
 
     def getSecurityModel(self) -> list[str]:
