@@ -85,6 +85,22 @@ def test_a_branch_goes_on(machine: machines.Machine) -> None:
     assert all(disk.sound and disk.point for disk in line.disks)
 
 
+def test_what_cannot_be_read_is_left_to_the_monitor_it_is_of(tmp_path: pathlib.Path) -> None:
+    """A clean-up over another one of the same QEMU does not end it."""
+    other = f"qmp://{tmp_path}/other.sock"
+    monitor = ("-qmp", f"unix:{tmp_path}/other.sock,server=on,wait=off")
+    with machines.two_disks(tmp_path, *monitor, size=SIZE) as machine:
+        begin(machine, of_version=status.VERSION + 1)
+        with virtbackup.open(other) as conn:
+            dom = conn.lookupByID(1)
+            start = "<domainbackup><address type='unix' path='/x'/></domainbackup>"
+            for ask in (dom.backupCleanup, lambda: dom.backupStart(start)):
+                with pytest.raises(libvirt.libvirtError, match=r"newer version.*another monitor"):
+                    ask()
+        with virtbackup.open(machine.uri) as conn:
+            assert conn.lookupByID(1).backupCleanup()[0].startswith("verdict on backup ")
+
+
 @pytest.mark.parametrize("version", [7, status.VERSION + 1])
 def test_what_cannot_be_read_is_not_taken_for_none(version: int, machine: machines.Machine) -> None:
     before = machine.state()

@@ -371,6 +371,13 @@ class BackupJob:
         shown = state.backups()
         if not shown:
             return
+        for file, kept in status.of_other_versions_in(self._file.path.parent):
+            if file != self._file.path and kept.id in shown:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    f"{kept}: it is of another monitor of this QEMU, over which it is ended; where"
+                    f" there is no such monitor any more, remove '{file}' first",
+                )
         for file, other in status.all_in(self._file.path.parent):
             runs = other.phase == "running" and other.id in shown and _alive(other.owner)
             if file != self._file.path and runs:

@@ -310,10 +310,30 @@ class StatusFile:
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
-    """The status files of a directory, whosever domains they are about."""
+    """The status files of a directory, whosever domains they are about; not those that cannot be
+    read."""
+    for path, found in _files_in(directory):
+        if isinstance(found, Status):
+            yield path, found
+
+
+def of_other_versions_in(
+    directory: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, OtherVersion]]:
+    """Those of a directory that ``all_in`` leaves out for their version."""
+    for path, found in _files_in(directory):
+        if isinstance(found, OtherVersion):
+            yield path, found
+
+
+def _files_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status | OtherVersion]]:
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
-            yield path, parse(runtime.read_file(path).decode())
+            try:
+                found: Status | OtherVersion = parse(runtime.read_file(path).decode())
+            except OtherVersion as other:
+                found = other
+            yield path, found
 
 
 def _open_or_make(path: str | os.PathLike[str], flags: int) -> int:
