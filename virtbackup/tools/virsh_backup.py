@@ -607,7 +607,7 @@ def _interact(shell: virsh_connection.Shell) -> int:
 
 def _usage() -> str:
     options = [
-        f"    {option.term if option.letter else '     ' + option.term:<23} {option.help}\n"
+        f"    {option.term if option.letter else '     ' + option.term:<29} {option.help}\n"
         for option in virsh_options.OWN_OPTIONS
     ]
     groups = "\n".join(vsh.group_help(TABLE, group) for group in TABLE.groups)
