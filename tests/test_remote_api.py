@@ -146,6 +146,7 @@ ANSWERS: dict[str, Do] = {
     "library": lambda c, x: c.getLibVersion(),
     "autostart": lambda c, x: vm(c).autostart(),
     "saved state": lambda c, x: vm(c).hasManagedSaveImage(),
+    "snapshots": lambda c, x: vm(c).snapshotNum(),
     "messages": lambda c, x: vm(c).messages(),
     "security label": lambda c, x: vm(c).securityLabel(),
     "security model": lambda c, x: c.getSecurityModel(),

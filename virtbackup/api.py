@@ -305,6 +305,10 @@ class Domain:
         has = self._call("virDomainHasManagedSaveImage", "domain_has_managed_save_image")
         return int(has(self._ref, flags))
 
+    def snapshotNum(self, flags: int = 0) -> int:
+        """How many snapshots of the domain libvirt has noted; FLAGS as libvirt has them."""
+        return int(self._call("virDomainSnapshotNum", "domain_snapshot_num")(self._ref, flags))
+
     def messages(self, flags: int = 0) -> list[str]:
         """What there is to know of how the domain runs, as that it is tainted; FLAGS as libvirt
         has them. Errors: VIR_ERR_NO_SUPPORT, too, by a libvirt-python before 7.1."""

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 
+import libvirt
 import pytest
 
 from tests.live import libvirtd
@@ -30,13 +31,25 @@ OFF = """
 </domain>
 """
 
+SNAPSHOT = """
+<domainsnapshot>
+  <name>then</name>
+  <creationTime>1</creationTime>
+  <state>shutoff</state>
+  <disks><disk name='vdz' snapshot='internal'/></disks>
+  {domain}
+</domainsnapshot>
+"""
+
 SAME = (
     "list", "list --all", "list --inactive", "list --title", "list --all --title",
     "list --all --name", "list --all --uuid", "list --all --id", "list --inactive --id",
     "list --all --id --name", "list --persistent", "list --all --persistent", "list --transient",
     "list --all --transient", "list --persistent --transient", "list --all --autostart",
     "list --all --no-autostart", "list --autostart", "list --all --with-managed-save",
-    "list --all --without-managed-save", "list --all --managed-save",
+    "list --all --with-snapshot", "list --without-snapshot",
+    "list --with-snapshot --without-snapshot", "list --all --without-managed-save",
+    "list --all --managed-save",
     "list --all --managed-save --title", "list --state-running", "list --state-shutoff",
     "list --state-paused", "list --state-other", "list --state-running --inactive",
     "list --state-shutoff --title", "list --table", "list --table --name", "list more",
@@ -69,10 +82,12 @@ def three(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
         with host.domain("charlie", disk_xml("sdb", sdb), persistent=True):
             saved = host.connection.lookupByName("charlie")
             saved.setAutostart(1)
+            snapshot = SNAPSHOT.format(domain=off.XMLDesc())
+            off.snapshotCreateXML(snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE)
             saved.managedSave()
             yield host
             saved.managedSaveRemove()
-        off.undefine()
+        off.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
 
 
 Told = tuple[bool, str, list[str]]

@@ -63,6 +63,11 @@ _GROUPS: tuple[tuple[int, Callable[[domains.Found], set[int]]], ...] = (
         libvirt.VIR_CONNECT_LIST_DOMAINS_NO_AUTOSTART,
         lambda one: bool(one.call("virDomainGetAutostart", "domain_get_autostart")),
     ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_SNAPSHOT,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_NO_SNAPSHOT,
+        lambda one: bool(one.call("virDomainSnapshotNum", "domain_snapshot_num", 0)),
+    ),
     (
         libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING
         | libvirt.VIR_CONNECT_LIST_DOMAINS_PAUSED
@@ -204,6 +209,7 @@ hands_on(
     REMOTE, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", "virDomainHasManagedSaveImage",
     "domain_has_managed_save_image",
 )  # fmt: skip
+hands_on(REMOTE, "DOMAIN_SNAPSHOT_NUM", "virDomainSnapshotNum", "domain_snapshot_num")
 hands_on(
     REMOTE, "DOMAIN_GET_SECURITY_LABEL", "virDomainGetSecurityLabel", "domain_get_security_label",
     _label,

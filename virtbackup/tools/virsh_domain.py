@@ -78,6 +78,7 @@ _FILTERS: tuple[tuple[str, str, Callable[["virtbackup.Domain"], int]], ...] = (
     ("persistent", "transient", lambda domain: domain.isPersistent()),
     ("autostart", "no-autostart", lambda domain: domain.autostart()),
     ("with-managed-save", "without-managed-save", _has_managed_save),
+    ("with-snapshot", "without-snapshot", lambda domain: bool(domain.snapshotNum())),
 )
 """Options of list: those that it is so of, and those that it is not; both: all."""
 
@@ -398,6 +399,8 @@ COMMANDS = (
             vsh.Option("all", vsh.Kind.BOOL, "list inactive & active domains"),
             vsh.Option("transient", vsh.Kind.BOOL, "list transient domains"),
             vsh.Option("persistent", vsh.Kind.BOOL, "list persistent domains"),
+            vsh.Option("with-snapshot", vsh.Kind.BOOL, "list domains with existing snapshot"),
+            vsh.Option("without-snapshot", vsh.Kind.BOOL, "list domains without a snapshot"),
             vsh.Option("state-running", vsh.Kind.BOOL, "list domains in running state"),
             vsh.Option("state-paused", vsh.Kind.BOOL, "list domains in paused state"),
             vsh.Option("state-shutoff", vsh.Kind.BOOL, "list domains in shutoff state"),
