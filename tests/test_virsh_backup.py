@@ -451,6 +451,12 @@ def test_list_of_some_states(run: Run) -> None:
     assert run("list", "--state-shutoff", "--inactive", "--name") == (0, "off\n", "")
 
 
+def test_list_by_branches_is_of_those_that_run(run: Run) -> None:
+    assert run("list", "--all", "--with-checkpoint", "--id") == (0, "1\n2\n3\n", "")
+    assert run("list", "--all", "--without-checkpoint", "--name") == (0, "", "")
+    assert run("list", "--without-checkpoint", "--name", uri="fake:///bad")[1].startswith("vm1\n")
+
+
 def test_list_of_ids_is_of_those_that_run(run: Run) -> None:
     assert run("list", "--all", "--id") == (0, "1\n2\n3\n", "")
 

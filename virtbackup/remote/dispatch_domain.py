@@ -8,7 +8,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import access, errors, hypervisor
-from virtbackup.remote import domains, protocol, remote_types, rpc_error, wire_conf, xdr
+from virtbackup.remote import checkpoint, domains, protocol, remote_types, rpc_error, wire_conf, xdr
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import Session, handles, hands_on
 from virtbackup.remote.dispatch_connect import terminated
@@ -67,6 +67,11 @@ _GROUPS: tuple[tuple[int, Callable[[domains.Found], set[int]]], ...] = (
         libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_SNAPSHOT,
         libvirt.VIR_CONNECT_LIST_DOMAINS_NO_SNAPSHOT,
         lambda one: bool(one.call("virDomainSnapshotNum", "domain_snapshot_num", 0)),
+    ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_CHECKPOINT,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_NO_CHECKPOINT,
+        lambda one: bool(checkpoint.of(one)),
     ),
     (
         libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING

@@ -74,11 +74,26 @@ def _has_managed_save(domain: "virtbackup.Domain") -> bool:
     return bool(domain.hasManagedSaveImage())
 
 
-_FILTERS: tuple[tuple[str, str, Callable[["virtbackup.Domain"], int]], ...] = (
+def _has_branch(domain: "virtbackup.Domain") -> bool | None:
+    """None of one that does not run: nobody can be asked."""
+    import libvirt
+
+    if not domain.isActive():
+        return None
+    try:
+        return bool(domain.branchList())
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+            raise
+        return False
+
+
+_FILTERS: tuple[tuple[str, str, Callable[["virtbackup.Domain"], int | None]], ...] = (
     ("persistent", "transient", lambda domain: domain.isPersistent()),
     ("autostart", "no-autostart", lambda domain: domain.autostart()),
     ("with-managed-save", "without-managed-save", _has_managed_save),
     ("with-snapshot", "without-snapshot", lambda domain: bool(domain.snapshotNum())),
+    ("with-checkpoint", "without-checkpoint", _has_branch),
 )
 """Options of list: those that it is so of, and those that it is not; both: all."""
 
@@ -401,6 +416,13 @@ COMMANDS = (
             vsh.Option("persistent", vsh.Kind.BOOL, "list persistent domains"),
             vsh.Option("with-snapshot", vsh.Kind.BOOL, "list domains with existing snapshot"),
             vsh.Option("without-snapshot", vsh.Kind.BOOL, "list domains without a snapshot"),
+            vsh.Option(
+                "with-checkpoint", vsh.Kind.BOOL, "list running domains with existing branch,"
+                " or checkpoint of libvirt's",
+            ),
+            vsh.Option(
+                "without-checkpoint", vsh.Kind.BOOL, "list running domains without either"
+            ),
             vsh.Option("state-running", vsh.Kind.BOOL, "list domains in running state"),
             vsh.Option("state-paused", vsh.Kind.BOOL, "list domains in paused state"),
             vsh.Option("state-shutoff", vsh.Kind.BOOL, "list domains in shutoff state"),
