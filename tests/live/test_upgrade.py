@@ -85,6 +85,27 @@ def test_a_branch_goes_on(machine: machines.Machine) -> None:
     assert all(disk.sound and disk.point for disk in line.disks)
 
 
+def test_whose_verdict_was_not_told_yet_is_not_passed_over(machine: machines.Machine) -> None:
+    """QEMU has nothing of it any more, as where it was given up: its stop may come yet, which is
+    not to tell of another one."""
+    start = (
+        f'<domainbackup><address type="unix" path="{machine.directory}/nbd.sock"/></domainbackup>'
+    )
+    begin(machine, of_version=status.VERSION)
+    [path] = scene.state_files()
+    told = json.loads(path.read_text())
+    assert stop(machine) is None
+    path.write_text(json.dumps({**told, "version": status.VERSION + 1}))
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        with pytest.raises(libvirt.libvirtError, match="was begun by a newer version"):
+            dom.backupStart(start)
+        [line] = dom.backupCleanup()
+        assert "not known, thus not good" in line
+        dom.backupStart(start)
+        dom.backupStop()
+
+
 def test_what_cannot_be_read_is_left_to_the_monitor_it_is_of(tmp_path: pathlib.Path) -> None:
     """A clean-up over another one of the same QEMU does not end it."""
     other = f"qmp://{tmp_path}/other.sock"

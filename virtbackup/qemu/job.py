@@ -205,9 +205,8 @@ class BackupJob:
         there is none, or another one.
         """
         with self._file.locked():
-            running = self._file.load()
+            running = self._load_known()
             if running is None:
-                self._check_version()
                 raise _no_backup()
             _check_is(running, only)
             running = dataclasses.replace(running, cancelled=running.cancelled or cancel)
@@ -280,9 +279,7 @@ class BackupJob:
         VIR_ERR_OPERATION_INVALID while a backup of it runs."""
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
-            left = self._file.load()
-            if left is None:
-                self._check_version()
+            left = self._load_known()
             state = _ask(session, left, bitmaps=True)
             if left is not None and left.branch == name and not _is_stale(session, state, left):
                 raise errors.error(
@@ -333,7 +330,7 @@ class BackupJob:
     def _make_room(self, session: domain.Session, bitmaps: bool) -> backup.BlockState:
         """Refuse while a backup runs; clear away what a crash left of an earlier one. What QEMU has
         then, and with BITMAPS of every image."""
-        left = self._file.load()
+        left = self._load_known()
         unsafe = None
         try:
             state = _ask(session, left, bitmaps)
@@ -353,7 +350,6 @@ class BackupJob:
             state = self._clear(session, left, bitmaps)
         self._check_no_other(state)
         if jobs := state.running_jobs():
-            self._check_version()
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
                 f"another backup job is already running ('{jobs[0]}'), but there is no status of"
@@ -469,21 +465,22 @@ class BackupJob:
     # --- stop and info ---
 
     def _running(self, only: naming.BackupId | None = None) -> status.Status:
-        running = self._file.load()
-        if running is None:
-            self._check_version()
+        running = self._load_known()
         if running is None or running.phase != "running":
             raise _no_backup()
         _check_is(running, only)
         return running
 
-    def _check_version(self) -> None:
-        """Raise VIR_ERR_OPERATION_UNSUPPORTED where another version has a backup here."""
-        if other := self._file.of_other_version():
+    def _load_known(self) -> status.Status | None:
+        """The status, None where there is none. Errors: VIR_ERR_OPERATION_UNSUPPORTED for one of
+        another version, which is not to be taken for none."""
+        known = self._file.load()
+        if known is None and (other := self._file.of_other_version()) is not None:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"{other}: stop it by that version, or have backup-cleanup end it as not good",
             )
+        return known
 
     def _end(
         self, session: domain.Session, running: status.Status
