@@ -52,7 +52,7 @@ _URIS = (
 )  # fmt: skip
 
 _ENVIRONMENT = (
-    ("`VIRTBACKUP_DEFAULT_URI`, `LIBVIRT_DEFAULT_URI`",
+    ("`VIRTBACKUP_DEFAULT_URI`, `VIRSH_DEFAULT_CONNECT_URI`, `LIBVIRT_DEFAULT_URI`",
      "Where to connect to without `--connect`; the first that is set. Else `qemu:///system`."),
     ("`VIRTBACKUP_CONF`", "A file that is read in place of every virtbackup.conf(5)."),
     ("`VIRTBACKUP_SCRATCH_DIR`",

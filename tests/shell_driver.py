@@ -88,7 +88,8 @@ class Driver:
         return state, 0
 
     def domain_get_xml_desc(self, domain: hypervisor.DomainRef, flags: int) -> str:
-        return domain_conf.DomainDef(domain.name, domain.uuid, domain.id, DISKS).format()
+        title = "Off duty" if domain.id is None else None
+        return domain_conf.DomainDef(domain.name, domain.uuid, domain.id, DISKS, title).format()
 
     def domain_backup_start(self, domain: hypervisor.DomainRef, xml: str, flags: int) -> None:
         if self.trouble == "bug":

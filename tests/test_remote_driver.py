@@ -552,6 +552,8 @@ HOOKS: list[tuple[str, Any, Callable[[driver.RemoteDriver], Any], Any]] = [
      lambda d: d.domain_get_autostart(REF), False),
     ("REMOTE.DOMAIN_HAS_MANAGED_SAVE_IMAGE", structs.DomainHasManagedSaveImageRet(0),
      lambda d: d.domain_has_managed_save_image(REF, 0), False),
+    ("REMOTE.DOMAIN_SNAPSHOT_NUM", structs.NumRet(3),
+     lambda d: d.domain_snapshot_num(REF, 0), 3),
     ("REMOTE.DOMAIN_GET_SECURITY_LABEL", structs.DomainGetSecurityLabelRet(b"+0:+0\0", 1),
      lambda d: d.domain_get_security_label(REF), ("+0:+0", True)),
     ("REMOTE.DOMAIN_GET_MESSAGES", structs.DomainGetMessagesRet(("tainted",)),

@@ -4,8 +4,10 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
 from virtbackup import errors
-from virtbackup.qemu import scratch, status
+from virtbackup.qemu import domain, job, scratch, status
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -151,3 +153,56 @@ def test_who_reads_a_status_without_room_finds_one(
         assert full.load() in (old, new)
         count += 1
     assert count > 20
+
+
+# --- of other versions ----------------------------------------------------------------------------
+
+STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))
+"""Written by the package as it was, about a backup in a real QEMU; the places are others."""
+
+
+@pytest.mark.parametrize("path", STATUSES, ids=lambda path: path.stem)
+def test_a_status_of_an_older_version(path: pathlib.Path) -> None:
+    """What was not noted then is not known, or taken so that nothing is good for it."""
+    old = status.parse(path.read_text())
+    told = json.loads(path.read_text())
+    version = told.pop("version")
+    assert str(version) == path.stem.partition("-")[0]
+    now = json.loads(status.format(old))
+    assert now.pop("version") == status.VERSION
+    for disk, was in zip(now["disks"], told["disks"], strict=True):
+        assert (disk.pop("offset"), disk.pop("backing")) == (None, None)
+        guards = disk.pop("guards")
+        if version == 8:
+            assert disk.pop("image") == disk["node"]
+            assert guards == (None if old.branch is None else [])
+        else:
+            assert guards == ([disk["image"]] if was.pop("guarded") else [])
+    assert now == told
+    assert status.parse(status.format(old)) == old
+
+
+@pytest.mark.parametrize(("version", "age"), [(7, "an older"), (status.VERSION + 1, "a newer")])
+def test_a_status_that_cannot_be_read_is_told(
+    version: int, age: str, file: status.StatusFile
+) -> None:
+    """It is not as if there was no backup."""
+    text = {"version": version, "id": "0badcafe", "news": []}
+    file.path.write_text(json.dumps(text))
+    assert file.load() is None
+    words = f"backup 0badcafe was begun by {age} version of virtbackup, .* of version {version},"
+    assert re.match(words, str(file.of_other_version()))
+    own = job.BackupJob(file, _no_monitor)
+    for ask in (own.stop, own.info, own.definition):
+        with pytest.raises(errors.Error, match=f"{words}.* or have backup-cleanup end it"):
+            ask()
+
+
+def _no_monitor() -> contextlib.AbstractContextManager[domain.Session]:
+    raise AssertionError("nobody is to be asked")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}'])
+def test_what_is_no_status_is_of_no_version(text: str, file: status.StatusFile) -> None:
+    file.path.write_text(text)
+    assert (file.load(), file.of_other_version()) == (None, None)

@@ -188,6 +188,15 @@ def test_what_virsh_calls_otherwise_is_done_here() -> None:
         (["list", "--table", "--json"],
          "Options --json and --table are mutually exclusive\n'help list' shows what it takes"),
         (["--log"], "option '-l'/'--log' requires an argument"),
+        (["--trace", "-q", "uri"], "option '--trace' requires an argument\n"
+         "If that is meant as the value: --trace=-q"),
+        (["-l", "--trace", "x"], "option '-l'/'--log' requires an argument\n"
+         "If that is meant as the value: --log=--trace"),
+        (["-qk"], "option '-k'/'--keepalive-interval' requires an argument"),
+        (["-k", "x", "uri"], "option --keepalive-interval takes a number"),
+        (["--keepalive-count=-1", "uri"], "option --keepalive-count takes a number"),
+        (["echo --split --xml a"],
+         "Options --xml and --split are mutually exclusive\n'help echo' shows what it takes"),
         (["echo a; nope"], "unknown command: 'nope'\n'help' shows all commands"),
         (["list", ";", "uri"], "unexpected data ';'\n'help list' shows what it takes"),
         (["list", "--name", "--table"],
@@ -260,6 +269,11 @@ def test_options_are_taken_together_and_shortened(run: Run) -> None:
     assert run("uri", uri="fake:///x")[1].startswith("fake:///two\n\n(Time: ")
 
 
+def test_options_of_virsh_that_do_nothing_here(run: Run) -> None:
+    words = ["-k", "5", "-K3", "-e", "^]", "--keepalive-interval=0", "--keepalive-count", "2"]
+    assert run(*words, "--escape=x", "uri") == (0, "fake:///two\n", "")
+
+
 def test_timing(run: Run) -> None:
     status, out, err = run("-t", "uri")
     assert (status, err) == (0, "")
@@ -271,6 +285,10 @@ def test_timing(run: Run) -> None:
     [
         ({"VIRTBACKUP_DEFAULT_URI": "fake:///a", "LIBVIRT_DEFAULT_URI": "fake:///b"}, "fake:///a"),
         ({"LIBVIRT_DEFAULT_URI": "fake:///b"}, "fake:///b"),
+        (
+            {"VIRSH_DEFAULT_CONNECT_URI": "fake:///a", "LIBVIRT_DEFAULT_URI": "fake:///b"},
+            "fake:///a",
+        ),
         ({"VIRTBACKUP_DEFAULT_URI": "", "LIBVIRT_DEFAULT_URI": "fake:///b"}, "fake:///b"),
         ({}, "qemu:///system"),
     ],
@@ -278,7 +296,7 @@ def test_timing(run: Run) -> None:
 def test_default_uri(
     environment: dict[str, str], uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("VIRTBACKUP_DEFAULT_URI", "LIBVIRT_DEFAULT_URI"):
+    for name in virsh_connection.URI_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -289,6 +307,14 @@ def test_trace_is_handed_to_the_connection(tmp_path: pathlib.Path, run: Run) -> 
     trace = tmp_path / "trace"
     assert run("--trace", str(trace), "list", "--name")[0] == 0
     assert trace.read_text() == "list_domains\nclosed\n"
+
+
+def test_file_that_is_called_like_an_option(
+    tmp_path: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--trace=-q", "uri") == (0, "fake:///two\n", "")
+    assert (tmp_path / "-q").read_text() == "closed\n"
 
 
 def test_trace_to_stderr(run: Run) -> None:
@@ -419,6 +445,38 @@ def test_list_of_some_states(run: Run) -> None:
     assert run("list", "--state-shutoff", "--state-running", "--name")[1].endswith("vm\noff\n")
     assert run("list", "--state-paused", "--state-other", "--name") == (0, "", "")
     assert run("list", "--table") == run("list")
+    assert run("list", "--state-running", "--inactive") == run(
+        "list", "--inactive", "--state-paused"
+    )
+    assert run("list", "--state-shutoff", "--inactive", "--name") == (0, "off\n", "")
+
+
+def test_list_by_branches_is_of_those_that_run(run: Run) -> None:
+    assert run("list", "--all", "--with-checkpoint", "--id") == (0, "1\n2\n3\n", "")
+    assert run("list", "--all", "--without-checkpoint", "--name") == (0, "", "")
+    assert run("list", "--without-checkpoint", "--name", uri="fake:///bad")[1].startswith("vm1\n")
+
+
+def test_list_of_ids_is_of_those_that_run(run: Run) -> None:
+    assert run("list", "--all", "--id") == (0, "1\n2\n3\n", "")
+
+
+def test_list_of_titles(run: Run) -> None:
+    assert run("list", "--inactive", "--title")[1] == (
+        " Id   Name   State      Title\n"
+        "----------------------------------\n"
+        " -    off    shut off   Off duty\n"
+    )
+    titles = [one["title"] for one in json.loads(run("list", "--all", "--title", "--json")[1])]
+    assert titles == [None, None, None, "Off duty"]
+
+
+@pytest.mark.parametrize("option", ["persistent", "no-autostart", "with-managed-save"])
+def test_list_by_what_the_driver_cannot_tell(option: str, run: Run) -> None:
+    status, out, err = run("list", f"--{option}")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: this function is not supported by the connection driver: virDom")
+    assert run("list", "--managed-save") == run("list")
 
 
 def test_what_a_domain_is_called(run: Run) -> None:
@@ -488,6 +546,13 @@ def test_host_commands(run: Run) -> None:
     lines = run("version")[1].splitlines()
     assert lines[0] == "Using library: virtbackup 0.1.0"
     assert lines[2:] == ["Using API: FAKE 0.1.0", "Running hypervisor: FAKE 1.2.3"]
+    status, _, err = run("version", "--daemon")
+    missing = "this function is not supported by the connection driver: virConnectGetLibVersion"
+    assert (status, err) == (1, f"error: {missing}\n")
+
+
+def test_echo_splits_at_commas(run: Run) -> None:
+    assert run("echo", "--split", "a,b,,c", "d", ",") == (0, "a\nb,c\nd\n\n\n", "")
 
 
 def test_pwd_and_cd(run: Run) -> None:
@@ -1053,6 +1118,9 @@ def shell(run: Run) -> Iterator[virsh_connection.Shell]:
         ("translate x --domain v", ["vm1 "]),
         ("help backup-du", ["backup-dumpxml "]),
         ("help domi", ["domid", "dominfo"]),
+        ("list --t", ["--table", "--title", "--transient"]),
+        ("dumpxml --in", ["--inactive "]),
+        ("version --d", ["--daemon "]),
     ],
 )
 def test_completion(line: str, words: list[str], shell: virsh_connection.Shell) -> None:

@@ -44,6 +44,7 @@ NEEDED = {
     "domain_is_persistent": Perm.READ,
     "domain_get_autostart": Perm.READ,
     "domain_has_managed_save_image": Perm.READ,
+    "domain_snapshot_num": Perm.READ,
     "domain_get_security_label": Perm.READ,
     "domain_get_messages": Perm.READ,
     "domain_get_block_info": Perm.READ,

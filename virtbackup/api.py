@@ -114,6 +114,16 @@ class Connection:
         """This library's version, counted likewise."""
         return VERSION
 
+    def getDaemonVersion(self) -> int:
+        """The version of the library that runs the domains, libvirt's or, where that has no part in
+        it, this one's, counted likewise; of a virtbackupd, that of libvirt's whose protocol it
+        speaks."""
+        return int(self._hook("virConnectGetLibVersion", "get_lib_version")())
+
+    def getSecurityModel(self) -> list[str]:
+        """[what keeps domains from one another, its domain of interpretation]; empty: nothing."""
+        return list(self._hook("virNodeGetSecurityModel", "node_get_security_model")())
+
     def isAlive(self) -> int:
         """1 while the hypervisor can be spoken to, else 0."""
         return int(self._driver is not None and self._driver.is_alive())
@@ -224,6 +234,18 @@ class Connection:
             raise errors.error(libvirt.VIR_ERR_INVALID_CONN, function, domain=libvirt.VIR_FROM_NONE)
         return self._driver
 
+    def _hook(
+        self, function: str, method: str, domain: int = libvirt.VIR_FROM_NONE
+    ) -> Callable[..., Any]:
+        """The driver's METHOD, where the connection may use it and the driver has it."""
+        driver = self._open(function)
+        if not access.allowed(method, self._granted()):
+            raise access.read_only(function)
+        hook: Callable[..., Any] | None = getattr(driver, method, None)
+        if hook is None:
+            raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=domain)
+        return hook
+
     def _granted(self) -> Set[access.Perm]:
         return access.READ_ONLY if self._readonly else access.EVERYTHING
 
@@ -273,6 +295,29 @@ class Domain:
     def isPersistent(self) -> int:
         """1 when the domain is there also while it does not run, else 0."""
         return int(self._call("virDomainIsPersistent", "domain_is_persistent")(self._ref))
+
+    def autostart(self) -> int:
+        """1 when the domain is started along with its host, else 0."""
+        return int(self._call("virDomainGetAutostart", "domain_get_autostart")(self._ref))
+
+    def hasManagedSaveImage(self, flags: int = 0) -> int:
+        """1 when there is a saved state that the domain's next start resumes, else 0."""
+        has = self._call("virDomainHasManagedSaveImage", "domain_has_managed_save_image")
+        return int(has(self._ref, flags))
+
+    def snapshotNum(self, flags: int = 0) -> int:
+        """How many snapshots of the domain libvirt has noted; FLAGS as libvirt has them."""
+        return int(self._call("virDomainSnapshotNum", "domain_snapshot_num")(self._ref, flags))
+
+    def messages(self, flags: int = 0) -> list[str]:
+        """What there is to know of how the domain runs, as that it is tainted; FLAGS as libvirt
+        has them. Errors: VIR_ERR_NO_SUPPORT, too, by a libvirt-python before 7.1."""
+        return list(self._call("virDomainGetMessages", "domain_get_messages")(self._ref, flags))
+
+    def securityLabel(self) -> list[Any]:
+        """[the running domain's security label, whether it is enforced]."""
+        get = self._call("virDomainGetSecurityLabel", "domain_get_security_label")
+        return list(get(self._ref))
 
     def XMLDesc(self, flags: int = 0) -> str:
         """The ``<domain>`` document: at least name, uuid and disks."""
@@ -370,14 +415,7 @@ class Domain:
         return 0
 
     def _call(self, function: str, method: str) -> Callable[..., Any]:
-        """The driver's METHOD, where the connection may use it and the driver has it."""
-        driver = self._connection._open(function)
-        if not access.allowed(method, self._connection._granted()):
-            raise access.read_only(function)
-        hook: Callable[..., Any] | None = getattr(driver, method, None)
-        if hook is None:
-            raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)
-        return hook
+        return self._connection._hook(function, method, libvirt.VIR_FROM_DOMAIN)
 
 
 def _check_not_none(function: str, **arguments: object) -> None:

@@ -127,6 +127,9 @@ class QueryDriver(Driver, Protocol):
 
     def domain_has_managed_save_image(self, domain: DomainRef, flags: int) -> bool: ...
 
+    def domain_snapshot_num(self, domain: DomainRef, flags: int) -> int:
+        """How many snapshots of it libvirt has noted."""
+
     def domain_get_security_label(self, domain: DomainRef) -> tuple[str, bool]:
         """(label, enforced)."""
 

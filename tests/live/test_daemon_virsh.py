@@ -85,7 +85,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     "command",
     [
         "list --all", "list --name", "list --uuid", "list --inactive", "list --state-running",
-        "list --transient --table", "list --persistent", "dominfo vm", "domstate vm --reason",
+        "list --transient --table", "list --persistent", "list --with-snapshot",
+        "list --without-snapshot", "list --with-checkpoint", "list --without-checkpoint",
+        "dominfo vm", "domstate vm --reason",
         "domid vm", "domuuid vm", "domname 1", "dumpxml vm", "dumpxml vm --security-info",
         "domblklist vm", "domblklist vm --details", "domblkinfo vm vda",
         "domblkinfo vm sdb --human",

@@ -283,7 +283,16 @@ def test_the_same_one_value(command: str, scene: Scene) -> None:
 
 def test_the_same_is_in_lines(scene: Scene) -> None:
     [told], [text] = scene.of("dominfo"), scene.text["dominfo"]
-    assert re.findall(r": +(.*)", text) == [str(value) for value in told.values()]
+    pairs = dict(re.findall(r"^(.*): +(.*)$", text, re.MULTILINE))
+    assert float(pairs.pop("CPU time").removesuffix("s")) <= told["cpu_time"] + 0.1
+    memory = f"{told['max_memory'] >> 10} KiB"
+    assert pairs == {
+        "Id": str(told["id"]), "Name": told["name"], "UUID": told["uuid"],
+        "OS Type": told["os_type"], "State": told["state"], "CPU(s)": str(told["cpus"]),
+        "Max memory": memory, "Used memory": memory, "Persistent": "no", "Autostart": "disable",
+        "Managed save": "no",
+    }  # fmt: skip
+    assert {told[key] for key in ("persistent", "autostart", "managed_save")} == {False}
     [told], [text] = scene.of("version"), scene.text["version"]
     hypervisor = told["hypervisor"]
     assert f"Running hypervisor: {hypervisor['type']} {hypervisor['version']}\n" in text

@@ -605,6 +605,7 @@ def test_disks_are_listed_as_virsh_lists_them(tmp_path: pathlib.Path) -> None:
         "--xpath //disk/@type",
         "--xpath '//name/text()'",
         "--xpath //nope",
+        "--xpath '/domain[/]'",
         "--xpath '//disk|//name' --wrap",
         "--xpath //nope --wrap",
         "--xpath //@type --wrap",

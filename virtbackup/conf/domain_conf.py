@@ -50,6 +50,8 @@ class DomainDef:
     uuid: str
     id: int | None = None
     disks: tuple[DiskDef, ...] = ()
+    title: str | None = None
+    """A few words of whoever runs it."""
 
     @classmethod
     def parse(cls, document: str) -> "DomainDef":
@@ -61,6 +63,7 @@ class DomainDef:
             uuid=root.findtext("uuid", ""),
             id=None if id is None else _number(id, root),
             disks=tuple(_parse_disk(disk) for disk in root.iterfind("devices/disk")),
+            title=root.findtext("title"),
         )
 
     def format(self) -> str:
@@ -72,6 +75,8 @@ class DomainDef:
                 root.set("id", str(self.id))
             etree.SubElement(root, "name").text = self.name
             etree.SubElement(root, "uuid").text = self.uuid
+            if self.title is not None:
+                etree.SubElement(root, "title").text = self.title
             devices = etree.SubElement(root, "devices")
             for disk in self.disks:
                 _format_disk(disk, devices)

@@ -76,6 +76,11 @@ def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     added = sight.graph.stores_of(node) - {node} - set(disk.stores)
     if added:
         return f"it got another image, '{min(added)}', below its node '{node}' during the backup"
+    if disk.backing is None and (lost := set(disk.stores) - sight.graph.stores_of(node)):
+        return (
+            f"it has lost the image '{min(lost)}' below its node '{node}', and the older version of"
+            " virtbackup that began the backup did not note by what that could be told to be right"
+        )
     for backing in has_lost(disk, sight):
         now = sight.nodes.get(backing.node)
         # Whoever has merged the one into the other has noted it in the image.
@@ -96,7 +101,7 @@ def has_lost(disk: status.DiskStatus, sight: Sight) -> list[block.Backing]:
         return []
     return [
         backing
-        for backing in disk.backing
+        for backing in disk.backing or ()
         if not sight.graph.is_backed(backing)
         and disk.image in {backing.node, *sight.graph.nodes_over(backing.node)}
     ]
@@ -105,7 +110,7 @@ def has_lost(disk: status.DiskStatus, sight: Sight) -> list[block.Backing]:
 def _offset_reason(disk: status.DiskStatus, sight: Sight, graph: block.Graph) -> str | None:
     """Why the frozen disk may show another part of its file, by ``blockdev-reopen``."""
     drive = _drive(disk, sight)
-    if drive is None or drive.medium is None or drive.medium.offset == disk.offset:
+    if drive is None or drive.medium is None or disk.offset in (None, drive.medium.offset):
         return None
     if not graph.is_filtered(drive.medium.node, disk.image):
         return None  # that of an overlay

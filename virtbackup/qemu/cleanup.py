@@ -134,12 +134,15 @@ def _remove_guards(
         guards = [
             monitor_json.BitmapOf(node, naming.guard_bitmap(left.id, number))
             for number, disk in enumerate(left.disks)
-            for node in disk.guards
+            for node in disk.guards or ()
         ]
-        if not guards:
+        is_known = all(disk.guards is not None for disk in left.disks)
+        if is_known and not guards:
             return [], []
-        if branches.remove(session, guards) is None:
+        if is_known and branches.remove(session, guards) is None:
             return list(map(str, guards)), []
+        if not session.capabilities.guards(filtered=True):
+            return [], []
     danger = domain.danger_of_named_nodes(session.qemu, session.capabilities)
     if danger is not None:
         return [], [f"bitmaps that keep disks from going back to a snapshot, as {danger}"]

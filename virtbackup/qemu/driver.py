@@ -6,6 +6,7 @@ between calls the monitor is everybody's. What must outlast a call is in the sta
 """
 
 import contextlib
+import dataclasses
 import os
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +148,11 @@ class QmpDriver(queries.QmpQueries):
             return libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN
 
     def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return self._definition().format()
+        """Nothing is known of the domain but how it runs: INACTIVE, it is without its id alone."""
+        found = self._definition()
+        if flags & libvirt.VIR_DOMAIN_XML_INACTIVE:
+            found = dataclasses.replace(found, id=None)
+        return found.format()
 
     def _definition(self) -> domain_conf.DomainDef:
         with self._session() as session:

@@ -205,7 +205,7 @@ class BackupJob:
         there is none, or another one.
         """
         with self._file.locked():
-            running = self._file.load()
+            running = self._load_known()
             if running is None:
                 raise _no_backup()
             _check_is(running, only)
@@ -279,7 +279,7 @@ class BackupJob:
         VIR_ERR_OPERATION_INVALID while a backup of it runs."""
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
-            left = self._file.load()
+            left = self._load_known()
             state = _ask(session, left, bitmaps=True)
             if left is not None and left.branch == name and not _is_stale(session, state, left):
                 raise errors.error(
@@ -300,6 +300,7 @@ class BackupJob:
         Errors: VIR_ERR_OPERATION_INVALID while a backup runs."""
         with self._file.locked():
             left = self._file.load()
+            other = self._file.of_other_version() if left is None else None
             try:
                 with self._connect() as session:
                     state = _ask(session, left)
@@ -317,6 +318,11 @@ class BackupJob:
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
                     *self._forget(_abandoned(left)),
                 ]
+            if other is not None:
+                self._file.remove()
+                removed.insert(
+                    0, f"verdict on backup {other.id}: not known, thus not good: {other}"
+                )
             return removed + runtime.sweep()
 
     # --- start ---
@@ -324,7 +330,7 @@ class BackupJob:
     def _make_room(self, session: domain.Session, bitmaps: bool) -> backup.BlockState:
         """Refuse while a backup runs; clear away what a crash left of an earlier one. What QEMU has
         then, and with BITMAPS of every image."""
-        left = self._file.load()
+        left = self._load_known()
         unsafe = None
         try:
             state = _ask(session, left, bitmaps)
@@ -361,6 +367,13 @@ class BackupJob:
         shown = state.backups()
         if not shown:
             return
+        for file, kept in status.of_other_versions_in(self._file.path.parent):
+            if file != self._file.path and kept.id in shown:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    f"{kept}: it is of another monitor of this QEMU, over which it is ended; where"
+                    f" there is no such monitor any more, remove '{file}' first",
+                )
         for file, other in status.all_in(self._file.path.parent):
             runs = other.phase == "running" and other.id in shown and _alive(other.owner)
             if file != self._file.path and runs:
@@ -452,11 +465,22 @@ class BackupJob:
     # --- stop and info ---
 
     def _running(self, only: naming.BackupId | None = None) -> status.Status:
-        running = self._file.load()
+        running = self._load_known()
         if running is None or running.phase != "running":
             raise _no_backup()
         _check_is(running, only)
         return running
+
+    def _load_known(self) -> status.Status | None:
+        """The status, None where there is none. Errors: VIR_ERR_OPERATION_UNSUPPORTED for one of
+        another version, which is not to be taken for none."""
+        known = self._file.load()
+        if known is None and (other := self._file.of_other_version()) is not None:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"{other}: stop it by that version, or have backup-cleanup end it as not good",
+            )
+        return known
 
     def _end(
         self, session: domain.Session, running: status.Status

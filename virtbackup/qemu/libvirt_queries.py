@@ -115,6 +115,10 @@ class LibvirtQueries:
         return bool(self.lookup(ref).hasManagedSaveImage(flags))
 
     @own_errors()
+    def domain_snapshot_num(self, ref: hypervisor.DomainRef, flags: int) -> int:
+        return int(self.lookup(ref).snapshotNum(flags))
+
+    @own_errors()
     def domain_get_security_label(self, ref: hypervisor.DomainRef) -> tuple[str, bool]:
         label, enforced = self.lookup(ref).securityLabel()
         return label, bool(enforced)

@@ -113,6 +113,9 @@ class QmpQueries:
     def domain_has_managed_save_image(self, ref: hypervisor.DomainRef, flags: int) -> bool:
         return False
 
+    def domain_snapshot_num(self, ref: hypervisor.DomainRef, flags: int) -> int:
+        return 0
+
     def domain_get_security_label(self, ref: hypervisor.DomainRef) -> tuple[str, bool]:
         return "", False
 

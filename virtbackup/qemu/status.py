@@ -31,6 +31,9 @@ from virtbackup.qemu import block, naming
 logger = logging.getLogger(__name__)
 
 VERSION = 10
+"""Of what is written. Whoever raises it has ``_complete`` read the one before, as far as a verdict
+that rests on it can be an honest one; a backup that is under way at an upgrade is ended so."""
+_READ = range(8, VERSION + 1)
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
@@ -56,10 +59,11 @@ class DiskStatus:
     """The device's place in QEMU's object tree; None where there was none to be asked about."""
     image: naming.NodeName
     stores: tuple[naming.NodeName, ...]
-    offset: int
-    backing: tuple[block.Backing, ...]
-    """As ``backup.DiskPlan``, in order."""
-    guards: tuple[naming.NodeName, ...]
+    offset: int | None
+    backing: tuple[block.Backing, ...] | None
+    """As ``backup.DiskPlan``, in order. What an older version, which began the backup, did not note
+    is None, here and in ``guards``."""
+    guards: tuple[naming.NodeName, ...] | None
     """The nodes with a bitmap that keeps them from going back to a snapshot."""
     export: naming.ExportId
     exportname: str
@@ -156,12 +160,29 @@ def _address(definition: str) -> backup_conf.Address:
     return backup_conf.BackupDef.parse(definition).address
 
 
+class OtherVersion(ValueError):
+    """A status that another version of the package has written, and that this one cannot read."""
+
+    def __init__(self, version: int, id: str) -> None:
+        older = "a newer" if version > VERSION else "an older"
+        super().__init__(
+            f"backup {id} was begun by {older} version of virtbackup, whose status file, of version"
+            f" {version}, cannot be read by this one, which reads {_READ[0]} to {_READ[-1]}"
+        )
+        self.id = id
+        """The backup's."""
+
+
 def parse(text: str) -> Status:
-    """Read a file. Errors: ValueError for what ``format`` did not write."""
+    """Read a file. Errors: OtherVersion; another ValueError for what ``format`` did not write."""
     try:
         fields: dict[str, Any] = json.loads(text)
-        if fields.pop("version") != VERSION:
-            raise ValueError("another version")
+        version = fields.pop("version")
+        if type(version) is int and version not in _READ:
+            raise OtherVersion(version, str(fields["id"]))
+        if version not in _READ:
+            raise ValueError("no version")
+        fields["disks"] = [_complete(disk) for disk in fields["disks"]]
         disks = tuple(_parse_disk(disk) for disk in fields.pop("disks"))
         qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
         return Status(
@@ -174,11 +195,27 @@ def parse(text: str) -> Status:
         raise ValueError(f"not a status: {failure!r}") from failure
 
 
+def _complete(fields: dict[str, Any]) -> dict[str, Any]:
+    """A disk of whatever version can be read, with what was not noted then.
+
+    Without ``image`` it is taken to be ``node``, so that an image that comes between the two, as by
+    a snapshot, is one too many: a verdict may be bad then where it could be good, never the other
+    way round. Where the disk has no branch, whose bitmap does the same, it may have had a guard.
+    """
+    known = {"image": fields["node"], "offset": None, "backing": None, **fields}
+    if "guards" not in known:
+        guarded = known.pop("guarded", None if known["branch"] is None else False)
+        known["guards"] = None if guarded is None else [known["image"]] if guarded else []
+    return known
+
+
 def _parse_disk(fields: dict[str, Any]) -> DiskStatus:
     stores = tuple(map(naming.NodeName, fields.pop("stores")))
-    guards = tuple(map(naming.NodeName, fields.pop("guards")))
-    backing = tuple(block.Backing(**one) for one in fields.pop("backing"))
-    branch = fields.pop("branch")
+    guards, backing, branch = (fields.pop(key) for key in ("guards", "backing", "branch"))
+    if guards is not None:
+        guards = tuple(map(naming.NodeName, guards))
+    if backing is not None:
+        backing = tuple(block.Backing(**one) for one in backing)
     if branch is not None:
         since = branch.pop("since")
         point = None if since is None else naming.Point(**since)
@@ -224,19 +261,36 @@ class StatusFile:
         return lock
 
     def load(self) -> Status | None:
-        """The status, or None where there is none (a broken one is logged and counts so).
+        """The status, or None where there is none (a broken one, or one of another version, is
+        logged and counts so).
 
         Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
         """
+        try:
+            return self._read()
+        except ValueError as failure:
+            logger.warning("status=%s unreadable: %s", self.path, failure)
+            return None
+
+    def of_other_version(self) -> OtherVersion | None:
+        """Why the status, where ``load`` gives none, is one of another version. Errors: as
+        ``load``."""
+        try:
+            self._read()
+        except OtherVersion as other:
+            return other
+        except ValueError:
+            pass
+        return None
+
+    def _read(self) -> Status | None:
+        """Errors: as ``load``, and as ``parse``."""
         try:
             return parse(runtime.read_file(self.path).decode())
         except FileNotFoundError:
             return None
         except OSError as failure:
             raise errors.system_error(failure, f"cannot read status '{self.path}'") from failure
-        except ValueError as failure:
-            logger.warning("status=%s unreadable: %s", self.path, failure)
-            return None
 
     def save(self, status: Status) -> None:
         """Replace the file; whoever reads sees the old one or the new one. The first time there has
@@ -265,10 +319,30 @@ class StatusFile:
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
-    """The status files of a directory, whosever domains they are about."""
+    """The status files of a directory, whosever domains they are about; not those that cannot be
+    read."""
+    for path, found in _files_in(directory):
+        if isinstance(found, Status):
+            yield path, found
+
+
+def of_other_versions_in(
+    directory: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, OtherVersion]]:
+    """Those of a directory that ``all_in`` leaves out for their version."""
+    for path, found in _files_in(directory):
+        if isinstance(found, OtherVersion):
+            yield path, found
+
+
+def _files_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status | OtherVersion]]:
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
-            yield path, parse(runtime.read_file(path).decode())
+            try:
+                found: Status | OtherVersion = parse(runtime.read_file(path).decode())
+            except OtherVersion as other:
+                found = other
+            yield path, found
 
 
 def _open_or_make(path: str | os.PathLike[str], flags: int) -> int:

@@ -175,7 +175,20 @@ def judge(session: domain.Session, running: status.Status, sight: blockjob.Sight
         return of_all(running, "the domain was restarted")
     if running.phase != "running":
         return of_all(running, f"the process that was {running.phase} it did not come to an end")
-    return blockjob.judge(running.disks, sight)
+    return _unguarded(session.capabilities, running) | blockjob.judge(running.disks, sight)
+
+
+def _unguarded(caps: capabilities.Capabilities, running: status.Status) -> dict[str, str]:
+    """Disk -> that nobody knows what an older version, which began the backup, did not note. That
+    one guarded every disk where QEMU needs it of all, but not where of some."""
+    if caps.guards(filtered=False) or not caps.guards(filtered=True):
+        return {}
+    return {
+        disk.target: "an older version of virtbackup began the backup, and did not note whether the"
+        " disk was kept from going back to a snapshot"
+        for disk in running.disks
+        if disk.guards is None
+    }
 
 
 def of_all(running: status.Status, reason: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import access, errors, hypervisor
-from virtbackup.remote import domains, protocol, remote_types, rpc_error, wire_conf, xdr
+from virtbackup.remote import checkpoint, domains, protocol, remote_types, rpc_error, wire_conf, xdr
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import Session, handles, hands_on
 from virtbackup.remote.dispatch_connect import terminated
@@ -62,6 +62,16 @@ _GROUPS: tuple[tuple[int, Callable[[domains.Found], set[int]]], ...] = (
         libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART,
         libvirt.VIR_CONNECT_LIST_DOMAINS_NO_AUTOSTART,
         lambda one: bool(one.call("virDomainGetAutostart", "domain_get_autostart")),
+    ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_SNAPSHOT,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_NO_SNAPSHOT,
+        lambda one: bool(one.call("virDomainSnapshotNum", "domain_snapshot_num", 0)),
+    ),
+    _either(
+        libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_CHECKPOINT,
+        libvirt.VIR_CONNECT_LIST_DOMAINS_NO_CHECKPOINT,
+        lambda one: bool(checkpoint.of(one)),
     ),
     (
         libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING
@@ -204,6 +214,7 @@ hands_on(
     REMOTE, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", "virDomainHasManagedSaveImage",
     "domain_has_managed_save_image",
 )  # fmt: skip
+hands_on(REMOTE, "DOMAIN_SNAPSHOT_NUM", "virDomainSnapshotNum", "domain_snapshot_num")
 hands_on(
     REMOTE, "DOMAIN_GET_SECURITY_LABEL", "virDomainGetSecurityLabel", "domain_get_security_label",
     _label,

@@ -493,6 +493,9 @@ class RemoteDriver:
     def domain_has_managed_save_image(self, ref: hypervisor.DomainRef, flags: int) -> bool:
         return bool(self._of(ref, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", flags).result)
 
+    def domain_snapshot_num(self, ref: hypervisor.DomainRef, flags: int) -> int:
+        return int(self._of(ref, "DOMAIN_SNAPSHOT_NUM", flags).num)
+
     def domain_get_security_label(self, ref: hypervisor.DomainRef) -> tuple[str, bool]:
         sent = self._of(ref, "DOMAIN_GET_SECURITY_LABEL")
         return _text(sent.label), bool(sent.enforcing)

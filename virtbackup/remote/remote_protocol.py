@@ -70,6 +70,7 @@ REMOTE = program.Program(
             structs.DomainFlagsArgs,
             structs.DomainHasManagedSaveImageRet,
         ),
+        Proc(187, "DOMAIN_SNAPSHOT_NUM", structs.DomainFlagsArgs, structs.NumRet),
         Proc(
             194, "DOMAIN_GET_BLOCK_INFO", structs.DomainPathFlagsArgs, structs.DomainGetBlockInfoRet
         ),

@@ -152,7 +152,7 @@ def _parse_diskspec(spec: str) -> "backup_conf.BackupDiskDef":
     """``NAME[,KEY=VALUE]...``, a comma in a name or a value written twice."""
     from virtbackup.conf import backup_conf, storage_conf
 
-    name, *parts = (part.replace("\0", ",") for part in spec.replace(",,", "\0").split(","))
+    name, *parts = vsh.split_list(spec)
     values: dict[str, str] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -607,7 +607,7 @@ def _interact(shell: virsh_connection.Shell) -> int:
 
 def _usage() -> str:
     options = [
-        f"    {option.term if option.letter else '     ' + option.term:<23} {option.help}\n"
+        f"    {option.term if option.letter else '     ' + option.term:<29} {option.help}\n"
         for option in virsh_options.OWN_OPTIONS
     ]
     groups = "\n".join(vsh.group_help(TABLE, group) for group in TABLE.groups)

@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 DEFAULT_URI = "qemu:///system"
+URI_VARIABLES = ("VIRTBACKUP_DEFAULT_URI", "VIRSH_DEFAULT_CONNECT_URI", "LIBVIRT_DEFAULT_URI")
+"""Of the environment, the first first; virsh has the second."""
 
 
 def default_uri() -> str:
     """The URI to use where the user gives none."""
-    for variable in ("VIRTBACKUP_DEFAULT_URI", "LIBVIRT_DEFAULT_URI"):
+    for variable in URI_VARIABLES:
         if uri := os.environ.get(variable):
             return uri
     return DEFAULT_URI
@@ -322,12 +324,15 @@ def print_xml(shell: Shell, args: vsh.Args, document: str) -> None:
         return
     from lxml import etree
 
+    root = etree.fromstring(document)
     try:
-        found = etree.fromstring(document).xpath(expression)
+        found = root.xpath(expression)
     except etree.XPathError as error:
         raise vsh.Failure(f"Incorrect xpath '{expression}': {error}") from error
     if not isinstance(found, list):
         raise vsh.Failure(f"Incorrect xpath '{expression}': it gives no nodes")
+    if root.xpath(f"count({expression}) > {len(found)}"):
+        found.insert(0, root)  # the document itself, which lxml leaves out
     for one in [_wrapped(found)] if args.flag("wrap") else found:
         shell.print(_node(one))
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands that look at domains (virsh-domain.c, virsh-domain-monitor.c)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import virtbackup
 from virtbackup.tools import virsh_connection, vsh
+
+_T = TypeVar("_T")
 
 MANAGEMENT = vsh.Group("domain", "Domain Management")
 MONITORING = vsh.Group("monitor", "Domain Monitoring")
@@ -67,29 +70,103 @@ _STATE_FILTERS = {
 """Option of list -> the states that it is about."""
 
 
+def _has_managed_save(domain: "virtbackup.Domain") -> bool:
+    return bool(domain.hasManagedSaveImage())
+
+
+def _has_branch(domain: "virtbackup.Domain") -> bool | None:
+    """None of one that does not run: nobody can be asked."""
+    import libvirt
+
+    if not domain.isActive():
+        return None
+    try:
+        return bool(domain.branchList())
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+            raise
+        return False
+
+
+_FILTERS: tuple[tuple[str, str, Callable[["virtbackup.Domain"], int | None]], ...] = (
+    ("persistent", "transient", lambda domain: domain.isPersistent()),
+    ("autostart", "no-autostart", lambda domain: domain.autostart()),
+    ("with-managed-save", "without-managed-save", _has_managed_save),
+    ("with-snapshot", "without-snapshot", lambda domain: bool(domain.snapshotNum())),
+    ("with-checkpoint", "without-checkpoint", _has_branch),
+)
+"""Options of list: those that it is so of, and those that it is not; both: all."""
+
+
 def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     args.exclusive("json", "table")
     for form in ("name", "uuid", "id"):
         args.exclusive("json", form)
         args.exclusive("table", form)
+    domains = _wanted(shell.control.connection().listAllDomains(), args)
+    domains.sort(key=lambda domain: (not domain.isActive(), domain.ID(), domain.name().lower()))
+    columns = [name for name in _COLUMNS if args.flag(name)]
+    if args.flag("json"):
+        told = (*_ALWAYS, "title") if args.flag("title") else _ALWAYS
+        shell.print_json([_facts(domain, told) for domain in domains])
+    elif columns:
+        for domain in domains:
+            if columns != ["id"] or domain.isActive():
+                shell.print(" ".join(_COLUMNS[name](domain) for name in columns))
+    else:
+        _print_table(shell, args, domains)
+
+
+def _wanted(domains: Iterable["virtbackup.Domain"], args: vsh.Args) -> list["virtbackup.Domain"]:
+    """Those of DOMAINS that the options are about."""
     states = [state for name, some in _STATE_FILTERS.items() if args.flag(name) for state in some]
-    domains = [
+    whether_active = not args.flag("inactive")
+    found = [
         domain
-        for domain in shell.control.connection().listAllDomains()
-        if args.flag("all") or bool(states) or bool(domain.isActive()) != args.flag("inactive")
+        for domain in domains
+        if args.flag("all")
+        or bool(domain.isActive()) == whether_active
+        or (states and whether_active)
     ]
     if states:
-        domains = [domain for domain in domains if _state(domain) in states]
-    domains.sort(key=lambda domain: (not domain.isActive(), domain.ID(), domain.name()))
-    wanted = [told for name, told in _COLUMNS.items() if args.flag(name)]
-    if args.flag("json"):
-        shell.print_json([_facts(domain) for domain in domains])
-    elif wanted:
-        for domain in domains:
-            shell.print(" ".join(told(domain) for told in wanted))
-    else:
-        rows = [(_id(domain), domain.name(), _state(domain)) for domain in domains]
-        shell.print_table(("Id", "Name", "State"), rows)
+        found = [domain for domain in found if _state(domain) in states]
+    for yes, no, is_so in _FILTERS:
+        if args.flag(yes) != args.flag(no):
+            found = [one for one in found if _known(one, is_so) == int(args.flag(yes))]
+    return found
+
+
+def _known(domain: "virtbackup.Domain", fact: Callable[["virtbackup.Domain"], _T]) -> _T | None:
+    """A FACT of DOMAIN; None where that is gone by now. Errors: libvirt's others."""
+    import libvirt
+
+    try:
+        return fact(domain)
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        return None
+
+
+def _title(domain: "virtbackup.Domain") -> str | None:
+    from virtbackup.conf import domain_conf
+
+    return _known(domain, lambda one: domain_conf.DomainDef.parse(one.XMLDesc()).title)
+
+
+def _print_table(
+    shell: virsh_connection.Shell, args: vsh.Args, domains: Iterable["virtbackup.Domain"]
+) -> None:
+    titled, saved = args.flag("title"), args.flag("managed-save")
+    header = ("Id", "Name", "State", *(("Title",) if titled else ()))
+    rows = []
+    for domain in domains:
+        state = _state(domain)
+        if saved and state == "shut off" and _known(domain, _has_managed_save):
+            state = "saved"
+        title = (_title(domain) or "",) if titled else ()
+        rows.append((_id(domain), domain.name(), state, *title))
+    shell.print_table(header, rows)
 
 
 def _id(domain: "virtbackup.Domain") -> str:
@@ -108,26 +185,100 @@ _FACTS: dict[str, Callable[["virtbackup.Domain"], object]] = {
     "name": lambda domain: domain.name(),
     "uuid": lambda domain: domain.UUIDString(),
     "state": _state,
+    "title": _title,
 }
 """What there is to tell of a domain, and what JSON calls it."""
 
+_ALWAYS = ("id", "name", "uuid", "state")
+"""Of these, what is told unasked."""
 
-def _facts(domain: "virtbackup.Domain") -> dict[str, object]:
-    return {key: fact(domain) for key, fact in _FACTS.items()}
+
+def _facts(domain: "virtbackup.Domain", keys: Iterable[str] = _ALWAYS) -> dict[str, object]:
+    return {key: _FACTS[key](domain) for key in keys}
 
 
 def _dominfo(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     domain = virsh_connection.domain(shell, args)
+    more = _more_facts(domain)
     if args.flag("json"):
-        shell.print_json(_facts(domain))
+        shell.print_json({**_facts(domain), **more})
         return
+    facts = {**_facts(domain), "id": _id(domain), **more}
     pairs = [
-        ("Id", _id(domain)),
-        ("Name", domain.name()),
-        ("UUID", domain.UUIDString()),
-        ("State", _state(domain)),
+        (label, form(facts[key])) for key, (label, form) in _INFO.items() if facts[key] is not None
     ]
+    pairs += [("Messages", message) for message in more["messages"] or ()]
     virsh_connection.print_pairs(shell, pairs)
+
+
+_INFO: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "id": ("Id", str),
+    "name": ("Name", str),
+    "uuid": ("UUID", str),
+    "os_type": ("OS Type", str),
+    "state": ("State", str),
+    "cpus": ("CPU(s)", str),
+    "cpu_time": ("CPU time", lambda seconds: f"{seconds:.1f}s"),
+    "max_memory": ("Max memory", lambda size: f"{size >> 10} KiB"),
+    "used_memory": ("Used memory", lambda size: f"{size >> 10} KiB"),
+    "persistent": ("Persistent", lambda is_so: "yes" if is_so else "no"),
+    "autostart": ("Autostart", lambda is_so: "enable" if is_so else "disable"),
+    "managed_save": ("Managed save", lambda is_so: "yes" if is_so else "no"),
+    "security_model": ("Security model", str),
+    "security_doi": ("Security DOI", str),
+    "security_label": ("Security label", str),
+}
+"""What ``dominfo`` tells, and how."""
+
+
+def _more_facts(domain: "virtbackup.Domain") -> dict[str, Any]:
+    """What only some drivers can tell of a domain, in bytes and seconds; None where it is not
+    known."""
+    info = _if_told(domain.info)
+    _, most, used, cpus, time = info or (0, 0, 0, 0, 0)
+    return {
+        "os_type": _if_told(domain.OSType),
+        "cpus": cpus or None,
+        "cpu_time": time / 1e9 if time else None,
+        "max_memory": most << 10 or None,
+        "used_memory": used << 10 or None,
+        **{
+            key: None if (is_so := _if_told(ask)) is None else bool(is_so)
+            for key, ask in (
+                ("persistent", domain.isPersistent),
+                ("autostart", domain.autostart),
+                ("managed_save", domain.hasManagedSaveImage),
+            )
+        },
+        **_security(domain),
+        "messages": _if_told(domain.messages),
+    }
+
+
+def _security(domain: "virtbackup.Domain") -> dict[str, str | None]:
+    """What keeps the domain from others; None where there is nothing, or it does not run."""
+    model, doi = _if_told(domain.connect().getSecurityModel) or ("", "")
+    label, is_enforced = "", False
+    if model and domain.isActive():
+        label, is_enforced = _if_told(domain.securityLabel) or ("", False)
+    mode = "enforcing" if is_enforced else "permissive"
+    return {
+        "security_model": model or None,
+        "security_doi": doi if model else None,
+        "security_label": f"{label} ({mode})" if label else None,
+    }
+
+
+def _if_told(ask: Callable[[], _T]) -> _T | None:
+    """What the driver answers; None where it cannot, or the domain is gone by now."""
+    import libvirt
+
+    try:
+        return ask()
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() not in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_NO_DOMAIN):
+            raise
+        return None
 
 
 def _print_one(key: str) -> Callable[[virsh_connection.Shell, vsh.Args], None]:
@@ -155,15 +306,29 @@ def _domstate(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         shell.print(f"{state} ({reason})" if told else state)
 
 
+_INACTIVE = 1 << 1
+"""VIR_DOMAIN_XML_INACTIVE: by its number, as help would wait for libvirt."""
+
+_XML_FLAGS = (
+    ("inactive", _INACTIVE, "show inactive defined XML"),
+    ("security-info", 1 << 0, "include security sensitive information in XML dump"),
+    ("update-cpu", 1 << 2, "update guest CPU according to host CPU"),
+    ("migratable", 1 << 3, "provide XML suitable for migrations"),
+)
+"""Option of dumpxml, its VIR_DOMAIN_XML_* flag, help."""
+
+
 def _dumpxml(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    virsh_connection.print_xml(shell, args, virsh_connection.domain(shell, args).XMLDesc())
+    flags = sum(flag for name, flag, _ in _XML_FLAGS if args.flag(name))
+    virsh_connection.print_xml(shell, args, virsh_connection.domain(shell, args).XMLDesc(flags))
 
 
 def _domblklist(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.conf import domain_conf
 
     domain = virsh_connection.domain(shell, args)
-    disks = domain_conf.DomainDef.parse(domain.XMLDesc()).disks
+    flags = _INACTIVE if args.flag("inactive") else 0
+    disks = domain_conf.DomainDef.parse(domain.XMLDesc(flags)).disks
     if args.flag("json"):
         facts = [
             {
@@ -193,6 +358,9 @@ COMMANDS = (
         "Get the summary of block devices for a domain.",
         (
             virsh_connection.DOMAIN,
+            vsh.Option(
+                "inactive", vsh.Kind.BOOL, "get inactive rather than running configuration"
+            ),
             vsh.Option(
                 "details", vsh.Kind.BOOL, "additionally display the type and device value"
             ),
@@ -231,7 +399,12 @@ COMMANDS = (
     vsh.Command(
         "dumpxml", MANAGEMENT.keyword, "domain information in XML",
         "Print what is known of the domain as an XML document: at least its name, uuid and disks.",
-        (virsh_connection.DOMAIN, *virsh_connection.XPATH), _dumpxml,
+        (
+            virsh_connection.DOMAIN,
+            *(vsh.Option(name, vsh.Kind.BOOL, text) for name, _, text in _XML_FLAGS),
+            *virsh_connection.XPATH,
+        ),
+        _dumpxml,
     ),
     vsh.Command(
         "list", MONITORING.keyword, "list domains",
@@ -239,14 +412,37 @@ COMMANDS = (
         (
             vsh.Option("inactive", vsh.Kind.BOOL, "list inactive domains"),
             vsh.Option("all", vsh.Kind.BOOL, "list inactive & active domains"),
+            vsh.Option("transient", vsh.Kind.BOOL, "list transient domains"),
+            vsh.Option("persistent", vsh.Kind.BOOL, "list persistent domains"),
+            vsh.Option("with-snapshot", vsh.Kind.BOOL, "list domains with existing snapshot"),
+            vsh.Option("without-snapshot", vsh.Kind.BOOL, "list domains without a snapshot"),
+            vsh.Option(
+                "with-checkpoint", vsh.Kind.BOOL, "list running domains with existing branch,"
+                " or checkpoint of libvirt's",
+            ),
+            vsh.Option(
+                "without-checkpoint", vsh.Kind.BOOL, "list running domains without either"
+            ),
             vsh.Option("state-running", vsh.Kind.BOOL, "list domains in running state"),
             vsh.Option("state-paused", vsh.Kind.BOOL, "list domains in paused state"),
             vsh.Option("state-shutoff", vsh.Kind.BOOL, "list domains in shutoff state"),
             vsh.Option("state-other", vsh.Kind.BOOL, "list domains in other states"),
+            vsh.Option("autostart", vsh.Kind.BOOL, "list domains with autostart enabled"),
+            vsh.Option("no-autostart", vsh.Kind.BOOL, "list domains with autostart disabled"),
+            vsh.Option(
+                "with-managed-save", vsh.Kind.BOOL, "list domains with managed save state"
+            ),
+            vsh.Option(
+                "without-managed-save", vsh.Kind.BOOL, "list domains without managed save"
+            ),
             vsh.Option("id", vsh.Kind.BOOL, "list domain IDs only"),
             vsh.Option("table", vsh.Kind.BOOL, "list table (default)"),
             vsh.Option("uuid", vsh.Kind.BOOL, "list uuid's only"),
             vsh.Option("name", vsh.Kind.BOOL, "list domain names only"),
+            vsh.Option(
+                "managed-save", vsh.Kind.BOOL, "mark inactive domains with managed save state"
+            ),
+            vsh.Option("title", vsh.Kind.BOOL, "show domain title"),
             virsh_connection.JSON,
         ),
         _list,

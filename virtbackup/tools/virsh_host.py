@@ -32,14 +32,18 @@ def _version(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     connection = shell.control.connection()
     kind, own = connection.getType(), dotted(connection.getLibVersion())
     hypervisor = dotted(connection.getVersion())
+    daemon = dotted(connection.getDaemonVersion()) if args.flag("daemon") else None
     if args.flag("json"):
-        facts = {"virtbackup": own, "libvirt": dotted(libvirt.getVersion())}
-        shell.print_json({**facts, "hypervisor": {"type": kind, "version": hypervisor}})
+        facts: dict[str, object] = {"virtbackup": own, "libvirt": dotted(libvirt.getVersion())}
+        facts["hypervisor"] = {"type": kind, "version": hypervisor}
+        shell.print_json({**facts, "daemon": daemon} if daemon else facts)
         return
     shell.print(f"Using library: virtbackup {own}")
     shell.print(f"Using library: libvirt {dotted(libvirt.getVersion())}")
     shell.print(f"Using API: {kind} {own}")
     shell.print(f"Running hypervisor: {kind} {hypervisor}")
+    if daemon is not None:
+        shell.print(f"Running against daemon: {daemon}")
 
 
 def dotted(version: int) -> str:
@@ -72,6 +76,10 @@ COMMANDS = (
     vsh.Command(
         "version", GROUP.keyword, "show version",
         "Display the versions of the library and of the hypervisor.",
-        (virsh_connection.JSON,), _version,
+        (
+            vsh.Option("daemon", vsh.Kind.BOOL, "report daemon version too"),
+            virsh_connection.JSON,
+        ),
+        _version,
     ),
 )  # fmt: skip

@@ -34,7 +34,10 @@ class OwnOption:
 OWN_OPTIONS = (
     OwnOption("connect", "c", "hypervisor connection URI", "URI"),
     OwnOption("debug", "d", "debug level [0-4], 0 tells most", "NUM"),
+    OwnOption("escape", "e", "taken as virsh's, and of no effect: there is no console", "CHAR"),
     OwnOption("help", "h", "this help"),
+    OwnOption("keepalive-interval", "k", "taken as virsh's, and of no effect", "NUM"),
+    OwnOption("keepalive-count", "K", "taken as virsh's, and of no effect", "NUM"),
     OwnOption("log", "l", "log to the end of FILE", "FILE"),
     OwnOption("quiet", "q", "quiet mode"),
     OwnOption("readonly", "r", "connect readonly"),
@@ -109,10 +112,14 @@ def _take_short(options: Options, word: str, rest: list[str]) -> None:
 
 
 def _next_value(name: str, rest: list[str]) -> str:
-    if rest:
+    """The next word, which is a value unless it looks like an option: no file should come to be
+    called so by an oversight."""
+    is_option = bool(rest) and re.match("-.", rest[0]) is not None
+    if rest and not is_option:
         return rest.pop(0)
     letter = next((f"'-{key}'/" for key, value in LETTERS.items() if value == name), "")
-    raise vsh.UsageError(f"option {letter}'--{name}' requires an argument")
+    hint = f"If that is meant as the value: {vsh.quote(f'--{name}={rest[0]}')}" if rest else None
+    raise vsh.UsageError(f"option {letter}'--{name}' requires an argument", hint)
 
 
 def _set_option(options: Options, name: str, value: str) -> None:
@@ -125,6 +132,11 @@ def _set_option(options: Options, name: str, value: str) -> None:
             if value not in ("", "short", "long"):
                 raise vsh.UsageError("option --version takes short or long")
             options.version = value or "short"
+        case "keepalive-interval" | "keepalive-count":
+            if not re.fullmatch(r"[0-9]{1,9}", value):
+                raise vsh.UsageError(f"option --{name} takes a number")
+        case "escape":
+            pass
         case "connect" | "log" | "trace":
             setattr(options, name, value)
         case _:

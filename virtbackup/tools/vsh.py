@@ -852,6 +852,10 @@ def _pwd(shell: Shell[Any], args: Args) -> None:
 
 def _echo(shell: Shell[Any], args: Args) -> None:
     values: Iterable[str] = args.texts("string")
+    args.exclusive("shell", "split")
+    args.exclusive("xml", "split")
+    if args.flag("split"):
+        values = ["\n".join(part for value in values for part in split_list(value))]
     if args.flag("xml"):
         values = [_escape_xml(value) for value in values]
     if args.flag("shell"):
@@ -860,6 +864,11 @@ def _echo(shell: Shell[Any], args: Args) -> None:
         shell.error(" ".join(values))
     else:
         shell.print(" ".join(values))
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of TEXT between its commas; a comma within a part is written twice."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
 
 
 def _escape_xml(value: str) -> str:
@@ -922,6 +931,7 @@ COMMANDS = (
         (
             Option("shell", Kind.BOOL, "escape for shell use"),
             Option("xml", Kind.BOOL, "escape for XML use"),
+            Option("split", Kind.BOOL, "split at each ',', a line a part; ',,' is a comma"),
             Option("err", Kind.BOOL, "output to stderr"),
             Option("string", Kind.ARGV, "arguments to echo"),
         ),
