@@ -345,7 +345,7 @@ def sent_when_refused(
         bench.job.cleanup()
         assert bench.qemu.is_clean(), f"{refusal.refused}, command {number}, was refused"
         yield from bench.qemu.sent
-        number += 1 if conftest.long() else 3
+        number += 1 if conftest.long() else 5
 
 
 def engines(caps: capabilities.Capabilities) -> Iterator[capabilities.Engine]:

@@ -633,17 +633,10 @@ def test_a_disk_that_is_resized_between_the_look_and_the_instant(tmp_path: pathl
 
 
 def test_a_disk_with_a_filter_that_is_resized_as_the_backup_begins(tmp_path: pathlib.Path) -> None:
-    file = machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
     with (
-        machines.qemu(
-            tmp_path,
-            "-object", "throttle-group,id=group",
-            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={file}",
-            "-blockdev", "throttle,node-name=filtered,throttle-group=group,file=A",
-            "-device", "virtio-blk,drive=filtered,id=vda",
-        ) as machine,
+        machines.qemu(tmp_path, *_filtered(tmp_path, SIZE)) as machine,
         virtbackup.open(machine.uri) as conn,
-    ):  # fmt: skip
+    ):
         dom = conn.lookupByID(1)
 
         def late(run: process.Run) -> None:
@@ -660,6 +653,17 @@ def test_a_disk_with_a_filter_that_is_resized_as_the_backup_begins(tmp_path: pat
         dom.backupStop()
 
 
+def _filtered(directory: pathlib.Path, size: int) -> tuple[str, ...]:
+    """The arguments for vda of SIZE bytes, whose node ``filtered`` is over its image, ``A``."""
+    image = machines.image(directory / "a.qcow2", size, "qcow2")
+    return (
+        "-object", "throttle-group,id=group",
+        "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}",
+        "-blockdev", "throttle,node-name=filtered,throttle-group=group,file=A",
+        "-device", "virtio-blk,drive=filtered,id=vda",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("branch", ["", '<branch name="b"/>'])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_disk_whose_image_was_made_smaller_below_its_filter(
@@ -667,18 +671,11 @@ def test_a_disk_whose_image_was_made_smaller_below_its_filter(
 ) -> None:
     """The filter goes on to tell the old size. Whoever asks what is behind the image's end ends
     QEMU with the hybrid engine, and no bitmap has it that there are zeroes now."""
-    file = machines.image(tmp_path / "a.qcow2", SIZE, "qcow2")
     xml = unix(tmp_path).replace("</domainbackup>", f"{branch}</domainbackup>")
     with (
-        machines.qemu(
-            tmp_path,
-            "-object", "throttle-group,id=group",
-            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={file}",
-            "-blockdev", "throttle,node-name=filtered,throttle-group=group,file=A",
-            "-device", "virtio-blk,drive=filtered,id=vda",
-        ) as machine,
+        machines.qemu(tmp_path, *_filtered(tmp_path, SIZE)) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
-    ):  # fmt: skip
+    ):
         dom = conn.lookupByID(1)
         dom.backupStart(xml)
         dom.backupStop()
@@ -844,17 +841,11 @@ def test_another_part_of_its_file_during_a_backup(
 @pytest.mark.parametrize("engine", machines.engines())
 def test_a_snapshot_below_a_filter_during_a_backup(tmp_path: pathlib.Path, engine: str) -> None:
     """The guest's writes to the new image go through the filter of the job, too."""
-    image, over = (machines.image(tmp_path / name, 4 << 20, "qcow2") for name in ("a", "over"))
+    over = machines.image(tmp_path / "over", 4 << 20, "qcow2")
     with (
-        machines.qemu(
-            tmp_path,
-            "-object", "throttle-group,id=group",
-            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}",
-            "-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A",
-            "-device", "virtio-blk,drive=throttled,id=vda",
-        ) as machine,
+        machines.qemu(tmp_path, *_filtered(tmp_path, 4 << 20)) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
-    ):  # fmt: skip
+    ):
         dom = conn.lookupByID(1)
         machine.io("vda", "write -P 5 0 64k")
         dom.backupStart(unix(tmp_path))

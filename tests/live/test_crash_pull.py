@@ -72,7 +72,7 @@ def test_killed_at_every_command(
         before = crashing.files(tmp_path, state_dir)
         pull_vm = ("virsh-backup", "-c", between.uri, "backup-pull", "vm", str(out))
         # Before one command and after it, for some of them, unless there is time for each.
-        step = 1 if conftest.long() else 5
+        step = 1 if conftest.long() else 7
         for number in range(0, 200, step):
             status = caller.spoilt(between, (number, fault), *pull_vm)
             where = f"{fault} {number} {between.spoilt}"

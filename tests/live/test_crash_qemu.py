@@ -25,7 +25,7 @@ def test_qemu_killed_at_every_command(
     before: set[str] = set()
     wrong: list[str] = []
     # Before one command and after it, for some of them, unless there is time for each.
-    for number in range(0, 200, 1 if conftest.long() else 7 if call == "pull" else 5):
+    for number in range(0, 200, 1 if conftest.long() else 9 if call == "pull" else 7):
         with crashing.machine_behind_proxy(tmp_path) as (machine, between):
             start_and_stop(machine, between, tmp_path, wrong)
             before = before or crashing.files(tmp_path, state_dir)

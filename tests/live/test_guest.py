@@ -16,7 +16,7 @@ from tests import conftest
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "nbdcopy")
 
-ROUNDS = 8 if conftest.long() else 2
+ROUNDS = 8 if conftest.long() else 1
 
 
 def read(socket: pathlib.Path, disk: records.Disk, copy: pathlib.Path) -> pathlib.Path:

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -42,6 +43,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
 @pytest.fixture
 def backed(whole: points.Backed, tmp_path: pathlib.Path) -> points.Backed:
     return whole.copy(tmp_path / "backups")
+
+
+@pytest.fixture(scope="module")
+def announced(whole: points.Backed, tmp_path_factory: pytest.TempPathFactory) -> points.Backed:
+    """The same as a prune to two points has left it that was killed before it renamed an image,
+    never to be changed."""
+    one = whole.copy(tmp_path_factory.mktemp("announced") / "backups")
+    count = 1
+    while not (one.directory / "manifest.0003.json.merged").exists():
+        assert killed_at(one.directory, 2, count)
+        count += 1
+    return one
 
 
 @pytest.fixture
@@ -156,7 +169,7 @@ def test_the_command(backed: points.Backed) -> None:
 # --- the branch goes on ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, 2] if conftest.long() else [1])
 def test_pulls_go_on(tmp_path: pathlib.Path, keep: int) -> None:
     (tmp_path / "images").mkdir()
     backed = points.Backed(tmp_path / "backups")
@@ -276,21 +289,22 @@ def test_killed_anywhere(layered: points.Backed, tmp_path: pathlib.Path) -> None
     prune without more ado ends as if nothing had been."""
     want = layered.copy(tmp_path / "want")
     cut(want.directory, 2)
-    count, lists = 1, []
-    while True:
+    lists: list[list[int]] = []
+    for count in itertools.count(1):
         one = layered.copy(tmp_path / f"killed{count}")
         if not killed_at(one.directory, 2, count):
             break
         lists.append(check(one))
         if count % 2:
             killed_at(one.directory, 2, 1 + count % 5)
+        elif count % 4 and not conftest.long():
+            continue
         plan = cut(one.directory, 2)
         assert check(one) == [3, 4]
         assert names(one.directory) == names(want.directory)
         assert told(one.directory) == told(want.directory)
         assert plan.kept[-1].made.number == 4
-        count += 1
-    assert count > 12
+    assert len(lists) > 11
     assert lists[0] == [1, 2, 3, 4]
     assert [1, 3, 4] in lists
     assert lists[-1] == [3, 4]
@@ -308,17 +322,19 @@ def test_killed_with_two_disks_and_the_newest_merged(
             break
         if count % 2:
             assert check(one) == [1, 2, 3, 4]
-        count += 1 if conftest.long() else 2
+        count += 1 if conftest.long() else 3
     assert count > 8
     cut(one.directory, 1)
     assert check(one) == [4]
 
 
 @pytest.mark.parametrize("gone", [("vda",), ("vda", "sdb")])
-def test_announced_images_are_gone(backed: points.Backed, gone: tuple[str, ...]) -> None:
+def test_announced_images_are_gone(
+    announced: points.Backed, tmp_path: pathlib.Path, gone: tuple[str, ...]
+) -> None:
     """As in a copy of the directory that was made meanwhile, or where somebody has tidied up: the
     increments are there, and so is what they need."""
-    killed_before_the_images_are_renamed(backed.directory)
+    backed = announced.copy(tmp_path / "backups")
     for disk in gone:
         (backed.directory / f"{disk}.0003.qcow2.merged").unlink()
     assert check(backed) == [1, 2, 3, 4]
@@ -333,18 +349,11 @@ def test_announced_images_are_gone(backed: points.Backed, gone: tuple[str, ...])
     assert check(backed) == [3, 4]
 
 
-def test_an_announced_image_is_cut(backed: points.Backed) -> None:
-    killed_before_the_images_are_renamed(backed.directory)
+def test_an_announced_image_is_cut(announced: points.Backed, tmp_path: pathlib.Path) -> None:
+    backed = announced.copy(tmp_path / "backups")
     os.truncate(backed.directory / "vda.0003.qcow2.merged", 100000)
     cut(backed.directory, 2)
     assert check(backed) == [3, 4]
-
-
-def killed_before_the_images_are_renamed(directory: pathlib.Path) -> None:
-    count = 1
-    while not (directory / "manifest.0003.json.merged").exists():
-        assert killed_at(directory, 2, count)
-        count += 1
 
 
 def test_what_is_not_of_a_prune_stays(layered: points.Backed) -> None:

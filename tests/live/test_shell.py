@@ -377,7 +377,7 @@ STEPS = ("block-export-del", "nbd-server-stop", "job-cancel", "blockdev-del")
 SIGNALLED = [*itertools.product(STEPS, SIGNALS)]
 
 
-@pytest.mark.parametrize(("command", "number"), SIGNALLED if conftest.long() else SIGNALLED[::2])
+@pytest.mark.parametrize(("command", "number"), SIGNALLED if conftest.long() else SIGNALLED[::4])
 def test_signal_does_not_leave_a_stop_half_done(
     command: str,
     number: signal.Signals,

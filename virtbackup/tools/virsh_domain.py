@@ -98,6 +98,33 @@ _FILTERS: tuple[tuple[str, str, Callable[["virtbackup.Domain"], int | None]], ..
 """Options of list: those that it is so of, and those that it is not; both: all."""
 
 
+_LIST_FLAGS = {
+    "inactive": "list inactive domains",
+    "all": "list inactive & active domains",
+    "transient": "list transient domains",
+    "persistent": "list persistent domains",
+    "with-snapshot": "list domains with existing snapshot",
+    "without-snapshot": "list domains without a snapshot",
+    "with-checkpoint": "list running domains with existing branch, or checkpoint of libvirt's",
+    "without-checkpoint": "list running domains without either",
+    "state-running": "list domains in running state",
+    "state-paused": "list domains in paused state",
+    "state-shutoff": "list domains in shutoff state",
+    "state-other": "list domains in other states",
+    "autostart": "list domains with autostart enabled",
+    "no-autostart": "list domains with autostart disabled",
+    "with-managed-save": "list domains with managed save state",
+    "without-managed-save": "list domains without managed save",
+    "id": "list domain IDs only",
+    "table": "list table (default)",
+    "uuid": "list uuid's only",
+    "name": "list domain names only",
+    "managed-save": "mark inactive domains with managed save state",
+    "title": "show domain title",
+}
+"""Option of list -> help."""
+
+
 def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     args.exclusive("json", "table")
     for form in ("name", "uuid", "id"):
@@ -410,39 +437,7 @@ COMMANDS = (
         "list", MONITORING.keyword, "list domains",
         "Returns list of domains.",
         (
-            vsh.Option("inactive", vsh.Kind.BOOL, "list inactive domains"),
-            vsh.Option("all", vsh.Kind.BOOL, "list inactive & active domains"),
-            vsh.Option("transient", vsh.Kind.BOOL, "list transient domains"),
-            vsh.Option("persistent", vsh.Kind.BOOL, "list persistent domains"),
-            vsh.Option("with-snapshot", vsh.Kind.BOOL, "list domains with existing snapshot"),
-            vsh.Option("without-snapshot", vsh.Kind.BOOL, "list domains without a snapshot"),
-            vsh.Option(
-                "with-checkpoint", vsh.Kind.BOOL, "list running domains with existing branch,"
-                " or checkpoint of libvirt's",
-            ),
-            vsh.Option(
-                "without-checkpoint", vsh.Kind.BOOL, "list running domains without either"
-            ),
-            vsh.Option("state-running", vsh.Kind.BOOL, "list domains in running state"),
-            vsh.Option("state-paused", vsh.Kind.BOOL, "list domains in paused state"),
-            vsh.Option("state-shutoff", vsh.Kind.BOOL, "list domains in shutoff state"),
-            vsh.Option("state-other", vsh.Kind.BOOL, "list domains in other states"),
-            vsh.Option("autostart", vsh.Kind.BOOL, "list domains with autostart enabled"),
-            vsh.Option("no-autostart", vsh.Kind.BOOL, "list domains with autostart disabled"),
-            vsh.Option(
-                "with-managed-save", vsh.Kind.BOOL, "list domains with managed save state"
-            ),
-            vsh.Option(
-                "without-managed-save", vsh.Kind.BOOL, "list domains without managed save"
-            ),
-            vsh.Option("id", vsh.Kind.BOOL, "list domain IDs only"),
-            vsh.Option("table", vsh.Kind.BOOL, "list table (default)"),
-            vsh.Option("uuid", vsh.Kind.BOOL, "list uuid's only"),
-            vsh.Option("name", vsh.Kind.BOOL, "list domain names only"),
-            vsh.Option(
-                "managed-save", vsh.Kind.BOOL, "mark inactive domains with managed save state"
-            ),
-            vsh.Option("title", vsh.Kind.BOOL, "show domain title"),
+            *(vsh.Option(name, vsh.Kind.BOOL, text) for name, text in _LIST_FLAGS.items()),
             virsh_connection.JSON,
         ),
         _list,
