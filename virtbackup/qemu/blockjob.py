@@ -116,7 +116,7 @@ def _offset_reason(disk: status.DiskStatus, sight: Sight, graph: block.Graph) ->
         return None  # that of an overlay
     return (
         f"its node '{disk.image}' shows its file from byte {drive.medium.offset} on, no more from"
-        f" {disk.offset}, since during the backup"
+        f" {disk.offset}"
     )
 
 
