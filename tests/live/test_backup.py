@@ -825,9 +825,16 @@ def test_an_image_that_is_taken_away_beside_a_stream(
 def test_images_that_are_streamed_during_a_backup(
     tmp_path: pathlib.Path, engine: str, base: str | None
 ) -> None:
-    """The same images are gone, and the data is not."""
+    """The same images are gone, and the data is not; nor does a job of another disk's matter."""
+    below = machines.image(tmp_path / "of-other", 4 << 20, "qcow2")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 4M", str(below)], check=True)
+    other = machines.image(tmp_path / "other", 4 << 20, "qcow2", backing=below)
+    vdb = (
+        "-blockdev", f"qcow2,node-name=other,file.driver=file,file.filename={other}",
+        "-device", "virtio-blk,drive=other,id=vdb",
+    )  # fmt: skip
     with (
-        machines.qemu(tmp_path, *_three_images(tmp_path)) as machine,
+        machines.qemu(tmp_path, *_three_images(tmp_path), *vdb) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
     ):
         dom = conn.lookupByID(1)
@@ -838,7 +845,8 @@ def test_images_that_are_streamed_during_a_backup(
         machine.probe.wait_event("BLOCK_JOB_COMPLETED")
         waiting.until(lambda: not any(job["id"] == "stream" for job in machine.probe("query-jobs")))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda") == before
-        assert [disk.reason for disk in dom.backupGetInfo().disks] == [None]
+        machine.probe("block-stream", job_id="another", device="other", speed=1)
+        assert [disk.reason for disk in dom.backupGetInfo().disks] == [None, None]
         dom.backupStop()
 
 
