@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One backup's way through a real QEMU: what is exported is the instant of the start."""
 
+import contextlib
+import functools
 import os
 import pathlib
 import socket
@@ -15,7 +17,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import machines, nbdclient, places, steps
-from virtbackup.qemu import process
+from virtbackup.qemu import capabilities, process
 
 SIZE = 64 << 20
 
@@ -767,14 +769,74 @@ def test_an_image_that_is_taken_away_during_a_backup(
         )
 
 
+@pytest.mark.parametrize(("node", "file", "below"), [("A", "top", "mid"), ("mid", "mid", "base")])
+@pytest.mark.parametrize("root", ["A", "throttled"])
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_image_that_is_taken_away_beside_a_stream(
+    tmp_path: pathlib.Path, engine: str, ends: bool, root: str, node: str, file: str, below: str
+) -> None:
+    """As long as that job is there, some QEMUs cannot be asked for their nodes, but for what a
+    drive has at its root."""
+    if machines.version() < (6, 1, 0):
+        return  # it has no blockdev-reopen
+    base = machines.image(tmp_path / "of-other", 4 << 20, "qcow2")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 4M", str(base)], check=True)
+    other = machines.image(tmp_path / "other", 4 << 20, "qcow2", backing=base)
+    *nodes, device, vda = _three_images(tmp_path)
+    with (
+        machines.qemu(
+            tmp_path,
+            *nodes,
+            "-object", "throttle-group,id=group",
+            "-blockdev", "throttle,node-name=throttled,throttle-group=group,file=A",
+            device, vda.replace("drive=A", f"drive={root}"),
+            "-blockdev", f"qcow2,node-name=other,file.driver=file,file.filename={other}",
+            "-device", "virtio-blk,drive=other,id=vdb",
+        ) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+        contextlib.ExitStack() as undo,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        machine.probe("block-stream", job_id="theirs", device="other", speed=1)
+        options = {
+            "driver": "qcow2", "node-name": node, "backing": None, "read-only": node != "A",
+            "file": {"driver": "file", "filename": f"{tmp_path}/{file}"},
+        }  # fmt: skip
+        machine.probe("blockdev-reopen", options=[options])
+        if ends:
+            end = functools.partial(machine.probe, "block-job-cancel", device="theirs")
+            late = threading.Timer(0.2, end)
+            undo.callback(late.join)
+            late.start()
+        with pytest.raises(virtbackup.Error) as raised:
+            dom.backupStop()
+        told = f"disk 'vda': the image '{below}' was taken away from below its node '{node}'"
+        if capabilities.STREAM_CRASH.affects(machines.version()) and node != "A" and not ends:
+            told = (
+                f"disk 'vda': the image '{below}' is gone from below its node '{node}', and whether"
+                " its data is still there cannot be told: job 'theirs' is not over"
+            )
+        assert told in str(raised.value)
+        assert "'vdb'" not in str(raised.value)
+
+
 @pytest.mark.parametrize("base", [None, "base"])
 @pytest.mark.parametrize("engine", machines.engines())
 def test_images_that_are_streamed_during_a_backup(
     tmp_path: pathlib.Path, engine: str, base: str | None
 ) -> None:
-    """The same images are gone, and the data is not."""
+    """The same images are gone, and the data is not; nor does a job of another disk's matter."""
+    below = machines.image(tmp_path / "of-other", 4 << 20, "qcow2")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 4M", str(below)], check=True)
+    other = machines.image(tmp_path / "other", 4 << 20, "qcow2", backing=below)
+    vdb = (
+        "-blockdev", f"qcow2,node-name=other,file.driver=file,file.filename={other}",
+        "-device", "virtio-blk,drive=other,id=vdb",
+    )  # fmt: skip
     with (
-        machines.qemu(tmp_path, *_three_images(tmp_path)) as machine,
+        machines.qemu(tmp_path, *_three_images(tmp_path), *vdb) as machine,
         virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
     ):
         dom = conn.lookupByID(1)
@@ -785,7 +847,8 @@ def test_images_that_are_streamed_during_a_backup(
         machine.probe.wait_event("BLOCK_JOB_COMPLETED")
         waiting.until(lambda: not any(job["id"] == "stream" for job in machine.probe("query-jobs")))
         assert nbdclient.read(tmp_path / "nbd.sock", "vda") == before
-        assert [disk.reason for disk in dom.backupGetInfo().disks] == [None]
+        machine.probe("block-stream", job_id="another", device="other", speed=1)
+        assert [disk.reason for disk in dom.backupGetInfo().disks] == [None, None]
         dom.backupStop()
 
 

@@ -400,16 +400,22 @@ class Graph:
         return frozenset(naming.NodeName(name) for kind, name in below if kind == "block-driver")
 
     def is_filtered(self, root: naming.NodeName, node: naming.NodeName) -> bool:
-        """Whether ROOT, which is a filter, is over NODE with nothing but filters in between. Those
-        of jobs are told to be backed by it up to 5.2, where two in a row cannot be known for it."""
+        """Whether ROOT, which is a filter, is over NODE with nothing but filters in between."""
+        return self.filters_over(node, root) is not None
+
+    def filters_over(self, node: naming.NodeName, root: naming.NodeName) -> int | None:
+        """How many filters there are from ROOT, which is one, to NODE; None: others, too. Those of
+        jobs are told to be backed by it up to 5.2, where two in a row cannot be known for it."""
+        count = 0
         below = self.roles.get((root, "backing"))
         while root != node:
             filtered = (self.roles.get((root, role)) for role in FILTERED)
             found = next(filter(None, filtered), below)
             if found is None:
-                return False
+                return None
             root, below = found, None
-        return True
+            count += 1
+        return count
 
     def backing_of(self, image: Medium) -> tuple[Backing, ...]:
         """IMAGE and those that it is backed by, as far as there are no filters between them."""

@@ -35,6 +35,8 @@ class Sight:
     """None where it cannot be asked for."""
     nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
     """Every node, where they were asked for."""
+    nodes_untold: str | None = None
+    """Why they could not be asked for, where the verdict is the last and would have needed them."""
 
 
 def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
@@ -81,10 +83,15 @@ def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
             f"it has lost the image '{min(lost)}' below its node '{node}', and the older version of"
             " virtbackup that began the backup did not note by what that could be told to be right"
         )
-    for backing in has_lost(disk, sight):
-        now = sight.nodes.get(backing.node)
+    for backing in _lost(disk, sight):
+        now = _backing_files(backing.node, disk, sight)
+        if now is None and sight.nodes_untold is not None:
+            return (
+                f"the image '{backing.below}' is gone from below its node '{backing.node}', and"
+                f" whether its data is still there cannot be told: {sight.nodes_untold}"
+            )
         # Whoever has merged the one into the other has noted it in the image.
-        if now is None or now.backing_files[:1] != (backing.told,):
+        if now is None or now[:1] != (backing.told,):
             continue
         if backing.told is not None or (backing.node, "backing") in sight.graph.roles:
             return (
@@ -94,7 +101,28 @@ def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     return _offset_reason(disk, sight, sight.graph)
 
 
-def has_lost(disk: status.DiskStatus, sight: Sight) -> list[block.Backing]:
+def needs_nodes(disk: status.DiskStatus, sight: Sight) -> bool:
+    """Whether only the nodes, which SIGHT does not have, tell why the image of DISK, or one below,
+    is not backed by what it was."""
+    return any(_backing_files(backing.node, disk, sight) is None for backing in _lost(disk, sight))
+
+
+def _backing_files(
+    node: naming.NodeName, disk: status.DiskStatus, sight: Sight
+) -> tuple[str | None, ...] | None:
+    """What the image NODE says that it is backed by, and so on: by the drive of DISK, where there
+    are only filters over it there, which say nothing; None where it is not known."""
+    drive = _drive(disk, sight)
+    if sight.graph is not None and drive is not None and drive.medium is not None:
+        root = drive.medium
+        over = 0 if root.node == node else sight.graph.filters_over(node, root.node)
+        if over is not None and not any(root.backing_files[:over]):
+            return root.backing_files[over:]
+    medium = sight.nodes.get(node)
+    return None if medium is None else medium.backing_files
+
+
+def _lost(disk: status.DiskStatus, sight: Sight) -> list[block.Backing]:
     """What below the image of DISK is not backed by what it was at the start: as by
     ``block-stream``, which leaves the data what it was, or by ``blockdev-reopen``."""
     if sight.graph is None:

@@ -508,7 +508,7 @@ class BackupJob:
             running = dataclasses.replace(running, server=False)
         after = verdict.look_at(session, running)
         sight = dataclasses.replace(
-            verdict.with_nodes(session, running, after),
+            verdict.with_nodes(session, running, after, is_last=True),
             exports=before.exports,
             io_error=before.io_error or after.io_error,
             unreadable=verdict.unreadable(session, running, after),

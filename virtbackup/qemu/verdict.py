@@ -83,15 +83,20 @@ def look_at(session: domain.Session, running: status.Status) -> blockjob.Sight:
 
 
 def with_nodes(
-    session: domain.Session, running: status.Status, sight: blockjob.Sight
+    session: domain.Session, running: status.Status, sight: blockjob.Sight, is_last: bool = False
 ) -> blockjob.Sight:
     """SIGHT with every node where those tell what has become of a disk's backing images, and it is
-    safe to ask. No scratch image may hang."""
-    if not any(blockjob.has_lost(disk, sight) for disk in running.disks):
+    safe to ask. No scratch image may hang. What cannot be told so is left to the verdict that
+    IS_LAST, which waits for it to be safe, and else says why it is not."""
+    if not any(blockjob.needs_nodes(disk, sight) for disk in running.disks):
         return sight
-    if not domain.named_nodes_are_safe(session.qemu, session.capabilities):
+    qemu, caps = session.qemu, session.capabilities
+    if is_last:
+        if (danger := domain.danger_of_named_nodes(qemu, caps)) is not None:
+            return dataclasses.replace(sight, nodes_untold=danger)
+    elif not domain.named_nodes_are_safe(qemu, caps):
         return sight
-    nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
+    nodes = qemu.execute(monitor_json.query_named_block_nodes())
     return dataclasses.replace(sight, nodes=block.parse_named_nodes(nodes))
 
 
