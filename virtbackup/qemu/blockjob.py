@@ -69,8 +69,7 @@ def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     """Why the frozen disk may show what was not on the disk: below the job's filter, which saves
     nothing of that, it got an image that it had not at the start, lost one, or shows another part
     of its file, by ``blockdev-reopen``. That it lost one by ``block-stream``, or got one over its
-    own, as by a snapshot where it has another filter, leaves the data what it was. An image that
-    did not say that it had the one it lost, does not tell which of both it was."""
+    own, as by a snapshot where it has another filter, leaves the data what it was."""
     if sight.graph is None or not disk.stores:
         return None
     is_below = disk.node in sight.graph.nodes_over(disk.image)
@@ -83,6 +82,14 @@ def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
             f"it has lost the image '{min(lost)}' below its node '{node}', and the older version of"
             " virtbackup that began the backup did not note by what that could be told to be right"
         )
+    lost_reason = _lost_reason(disk, sight, sight.graph)
+    return lost_reason or _offset_reason(disk, sight, sight.graph)
+
+
+def _lost_reason(disk: status.DiskStatus, sight: Sight, graph: block.Graph) -> str | None:
+    """Why an image that is gone from below the disk was not merged into the one over it, or may not
+    have been. Whoever does that, notes it in the image over it; one that did not say before that it
+    had the other below, and has none now, does not tell."""
     for backing in _lost(disk, sight):
         now = _backing_files(backing.node, disk, sight)
         if now is None and sight.nodes_untold is not None:
@@ -90,15 +97,14 @@ def _image_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
                 f"the image '{backing.below}' is gone from below its node '{backing.node}', and"
                 f" whether its data is still there cannot be told: {sight.nodes_untold}"
             )
-        # Whoever has merged the one into the other has noted it in the image.
         if now is None or now[:1] != (backing.told,):
             continue
-        if backing.told is not None or (backing.node, "backing") in sight.graph.roles:
+        if backing.told is not None or (backing.node, "backing") in graph.roles:
             return (
                 f"the image '{backing.below}' was taken away from below its node '{backing.node}'"
                 " during the backup"
             )
-    return _offset_reason(disk, sight, sight.graph)
+    return None
 
 
 def needs_nodes(disk: status.DiskStatus, sight: Sight) -> bool:

@@ -437,6 +437,13 @@ def _merged(directory: pathlib.Path, point: Point, names: list[str]) -> Point:
     return dataclasses.replace(point, made=made)
 
 
+def _left_of(name: str) -> str | None:
+    """What has made the file NAME and did not come to its end; None: it is whole by its name."""
+    if name == JOURNAL:
+        return _UNFINISHED[chain.MERGED]
+    return next((what for end, what in _UNFINISHED.items() if name.endswith(end)), None)
+
+
 def _unfinished(
     directory: pathlib.Path, names: list[str], points: list[Point]
 ) -> Iterator[Problem]:
@@ -445,13 +452,11 @@ def _unfinished(
         "(?:" + "|".join(sorted({re.escape(d.name) for p in points for d in p.made.disks}))
         + r")\.\d{4,9}\.(?:qcow2|raw)"
     )  # fmt: skip
+    left = {name: what for name in names if (what := _left_of(name)) is not None}
+    is_locked = bool(left) and chain.is_locked(directory)
     for name in names:
-        suffix = next((end for end in _UNFINISHED if name.endswith(end)), None)
-        if suffix is None and name == JOURNAL:
-            suffix = chain.MERGED
-        if suffix is not None:
-            is_locked = chain.is_locked(directory)
-            yield Problem(name, _UNDER_WAY if is_locked else _UNFINISHED[suffix])
+        if name in left:
+            yield Problem(name, _UNDER_WAY if is_locked else left[name])
         elif points and name not in known and image.fullmatch(name):
             yield Problem(name, "no manifest tells of it")
 
