@@ -6,7 +6,9 @@ Ours is the whole command: ``virsh-backup backup-pull`` from the start of its pr
 as an installed script runs it, with connecting, start, checksum, fsync, stop and manifest. The
 peers only copy, each with its own defaults, from the same export of a backup that was started for
 them outside the time; they are timed from the start of their process to its exit, too. To qcow2,
-nbdcopy writes through a qemu-nbd, and the image is created within the time.
+nbdcopy writes through a qemu-nbd, and the image is created within the time. What of ours does no
+more than they, ``virtbackup.nbd.copy.copy`` called in a process that has loaded it, with checksum
+and fsync still, has a line of its own.
 
 What the peers leave in the page cache is told apart from what they leave on the disk, as ours does:
 ``nbdcopy`` to raw and ``qemu-img convert`` do not sync. ``nbdcopy --flush`` and ``qemu-img convert
@@ -38,10 +40,12 @@ from collections.abc import Callable, Sequence
 
 import virtbackup
 from tests.live import machines
+from virtbackup.nbd import connection, copy
 
 GIB = 1 << 30
 MIB = 1 << 20
 OURS = "backup-pull"
+COPY = "its copy alone"
 UNSYNCED = ("nbdcopy", "qemu-img convert")
 SYNCED = ("nbdcopy --flush", "qemu-img convert -t writeback")
 PEERS = (*UNSYNCED, *SYNCED)
@@ -153,10 +157,10 @@ DISKS = (
 
 
 def _measure(
-    directory: pathlib.Path, fmt: str, rounds: int, data: int
+    directory: pathlib.Path, fmt: copy.Format, rounds: int, data: int
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of each program, round by round, and ours' peak memory in bytes."""
-    names = [OURS, *PEERS]
+    names = [OURS, COPY, *PEERS]
     if fmt == "raw" and data == (directory / "disk.raw").stat().st_size:
         names.append(MEMORY)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -175,7 +179,7 @@ def _measure(
                     seconds, peak = _ours(one.uri, directory, fmt)
                     peaks.append(peak)
                 else:
-                    seconds = _peer(domain, directory, _argv(name, directory, fmt))
+                    seconds = _from_export(domain, directory, _copy_by(name, directory, fmt))
                 if number:  # the first round only warms up
                     times[name].append(seconds)
             order = order[1:] + order[:1]
@@ -195,7 +199,7 @@ def _make_room(directory: pathlib.Path, data: int) -> None:
     path.unlink()
 
 
-def _ours(uri: str, directory: pathlib.Path, fmt: str) -> tuple[float, int]:
+def _ours(uri: str, directory: pathlib.Path, fmt: copy.Format) -> tuple[float, int]:
     out = directory / "out"
     argv = [sys.executable, "-c", _CHILD, "-c", uri, "-q", "backup-pull", "1", str(out)]
     begin = time.perf_counter()
@@ -207,22 +211,35 @@ def _ours(uri: str, directory: pathlib.Path, fmt: str) -> tuple[float, int]:
     return took, int(done.stdout.split()[-1]) << 10
 
 
-def _peer(
-    domain: virtbackup.Domain, directory: pathlib.Path, steps: Sequence[Sequence[str]]
+def _from_export(
+    domain: virtbackup.Domain, directory: pathlib.Path, copy_it: Callable[[], object]
 ) -> float:
+    """Seconds of COPY_IT, which makes a file from the export of a backup."""
     address = f'<address type="unix" path="{directory}/peer.sock"/>'
     domain.backupStart(f"<domainbackup>{address}</domainbackup>")
     try:
         begin = time.perf_counter()
-        for argv in steps:
-            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+        copy_it()
         return time.perf_counter() - begin
     finally:
         domain.backupStop()
         (directory / "peer.out").unlink(missing_ok=True)
 
 
-def _argv(name: str, directory: pathlib.Path, fmt: str) -> list[list[str]]:
+def _copy_by(name: str, directory: pathlib.Path, fmt: copy.Format) -> Callable[[], object]:
+    if name == COPY:
+        export = connection.Export(str(directory / "peer.sock"), "vda")
+        job = copy.Job(export, directory / "peer.out", fmt)
+        return functools.partial(copy.copy, [job])
+    return functools.partial(_run, _argv(name, directory, fmt))
+
+
+def _run(steps: Sequence[Sequence[str]]) -> None:
+    for argv in steps:
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+
+
+def _argv(name: str, directory: pathlib.Path, fmt: copy.Format) -> list[list[str]]:
     """The commands that copy the export as PEER does, into a file of the format."""
     uri, out = f"nbd+unix:///vda?socket={directory}/peer.sock", f"{directory}/peer.out"
     size = (directory / "disk.raw").stat().st_size
@@ -241,15 +258,19 @@ def _argv(name: str, directory: pathlib.Path, fmt: str) -> list[list[str]]:
 
 
 def _print(times: dict[str, list[float]], peak: int) -> None:
-    ours = times[OURS]
+    ours = (OURS, COPY)
+    print(f"  {'':29} {'seconds':27}" + "".join(f"{name + '/it':>20}" for name in ours))
     for name, seconds in times.items():
         low, high = min(seconds), max(seconds)
         line = f"  {name:29} median {statistics.median(seconds):6.2f}  {low:5.2f} to {high:5.2f}"
-        print(line if name == OURS else f"{line}   ours/it {_ratio(ours, seconds):5.2f}")
+        ratios = [_ratio(times[one], seconds) for one in ours] if name not in ours else []
+        print(line + "".join(f"{ratio:20.2f}" for ratio in ratios))
     for which, names in (("do not sync", UNSYNCED), ("sync", SYNCED)):
         better = min(names, key=lambda name: statistics.median(times[name]))
-        print(f"  against the better of those that {which}: {_ratio(ours, times[better]):.2f}")
-    print(f"  peak memory of ours: {peak / MIB:.0f} MiB")
+        ratios = [_ratio(times[one], times[better]) for one in ours]
+        title = f"against the better of those that {which}"
+        print(f"  {title:54}" + "".join(f"{ratio:20.2f}" for ratio in ratios))
+    print(f"  peak memory of backup-pull: {peak / MIB:.0f} MiB")
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
