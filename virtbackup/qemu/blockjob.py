@@ -215,6 +215,10 @@ def _device_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
         return "the disk was unplugged during the backup"
     if drive.medium is None:
         return "its medium was removed during the backup"
+    root, graph = drive.medium.node, sight.graph
+    # One that the graph does not have yet came while all this was looked at: with a snapshot, say.
+    if graph is not None and root in graph.nodes() and not graph.shows(root, disk.node):
+        return f"its device got another image, '{root}', in place of its own"
     return None
 
 
