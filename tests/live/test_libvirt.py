@@ -790,6 +790,40 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert not left_over(two, scratch_dir, state_dir)
 
 
+@pytest.mark.parametrize("when", ["freeze", "stopped", "closed"])
+def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
+    host: libvirtd.Host,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    when: str,
+) -> None:
+    """What a call could not do then, or undo, the connection's close does."""
+    with contextlib.ExitStack() as undo:
+        opened = virtbackup.open(host.daemon.uri)
+        undo.callback(opened.close)
+        dom = opened.lookupByName("two")
+        owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
+        if when == "freeze":
+            kill = steps.before("freeze", lambda _: host.daemon.kill())
+            with kill, pytest.raises(virtbackup.Error):
+                dom.backupStart(document(host), owned)
+        else:
+            dom.backupStart(document(host), owned)
+            host.daemon.kill()
+        if when == "stopped":
+            with pytest.raises(virtbackup.Error, match="connect"):
+                dom.backupStop()
+        late = threading.Timer(1, host.daemon.start)
+        late.start()
+        undo.callback(late.join)
+        opened.close()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
+    assert not socket(host).exists()
+
+
 def test_a_restart_of_libvirtd_that_nobody_has_noticed(
     host: libvirtd.Host, connection: virtbackup.Connection, two: libvirtd.Domain
 ) -> None:
