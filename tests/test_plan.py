@@ -855,6 +855,9 @@ def test_judgement_is_by_disk() -> None:
         for disk in disks
     ]
     root, over = ("block-driver", "t"), ("block-driver", "o")
+    filtered = dataclasses.replace(drives["/machine/0"], medium=block.Medium(
+        naming.NodeName("t"), "throttle", "/n", 1, False))  # fmt: skip
+    behind = dataclasses.replace(runs, drives={**drives, "/machine/0": filtered})
     for at, reason in (
         ({over: frozenset({node, other}), node: frozenset({file})}, None),
         (
@@ -863,8 +866,10 @@ def test_judgement_is_by_disk() -> None:
         ),
     ):
         graph = block.Graph({root: frozenset({over}), **at, file: frozenset(), other: frozenset()})
-        reasons = blockjob.judge(below_filter, dataclasses.replace(runs, graph=graph))
+        reasons = blockjob.judge(below_filter, dataclasses.replace(behind, graph=graph))
         assert reasons.get("d0") == reason
+        reasons = blockjob.judge(below_filter[:1], dataclasses.replace(runs, graph=graph))
+        assert reasons["d0"] == (reason or "its device got another image, 'n', in place of its own")
     without_devices = dataclasses.replace(runs, drives=None)
     assert set(blockjob.judge(disks, without_devices)) == {"d1", "d2", "d3", "d7", "d8", "d9"}
 

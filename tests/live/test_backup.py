@@ -852,6 +852,30 @@ def test_images_that_are_streamed_during_a_backup(
         dom.backupStop()
 
 
+def test_a_snapshot_into_which_all_is_streamed_during_a_backup(tmp_path: pathlib.Path) -> None:
+    """The disk is below the job's filter yet, and what it was at the start as well."""
+    if "hybrid" not in machines.engines():
+        return  # there is no snapshot during the others' backups
+    image, over = (machines.image(tmp_path / name, 4 << 20, "qcow2") for name in ("a", "over"))
+    disk = ("-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}")
+    with (
+        machines.qemu(tmp_path, *disk, "-device", "virtio-blk,drive=A,id=vda") as machine,
+        virtbackup.open(f"{machine.uri}?engine=hybrid") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        machine.io("vda", "write -P 5 0 64k")
+        dom.backupStart(unix(tmp_path))
+        before = nbdclient.read(tmp_path / "nbd.sock", "vda")
+        file = {"driver": "file", "filename": str(over)}
+        machine.probe("blockdev-add", driver="qcow2", node_name="B", file=file, backing=None)
+        machine.probe("blockdev-snapshot", node="A", overlay="B")
+        machine.probe("block-stream", job_id="stream", device="B")
+        machine.probe.wait_event("BLOCK_JOB_COMPLETED")
+        machine.io("vda", "write -P 6 0 128k")
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda") == before
+        dom.backupStop()
+
+
 def _three_images(directory: pathlib.Path) -> tuple[str, ...]:
     """The arguments for vda, whose node A is over ``mid``, and that over ``base``."""
     base = machines.image(directory / "base", 4 << 20, "qcow2")

@@ -717,6 +717,37 @@ def test_a_disk_that_libvirt_unplugs_meanwhile(
     dom.backupStop()
 
 
+def test_a_disk_in_whose_place_libvirt_plugs_another_meanwhile(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    """It is somebody else's from then on, who may write to it past the job."""
+    raw, other = image(host.path("remote.raw"), 2, "raw"), image(host.path("c.qcow2"), 3)
+    path = host.path("remote.sock")
+    remote = (
+        "<disk type='network' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source protocol='nbd' name=''><host transport='unix' socket='{path}'/></source>"
+        "<target dev='sdb' bus='scsi'/></disk>"
+    )
+    disks = disk_xml("vda", image(host.path("a.qcow2"), 1)) + remote
+    with _served(path, raw), host.domain("replugged", disks) as domain:
+        dom = connection.lookupByName("replugged")
+        dom.backupStart(document(host))
+        domain.libvirt.detachDevice(remote)
+        with raw.open("r+b") as file:
+            file.write(b"\xee")
+        domain.libvirt.attachDevice(disk_xml("sdb", other))
+        assert not right(host)
+        [sdb] = [disk for disk in dom.backupGetInfo().disks if disk.state == "failed"]
+        assert (sdb.name, "its device got another image" in str(sdb.reason)) == ("sdb", True)
+        with pytest.raises(virtbackup.Error, match=r"good: disk 'sdb': its device got another im"):
+            dom.backupStop()
+        assert not left_over(domain, scratch_dir, state_dir)
+        assert str(path) not in str(domain.monitor("query-named-block-nodes"))
+
+
 def test_a_domain_that_is_set_back_to_a_snapshot(
     host: libvirtd.Host, connection: virtbackup.Connection, scratch_dir: pathlib.Path
 ) -> None:
@@ -757,6 +788,40 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert right(host)
     dom.backupStop()
     assert not left_over(two, scratch_dir, state_dir)
+
+
+@pytest.mark.parametrize("when", ["freeze", "stopped", "closed"])
+def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
+    host: libvirtd.Host,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+    when: str,
+) -> None:
+    """What a call could not do then, or undo, the connection's close does."""
+    with contextlib.ExitStack() as undo:
+        opened = virtbackup.open(host.daemon.uri)
+        undo.callback(opened.close)
+        dom = opened.lookupByName("two")
+        owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
+        if when == "freeze":
+            kill = steps.before("freeze", lambda _: host.daemon.kill())
+            with kill, pytest.raises(virtbackup.Error):
+                dom.backupStart(document(host), owned)
+        else:
+            dom.backupStart(document(host), owned)
+            host.daemon.kill()
+        if when == "stopped":
+            with pytest.raises(virtbackup.Error, match="connect"):
+                dom.backupStop()
+        late = threading.Timer(1, host.daemon.start)
+        late.start()
+        undo.callback(late.join)
+        opened.close()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
+    assert not socket(host).exists()
 
 
 def test_a_restart_of_libvirtd_that_nobody_has_noticed(

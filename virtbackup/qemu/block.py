@@ -394,6 +394,10 @@ class Graph:
         over = _reached(self._parents, [("block-driver", node)]) - {("block-driver", node)}
         return frozenset(naming.NodeName(name) for kind, name in over if kind == "block-driver")
 
+    def shows(self, root: naming.NodeName, node: naming.NodeName) -> bool:
+        """Whether NODE is ROOT, or somewhere below it."""
+        return root == node or root in self.nodes_over(node)
+
     def children_of(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """The nodes directly below NODE."""
         below = self.children.get(("block-driver", node), frozenset())

@@ -215,7 +215,13 @@ def _device_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
         return "the disk was unplugged during the backup"
     if drive.medium is None:
         return "its medium was removed during the backup"
-    return None
+    root, graph = drive.medium.node, sight.graph
+    # One that the graph does not have yet came while all this was looked at: with a snapshot, say.
+    if graph is None or root not in graph.nodes() or graph.shows(root, disk.node):
+        return None
+    if disk.job in graph.jobs_on(root):
+        return None  # a snapshot below the job's filter, and then all data streamed into it
+    return f"its device got another image, '{root}', in place of its own"
 
 
 def _drive(disk: status.DiskStatus, sight: Sight) -> block.Disk | None:

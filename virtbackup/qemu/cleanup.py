@@ -262,16 +262,18 @@ def _stopped_guest(
 
 
 def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweeper) -> list[str]:
-    """Delete the nodes of disks that were unplugged during the backup. Who unplugs a disk deletes
-    its nodes, and was refused that while our job used them; they would keep their images locked."""
+    """Delete the nodes of disks that were unplugged during the backup, whether or not another one
+    was plugged in in its place. Who unplugs a disk deletes its nodes, and was refused that while
+    our job used them; they would keep their images locked."""
     caps = session.capabilities
     if not caps.devices or not caps.block_graph:
         return []
     found = block.parse_block(session.qemu.execute(monitor_json.query_block()))
-    drives = {disk.qom_path for disk in found}
-    unplugged = [disk for disk in left.disks if disk.device and disk.device not in drives]
+    shown = {disk.qom_path: disk.medium.node for disk in found if disk.medium}
     removed = []
-    for disk in unplugged:
+    for disk in left.disks:
+        if disk.device is None or shown.get(disk.device) == disk.node:
+            continue
         todo = [disk.node]
         while todo:
             node = todo.pop()

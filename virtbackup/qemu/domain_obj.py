@@ -19,6 +19,7 @@ from virtbackup.qemu import (
     ending,
     job,
     lifecycle,
+    monitor,
     naming,
     qcow2,
     status,
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 GRACE = 2.0
 """Seconds from the end of QEMU to libvirt's word of it, where that may be heard."""
 _LOOK_AGAIN = 0.02
+PATIENCE = 10.0
+"""Seconds for a daemon of libvirt's that is restarted to be there again."""
+_TRY_AGAIN = 0.2
 
 
 class Host(Protocol):
@@ -44,6 +48,12 @@ class Host(Protocol):
 
     def backup_ended(self, reason: str) -> None:
         """Its backup has ended before it was stopped, for REASON."""
+
+
+def _may_come_back(failure: errors.Error) -> bool:
+    """Whether the way to QEMU was lost, and not QEMU, as where libvirt's daemon is restarted."""
+    lost = isinstance(failure, monitor.MonitorLost)
+    return lost or failure.get_error_domain() == libvirt.VIR_FROM_RPC
 
 
 class DomainObj:
@@ -83,15 +93,25 @@ class DomainObj:
         id, self._autodestroy = self._autodestroy, None
         if id is None:
             return
-        try:
-            running = self.file.load()
-            if running is None or running.id != id:
-                return
-            with self._ending.stopping() as ended:
-                self.job.stop(id, cancel=True)
-                ended(False, ending.CANCELLED)
-        except errors.Error as failure:
-            logger.warning("backup=%s could not be ended on close: %s", id, failure)
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._end(id)
+            except errors.Error as failure:
+                if _may_come_back(failure) and time.monotonic() < end:
+                    time.sleep(_TRY_AGAIN)
+                    continue
+                logger.warning("backup=%s could not be ended on close: %s", id, failure)
+            return
+
+    def _end(self, id: naming.BackupId) -> None:
+        """End backup ID, if it is still there. Errors: those of ``BackupJob.stop``."""
+        running = self.file.load()
+        if running is None or running.id != id:
+            return
+        with self._ending.stopping() as ended:
+            self.job.stop(id, cancel=True)
+            ended(False, ending.CANCELLED)
 
     def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
         quiesce = self._agent if flags & hypervisor.START_QUIESCE else None
@@ -109,10 +129,12 @@ class DomainObj:
             self._stop_watching()
             self._begin_to_watch(id, images)
         except BaseException:
-            # Where the start itself failed there is nothing more to end.
+            # Where the start itself failed there is only what it could not undo to be ended.
             watch.close_all(images)
             if not self.job.is_over(id):
                 self.job.stop(id, cancel=True)
+            elif owned and self.job.is_left(id):
+                self._autodestroy = id
             raise
         self._ending.find()
 

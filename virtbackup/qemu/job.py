@@ -137,6 +137,11 @@ class BackupJob:
             or running.given_up is not None
         )
 
+    def is_left(self, id: naming.BackupId) -> bool:
+        """Whether there is still something of backup ID, which may be over."""
+        running = self._file.load()
+        return running is not None and running.id == id
+
     def qemu_of(self, id: naming.BackupId) -> runtime.Process | None:
         """QEMU, of backup ID; None where it cannot be seen, or the backup is over."""
         running = self._file.load()
