@@ -231,6 +231,8 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert "exists already; --force" in refused(layered, link, disk="vda")
     assert "is not a directory" in refused(layered, file)
     assert "is a directory" in refused(layered, tmp_path, disk="vda")
+    assert "is the name of a directory" in refused(layered, f"{tmp_path}/none/", disk="vda")
+    assert not (tmp_path / "none").exists()
     assert "neither a file nor a block device" in refused(layered, "/dev/null", disk="vda")
     for uri in ("nbd://localhost", "NBD://localhost", "nbds+Unix:///?socket=x"):
         assert "name it by --disk" in refused(layered, uri)
