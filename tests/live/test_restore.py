@@ -530,12 +530,14 @@ def test_a_server_has_more_behind_the_disk(
     assert (tmp_path / "image").read_bytes() == want + b"\x55" * (3 * BLOCK - size)
 
 
-def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
-    """Into an image through QEMU's own writer, whatever it is."""
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format) -> None:
+    """Into a new image through QEMU's own writer, whatever it is: a raw one begins with some zeroes
+    that are no hole."""
     image = tmp_path / "image"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "3M"], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", fmt, str(image), "3M"], check=True)
     socket = tmp_path / "s"
-    argv = ["qemu-nbd", "-f", "qcow2", "-k", str(socket), "-x", "e x", str(image)]
+    argv = ["qemu-nbd", "-f", fmt, "-k", str(socket), "-x", "e x", str(image)]
     place = nbdclient.uri(socket, "e%20x").replace("nbd+unix", "NBD+Unix")
     with copies.running(argv, socket.exists) as server:
         status, out, err = points.call(
@@ -545,7 +547,16 @@ def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
         assert '<host transport="unix"' in out
         assert server.wait(20) == 0  # it ends with its client, and until then has the image
     want = layered.shown[3]["vda"]
-    assert machines.contents(image, "qcow2") == want + bytes((3 << 20) - len(want))
+    assert machines.contents(image, fmt) == want + bytes((3 << 20) - len(want))
+
+
+def test_a_server_with_a_little_data(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    image = tmp_path / "image"
+    for length in (1, 1 << 20):
+        image.write_bytes((b"\1" * length).ljust(4096, b"\0"))
+        os.truncate(image, 3 << 20)
+        with copies.nbdkit(tmp_path, "file", str(image)) as server:
+            assert "has data; --force" in refused(layered, uri(server), disk="vda")
 
 
 @pytest.mark.parametrize(
