@@ -224,6 +224,25 @@ def test_what_cannot_be_written_to(
         assert (tmp_path / uri / "vda.qcow2").is_file()
 
 
+@pytest.mark.parametrize("text", ["", '{"version": 2}'])
+def test_the_newest_point_is_lost(
+    layered: points.Backed, tmp_path: pathlib.Path, text: str
+) -> None:
+    """The one before it is not taken for it, but where it is asked for."""
+    backed = layered.copy(tmp_path / "backups")
+    last = f"manifest.{max(backed.made):04}.json"
+    for name in (last, "manifest.json"):
+        (backed.directory / name).write_text(text)
+    for command in ("backup-restore", "backup-serve", "backup-map"):
+        out = [str(tmp_path / "out")] if command == "backup-restore" else []
+        status, _, err = points.call(command, str(backed.directory), *out)
+        assert status == 1
+        assert f"the newest point, {max(backed.made)}, is lost: {last}: " in err
+        assert "--point names one" in err
+    assert not (tmp_path / "out").exists()
+    points.put_back(backed, tmp_path / "out", point=str(max(backed.made) - 1))
+
+
 def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")

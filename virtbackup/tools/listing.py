@@ -134,9 +134,11 @@ class Backups:
     def find(self, wanted: str | None) -> Point:
         """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
         ``time`` have them, a year alone excepted; None is the newest. Errors: VIR_ERR_INVALID_ARG,
-        naming what there is.
+        naming what there is; VIR_ERR_OPERATION_FAILED where the newest is lost: one before it is
+        not to be taken for it.
         """
         if wanted is None:
+            self._check_newest()
             return self.points[-1]
         for found in self._candidates(wanted):
             if len(found) == 1:
@@ -144,6 +146,14 @@ class Backups:
             if found:
                 raise _wrong("point", f"'{wanted}' is more than one point of {self._told(found)}")
         raise _wrong("point", f"no point '{wanted}' in {self._told(self.points)}")
+
+    def _check_newest(self) -> None:
+        newest = self.points[-1].made.number
+        if newest is None:  # there is one, without a branch
+            return
+        for found in self.problems:
+            if found.disk is None and found.point is not None and int(found.point) > newest:
+                raise bad(f"{self.directory}: the newest point, {found.point}, is lost: {found}")
 
     def _candidates(self, wanted: str) -> Iterator[list[Point]]:
         if re.fullmatch(r"[0-9]{1,9}", wanted):
