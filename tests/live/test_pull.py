@@ -400,6 +400,7 @@ def test_a_document_that_makes_no_sense(
     )
     error = untouched(machine, domain, out, xml)
     assert "no disk named 'vdz'" in str(error)
+    assert "empty" in str(untouched(machine, domain, out, ""))  # of a program that made none
     assert not out.exists()
 
 
