@@ -123,7 +123,7 @@ def _serve(
     private = _private_directory(undo)
     where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
     ready = private / "pid"
-    argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
+    argv[1:1] = ["--nbd-server", _address(where)]
     argv += ["--pidfile", str(ready)]
     log = undo.enter_context((private / "log").open("w+b"))
     if isinstance(where, backup_conf.UnixAddress):
@@ -183,10 +183,13 @@ def _export(index: int, name: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _address(address: backup_conf.Address) -> dict[str, str]:
+def _address(address: backup_conf.Address) -> str:
+    """The option's value, not in JSON: a path need not be UTF-8."""
     if isinstance(address, backup_conf.UnixAddress):
-        return {"type": "unix", "path": address.path}
-    return {"type": "inet", "host": address.host, "port": str(address.port)}
+        told = {"type": "unix", "path": address.path}
+    else:
+        told = {"type": "inet", "host": address.host, "port": str(address.port)}
+    return ",".join(f"addr.{name}={value.replace(',', ',,')}" for name, value in told.items())
 
 
 def _start(argv: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
