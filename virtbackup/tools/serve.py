@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import select
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from virtbackup.tools import listing, verify
 
 PROGRAM = "qemu-storage-daemon"
 
+_BEHIND = re.compile(r"(Could not open backing file: )+")
+"""What QEMU says once for each file of a chain before it names the one that it is about."""
 _START_TIMEOUT = 30.0
 _FILE_TIMEOUT = 1.0
 """For each file more that QEMU opens: what it takes for one grows with those that are behind it."""
@@ -68,7 +71,7 @@ class Server:
 
     def _without_options(self, said: str) -> str:
         """What a line says without the option that it is about, which may be long."""
-        reason = said.removeprefix(f"{PROGRAM}: ")
+        reason = _BEHIND.sub("", said.removeprefix(f"{PROGRAM}: "))
         assert isinstance(self.process.args, list)
         for option, value in itertools.pairwise(self.process.args):
             reason = reason.removeprefix(f"{option} {value}: ")
