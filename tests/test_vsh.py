@@ -7,6 +7,7 @@ of a line up to the cursor what TAB offers, a ``|`` where the word starts (compl
 VIRTBACKUP_REGENERATE=1 a missing or wrong ``.out`` is written, and the test fails all the same.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -209,6 +210,9 @@ def _run(table: vsh.Table, text: str, debug: bool = False, quiet: bool = False) 
         (vsh.UsageError("what", "that"), 2, "error: what\nthat\n"),
         (_Boom(), 1, "error: known\nas is; this\n"),
         (ValueError("x"), 1, "error: internal error: ValueError: x\n"),
+        (OSError(errno.ENOENT, "x"), 1, "error: internal error: FileNotFoundError: [Errno 2] x\n"),
+        (OSError(errno.EMFILE, "x"), 1, "error: Too many open files\n"),
+        (MemoryError(), 1, "error: out of memory\n"),
     ],
 )
 def test_every_error_has_a_status_and_a_text(

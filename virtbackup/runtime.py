@@ -61,8 +61,8 @@ def open_file(path: str | os.PathLike[str], flags: int) -> int:
         return fd
     os.close(fd)
     if stat.S_ISDIR(mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    raise OSError(errno.EINVAL, "it is no file")
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "it is no file", os.fspath(path))
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

@@ -31,6 +31,29 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+@contextlib.contextmanager
+def automounted(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file system that an automounter has mounted, right below the directory of it that is at
+    PATH, of which no fsync(2) is possible. Skips where none may be mounted."""
+    path.mkdir()
+    reading, writing = os.pipe()
+    options = f"fd={writing},pgrp={os.getpgrp()},minproto=5,maxproto=5,indirect"
+    mount = ["mount", "-t", "autofs", "-o", options, "test", str(path)]
+    try:
+        if subprocess.run(mount, capture_output=True, pass_fds=[writing]).returncode:
+            pytest.skip("not allowed to be an automounter: this wants root")
+        os.close(writing)
+        writing = -1
+        try:
+            with small_file_system(path / "mounted", 64 << 20) as mounted:
+                yield mounted
+        finally:
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+    finally:
+        for fd in {reading, writing} - {-1}:
+            os.close(fd)
+
+
 def fill_up(path: pathlib.Path, leave: int = 0) -> pathlib.Path:
     """Take all but LEAVE bytes of the file system that has a directory; the file that has them."""
     hog = path / "hog"

@@ -228,7 +228,8 @@ def run(*argv: str) -> tuple[int, str, str]:
     """Exit status, standard output and error of virsh-backup in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "virtbackup.tools.virsh_backup", *argv],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, errors="surrogateescape", timeout=120,
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 

@@ -249,6 +249,43 @@ def test_as_many_files_are_opened_as_may_be(machine: machines.Machine, out: path
     assert set(backup(out)) == {"vda", "sdb"}
 
 
+@pytest.mark.parametrize("branch", [None, "nightly"])
+@pytest.mark.may_skip
+def test_a_directory_below_one_that_is_not_synced(
+    domain: virtbackup.Domain, tmp_path: pathlib.Path, branch: str | None
+) -> None:
+    """An automounter's: a backup that all is there of is not called bad for it."""
+    with places.automounted(tmp_path / "auto") as mounted:
+        assert pull.pull(domain, mounted, branch=branch) == manifest.read(mounted)
+
+
+@pytest.mark.parametrize("branch", [(), ("--branch", "nightly")])
+@pytest.mark.may_skip
+def test_a_directory_below_one_that_is_not_to_be_read(
+    machine: machines.Machine, tmp_path: pathlib.Path, branch: tuple[str, ...]
+) -> None:
+    """As one of many users has it below one that only leads on."""
+    above = tmp_path / "above"
+    out = above / "mine"
+    out.mkdir(parents=True)
+    above.chmod(0o711)
+    try:
+        os.chown(above, 65534, 65534)
+    except OSError:
+        pytest.skip("not allowed to give a directory away: this wants root")
+    rights = "-dac_override,-dac_read_search"
+    pulled = subprocess.run(
+        [
+            "setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}",
+            sys.executable, "-m", "virtbackup.tools.virsh_backup", "-q", "-c", machine.uri,
+            "backup-pull", "1", str(out), *branch,
+        ],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert pulled.returncode == 0, pulled.stderr
+    assert (out / manifest.FILE).is_file()
+
+
 def test_a_directory_with_an_odd_name(
     machine: machines.Machine, out: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -363,6 +400,7 @@ def test_a_document_that_makes_no_sense(
     )
     error = untouched(machine, domain, out, xml)
     assert "no disk named 'vdz'" in str(error)
+    assert "empty" in str(untouched(machine, domain, out, ""))  # of a program that made none
     assert not out.exists()
 
 

@@ -20,7 +20,7 @@ import pytest
 import virtbackup
 from tests.live import machines, places, scene
 from virtbackup.nbd import copy
-from virtbackup.tools import chain, manifest, pull, virsh_backup
+from virtbackup.tools import chain, listing, manifest, pull, verify, virsh_backup
 
 pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(120)]
 
@@ -509,12 +509,28 @@ def test_a_file_that_somebody_took_away(
     monkeypatch.setattr(pull, "_stop", stop_and_take_away)
     for branch, fmt, told in (
         (None, "qcow2", f"cannot read {out}/sdb.qcow2.partial"),  # its tables are read after it
-        (None, "raw", f"cannot finish the backup in {out}"),
-        ("daily", "qcow2", f"cannot finish the backup in {out}"),
+        (None, "raw", f"cannot finish the backup in {out}: {out}/sdb.raw.partial: No such"),
+        ("daily", "qcow2", f"cannot finish the backup in {out}: {out}/sdb.0001.qcow2.partial: No"),
     ):
         with pytest.raises(virtbackup.Error, match=told):
             pull.pull(domain, out, branch=branch, fmt=cast("copy.Format", fmt))
         assert list(out.glob("manifest*.json")) == []
+
+
+def test_a_directory_where_a_file_belongs(domain: virtbackup.Domain, out: pathlib.Path) -> None:
+    """The error says which it is."""
+    pull.pull(domain, out, branch="daily")
+    for name, text in (
+        ("vda.0002.qcow2.partial", "cannot make a backup in"),
+        (manifest.FILE, "cannot finish the backup in"),
+    ):
+        (out / name).unlink(missing_ok=True)
+        (out / name).mkdir()
+        with pytest.raises(virtbackup.Error, match=f"{text} {out}: {out}/{name}: Is a directory"):
+            pull.pull(domain, out, branch="daily", kind="incremental")
+        (out / name).rmdir()
+    pull.pull(domain, out, branch="daily", kind="incremental")
+    assert verify.verify(listing.read(out), None).good
 
 
 def test_a_killed_backup_whose_job_has_ended(
@@ -574,4 +590,6 @@ def test_a_directory_that_can_only_be_read(
         with pytest.raises(virtbackup.Error) as raised:
             pull.pull(domain, small / "out", branch="daily", kind="auto")
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
-    assert f"cannot make a backup in {small}/out: Read-only file system" in str(raised.value)
+    file = f"{small}/out/manifest.json.partial"
+    text = f"cannot make a backup in {small}/out: {file}: Read-only file system"
+    assert text in str(raised.value)

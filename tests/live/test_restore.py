@@ -224,6 +224,25 @@ def test_what_cannot_be_written_to(
         assert (tmp_path / uri / "vda.qcow2").is_file()
 
 
+@pytest.mark.parametrize("text", ["", '{"version": 2}'])
+def test_the_newest_point_is_lost(
+    layered: points.Backed, tmp_path: pathlib.Path, text: str
+) -> None:
+    """The one before it is not taken for it, but where it is asked for."""
+    backed = layered.copy(tmp_path / "backups")
+    last = f"manifest.{max(backed.made):04}.json"
+    for name in (last, "manifest.json"):
+        (backed.directory / name).write_text(text)
+    for command in ("backup-restore", "backup-serve", "backup-map"):
+        out = [str(tmp_path / "out")] if command == "backup-restore" else []
+        status, _, err = points.call(command, str(backed.directory), *out)
+        assert status == 1
+        assert f"the newest point, {max(backed.made)}, is lost: {last}: " in err
+        assert "--point names one" in err
+    assert not (tmp_path / "out").exists()
+    points.put_back(backed, tmp_path / "out", point=str(max(backed.made) - 1))
+
+
 def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
@@ -231,6 +250,8 @@ def test_what_is_in_the_way(layered: points.Backed, tmp_path: pathlib.Path) -> N
     assert "exists already; --force" in refused(layered, link, disk="vda")
     assert "is not a directory" in refused(layered, file)
     assert "is a directory" in refused(layered, tmp_path, disk="vda")
+    assert "is the name of a directory" in refused(layered, f"{tmp_path}/none/", disk="vda")
+    assert not (tmp_path / "none").exists()
     assert "neither a file nor a block device" in refused(layered, "/dev/null", disk="vda")
     for uri in ("nbd://localhost", "NBD://localhost", "nbds+Unix:///?socket=x"):
         assert "name it by --disk" in refused(layered, uri)
@@ -528,12 +549,14 @@ def test_a_server_has_more_behind_the_disk(
     assert (tmp_path / "image").read_bytes() == want + b"\x55" * (3 * BLOCK - size)
 
 
-def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
-    """Into an image through QEMU's own writer, whatever it is."""
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format) -> None:
+    """Into a new image through QEMU's own writer, whatever it is: a raw one begins with some zeroes
+    that are no hole."""
     image = tmp_path / "image"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "3M"], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", fmt, str(image), "3M"], check=True)
     socket = tmp_path / "s"
-    argv = ["qemu-nbd", "-f", "qcow2", "-k", str(socket), "-x", "e x", str(image)]
+    argv = ["qemu-nbd", "-f", fmt, "-k", str(socket), "-x", "e x", str(image)]
     place = nbdclient.uri(socket, "e%20x").replace("nbd+unix", "NBD+Unix")
     with copies.running(argv, socket.exists) as server:
         status, out, err = points.call(
@@ -543,7 +566,16 @@ def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path) -> None:
         assert '<host transport="unix"' in out
         assert server.wait(20) == 0  # it ends with its client, and until then has the image
     want = layered.shown[3]["vda"]
-    assert machines.contents(image, "qcow2") == want + bytes((3 << 20) - len(want))
+    assert machines.contents(image, fmt) == want + bytes((3 << 20) - len(want))
+
+
+def test_a_server_with_a_little_data(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    image = tmp_path / "image"
+    for length in (1, 1 << 20):
+        image.write_bytes((b"\1" * length).ljust(4096, b"\0"))
+        os.truncate(image, 3 << 20)
+        with copies.nbdkit(tmp_path, "file", str(image)) as server:
+            assert "has data; --force" in refused(layered, uri(server), disk="vda")
 
 
 @pytest.mark.parametrize(

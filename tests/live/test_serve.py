@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -100,15 +101,16 @@ def test_a_point(whole: points.Backed, state_dir: pathlib.Path, number: signal.S
     assert state(whole.directory) == before
 
 
-def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "s, x"
+@pytest.mark.parametrize("name", [b"s, x", b"s=\xff,,\n%"], ids=ascii)
+def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
     with served(whole, "--disk=sdb", f"--unix={path}") as one:
         assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
         assert list(one.exports) == ["sdb"]
         assert path.stat().st_mode & 0o77 == 0
         again = points.run("backup-serve", str(whole.directory), f"--unix={path}")
         assert again[:2] == (1, "")
-        assert again[2].endswith(f"{path} exists already\n")
+        assert again[2].endswith(" exists already\n")
         one.process.send_signal(signal.SIGINT)
         one.process.communicate(timeout=20)
     assert not path.exists()
@@ -248,6 +250,22 @@ def test_what_cannot_be_served(whole: points.Backed, tmp_path: pathlib.Path) -> 
     status, _, err = points.call("backup-serve", str(whole.directory), f"--unix=/{'x' * 200}")
     assert status == 1
     assert err.count("\n") == 1
+
+
+def test_the_file_that_cannot_be_opened_is_told(tmp_path: pathlib.Path) -> None:
+    """And not how many are before it."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: number} for number in range(20)])
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-serve"]
+    done = subprocess.run(
+        ["prlimit", "--nofile=24:24", *argv, str(backed.directory)],
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(
+        "error: operation failed: qemu-storage-daemon: Could not open"
+        rf" '{backed.directory}/vda\.[0-9]*\.qcow2': Too many open files\n",
+        done.stderr,
+    )
 
 
 def test_no_private_directory(whole: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -614,6 +614,16 @@ def test_points_of_two_directories(tmp_path: pathlib.Path) -> None:
     assert labels(points.verified(second.directory)) == ["2", "3"]
 
 
+@pytest.mark.parametrize("name", ["manifest.00003.json", "manifest.\u0660\u0660\u0660\u0663.json"])
+def test_another_name_of_a_manifest(backed: points.Backed, name: str) -> None:
+    """A copy is no point of its own, and none that a prune counts."""
+    (backed.directory / name).write_bytes((backed.directory / "manifest.0003.json").read_bytes())
+    assert [point.label for point in listing.read(backed.directory).points] == ["1", "2", "3", "4"]
+    assert points.verified(backed.directory).good
+    assert points.call("backup-prune", str(backed.directory), "--keep=3")[0] == 0
+    assert [point.label for point in listing.read(backed.directory).points] == ["2", "3", "4"]
+
+
 def test_a_manifest_that_leads_nowhere(backed: points.Backed) -> None:
     """Loops, disks of other sizes, checksums and formats that nobody knows."""
     made = backed.made[4]
@@ -670,7 +680,7 @@ def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
         os.mkfifo(backed.directory / name)
         assert points.verified(backed.directory).good
         status, _, err = points.call("backup-prune", str(backed.directory), "--keep=3")
-        assert (status, "it is no file" in err) == (1, True)
+        assert (status, f"{backed.directory / name}: it is no file" in err) == (1, True)
         (backed.directory / name).unlink()
     os.mkfifo(backed.directory / "manifest.json.partial")  # of which nothing is kept
     assert points.call("backup-prune", str(backed.directory), "--keep=1")[0] == 0

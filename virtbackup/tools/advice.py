@@ -213,6 +213,7 @@ KNOWN = (
     ),
     Known(libvirt.VIR_ERR_OPERATION_FAILED, (" is not good: ",), _ANOTHER_POINT),
     Known(libvirt.VIR_ERR_OPERATION_FAILED, (" has no manifest of ",), _ANOTHER_POINT),
+    Known(libvirt.VIR_ERR_OPERATION_FAILED, (": the newest point, ",), _ANOTHER_POINT),
     Known(
         None, ("cannot run ", _ABSENT),
         "Install QEMU's tools: in Debian qemu-utils and qemu-system-common have them",

@@ -9,6 +9,7 @@ names: whether the branch moved on to it tells the next pull whether to keep it.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import logging
 import os
@@ -32,8 +33,8 @@ MERGED = ".merged"
 
 _LOOK = 0.02
 """Seconds, longer than ``is_locked`` has a lock."""
-_MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
-_PARTIAL = re.compile(r".+\.(\d{4,9})\.(qcow2|raw|json)" + re.escape(PARTIAL))
+_MANIFEST = re.compile(r"manifest\.([0-9]{4,9})\.json")
+_PARTIAL = re.compile(r".+\.([0-9]{4,9})\.(qcow2|raw|json)" + re.escape(PARTIAL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +207,27 @@ def _naming(what: str) -> Iterator[None]:
         raise errors.system_error(failure, what) from failure
 
 
+def file_of(failure: OSError) -> str:
+    """``: FILE`` of what is in the way, for the end of a text; empty where that is not told."""
+    path = failure.filename
+    if failure.filename2 is not None and os.path.lexists(failure.filename2):
+        path = failure.filename2  # nothing could be put in its place
+    return "" if path is None else f": {os.fsdecode(path)}"
+
+
 def manifest_file(number: int) -> str:
     return f"manifest.{number:04}.json"
+
+
+def number_of(name: str) -> int | None:
+    """Of the backup whose manifest is called NAME; None: no backup's is, as that of a copy."""
+    match = _MANIFEST.fullmatch(name)
+    return int(match[1]) if match and name == manifest_file(int(match[1])) else None
+
+
+def numbers_of(names: Iterable[str]) -> list[int]:
+    """Of the backups whose manifests are among NAMES, in order."""
+    return sorted(number for name in names if (number := number_of(name)) is not None)
 
 
 def disk_file(name: str, number: int, fmt: str) -> str:
@@ -222,11 +242,9 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     """
     with _naming(f"cannot read {directory}"):
         names = os.listdir(directory)  # noqa: PTH208  (names, not paths)
-    numbers = sorted(
-        (int(match[1]), name) for name in names if (match := _MANIFEST.fullmatch(name))
-    )
     backups = tuple(
-        merged(directory, file, manifest.read(directory, file), names) for _, file in numbers
+        merged(directory, file, manifest.read(directory, file), names)
+        for file in map(manifest_file, numbers_of(names))
     )
     if not backups and (directory / manifest.FILE).exists():
         backups = (manifest.read(directory),)
@@ -241,7 +259,7 @@ def check_none(directory: pathlib.Path) -> None:
     with _naming(f"cannot read {directory}"):
         names = sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
     for name in names:
-        if _MANIFEST.fullmatch(name.removesuffix(PARTIAL)):
+        if number_of(name.removesuffix(PARTIAL)) is not None:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
                 f"{directory} is of the backups of a branch, as it has {name}: a backup without one"
@@ -324,8 +342,11 @@ def recover(
 
     FOUND is what the guest has of the branch. Errors: VIR_ERR_SYSTEM_ERROR.
     """
-    with _naming(f"cannot make a backup in {directory}"):
+    try:
         return _recover(directory, found, known)
+    except OSError as failure:
+        what = f"cannot make a backup in {directory}{file_of(failure)}"
+        raise errors.system_error(failure, what) from failure
 
 
 def _recover(
@@ -378,7 +399,8 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
         for path in (directory, directory.absolute().parent):
             sync_directory(path)
     except OSError as failure:
-        raise errors.system_error(failure, f"cannot finish the backup in {directory}") from failure
+        what = f"cannot finish the backup in {directory}{file_of(failure)}"
+        raise errors.system_error(failure, what) from failure
 
 
 def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
@@ -391,9 +413,16 @@ def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
 
 
 def sync_directory(path: pathlib.Path) -> None:
-    """Make the names in a directory durable. Errors: OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make the names in a directory durable, as far as that can be asked for: not by who may not
+    read it, nor where its file system, as an automounter's, cannot. Errors: OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return
     try:
         os.fsync(fd)
+    except OSError as failure:
+        if failure.errno != errno.EINVAL:
+            raise
     finally:
         os.close(fd)

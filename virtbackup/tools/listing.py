@@ -24,7 +24,6 @@ from virtbackup.tools import chain, manifest
 JOURNAL = "prune.json"
 """What a prune is about to remove."""
 
-_MANIFEST = re.compile(r"manifest\.(\d{4,9})\.json")
 _UNFINISHED = {
     chain.PARTIAL: "of a backup that was not finished",
     chain.MERGED: "of a prune cut off",
@@ -135,9 +134,11 @@ class Backups:
     def find(self, wanted: str | None) -> Point:
         """The point that WANTED means: a number, an id, the beginning of a time as ``label`` and
         ``time`` have them, a year alone excepted; None is the newest. Errors: VIR_ERR_INVALID_ARG,
-        naming what there is.
+        naming what there is; VIR_ERR_OPERATION_FAILED where the newest is lost: one before it is
+        not to be taken for it.
         """
         if wanted is None:
+            self._check_newest()
             return self.points[-1]
         for found in self._candidates(wanted):
             if len(found) == 1:
@@ -145,6 +146,14 @@ class Backups:
             if found:
                 raise _wrong("point", f"'{wanted}' is more than one point of {self._told(found)}")
         raise _wrong("point", f"no point '{wanted}' in {self._told(self.points)}")
+
+    def _check_newest(self) -> None:
+        newest = self.points[-1].made.number
+        if newest is None:  # there is one, without a branch
+            return
+        for found in self.problems:
+            if found.disk is None and found.point is not None and int(found.point) > newest:
+                raise bad(f"{self.directory}: the newest point, {found.point}, is lost: {found}")
 
     def _candidates(self, wanted: str) -> Iterator[list[Point]]:
         if re.fullmatch(r"[0-9]{1,9}", wanted):
@@ -321,15 +330,15 @@ def _manifests(names: Iterable[str]) -> list[str]:
 
 def _read(directory: pathlib.Path, names: list[str]) -> Backups:
     """The same, of what has NAMES there; without points where there is no backup."""
-    numbered = sorted((int(m[1]), name) for name in names if (m := _MANIFEST.fullmatch(name)))
+    numbers = chain.numbers_of(names)
     points: list[Point] = []
     problems: list[Problem] = []
     unfinished: list[Problem] = []
-    for number, name in numbered:
-        _read_point(directory, name, number, points, problems)
+    for number in numbers:
+        _read_point(directory, chain.manifest_file(number), number, points, problems)
     _read_newest(directory, names, points, problems, unfinished)
     if JOURNAL not in names:  # which tells what a prune was about to remove, in any order
-        problems += _gaps([number for number, _ in numbered])
+        problems += _gaps(numbers)
     problems += _strangers(points)
     merged = [_merged(directory, point, names) for point in points]
     unfinished += _unfinished(directory, names, merged)
@@ -375,7 +384,7 @@ def _read_newest(
     if manifest.FILE not in names:
         if len(points) == 1:
             unfinished.append(Problem(manifest.FILE, "it is missing: a pull was cut off"))
-        elif any(map(_MANIFEST.fullmatch, names)):
+        elif chain.numbers_of(names):
             problems.append(Problem(manifest.FILE, "it is missing"))
         return
     found: list[Point] = []

@@ -34,7 +34,7 @@ MERGED = chain.MERGED
 JOURNAL = listing.JOURNAL
 REASON = "older backups were pruned"
 
-_MERGED_MANIFEST = re.compile(r"(manifest\.\d{4,9}\.json)" + re.escape(MERGED))
+_MERGED_MANIFEST = re.compile(r"(manifest\.[0-9]{4,9}\.json)" + re.escape(MERGED))
 _LEFT = re.compile(
     rf".+\.\d{{4,9}}\.qcow2{re.escape(MERGED)}"
     rf"|(manifest\.\d{{4,9}}\.json{re.escape(MERGED)}|{re.escape(JOURNAL)}){re.escape(chain.PARTIAL)}",
@@ -143,8 +143,8 @@ def _naming(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        file = "" if failure.filename is None else f": {os.fsdecode(failure.filename)}"
-        raise errors.system_error(failure, f"cannot prune {directory}{file}") from failure
+        what = f"cannot prune {directory}{chain.file_of(failure)}"
+        raise errors.system_error(failure, what) from failure
 
 
 def _check_unfinished(directory: pathlib.Path, backups: listing.Backups) -> None:

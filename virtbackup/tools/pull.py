@@ -83,7 +83,7 @@ def pull(
         contextlib.ExitStack() as undo,
         contextlib.ExitStack() as files,
     ):
-        wanted = _wanted(xml or _private_document(undo), domain_xml, branch, kind)
+        wanted = _wanted(_private_document(undo) if xml is None else xml, domain_xml, branch, kind)
         devices: Mapping[str, pathlib.Path] = {}
         if targets:
             from virtbackup.tools import devices as checked  # few need it

@@ -217,6 +217,8 @@ def _output(name: str, out: str, fmt: copy.Format | None) -> Output:
     if not stat.S_ISREG(mode):
         what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
         raise _invalid(f"{out} is {what}, and a disk goes into a file")
+    if out.endswith("/"):
+        raise _invalid(f"{out} is the name of a directory, and a disk goes into a file")
     guessed: copy.Format = "raw" if path.suffix in _RAW_NAMES else "qcow2"
     # Not the link to a file but the file is to be another one.
     return Output(name, str(path.resolve() if path.exists() else path), "file", fmt or guessed)

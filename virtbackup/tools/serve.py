@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import select
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from virtbackup.tools import listing, verify
 
 PROGRAM = "qemu-storage-daemon"
 
+_BEHIND = re.compile(r"(Could not open backing file: )+")
+"""What QEMU says once for each file of a chain before it names the one that it is about."""
 _START_TIMEOUT = 30.0
 _FILE_TIMEOUT = 1.0
 """For each file more that QEMU opens: what it takes for one grows with those that are behind it."""
@@ -68,7 +71,7 @@ class Server:
 
     def _without_options(self, said: str) -> str:
         """What a line says without the option that it is about, which may be long."""
-        reason = said.removeprefix(f"{PROGRAM}: ")
+        reason = _BEHIND.sub("", said.removeprefix(f"{PROGRAM}: "))
         assert isinstance(self.process.args, list)
         for option, value in itertools.pairwise(self.process.args):
             reason = reason.removeprefix(f"{option} {value}: ")
@@ -123,7 +126,7 @@ def _serve(
     private = _private_directory(undo)
     where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
     ready = private / "pid"
-    argv[1:1] = ["--nbd-server", json.dumps({"addr": _address(where)})]
+    argv[1:1] = ["--nbd-server", _address(where)]
     argv += ["--pidfile", str(ready)]
     log = undo.enter_context((private / "log").open("w+b"))
     if isinstance(where, backup_conf.UnixAddress):
@@ -183,10 +186,13 @@ def _export(index: int, name: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _address(address: backup_conf.Address) -> dict[str, str]:
+def _address(address: backup_conf.Address) -> str:
+    """The option's value, not in JSON: a path need not be UTF-8."""
     if isinstance(address, backup_conf.UnixAddress):
-        return {"type": "unix", "path": address.path}
-    return {"type": "inet", "host": address.host, "port": str(address.port)}
+        told = {"type": "unix", "path": address.path}
+    else:
+        told = {"type": "inet", "host": address.host, "port": str(address.port)}
+    return ",".join(f"addr.{name}={value.replace(',', ',,')}" for name, value in told.items())
 
 
 def _start(argv: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":

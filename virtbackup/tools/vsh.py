@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import dataclasses
 import enum
+import errno
 import math
 import os
 import pathlib
@@ -510,6 +511,16 @@ def _option_term(option: Option) -> str:
 Control = TypeVar("Control")
 
 
+def _unexpected(error: Exception) -> str:
+    """What is told of an ERROR that nobody has foreseen. That the system has no more to give can be
+    anywhere, and is no bug."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return os.strerror(error.errno)
+    return f"internal error: {type(error).__name__}: {error}"
+
+
 class Shell(Generic[Control]):
     """Runs commands and talks to the user."""
 
@@ -581,8 +592,7 @@ class Shell(Generic[Control]):
             raise
         except Exception as error:  # noqa: BLE001  # the border: users see no tracebacks
             self._trace()
-            bug = f"internal error: {type(error).__name__}: {error}"
-            self._tell(self._describe(error) or Failure(bug))
+            self._tell(self._describe(error) or Failure(_unexpected(error)))
             return FAILED
 
     def _tell(self, error: _Told) -> None:
