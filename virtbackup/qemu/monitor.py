@@ -198,7 +198,7 @@ class SocketMonitor:
         self._lost: str | None = None
         self._last_id = 0
         self._negotiated = False
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = _socket(path)
         self._abandoned = weakref.finalize(self, _abandon, self._socket, path, os.getpid())
         self._abandoned.atexit = False
         self._reader = threading.Thread(
@@ -479,6 +479,15 @@ def _hang_up(connection: socket.socket, path: str) -> None:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
         logger.debug("monitor=%s already disconnected", path)
+
+
+def _socket(path: str) -> socket.socket:
+    """One to be connected to PATH. Errors: VIR_ERR_SYSTEM_ERROR, which says nothing of QEMU."""
+    try:
+        return socket.socket(socket.AF_UNIX)
+    except OSError as failure:  # no descriptors are left, say
+        text = f"cannot make a socket for monitor socket '{path}'"
+        raise errors.system_error(failure, text) from failure
 
 
 def _is_connected(connection: socket.socket) -> bool:
