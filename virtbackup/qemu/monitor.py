@@ -428,14 +428,21 @@ class SocketMonitor:
                 case qmp.Event():
                     self._keep(message, weight)
                 case qmp.Success(id) | qmp.Failure(int(id)) if id in self._waiting:
-                    self._waiting.discard(id)
-                    self._replies_weight += weight
-                    if self._replies_weight > qmp.MAX_WEIGHT:
-                        raise qmp.ProtocolError("its replies are too large together")
-                    self._replies[id] = message, weight
+                    self._take_reply(id, message, weight)
+                case qmp.Failure(None) if self._waiting:
+                    # It cannot read a command, as for a character in a text that its JSON has not.
+                    # Nor then its id; but it answers in the order in which it is asked.
+                    self._take_reply(min(self._waiting), message, weight)
                 case qmp.Success(id) | qmp.Failure(id):
                     logger.warning("monitor=%s reply to nothing, id=%s", self.path, id)
             self._changed.notify_all()
+
+    def _take_reply(self, id: int, reply: qmp.Success | qmp.Failure, weight: int) -> None:
+        self._waiting.discard(id)
+        self._replies_weight += weight
+        if self._replies_weight > qmp.MAX_WEIGHT:
+            raise qmp.ProtocolError("its replies are too large together")
+        self._replies[id] = reply, weight
 
     def _keep(self, event: qmp.Event, weight: int) -> None:
         """Keep EVENT for whoever waits, and as many of those before it as there is room for."""
