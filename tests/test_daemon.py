@@ -910,6 +910,20 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
     notify.close()
 
 
+def test_whose_terminal_is_closed(tmp_path: pathlib.Path) -> None:
+    argv = ["--uri", "test:///default"]
+    with daemon_scene.Program(tmp_path, *argv) as program:
+        assert program.end(signal.SIGHUP) == 0
+        assert not program.path.exists()
+    command = ["nohup", sys.executable, "-m", "virtbackup.tools.virtbackupd", "--listen",
+               f"unix:{program.path}"]  # fmt: skip
+    with daemon_scene.Program(tmp_path, *argv, command=command) as program:
+        program.process.send_signal(signal.SIGHUP)
+        with program.connect() as client:
+            assert client.is_served()
+        assert program.end() == 0
+
+
 _SIGNALLED_ELSEWHERE = """
 import pathlib, signal, sys, threading, time
 from virtbackup.tools import virtbackupd

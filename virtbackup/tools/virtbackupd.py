@@ -131,7 +131,10 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     if any(uri.startswith("qemu") for uri in settings.uris):
         libvirt_events.start_loop()
     served = daemon.Daemon(hosts, settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, functools.partial(_stop, served))
     try:
         places = [served.adopt(fd) for fd in _handed_over()]
