@@ -94,7 +94,7 @@ class Server:
         self._clients: set[Client] = set()
         self._stop_by: float | None = None
         self._accept_from = 0.0
-        """When clients are accepted again, after that went wrong."""
+        """When clients are accepted again, after that went wrong; 0: it did not."""
         self._all_shake_hands = False
         """Whether there is no room for clients that have not shaken hands."""
         self._numbers = 0
@@ -209,7 +209,6 @@ class Server:
     def _select_listeners(self) -> None:
         """Accept at those listeners for whose clients there is room."""
         room = self._stop_by is None and not self.is_full
-        room = room and time.monotonic() >= self._accept_from
         handshaking = sum(client.is_handshaking for client in self._clients)
         self._all_shake_hands = handshaking >= self.limits.max_handshaking
         for listener in self._listeners:
@@ -223,8 +222,8 @@ class Server:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for further clients."""
-        return len(self._clients) >= self.limits.max_clients
+        """Whether there is no room for further clients, nor a descriptor for one."""
+        return len(self._clients) >= self.limits.max_clients or bool(self._accept_from)
 
     def _accept_of(self, listener: "_Listener", mask: int) -> None:
         if listener.accepts:  # not, where an earlier one's client was the last for now
