@@ -910,6 +910,15 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
     notify.close()
 
 
+def test_signals_until_it_has_ended(tmp_path: pathlib.Path) -> None:
+    """None is written into what is closed, or is another's by then."""
+    with daemon_scene.Program(tmp_path, "--uri", "test:///default") as program:
+        while program.process.poll() is None:
+            program.process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert "Traceback" not in program.log.read_text()
+
+
 def test_whose_terminal_is_closed(tmp_path: pathlib.Path) -> None:
     argv = ["--uri", "test:///default"]
     with daemon_scene.Program(tmp_path, *argv) as program:

@@ -124,10 +124,10 @@ class Daemon:
             name = self.settings.unix_sock_group
             raise errors.system_error(failure, f"cannot give '{path}' to '{name}'") from failure
 
-    def run(self) -> None:
-        """Serve until ``stop``. Backups that run go on."""
+    def run(self, by_signals: bool = False) -> None:
+        """Serve until ``stop``. Backups that run go on. BY_SIGNALS: as ``server.Server.run``."""
         try:
-            self.server.run()
+            self.server.run(by_signals)
         finally:
             self.close()
 

@@ -151,11 +151,7 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         if settings.access is None and _is_for_everybody(place):
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
-    signal.set_wakeup_fd(served.server.wakeup_fd, warn_on_full_buffer=False)
-    try:
-        served.run()
-    finally:
-        signal.set_wakeup_fd(-1)
+    served.run(by_signals=True)
     return 0
 
 
