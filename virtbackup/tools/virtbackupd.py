@@ -146,13 +146,23 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         served.close()
         raise
     served.domains.open()
-    print(f"virtbackupd: listening on {', '.join(places)}", flush=True)
+    _say(f"virtbackupd: listening on {', '.join(places)}")
     for place in places:
         if settings.access is None and _is_for_everybody(place):
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
     served.run(by_signals=True)
     return 0
+
+
+def _say(text: str) -> None:
+    """Print TEXT. Where that cannot be, it is served all the same."""
+    try:
+        print(text, flush=True)
+    except OSError as failure:  # nobody reads it any more, say
+        logger.warning("cannot print: %s: %s", text, failure)
+        with contextlib.suppress(OSError), pathlib.Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # for what is left in its buffer
 
 
 def _is_for_everybody(place: str) -> bool:
