@@ -218,7 +218,10 @@ def virtbackupd_page() -> str:
             (f"`{virtbackupd_options.DEFAULT_LISTEN.removeprefix('unix:')}`", "Its socket."),
         ))),
         roff.section("SIGNALS", roff.tagged((
-            ("`SIGTERM`, `SIGINT`", "It ends, once the calls that it works on have their replies."),
+            (
+                "`SIGTERM`, `SIGINT`, `SIGHUP`",
+                "It ends, once the calls that it works on have their replies.",
+            ),
         ))),
         roff.section("EXIT STATUS", roff.tagged((
             ("`0`", "It was told to end, or the configuration is good."),

@@ -147,6 +147,17 @@ REFUSED: list[tuple[Any, int, str]] = [
     (lambda: virtbackup.open("qmp://relative/path"), libvirt.VIR_ERR_INVALID_ARG,
      "'qmp://relative/path': expected qmp:///absolute/path/to/qmp.sock[?engine=classic|hybrid]"
         "[&agent=/absolute/path/to/qga.sock]"),
+    (lambda: virtbackup.open("qmp:///a\nb"), libvirt.VIR_ERR_INVALID_ARG,
+     r"'qmp:///a\nb': a URI has no character '\n' in it"),
+    (lambda: virtbackup.open("qemu:///system\0"), libvirt.VIR_ERR_INVALID_ARG,
+     r"'qemu:///system\x00': a URI has no character '\x00' in it"),
+    (lambda: virtbackup.open("virtbackup+unix:///\ud800"), libvirt.VIR_ERR_INVALID_ARG,
+     r"'virtbackup+unix:///\ud800': a URI has no character '\ud800' in it"),
+    (lambda: virtbackup.open("qmp:///a?engine=classic&engine=hybrid"), libvirt.VIR_ERR_INVALID_ARG,
+     "'qmp:///a?engine=classic&engine=hybrid': expected qmp:///absolute/path/to/qmp.sock"
+        "[?engine=classic|hybrid][&agent=/absolute/path/to/qga.sock]"),
+    (lambda: virtbackup.open("qemu:///a?engine=classic&engine=hybrid"), libvirt.VIR_ERR_INVALID_ARG,
+     "'qemu:///a?engine=classic&engine=hybrid': expected engine=classic or engine=hybrid"),
     (lambda: virtbackup.open("qmp:///nonexistent.sock"), libvirt.VIR_ERR_SYSTEM_ERROR,
      "failed to connect to monitor socket '/nonexistent.sock': No such file or directory"),
     (lambda: virtbackup.open("recorder:///").lookupByName("nope"), libvirt.VIR_ERR_NO_DOMAIN,

@@ -126,7 +126,10 @@ def test_what_has_no_reason_against_it_is_sound(reason: str | None, sound: bool)
         ("é" * 512, "branch name is longer than 1023 bytes"),
         ("x" * 1023, None),
         ("not virtbackup-", None),
-        ("\ud800", None),
+        ("\ud800", "branch name '\ufffd' holds characters that XML cannot carry"),
+        ("a\udcff", "branch name 'a\ufffd' holds characters that XML cannot carry"),
+        ("a\x01b", "branch name 'a\ufffdb' holds characters that XML cannot carry"),
+        ("\ufdd0", None),
     ],
 )
 def test_branch_names(branch: str, text: str | None) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 import libvirt
 import pytest
 
-from tests import daemon_scene
+from tests import daemon_scene, waiting
 from tests.live import certificates
 from tests.test_access import me
 from virtbackup import errors, hypervisor
@@ -714,7 +714,7 @@ def test_a_file_in_the_way(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "daemon.sock"
     path.write_text("precious")
     serving = daemon_scene.serving(tmp_path, daemon_scene.Driver(A))
-    with pytest.raises(libvirt.libvirtError, match="cannot listen on"), serving:
+    with pytest.raises(libvirt.libvirtError, match="': what is there is no socket"), serving:
         pass
     assert path.read_text() == "precious"
 
@@ -908,6 +908,55 @@ def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
             assert client.open().names()
         assert program.end(signal.SIGINT) == 0
     notify.close()
+
+
+@pytest.mark.parametrize("to", ["/dev/full", "a pipe that nobody reads"])
+def test_nobody_hears_where_it_listens(tmp_path: pathlib.Path, to: str) -> None:
+    path, log = tmp_path / "x.sock", tmp_path / "log"
+    reads, pipe = os.pipe()
+    os.close(reads)
+    with (
+        open(pipe, "wb") as broken,  # noqa: PTH123
+        pathlib.Path("/dev/full").open("wb") as full,
+        log.open("wb") as said,
+        subprocess.Popen(
+            [*PROGRAM, "--uri", "test:///default", "--listen", f"unix:{path}"],
+            stdout=full if to == "/dev/full" else broken, stderr=said, stdin=subprocess.DEVNULL,
+        ) as process,
+    ):  # fmt: skip
+        try:
+            waiting.until(path.is_socket, process=process)
+            with daemon_scene.Raw.unix(path) as client:
+                assert client.open().names() == ["vm"]
+        finally:
+            process.terminate()
+        assert process.wait(daemon_scene.DEADLINE) == 0
+    assert not path.exists()
+    assert f"cannot print: virtbackupd: listening on unix:{path}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_signals_until_it_has_ended(tmp_path: pathlib.Path) -> None:
+    """None is written into what is closed, or is another's by then."""
+    with daemon_scene.Program(tmp_path, "--uri", "test:///default") as program:
+        while program.process.poll() is None:
+            program.process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert "Traceback" not in program.log.read_text()
+
+
+def test_whose_terminal_is_closed(tmp_path: pathlib.Path) -> None:
+    argv = ["--uri", "test:///default"]
+    with daemon_scene.Program(tmp_path, *argv) as program:
+        assert program.end(signal.SIGHUP) == 0
+        assert not program.path.exists()
+    command = ["nohup", sys.executable, "-m", "virtbackup.tools.virtbackupd", "--listen",
+               f"unix:{program.path}"]  # fmt: skip
+    with daemon_scene.Program(tmp_path, *argv, command=command) as program:
+        program.process.send_signal(signal.SIGHUP)
+        with program.connect() as client:
+            assert client.is_served()
+        assert program.end() == 0
 
 
 _SIGNALLED_ELSEWHERE = """

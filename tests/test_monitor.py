@@ -177,6 +177,31 @@ def test_replies_out_of_order_and_to_nothing(tmp_path: pathlib.Path) -> None:
         assert qemu.execute_all(commands) == ["first", "second"]
 
 
+def test_what_qemu_cannot_read_is_the_eldest_command_s_failure(tmp_path: pathlib.Path) -> None:
+    """It does not know the id then, either."""
+    unread = {"error": {"class": "GenericError", "desc": "JSON parse error, invalid Unicode"}}
+
+    def script(client: socket.socket) -> None:
+        greet(client)
+        received = b""
+        while received.count(b"\n") < 2:
+            received += client.recv(1 << 16)
+        _, second = (json.loads(line)["id"] for line in received.splitlines())
+        client.sendall(json.dumps(unread).encode() + b"\r\n")
+        client.sendall(json.dumps({"return": [], "id": second}).encode() + b"\r\n")
+        client.sendall(json.dumps(unread).encode() + b"\r\n")  # to nothing
+        answer(client, "third")
+        until_closed(client)
+
+    with served(tmp_path, script) as path, monitor.SocketMonitor(path) as qemu:
+        commands = [monitor_json.query_jobs(), monitor_json.query_block()]
+        failed, read = qemu.execute_each(commands)
+        assert isinstance(failed, monitor_json.CommandFailed)
+        assert "JSON parse error, invalid Unicode" in str(failed)
+        assert read == []
+        assert qemu.execute(monitor_json.query_jobs()) == "third"
+
+
 def test_a_flood_of_events_is_bounded_and_in_nobodys_way(tmp_path: pathlib.Path) -> None:
     event = b'{"timestamp":{"seconds":1,"microseconds":0},"event":"%s","data":{"n":%d}}\r\n'
     count = monitor.MAX_EVENTS + 5

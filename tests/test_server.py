@@ -9,13 +9,14 @@ import os
 import pathlib
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
 
-from tests import daemon_scene
+from tests import daemon_scene, waiting
 from virtbackup import hypervisor
 from virtbackup.remote import program, protocol, rpc, rpc_error, server, transport, workers
 
@@ -520,6 +521,22 @@ def test_who_has_no_rights_keeps_nobody_out(
             assert other.names() == ["vm"]
         for client in idle:
             client.close()
+
+
+def test_who_never_opens_keeps_nobody_out_for_want_of_descriptors(tmp_path: pathlib.Path) -> None:
+    """A daemon that may have fewer than max_clients takes."""
+    command = ["prlimit", "--nofile=32", sys.executable, "-m", "virtbackup.tools.virtbackupd"]
+    argv = ["--uri", "test:///default", "--listen", f"unix:{tmp_path}/few.sock"]
+    with daemon_scene.Program(tmp_path, *argv, name="few", command=command) as program:
+        with program.connect() as first:
+            idle = [program.raw() for _ in range(40)]
+            waiting.until(lambda: "cannot be accepted" in program.log.read_text())
+            with program.connect() as other:
+                assert other.names() == ["vm"]
+            assert first.is_served()
+        for client in idle:
+            client.close()
+        assert program.end() == 0
 
 
 def test_threads_end_that_are_too_many() -> None:

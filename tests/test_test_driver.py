@@ -280,6 +280,7 @@ def test_unusable_uris(tmp_path: pathlib.Path) -> None:
         "test://host/default",
         "test:///default?x=1",
         "test:///default?engine=x",
+        "test:///default?engine=classic&engine=hybrid",
     ):
         wrong = failure(lambda uri=uri: virtbackup.open(uri))  # type: ignore[misc]
         assert wrong.get_error_code() == libvirt.VIR_ERR_INVALID_ARG

@@ -8,6 +8,7 @@ group ``virtbackup.drivers``, named as the URI scheme, that points to an ``Opene
 
 import dataclasses
 import importlib
+import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
@@ -263,7 +264,14 @@ def adopt_driver(connection: Any) -> Driver | None:
     return driver
 
 
+_NO_CHARACTERS = re.compile("[\0-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
+"""Of no URI: where there are line ends or tabs, they would be left out without a word."""
+
+
 def _opener(uri: str) -> Opener:
+    if found := _NO_CHARACTERS.search(uri):
+        text = f"{uri!r}: a URI has no character {found[0]!r} in it"
+        raise errors.invalid_arg("virConnectOpen", "uri", text)
     try:
         scheme = urllib.parse.urlsplit(uri).scheme
     except ValueError as failure:

@@ -73,8 +73,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with (
         libvirtd.host(directory / "libvirtd", directory) as host,
         host.domain(NAME, devices) as domain,
+        host.domain("off", "", persistent=True) as other_domain,
         daemon_scene.running(directory, host.daemon.uri) as ours,
     ):
+        other_domain.libvirt.destroy()
         yield Served(host, domain, ours.path, directory)
 
 
@@ -93,6 +95,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "domblkinfo vm sdb --human",
         "blockjob vm vda", "nodeinfo", "hostname", "capabilities", "version", "domjobinfo vm",
         "domblkstat vm vda --human", "domstats vm --state --block", "checkpoint-list vm",
+        "dominfo off", "domjobinfo off --completed", "domstate off --reason",
     ],
 )  # fmt: skip
 def test_the_same_output(served: Served, command: str) -> None:
@@ -115,10 +118,19 @@ def _comparable(text: str) -> str:
         "domstate 11111111-1111-1111-1111-111111111111", "backup-dumpxml vm", "domjobabort vm",
         "checkpoint-dumpxml vm nope", "checkpoint-delete vm nope", "checkpoint-parent vm nope",
         "domblkinfo vm nope", "checkpoint-info vm nope",
+        "domjobinfo off", "domjobinfo off --rawstats", "domjobabort off", "suspend off",
+        "domblkstat off vda", "domblkinfo off nope",
     ],
 )  # fmt: skip
 def test_the_same_error(served: Served, command: str) -> None:
     theirs, ours = served.both(*command.split(), status=1)
+    assert ours == theirs
+
+
+def test_a_checkpoint_to_be_redefined_has_a_name(served: Served) -> None:
+    nameless = served.file("nameless.xml", "<domaincheckpoint/>")
+    words = "checkpoint-create", NAME, nameless, "--redefine"
+    theirs, ours = served.both(*words, status=1)
     assert ours == theirs
 
 

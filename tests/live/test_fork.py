@@ -188,6 +188,8 @@ def test_a_branch_without_a_backup(one: Client, machine: machines.Machine) -> No
             ("a/b", "expected a name without '/'"),
             ("", "expected a name without '/'"),
             ("x" * 1024, "longer than 1023 bytes"),
+            ("\udcff", "characters that XML cannot carry"),
+            ("\ufdd0", "JSON parse error"),  # which XML has, and QEMU has not
         ):
             with pytest.raises(virtbackup.Error, match=text):
                 domain.branchCreate(name)

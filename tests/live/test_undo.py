@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every QMP command of a start fails in turn; nothing may remain of the start."""
 
+import contextlib
+import os
 import pathlib
+import resource
+from collections.abc import Iterator
 
 import pytest
 
 import virtbackup
-from tests.live import crashing, proxy
+from tests.live import crashing, machines, proxy
 
 FAULTS: tuple[proxy.Fault, ...] = ("refuse", "lose-reply", "hang-up-before", "hang-up-after")
 
@@ -71,3 +75,50 @@ def test_each_command_of_a_stop_fails_in_turn_and_cleanup_finishes_it(
                 break
         assert outcomes[-1] == "good"
         assert outcomes.count("error") > 5
+
+
+@contextlib.contextmanager
+def descriptors(left: int) -> Iterator[None]:
+    """With room for no more than so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["nameless", "named"])
+def test_a_start_that_has_too_few_descriptors_is_undone(
+    tmp_path: pathlib.Path, state_dir: pathlib.Path, named: bool
+) -> None:
+    """Wherever it runs out of them, that is an error of the call, as of any other."""
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(crashing.document(tmp_path, named=named))
+        dom.backupStop()
+        before, files_before = machine.state(), crashing.files(tmp_path, state_dir)
+        said = []
+        for left in range(40):
+            try:
+                with descriptors(left):
+                    dom.backupStart(crashing.document(tmp_path, named=named))
+            except virtbackup.Error as failure:
+                said.append(str(failure))
+                assert machine.state() == before, failure
+                assert crashing.files(tmp_path, state_dir) == files_before, failure
+            else:
+                dom.backupStop()
+                break
+        assert len(said) > 2
+        assert all("Too many open files" in text for text in said), said
+        assert machine.state() == before
+
+
+def test_no_descriptor_for_the_monitor(tmp_path: pathlib.Path) -> None:
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        with descriptors(0), pytest.raises(virtbackup.Error, match=f"'{machine.qmp}': Too many"):
+            conn.listAllDomains()
+        assert len(conn.listAllDomains()) == 1

@@ -267,6 +267,8 @@ def check_branch_name(name: str) -> None:
     wrong = _wrong_in_branch_name(name)
     if not name or "/" in name:
         wrong = f"branch name '{name}': expected a name without '/'"
+    if not xml.is_carried(name):
+        wrong = f"branch name '{xml.shown(name)}' holds characters that XML cannot carry"
     if wrong:
         raise errors.error(libvirt.VIR_ERR_INVALID_ARG, wrong, domain=libvirt.VIR_FROM_DOMAIN)
 

@@ -152,6 +152,11 @@ def writing() -> Iterator[None]:
         raise xml_error("a name or a path holds characters that XML cannot carry") from failure
 
 
+def is_carried(text: str) -> bool:
+    """Whether a document can hold TEXT."""
+    return not _NOT_XML.search(text)
+
+
 def shown(text: str) -> str:
     """TEXT for people to read in a document: U+FFFD for each character that XML cannot carry."""
     return _NOT_XML.sub("\ufffd", text)

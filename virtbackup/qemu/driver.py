@@ -44,10 +44,12 @@ def parse_uri(uri: str) -> tuple[str, capabilities.Engine | None, str | None]:
     """(monitor's path, engine asked for, agent's path). Errors: VIR_ERR_INVALID_ARG."""
     parts = urllib.parse.urlsplit(uri)
     path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    pairs = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
+    twice = len(options) < len(pairs)
     engine, socket = options.pop("engine", None), options.pop("agent", None)
     engines: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
-    bad = bool(parts.netloc or parts.fragment or options) or not _is_absolute(path)
+    bad = bool(parts.netloc or parts.fragment or options or twice) or not _is_absolute(path)
     if bad or engine not in engines or not (socket is None or _is_absolute(socket)):
         raise errors.invalid_arg(
             "virConnectOpen",

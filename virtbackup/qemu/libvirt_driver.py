@@ -81,8 +81,9 @@ def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
     """(The URI that is libvirt's, the engine, whether libvirt makes the backups itself)."""
     parts = urllib.parse.urlsplit(uri)
     options = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
-    engine = next((value for key, value in options if key == "engine"), None)
-    if engine not in _ENGINES:
+    engines = [value for key, value in options if key == "engine"]
+    engine = engines[0] if engines else None
+    if engine not in _ENGINES or len(engines) > 1:
         raise errors.invalid_arg(
             "virConnectOpen", "uri", f"'{uri}': expected engine=classic or engine=hybrid"
         )

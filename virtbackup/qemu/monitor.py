@@ -198,7 +198,7 @@ class SocketMonitor:
         self._lost: str | None = None
         self._last_id = 0
         self._negotiated = False
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = _socket(path)
         self._abandoned = weakref.finalize(self, _abandon, self._socket, path, os.getpid())
         self._abandoned.atexit = False
         self._reader = threading.Thread(
@@ -428,14 +428,21 @@ class SocketMonitor:
                 case qmp.Event():
                     self._keep(message, weight)
                 case qmp.Success(id) | qmp.Failure(int(id)) if id in self._waiting:
-                    self._waiting.discard(id)
-                    self._replies_weight += weight
-                    if self._replies_weight > qmp.MAX_WEIGHT:
-                        raise qmp.ProtocolError("its replies are too large together")
-                    self._replies[id] = message, weight
+                    self._take_reply(id, message, weight)
+                case qmp.Failure(None) if self._waiting:
+                    # It cannot read a command, as for a character in a text that its JSON has not.
+                    # Nor then its id; but it answers in the order in which it is asked.
+                    self._take_reply(min(self._waiting), message, weight)
                 case qmp.Success(id) | qmp.Failure(id):
                     logger.warning("monitor=%s reply to nothing, id=%s", self.path, id)
             self._changed.notify_all()
+
+    def _take_reply(self, id: int, reply: qmp.Success | qmp.Failure, weight: int) -> None:
+        self._waiting.discard(id)
+        self._replies_weight += weight
+        if self._replies_weight > qmp.MAX_WEIGHT:
+            raise qmp.ProtocolError("its replies are too large together")
+        self._replies[id] = reply, weight
 
     def _keep(self, event: qmp.Event, weight: int) -> None:
         """Keep EVENT for whoever waits, and as many of those before it as there is room for."""
@@ -479,6 +486,15 @@ def _hang_up(connection: socket.socket, path: str) -> None:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
         logger.debug("monitor=%s already disconnected", path)
+
+
+def _socket(path: str) -> socket.socket:
+    """One to be connected to PATH. Errors: VIR_ERR_SYSTEM_ERROR, which says nothing of QEMU."""
+    try:
+        return socket.socket(socket.AF_UNIX)
+    except OSError as failure:  # no descriptors are left, say
+        text = f"cannot make a socket for monitor socket '{path}'"
+        raise errors.system_error(failure, text) from failure
 
 
 def _is_connected(connection: socket.socket) -> bool:

@@ -172,12 +172,18 @@ def pid_of(domain: "libvirt.virDomain") -> int | None:
         return known
     found = next((pid for pid in _noted(domain.name()) if _is_of(pid, *run)), None)
     if found is None:
-        every = (int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*"))
-        candidates = [pid for pid in every if _is_of(pid, *run)]
+        candidates = [pid for pid in _processes() if _is_of(pid, *run)]
         found = candidates[0] if len(candidates) == 1 else None
     if found is not None:
         _pids[run] = found
     return found
+
+
+def _processes() -> list[int]:
+    """All that there are; none where they cannot be listed, as where no descriptor is left."""
+    with contextlib.suppress(OSError):
+        return [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*")]
+    return []
 
 
 def _noted(name: str) -> Iterator[int]:

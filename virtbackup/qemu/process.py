@@ -353,7 +353,8 @@ class Run:
             scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve))
             if not disk.source.reserve:
                 worst_case = qcow2.full_size(disk.size)
-                self.images.append(watch.Image(disk.target, os.dup(fd), worst_case))
+                own = scratch.duplicate(fd, disk.target)
+                self.images.append(watch.Image(disk.target, own, worst_case))
             if self.by_fd:
                 # The set is given up as soon as QEMU has opened its own descriptor from it: with
                 # the last of those it vanishes, even when the guest is paused by then.

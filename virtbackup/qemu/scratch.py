@@ -207,6 +207,16 @@ def format(fd: int, size: int, target: str, reserve: bool = False) -> None:
         ) from failure
 
 
+def duplicate(fd: int, target: str) -> int:
+    """Another descriptor of the scratch image FD. Errors: VIR_ERR_SYSTEM_ERROR."""
+    try:
+        return os.dup(fd)
+    except OSError as failure:
+        raise errors.system_error(
+            failure, f"cannot keep the scratch image of disk '{target}' open"
+        ) from failure
+
+
 def is_unused_image(path: str, size: int) -> bool:
     """Whether what is at PATH is an image of SIZE guest-visible bytes as ``create`` and ``format``
     make it or were just making it, and nothing else that somebody put there."""

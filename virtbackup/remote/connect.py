@@ -109,6 +109,8 @@ def _address(parts: urllib.parse.SplitResult) -> transport.Address:
         path = urllib.parse.unquote(parts.path, errors="surrogateescape")
         if not path.strip("/") or "\0" in path:
             raise ValueError("the path of the socket is missing, or none")
+        if not path.startswith("/"):
+            raise ValueError(f"the path '{path}' is not absolute")
         return transport.Address("unix", path=path)
     if parts.path not in ("", "/"):
         raise ValueError(f"the path '{parts.path}' has no meaning")
@@ -116,7 +118,17 @@ def _address(parts: urllib.parse.SplitResult) -> transport.Address:
         raise ValueError("a host is needed, and no user")
     port = PORTS[kind] if parts.port is None else parts.port
     host = urllib.parse.unquote(parts.hostname)
+    if not _may_be_host(host):
+        raise ValueError(f"'{host}' is no host")
     return transport.Address("tls" if kind == "tls" else "tcp", host=host, port=port)
+
+
+def _may_be_host(host: str) -> bool:
+    """Whether it is worth asking anybody for the address of HOST."""
+    try:
+        return b"\0" not in host.encode("idna")  # as the socket module has it sent
+    except UnicodeError:  # a part of it is empty, too long, or no text
+        return False
 
 
 # --- connecting ---

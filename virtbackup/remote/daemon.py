@@ -11,6 +11,7 @@ import pathlib
 import re
 import socket
 import ssl
+import stat
 from collections.abc import Iterator, Sequence
 
 import libvirt
@@ -70,7 +71,7 @@ class Daemon:
         try:
             made = transport.listen(address, mode(self.settings))
         except OSError as failure:
-            reason = _in_words(failure)
+            reason = _in_words(failure, address)
             raise errors.system_error(reason, f"cannot listen on '{address}'") from failure
         with _closed_on_error(made):
             if address.kind == "unix":
@@ -124,10 +125,10 @@ class Daemon:
             name = self.settings.unix_sock_group
             raise errors.system_error(failure, f"cannot give '{path}' to '{name}'") from failure
 
-    def run(self) -> None:
-        """Serve until ``stop``. Backups that run go on."""
+    def run(self, by_signals: bool = False) -> None:
+        """Serve until ``stop``. Backups that run go on. BY_SIGNALS: as ``server.Server.run``."""
         try:
-            self.server.run()
+            self.server.run(by_signals)
         finally:
             self.close()
 
@@ -234,11 +235,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _in_words(failure: OSError) -> OSError:
-    """A FAILURE to listen on a unix socket or at a port."""
-    if failure.errno == errno.EADDRINUSE:
-        return OSError(failure.errno, "somebody listens there already")
-    return failure
+def _in_words(failure: OSError, address: transport.Address) -> OSError:
+    """A FAILURE to listen at an ADDRESS."""
+    if failure.errno != errno.EADDRINUSE:
+        return failure
+    with contextlib.suppress(OSError):  # it has gone since
+        if address.kind == "unix" and not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+            return OSError(failure.errno, "what is there is no socket")
+    return OSError(failure.errno, "somebody listens there already")
 
 
 def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:

@@ -219,12 +219,32 @@ def _abort(session: Session, dom: remote_types.NonnullDomain, function: str) -> 
     except libvirt.libvirtError as failure:
         if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
             raise
+        _check_runs(found)
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID, "no job is active on the domain"
         ) from failure
 
 
+def _check_runs(found: domains.Found) -> None:
+    """A domain that does not run has no job, but for a backup that ended with it: that is looked at
+    before. Errors: VIR_ERR_OPERATION_INVALID."""
+    if found.ref.id is None:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            "domain is not running",
+            domain=libvirt.VIR_FROM_DOMAIN,
+        )
+
+
 # --- jobs ---
+
+
+def _running(found: domains.Found) -> job_stats.Stats:
+    """Of the backup that runs; empty where none does. Errors: as ``_check_runs``; the driver's."""
+    stats = job_stats.running(found)
+    if not stats:
+        _check_runs(found)
+    return stats
 
 
 def _params(stats: job_stats.Stats) -> tuple[remote_types.TypedParam, ...]:
@@ -252,7 +272,7 @@ def get_job_stats(session: Session, args: structs.DomainFlagsArgs) -> structs.Do
         good = bool(stats.get("success", True))
         kind = libvirt.VIR_DOMAIN_JOB_COMPLETED if good else libvirt.VIR_DOMAIN_JOB_FAILED
     else:
-        stats, kind = job_stats.running(found), libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        stats, kind = _running(found), libvirt.VIR_DOMAIN_JOB_UNBOUNDED
     if not stats:
         return structs.DomainGetJobStatsRet(libvirt.VIR_DOMAIN_JOB_NONE, ())
     return structs.DomainGetJobStatsRet(kind, _params(stats))
@@ -260,7 +280,7 @@ def get_job_stats(session: Session, args: structs.DomainFlagsArgs) -> structs.Do
 
 @handles(REMOTE, "DOMAIN_GET_JOB_INFO")
 def get_job_info(session: Session, args: structs.DomainArgs) -> structs.DomainGetJobInfoRet:
-    stats = job_stats.running(session.domain(args.dom, "virDomainGetJobInfo"))
+    stats = _running(session.domain(args.dom, "virDomainGetJobInfo"))
     kind = libvirt.VIR_DOMAIN_JOB_UNBOUNDED if stats else libvirt.VIR_DOMAIN_JOB_NONE
     elapsed = int(stats.get("time_elapsed", 0))
     return structs.DomainGetJobInfoRet(kind, elapsed, *[0] * 10)

@@ -155,8 +155,14 @@ def create_xml(
 
 
 def _known(found: domains.Found, wanted: checkpoint_conf.CheckpointDef) -> str:
-    """The name of a checkpoint that is WANTED again. Errors: VIR_ERR_CHECKPOINT_INCONSISTENT where
-    it is gone from the images: nobody can bring it back."""
+    """The name of a checkpoint that is WANTED again. Errors: VIR_ERR_XML_ERROR where that has none;
+    VIR_ERR_CHECKPOINT_INCONSISTENT where it is gone from the images: nobody can bring it back."""
+    if wanted.name is None:
+        raise errors.error(
+            libvirt.VIR_ERR_XML_ERROR,
+            "a redefined checkpoint must have a name",
+            domain=libvirt.VIR_FROM_DOMAIN_CHECKPOINT,
+        )
     for one in checkpoint.of(found):
         if one.name == wanted.name:
             return one.name

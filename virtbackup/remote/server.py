@@ -14,11 +14,12 @@ import functools
 import logging
 import os
 import selectors
+import signal
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from virtbackup import access
@@ -94,7 +95,7 @@ class Server:
         self._clients: set[Client] = set()
         self._stop_by: float | None = None
         self._accept_from = 0.0
-        """When clients are accepted again, after that went wrong."""
+        """When clients are accepted again, after that went wrong; 0: it did not."""
         self._all_shake_hands = False
         """Whether there is no room for clients that have not shaken hands."""
         self._numbers = 0
@@ -114,18 +115,33 @@ class Server:
         transport.refuse_descriptors(listening)
         self._listeners.append(_Listener(listening, context))
 
-    def run(self) -> None:
-        """Serve until ``stop``; then calls that are worked on get their replies first."""
+    def run(self, by_signals: bool = False) -> None:
+        """Serve until ``stop``; then calls that are worked on get their replies first. BY_SIGNALS,
+        in the main thread: a signal's handler runs at once, whatever is waited for. Without it, a
+        signal that comes just before the wait is seen to after it."""
         try:
-            self._select_listeners()
-            while not self._done():
-                for key, mask in self._selector.select(self._timeout()):
-                    key.data(mask)
-                while self._asked:
-                    self._asked.popleft()()
-                self._look_at_the_clock()
+            with self._woken_by_signals() if by_signals else contextlib.nullcontext():
+                self._serve_until_done()
         finally:
             self.close()
+
+    @contextlib.contextmanager
+    def _woken_by_signals(self) -> Iterator[None]:
+        """Over before anything is closed: a descriptor of that number may then be another's."""
+        before = signal.set_wakeup_fd(self._wake_out.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+
+    def _serve_until_done(self) -> None:
+        self._select_listeners()
+        while not self._done():
+            for key, mask in self._selector.select(self._timeout()):
+                key.data(mask)
+            while self._asked:
+                self._asked.popleft()()
+            self._look_at_the_clock()
 
     def close(self) -> None:
         """Let go of everything, where ``run`` has not done so."""
@@ -138,12 +154,6 @@ class Server:
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
-
-    @property
-    def wakeup_fd(self) -> int:
-        """For ``signal.set_wakeup_fd``: a handler runs at once, whatever ``run`` waits for. Without
-        it, a signal that comes just before the wait is seen to after it."""
-        return self._wake_out.fileno()
 
     def stop(self, timeout: float = 10.0) -> None:
         """Have ``run`` return, with calls that are worked on for up to TIMEOUT seconds; when it is
@@ -209,7 +219,6 @@ class Server:
     def _select_listeners(self) -> None:
         """Accept at those listeners for whose clients there is room."""
         room = self._stop_by is None and not self.is_full
-        room = room and time.monotonic() >= self._accept_from
         handshaking = sum(client.is_handshaking for client in self._clients)
         self._all_shake_hands = handshaking >= self.limits.max_handshaking
         for listener in self._listeners:
@@ -223,8 +232,8 @@ class Server:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for further clients."""
-        return len(self._clients) >= self.limits.max_clients
+        """Whether there is no room for further clients, nor a descriptor for one."""
+        return len(self._clients) >= self.limits.max_clients or bool(self._accept_from)
 
     def _accept_of(self, listener: "_Listener", mask: int) -> None:
         if listener.accepts:  # not, where an earlier one's client was the last for now

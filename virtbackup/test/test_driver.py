@@ -57,10 +57,13 @@ def open(uri: str, readonly: bool) -> "TestDriver":
     be read, VIR_ERR_CONFIG_UNSUPPORTED for what they hold, by file and line.
     """
     parts = urllib.parse.urlsplit(uri)
-    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    pairs = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
+    twice = len(options) < len(pairs)
     engine = options.pop("engine", None)
     path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-    bad = bool(parts.netloc or parts.fragment or options) or not path.strip("/") or "\0" in path
+    bad = bool(parts.netloc or parts.fragment or options or twice)
+    bad = bad or not path.strip("/") or "\0" in path
     if bad or engine not in (None, "classic", "hybrid"):
         raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': {_SHAPE}")
     return TestDriver(_share(path), engine)  # type: ignore[arg-type]  # one of these

@@ -131,7 +131,10 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     if any(uri.startswith("qemu") for uri in settings.uris):
         libvirt_events.start_loop()
     served = daemon.Daemon(hosts, settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, functools.partial(_stop, served))
     try:
         places = [served.adopt(fd) for fd in _handed_over()]
@@ -143,17 +146,23 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         served.close()
         raise
     served.domains.open()
-    print(f"virtbackupd: listening on {', '.join(places)}", flush=True)
+    _say(f"virtbackupd: listening on {', '.join(places)}")
     for place in places:
         if settings.access is None and _is_for_everybody(place):
             logger.warning("%s: every user of this host may use it, unless access is set", place)
     _notify("READY=1")
-    signal.set_wakeup_fd(served.server.wakeup_fd, warn_on_full_buffer=False)
-    try:
-        served.run()
-    finally:
-        signal.set_wakeup_fd(-1)
+    served.run(by_signals=True)
     return 0
+
+
+def _say(text: str) -> None:
+    """Print TEXT. Where that cannot be, it is served all the same."""
+    try:
+        print(text, flush=True)
+    except OSError as failure:  # nobody reads it any more, say
+        logger.warning("cannot print: %s: %s", text, failure)
+        with contextlib.suppress(OSError), pathlib.Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # for what is left in its buffer
 
 
 def _is_for_everybody(place: str) -> bool:
