@@ -874,6 +874,7 @@ def test_a_snapshot_into_which_all_is_streamed_during_a_backup(tmp_path: pathlib
         machine.io("vda", "write -P 6 0 128k")
         assert nbdclient.read(tmp_path / "nbd.sock", "vda") == before
         dom.backupStop()
+        machine.probe("blockdev-del", node_name="A")  # it is not for us to take
 
 
 def _three_images(directory: pathlib.Path) -> tuple[str, ...]:

@@ -215,13 +215,29 @@ def _device_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
         return "the disk was unplugged during the backup"
     if drive.medium is None:
         return "its medium was removed during the backup"
-    root, graph = drive.medium.node, sight.graph
+    other = _other_image(disk, drive.medium.node, sight.graph)
+    return f"its device got another image, '{other}', in place of its own" if other else None
+
+
+def replaced(disks: Iterable[status.DiskStatus], sight: Sight) -> list[status.DiskStatus]:
+    """Those of DISKS in whose place another was plugged in. No medium is changed during a job."""
+    return [
+        disk
+        for disk in disks
+        if (drive := _drive(disk, sight)) and drive.medium
+        if _other_image(disk, drive.medium.node, sight.graph)
+    ]
+
+
+def _other_image(
+    disk: status.DiskStatus, root: naming.NodeName, graph: block.Graph | None
+) -> naming.NodeName | None:
+    """ROOT, which the disk's device shows, where that is none of the disk's."""
     # One that the graph does not have yet came while all this was looked at: with a snapshot, say.
     if graph is None or root not in graph.nodes() or graph.shows(root, disk.node):
         return None
-    if disk.job in graph.jobs_on(root):
-        return None  # a snapshot below the job's filter, and then all data streamed into it
-    return f"its device got another image, '{root}', in place of its own"
+    # A snapshot below the job's filter, and then all data streamed into it, is the disk's yet.
+    return None if disk.job in graph.jobs_on(root) else root
 
 
 def _drive(disk: status.DiskStatus, sight: Sight) -> block.Disk | None:

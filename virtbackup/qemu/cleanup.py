@@ -12,6 +12,7 @@ import os
 import pathlib
 import stat
 import time
+from collections.abc import Collection
 
 import libvirt
 
@@ -97,11 +98,15 @@ def take_out(
     removed = []
     sweeper = sweeper_of(session, left)
     ours = left is not None and not session.restarted_since(left.qemu)
-    if left is not None and ours and _stopped_guest(session, left, sight):
-        sweeper.stop_saving()
-        removed += sweeper.jobs()
-        removed += _go_on(session)
-        sight = None
+    replaced: list[status.DiskStatus] = []
+    if left is not None and ours:
+        now = sight or verdict.look_at(session, left)
+        replaced = blockjob.replaced(left.disks, now)
+        if blockjob.stopped_guest(left.disks, now):
+            sweeper.stop_saving()
+            removed += sweeper.jobs()
+            removed += _go_on(session)
+            sight = None
     known = sweeper.every_export() if sight is None or sight.exports is None else sight.exports
     sweeper.end_clients(known)
     exports = sweeper.exports(known)
@@ -117,7 +122,7 @@ def take_out(
     joined, divided = _join_branches(session, left)
     removed += [*unguarded, *joined]
     if left is not None and ours:
-        removed += _orphans(session, left, sweeper)
+        removed += _orphans(session, left, replaced, sweeper)
     rest = [NBD_SERVER] if server_left else []
     return removed, rest + sweeper.remaining() + guards + divided
 
@@ -255,25 +260,23 @@ def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
     return True
 
 
-def _stopped_guest(
-    session: domain.Session, left: status.Status, sight: blockjob.Sight | None
-) -> bool:
-    return blockjob.stopped_guest(left.disks, sight or verdict.look_at(session, left))
-
-
-def _orphans(session: domain.Session, left: status.Status, sweeper: sweep.Sweeper) -> list[str]:
-    """Delete the nodes of disks that were unplugged during the backup, whether or not another one
-    was plugged in in its place. Who unplugs a disk deletes its nodes, and was refused that while
-    our job used them; they would keep their images locked."""
+def _orphans(
+    session: domain.Session,
+    left: status.Status,
+    replaced: Collection[status.DiskStatus],
+    sweeper: sweep.Sweeper,
+) -> list[str]:
+    """Delete the nodes of disks that were unplugged during the backup, and of those REPLACED by
+    another. Who unplugs a disk deletes its nodes, and was refused that while our job used them;
+    they would keep their images locked."""
     caps = session.capabilities
     if not caps.devices or not caps.block_graph:
         return []
     found = block.parse_block(session.qemu.execute(monitor_json.query_block()))
-    shown = {disk.qom_path: disk.medium.node for disk in found if disk.medium}
+    drives = {disk.qom_path for disk in found}
+    unplugged = [disk for disk in left.disks if disk.device and disk.device not in drives]
     removed = []
-    for disk in left.disks:
-        if disk.device is None or shown.get(disk.device) == disk.node:
-            continue
+    for disk in (*unplugged, *replaced):
         todo = [disk.node]
         while todo:
             node = todo.pop()
