@@ -578,6 +578,21 @@ def test_a_server_with_a_little_data(layered: points.Backed, tmp_path: pathlib.P
             assert "has data; --force" in refused(layered, uri(server), disk="vda")
 
 
+def test_a_server_whose_little_data_cannot_be_read(
+    layered: points.Backed, tmp_path: pathlib.Path
+) -> None:
+    """It is to be overwritten, which may mend it."""
+    image = tmp_path / "image"
+    image.write_bytes(b"\1" * 4096)
+    os.truncate(image, 3 << 20)
+    kit = ["--filter=error", "file", str(image), "error-pread=EIO", "error-pread-rate=100%"]
+    with copies.nbdkit(tmp_path, *kit) as server:
+        assert "has data; --force" in refused(layered, uri(server), disk="vda")
+        points.put_back(layered, uri(server), disk="vda", force=True)
+    want = layered.shown[3]["vda"]
+    assert image.read_bytes() == want + bytes((3 << 20) - len(want))
+
+
 @pytest.mark.parametrize(
     ("kit", "text"),
     [

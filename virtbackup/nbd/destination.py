@@ -133,11 +133,20 @@ class Server:
                 if one.kind is not extents.Kind.DATA:
                     continue
                 looked_at += one.length
-                if looked_at > _MOST_LOOKED_AT or any(self._read(one.offset, one.length)):
+                if looked_at > _MOST_LOOKED_AT or not self._reads_as_zero(one):
                     return False
             offset = known[-1].end
             known.clear()
         return True
+
+    def _reads_as_zero(self, one: extents.Extent) -> bool:
+        """Not where it cannot be read: it may be overwritten all the same."""
+        try:
+            return not any(self._read(one.offset, one.length))
+        except nbd.Error:
+            if not self._handle.aio_is_ready():  # the server is lost
+                raise
+            return False
 
     def _lacking(self, end: int) -> int:
         """Bytes from END, the disk's own, to where the server takes a request to end."""
