@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import libvirt
@@ -23,7 +24,7 @@ import virtbackup
 from tests import conftest, strict_json, waiting
 from tests.live import certificates, libvirtd, machines, nbdclient, places, steps, test_json
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import capabilities
+from virtbackup.qemu import capabilities, domain_obj
 from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
@@ -822,6 +823,28 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
     two = libvirtd.Domain(host.connection.lookupByName("two"))
     assert not left_over(two, scratch_dir, state_dir)
     assert not socket(host).exists()
+
+
+def test_libvirtd_does_not_come_back_for_backups_that_end_with_their_connection(
+    host: libvirtd.Host, two: libvirtd.Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for once, and not for each."""
+    monkeypatch.setattr(domain_obj, "PATIENCE", 3.0)
+    disks = disk_xml("vda", image(host.path("c.qcow2"), 3))
+    with host.domain("other", disks), virtbackup.open(host.daemon.uri) as opened:
+        own = document(host).replace(str(socket(host)), str(host.path("own.sock")))
+        owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
+        opened.lookupByName("two").backupStart(document(host), owned)
+        opened.lookupByName("other").backupStart(own, owned)
+        host.daemon.kill()
+        began = time.monotonic()
+        opened.close()
+        assert 3 <= time.monotonic() - began < 5
+        host.daemon.start()
+        host.connection = libvirt.open(host.daemon.uri)
+        with virtbackup.open(host.daemon.uri) as again:
+            for name in ("two", "other"):
+                again.lookupByName(name).backupStop()
 
 
 def test_a_restart_of_libvirtd_that_nobody_has_noticed(

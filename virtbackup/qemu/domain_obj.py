@@ -87,18 +87,19 @@ class DomainObj:
         or asked for here. None: nobody."""
         self._ending.listen(notify)
 
-    def close(self) -> None:
-        """End the backup that was started to end with us; a failure to is logged."""
+    def close(self, until: float | None = None) -> None:
+        """End the backup that was started to end with us; a failure to is logged. UNTIL, for who
+        closes several: by ``time.monotonic``, the end of their PATIENCE, which is one for all."""
         self._stop_watching()
         id, self._autodestroy = self._autodestroy, None
         if id is None:
             return
-        end = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE if until is None else until
         while True:
             try:
                 self._end(id)
             except errors.Error as failure:
-                if _may_come_back(failure) and time.monotonic() < end:
+                if _may_come_back(failure) and time.monotonic() < until:
                     time.sleep(_TRY_AGAIN)
                     continue
                 logger.warning("backup=%s could not be ended on close: %s", id, failure)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -138,8 +139,9 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
         """End the backups that were started to end with us, and libvirt's connection."""
         if os.getpid() != self._pid:
             return
+        until = time.monotonic() + domain_obj.PATIENCE
         for one in list(self._domains.values()):
-            one.close()
+            one.close(until)
         self._events.close()
         if self._owned:
             with contextlib.suppress(libvirt.libvirtError):
