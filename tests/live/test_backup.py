@@ -220,6 +220,40 @@ def test_a_floppy(tmp_path: pathlib.Path) -> None:
         dom.backupStop()
 
 
+@pytest.mark.parametrize("engine", machines.engines())
+def test_a_medium_that_is_changed_after_its_job_was_lost(
+    tmp_path: pathlib.Path, engine: str
+) -> None:
+    """What was taken out is its owner's, who may put it in again."""
+    if machines.version() < (7, 2, 0):
+        return  # a floppy is refused
+    one, other = (machines.image(tmp_path / name, 1440 << 10, "qcow2") for name in ("a", "b"))
+    floppy = (
+        "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={one}",
+        "-blockdev", f"qcow2,node-name=B,file.driver=file,file.filename={other}",
+        "-device", "isa-fdc,id=fdc", "-device", "floppy,drive=A,id=fd0",
+    )  # fmt: skip
+    with (
+        machines.qemu(tmp_path, *floppy) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path))
+        [job] = machine.probe("query-jobs")
+        machine.probe("block-job-cancel", device=job["id"])
+        machine.probe.wait_event("BLOCK_JOB_CANCELLED")
+        machine.probe("blockdev-open-tray", id="fd0", force=True)
+        in_use = pytest.raises(AssertionError, match="is busy")
+        with contextlib.nullcontext() if engine == "hybrid" else in_use:
+            machine.probe("blockdev-remove-medium", id="fd0")
+            machine.probe("blockdev-insert-medium", id="fd0", node_name="B")
+        with pytest.raises(virtbackup.Error, match="its backup job ended"):
+            dom.backupStop()
+        if engine == "hybrid":
+            machine.probe("blockdev-remove-medium", id="fd0")
+            machine.probe("blockdev-insert-medium", id="fd0", node_name="A")
+
+
 def test_disk_in_an_iothread(tmp_path: pathlib.Path) -> None:
     """Refused by name where QEMU would die of it; elsewhere as any disk."""
     machines.image(tmp_path / "a.raw", 1 << 20)

@@ -220,12 +220,15 @@ def _device_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
 
 
 def replaced(disks: Iterable[status.DiskStatus], sight: Sight) -> list[status.DiskStatus]:
-    """Those of DISKS in whose place another was plugged in. No medium is changed during a job."""
+    """Those of DISKS in whose place another was plugged in. No medium is changed while a scratch
+    image or a filter of ours is over it; a job that is lost takes its filter along, and then the
+    node that was taken out is its owner's."""
     return [
         disk
         for disk in disks
-        if (drive := _drive(disk, sight)) and drive.medium
+        if (drive := _drive(disk, sight)) and drive.medium and sight.graph
         if _other_image(disk, drive.medium.node, sight.graph)
+        if any(map(naming.backup_of, sight.graph.nodes_over(disk.node) - {disk.access}))
     ]
 
 
