@@ -11,6 +11,7 @@ import libvirt
 import pytest
 
 import virtbackup
+from tests import conftest
 from tests.live import libvirtd, machines
 from tests.live.libvirtd import CLUSTER, disk_xml, image, pattern
 
@@ -139,11 +140,12 @@ def test_each_goes_on_through_the_others_backups(
     assert theirs.restored(places["second"]) == changed
     assert ours.restored(places["branch"]) == last
 
-    last = guest.write()
-    theirs.backup("inc", places["second"])
-    theirs.backup("full", places["third"])
-    (tmp_path / "second-restored").rename(tmp_path / "earlier")
-    assert theirs.restored(places["second"]) == theirs.restored(places["third"]) == last
+    if conftest.long():
+        last = guest.write()
+        theirs.backup("inc", places["second"])
+        theirs.backup("full", places["third"])
+        (tmp_path / "second-restored").rename(tmp_path / "earlier")
+        assert theirs.restored(places["second"]) == theirs.restored(places["third"]) == last
     assert [domain.libvirt.XMLDesc(flag) for flag in flags] == before
 
 
