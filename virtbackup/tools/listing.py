@@ -459,7 +459,7 @@ def _unfinished(
     known = {disk.file for point in points for disk in point.made.disks}
     image = re.compile(
         "(?:" + "|".join(sorted({re.escape(d.name) for p in points for d in p.made.disks}))
-        + r")\.\d{4,9}\.(?:qcow2|raw)"
+        + r")\.[0-9]{4,9}\.(?:qcow2|raw)"
     )  # fmt: skip
     left = {name: what for name in names if (what := _left_of(name)) is not None}
     is_locked = bool(left) and chain.is_locked(directory)

@@ -36,8 +36,9 @@ REASON = "older backups were pruned"
 
 _MERGED_MANIFEST = re.compile(r"(manifest\.[0-9]{4,9}\.json)" + re.escape(MERGED))
 _LEFT = re.compile(
-    rf".+\.\d{{4,9}}\.qcow2{re.escape(MERGED)}"
-    rf"|(manifest\.\d{{4,9}}\.json{re.escape(MERGED)}|{re.escape(JOURNAL)}){re.escape(chain.PARTIAL)}",
+    rf".+\.[0-9]{{4,9}}\.qcow2{re.escape(MERGED)}"
+    rf"|(manifest\.[0-9]{{4,9}}\.json{re.escape(MERGED)}|{re.escape(JOURNAL)})"
+    rf"{re.escape(chain.PARTIAL)}",
     re.DOTALL,
 )
 """What a prune makes before it has announced anything."""
