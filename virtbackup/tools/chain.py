@@ -161,7 +161,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     """Hold DIRECTORY against other pulls and prunes. Errors: VIR_ERR_OPERATION_INVALID when one is
     there; VIR_ERR_SYSTEM_ERROR."""
     with contextlib.ExitStack() as undo:
-        with _naming(f"cannot lock {directory}"):
+        with naming("cannot lock", directory):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, fd)
             _lock(fd, directory)
@@ -199,20 +199,18 @@ def is_locked(directory: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Has an error of the system say WHAT it keeps from being done."""
+def naming(what: str, directory: pathlib.Path) -> Iterator[None]:
+    """Has an error of the system say WHAT it keeps from being done with DIRECTORY, and which file
+    is in the way, where that is told."""
     try:
         yield
     except OSError as failure:
-        raise errors.system_error(failure, what) from failure
-
-
-def file_of(failure: OSError) -> str:
-    """``: FILE`` of what is in the way, for the end of a text; empty where that is not told."""
-    path = failure.filename
-    if failure.filename2 is not None and os.path.lexists(failure.filename2):
-        path = failure.filename2  # nothing could be put in its place
-    return "" if path is None else f": {os.fsdecode(path)}"
+        file = failure.filename
+        if failure.filename2 is not None and os.path.lexists(failure.filename2):
+            file = failure.filename2  # nothing could be put in its place
+        told = file is not None and os.fsdecode(file) != str(directory)
+        text = f"{what} {directory}: {os.fsdecode(file)}" if told else f"{what} {directory}"
+        raise errors.system_error(failure, text) from failure
 
 
 def manifest_file(number: int) -> str:
@@ -240,7 +238,7 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     Errors: VIR_ERR_OPERATION_INVALID when it has those of another guest or branch, or a backup
     without one; those of ``manifest.read``.
     """
-    with _naming(f"cannot read {directory}"):
+    with naming("cannot read", directory):
         names = os.listdir(directory)  # noqa: PTH208  (names, not paths)
     backups = tuple(
         merged(directory, file, manifest.read(directory, file), names)
@@ -256,7 +254,7 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
 def check_none(directory: pathlib.Path) -> None:
     """Raise VIR_ERR_OPERATION_INVALID where DIRECTORY has backups of a branch, be it one that the
     next pull finishes: its ``manifest.json`` is theirs."""
-    with _naming(f"cannot read {directory}"):
+    with naming("cannot read", directory):
         names = sorted(os.listdir(directory))  # noqa: PTH208  (names, not paths)
     for name in names:
         if number_of(name.removesuffix(PARTIAL)) is not None:
@@ -342,11 +340,8 @@ def recover(
 
     FOUND is what the guest has of the branch. Errors: VIR_ERR_SYSTEM_ERROR.
     """
-    try:
+    with naming("cannot make a backup in", directory):
         return _recover(directory, found, known)
-    except OSError as failure:
-        what = f"cannot make a backup in {directory}{file_of(failure)}"
-        raise errors.system_error(failure, what) from failure
 
 
 def _recover(
@@ -388,7 +383,7 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
     """Give the files of a good backup, whose manifest is written, their names, the manifest last;
     durable when it returns. Errors: VIR_ERR_SYSTEM_ERROR."""
     own = manifest.FILE if made.number is None else manifest_file(made.number)
-    try:
+    with naming("cannot finish the backup in", directory):
         for name in (*(disk.file for disk in made.disks if disk.type == "file"), own):
             partial, final = directory / (name + PARTIAL), directory / name
             if partial.exists() or not final.exists():  # else an earlier attempt came so far
@@ -398,9 +393,6 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
             (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)
         for path in (directory, directory.absolute().parent):
             sync_directory(path)
-    except OSError as failure:
-        what = f"cannot finish the backup in {directory}{file_of(failure)}"
-        raise errors.system_error(failure, what) from failure
 
 
 def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:

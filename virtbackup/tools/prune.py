@@ -22,7 +22,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import libvirt
 
@@ -120,7 +120,7 @@ def prune(
     """
     assert keep > 0
     verify.need("qemu-nbd", "qemu-img")
-    with _naming(directory), chain.locked(directory):
+    with chain.naming("cannot prune", directory), chain.locked(directory):
         finish(directory)
         backups = listing.read(directory)
         wanted = plan(backups, keep)
@@ -137,15 +137,6 @@ def prune(
 
 def _invalid(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
-
-
-@contextlib.contextmanager
-def _naming(directory: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as failure:
-        what = f"cannot prune {directory}{chain.file_of(failure)}"
-        raise errors.system_error(failure, what) from failure
 
 
 def _check_unfinished(directory: pathlib.Path, backups: listing.Backups) -> None:
