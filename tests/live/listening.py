@@ -20,7 +20,8 @@ class Listener:
         self._process = process
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._ahead: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -63,6 +64,11 @@ class Listener:
             rest.append(line)
         return rest
 
+    def kill(self) -> None:
+        """End it, and the reading of what it says."""
+        self._process.kill()
+        self._reader.join(DEADLINE)
+
 
 @contextlib.contextmanager
 def listening(uri: str, *options: str) -> Iterator[Listener]:
@@ -71,9 +77,9 @@ def listening(uri: str, *options: str) -> Iterator[Listener]:
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        listener = Listener(process)
         try:
-            listener = Listener(process)
             assert listener.line() == "ready"
             yield listener
         finally:
-            process.kill()
+            listener.kill()
