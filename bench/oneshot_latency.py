@@ -48,6 +48,8 @@ def _measure(directory: pathlib.Path, runs: int, cold: bool) -> dict[str, list[f
             "help": (*shell, "help"),
             "misuse": (*shell, "nope"),
             "list": (*shell, "list"),
+            "Tab": (*_SHELL, "--complete", "virsh-backup back"),
+            "Tab, a domain": (*_SHELL, "--complete", f"virsh-backup -c {machine.uri} dominfo "),
             "backup-start": (*shell, "backup-start", "1", str(xmlfile)),
             "backup-info": (*shell, "backup-info", "1"),
             "backup-stop": (*shell, "backup-stop", "1"),

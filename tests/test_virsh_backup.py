@@ -25,6 +25,10 @@ URI = "fake:///two"
 DEADLINE = 20.0
 """Seconds that a program may take to say what it is waited for."""
 
+HEAVY = {
+    "readline", "tqdm", "nbd", "libvirt", "lxml", "xmlschema", "argparse", "json", "asyncio"
+}  # fmt: skip
+"""Modules that take their time to load."""
 BACKUP = '<domainbackup><address type="unix" path="/run/x.sock"/></domainbackup>'
 
 SHOWS = "'list --all' shows all that there are\n"
@@ -1279,12 +1283,27 @@ def test_readline_is_loaded_for_people_only() -> None:
     code = (
         "import sys; from virtbackup.tools import virsh_backup;"
         "virsh_backup.main(['help']); virsh_backup.main(['nope']);"
-        "print(sorted({'readline', 'tqdm', 'nbd', 'libvirt', 'lxml', 'xmlschema', 'argparse',"
-        " 'json', 'asyncio'} & set(sys.modules)))"
+        "virsh_backup.main(['--complete', 'virsh-backup back']);"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE)
-    assert done.stdout.endswith("\n[]\n")
+    *_, last, loaded = done.stdout.splitlines()
+    assert (last.split("\t")[0], loaded) == ("backup-verify", "[]")
+
+
+def test_completion_of_domains_loads_what_lists_them() -> None:
+    seldom = HEAVY - {"libvirt", "lxml", "json"} | {
+        "virtbackup.nbd", "virtbackup.tools.pull", "virtbackup.tools.chain",
+    }  # fmt: skip
+    code = (
+        "import sys; from virtbackup.tools import virsh_backup;"
+        "virsh_backup.main(['--complete', 'virsh-backup -c test:///default dominfo ']);"
+        f"print(sorted({seldom!r} & set(sys.modules)))"
+    )
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout.splitlines() == ["values", "vm", "[]"]
 
 
 def test_a_plain_pull_loads_nothing_that_few_need(tmp_path: pathlib.Path) -> None:

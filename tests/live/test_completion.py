@@ -5,7 +5,6 @@ import contextlib
 import os
 import pathlib
 import pty
-import resource
 import select
 import subprocess
 import sys
@@ -204,21 +203,3 @@ def test_fish(line: str, words: list[str], home: pathlib.Path) -> None:
     else:
         found = done.stdout.splitlines()
     assert found == words
-
-
-@pytest.mark.parametrize(
-    ("line", "limit"),
-    [("virsh-backup back", 0.2), ("virsh-backup -c test:///default dominfo ", 0.3)],
-)
-def test_an_answer_is_there_at_once(line: str, limit: float) -> None:
-    """By the seconds that it keeps a processor busy, the best of five: others may be at work."""
-    spent = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-m", "virtbackup.tools.virsh_backup", "--complete", line],
-            check=True, capture_output=True,
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert min(spent) < limit, spent
