@@ -154,9 +154,10 @@ def _writers_that_stand_still(
         def advance(self, index: int, count: int) -> None:
             super().advance(index, count)
             if self.counts == {0: 16 * MIB, 1: 16 * MIB}:
-                stopped.extend(writers())
-                for pid in stopped:
-                    os.kill(pid, signal.SIGSTOP)
+                for pid in writers():
+                    with contextlib.suppress(ProcessLookupError):  # that of the other disk, done
+                        os.kill(pid, signal.SIGSTOP)
+                        stopped.append(pid)
                 goes_on.start()
 
     def go_on() -> None:
