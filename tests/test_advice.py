@@ -68,6 +68,12 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             "It may be another user's, who then has to stop it",
         ),
         (
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            "Requested operation is not valid: another backup job is already running: libvirt's"
+            " own (virsh domjobabort ends it)",
+            "'virsh domjobinfo' shows how far it is",  # our commands know nothing of it
+        ),
+        (
             libvirt.VIR_ERR_OPERATION_FAILED,
             "operation failed: the backup is not good: disk 'vda': No space left on device",
             "It has ended: throw away what was read of it, see to the reason, and take another one",

@@ -214,6 +214,16 @@ def test_a_callback_that_cannot_be_ended_keeps_no_driver_open() -> None:
     assert conn.close() == 0
 
 
+def test_events_of_what_is_no_domain_are_refused_at_once() -> None:
+    """And not by the call in which an event comes, as a stop whose backup was good."""
+    hypervisor.register("finder", Deaf)
+    conn = virtbackup.open("finder:///")
+    wrong: Any = "up"
+    with pytest.raises(AttributeError, match="UUIDString"):
+        conn.domainEventRegisterAny(wrong, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, print, None)
+    assert conn.close() == 0
+
+
 def test_read_only_connections_may_read() -> None:
     assert up(readonly=True).XMLDesc()
     assert opened[0].readonly

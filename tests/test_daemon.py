@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import libvirt
 import pytest
@@ -84,6 +84,33 @@ def test_of_two_with_one_uuid_the_first_host_s_is_meant(tmp_path: pathlib.Path) 
         assert client.names() == ["a"]
         client.call(REMOTE, "DOMAIN_SUSPEND", dom)
     assert not [call for call in second.calls if call[0] != "list_domains"]
+
+
+class Counting(daemon_scene.Driver):
+    """One that has statistics, as libvirt does and a QMP socket does not."""
+
+    def get_all_domain_stats(
+        self, refs: Sequence[hypervisor.DomainRef], stats: int, flags: int
+    ) -> Sequence[tuple[hypervisor.DomainRef, Mapping[str, hypervisor.Value]]]:
+        return [(ref, {"vcpu.current": 2}) for ref in refs]
+
+
+def test_statistics_of_all_are_those_of_the_hosts_that_have_any(tmp_path: pathlib.Path) -> None:
+    """Of domains that are named, they are refused as ever."""
+    first, second = daemon_scene.Driver(A), Counting(daemon_scene.ref("d", 2))
+    with daemon_scene.serving(tmp_path, first, second) as served, served.connect() as client:
+        [record] = client.call(REMOTE, "CONNECT_GET_ALL_DOMAIN_STATS", (), 0, 0).retStats
+        assert record.dom == client.lookup("d")
+        doms = client.lookup("a"), client.lookup("d")
+        code, _ = daemon_scene.code_of(
+            client.call, REMOTE, "CONNECT_GET_ALL_DOMAIN_STATS", doms, 0, 0
+        )
+        assert code == libvirt.VIR_ERR_NO_SUPPORT
+        second.refs.clear()
+        code, _ = daemon_scene.code_of(
+            client.call, REMOTE, "CONNECT_GET_ALL_DOMAIN_STATS", (), 0, 0
+        )
+        assert code == libvirt.VIR_ERR_NO_SUPPORT
 
 
 def test_a_name_that_two_have(tmp_path: pathlib.Path) -> None:

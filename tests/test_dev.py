@@ -56,6 +56,22 @@ def test_elsewhere_than_on_debian(programs: pathlib.Path, command: str) -> None:
     assert (done.returncode, done.stderr) == (1, "dev: not Debian 12 or newer\n")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "x"), ("lint", "virtbackup"), ("bench", "--help"), ("docs", "--help"),
+        ("docs", "a", "b"), ("deb", "-h"), ("deb", "a", "b"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_arguments_that_nobody_knows(programs: pathlib.Path, arguments: tuple[str, ...]) -> None:
+    """Before anything is installed, built or measured."""
+    done = dev(programs, *arguments)
+    assert done.returncode == 1
+    unknown = arguments[-1]
+    assert done.stderr.splitlines()[-1] == f"dev: {arguments[0]}: unknown argument: {unknown}"
+
+
 def test_neither_root_nor_sudo(programs: pathlib.Path) -> None:
     if "ID=debian" not in pathlib.Path("/etc/os-release").read_text().splitlines():
         pytest.skip("asks the real /etc/os-release")

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -340,6 +341,37 @@ def test_a_job_that_ends_makes_the_backup_bad(xml: str, tmp_path: pathlib.Path, 
         "operation failed: the backup is not good: disk 'sdb': its backup job ended:"
         " Operation canceled"
     )
+
+
+def documented(directory: pathlib.Path, number: int, options: str = "") -> str:
+    """The NUMBER-th example of a faults.json on the page, on the newest QEMU; its URI."""
+    page = (ROOT / "docs" / "test-driver.md").read_text()
+    rules = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[number])
+    return script(directory, *rules, name="qemu-11.1.3") + options
+
+
+def test_the_documented_export_that_fails(xml: str, tmp_path: pathlib.Path) -> None:
+    with virtbackup.open(documented(tmp_path, 0)) as connection:
+        domain = only(connection)
+        assert "Failed to start the export" in str(failure(lambda: domain.backupStart(xml)))
+        assert "no domain backup job present" in str(failure(domain.backupStop))
+
+
+def test_the_documented_job_that_is_cancelled(xml: str, tmp_path: pathlib.Path) -> None:
+    with virtbackup.open(documented(tmp_path, 1)) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        first = domain_conf.DomainDef.parse(domain.XMLDesc()).disks[0].target
+        assert f"disk '{first}': its backup job ended" in str(failure(domain.backupStop))
+
+
+def test_the_documented_guest_that_stands(xml: str, tmp_path: pathlib.Path) -> None:
+    with virtbackup.open(documented(tmp_path, 2, "?engine=classic")) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        assert {disk.state for disk in domain.backupGetInfo().disks} == {"failed"}
+        assert "end of file from monitor" in str(failure(domain.backupStop))
+        assert "the guest was paused" in str(failure(domain.backupStop))
 
 
 def test_a_snapshot_that_breaks_unseen(xml: str, tmp_path: pathlib.Path) -> None:

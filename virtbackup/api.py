@@ -184,11 +184,12 @@ class Connection:
         register = getattr(self._open(function), "event_register", None)
         if eventID not in _KINDS or register is None:
             raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_NONE)
+        uuid = None if dom is None else dom.UUIDString()
 
         def tell(event: hypervisor.Event) -> None:
             if type(event) is not _KINDS[eventID]:
                 return
-            if dom is not None and dom.UUIDString() != event.domain.uuid:
+            if uuid is not None and uuid != event.domain.uuid:
                 return
             words = (
                 (event.event, event.detail)

@@ -203,10 +203,11 @@ def test_what_the_guides_timer_starts(tmp_path: pathlib.Path) -> None:
     [command] = re.findall(r"^ExecStart=/usr/bin/(.*)$", service, re.MULTILINE)
     [line] = re.findall(r"`0 2 \* \* \* root (.*?)`", (DOCS / "guide.md").read_text())
     assert shlex.split(line) == shlex.split(command.replace("%i", "vm"))
+    [by_socket] = re.findall(r"`(-c qmp://.*?)` behind `-q`", (DOCS / "guide.md").read_text())
     with machines.two_disks(tmp_path, "-name", "vm"):
-        uri = f"export VIRTBACKUP_DEFAULT_URI=qmp://{VM}/qmp.sock\n"
         ours = command.replace("%i", "vm").replace("/backup/", f"{VM}/backup/")
-        assert run(f"{uri}mkdir {VM}/backup; {ours} && ls {VM}/backup/vm", tmp_path).split() == [
+        ours = ours.replace(" -q ", f" -q {by_socket} ")
+        assert run(f"mkdir {VM}/backup; {ours} && ls {VM}/backup/vm", tmp_path).split() == [
             "manifest.0001.json", "manifest.json", "sdb.0001.qcow2", "vda.0001.qcow2"
         ]  # fmt: skip
 

@@ -133,6 +133,9 @@ def test_rpc_dump(tmp_path: pathlib.Path, machine: machines.Machine, socket: pat
         (["/x"], "'/x' is none of unix:PATH, tcp:HOST:PORT, tls:HOST:PORT"),
         (["unix:/x", "--listen", "unix:rel"], "the path of a unix socket is absolute"),
         (["unix:/x", "--listen", "unix:/nope/x"], "cannot listen on 'unix:/nope/x'"),
+        (["unix:/x", "--listen", "tcp:0.0.0.0:0"], "whoever reaches 0.0.0.0 would be you"),
+        (["unix:/x", "--listen", "tcp::0"], "'tcp::0': whoever reaches this host would be you"),
+        (["unix:/x", "--clients", "0"], "--clients is how many, one or more"),
     ],
 )
 def test_rpc_dump_of_what_makes_no_sense(words: list[str], text: str) -> None:

@@ -271,10 +271,19 @@ def get_all_domain_stats(
     by_driver: dict[int, tuple[hypervisor.Driver, list[hypervisor.DomainRef]]] = {}
     for one in found:
         by_driver.setdefault(id(one.driver), (one.driver, []))[1].append(one.own)
-    records = []
+    records: list[structs.DomainStatsRecord] = []
+    refusal = None
     for driver, refs in by_driver.values():
-        hook = domains.hook_of(driver, function, "get_all_domain_stats")
-        records += [_record(session, *told) for told in hook(refs, args.stats, args.flags)]
+        try:
+            hook = domains.hook_of(driver, function, "get_all_domain_stats")
+            records += [_record(session, *told) for told in hook(refs, args.stats, args.flags)]
+        except libvirt.libvirtError as failure:
+            # All domains are those of the hosts that have statistics, where there is one.
+            if args.doms or failure.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                raise
+            refusal = failure
+    if refusal is not None and not records:
+        raise refusal
     return structs.ConnectGetAllDomainStatsRet(tuple(records))
 
 

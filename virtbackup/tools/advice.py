@@ -110,6 +110,10 @@ KNOWN = (
         "It may be another user's, who then has to stop it",
     ),
     Known(
+        libvirt.VIR_ERR_OPERATION_INVALID, ("another backup job is", "libvirt's own"),
+        "'virsh domjobinfo' shows how far it is",
+    ),
+    Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("another backup job is",),
         "'backup-info' shows it, 'backup-stop' ends it",
     ),

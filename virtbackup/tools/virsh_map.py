@@ -220,8 +220,8 @@ def _range_facts(source: _MapSource, ranges: "Iterable[blockmap.Range]") -> dict
 MAP = vsh.Command(
     "backup-map", "backup", "Draw where a backup has data",
     "Draw where the disks of a backup have data, zeroes and holes, and what has changed since the\n"
-    "point before: of a point in a directory, or of a domain's running backup. In a picture data\n"
-    "is blue, zeroes are green, holes grey, changes red.",
+    "point before: of a point in a directory, or of a domain's running backup. What names both is\n"
+    "the directory. In a picture data is blue, zeroes are green, holes grey, changes red.",
     (
         vsh.Option(
             "what", vsh.Kind.DATA, "a directory of backups, or a domain whose backup runs",

@@ -31,6 +31,11 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         raise vsh.UsageError(str(error)) from error
     if "tls" in (server.kind, address and address.kind):
         raise vsh.UsageError("what goes over tls cannot be read on the way")
+    if address is not None and server.kind == "unix":
+        _refuse_strangers(address)
+    clients = args.number("clients")
+    if clients == 0:
+        raise vsh.UsageError("--clients is how many, one or more")
     with contextlib.ExitStack() as stack:
         if address is None:
             directory = stack.enter_context(runtime.private_directory())
@@ -46,7 +51,16 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         stack.enter_context(vsh.until_interrupted())
         telling = _Lines(shell) if args.flag("json") else _Text(shell)
         telling.listening(address)
-        Proxy(telling, server).serve(listening, args.number("clients") or 0)
+        Proxy(telling, server).serve(listening, clients or 0)
+
+
+def _refuse_strangers(address: "transport.Address") -> None:
+    """Of a daemon's unix socket, by which it sees no other user than this process's."""
+    if address.kind == "tcp" and not virsh_connection.is_loopback(address.host):
+        text = (
+            f"'{address}': whoever reaches {address.host or 'this host'} would be you to the daemon"
+        )
+        raise vsh.UsageError(f"{text}; listen on a unix socket, or on loopback")
 
 
 class _Text:
@@ -241,7 +255,8 @@ DUMP = vsh.Command(
         ),
         vsh.Option(
             "listen", vsh.Kind.STRING,
-            "unix:PATH or tcp:HOST:PORT (default: a private directory)",
+            "unix:PATH or tcp:HOST:PORT, of loopback for a daemon's unix socket (default: a private"
+            " directory)",
         ),
         vsh.Option("clients", vsh.Kind.INT, "end after that many clients have gone"),
         virsh_connection.JSON_LINES,
