@@ -657,6 +657,27 @@ def test_an_image_that_would_open_others(backed: points.Backed, tmp_path: pathli
     assert "in another file" in points.verified(backed.directory).problems[0].text
 
 
+def test_an_image_that_names_what_it_needs(tmp_path: pathlib.Path) -> None:
+    """As it likes: QEMU says the words as they are, and here they neither begin a line nor control
+    a terminal."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: 1}, {1: 2}])
+    path = backed.directory / "vda.0001.qcow2"
+    data = bytearray(path.read_bytes())
+    data[78] |= 1 << 2  # the feature 10
+    table = data.index(b"\x68\x03\xf8\x57") + 8
+    data[table : table + 48] = b"\0\x0a" + b"\x1b[31mred\nerror: all is good".ljust(46, b"\0")
+    path.write_bytes(data)
+    words = r"Unsupported qcow2 feature(s): \x1b[31mred error: all is good"
+    told = f"cannot connect to image {path}: {words}"
+    status, out, err = points.run("backup-verify", str(backed.directory))
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("error: the backups in ")
+    assert (out.count(told), err.count(told)) == (1, 1)
+    for argv in (["backup-restore", str(tmp_path / "out")], ["backup-map"]):
+        status, out, err = points.run(argv[0], str(backed.directory), *argv[1:])
+        assert (status, out, err) == (1, "", f"error: operation failed: {told}\n")
+
+
 @pytest.mark.timeout(30)
 def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
     """A pipe that nobody writes to, and a file without end."""
