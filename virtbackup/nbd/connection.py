@@ -32,6 +32,8 @@ _MOST_SAID = 4096
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """libnbd's error numbers for what no server said."""
 
+TOO_LARGE = "it has more bytes than a disk can have"
+
 ALLOCATION: str = nbd.CONTEXT_BASE_ALLOCATION
 """The context that tells where data is."""
 
@@ -114,7 +116,9 @@ class Connection:
         self._doing = "talk to"
         with self._naming("open"):
             handle = self._handle
-            self.size: int = handle.get_size()
+            if (size := size_of(handle)) is None:
+                raise self._error("open", TOO_LARGE)
+            self.size = size
             one_only = isinstance(self._export.server, Program)
             self.multi: bool = handle.can_multi_conn() and not one_only
             self.tells = frozenset(filter(handle.can_meta_context, self._contexts))
@@ -273,6 +277,18 @@ def _why_not_accepted(fd: int) -> str | None:
     return None
 
 
+def size_of(handle: Any) -> int | None:
+    """Bytes of the export that a libnbd handle has open; None: more than a file, and libnbd, can
+    tell. Errors: nbd.Error."""
+    try:
+        size: int = handle.get_size()
+    except nbd.Error as failure:
+        if failure.string is not None:
+            raise
+        return None
+    return size if size >= 0 else None
+
+
 def mask(handle: Any) -> int:
     """The poll events that a libnbd handle waits for."""
     direction = handle.aio_get_direction()
@@ -290,8 +306,8 @@ def notify(handle: Any, events: int) -> None:
 
 
 def connect(handle: Any, export: Export, heard: Sequence[str] = ()) -> None:
-    """Have a libnbd handle begin to connect to EXPORT's server, a program HEARD. Errors: nbd.Error.
-    """
+    """Have a libnbd handle begin to connect to EXPORT's server, which HEARD starts where that is a
+    program. Errors: nbd.Error."""
     server, tls = export.server, export.tls
     if tls is not None:
         handle.set_tls(nbd.TLS_REQUIRE)
