@@ -709,6 +709,35 @@ def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
     assert points.verified(backed.directory).good
 
 
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_an_image_that_a_prune_has_put_there(tmp_path: pathlib.Path) -> None:
+    """Which is looked at to see whether it did."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: 1}, {1: 2}])
+    path = backed.directory / "vda.0002.qcow2"
+    [disk] = backed.made[2].disks
+    alone = dataclasses.replace(disk, backing=None, kind="full", since=None)
+    coming = _with(backed.made[2], disks=(alone,))
+    (backed.directory / "manifest.0002.json.merged").write_text(coming)
+    path.unlink()
+    os.mkfifo(path)
+    status, out, _ = points.run("backup-list", str(backed.directory))
+    assert (status, "it is no file" in out) == (0, True)
+    status, _, err = points.run("backup-verify", str(backed.directory))
+    assert (status, "vda.0002.qcow2: it is no file; not to be restored: 2\n" in err) == (1, True)
+
+
+@pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="it is root's")
+def test_a_file_that_has_nothing_just_now(tmp_path: pathlib.Path) -> None:
+    """Calls itself a file, and would be waited for."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: 1}, {1: 2}])
+    path = backed.directory / "manifest.0002.json"
+    path.unlink()
+    path.symlink_to("/proc/kmsg")
+    for _ in range(2):  # from the second time on
+        problem = str(points.verified(backed.directory).problems[0])
+    assert problem == f"manifest.0002.json: cannot read {path}: Resource temporarily unavailable"
+
+
 # --- unfinished -----------------------------------------------------------------------------------
 
 

@@ -83,7 +83,8 @@ class File:
     """A file opened for reading. A context manager. Errors: OSError, everywhere."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # What is a FIFO by now is not waited for.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
 
     def __enter__(self) -> "File":

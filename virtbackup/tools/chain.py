@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import libvirt
 
-from virtbackup import api, errors
+from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import checksum, header, qcow2
 from virtbackup.tools import manifest
@@ -101,9 +101,8 @@ def other_backup(disk: manifest.Disk, behind: manifest.Manifest) -> str | None:
 
 
 def read_header(path: pathlib.Path) -> header.Header:
-    """Of a qcow2 image. Errors: OSError, BadHeader."""
-    with path.open("rb") as file:
-        return header.parse(file.read(header.SIZE))
+    """Of a qcow2 image. Errors: OSError, for what is no file, too; BadHeader."""
+    return header.parse(runtime.read_file(path, header.SIZE))
 
 
 def file_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:

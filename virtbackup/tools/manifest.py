@@ -283,10 +283,10 @@ def length_of(path: pathlib.Path) -> int:
 def read_file(path: pathlib.Path) -> str:
     """The text at PATH, its line ends as they are. Errors: OSError, for what is no file or larger
     than any manifest, too; UnicodeDecodeError."""
-    with os.fdopen(runtime.open_file(path, os.O_RDONLY), "rb") as opened:
-        if os.fstat(opened.fileno()).st_size > _MOST:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        return opened.read(_MOST).decode("utf-8")
+    data = runtime.read_file(path, _MOST + 1)
+    if len(data) > _MOST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data.decode("utf-8")
 
 
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:
