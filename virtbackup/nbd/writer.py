@@ -270,8 +270,10 @@ class QemuWriter(target.Asynchronous):
         self._end()
         self._pwrite(header.MAGIC)
         if self._made != self._size:
-            size = str(self._size)
-            self._run("qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", self._own, size)
+            # What is behind it is not wanted, and not found from where that name is.
+            file = {"driver": "file", "filename": self._own}
+            image = json.dumps({"driver": "qcow2", "file": file, "backing": None})
+            self._run("qemu-img", "resize", "-q", "--shrink", f"json:{image}", str(self._size))
         assert self._fd is not None
         try:
             os.fsync(self._fd)
