@@ -8,6 +8,7 @@ Its last field, ``checksum``, is the XXH3-128 of all that stands before it in th
 it is always the same. A manifest of an older virtbackup has none, nor ``tables`` for its disks.
 """
 
+import collections
 import dataclasses
 import errno
 import json
@@ -189,8 +190,8 @@ def _disks(found: list[Any]) -> tuple[Disk, ...]:
         ("called", [disk.name for disk in disks]),
         ("in", [disk.file for disk in disks]),
     ):
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in collections.Counter(names).items():
+            if count > 1:
                 raise _Bad(f"two disks are {what} '{name}'")
     return disks
 
