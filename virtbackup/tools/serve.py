@@ -151,9 +151,9 @@ def _check_opened(
     elsewhere = {os.path.realpath(link.path) if link.named else str(link.path) for link in links}
     for fd in pathlib.Path(f"/proc/{server.process.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a client has left
-            file = fd.readlink()
+            file, has_content = fd.readlink(), fd.is_file() or fd.is_block_device()
             is_known = str(file.parent) in directories or str(file) in elsewhere
-            if file.is_absolute() and not is_known and str(file) != os.devnull:
+            if has_content and not is_known:
                 raise listing.bad(
                     f"{backups.directory} was changed while it was opened, and leads to {file}"
                 )
