@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import time
 import typing
 
 import libvirt
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import virtbackup
-from virtbackup.tools import manifest
+from virtbackup.tools import listing, manifest
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1).filter(
     lambda name: name not in (".", "..")
@@ -188,3 +189,17 @@ def test_every_field_is_in_the_file() -> None:
         "backup_xml", "branch", "checksum", "disks", "domain", "domain_xml", "id", "kind", "number",
         "time", "version",
     ]  # fmt: skip
+
+
+def test_as_many_disks_as_the_file_has_room_for() -> None:
+    """They are looked at one by one, and not each beside all others."""
+    fields = json.loads(GOOD.to_json())
+    [disk, *_] = fields["disks"]
+    names = [f"v{number}" for number in range(20000)]
+    fields["disks"] = [disk | {"name": name, "file": f"{name}.raw"} for name in names]
+    started = time.process_time()
+    read = manifest.Manifest.from_json(json.dumps(fields))
+    point = listing.Point("manifest.json", read)
+    links = {listing.Link(point, point.disk(name), pathlib.Path(name)) for name in names}
+    assert len(links) == len(names)
+    assert time.process_time() - started < 10

@@ -65,10 +65,13 @@ def open_file(path: str | os.PathLike[str], flags: int) -> int:
     raise OSError(errno.EINVAL, "it is no file", os.fspath(path))
 
 
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """What is in the file at PATH. Errors: OSError, as ``open_file``."""
+def read_file(path: str | os.PathLike[str], most: int = -1) -> bytes:
+    """What is in the file at PATH, its first MOST bytes. Errors: OSError, as ``open_file``."""
     with os.fdopen(open_file(path, os.O_RDONLY), "rb") as opened:
-        return opened.read()
+        data: bytes | None = opened.read(most)
+    if data is None:  # /proc/kmsg, say, calls itself a file
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), os.fspath(path))
+    return data
 
 
 def process_start(pid: int) -> int | None:

@@ -448,6 +448,43 @@ def test_cancel_in_the_middle(tmp_path: pathlib.Path) -> None:
     assert 0 < watch.counts[0] < 256 * MIB
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_link_in_place_of_what_is_given_up(tmp_path: pathlib.Path, fmt: copy.Format) -> None:
+    """By whoever else may write to the directory: what it leads to stays as it is."""
+    path, other, cancel = tmp_path / "out", tmp_path / "other", copy.Cancel()
+    other.write_bytes(b"theirs")
+
+    def replace() -> None:
+        path.unlink()
+        path.symlink_to(other)
+        cancel.set()
+
+    with (
+        copies.nbdkit(tmp_path, "pattern", "256M") as server,
+        pytest.raises(virtbackup.Error, match="cancelled"),
+    ):
+        copy_one(server.export, path, fmt, copies.Watch(at_first_byte=replace), cancel)
+    cancel.close()
+    assert other.read_bytes() == b"theirs"
+    assert not os.path.lexists(path)
+
+
+def test_a_link_in_place_of_what_is_compressed(tmp_path: pathlib.Path) -> None:
+    """An image that ends within a cluster is cut to its size at the end: that, no other."""
+    path, other = tmp_path / "out", tmp_path / "other"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(other), "1G"], check=True)
+    theirs = other.read_bytes()
+
+    def replace() -> None:
+        path.unlink()
+        path.symlink_to(other)
+
+    with copies.nbdkit(tmp_path, "pattern", "4096") as server:
+        job = copy.Job(server.export, path, "qcow2", compression="zstd")
+        copy.copy([job], progress=copies.Watch(at_first_byte=replace))
+    assert other.read_bytes() == theirs
+
+
 def test_nothing_is_left_of_a_copy(tmp_path: pathlib.Path) -> None:
     """No thread, no descriptor, good or bad."""
     gc.collect()  # what an earlier test left to it may hold descriptors

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Images that QEMU made, read without QEMU: the disk is the same to both."""
 
+import os
 import pathlib
 import subprocess
+import tempfile
+import threading
 
 import pytest
 
+import virtbackup
 from virtbackup.nbd import checksum, copy, image
 
 pytestmark = [pytest.mark.needs("qemu-img", "qemu-io", "qemu-nbd"), pytest.mark.timeout(60)]
@@ -50,6 +54,29 @@ def test_an_increment(tmp_path: pathlib.Path, options: str) -> None:
         assert image.Qcow2(file, SIZE).read(increment=True).checksum == copy.checksum_of_increment(
             path, SIZE
         )
+
+
+def test_a_file_without_end_is_none_of_an_image(tmp_path: pathlib.Path) -> None:
+    """What has no data takes no room in a file, and would take it in memory."""
+    path = tmp_path / "a.qcow2"
+    made(path, "compat=1.1")
+    os.truncate(path, 1 << 43)
+    with image.File(path) as file, pytest.raises(image.Damaged, match="more than any image"):
+        image.Qcow2(file, SIZE)
+
+
+def test_a_hole_without_end_can_be_cancelled() -> None:
+    """tmpfs takes as large a file as there may be."""
+    cancel = copy.Cancel()
+    timer = threading.Timer(0.5, cancel.set)
+    with tempfile.TemporaryFile(dir="/dev/shm") as opened:
+        os.truncate(opened.fileno(), 1 << 62)
+        with image.File(pathlib.Path(f"/proc/self/fd/{opened.fileno()}")) as file:
+            timer.start()
+            with pytest.raises(virtbackup.Error, match="the copy was cancelled"):
+                image.read_raw(file, 1 << 62, cancel=cancel)
+    timer.join()
+    cancel.close()
 
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])

@@ -106,6 +106,16 @@ def test_a_picture_through_a_link(layered: points.Backed, tmp_path: pathlib.Path
         picture.write_bytes(b"")
 
 
+def test_a_link_in_the_way_of_a_picture(layered: points.Backed, tmp_path: pathlib.Path) -> None:
+    """Under the name that it has until it is whole."""
+    other, picture = tmp_path / "other", tmp_path / "m.svg"
+    other.write_bytes(b"theirs")
+    picture.with_name(f"m.svg.{os.getpid()}.partial").symlink_to(other)
+    assert points.call("backup-map", str(layered.directory), f"--output={picture}")[0] == 0
+    assert other.read_bytes() == b"theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "m.svg"}
+
+
 def test_a_picture_through_a_link_to_the_backup(
     layered: points.Backed, tmp_path: pathlib.Path
 ) -> None:

@@ -351,6 +351,24 @@ def test_what_is_in_the_way_is_refused(
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
 
 
+def test_a_link_comes_in_place_of_the_manifest(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
+) -> None:
+    """By whoever else may write to the directory: what it leads to stays as it is."""
+    state, other = machine.state(), out.with_name("other")
+    other.write_text("theirs")
+
+    def come(_index: int) -> None:
+        (out / "manifest.json.partial").unlink(missing_ok=True)
+        (out / "manifest.json.partial").symlink_to(other)
+
+    with pytest.raises(virtbackup.Error, match=f"cannot write to {out}: Too many levels of"):
+        pull.pull(domain, out, progress=Watch(come))
+    assert other.read_text() == "theirs"
+    assert is_empty(out)
+    assert machine.state() == state
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "sdb.qcow2"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_comes_in_the_way_meanwhile(

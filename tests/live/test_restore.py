@@ -26,7 +26,7 @@ from lxml import etree
 
 import virtbackup
 from tests import waiting
-from tests.live import copies, libvirtd, machines, nbdclient, places, points
+from tests.live import copies, libvirtd, lying, machines, nbdclient, places, points
 from virtbackup.nbd import checksum, copy, device, target, writer
 from virtbackup.nbd import layers as layers_module
 from virtbackup.tools import chain, listing, manifest, restore, verify
@@ -616,6 +616,36 @@ def test_a_bad_server(
         assert text in said
         if "at offset" in said:
             assert said.endswith(f"(what {uri(server)} has now is not the disk)")
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+@pytest.mark.parametrize(
+    ("size", "told", "text"),
+    [
+        (3 << 20, [0, 3], "cannot read allocation of {} at offset 0: an extent of 0 bytes at 0"),
+        (3 << 20, [512, 3, 0, 3],
+         "cannot read allocation of {} at offset 0: an extent of 0 bytes at 512"),
+        (3 << 20, [3 << 20, 3, 1, 3],
+         "cannot read allocation of {} at offset 0: an extent of 1 bytes at 3145728, past the end"
+         " at 3145728"),
+        (1 << 63, [], "cannot open {}: it has more bytes than a disk can have"),
+        ((1 << 64) - 1, [], "cannot open {}: it has more bytes than a disk can have"),
+    ],
+    ids=["none", "none-behind", "past-the-end", "large", "larger"],
+)  # fmt: skip
+def test_a_server_that_lies(
+    layered: points.Backed,
+    tmp_path: pathlib.Path,
+    size: int,
+    told: list[int],
+    text: str,
+    force: list[str],
+) -> None:
+    place = nbdclient.uri(tmp_path / "s", "")
+    with lying.serving(tmp_path / "s", size, told):
+        argv = ["backup-restore", str(layered.directory), place, "--disk=vda", *force]
+        status, out, err = points.run(*argv)
+    assert (status, out, err) == (1, "", f"error: operation failed: {text.format(place)}\n")
 
 
 def test_a_blank_server_needs_no_zeroes(layered: points.Backed, tmp_path: pathlib.Path) -> None:

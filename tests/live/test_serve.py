@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,6 +201,39 @@ def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pa
         assert nbdclient.read_uri(one.exports["vda"]) == whole.shown[4]["vda"]
         one.process.send_signal(signal.SIGINT)
         assert one.process.communicate(timeout=20)[1] == ""
+
+
+@pytest.mark.parametrize("how", ["data file", "link"])
+def test_an_image_that_is_another_once_it_was_looked_at(
+    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """By who may write to the directory, and not read what it leads to now."""
+    backed, secret = whole.copy(tmp_path / "backups"), tmp_path / "secret"
+    secret.write_bytes(b"s" * points.SIZE)
+    path, other = backed.directory / "vda.0001.qcow2", tmp_path / "other"
+    if how == "link":
+        secret.rename(tmp_path / "plain")
+        argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "plain", "secret"]
+        subprocess.run(argv, check=True, cwd=tmp_path)
+        other.symlink_to(secret)
+    else:
+        options = f"data_file={secret},data_file_raw=on"
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(other)]
+        subprocess.run([*argv, str(points.SIZE)], check=True)
+        secret.write_bytes(b"s" * points.SIZE)
+    program = tmp_path / "bin" / "qemu-storage-daemon"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\nmv {other} {path}\nexec {shutil.which("qemu-storage-daemon")} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    status, out, err = points.run("backup-serve", str(backed.directory), "--point=1")
+    assert (status, out) == (1, "")
+    assert err == (
+        f"error: operation failed: {backed.directory} was changed while it was opened, and leads"
+        f" to {secret}\n"
+    )
 
 
 def test_tcp(whole: points.Backed) -> None:

@@ -657,6 +657,27 @@ def test_an_image_that_would_open_others(backed: points.Backed, tmp_path: pathli
     assert "in another file" in points.verified(backed.directory).problems[0].text
 
 
+def test_an_image_that_names_what_it_needs(tmp_path: pathlib.Path) -> None:
+    """As it likes: QEMU says the words as they are, and here they neither begin a line nor control
+    a terminal."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: 1}, {1: 2}])
+    path = backed.directory / "vda.0001.qcow2"
+    data = bytearray(path.read_bytes())
+    data[78] |= 1 << 2  # the feature 10
+    table = data.index(b"\x68\x03\xf8\x57") + 8
+    data[table : table + 48] = b"\0\x0a" + b"\x1b[31mred\nerror: all is good".ljust(46, b"\0")
+    path.write_bytes(data)
+    words = r"Unsupported qcow2 feature(s): \x1b[31mred error: all is good"
+    told = f"cannot connect to image {path}: {words}"
+    status, out, err = points.run("backup-verify", str(backed.directory))
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("error: the backups in ")
+    assert (out.count(told), err.count(told)) == (1, 1)
+    for argv in (["backup-restore", str(tmp_path / "out")], ["backup-map"]):
+        status, out, err = points.run(argv[0], str(backed.directory), *argv[1:])
+        assert (status, out, err) == (1, "", f"error: operation failed: {told}\n")
+
+
 @pytest.mark.timeout(30)
 def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
     """A pipe that nobody writes to, and a file without end."""
@@ -686,6 +707,35 @@ def test_what_is_no_file_is_not_waited_for(backed: points.Backed) -> None:
     assert points.call("backup-prune", str(backed.directory), "--keep=1")[0] == 0
     assert not (backed.directory / "manifest.json.partial").exists()
     assert points.verified(backed.directory).good
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_an_image_that_a_prune_has_put_there(tmp_path: pathlib.Path) -> None:
+    """Which is looked at to see whether it did."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: 1}, {1: 2}])
+    path = backed.directory / "vda.0002.qcow2"
+    [disk] = backed.made[2].disks
+    alone = dataclasses.replace(disk, backing=None, kind="full", since=None)
+    coming = _with(backed.made[2], disks=(alone,))
+    (backed.directory / "manifest.0002.json.merged").write_text(coming)
+    path.unlink()
+    os.mkfifo(path)
+    status, out, _ = points.run("backup-list", str(backed.directory))
+    assert (status, "it is no file" in out) == (0, True)
+    status, _, err = points.run("backup-verify", str(backed.directory))
+    assert (status, "vda.0002.qcow2: it is no file; not to be restored: 2\n" in err) == (1, True)
+
+
+@pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="it is root's")
+def test_a_file_that_has_nothing_just_now(tmp_path: pathlib.Path) -> None:
+    """Calls itself a file, and would be waited for."""
+    backed = points.built(tmp_path / "backups", 1 << 20, [{0: 1}, {1: 2}])
+    path = backed.directory / "manifest.0002.json"
+    path.unlink()
+    path.symlink_to("/proc/kmsg")
+    for _ in range(2):  # from the second time on
+        problem = str(points.verified(backed.directory).problems[0])
+    assert problem == f"manifest.0002.json: cannot read {path}: Resource temporarily unavailable"
 
 
 # --- unfinished -----------------------------------------------------------------------------------

@@ -28,8 +28,11 @@ CHUNK = 512 << 10
 _MOST = 1 << 20
 """Bytes of a read, at most."""
 _SECTOR = 512
+_MOST_SAID = 4096
 _OF_CONNECTION = {0, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
 """libnbd's error numbers for what no server said."""
+
+TOO_LARGE = "it has more bytes than a disk can have"
 
 ALLOCATION: str = nbd.CONTEXT_BASE_ALLOCATION
 """The context that tells where data is."""
@@ -96,6 +99,7 @@ class Connection:
         self._in_flight: dict[int, Request] = {}
         self._doing = "connect to"
         self._is_greeted = False
+        self._words = _Words(export.server) if isinstance(export.server, Program) else None
         self._handle: Any = nbd.NBD()
         with self._naming(self._doing):
             self._handle.set_export_name(export.name)
@@ -105,14 +109,16 @@ class Connection:
             self._handle.set_pread_initialize(False)
             # libnbd knows DF for structured reads alone; it holds for every read.
             self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
-            connect(self._handle, export)
+            connect(self._handle, export, () if self._words is None else self._words.heard)
 
     def negotiate(self) -> None:
         """Once ready: read what the server said of itself."""
         self._doing = "talk to"
         with self._naming("open"):
             handle = self._handle
-            self.size: int = handle.get_size()
+            if (size := size_of(handle)) is None:
+                raise self._error("open", TOO_LARGE)
+            self.size = size
             one_only = isinstance(self._export.server, Program)
             self.multi: bool = handle.can_multi_conn() and not one_only
             self.tells = frozenset(filter(handle.can_meta_context, self._contexts))
@@ -148,7 +154,7 @@ class Connection:
         except nbd.Error as failure:
             raise self._named(failure, self._doing) from failure
         if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
-            raise self._error(self._doing, "the server closed the connection")
+            raise self._error(self._doing, self._said() or "the server closed the connection")
 
     def check_accepted(self) -> None:
         """Errors: the server cannot take the connection, and has not, as far as can be seen."""
@@ -196,6 +202,8 @@ class Connection:
         handle, self._handle = self._handle, None
         if handle is not None:
             leave(handle, self._export, idle=not self._in_flight)
+        if self._words is not None:
+            self._words.close()
 
     @contextlib.contextmanager
     def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
@@ -206,12 +214,48 @@ class Connection:
 
     def _named(self, failure: Any, what: str, offset: int | None = None) -> errors.Error:
         reason = os.strerror(failure.errnum) if failure.errnum else failure.string
+        if failure.errnum in _OF_CONNECTION:
+            reason = self._said() or reason
         if offset is None and self._in_flight:
             offset = min(request.offset for request in self._in_flight.values())
         return self._error(what, reason, offset)
 
+    def _said(self) -> str:
+        """Why a program of our own has hung up, as far as it has said that."""
+        return "" if self._words is None else self._words.said()
+
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
         return failed(self._export, what, reason, offset)
+
+
+class _Words:
+    """What a program says on its standard error, which has what an image says and is not ours."""
+
+    def __init__(self, program: Program) -> None:
+        """Errors: VIR_ERR_SYSTEM_ERROR where no more files may be open."""
+        self._image = program.argv[-1]
+        self._fd: int | None = None
+        try:
+            self._fd = os.memfd_create("virtbackup-words")
+        except OSError as failure:
+            raise errors.system_error(failure, "cannot make a file in memory") from failure
+        shell = """exec 2>> "$1"; shift; exec "$@" """
+        self.heard = ("sh", "-c", shell, "sh", f"/proc/{os.getpid()}/fd/{self._fd}")
+        """What starts the program."""
+
+    def said(self) -> str:
+        """The last of it, in a line, without the image that it is about."""
+        if self._fd is None:
+            return ""
+        start = max(0, os.fstat(self._fd).st_size - _MOST_SAID)
+        text = os.pread(self._fd, _MOST_SAID, start).decode(errors="replace").strip()
+        text = text.removeprefix("qemu-nbd: ").removeprefix("Failed to blk_new_open ")
+        return " ".join(text.removeprefix(f"'{self._image}': ").split())
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 def _why_not_accepted(fd: int) -> str | None:
@@ -233,6 +277,18 @@ def _why_not_accepted(fd: int) -> str | None:
     return None
 
 
+def size_of(handle: Any) -> int | None:
+    """Bytes of the export that a libnbd handle has open; None: more than a file, and libnbd, can
+    tell. Errors: nbd.Error."""
+    try:
+        size: int = handle.get_size()
+    except nbd.Error as failure:
+        if failure.string is not None:
+            raise
+        return None
+    return size if size >= 0 else None
+
+
 def mask(handle: Any) -> int:
     """The poll events that a libnbd handle waits for."""
     direction = handle.aio_get_direction()
@@ -249,8 +305,9 @@ def notify(handle: Any, events: int) -> None:
         handle.aio_notify_write()
 
 
-def connect(handle: Any, export: Export) -> None:
-    """Have a libnbd handle begin to connect to EXPORT's server. Errors: nbd.Error."""
+def connect(handle: Any, export: Export, heard: Sequence[str] = ()) -> None:
+    """Have a libnbd handle begin to connect to EXPORT's server, which HEARD starts where that is a
+    program. Errors: nbd.Error."""
     server, tls = export.server, export.tls
     if tls is not None:
         handle.set_tls(nbd.TLS_REQUIRE)
@@ -266,7 +323,7 @@ def connect(handle: Any, export: Export) -> None:
     elif isinstance(server, Program):
         # One that lost its only client before that came to speak would wait for another for ever.
         prefix = tied() if shutil.which("setpriv") else ()
-        handle.aio_connect_systemd_socket_activation([*prefix, *server.argv])
+        handle.aio_connect_systemd_socket_activation([*prefix, *heard, *server.argv])
     else:
         handle.aio_connect_tcp(server[0], str(server[1]))
 

@@ -48,7 +48,9 @@ class Server:
             self._handle.add_meta_context(connection.ALLOCATION)
             self._handle.aio_connect_uri(uri)
             self._wait(lambda: not self._handle.aio_is_connecting())
-            has = self._handle.get_size()
+            has = connection.size_of(self._handle)
+            if has is None:
+                raise self._failed("open", connection.TOO_LARGE)
             if self._handle.is_read_only():
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_FAILED, f"cannot write {uri}: it is read-only"
@@ -115,11 +117,11 @@ class Server:
         if not self._handle.can_meta_context(connection.ALLOCATION):
             return False
         looked_at = 0
-        known: list[extents.Extent] = []
+        answers: list[list[int]] = []
 
-        def extent(name: str, offset: int, entries: list[int], _error: object) -> int:
+        def extent(name: str, _offset: int, entries: list[int], _error: object) -> int:
             if name == connection.ALLOCATION:
-                known.extend(extents.parse(entries, offset, self._has))
+                answers.append(entries)
             return 0
 
         offset = 0
@@ -127,8 +129,10 @@ class Server:
             count = min(_MOST_STATUS, self._has - offset)
             cookie = self._handle.aio_block_status(count, offset, extent)
             self._wait(lambda cookie=cookie: self._handle.aio_command_completed(cookie))  # type: ignore[misc]
-            if not known:
+            if not answers:
                 return False
+            known = self._told(answers.pop(), offset)
+            answers.clear()
             for one in known:
                 if one.kind is not extents.Kind.DATA:
                     continue
@@ -136,8 +140,13 @@ class Server:
                 if looked_at > _MOST_LOOKED_AT or not self._reads_as_zero(one):
                     return False
             offset = known[-1].end
-            known.clear()
         return True
+
+    def _told(self, entries: list[int], offset: int) -> list[extents.Extent]:
+        try:
+            return list(extents.parse(entries, offset, self._has))
+        except extents.BadStatus as failure:
+            raise self._failed("read allocation of", str(failure), offset) from failure
 
     def _reads_as_zero(self, one: extents.Extent) -> bool:
         """Not where it cannot be read: it may be overwritten all the same."""
@@ -204,7 +213,10 @@ class Server:
             # That a server wants TLS, libnbd tells in words alone.
             told = failure.errnum not in (0, errno.EOPNOTSUPP)
             reason = os.strerror(failure.errnum) if told else failure.string
-            place = "" if offset is None else f" at offset {offset}"
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_FAILED, f"cannot {what} {self._uri}{place}: {reason}"
-            ) from failure
+            raise self._failed(what, reason, offset) from failure
+
+    def _failed(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
+        place = "" if offset is None else f" at offset {offset}"
+        return errors.error(
+            libvirt.VIR_ERR_OPERATION_FAILED, f"cannot {what} {self._uri}{place}: {reason}"
+        )

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 """Bytes of a read, at most."""
 
+_ZEROES = 1 << 38
+"""Bytes of a hole that are hashed together: in milliseconds."""
+_MOST_BESIDE = 1 << 30
+"""Bytes, beside twice those of a disk, that an image of it may have: far more than it takes."""
 _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _ENTRY = 8
@@ -83,7 +87,8 @@ class File:
     """A file opened for reading. A context manager. Errors: OSError, everywhere."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # What is a FIFO by now is not waited for.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
 
     def __enter__(self) -> "File":
@@ -198,9 +203,12 @@ class _Hashing:
             self._advance(len(part))
 
     def zeroes(self, offset: int, length: int) -> None:
-        if length:
-            self._tree.add_zeroes(offset, length)
-            self._advance(length)
+        for done in range(0, length, _ZEROES):  # a file system may tell of more than there is time
+            if self._cancel is not None:
+                self._cancel.check()
+            part = min(_ZEROES, length - done)
+            self._tree.add_zeroes(offset + done, part)
+            self._advance(part)
 
     def absent(self, offset: int, length: int) -> None:
         self._tree.add_absent(offset, length)
@@ -246,6 +254,8 @@ class Qcow2:
         self._tables = -(-size // (self._cluster * self._entries))
         if virtual < size or not self._tables <= l1_size <= _MOST_L1 // _ENTRY:
             raise Damaged("the sizes that its header tells do not fit the disk")
+        if file.size > 2 * virtual + _MOST_BESIDE:
+            raise Damaged(f"it has {file.size} bytes, more than any image of the disk")
         self.has_compressed = False
         self._used = bytearray(-(-file.size // self._cluster))
         self._tail: tuple[int, int] | None = None

@@ -146,6 +146,18 @@ def write_back(fd: int, window: Window, start: int, end: int) -> None:
             os.posix_fadvise(fd, ready[0], ready[1], os.POSIX_FADV_DONTNEED)
 
 
+def cut(path: pathlib.Path, made: os.stat_result) -> None:
+    """Have the file at PATH take no space, if that is still the one that was MADE; by whoever may
+    write to the directory it may be a link to another by now."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if os.path.samestat(os.fstat(fd), made):
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+
 class _File:
     """A file made by us and not there before: mode 0600, as it holds a guest's data."""
 
@@ -157,6 +169,7 @@ class _File:
             self._fd: int | None = os.open(path, flags, 0o600)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot create {path}") from failure
+        self._made = os.fstat(self._fd)
 
     def pwrite(self, data: memoryview, offset: int) -> None:
         """Write DATA of the disk, which goes on its way to the medium soon."""
@@ -188,8 +201,7 @@ class _File:
 
     def shorten(self) -> None:
         # By name: the other thread may close the descriptor at any moment.
-        with contextlib.suppress(OSError):
-            os.truncate(self.path, 0)
+        cut(self.path, self._made)
 
     def discard(self) -> None:
         fd, self._fd = self._fd, None

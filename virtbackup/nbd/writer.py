@@ -24,7 +24,7 @@ import libvirt
 import nbd
 
 from virtbackup import errors
-from virtbackup.nbd import connection, filename, header, qcow2, target, vhost_user
+from virtbackup.nbd import connection, header, qcow2, target, vhost_user
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +183,9 @@ class QemuWriter(target.Asynchronous):
             self._fd: int | None = os.open(path, flags, 0o600)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot create {path}") from failure
+        self._made_file = os.fstat(self._fd)
+        # By whatever name it has by now, or somebody else's file has that.
+        self._own = f"/proc/{os.getpid()}/fd/{self._fd}"
         try:
             self._memory = vhost_user.Memory(_ROOM + _SPARE)
         except OSError as failure:
@@ -200,14 +203,14 @@ class QemuWriter(target.Asynchronous):
             options += ["-o", f"compression_type={self._compression}"]
         if backing is not None:
             options += ["-u", "-b", backing.file, "-F", backing.format]
-        image = str(self._path.absolute())
-        self._run("qemu-img", "create", "-q", "-f", "qcow2", *options, image, str(self._made))
+        size = str(self._made)
+        self._run("qemu-img", "create", "-q", "-f", "qcow2", *options, self._own, size)
         try:
             self._link = self._open_shared()
         except (errors.Error, vhost_user.Lost) as failure:
             if self._unwanted:
                 raise self._failed("it is not wanted any more") from failure
-            logger.info("event=no-shared-memory file=%s reason=%s", image, failure)
+            logger.info("event=no-shared-memory file=%s reason=%s", self._path, failure)
             self._link = self._open_nbd()
         self._pwrite(bytes(len(header.MAGIC)))
 
@@ -267,8 +270,10 @@ class QemuWriter(target.Asynchronous):
         self._end()
         self._pwrite(header.MAGIC)
         if self._made != self._size:
-            image = str(self._path.absolute())
-            self._run("qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", image, str(self._size))
+            # What is behind it is not wanted, and not found from where that name is.
+            file = {"driver": "file", "filename": self._own}
+            image = json.dumps({"driver": "qcow2", "file": file, "backing": None})
+            self._run("qemu-img", "resize", "-q", "--shrink", f"json:{image}", str(self._size))
         assert self._fd is not None
         try:
             os.fsync(self._fd)
@@ -286,8 +291,7 @@ class QemuWriter(target.Asynchronous):
             self._unwanted = True
             if self._program is not None:
                 self._program.kill()
-        with contextlib.suppress(OSError):
-            os.truncate(self._path, 0)
+        target.cut(self._path, self._made_file)
 
     def discard(self) -> None:
         self.shorten()
@@ -437,7 +441,7 @@ class QemuWriter(target.Asynchronous):
                 raise self._failed(self._reap()[1] or str(failure)) from failure
 
     def _node(self) -> dict[str, Any]:
-        file = {"driver": "file", "filename": filename.told(self._path)}
+        file = {"driver": "file", "filename": self._own}
         cache = {"no-flush": True}  # it is for us to sync
         node: dict[str, Any] = {
             "driver": "qcow2",
@@ -512,7 +516,7 @@ class QemuWriter(target.Asynchronous):
             said = self._program.communicate(timeout=timeout)[1]
         except subprocess.TimeoutExpired as failure:
             raise self._failed("the program that writes it does not end") from failure
-        words = said.decode(errors="replace").strip()
+        words = said.decode(errors="replace").strip().replace(self._own, str(self._path))
         status = self._program.returncode
         with self._lock:
             self._program = None

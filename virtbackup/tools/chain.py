@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import libvirt
 
-from virtbackup import api, errors
+from virtbackup import api, errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import checksum, header, qcow2
 from virtbackup.tools import manifest
@@ -101,9 +101,8 @@ def other_backup(disk: manifest.Disk, behind: manifest.Manifest) -> str | None:
 
 
 def read_header(path: pathlib.Path) -> header.Header:
-    """Of a qcow2 image. Errors: OSError, BadHeader."""
-    with path.open("rb") as file:
-        return header.parse(file.read(header.SIZE))
+    """Of a qcow2 image. Errors: OSError, for what is no file, too; BadHeader."""
+    return header.parse(runtime.read_file(path, header.SIZE))
 
 
 def file_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:
@@ -397,8 +396,16 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
 
 def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
     """A manifest under FILE's partial name, durable. Errors: OSError."""
-    with (directory / (file + PARTIAL)).open("w", encoding="utf-8") as opened:
-        opened.write(made.to_json())
+    write_text(directory, file, made.to_json())
+
+
+def write_text(directory: pathlib.Path, file: str, text: str) -> None:
+    """The same of any TEXT. Errors: OSError, where the name is a link, which may lead anywhere, or
+    a pipe, too."""
+    partial = directory / (file + PARTIAL)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(partial, flags, 0o666), "w", encoding="utf-8") as opened:
+        opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
     sync_directory(directory)

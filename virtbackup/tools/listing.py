@@ -55,18 +55,21 @@ class Point:
 
     def disk(self, name: str) -> manifest.Disk:
         """Errors: VIR_ERR_INVALID_ARG for a name that the point has not."""
-        for disk in self.made.disks:
-            if disk.name == name:
-                return disk
+        if (disk := self._by_name.get(name)) is not None:
+            return disk
         known = ", ".join(disk.name for disk in self.made.disks) or "none"
         raise _wrong("disk", f"no disk '{name}' in point {self.label}: it has {known}")
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, manifest.Disk]:
+        return {disk.name: disk for disk in self.made.disks}
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
     """One file of a disk, and the point that it came with."""
 
-    point: Point
+    point: Point = dataclasses.field(hash=False)  # it has as much as all of its disks
     disk: manifest.Disk
     path: pathlib.Path
     named: bool = False

@@ -8,6 +8,7 @@ Its last field, ``checksum``, is the XXH3-128 of all that stands before it in th
 it is always the same. A manifest of an older virtbackup has none, nor ``tables`` for its disks.
 """
 
+import collections
 import dataclasses
 import errno
 import json
@@ -189,8 +190,8 @@ def _disks(found: list[Any]) -> tuple[Disk, ...]:
         ("called", [disk.name for disk in disks]),
         ("in", [disk.file for disk in disks]),
     ):
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in collections.Counter(names).items():
+            if count > 1:
                 raise _Bad(f"two disks are {what} '{name}'")
     return disks
 
@@ -283,10 +284,10 @@ def length_of(path: pathlib.Path) -> int:
 def read_file(path: pathlib.Path) -> str:
     """The text at PATH, its line ends as they are. Errors: OSError, for what is no file or larger
     than any manifest, too; UnicodeDecodeError."""
-    with os.fdopen(runtime.open_file(path, os.O_RDONLY), "rb") as opened:
-        if os.fstat(opened.fileno()).st_size > _MOST:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        return opened.read(_MOST).decode("utf-8")
+    data = runtime.read_file(path, _MOST + 1)
+    if len(data) > _MOST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data.decode("utf-8")
 
 
 def read(directory: pathlib.Path, file: str = FILE) -> Manifest:

@@ -255,12 +255,8 @@ def _write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
 
 def _write_json(directory: pathlib.Path, file: str, value: object) -> None:
     """Durable and whole under its name, or not there."""
-    partial = directory / (file + chain.PARTIAL)
-    with partial.open("w", encoding="utf-8") as opened:
-        json.dump(value, opened, indent=2)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.rename(directory / file)
+    chain.write_text(directory, file, json.dumps(value, indent=2))
+    (directory / (file + chain.PARTIAL)).rename(directory / file)
     chain.sync_directory(directory)
 
 

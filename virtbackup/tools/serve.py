@@ -115,12 +115,12 @@ def _serve(
 ) -> Server:
     """A server that answers; UNDO ends it."""
     argv = [PROGRAM]
-    files = 0
+    files: list[listing.Link] = []
     for index, name in enumerate(names):
         links = backups.links(point, name)
         listing.check(links)
         links = verify.checked(links, progress, cancel)
-        files += len(links)
+        files += links
         argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
         argv += ["--export", json.dumps(_export(index, name))]
     private = _private_directory(undo)
@@ -134,8 +134,29 @@ def _serve(
         undo.callback(_remove, pathlib.Path(where.path))
     server = Server(_start(argv, log), log, where)
     undo.callback(_end, server.process)
-    _wait_until_it_listens(server, ready, _START_TIMEOUT + files * _FILE_TIMEOUT, cancel)
+    _wait_until_it_listens(server, ready, _START_TIMEOUT + len(files) * _FILE_TIMEOUT, cancel)
+    _check_opened(server, backups, files, private)
     return server
+
+
+def _check_opened(
+    server: Server,
+    backups: listing.Backups,
+    links: Sequence[listing.Link],
+    private: pathlib.Path,
+) -> None:
+    """Raise VIR_ERR_OPERATION_FAILED where the server has a file open that is not one of LINKS, as
+    they were looked at: what is in the directory may lead to any by now."""
+    directories = {os.path.realpath(backups.directory), os.path.realpath(private)}
+    elsewhere = {os.path.realpath(link.path) if link.named else str(link.path) for link in links}
+    for fd in pathlib.Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a client has left
+            file, has_content = fd.readlink(), fd.is_file() or fd.is_block_device()
+            is_known = str(file.parent) in directories or str(file) in elsewhere
+            if has_content and not is_known:
+                raise listing.bad(
+                    f"{backups.directory} was changed while it was opened, and leads to {file}"
+                )
 
 
 def _make_room(path: pathlib.Path) -> None:

@@ -188,6 +188,8 @@ def examine(
         return _examine(link, index, progress, cancel)
     except OSError as failure:
         return Look(f"it cannot be read: {failure.strerror}", 0, False)
+    except MemoryError:
+        return Look(f"it cannot be read: {os.strerror(errno.ENOMEM)}", 0, False)
     except errors.Error as failure:
         return Look(_reason_unless_cancelled(failure), 0, False)
 

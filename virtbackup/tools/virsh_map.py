@@ -184,8 +184,10 @@ def _write_output(path: str, data: bytes) -> None:
             place.write_bytes(data)
             return
         partial = place.with_name(f"{place.name}.{os.getpid()}.partial")  # nobody else's
+        partial.unlink(missing_ok=True)
         try:
-            partial.write_bytes(data)
+            with partial.open("xb") as opened:
+                opened.write(data)
             partial.rename(place)
         except BaseException:
             partial.unlink(missing_ok=True)
