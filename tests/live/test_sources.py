@@ -2,6 +2,7 @@
 """Disks that are not simply one image in one device, each written to while it is backed up."""
 
 import functools
+import itertools
 import pathlib
 
 import libvirt
@@ -67,6 +68,46 @@ def test_one_image_in_two_nodes(tmp_path: pathlib.Path) -> None:
             ):
                 conn.lookupByID(1).backupStart(xml(tmp_path, left_out))
         assert machine.state() == before
+
+
+def test_one_image_below_a_filter_and_in_parts(tmp_path: pathlib.Path) -> None:
+    """QEMU tells such a disk's file within options. Parts that have nothing in common are two
+    disks."""
+    image = machines.image(tmp_path / "a.raw", SIZE)
+    half = SIZE // 2
+
+    def disk(name: str, options: str, prefix: str = "") -> tuple[str, ...]:
+        file = f"driver=file,{prefix}file.locking=off,{prefix}file.filename={image}"
+        return (
+            "-blockdev", f"{options},node-name=node-{name},{prefix}file.{file}",
+            "-device", f"virtio-blk,drive=node-{name},id={name},share-rw=on",
+        )  # fmt: skip
+
+    group = ("-object", "throttle-group,id=group")
+    whole = disk("whole", "raw")
+    slow = (*group, *disk("slow", "throttle,throttle-group=group,file.driver=raw", "file."))
+    first = disk("first", f"raw,size={half}")
+    second = disk("second", f"raw,offset={half},size={half}")
+    for disks in (whole, slow), (slow, second), (whole, first):
+        with machines.qemu(tmp_path, *itertools.chain(*disks)) as machine:
+            before = machine.state()
+            for engine in machines.engines():
+                with (
+                    virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+                    pytest.raises(virtbackup.Error, match=r"both write to '.*/a\.raw'"),
+                ):
+                    conn.lookupByID(1).backupStart(xml(tmp_path))
+            assert machine.state() == before
+    with machines.qemu(tmp_path, *first, *second) as machine:
+        machine.io("first", f"write -P 1 0 {half}")
+        machine.io("second", f"write -P 2 0 {half}")
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            dom.backupStart(xml(tmp_path))
+            machine.io("first", f"write -P 3 0 {half}")
+            assert nbdclient.read(tmp_path / "nbd.sock", "first") == b"\1" * half
+            assert nbdclient.read(tmp_path / "nbd.sock", "second") == b"\2" * half
+            dom.backupStop()
 
 
 def test_a_drive_that_goes_with_its_device(tmp_path: pathlib.Path) -> None:
