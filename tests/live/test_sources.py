@@ -110,6 +110,28 @@ def test_one_image_below_a_filter_and_in_parts(tmp_path: pathlib.Path) -> None:
             dom.backupStop()
 
 
+def test_an_image_that_two_guests_share(tmp_path: pathlib.Path) -> None:
+    """What the other one writes is not saved; the disk is named, among those that nobody shares."""
+    shared = machines.image(tmp_path / "shared.raw", SIZE)
+    (there := tmp_path / "there").mkdir()
+    disk = (
+        "-blockdev", f"raw,node-name=S,file.driver=file,file.filename={shared}",
+        "-device", "virtio-blk,drive=S,id=vdc,share-rw=on",
+    )  # fmt: skip
+    with machines.two_disks(tmp_path, *disk, size=SIZE) as machine, machines.qemu(there, *disk):
+        before = machine.state()
+        for engine in machines.engines():
+            with virtbackup.open(f"{machine.uri}?engine={engine}") as conn:
+                dom = conn.lookupByID(1)
+                with pytest.raises(virtbackup.Error, match="image of disk 'vdc' is open") as caught:
+                    dom.backupStart(xml(tmp_path))
+                assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+                assert machine.state() == before
+                dom.backupStart(xml(tmp_path, '<disk name="vdc" present="no"/>'))
+                dom.backupStop()
+        assert machine.state() == before
+
+
 def test_a_drive_that_goes_with_its_device(tmp_path: pathlib.Path) -> None:
     """What ``-drive`` made QEMU deletes when the device is unplugged, the backup job included."""
     for name in "ab":
