@@ -320,6 +320,23 @@ def serve_disk(
     )
 
 
+def test_a_read_that_has_its_turn_by_the_time_of_the_wait() -> None:
+    """Nothing else would end the wait: the copy stood still, and the backup with it."""
+    cancel, rate = copy.Cancel(), polling.Rate(100 * MIB)
+    loop = polling.Loop(cancel, rate)
+    try:
+        loop.note_read(11 * MIB)
+        assert not loop.may_read()
+        waiting.until(lambda: rate.delay() == 0)
+        began = time.monotonic()
+        loop.wait(10)
+        assert time.monotonic() - began < 5
+        assert loop.may_read()
+    finally:
+        loop.close()
+        cancel.close()
+
+
 @pytest.mark.parametrize("address", ["unix", "ip"])
 def test_a_server_without_a_free_descriptor(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, address: str

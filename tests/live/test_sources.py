@@ -2,6 +2,7 @@
 """Disks that are not simply one image in one device, each written to while it is backed up."""
 
 import functools
+import itertools
 import pathlib
 
 import libvirt
@@ -66,6 +67,68 @@ def test_one_image_in_two_nodes(tmp_path: pathlib.Path) -> None:
                 virtbackup.Error, match=r"'diskA' and disk 'diskB' both write to '.*/a\.raw'"
             ):
                 conn.lookupByID(1).backupStart(xml(tmp_path, left_out))
+        assert machine.state() == before
+
+
+def test_one_image_below_a_filter_and_in_parts(tmp_path: pathlib.Path) -> None:
+    """QEMU tells such a disk's file within options. Parts that have nothing in common are two
+    disks."""
+    image = machines.image(tmp_path / "a.raw", SIZE)
+    half = SIZE // 2
+
+    def disk(name: str, options: str, prefix: str = "") -> tuple[str, ...]:
+        file = f"driver=file,{prefix}file.locking=off,{prefix}file.filename={image}"
+        return (
+            "-blockdev", f"{options},node-name=node-{name},{prefix}file.{file}",
+            "-device", f"virtio-blk,drive=node-{name},id={name},share-rw=on",
+        )  # fmt: skip
+
+    group = ("-object", "throttle-group,id=group")
+    whole = disk("whole", "raw")
+    slow = (*group, *disk("slow", "throttle,throttle-group=group,file.driver=raw", "file."))
+    first = disk("first", f"raw,size={half}")
+    second = disk("second", f"raw,offset={half},size={half}")
+    for disks in (whole, slow), (slow, second), (whole, first):
+        with machines.qemu(tmp_path, *itertools.chain(*disks)) as machine:
+            before = machine.state()
+            for engine in machines.engines():
+                with (
+                    virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+                    pytest.raises(virtbackup.Error, match=r"both write to '.*/a\.raw'"),
+                ):
+                    conn.lookupByID(1).backupStart(xml(tmp_path))
+            assert machine.state() == before
+    with machines.qemu(tmp_path, *first, *second) as machine:
+        machine.io("first", f"write -P 1 0 {half}")
+        machine.io("second", f"write -P 2 0 {half}")
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            dom.backupStart(xml(tmp_path))
+            machine.io("first", f"write -P 3 0 {half}")
+            assert nbdclient.read(tmp_path / "nbd.sock", "first") == b"\1" * half
+            assert nbdclient.read(tmp_path / "nbd.sock", "second") == b"\2" * half
+            dom.backupStop()
+
+
+def test_an_image_that_two_guests_share(tmp_path: pathlib.Path) -> None:
+    """What the other one writes is not saved; the disk is named, among those that nobody shares."""
+    shared = machines.image(tmp_path / "shared.raw", SIZE)
+    (there := tmp_path / "there").mkdir()
+    disk = (
+        "-blockdev", f"raw,node-name=S,file.driver=file,file.filename={shared}",
+        "-device", "virtio-blk,drive=S,id=vdc,share-rw=on",
+    )  # fmt: skip
+    with machines.two_disks(tmp_path, *disk, size=SIZE) as machine, machines.qemu(there, *disk):
+        before = machine.state()
+        for engine in machines.engines():
+            with virtbackup.open(f"{machine.uri}?engine={engine}") as conn:
+                dom = conn.lookupByID(1)
+                with pytest.raises(virtbackup.Error, match="image of disk 'vdc' is open") as caught:
+                    dom.backupStart(xml(tmp_path))
+                assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+                assert machine.state() == before
+                dom.backupStart(xml(tmp_path, '<disk name="vdc" present="no"/>'))
+                dom.backupStop()
         assert machine.state() == before
 
 

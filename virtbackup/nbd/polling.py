@@ -71,6 +71,8 @@ class Loop:
     def __init__(self, cancel: Cancel, rate: Rate | None = None) -> None:
         self._cancel = cancel
         self._rate = rate
+        self._held = False
+        """Whether a read waits for the rate; by the time of the ``wait`` it may have its turn."""
         self.stored = store.Wake()
         self._poll = select.poll()
         self._poll.register(cancel, select.POLLIN)
@@ -114,8 +116,9 @@ class Loop:
                 self._poll.register(fd, mask)
                 self._masks[fd] = mask
         moved = []
-        delay = self._rate.delay() if self._rate is not None else 0.0
-        limits = [seconds for seconds in (delay or None, most) if seconds is not None]
+        turn = self._rate.delay() if self._rate is not None and self._held else None
+        self._held = False
+        limits = [seconds for seconds in (turn, most) if seconds is not None]
         for fd, event in self._poll.poll(min(limits) * 1000 if limits else None):
             if fd in self._connections:
                 self._connections[fd].notify(event)
@@ -127,7 +130,9 @@ class Loop:
 
     def may_read(self) -> bool:
         """Whether a read may begin just now; where not, ``wait`` returns when one may."""
-        return self._rate is None or self._rate.delay() == 0.0
+        may = self._rate is None or self._rate.delay() == 0.0
+        self._held = self._held or not may
+        return may
 
     def note_read(self, count: int) -> None:
         """Reads of COUNT bytes have begun."""

@@ -252,6 +252,17 @@ class BlockState:
         """What is below the node that a disk has at its root."""
         return branch.images(root, self.nodes, self.graph) if self.graph else None
 
+    def below_parts(self, medium: block.Medium) -> block.Medium:
+        """What MEDIUM is, or shows a part of: the first below it that is neither a filter nor a
+        ``raw`` node, as far as the nodes are known."""
+        found = medium
+        while self.graph and (found.driver == "raw" or found.driver in block.FILTERS):
+            below = self.graph.filtered_by(found.node)
+            if below is None or below not in self.nodes:
+                break
+            found = self.nodes[below]
+        return found
+
     def running_jobs(self) -> tuple[naming.JobId, ...]:
         """Backup jobs of ours that still save old data."""
         return tuple(
@@ -601,14 +612,18 @@ def _check_image(target: str, medium: block.Medium, state: BlockState) -> None:
 def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
     """Refuse where the guest can write a disk's image past its node, by another disk: what is
     overwritten that way is not saved."""
+    whole = state.below_parts(medium)
     for twin in (*state.disks, *state.strangers):
         other = twin.medium
         if other is None or other.readonly or other.node == medium.node:
             continue
-        if other.filename == medium.filename and medium.tells_place:
+        others = state.below_parts(other)
+        if others.filename != whole.filename or not whole.tells_place:
+            continue
+        if others.driver != whole.driver or medium.overlaps(other):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-                f"disk '{target}' and disk '{twin.target}' both write to '{medium.filename}', each"
+                f"disk '{target}' and disk '{twin.target}' both write to '{whole.filename}', each"
                 " by a block node of its own: what is written by the one would be missing in a"
                 " backup of the other",
             )

@@ -68,6 +68,10 @@ class Medium:
         """Bytes of the file before the first of the disk (a ``raw`` node's)."""
         return _offset(self.filename)
 
+    def overlaps(self, other: "Medium") -> bool:
+        """Whether some byte of the same file would be in both, as parts of it."""
+        return self.offset < other.offset + other.size and other.offset < self.offset + self.size
+
     @property
     def tells_place(self) -> bool:
         """Whether ``filename`` says where the data is: not where there is none."""
@@ -413,13 +417,17 @@ class Graph:
         count = 0
         below = self.roles.get((root, "backing"))
         while root != node:
-            filtered = (self.roles.get((root, role)) for role in FILTERED)
-            found = next(filter(None, filtered), below)
+            found = self.filtered_by(root) or below
             if found is None:
                 return None
             root, below = found, None
             count += 1
         return count
+
+    def filtered_by(self, node: naming.NodeName) -> naming.NodeName | None:
+        """What NODE, a filter or ``raw``, has below it."""
+        found = (self.roles.get((node, role)) for role in FILTERED)
+        return next(filter(None, found), None)
 
     def backing_of(self, image: Medium) -> tuple[Backing, ...]:
         """IMAGE and those that it is backed by, as far as there are no filters between them."""

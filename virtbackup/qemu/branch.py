@@ -105,8 +105,7 @@ def images(
         if (
             node not in nodes or nodes[node].driver in block.FILTERS
         ):  # implicit filters are not told
-            filtered = (graph.roles.get((node, role)) for role in block.FILTERED)
-            below = next(filter(None, filtered), below)
+            below = graph.filtered_by(node) or below
         else:
             chain.append(nodes[node])
         node = below

@@ -191,12 +191,22 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         synchronous = _synchronous(qemu, disks)
     nodes: dict[naming.NodeName, block.Medium] = {}
     filtered = any(disk.medium and disk.medium.driver in block.FILTERS for disk in disks)
-    wanted = graph is None or (filtered and caps.guards(filtered))
+    wanted = (
+        graph is None or (filtered and caps.guards(filtered)) or _may_be_twins(disks, strangers)
+    )
     if bitmaps or (wanted and named_nodes_are_safe(qemu, caps)):
         nodes = named_nodes(qemu, caps)
     return backup.BlockState(
         disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers
     )
+
+
+def _may_be_twins(disks: Iterable[block.Disk], strangers: Iterable[block.Disk]) -> bool:
+    """Whether the names of the files alone do not tell that no two drives write to the same: QEMU
+    has one of options for what has a filter above it, or is a part of something."""
+    media = [disk.medium for disk in (*disks, *strangers) if disk.medium]
+    names = [medium.filename for medium in media if not medium.readonly]
+    return len(names) > 1 and any(name.startswith("json:") for name in names)
 
 
 def check_known(

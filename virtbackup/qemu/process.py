@@ -36,6 +36,10 @@ from virtbackup.qemu import (
 logger = logging.getLogger(__name__)
 
 
+_SHARED = 'Failed to get shared "write" lock'
+"""Of a file that somebody else has locked as one that he writes to."""
+
+
 class ServerRefused(errors.Error):
     """QEMU did not start the NBD server, by its own words."""
 
@@ -162,11 +166,33 @@ class Run:
             self.qemu.execute(self.plan.transaction())
         except monitor_json.CommandFailed as failure:
             self._check_unchanged(failure)
+            if _SHARED in failure.desc:
+                raise self._shared() from failure
             for disk in self.plan.disks:
                 names = [disk.node, disk.job, *([disk.step.node] if disk.step else [])]
                 if any(f"'{name}'" in failure.desc for name in names):
                     raise _of_disk(disk.target, failure) from failure
             raise
+
+    def _shared(self) -> errors.Error:
+        """That another node or another QEMU has a disk's image open, too, which may write to it: it
+        can be one alone whose device lets it."""
+        disks = [disk for disk in self.plan.disks if self._lets_others_write(disk)]
+        names = " or ".join(f"'{disk.target}'" for disk in disks or self.plan.disks)
+        return errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"the image of disk {names} is open for writing elsewhere, too (share-rw), by another"
+            " guest or as another disk of this one: what is written there would be missing in the"
+            " backup",
+        )
+
+    def _lets_others_write(self, disk: backup.DiskPlan) -> bool:
+        if disk.device is None:
+            return False
+        try:
+            return self.qemu.execute(monitor_json.qom_get(disk.device, "share-rw")) is True
+        except monitor_json.CommandFailed:
+            return False
 
     def _check_unchanged(self, refusal: monitor_json.CommandFailed) -> None:
         """Say it, in place of a REFUSAL of QEMU's, where a drive is not what the plan has seen: its
