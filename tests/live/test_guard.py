@@ -4,6 +4,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import virtbackup
 from demo import guest, records
 from tests import daemon_scene, waiting
 from tests.live import machines, places, scene
-from virtbackup.qemu import monitor, qcow2, scratch, watch
+from virtbackup.qemu import capabilities, monitor, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
 
@@ -105,6 +106,21 @@ def test_the_worst_case_is_said_in_words(
     info = virsh(machine.uri, "backup-info", "1")
     assert "Scratch hangs:" in info.stdout
     assert "does not fit" in info.stderr
+    assert virsh(machine.uri, "backup-stop", "1").returncode == 0
+
+
+def test_looking_at_a_backup_is_no_danger(
+    tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine
+) -> None:
+    """However often: QEMU is not asked for its nodes where a block-stream that ends just then would
+    kill it."""
+    (xml := tmp_path / "x.xml").write_text(document(tmp_path, f'dir="{small}"'))
+    assert virsh(machine.uri, "backup-start", "1", str(xml)).returncode == 0
+    machine.io("vda", f"write -P 2 0 {MIB}")
+    info = virsh(machine.uri, "--trace", "-", "backup-info", "1")
+    assert re.search(r"^ vda +vda +running +64.00 MiB +1\.\d+ MiB ", info.stdout, re.M)
+    is_asked = '"query-named-block-nodes"' in info.stderr
+    assert is_asked != capabilities.STREAM_CRASH.affects(machines.version())
     assert virsh(machine.uri, "backup-stop", "1").returncode == 0
 
 

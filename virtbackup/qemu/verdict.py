@@ -46,10 +46,12 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     reasons = judge(session, running, sight)
     if hung:
         return info(running, reasons, hung=hung)
-    used: Mapping[str, int]
+    # Where it may kill QEMU to be asked, it is not, as far as the files themselves tell.
+    used = {} if caps.named_nodes_are_always_safe else hang.used(_images(running), session.pid)
     thresholds: Mapping[naming.NodeName, int] = {}
     backups_end = capabilities.NAMED_NODES_CRASH.affects(caps.version)
-    if not backups_end and domain.named_nodes_are_safe(session.qemu, caps):
+    told = backups_end or len(used) == len(running.disks)
+    if not told and domain.named_nodes_are_safe(session.qemu, caps):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
         thresholds = block.parse_write_thresholds(nodes)
         sizes = block.parse_actual_sizes(nodes)
@@ -58,8 +60,6 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
             for disk in running.disks
             if disk.scratch_file in sizes
         }
-    else:
-        used = hang.used(_images(running), session.pid)
     return info(running, reasons, used, thresholds)
 
 
