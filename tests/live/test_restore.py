@@ -755,6 +755,21 @@ def test_nothing_is_left_where_the_work_cannot_begin(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chain_takes_a_descriptor_for_each_file(tmp_path: pathlib.Path) -> None:
+    """And few beside: as long a one as there may be open files can be restored."""
+    layers = [{number % 16: number} for number in range(48)]
+    backed = points.built(tmp_path / "backups", 16 * BLOCK, layers)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-q", "backup-restore",
+         str(backed.directory), str(out)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert machines.contents(out / "vda.qcow2", "qcow2") == backed.shown[48]["vda"]
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,8 @@ class Connection:
             """Bytes of a read."""
             # An unfragmented answer is faster, and QEMU sends an error in it instead of hanging up.
             self._flags = nbd.CMD_FLAG_DF if handle.can_df() else 0
+        if self._words is not None:
+            self._words.close()  # the image is open, and a chain may have as many as may be
 
     @property
     def ready(self) -> bool:
@@ -229,7 +231,7 @@ class Connection:
         return self._error(what, reason, offset)
 
     def _said(self) -> str:
-        """Why a program of our own has hung up, as far as it has said that."""
+        """Why a program of our own has hung up before it served, as far as it has said that."""
         return "" if self._words is None else self._words.said()
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
