@@ -88,6 +88,19 @@ def process_start(pid: int) -> int | None:
     return int(fields[19])
 
 
+def in_proc(pid: int) -> pathlib.Path:
+    """The directory in /proc of PID, a process that is ours to wait for: where /proc is of another
+    namespace, that has another number there (proc(5)). Errors: OSError."""
+    fd = os.pidfd_open(pid)
+    try:
+        text = pathlib.Path(f"/proc/self/fdinfo/{fd}").read_text()
+    finally:
+        os.close(fd)
+    if (found := re.search(r"^Pid:\s+(\d+)$", text, re.MULTILINE)) is None:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return pathlib.Path("/proc", found[1])
+
+
 def process_user(pid: int) -> int | None:
     """The user that process PID acts as; None when there is none (proc(5))."""
     with contextlib.suppress(OSError):

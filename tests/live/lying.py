@@ -35,7 +35,7 @@ def serving(path: pathlib.Path, size: int, *told: Sequence[int]) -> Iterator[Non
             ):
                 _serve(file, size, list(told))
 
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)  # nobody may come
         thread.start()
         try:
             yield

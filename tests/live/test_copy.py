@@ -517,6 +517,32 @@ def test_nothing_is_left_of_a_copy(tmp_path: pathlib.Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
 
 
+_NO_PROGRAM = """
+import gc, os, virtbackup
+from virtbackup.nbd import connection, copy
+export = connection.Export(connection.Program(("qemu-nbd", "none"), "image none"), "")
+before = os.listdir("/proc/self/fd")
+try:
+    copy.copy([copy.Job(export, None)])
+except virtbackup.Error as failure:
+    print(failure)
+gc.collect()
+print(len(os.listdir("/proc/self/fd")) - len(before))
+"""
+
+
+@pytest.mark.needs("unshare", "mount")
+def test_nothing_is_left_of_a_program_that_is_not_started() -> None:
+    """libnbd makes a directory for its socket, always there."""
+    if os.geteuid() != 0:
+        pytest.skip("wants root, to mount something")
+    script = 'mount -t tmpfs -o ro none /tmp && exec "$@"'
+    argv = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", _NO_PROGRAM]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    text = "operation failed: cannot connect to image none: Read-only file system"
+    assert done.stdout == f"{text}\n0\n"
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

@@ -755,6 +755,21 @@ def test_nothing_is_left_where_the_work_cannot_begin(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chain_takes_a_descriptor_for_each_file(tmp_path: pathlib.Path) -> None:
+    """And few beside: as long a one as there may be open files can be restored."""
+    layers = [{number % 16: number} for number in range(48)]
+    backed = points.built(tmp_path / "backups", 16 * BLOCK, layers)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-q", "backup-restore",
+         str(backed.directory), str(out)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert machines.contents(out / "vda.qcow2", "qcow2") == backed.shown[48]["vda"]
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 
@@ -786,6 +801,39 @@ def processes_with(word: str) -> set[str]:
             if word.encode() in (entry / "cmdline").read_bytes():
                 found.add(entry.name)
     return found
+
+
+_NOT_DUMPABLE = """
+import ctypes, sys
+from virtbackup.tools import virsh_backup
+ctypes.CDLL(None).prctl(4, 0)
+sys.exit(virsh_backup.main(sys.argv[1:]))
+"""
+"""PR_SET_DUMPABLE, as a process that was another user's before has it."""
+
+
+@pytest.mark.needs("setpriv", "unshare")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("unshare", "--pid", "--fork", sys.executable, "-m", "virtbackup.tools.virsh_backup"),
+        ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace",
+         sys.executable, "-c", _NOT_DUMPABLE),
+    ],
+    ids=["pid", "not-dumpable"],
+)  # fmt: skip
+def test_where_others_do_not_find_this_process_in_proc(
+    layered: points.Backed, tmp_path: pathlib.Path, argv: tuple[str, ...]
+) -> None:
+    """Not by the pid that it knows of, or not what it has open: its own programs are to be told."""
+    if os.geteuid() != 0:
+        pytest.skip("wants root")
+    out = tmp_path / "out"
+    command = [*argv, "-q", "backup-restore", str(layered.directory), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = layered.shown[3]["vda"]
+    assert machines.contents(out / "vda.qcow2", "qcow2")[: len(shown)] == shown
 
 
 @pytest.mark.needs("setpriv")

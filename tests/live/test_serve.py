@@ -18,13 +18,15 @@ import pytest
 
 from tests import waiting
 from tests.live import nbdclient, points
-from virtbackup.tools import chain
+from virtbackup.tools import chain, serve
 
 pytestmark = [
     pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "nbdcopy"),
     pytest.mark.timeout(120),
     pytest.mark.usefixtures("unknown_qemu"),  # or there is more in the state directory
 ]
+
+SHELL = (sys.executable, "-m", "virtbackup.tools.virsh_backup")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,8 @@ class Served:
 
 @contextlib.contextmanager
 def served(backed: points.Backed, *options: str) -> Iterator[Served]:
-    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-serve"]
     process = subprocess.Popen(
-        [*argv, str(backed.directory), *options, "--json"],
+        [*SHELL, "backup-serve", str(backed.directory), *options, "--json"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -203,11 +204,26 @@ def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pa
         assert one.process.communicate(timeout=20)[1] == ""
 
 
+def _daemon() -> str:
+    found = shutil.which(serve.PROGRAM)
+    assert found is not None
+    return found
+
+
+@pytest.mark.needs("unshare")
+@pytest.mark.parametrize("prefix", [(), ("unshare", "--pid", "--kill-child")], ids=["", "pid"])
 @pytest.mark.parametrize("how", ["data file", "link"])
 def test_an_image_that_is_another_once_it_was_looked_at(
-    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
+    whole: points.Backed,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    prefix: tuple[str, ...],
 ) -> None:
-    """By who may write to the directory, and not read what it leads to now."""
+    """By who may write to the directory, and not read what it leads to now; where /proc has other
+    pids than this process knows, too."""
+    if prefix and os.geteuid() != 0:
+        pytest.skip("wants root")
     backed, secret = whole.copy(tmp_path / "backups"), tmp_path / "secret"
     secret.write_bytes(b"s" * points.SIZE)
     path, other = backed.directory / "vda.0001.qcow2", tmp_path / "other"
@@ -221,19 +237,32 @@ def test_an_image_that_is_another_once_it_was_looked_at(
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(other)]
         subprocess.run([*argv, str(points.SIZE)], check=True)
         secret.write_bytes(b"s" * points.SIZE)
-    program = tmp_path / "bin" / "qemu-storage-daemon"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/sh\nmv {other} {path}\nexec {shutil.which("qemu-storage-daemon")} "$@"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    status, out, err = points.run("backup-serve", str(backed.directory), "--point=1")
-    assert (status, out) == (1, "")
-    assert err == (
+    put_first(tmp_path / "bin", monkeypatch, f'mv {other} {path}\nexec {_daemon()} "$@"')
+    refusal = (
         f"error: operation failed: {backed.directory} was changed while it was opened, and leads"
         f" to {secret}\n"
     )
+    argv = [*prefix, *SHELL, "backup-serve", str(backed.directory), "--point=1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", refusal)
+
+
+def put_first(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have SCRIPT be the server."""
+    directory.mkdir()
+    program = directory / serve.PROGRAM
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def test_a_server_that_ends_as_it_begins(
+    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = 'for last; do :; done; touch "$last"; echo "no more" >&2; exit 3'
+    put_first(tmp_path / "bin", monkeypatch, script)
+    done = points.run("backup-serve", str(whole.directory))
+    assert done == (1, "", f"error: operation failed: {serve.PROGRAM}: no more\n")
 
 
 def test_tcp(whole: points.Backed) -> None:

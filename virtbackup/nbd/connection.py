@@ -7,6 +7,7 @@ Nothing waits: commands are issued, their answers collected when poll says so.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 import resource
 import select
@@ -101,15 +102,22 @@ class Connection:
         self._is_greeted = False
         self._words = _Words(export.server) if isinstance(export.server, Program) else None
         self._handle: Any = nbd.NBD()
-        with self._naming(self._doing):
-            self._handle.set_export_name(export.name)
-            for context in contexts:
-                self._handle.add_meta_context(context)
-            # A buffer is looked at only when its read succeeded.
-            self._handle.set_pread_initialize(False)
-            # libnbd knows DF for structured reads alone; it holds for every read.
-            self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
-            connect(self._handle, export, () if self._words is None else self._words.heard)
+        try:
+            with self._naming(self._doing):
+                self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        self._handle.set_export_name(self._export.name)
+        for context in self._contexts:
+            self._handle.add_meta_context(context)
+        # A buffer is looked at only when its read succeeded.
+        self._handle.set_pread_initialize(False)
+        # libnbd knows DF for structured reads alone; it holds for every read.
+        self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
+        connect(self._handle, self._export, () if self._words is None else self._words.heard)
 
     def negotiate(self) -> None:
         """Once ready: read what the server said of itself."""
@@ -128,6 +136,8 @@ class Connection:
             """Bytes of a read."""
             # An unfragmented answer is faster, and QEMU sends an error in it instead of hanging up.
             self._flags = nbd.CMD_FLAG_DF if handle.can_df() else 0
+        if self._words is not None:
+            self._words.close()  # the image is open, and a chain may have as many as may be
 
     @property
     def ready(self) -> bool:
@@ -221,7 +231,7 @@ class Connection:
         return self._error(what, reason, offset)
 
     def _said(self) -> str:
-        """Why a program of our own has hung up, as far as it has said that."""
+        """Why a program of our own has hung up before it served, as far as it has said that."""
         return "" if self._words is None else self._words.said()
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
@@ -236,11 +246,12 @@ class _Words:
         self._image = program.argv[-1]
         self._fd: int | None = None
         try:
-            self._fd = os.memfd_create("virtbackup-words")
+            self._fd = given(os.memfd_create("virtbackup-words"))
         except OSError as failure:
             raise errors.system_error(failure, "cannot make a file in memory") from failure
+        os.set_inheritable(self._fd, True)  # libnbd gives its child all that is so
         shell = """exec 2>> "$1"; shift; exec "$@" """
-        self.heard = ("sh", "-c", shell, "sh", f"/proc/{os.getpid()}/fd/{self._fd}")
+        self.heard = ("sh", "-c", shell, "sh", f"/proc/self/fd/{self._fd}")
         """What starts the program."""
 
     def said(self) -> str:
@@ -256,6 +267,17 @@ class _Words:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+
+def given(fd: int) -> int:
+    """Another number for FD, which is closed: one that programs of ours, and the shells that start
+    them, have nothing else by. Errors: OSError."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    except OSError as failure:  # EINVAL where not even so many may be open
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from failure
+    finally:
+        os.close(fd)
 
 
 def _why_not_accepted(fd: int) -> str | None:

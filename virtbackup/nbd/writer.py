@@ -180,18 +180,21 @@ class QemuWriter(target.Asynchronous):
         """What has the file open."""
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd: int | None = os.open(path, flags, 0o600)
+            opened = os.open(path, flags, 0o600)
         except OSError as failure:
             raise errors.system_error(failure, f"cannot create {path}") from failure
-        self._made_file = os.fstat(self._fd)
+        self._made_file = os.fstat(opened)
+        with contextlib.ExitStack() as undo:
+            undo.callback(path.unlink)
+            try:
+                self._fd: int | None = connection.given(opened)
+                undo.callback(os.close, self._fd)
+                self._memory = vhost_user.Memory(_ROOM + _SPARE)
+            except OSError as failure:
+                raise errors.system_error(failure, f"cannot make memory for {path}") from failure
+            undo.pop_all()
         # By whatever name it has by now, or somebody else's file has that.
-        self._own = f"/proc/{os.getpid()}/fd/{self._fd}"
-        try:
-            self._memory = vhost_user.Memory(_ROOM + _SPARE)
-        except OSError as failure:
-            os.close(self._fd)
-            path.unlink()
-            raise errors.system_error(failure, f"cannot make memory for {path}") from failure
+        self._own = f"/proc/self/fd/{self._fd}"
         self._spare = self._memory.take(_SPARE)
 
     def memory(self, size: int) -> memoryview:
@@ -486,12 +489,13 @@ class QemuWriter(target.Asynchronous):
         stdin: socket.socket | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
+        assert self._fd is not None
         given = subprocess.DEVNULL if stdin is None else stdin.fileno()
         with self._lock:
             try:
                 self._program = subprocess.Popen(
                     argv, stdin=given, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE, start_new_session=True, env=env,
+                    stderr=subprocess.PIPE, start_new_session=True, env=env, pass_fds=[self._fd],
                 )  # fmt: skip
             except OSError as failure:
                 raise _cannot_run(argv[0], failure) from failure

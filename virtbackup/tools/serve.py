@@ -147,16 +147,38 @@ def _check_opened(
 ) -> None:
     """Raise VIR_ERR_OPERATION_FAILED where the server has a file open that is not one of LINKS, as
     they were looked at: what is in the directory may lead to any by now."""
-    directories = {os.path.realpath(backups.directory), os.path.realpath(private)}
     elsewhere = {os.path.realpath(link.path) if link.named else str(link.path) for link in links}
-    for fd in pathlib.Path(f"/proc/{server.process.pid}/fd").iterdir():
+    directories = (backups.directory, private)
+    try:
+        for file in _opened(server.process.pid):
+            if str(file) in elsewhere or any(_is_same(file.parent, one) for one in directories):
+                continue
+            raise listing.bad(
+                f"{backups.directory} was changed while it was opened, and leads to {file}"
+            )
+    except OSError as failure:
+        if server.process.poll() is None:
+            text = f"cannot see what {PROGRAM} has open"
+            raise errors.system_error(failure, text) from failure
+    if server.process.poll() is not None:
+        raise server.failed()
+
+
+def _opened(pid: int) -> Iterator[pathlib.Path]:
+    """The files and block devices that process PID, which is ours, has open. Errors: OSError."""
+    for fd in (runtime.in_proc(pid) / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a client has left
-            file, has_content = fd.readlink(), fd.is_file() or fd.is_block_device()
-            is_known = str(file.parent) in directories or str(file) in elsewhere
-            if has_content and not is_known:
-                raise listing.bad(
-                    f"{backups.directory} was changed while it was opened, and leads to {file}"
-                )
+            file = fd.readlink()
+            if fd.is_file() or fd.is_block_device():
+                yield file
+
+
+def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether both are one directory: by its name, or as it is where a name may be written in more
+    ways than one, which the kernel tells but one of."""
+    with contextlib.suppress(OSError):
+        return str(one) == os.path.realpath(other) or one.samefile(other)
+    return False
 
 
 def _make_room(path: pathlib.Path) -> None:
