@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import libvirt
 import nbd
@@ -139,11 +139,13 @@ class Connection:
         return len(self._in_flight)
 
     def fileno(self) -> int:
-        fd: int = self._handle.aio_get_fd()
-        return fd
+        """Not of one that was lost; that of one that is not greeted may be another one later."""
+        if not self._is_greeted:
+            self._fd: int = self._handle.aio_get_fd()
+        return self._fd
 
     def mask(self) -> int:
-        """The poll events that libnbd waits for."""
+        """The poll events that libnbd waits for; none where the connection was lost."""
         return mask(self._handle)
 
     def notify(self, events: int) -> None:
@@ -153,8 +155,14 @@ class Connection:
             notify(self._handle, events)
         except nbd.Error as failure:
             raise self._named(failure, self._doing) from failure
-        if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
-            raise self._error(self._doing, self._said() or "the server closed the connection")
+        if not self._in_flight and not self.mask():
+            self.fail()
+
+    def fail(self) -> NoReturn:
+        """Errors: what became of the connection, which was lost."""
+        for _ in self.completed():
+            pass
+        raise self._error(self._doing, self._said() or "the server closed the connection")
 
     def check_accepted(self) -> None:
         """Errors: the server cannot take the connection, and has not, as far as can be seen."""
