@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
@@ -361,6 +361,24 @@ def test_a_connection_that_is_lost_with_the_read_that_is_sent(tmp_path: pathlib.
         cancel.close()
         if other is not None:
             os.close(other)
+
+
+@pytest.mark.parametrize("what", ["read", "ask"])
+def test_a_command_to_a_connection_that_is_lost_by_then(tmp_path: pathlib.Path, what: str) -> None:
+    """The first of the commands in flight tells why; libnbd calls the new one invalid."""
+    cancel = copy.Cancel()
+    chunk = store.Chunk(2 * BLOCK, target.Nowhere())
+    chunk.aim([(0, 2 * BLOCK)])
+    with contextlib.closing(cancel), contextlib.closing(polling.Loop(cancel)) as loop:
+        with copies.nbdkit(tmp_path, "pattern", "1M") as server:
+            connected = loop.connect(server.export)
+        connected.read(chunk, 0, BLOCK)
+        commands: dict[str, Callable[[], object]] = {
+            "read": lambda: connected.read(chunk, BLOCK, BLOCK),
+            "ask": lambda: connected.ask([connection.ALLOCATION], BLOCK, BLOCK),
+        }
+        with pytest.raises(virtbackup.Error, match="at offset 0: Transport endpoint is not"):
+            commands[what]()
 
 
 @pytest.mark.parametrize("address", ["unix", "ip"])

@@ -174,6 +174,7 @@ class Connection:
         try:
             cookie = self._handle.aio_pread(chunk.part(offset, length), offset, flags=self._flags)
         except nbd.Error as failure:
+            self._check_alive()
             raise self._named(failure, "read", offset) from failure
         chunk.pending += 1
         self._in_flight[cookie] = Request(offset, chunk)
@@ -187,8 +188,11 @@ class Connection:
                 request.answers.append((context, entries))
             return 0
 
-        with self._naming("read allocation of", offset):
+        try:
             cookie = self._handle.aio_block_status(count, offset, extent)
+        except nbd.Error as failure:
+            self._check_alive()
+            raise self._named(failure, "read allocation of", offset) from failure
         self._in_flight[cookie] = request
         return request
 
@@ -205,6 +209,12 @@ class Connection:
                 request.chunk.pending -= 1
             yield request
 
+    def _check_alive(self) -> None:
+        """Errors: the connection was lost, of which libnbd says to a new command that it is not
+        valid."""
+        if not self.mask():
+            self.fail()
+
     def close(self) -> None:
         """Let go; what is in flight is given up."""
         handle, self._handle = self._handle, None
@@ -214,11 +224,11 @@ class Connection:
             self._words.close()
 
     @contextlib.contextmanager
-    def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
+    def _naming(self, what: str) -> Iterator[None]:
         try:
             yield
         except nbd.Error as failure:
-            raise self._named(failure, what, offset) from failure
+            raise self._named(failure, what) from failure
 
     def _named(self, failure: Any, what: str, offset: int | None = None) -> errors.Error:
         reason = os.strerror(failure.errnum) if failure.errnum else failure.string
