@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
@@ -21,7 +21,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import copies, places
-from virtbackup.nbd import checksum, connection, copy, polling, writer
+from virtbackup.nbd import checksum, connection, copy, polling, store, target, writer
 
 pytestmark = [
     pytest.mark.needs("nbdkit", "qemu-nbd", "qemu-img", "nbdcopy"),
@@ -335,6 +335,50 @@ def test_a_read_that_has_its_turn_by_the_time_of_the_wait() -> None:
     finally:
         loop.close()
         cancel.close()
+
+
+def test_a_connection_that_is_lost_with_the_read_that_is_sent(tmp_path: pathlib.Path) -> None:
+    """libnbd closes it then and there, so another thread may have its descriptor's number by the
+    time of the wait, of which nothing ever came; and a copy stood still, and the backup with it."""
+    cancel = copy.Cancel()
+    loop = polling.Loop(cancel)
+    chunk = store.Chunk(BLOCK, target.Nowhere())
+    chunk.aim([(0, BLOCK)])
+    other = None
+    try:
+        with copies.nbdkit(tmp_path, "pattern", "1M") as server:
+            connected = loop.connect(server.export)
+            number = connected.fileno()
+            server.process.kill()
+            server.process.wait()
+            connected.read(chunk, 0, BLOCK)
+        other = os.eventfd(0)
+        assert other == number
+        with pytest.raises(virtbackup.Error, match="cannot read export 'disk' at offset 0: "):
+            loop.wait(10)
+    finally:
+        loop.close()
+        cancel.close()
+        if other is not None:
+            os.close(other)
+
+
+@pytest.mark.parametrize("what", ["read", "ask"])
+def test_a_command_to_a_connection_that_is_lost_by_then(tmp_path: pathlib.Path, what: str) -> None:
+    """The first of the commands in flight tells why; libnbd calls the new one invalid."""
+    cancel = copy.Cancel()
+    chunk = store.Chunk(2 * BLOCK, target.Nowhere())
+    chunk.aim([(0, 2 * BLOCK)])
+    with contextlib.closing(cancel), contextlib.closing(polling.Loop(cancel)) as loop:
+        with copies.nbdkit(tmp_path, "pattern", "1M") as server:
+            connected = loop.connect(server.export)
+        connected.read(chunk, 0, BLOCK)
+        commands: dict[str, Callable[[], object]] = {
+            "read": lambda: connected.read(chunk, BLOCK, BLOCK),
+            "ask": lambda: connected.ask([connection.ALLOCATION], BLOCK, BLOCK),
+        }
+        with pytest.raises(virtbackup.Error, match="at offset 0: Transport endpoint is not"):
+            commands[what]()
 
 
 @pytest.mark.parametrize("address", ["unix", "ip"])

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import libvirt
 import nbd
@@ -149,11 +149,13 @@ class Connection:
         return len(self._in_flight)
 
     def fileno(self) -> int:
-        fd: int = self._handle.aio_get_fd()
-        return fd
+        """Not of one that was lost; that of one that is not greeted may be another one later."""
+        if not self._is_greeted:
+            self._fd: int = self._handle.aio_get_fd()
+        return self._fd
 
     def mask(self) -> int:
-        """The poll events that libnbd waits for."""
+        """The poll events that libnbd waits for; none where the connection was lost."""
         return mask(self._handle)
 
     def notify(self, events: int) -> None:
@@ -163,8 +165,14 @@ class Connection:
             notify(self._handle, events)
         except nbd.Error as failure:
             raise self._named(failure, self._doing) from failure
-        if not self._in_flight and (self._handle.aio_is_dead() or self._handle.aio_is_closed()):
-            raise self._error(self._doing, self._said() or "the server closed the connection")
+        if not self._in_flight and not self.mask():
+            self.fail()
+
+    def fail(self) -> NoReturn:
+        """Errors: what became of the connection, which was lost."""
+        for _ in self.completed():
+            pass
+        raise self._error(self._doing, self._said() or "the server closed the connection")
 
     def check_accepted(self) -> None:
         """Errors: the server cannot take the connection, and has not, as far as can be seen."""
@@ -176,6 +184,7 @@ class Connection:
         try:
             cookie = self._handle.aio_pread(chunk.part(offset, length), offset, flags=self._flags)
         except nbd.Error as failure:
+            self._check_alive()
             raise self._named(failure, "read", offset) from failure
         chunk.pending += 1
         self._in_flight[cookie] = Request(offset, chunk)
@@ -189,8 +198,11 @@ class Connection:
                 request.answers.append((context, entries))
             return 0
 
-        with self._naming("read allocation of", offset):
+        try:
             cookie = self._handle.aio_block_status(count, offset, extent)
+        except nbd.Error as failure:
+            self._check_alive()
+            raise self._named(failure, "read allocation of", offset) from failure
         self._in_flight[cookie] = request
         return request
 
@@ -207,6 +219,12 @@ class Connection:
                 request.chunk.pending -= 1
             yield request
 
+    def _check_alive(self) -> None:
+        """Errors: the connection was lost, of which libnbd says to a new command that it is not
+        valid."""
+        if not self.mask():
+            self.fail()
+
     def close(self) -> None:
         """Let go; what is in flight is given up."""
         handle, self._handle = self._handle, None
@@ -216,11 +234,11 @@ class Connection:
             self._words.close()
 
     @contextlib.contextmanager
-    def _naming(self, what: str, offset: int | None = None) -> Iterator[None]:
+    def _naming(self, what: str) -> Iterator[None]:
         try:
             yield
         except nbd.Error as failure:
-            raise self._named(failure, what, offset) from failure
+            raise self._named(failure, what) from failure
 
     def _named(self, failure: Any, what: str, offset: int | None = None) -> errors.Error:
         reason = os.strerror(failure.errnum) if failure.errnum else failure.string

@@ -77,15 +77,16 @@ class Loop:
         self._poll = select.poll()
         self._poll.register(cancel, select.POLLIN)
         self._poll.register(self.stored, select.POLLIN)
-        self._connections: dict[int, connection.Connection] = {}
-        self._masks: dict[int, int] = {}
+        self._connections: list[connection.Connection] = []
+        self._polled: dict[int, tuple[connection.Connection, int]] = {}
+        """Descriptor -> whose it is, and what is waited for."""
 
     def begin(
         self, export: connection.Export, contexts: Sequence[str] = (connection.ALLOCATION,)
     ) -> connection.Connection:
         """A connection in the making, which goes on in every ``wait``."""
         made = connection.Connection(export, contexts)
-        self._connections[made.fileno()] = made
+        self._connections.append(made)
         return made
 
     def negotiate(self, one: connection.Connection) -> None:
@@ -110,23 +111,39 @@ class Loop:
     def wait(self, most: float | None = None) -> list[connection.Connection]:
         """Sleep until somebody can go on, for MOST seconds; the connections that did. Errors: lost;
         cancelled."""
-        for fd, one in self._connections.items():
-            mask = one.mask()
-            if self._masks.get(fd) != mask:
-                self._poll.register(fd, mask)
-                self._masks[fd] = mask
+        self._register()
         moved = []
         turn = self._rate.delay() if self._rate is not None and self._held else None
         self._held = False
         limits = [seconds for seconds in (turn, most) if seconds is not None]
         for fd, event in self._poll.poll(min(limits) * 1000 if limits else None):
-            if fd in self._connections:
-                self._connections[fd].notify(event)
-                moved.append(self._connections[fd])
+            if fd in self._polled:
+                one, _ = self._polled[fd]
+                one.notify(event)
+                moved.append(one)
             elif fd == self.stored.fileno():
                 self.stored.clear()
         self._cancel.check()
         return moved
+
+    def _register(self) -> None:
+        """Have poll look for what each connection waits for. Errors: one was lost.
+
+        A descriptor's number is not for ever: libnbd, which tries one address after the other, may
+        get another one; and what it has closed, any thread may have opened as something else.
+        """
+        wanted = {}
+        for one in self._connections:
+            if not (mask := one.mask()):
+                one.fail()
+            wanted[one.fileno()] = one, mask
+        if wanted == self._polled:
+            return
+        for fd in self._polled.keys() - wanted.keys():
+            self._poll.unregister(fd)
+        for fd, (_, mask) in wanted.items():
+            self._poll.register(fd, mask)
+        self._polled = wanted
 
     def may_read(self) -> bool:
         """Whether a read may begin just now; where not, ``wait`` returns when one may."""
@@ -141,14 +158,11 @@ class Loop:
 
     def leave(self, one: connection.Connection) -> None:
         """Close the connection and wait for it no more."""
-        fd = one.fileno()
-        del self._connections[fd]
-        if self._masks.pop(fd, None) is not None:
-            self._poll.unregister(fd)
+        self._connections.remove(one)
         one.close()
 
     def close(self) -> None:
-        for one in self._connections.values():
+        for one in self._connections:
             one.close()
         self._connections.clear()
         self.stored.close()
