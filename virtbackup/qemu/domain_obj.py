@@ -5,8 +5,9 @@ that, and whether it ends with the connection."""
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import libvirt
@@ -75,6 +76,9 @@ class DomainObj:
         self.job = job.BackupJob(file, connect, self._why_ended, self._ended)
         self._engine = engine
         self._agent = quiesce
+        # Taken and let go of without a line of Python, in which a signal's exception could come.
+        self._keeping = threading.RLock()
+        """Held for a look at what follows, and never while something is waited for."""
         self._watch: watch.Watch | None = None
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
@@ -88,10 +92,11 @@ class DomainObj:
         self._ending.listen(notify)
 
     def close(self, until: float | None = None) -> None:
-        """End the backup that was started to end with us; a failure to is logged. UNTIL, for who
-        closes several: by ``time.monotonic``, the end of their PATIENCE, which is one for all."""
-        self._stop_watching()
-        id, self._autodestroy = self._autodestroy, None
+        """End the backup that was started to end with us; a failure to is logged. UNTIL, for who closes several: by
+        ``time.monotonic``, the end of their PATIENCE, which is one for all."""
+        self._stop_watching(self._watched)
+        with self._keeping:
+            id, self._autodestroy = self._autodestroy, None
         if id is None:
             return
         until = time.monotonic() + PATIENCE if until is None else until
@@ -114,7 +119,13 @@ class DomainObj:
             self.job.stop(id, cancel=True)
             ended(False, ending.CANCELLED)
 
-    def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
+    @property
+    def own(self) -> naming.BackupId | None:
+        """The backup that was started here to end with us, if any: it is meant, and no other, by
+        who has us for himself."""
+        return self._autodestroy
+
+    def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> naming.BackupId:
         quiesce = self._agent if flags & hypervisor.START_QUIESCE else None
         if flags & hypervisor.START_QUIESCE and quiesce is None:
             raise errors.error(
@@ -126,8 +137,8 @@ class DomainObj:
         images: list[watch.Image] = []
         try:
             self.job.start(id, images, definition, owner, self._engine, quiesce)
-            self._autodestroy = id if owned else None
-            self._stop_watching()
+            with self._keeping:
+                self._autodestroy = id if owned else None
             self._begin_to_watch(id, images)
         except BaseException:
             # Where the start itself failed there is only what it could not undo to be ended.
@@ -138,6 +149,7 @@ class DomainObj:
                 self._autodestroy = id
             raise
         self._ending.find()
+        return id
 
     def adopt(self) -> None:
         """Watch the backup that runs, if any, as if it had been started here: whoever started it
@@ -157,58 +169,78 @@ class DomainObj:
     def _begin_to_watch(self, id: naming.BackupId, images: list[watch.Image]) -> None:
         """IMAGES are closed once they are watched no more, or are not watched at all."""
         try:
-            self._watched = _Watched(self.job, id, self._host)
-            self._watch = watch.Watch(images, self._watched)
-            self._watch.start()
-            self._watched.listen(self._watch.wake)
+            watched = _Watched(self.job, id, self._host)
+            watching = watch.Watch(images, watched)
+            with self._keeping:
+                before, self._watch, self._watched = self._watch, watching, watched
+            watching.start()
+            watched.listen(watching.wake)
         except BaseException:
-            self._stop_watching()
+            self._stop_watching(self._watched)
             watch.close_all(images)
             raise
+        if before is not None:
+            before.close()
 
-    def backup_stop(self, flags: int) -> None:
+    def backup_stop(self, flags: int, only: naming.BackupId | None) -> None:
+        """ONLY is the backup that is meant; None: whichever runs."""
         cancel = bool(flags & hypervisor.STOP_CANCEL)
         with self._ending.stopping() as ended:
-            reasons = self._stop(cancel)
-            reason = ending.CANCELLED if cancel else ending.reason_of(reasons) if reasons else None
-            ended(reason is None, reason)
+            reasons = self._stop(only, cancel, ended)
         if reasons and not cancel:
-            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, reason)
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, ending.reason_of(reasons))
 
-    def _stop(self, cancel: bool) -> dict[str, str]:
-        # Where we started a backup that is to end with us, that one is meant and no other.
+    def _stop(
+        self, only: naming.BackupId | None, cancel: bool, ended: ending.Notify
+    ) -> dict[str, str]:
+        # Once the backup is over, another thread may have started the next one.
+        own, watched = self._autodestroy, self._watched
         try:
-            reasons = self.job.stop(self._autodestroy, cancel)
-            self._autodestroy = None
-            self._stop_watching()
+            reasons = self.job.stop(only, cancel)
+            reason = ending.reason_of(reasons) if reasons else None
+            reason = ending.CANCELLED if cancel else reason
+            ended(reason is None, reason)
+            self._forget(own)
+            self._stop_watching(watched)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                self._autodestroy = None
-                self._stop_watching()
+                self._forget(own)
+                self._stop_watching(watched)
             raise
         except BaseException:
             # It may have been interrupted as it had come to its end.
             with contextlib.suppress(errors.Error):
                 if self.file.load() is None:
-                    self._autodestroy = None
+                    self._forget(own)
             raise
         return reasons
 
-    def backup_xml(self) -> str:
-        xml = self.job.definition(self._autodestroy)
+    def _forget(self, own: naming.BackupId | None) -> None:
+        """It does not end with us any more."""
+        with self._keeping:
+            if self._autodestroy == own:
+                self._autodestroy = None
+
+    def backup_xml(self, only: naming.BackupId | None) -> str:
+        """ONLY: as ``backup_stop``."""
+        xml = self.job.definition(only)
         self._ending.find()
         return xml
 
-    def backup_info(self) -> backup_conf.BackupInfo:
-        info = self.job.info(self._autodestroy)
+    def backup_info(self, only: naming.BackupId | None) -> backup_conf.BackupInfo:
+        """ONLY: as ``backup_stop``."""
+        info = self.job.info(only)
         self._ending.find()
         return info
 
-    def _stop_watching(self) -> None:
-        watching, self._watch = self._watch, None
+    def _stop_watching(self, watched: "_Watched | None") -> None:
+        """Watch no more, if it is that which is WATCHED."""
+        with self._keeping:
+            if self._watched is not watched:
+                return
+            watching, self._watch, self._watched = self._watch, None, None
         if watching is not None:
             watching.close()
-        self._watched = None
 
     def _ended(self, reason: str) -> None:
         if self._host is not None:
@@ -248,12 +280,65 @@ def _images(running: status.Status) -> list[watch.Image]:
         return images
 
 
+class BackupHooks:
+    """The hooks of ``hypervisor.BackupDriver`` but the start, and of ``SharedDriver``, for a driver
+    that keeps something of each domain."""
+
+    def _obj(self, ref: hypervisor.DomainRef) -> DomainObj:
+        """What is kept of a domain."""
+        raise NotImplementedError
+
+    def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
+        self.domain_backup_stop_of(ref, flags, self._obj(ref).own)
+
+    def domain_backup_stop_of(
+        self, ref: hypervisor.DomainRef, flags: int, only: str | None
+    ) -> None:
+        self._obj(ref).backup_stop(flags, _id(only))
+
+    def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return self.domain_backup_get_xml_desc_of(ref, flags, self._obj(ref).own)
+
+    def domain_backup_get_xml_desc_of(
+        self, ref: hypervisor.DomainRef, flags: int, only: str | None
+    ) -> str:
+        return self._obj(ref).backup_xml(_id(only))
+
+    def domain_backup_get_info(
+        self, ref: hypervisor.DomainRef, flags: int
+    ) -> backup_conf.BackupInfo:
+        return self.domain_backup_get_info_of(ref, flags, self._obj(ref).own)
+
+    def domain_backup_get_info_of(
+        self, ref: hypervisor.DomainRef, flags: int, only: str | None
+    ) -> backup_conf.BackupInfo:
+        return self._obj(ref).backup_info(_id(only))
+
+    def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
+        return self._obj(ref).job.cleanup()
+
+    def domain_branch_list(
+        self, ref: hypervisor.DomainRef, flags: int
+    ) -> Sequence[backup_conf.Branch]:
+        return self._obj(ref).job.branches()
+
+    def domain_branch_create(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._obj(ref).job.create_branch(name)
+
+    def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._obj(ref).job.delete_branch(name)
+
+
+def _id(only: str | None) -> naming.BackupId | None:
+    return None if only is None else naming.BackupId(only)
+
+
 class _Watched:
     """Backup ID of one domain, for who watches it."""
 
     def __init__(self, backup: job.BackupJob, id: naming.BackupId, host: Host | None) -> None:
         self._job = backup
-        self._id = id
+        self.id = id
         self._host = host
         self._qemu = backup.qemu_of(id)
         self._gone_since: float | None = None
@@ -267,14 +352,14 @@ class _Watched:
         try:
             self._host.listen(self._hearing)
         except errors.Error as failure:
-            logger.warning("backup=%s nothing is heard of the domain: %s", self._id, failure)
+            logger.warning("backup=%s nothing is heard of the domain: %s", self.id, failure)
 
     def heard(self, timeout: float = 0.0) -> str | None:
         """Why the domain ended, where that was heard, or is within TIMEOUT seconds."""
         return self._hearing.reason(timeout)
 
     def is_over(self) -> bool:
-        return self._job.is_over(self._id)
+        return self._job.is_over(self.id)
 
     def why_ended(self) -> str | None:
         if self._host is None or (self._qemu is not None and runtime.is_alive(self._qemu)):
@@ -288,13 +373,13 @@ class _Watched:
         return self._host.why_ended()
 
     def note_end(self, reason: str) -> None:
-        self._job.note_end(self._id, reason)
+        self._job.note_end(self.id, reason)
 
     def guest_trouble(self) -> str | None:
-        return self._job.guest_trouble(self._id)
+        return self._job.guest_trouble(self.id)
 
     def give_up(self, reason: str) -> bool:
-        return self._job.give_up(self._id, reason) or self._host is None
+        return self._job.give_up(self.id, reason) or self._host is None
 
     def let_go(self) -> None:
         self._hearing.close()

@@ -128,18 +128,26 @@ class Session:
     def _end_backup(self, uuid: str, id: str | None) -> None:
         """Cancel a backup, if it is that one. Errors: VIR_ERR_NO_DOMAIN_BACKUP, the driver's."""
         found = self.daemon.domains.by_uuid(uuid)
-        if id is None or backup_id(found) == id:
-            found.call("virDomainBackupStop", "domain_backup_stop", hypervisor.STOP_CANCEL)
+        if id is None or found.tells_backups_apart or backup_id(found) == id:
+            cancel = hypervisor.STOP_CANCEL
+            found.call("virDomainBackupStop", "domain_backup_stop", cancel, only=id)
 
     def end_with(self, uuid: str, id: str | None) -> None:
         """Have a domain's backup end with the connection."""
         with self._lock:
             self.ends_with[uuid] = id
 
-    def has_ended(self, uuid: str) -> None:
-        """A domain's backup has: what runs from now on is another."""
+    def own(self, uuid: str) -> str | None:
+        """The domain's backup that is to end with the connection, if any: it is meant by the
+        client, and no other. None, too, where the driver does not tell."""
         with self._lock:
-            self.ends_with.pop(uuid, None)
+            return self.ends_with.get(uuid)
+
+    def has_ended(self, uuid: str, id: str | None) -> None:
+        """A domain's backup ID has; None: whichever ran, of a driver that does not tell."""
+        with self._lock:
+            if uuid in self.ends_with and self.ends_with[uuid] == id:
+                del self.ends_with[uuid]
 
     def open(self, read_only: bool) -> None:
         """The connection is open from now on. Errors: VIR_ERR_INTERNAL_ERROR where it was."""
@@ -348,7 +356,7 @@ def hands_on(
         if flags is not None:
             errors.check_flags(function, args.flags, flags)
         found = session.domain(args.dom, function, access.NEEDED[hook])
-        told = found.call(function, hook, *rest)
+        told = found.call(function, hook, *rest, only=session.own(found.own.uuid))
         if ret is not None:
             return ret(told)
         if proc.ret is None:
