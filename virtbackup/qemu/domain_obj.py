@@ -82,6 +82,7 @@ class DomainObj:
         self._watch: watch.Watch | None = None
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
+        self._closed = False
         self._ending = ending.Ending(file, self._why_ended)
         self._ending.listen(notify)
 
@@ -92,10 +93,12 @@ class DomainObj:
         self._ending.listen(notify)
 
     def close(self, until: float | None = None) -> None:
-        """End the backup that was started to end with us; a failure to is logged. UNTIL, for who closes several: by
+        """End the backup that was started to end with us; a failure to is logged. One that another
+        thread is just starting is ended by that. UNTIL, for who closes several: by
         ``time.monotonic``, the end of their PATIENCE, which is one for all."""
         self._stop_watching(self._watched)
         with self._keeping:
+            self._closed = True
             id, self._autodestroy = self._autodestroy, None
         if id is None:
             return
@@ -138,6 +141,12 @@ class DomainObj:
         try:
             self.job.start(id, images, definition, owner, self._engine, quiesce)
             with self._keeping:
+                if owned and self._closed:
+                    raise errors.error(
+                        libvirt.VIR_ERR_INVALID_CONN,
+                        "virDomainBackupStart",
+                        domain=libvirt.VIR_FROM_DOMAIN,
+                    )
                 self._autodestroy = id if owned else None
             self._begin_to_watch(id, images)
         except BaseException:

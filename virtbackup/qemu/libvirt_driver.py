@@ -119,6 +119,7 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         self._owned = owned
         self._connecting = threading.Lock()
         self._adding = threading.Lock()
+        self._closed = False
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -140,6 +141,8 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         if os.getpid() != self._pid:
             return
         until = time.monotonic() + domain_obj.PATIENCE
+        with self._adding:
+            self._closed = True
         for one in list(self._domains.values()):
             one.close(until)
         self._events.close()
@@ -232,6 +235,8 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
                     host=_Host(self, ref),
                     notify=self._notify(ref),
                 )
+                if self._closed:
+                    self._domains[ref.uuid].close()
             return self._domains[ref.uuid]
 
     @contextlib.contextmanager
