@@ -57,6 +57,16 @@ def _may_come_back(failure: errors.Error) -> bool:
     return lost or failure.get_error_domain() == libvirt.VIR_FROM_RPC
 
 
+def _saying(failure: errors.Error, what: str) -> errors.Error:
+    """FAILURE, with WHAT has become of the backup."""
+    text = f"{failure.get_error_message()} ({what})"
+    return errors.Error(failure.get_error_code(), text, domain=failure.get_error_domain())
+
+
+_LEFT_TO_CLOSE = "ends with the connection, else with the next start, or backup-cleanup"
+_LEFT = "ends with the next start, or backup-cleanup"
+
+
 class DomainObj:
     """One domain."""
 
@@ -149,16 +159,23 @@ class DomainObj:
                     )
                 self._autodestroy = id if owned else None
             self._begin_to_watch(id, images)
-        except BaseException:
+        except BaseException as failure:
             # Where the start itself failed there is only what it could not undo to be ended.
             watch.close_all(images)
             if not self.job.is_over(id):
                 self.job.stop(id, cancel=True)
             elif owned and self.job.is_left(id):
                 self._autodestroy = id
+            if isinstance(failure, errors.Error) and _may_come_back(failure):
+                raise _saying(failure, self._after_no_start(id, owned)) from failure
             raise
         self._ending.find()
         return id
+
+    def _after_no_start(self, id: naming.BackupId, owned: bool) -> str:
+        if not self.job.is_left(id):
+            return "no backup was started, and nothing is left of it"
+        return f"no backup was started; what is left of it {_LEFT_TO_CLOSE if owned else _LEFT}"
 
     def adopt(self) -> None:
         """Watch the backup that runs, if any, as if it had been started here: whoever started it
@@ -205,7 +222,7 @@ class DomainObj:
         # Once the backup is over, another thread may have started the next one.
         own, watched = self._autodestroy, self._watched
         try:
-            reasons = self.job.stop(only, cancel)
+            reasons = self._stop_patiently(only, cancel)
             reason = ending.reason_of(reasons) if reasons else None
             reason = ending.CANCELLED if cancel else reason
             ended(reason is None, reason)
@@ -223,6 +240,23 @@ class DomainObj:
                     self._forget(own)
             raise
         return reasons
+
+    def _stop_patiently(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
+        """As ``BackupJob.stop``. For one that is to end with us, as a pull's, which has copied
+        everything by then, a daemon of libvirt's that is restarted is waited for."""
+        is_own = only is not None and only == self._autodestroy
+        until = time.monotonic() + (PATIENCE if is_own and not cancel else 0.0)
+        while True:
+            try:
+                return self.job.stop(only, cancel)
+            except errors.Error as failure:
+                if not _may_come_back(failure):
+                    raise
+                if time.monotonic() >= until:
+                    what = "a stop tells its verdict, once QEMU can be asked again"
+                    what = f"it {_LEFT_TO_CLOSE}" if is_own else what
+                    raise _saying(failure, f"the backup is not stopped: {what}") from failure
+            time.sleep(_TRY_AGAIN)
 
     def _forget(self, own: naming.BackupId | None) -> None:
         """It does not end with us any more."""
