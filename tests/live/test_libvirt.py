@@ -815,8 +815,10 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
                 " what is left of it ends with the connection, else with the next start, or"
                 r" backup-cleanup\)$"
             )
-            with kill, pytest.raises(virtbackup.Error, match=words):
-                dom.backupStart(document(host), owned)
+            with monkeypatch.context() as patch:
+                patch.setattr(domain_obj, "PATIENCE", 0.5)
+                with kill, pytest.raises(virtbackup.Error, match=words):
+                    dom.backupStart(document(host), owned)
         else:
             dom.backupStart(document(host), owned)
             host.daemon.kill()
@@ -834,6 +836,29 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
     two = libvirtd.Domain(host.connection.lookupByName("two"))
     assert not left_over(two, scratch_dir, state_dir)
     assert not socket(host).exists()
+
+
+def test_libvirtd_restarts_while_a_backup_is_started(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    dom = connection.lookupByName("two")
+    late = threading.Timer(1, host.daemon.start)
+
+    def restart(_: object) -> None:
+        host.daemon.kill()
+        late.start()
+
+    words = r"lost: .* \(no backup was started, and nothing is left of it\)$"
+    with steps.before("exports", restart), pytest.raises(virtbackup.Error, match=words):
+        dom.backupStart(document(host))
+    late.join()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
 
 
 def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connection(

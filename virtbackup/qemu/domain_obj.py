@@ -110,9 +110,12 @@ class DomainObj:
         with self._keeping:
             self._closed = True
             id, self._autodestroy = self._autodestroy, None
-        if id is None:
-            return
-        until = time.monotonic() + PATIENCE if until is None else until
+        if id is not None:
+            self._end_patiently(id, time.monotonic() + PATIENCE if until is None else until)
+
+    def _end_patiently(self, id: naming.BackupId, until: float) -> None:
+        """End backup ID, for which a daemon of libvirt's that is restarted is waited for; a failure
+        to is logged."""
         while True:
             try:
                 self._end(id)
@@ -120,7 +123,7 @@ class DomainObj:
                 if _may_come_back(failure) and time.monotonic() < until:
                     time.sleep(_TRY_AGAIN)
                     continue
-                logger.warning("backup=%s could not be ended on close: %s", id, failure)
+                logger.warning("backup=%s could not be ended: %s", id, failure)
             return
 
     def _end(self, id: naming.BackupId) -> None:
@@ -162,11 +165,14 @@ class DomainObj:
         except BaseException as failure:
             # Where the start itself failed there is only what it could not undo to be ended.
             watch.close_all(images)
+            lost = isinstance(failure, errors.Error) and _may_come_back(failure)
             if not self.job.is_over(id):
                 self.job.stop(id, cancel=True)
-            elif owned and self.job.is_left(id):
+            elif lost:
+                self._end_patiently(id, time.monotonic() + PATIENCE)
+            if owned and self.job.is_left(id):
                 self._autodestroy = id
-            if isinstance(failure, errors.Error) and _may_come_back(failure):
+            if isinstance(failure, errors.Error) and lost:
                 raise _saying(failure, self._after_no_start(id, owned)) from failure
             raise
         self._ending.find()
