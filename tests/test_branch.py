@@ -326,6 +326,13 @@ def test_a_point_that_nobody_was_told_of() -> None:
     assert told(branch.disown(disk, POINT.backup)) == [f"remove A/{NOTE}", f"remove A/{other}"]
 
 
+@pytest.mark.parametrize("time", [-(10**11), -1, 0, 1, 1 << 31, 1 << 32, 253402300799])
+def test_a_point_of_whatever_time_is_read_back(time: int) -> None:
+    """Clocks may be wrong."""
+    at = dataclasses.replace(POINT, time=time)
+    assert naming.point_of(naming.point_bitmap("b", at)) == (KEY, at)
+
+
 @pytest.mark.parametrize(
     "name", ["n" * 1023, "ä" * 511, "a b:c", "virtbackup", "-next-", "🌙", "\ud800"]
 )

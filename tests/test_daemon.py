@@ -362,6 +362,30 @@ def test_closed_or_not_its_backup_ends(tmp_path: pathlib.Path) -> None:
         assert code == libvirt.VIR_ERR_INTERNAL_ERROR
 
 
+@pytest.mark.parametrize("how", ["closes", "vanishes"])
+def test_a_backup_ends_after_its_client_once_it_can(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """As where libvirtd is down just then."""
+    monkeypatch.setattr(dispatch, "TRY_AGAIN", 0.01)
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served:
+        client = served.connect()
+        start(client, A, AUTODESTROY)
+        down = errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, "client socket is closed")
+        driver.failures["domain_backup_stop"] = down
+        if how == "closes":
+            client.call(REMOTE, "CONNECT_CLOSE")
+        client.close()
+        tried = ("domain_backup_stop", A, CANCEL)
+        daemon_scene.wait_for(lambda: driver.calls.count(tried) > 3)
+        assert driver.running
+        driver.failures.clear()
+        daemon_scene.wait_for(lambda: not driver.running)
+        name = "virtbackup-end"
+        daemon_scene.wait_for(lambda: name not in [t.name for t in threading.enumerate()])
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_another_s_backup_does_not(tmp_path: pathlib.Path, elsewhere: bool) -> None:
     """A client's backup was stopped by somebody else, who has started another since."""

@@ -174,6 +174,29 @@ def test_a_stop_that_fails_goes_on_to_be_looked_at(
     assert ends.next() == (False, "no room")
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_backup_begins_before_a_stop_comes_to_tell(
+    fails: bool, one: tuple[ending.Ending, Ends], file: status.StatusFile
+) -> None:
+    """Whoever waits to start one does not wait for that; each end is told all the same."""
+    found, ends = one
+    file.save(RUNNING)
+    found.listen(ends)
+    with found.stopping() as tell, found.stopping():
+        file.save(having(id=SECOND))
+        found.find()
+        assert ends.is_silent()
+        if not fails:
+            tell(True, None)
+    assert ends.next() == ((False, ELSEWHERE) if fails else (True, None))
+    assert ends.is_silent()
+    with found.stopping() as tell:
+        tell(True, None)
+    assert ends.next() == (True, None)
+    file.remove()
+    assert ends.is_silent()
+
+
 def test_what_has_ended_or_does_not_run_yet_is_not_told(
     one: tuple[ending.Ending, Ends], file: status.StatusFile
 ) -> None:

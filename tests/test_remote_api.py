@@ -21,7 +21,7 @@ import virtbackup
 from tests import daemon_scene, daemons
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, virtbackup_conf
-from virtbackup.qemu import driver
+from virtbackup.qemu import domain_obj
 from virtbackup.remote import transport
 from virtbackup.test import test_driver
 
@@ -258,7 +258,7 @@ def test_a_backup_outlives_its_connection(pair: Pair) -> None:
 
 
 def test_what_the_driver_has_not_is_equal(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(driver.QmpDriver, "domain_branch_list")
+    monkeypatch.delattr(domain_obj.BackupHooks, "domain_branch_list")
     told = pair.same(lambda c, x: vm(c).branchList())
     assert told[1:4] == (
         libvirt.VIR_ERR_NO_SUPPORT,

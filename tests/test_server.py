@@ -461,6 +461,26 @@ def test_five_calls_of_a_client_at_once(
             assert client.reply().status == 0
 
 
+def test_calls_that_are_worked_on_make_room(
+    served: daemon_scene.Served, driver: daemon_scene.Driver
+) -> None:
+    """Of a client with 32 waiting it is read on as soon as one of them is worked on, and not only
+    once one is done, which may take longer than it may be silent."""
+    held = driver.hold("domain_get_state")
+    with served.connect() as client:
+        dom = daemon_scene.domain("vm")
+        calls = [client.message(REMOTE, "DOMAIN_GET_STATE", dom, 0).encode() for _ in range(36)]
+        client.send(b"".join(calls))
+        driver.wait_entered("domain_get_state", 5)
+        client.send(daemon_scene.PING.encode())
+        pong = client.receive()
+        assert pong is not None
+        assert pong.program == protocol.KEEPALIVE.number
+        held.set()
+        for _ in calls:
+            assert client.reply().status == 0
+
+
 def test_slow_calls_of_many_starve_nobody(
     served: daemon_scene.Served, driver: daemon_scene.Driver
 ) -> None:

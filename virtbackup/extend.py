@@ -123,15 +123,14 @@ def _method(name: str) -> Callable[..., Any]:
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = _domain(self, function)
+        if name == "backupStart":
+            _end_with(self.connect(), found.connect())
         try:
             return ours(found, *args, **kwargs)
         except errors.Error as failure:
             if not _is_of_read_only(failure):
                 raise
             raise access.read_only(function) from failure
-        finally:
-            if name == "backupStart":
-                _end_with(self.connect(), found.connect())
 
     setattr(method, _MARK, True)
     return method

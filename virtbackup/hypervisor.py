@@ -73,7 +73,8 @@ class Driver(Protocol):
 class BackupDriver(Driver, Protocol):
     """The hooks that the backup API adds."""
 
-    def domain_backup_start(self, domain: DomainRef, xml: str, flags: int) -> None: ...
+    def domain_backup_start(self, domain: DomainRef, xml: str, flags: int) -> str | None:
+        """The id of the backup that runs now; None: the driver does not tell."""
 
     def domain_backup_stop(self, domain: DomainRef, flags: int) -> None: ...
 
@@ -197,6 +198,22 @@ class KeeperDriver(Driver, Protocol):
     def adopt_backups(self) -> None:
         """Watch the backups that run, as if they had been started by this driver. Takes as long as
         file systems hang. Errors: OSError, errors.Error."""
+
+
+class SharedDriver(Driver, Protocol):
+    """Those hooks of ``BackupDriver`` by which somebody means one backup, for who has several
+    clients: the backup ONLY; None: whichever runs. Without them it is the one that this driver has
+    started last to end with it, if any. Errors: VIR_ERR_NO_DOMAIN_BACKUP where another one runs."""
+
+    def domain_backup_stop_of(self, domain: DomainRef, flags: int, only: str | None) -> None: ...
+
+    def domain_backup_get_xml_desc_of(
+        self, domain: DomainRef, flags: int, only: str | None
+    ) -> str: ...
+
+    def domain_backup_get_info_of(
+        self, domain: DomainRef, flags: int, only: str | None
+    ) -> backup_conf.BackupInfo: ...
 
 
 class EventDriver(Driver, Protocol):

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import libvirt
 import pytest
 
+import virtbackup
 from tests import conftest, daemon_scene, test_server
 from tests.live import libvirtd, machines
 from virtbackup import errors, hypervisor
@@ -27,6 +28,7 @@ REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 SIZE = 4 << 20
 CLUSTER = 64 << 10
 AUTODESTROY = hypervisor.START_AUTODESTROY
+CANCEL = hypervisor.STOP_CANCEL
 
 
 class Scene:
@@ -164,6 +166,39 @@ def test_many_start_and_stop(scene: Scene) -> None:
         for client in clients:
             client.close()
     assert not scene.jobs()
+
+
+def test_whose_backup_is_meant(scene: Scene) -> None:
+    """A client that has started one to end with it means that one, and no other client does."""
+    with scene.daemon() as program, program.connect() as owner, program.connect() as other:
+        dom = vm(owner)
+        owner.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, AUTODESTROY)
+        other.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
+        other.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, 0)
+        for what, *flags in (("GET_INFO", 0), ("GET_XML_DESC", 0), ("STOP", CANCEL)):
+            code, text = daemon_scene.code_of(
+                owner.call, VIRTBACKUP, f"DOMAIN_BACKUP_{what}", dom, *flags
+            )
+            assert code == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+            assert "ended by somebody else, and another one runs" in text
+        owner.call(REMOTE, "CONNECT_CLOSE")
+        other.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
+
+
+def test_another_s_backup_is_everybody_s_to_ask_about(scene: Scene) -> None:
+    """Also where a client's, that was to end with it, was ended past the daemon."""
+    with scene.daemon() as program, program.connect() as owner, program.connect() as other:
+        dom = vm(owner)
+        owner.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, AUTODESTROY)
+        with virtbackup.open(scene.machine.uri) as connection:
+            [domain] = connection.listAllDomains()
+            domain.backupStop()
+            domain.backupStart(scene.xml)
+        assert other.call(VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO", dom, 0).state == "running"
+        stats = other.call(REMOTE, "DOMAIN_GET_JOB_STATS", dom, 0)
+        assert stats.type == libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        owner.close()
+        other.call(REMOTE, "DOMAIN_ABORT_JOB", dom)
 
 
 # --- checkpoints, by libvirt-python ---

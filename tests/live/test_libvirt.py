@@ -778,9 +778,11 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     dom.backupStart(document(host))
     host.daemon.kill()
     assert right(host)
-    for call in (dom.backupGetInfo, dom.backupStop):
-        with pytest.raises(virtbackup.Error):
-            call()
+    with pytest.raises(virtbackup.Error):
+        dom.backupGetInfo()
+    words = r"\(the backup is not stopped: a stop tells its verdict, once QEMU can be asked again\)$"
+    with pytest.raises(virtbackup.Error, match=words):
+        dom.backupStop()
     host.daemon.start()
     host.connection = libvirt.open(host.daemon.uri)
     two = libvirtd.Domain(host.connection.lookupByName("two"))
@@ -797,6 +799,7 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
     two: libvirtd.Domain,
     scratch_dir: pathlib.Path,
     state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
     when: str,
 ) -> None:
     """What a call could not do then, or undo, the connection's close does."""
@@ -807,14 +810,24 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
         owned = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
         if when == "freeze":
             kill = steps.before("freeze", lambda _: host.daemon.kill())
-            with kill, pytest.raises(virtbackup.Error):
-                dom.backupStart(document(host), owned)
+            words = (
+                r"^internal error: the connection to libvirt was lost: .* \(no backup was started;"
+                " what is left of it ends with the connection, else with the next start, or"
+                r" backup-cleanup\)$"
+            )
+            with monkeypatch.context() as patch:
+                patch.setattr(domain_obj, "PATIENCE", 0.5)
+                with kill, pytest.raises(virtbackup.Error, match=words):
+                    dom.backupStart(document(host), owned)
         else:
             dom.backupStart(document(host), owned)
             host.daemon.kill()
         if when == "stopped":
-            with pytest.raises(virtbackup.Error, match="connect"):
-                dom.backupStop()
+            with monkeypatch.context() as patch:
+                patch.setattr(domain_obj, "PATIENCE", 0.5)
+                words = "connect.*is not stopped: it ends with the connection, else with the next"
+                with pytest.raises(virtbackup.Error, match=words):
+                    dom.backupStop()
         late = threading.Timer(1, host.daemon.start)
         late.start()
         undo.callback(late.join)
@@ -823,6 +836,49 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
     two = libvirtd.Domain(host.connection.lookupByName("two"))
     assert not left_over(two, scratch_dir, state_dir)
     assert not socket(host).exists()
+
+
+def test_libvirtd_restarts_while_a_backup_is_started(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    dom = connection.lookupByName("two")
+    late = threading.Timer(1, host.daemon.start)
+
+    def restart(_: object) -> None:
+        host.daemon.kill()
+        late.start()
+
+    words = r"lost: .* \(no backup was started, and nothing is left of it\)$"
+    with steps.before("exports", restart), pytest.raises(virtbackup.Error, match=words):
+        dom.backupStart(document(host))
+    late.join()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
+
+
+def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connection(
+    host: libvirtd.Host,
+    connection: virtbackup.Connection,
+    two: libvirtd.Domain,
+    scratch_dir: pathlib.Path,
+    state_dir: pathlib.Path,
+) -> None:
+    """As that of a pull, which has copied everything by then."""
+    dom = connection.lookupByName("two")
+    dom.backupStart(document(host), virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+    host.daemon.kill()
+    late = threading.Timer(1, host.daemon.start)
+    late.start()
+    dom.backupStop()
+    late.join()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
 
 
 def test_libvirtd_does_not_come_back_for_backups_that_end_with_their_connection(

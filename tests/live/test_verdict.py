@@ -18,7 +18,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import machines, nbdclient, places, striking
 from virtbackup.qemu import monitor, status
 
@@ -264,6 +264,32 @@ def test_autodestroy_ends_with_the_connection(tmp_path: pathlib.Path) -> None:
                 unix(tmp_path), virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
             )
             assert machine.state() != before
+        assert machine.state() == before
+
+
+def test_autodestroy_ends_with_a_connection_that_is_closed_meanwhile(
+    tmp_path: pathlib.Path,
+) -> None:
+    """By another thread, as the backup is being started."""
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        conn = virtbackup.open(machine.uri)
+        dom, failures = conn.lookupByID(1), []
+
+        def start() -> None:
+            try:
+                dom.backupStart(unix(tmp_path), AUTODESTROY)
+            except libvirt.libvirtError as failure:
+                failures.append(failure)
+
+        file = status.StatusFile(str(machine.qmp))
+        starter = threading.Thread(target=start)
+        starter.start()
+        waiting.until(lambda: file.load() is not None)
+        conn.close()
+        starter.join()
+        [failure] = failures
+        assert failure.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
         assert machine.state() == before
 
 

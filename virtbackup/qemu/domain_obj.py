@@ -5,8 +5,9 @@ that, and whether it ends with the connection."""
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import libvirt
@@ -56,6 +57,16 @@ def _may_come_back(failure: errors.Error) -> bool:
     return lost or failure.get_error_domain() == libvirt.VIR_FROM_RPC
 
 
+def _saying(failure: errors.Error, what: str) -> errors.Error:
+    """FAILURE, with WHAT has become of the backup."""
+    text = f"{failure.get_error_message()} ({what})"
+    return errors.Error(failure.get_error_code(), text, domain=failure.get_error_domain())
+
+
+_LEFT_TO_CLOSE = "ends with the connection, else with the next start, or backup-cleanup"
+_LEFT = "ends with the next start, or backup-cleanup"
+
+
 class DomainObj:
     """One domain."""
 
@@ -75,9 +86,13 @@ class DomainObj:
         self.job = job.BackupJob(file, connect, self._why_ended, self._ended)
         self._engine = engine
         self._agent = quiesce
+        # Taken and let go of without a line of Python, in which a signal's exception could come.
+        self._keeping = threading.RLock()
+        """Held for a look at what follows, and never while something is waited for."""
         self._watch: watch.Watch | None = None
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
+        self._closed = False
         self._ending = ending.Ending(file, self._why_ended)
         self._ending.listen(notify)
 
@@ -88,13 +103,19 @@ class DomainObj:
         self._ending.listen(notify)
 
     def close(self, until: float | None = None) -> None:
-        """End the backup that was started to end with us; a failure to is logged. UNTIL, for who
-        closes several: by ``time.monotonic``, the end of their PATIENCE, which is one for all."""
-        self._stop_watching()
-        id, self._autodestroy = self._autodestroy, None
-        if id is None:
-            return
-        until = time.monotonic() + PATIENCE if until is None else until
+        """End the backup that was started to end with us; a failure to is logged. One that another
+        thread is just starting is ended by that. UNTIL, for who closes several: by
+        ``time.monotonic``, the end of their PATIENCE, which is one for all."""
+        self._stop_watching(self._watched)
+        with self._keeping:
+            self._closed = True
+            id, self._autodestroy = self._autodestroy, None
+        if id is not None:
+            self._end_patiently(id, time.monotonic() + PATIENCE if until is None else until)
+
+    def _end_patiently(self, id: naming.BackupId, until: float) -> None:
+        """End backup ID, for which a daemon of libvirt's that is restarted is waited for; a failure
+        to is logged."""
         while True:
             try:
                 self._end(id)
@@ -102,7 +123,7 @@ class DomainObj:
                 if _may_come_back(failure) and time.monotonic() < until:
                     time.sleep(_TRY_AGAIN)
                     continue
-                logger.warning("backup=%s could not be ended on close: %s", id, failure)
+                logger.warning("backup=%s could not be ended: %s", id, failure)
             return
 
     def _end(self, id: naming.BackupId) -> None:
@@ -114,7 +135,13 @@ class DomainObj:
             self.job.stop(id, cancel=True)
             ended(False, ending.CANCELLED)
 
-    def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> None:
+    @property
+    def own(self) -> naming.BackupId | None:
+        """The backup that was started here to end with us, if any: it is meant, and no other, by
+        who has us for himself."""
+        return self._autodestroy
+
+    def backup_start(self, definition: backup_conf.BackupDef, flags: int) -> naming.BackupId:
         quiesce = self._agent if flags & hypervisor.START_QUIESCE else None
         if flags & hypervisor.START_QUIESCE and quiesce is None:
             raise errors.error(
@@ -126,18 +153,35 @@ class DomainObj:
         images: list[watch.Image] = []
         try:
             self.job.start(id, images, definition, owner, self._engine, quiesce)
-            self._autodestroy = id if owned else None
-            self._stop_watching()
+            with self._keeping:
+                if owned and self._closed:
+                    raise errors.error(
+                        libvirt.VIR_ERR_INVALID_CONN,
+                        "virDomainBackupStart",
+                        domain=libvirt.VIR_FROM_DOMAIN,
+                    )
+                self._autodestroy = id if owned else None
             self._begin_to_watch(id, images)
-        except BaseException:
+        except BaseException as failure:
             # Where the start itself failed there is only what it could not undo to be ended.
             watch.close_all(images)
+            lost = isinstance(failure, errors.Error) and _may_come_back(failure)
             if not self.job.is_over(id):
                 self.job.stop(id, cancel=True)
-            elif owned and self.job.is_left(id):
+            elif lost:
+                self._end_patiently(id, time.monotonic() + PATIENCE)
+            if owned and self.job.is_left(id):
                 self._autodestroy = id
+            if isinstance(failure, errors.Error) and lost:
+                raise _saying(failure, self._after_no_start(id, owned)) from failure
             raise
         self._ending.find()
+        return id
+
+    def _after_no_start(self, id: naming.BackupId, owned: bool) -> str:
+        if not self.job.is_left(id):
+            return "no backup was started, and nothing is left of it"
+        return f"no backup was started; what is left of it {_LEFT_TO_CLOSE if owned else _LEFT}"
 
     def adopt(self) -> None:
         """Watch the backup that runs, if any, as if it had been started here: whoever started it
@@ -157,58 +201,95 @@ class DomainObj:
     def _begin_to_watch(self, id: naming.BackupId, images: list[watch.Image]) -> None:
         """IMAGES are closed once they are watched no more, or are not watched at all."""
         try:
-            self._watched = _Watched(self.job, id, self._host)
-            self._watch = watch.Watch(images, self._watched)
-            self._watch.start()
-            self._watched.listen(self._watch.wake)
+            watched = _Watched(self.job, id, self._host)
+            watching = watch.Watch(images, watched)
+            with self._keeping:
+                before, self._watch, self._watched = self._watch, watching, watched
+            watching.start()
+            watched.listen(watching.wake)
         except BaseException:
-            self._stop_watching()
+            self._stop_watching(self._watched)
             watch.close_all(images)
             raise
+        if before is not None:
+            before.close()
 
-    def backup_stop(self, flags: int) -> None:
+    def backup_stop(self, flags: int, only: naming.BackupId | None) -> None:
+        """ONLY is the backup that is meant; None: whichever runs."""
         cancel = bool(flags & hypervisor.STOP_CANCEL)
         with self._ending.stopping() as ended:
-            reasons = self._stop(cancel)
-            reason = ending.CANCELLED if cancel else ending.reason_of(reasons) if reasons else None
-            ended(reason is None, reason)
+            reasons = self._stop(only, cancel, ended)
         if reasons and not cancel:
-            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, reason)
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, ending.reason_of(reasons))
 
-    def _stop(self, cancel: bool) -> dict[str, str]:
-        # Where we started a backup that is to end with us, that one is meant and no other.
+    def _stop(
+        self, only: naming.BackupId | None, cancel: bool, ended: ending.Notify
+    ) -> dict[str, str]:
+        # Once the backup is over, another thread may have started the next one.
+        own, watched = self._autodestroy, self._watched
         try:
-            reasons = self.job.stop(self._autodestroy, cancel)
-            self._autodestroy = None
-            self._stop_watching()
+            reasons = self._stop_patiently(only, cancel)
+            reason = ending.reason_of(reasons) if reasons else None
+            reason = ending.CANCELLED if cancel else reason
+            ended(reason is None, reason)
+            self._forget(own)
+            self._stop_watching(watched)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                self._autodestroy = None
-                self._stop_watching()
+                self._forget(own)
+                self._stop_watching(watched)
             raise
         except BaseException:
             # It may have been interrupted as it had come to its end.
             with contextlib.suppress(errors.Error):
                 if self.file.load() is None:
-                    self._autodestroy = None
+                    self._forget(own)
             raise
         return reasons
 
-    def backup_xml(self) -> str:
-        xml = self.job.definition(self._autodestroy)
+    def _stop_patiently(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
+        """As ``BackupJob.stop``. For one that is to end with us, as a pull's, which has copied
+        everything by then, a daemon of libvirt's that is restarted is waited for."""
+        is_own = only is not None and only == self._autodestroy
+        until = time.monotonic() + (PATIENCE if is_own and not cancel else 0.0)
+        while True:
+            try:
+                return self.job.stop(only, cancel)
+            except errors.Error as failure:
+                if not _may_come_back(failure):
+                    raise
+                if time.monotonic() >= until:
+                    what = "a stop tells its verdict, once QEMU can be asked again"
+                    what = f"it {_LEFT_TO_CLOSE}" if is_own else what
+                    raise _saying(failure, f"the backup is not stopped: {what}") from failure
+            time.sleep(_TRY_AGAIN)
+
+    def _forget(self, own: naming.BackupId | None) -> None:
+        """It does not end with us any more."""
+        with self._keeping:
+            if self._autodestroy == own:
+                self._autodestroy = None
+
+    def backup_xml(self, only: naming.BackupId | None) -> str:
+        """ONLY: as ``backup_stop``."""
+        xml = self.job.definition(only)
         self._ending.find()
         return xml
 
-    def backup_info(self) -> backup_conf.BackupInfo:
-        info = self.job.info(self._autodestroy)
+    def backup_info(self, only: naming.BackupId | None) -> backup_conf.BackupInfo:
+        """ONLY: as ``backup_stop``."""
+        info = self.job.info(only)
         self._ending.find()
         return info
 
-    def _stop_watching(self) -> None:
-        watching, self._watch = self._watch, None
+    def _stop_watching(self, watched: "_Watched | None") -> None:
+        """Watch no more, if it is that which is WATCHED."""
+        with self._keeping:
+            if self._watched is not watched:
+                return
+            watching, self._watch, self._watched = self._watch, None, None
         if watching is not None:
             watching.close()
-        self._watched = None
 
     def _ended(self, reason: str) -> None:
         if self._host is not None:
@@ -248,12 +329,65 @@ def _images(running: status.Status) -> list[watch.Image]:
         return images
 
 
+class BackupHooks:
+    """The hooks of ``hypervisor.BackupDriver`` but the start, and of ``SharedDriver``, for a driver
+    that keeps something of each domain."""
+
+    def _obj(self, ref: hypervisor.DomainRef) -> DomainObj:
+        """What is kept of a domain."""
+        raise NotImplementedError
+
+    def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
+        self.domain_backup_stop_of(ref, flags, self._obj(ref).own)
+
+    def domain_backup_stop_of(
+        self, ref: hypervisor.DomainRef, flags: int, only: str | None
+    ) -> None:
+        self._obj(ref).backup_stop(flags, _id(only))
+
+    def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return self.domain_backup_get_xml_desc_of(ref, flags, self._obj(ref).own)
+
+    def domain_backup_get_xml_desc_of(
+        self, ref: hypervisor.DomainRef, flags: int, only: str | None
+    ) -> str:
+        return self._obj(ref).backup_xml(_id(only))
+
+    def domain_backup_get_info(
+        self, ref: hypervisor.DomainRef, flags: int
+    ) -> backup_conf.BackupInfo:
+        return self.domain_backup_get_info_of(ref, flags, self._obj(ref).own)
+
+    def domain_backup_get_info_of(
+        self, ref: hypervisor.DomainRef, flags: int, only: str | None
+    ) -> backup_conf.BackupInfo:
+        return self._obj(ref).backup_info(_id(only))
+
+    def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
+        return self._obj(ref).job.cleanup()
+
+    def domain_branch_list(
+        self, ref: hypervisor.DomainRef, flags: int
+    ) -> Sequence[backup_conf.Branch]:
+        return self._obj(ref).job.branches()
+
+    def domain_branch_create(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._obj(ref).job.create_branch(name)
+
+    def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._obj(ref).job.delete_branch(name)
+
+
+def _id(only: str | None) -> naming.BackupId | None:
+    return None if only is None else naming.BackupId(only)
+
+
 class _Watched:
     """Backup ID of one domain, for who watches it."""
 
     def __init__(self, backup: job.BackupJob, id: naming.BackupId, host: Host | None) -> None:
         self._job = backup
-        self._id = id
+        self.id = id
         self._host = host
         self._qemu = backup.qemu_of(id)
         self._gone_since: float | None = None
@@ -267,14 +401,14 @@ class _Watched:
         try:
             self._host.listen(self._hearing)
         except errors.Error as failure:
-            logger.warning("backup=%s nothing is heard of the domain: %s", self._id, failure)
+            logger.warning("backup=%s nothing is heard of the domain: %s", self.id, failure)
 
     def heard(self, timeout: float = 0.0) -> str | None:
         """Why the domain ended, where that was heard, or is within TIMEOUT seconds."""
         return self._hearing.reason(timeout)
 
     def is_over(self) -> bool:
-        return self._job.is_over(self._id)
+        return self._job.is_over(self.id)
 
     def why_ended(self) -> str | None:
         if self._host is None or (self._qemu is not None and runtime.is_alive(self._qemu)):
@@ -288,13 +422,13 @@ class _Watched:
         return self._host.why_ended()
 
     def note_end(self, reason: str) -> None:
-        self._job.note_end(self._id, reason)
+        self._job.note_end(self.id, reason)
 
     def guest_trouble(self) -> str | None:
-        return self._job.guest_trouble(self._id)
+        return self._job.guest_trouble(self.id)
 
     def give_up(self, reason: str) -> bool:
-        return self._job.give_up(self._id, reason) or self._host is None
+        return self._job.give_up(self.id, reason) or self._host is None
 
     def let_go(self) -> None:
         self._hearing.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.conf import backup_conf, dialects, domain_conf
+from virtbackup.conf import dialects, domain_conf
 from virtbackup.qemu import (
     agent,
     capabilities,
@@ -68,7 +68,7 @@ def _is_absolute(path: str) -> bool:
         return False
 
 
-class QmpDriver(queries.QmpQueries):
+class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
     """The driver for the one QEMU (or qemu-storage-daemon) behind a QMP socket."""
 
     def __init__(
@@ -165,33 +165,11 @@ class QmpDriver(queries.QmpQueries):
     def adopt_backups(self) -> None:
         self._domain.adopt()
 
-    def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        self._domain.backup_start(dialects.read(xml, self._definition), flags)
+    def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
+        return self._domain
 
-    def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        self._domain.backup_stop(flags)
-
-    def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return self._domain.backup_xml()
-
-    def domain_backup_get_info(
-        self, ref: hypervisor.DomainRef, flags: int
-    ) -> backup_conf.BackupInfo:
-        return self._domain.backup_info()
-
-    def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
-        return self._domain.job.cleanup()
-
-    def domain_branch_list(
-        self, ref: hypervisor.DomainRef, flags: int
-    ) -> Sequence[backup_conf.Branch]:
-        return self._domain.job.branches()
-
-    def domain_branch_create(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
-        self._domain.job.create_branch(name)
-
-    def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
-        self._domain.job.delete_branch(name)
+    def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> str:
+        return self._domain.backup_start(dialects.read(xml, self._definition), flags)
 
 
 def _identify(qemu: monitor.Monitor, process: runtime.Process | None) -> domain.Identity:
@@ -228,4 +206,5 @@ if TYPE_CHECKING:
 _: Callable[[str, bool], hypervisor.BackupDriver] = open
 _events: Callable[[str, bool], hypervisor.EventDriver] = open
 _keeps: Callable[[str, bool], hypervisor.KeeperDriver] = open
+_shares: Callable[[str, bool], hypervisor.SharedDriver] = open
 """mypy's proofs that the driver has every hook."""

@@ -55,8 +55,10 @@ class Ending:
         """The backup whose end is to be told."""
         self._told: naming.BackupId | None = None
         """The one whose end was told last; it may be there yet, to be stopped."""
-        self._stops: set[object] = set()
-        """The calls that stop it just now: it is theirs to tell."""
+        self._stops: dict[object, naming.BackupId | None] = {}
+        """The calls that stop one just now, each with which: it is theirs to tell."""
+        self._overtaken: set[naming.BackupId] = set()
+        """Those that are to be told so yet, although another one runs already."""
 
     def listen(self, notify: Notify | None) -> None:
         """Have NOTIFY told of the end of the backup that runs now, and of later ones that ``find``
@@ -76,9 +78,13 @@ class Ending:
         if running is None or running.phase == "starting" or _known_end(running) is not None:
             return
         with self._lock:
-            if running.id in (self._id, self._told) or self._notify is None:
+            before = self._id
+            if running.id in (before, self._told) or self._notify is None:
                 return
-            notify, unseen = self._notify, self._id is not None
+            notify, unseen = self._notify, before is not None
+            if before is not None and before in self._stops.values():
+                self._overtaken.add(before)
+                unseen = False
             self._id = running.id
             self._changed.notify_all()
         if unseen:
@@ -95,22 +101,29 @@ class Ending:
         this = object()
         try:
             with self._lock:
-                id = self._id
-                self._stops.add(this)
+                id = self._stops[this] = self._id
             yield lambda good, reason: self._tell(id, good, reason)
         finally:
             with self._lock:
-                self._stops.discard(this)
+                id = self._stops.pop(this, None)
                 self._changed.notify_all()
+            if id in self._overtaken and id not in self._stops.values():
+                self._tell(id, False, _ELSEWHERE)
 
     def _tell(
         self, id: naming.BackupId | None, good: bool, reason: str | None, seen: bool = False
     ) -> None:
         """Tell the end of backup ID, unless that was done; SEEN: by who only looks."""
         with self._lock:
-            if id is None or self._id != id or (seen and self._stops):
+            if id is None or (seen and id in self._stops.values()):
                 return
-            self._id, self._told, notify = None, id, self._notify
+            if id in self._overtaken:
+                self._overtaken.discard(id)
+            elif id == self._id:
+                self._id, self._told = None, id
+            else:
+                return
+            notify = self._notify
             self._changed.notify_all()
         if notify is not None:
             notify(good, reason)

@@ -100,7 +100,7 @@ def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
     return urllib.parse.urlunsplit(parts._replace(query="&".join(rest))), engine, native == "yes"
 
 
-class LibvirtDriver(libvirt_events.LibvirtEvents):
+class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
     """The driver for all domains of one libvirt."""
 
     def __init__(
@@ -119,6 +119,7 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
         self._owned = owned
         self._connecting = threading.Lock()
         self._adding = threading.Lock()
+        self._closed = False
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -140,6 +141,8 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
         if os.getpid() != self._pid:
             return
         until = time.monotonic() + domain_obj.PATIENCE
+        with self._adding:
+            self._closed = True
         for one in list(self._domains.values()):
             one.close(until)
         self._events.close()
@@ -232,6 +235,8 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
                     host=_Host(self, ref),
                     notify=self._notify(ref),
                 )
+                if self._closed:
+                    self._domains[ref.uuid].close()
             return self._domains[ref.uuid]
 
     @contextlib.contextmanager
@@ -267,38 +272,13 @@ class LibvirtDriver(libvirt_events.LibvirtEvents):
                 self._obj(hypervisor.DomainRef(left.name, left.uuid, None)).adopt()
 
     @_own_errors()
-    def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
+    def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> str:
         found = self.lookup(ref)
         definition = dialects.read(xml, lambda: domain_conf.DomainDef.parse(found.XMLDesc()))
         if not found.isActive():
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
         _check_jobs(found, definition)
-        self._obj(ref).backup_start(definition, flags)
-
-    def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        self._obj(ref).backup_stop(flags)
-
-    def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return self._obj(ref).backup_xml()
-
-    def domain_backup_get_info(
-        self, ref: hypervisor.DomainRef, flags: int
-    ) -> backup_conf.BackupInfo:
-        return self._obj(ref).backup_info()
-
-    def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
-        return self._obj(ref).job.cleanup()
-
-    def domain_branch_list(
-        self, ref: hypervisor.DomainRef, flags: int
-    ) -> Sequence[backup_conf.Branch]:
-        return self._obj(ref).job.branches()
-
-    def domain_branch_create(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
-        self._obj(ref).job.create_branch(name)
-
-    def domain_branch_delete(self, ref: hypervisor.DomainRef, name: str, flags: int) -> None:
-        self._obj(ref).job.delete_branch(name)
+        return self._obj(ref).backup_start(definition, flags)
 
 
 _Asked = TypeVar("_Asked")
@@ -392,4 +372,5 @@ _: Callable[["libvirt.virConnect"], hypervisor.BackupDriver] = LibvirtDriver
 _queries: Callable[["libvirt.virConnect"], hypervisor.QueryDriver] = LibvirtDriver
 _events: Callable[["libvirt.virConnect"], hypervisor.EventDriver] = LibvirtDriver
 _keeps: Callable[["libvirt.virConnect"], hypervisor.KeeperDriver] = LibvirtDriver
+_shares: Callable[["libvirt.virConnect"], hypervisor.SharedDriver] = LibvirtDriver
 """mypy's proofs that the driver has every hook."""

@@ -23,7 +23,7 @@ _OURS = re.compile(PREFIX + r"([0-9a-f]{8})-\d+(?:-[a-z]+)*(?:-next-[0-9a-f]{16}
 _NEXT = re.compile(PREFIX + r"([0-9a-f]{8})-\d+-next-([0-9a-f]{16})")
 _MARK = re.compile(PREFIX + r"branch-([0-9a-f]{16})")
 _POINT = re.compile(
-    PREFIX + r"point-([0-9a-f]{16})-([0-9a-f]{8})-(\d{1,12})-(\d{1,19})(?:-([0-9a-f]{8}))?"
+    PREFIX + r"point-([0-9a-f]{16})-([0-9a-f]{8})-(-?\d{1,12})-(\d{1,19})(?:-([0-9a-f]{8}))?"
 )
 
 

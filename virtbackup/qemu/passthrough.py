@@ -149,6 +149,8 @@ class LibvirtMonitor:
             return NotRunning(failure, self.path)
         if failure.get_error_code() in _REFUSED:
             return errors.of_libvirt(failure)
+        if failure.get_error_domain() == libvirt.VIR_FROM_RPC:
+            text = f"the connection to libvirt was lost: {text}"
         return monitor.MonitorLost(text)
 
     def _runs(self) -> bool:

@@ -49,9 +49,10 @@ class Daemon:
         """Errors: VIR_ERR_CONF_SYNTAX for a setting that makes no sense."""
         self.settings = settings
         self.domains = domains.Domains(hosts)
-        shared = dispatch.Daemon(self.domains, [host.uri for host in hosts], policy(settings))
+        uris = [host.uri for host in hosts]
+        self._shared = dispatch.Daemon(self.domains, uris, policy(settings))
         self.server = server.Server(
-            shared.serve,
+            self._shared.serve,
             server.Limits(
                 max_clients=settings.max_clients,
                 max_client_requests=settings.max_client_requests,
@@ -145,6 +146,7 @@ class Daemon:
                     os.unlink(path)  # noqa: PTH108
         self._paths.clear()
         self.server.close()
+        self._shared.closed.set()
         self.domains.close()
 
 

@@ -9,6 +9,7 @@ What it raises is the reply.
 import dataclasses
 import logging
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
@@ -28,6 +29,10 @@ from virtbackup.remote import (
 
 logger = logging.getLogger(__name__)
 
+TRY_AGAIN = 1.0
+"""Seconds after which to try again to end a backup whose client is gone."""
+PATIENCE = 3600.0
+"""Seconds for that."""
 MAX_SUBSCRIPTIONS = 4096
 """Of one client."""
 MAX_SUBSCRIPTIONS_OF_ONE = 4 * MAX_SUBSCRIPTIONS
@@ -119,27 +124,55 @@ class Session:
             self.subscriptions.clear()
             ends, self.ends_with = self.ends_with, {}
         for uuid, id in ends.items():
-            try:
-                self._end_backup(uuid, id)
-            except libvirt.libvirtError as failure:
-                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                    logger.warning("domain=%s backup not ended: %s", uuid, failure)
+            if not self._is_ended(uuid, id, logging.WARNING) and id is not None:
+                threading.Thread(
+                    target=self._insist, args=(uuid, id), name="virtbackup-end", daemon=True
+                ).start()
+
+    def _insist(self, uuid: str, id: str) -> None:
+        """End a backup that could not be ended, once it can: its host may be away for a while."""
+        until = time.monotonic() + PATIENCE
+        while not self.daemon.closed.wait(TRY_AGAIN):
+            if self._is_ended(uuid, id, logging.DEBUG):
+                return
+            if time.monotonic() > until:
+                logger.warning("domain=%s backup=%s is left to be stopped", uuid, id)
+                return
+
+    def _is_ended(self, uuid: str, id: str | None, level: int) -> bool:
+        """Whether a backup that is to end with the connection runs no more; why it does is logged
+        at LEVEL."""
+        try:
+            self._end_backup(uuid, id)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                logger.log(level, "domain=%s backup not ended: %s", uuid, failure)
+                return False
+        return True
 
     def _end_backup(self, uuid: str, id: str | None) -> None:
         """Cancel a backup, if it is that one. Errors: VIR_ERR_NO_DOMAIN_BACKUP, the driver's."""
         found = self.daemon.domains.by_uuid(uuid)
-        if id is None or backup_id(found) == id:
-            found.call("virDomainBackupStop", "domain_backup_stop", hypervisor.STOP_CANCEL)
+        if id is None or found.tells_backups_apart or backup_id(found) == id:
+            cancel = hypervisor.STOP_CANCEL
+            found.call("virDomainBackupStop", "domain_backup_stop", cancel, only=id)
 
     def end_with(self, uuid: str, id: str | None) -> None:
         """Have a domain's backup end with the connection."""
         with self._lock:
             self.ends_with[uuid] = id
 
-    def has_ended(self, uuid: str) -> None:
-        """A domain's backup has: what runs from now on is another."""
+    def own(self, uuid: str) -> str | None:
+        """The domain's backup that is to end with the connection, if any: it is meant by the
+        client, and no other. None, too, where the driver does not tell."""
         with self._lock:
-            self.ends_with.pop(uuid, None)
+            return self.ends_with.get(uuid)
+
+    def has_ended(self, uuid: str, id: str | None) -> None:
+        """A domain's backup ID has; None: whichever ran, of a driver that does not tell."""
+        with self._lock:
+            if uuid in self.ends_with and self.ends_with[uuid] == id:
+                del self.ends_with[uuid]
 
     def open(self, read_only: bool) -> None:
         """The connection is open from now on. Errors: VIR_ERR_INTERNAL_ERROR where it was."""
@@ -221,6 +254,8 @@ class Daemon:
         self.domains = of
         self.uris = tuple(uris)
         self.policy = policy or access.Policy()
+        self.closed = threading.Event()
+        """Set when nothing is to be tried any more."""
         self.ended = job_stats.Ended()
         self.described: dict[tuple[str, str], str] = {}
         """(uuid, checkpoint) -> its description, for as long as the daemon runs."""
@@ -348,7 +383,7 @@ def hands_on(
         if flags is not None:
             errors.check_flags(function, args.flags, flags)
         found = session.domain(args.dom, function, access.NEEDED[hook])
-        told = found.call(function, hook, *rest)
+        told = found.call(function, hook, *rest, only=session.own(found.own.uuid))
         if ret is not None:
             return ret(told)
         if proc.ret is None:

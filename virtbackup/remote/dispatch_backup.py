@@ -73,10 +73,10 @@ def backup_start(session: Session, args: ours.DomainBackupStartArgs) -> None:
 def start(session: Session, found: domains.Found, document: str, flags: int) -> None:
     """Start a backup, which ends with the client's connection where FLAGS say so."""
     before = session.daemon.ended.told(found.own.uuid, keep=True)
-    found.call("virDomainBackupStart", "domain_backup_start", document, flags)
+    id = found.call("virDomainBackupStart", "domain_backup_start", document, flags)
     session.daemon.ended.begin(found.own.uuid, before)
     if flags & hypervisor.START_AUTODESTROY:
-        session.end_with(found.own.uuid, backup_id(found))
+        session.end_with(found.own.uuid, id or backup_id(found))
 
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_STOP")
@@ -92,19 +92,26 @@ def stop(session: Session, found: domains.Found, function: str, flags: int) -> N
     with contextlib.suppress(libvirt.libvirtError):  # the stop says better what is wrong
         progress = job_stats.running(found)
     session.daemon.ended.ending(found.own.uuid, progress)
+    own = session.own(found.own.uuid)
     try:
-        found.call(function, "domain_backup_stop", flags)
+        found.call(function, "domain_backup_stop", flags, only=own)
     except libvirt.libvirtError as failure:
-        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:  # it was not good
-            _has_ended(session, found)
+        if failure.get_error_code() in _ENDED:
+            _has_ended(session, found, own)
         raise
-    _has_ended(session, found)
+    _has_ended(session, found, own)
 
 
-def _has_ended(session: Session, found: domains.Found) -> None:
-    """A domain's backup has: it is to end with no client any more."""
+_ENDED = (libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
+"""What is said of a backup that was not good, or is not there: it is not to be ended any more."""
+
+
+def _has_ended(session: Session, found: domains.Found, own: str | None) -> None:
+    """A domain's backup has, be it the client's OWN or not: where backups are not told apart, it is
+    to end with no client any more."""
+    session.has_ended(found.own.uuid, own)
     for other in session.daemon.sessions():
-        other.has_ended(found.own.uuid)
+        other.has_ended(found.own.uuid, None)
 
 
 def _removed(told: Iterable[str]) -> ours.DomainBackupCleanupRet:

@@ -145,6 +145,10 @@ class Question(Generic[T]):
         return self._answer  # type: ignore[return-value]  # which is a T
 
 
+_SHARED = ("domain_backup_stop", "domain_backup_get_xml_desc", "domain_backup_get_info")
+"""The hooks of ``hypervisor.SharedDriver``, as they are called for who has one client."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """A domain, and by whom it is served."""
@@ -155,10 +159,18 @@ class Found:
     ref: hypervisor.DomainRef
     """As clients do: with an id that no other has."""
 
-    def call(self, function: str, hook: str, *args: Any) -> Any:
-        """What the driver's HOOK returns for the domain. Errors: VIR_ERR_NO_SUPPORT, of the public
+    def call(self, function: str, hook: str, *args: Any, only: str | None = None) -> Any:
+        """What the driver's HOOK returns for the domain; of a hook that is about one backup, by
+        ``hypervisor.SharedDriver`` where it can. Errors: VIR_ERR_NO_SUPPORT, of the public
         FUNCTION, where the driver has it not; the hook's own."""
+        if hook in _SHARED and self.tells_backups_apart:
+            return getattr(self.driver, f"{hook}_of")(self.own, *args, only)
         return hook_of(self.driver, function, hook)(self.own, *args)
+
+    @property
+    def tells_backups_apart(self) -> bool:
+        """Whether ONLY is heeded."""
+        return all(hasattr(self.driver, f"{hook}_of") for hook in _SHARED)
 
 
 def hook_of(driver: hypervisor.Driver, function: str, hook: str) -> Callable[..., Any]:

@@ -625,10 +625,13 @@ class Client:
             self._coming.discard(urgent)
             if not self._has_work():
                 return
+            was_read = self._may_read()
             call = self._calls.popleft()
             self._working += 1
             self._wake_a_worker()
             session = self._session
+        if not was_read:  # there is room for another call
+            self._server.ask(self._select)
         assert session is not None
         try:
             self._answer(session, call)
