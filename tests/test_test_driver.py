@@ -298,6 +298,9 @@ def test_unusable_uris(tmp_path: pathlib.Path) -> None:
     script(tmp_path, {"command": "x"})
     text = str(failure(lambda: virtbackup.open(own)))
     assert text == (f"unsupported configuration: '{tmp_path}/faults.json': rule 1: nothing happens")
+    (tmp_path / "faults.json").unlink()
+    (tmp_path / "faults.json").symlink_to(tmp_path / "moved.json")
+    assert "faults.json': No such file" in str(failure(lambda: virtbackup.open(own)))
 
 
 # --- faults ---
