@@ -85,12 +85,16 @@ class Client:
 
 @pytest.fixture
 def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
-    """vda over a base, sdb, a CD-ROM with a medium and one without; images for scratch."""
+    """vda over a base, sdb, a CD-ROM with a medium and one without, sdd with a drive's id, and sdt
+    and sdr under filters; images for scratch."""
     base = machines.image(tmp_path / "base.qcow2", SIZE, "qcow2")
     machines.image(tmp_path / "vda.qcow2", SIZE, "qcow2", backing=base)
     machines.image(tmp_path / "sdb.raw", SIZE)
     machines.image(tmp_path / "install.iso", 8 << 20)
     machines.image(tmp_path / "plain.raw", SIZE)
+    machines.image(tmp_path / "sdd.raw", SIZE)
+    machines.image(tmp_path / "sdt.qcow2", SIZE, "qcow2")
+    machines.image(tmp_path / "sdr.raw", SIZE)
     certificates.keys(tmp_path / "keys")
     for name, size in (("s1", SIZE), ("s2", SIZE), ("small", SIZE // 2)):
         machines.image(tmp_path / f"{name}.qcow2", size, "qcow2")
@@ -106,6 +110,16 @@ def machine(tmp_path: pathlib.Path) -> Iterator[machines.Machine]:
         f"raw,node-name=C,read-only=on,file.driver=file,file.filename={tmp_path}/install.iso",
         "-device", "scsi-cd,drive=C,id=cdrom",
         "-device", "scsi-cd,id=empty",
+        "-drive", f"file={tmp_path}/sdd.raw,format=raw,if=none,id=drive-d,node-name=D",
+        "-device", "scsi-hd,drive=drive-d,id=sdd",
+        "-object", "throttle-group,id=limits",
+        "-blockdev", f"file,node-name=Tf,filename={tmp_path}/sdt.qcow2",
+        "-blockdev", "qcow2,node-name=Tt-image,file=Tf",
+        "-blockdev", "throttle,node-name=Tt,throttle-group=limits,file=Tt-image",
+        "-device", "scsi-hd,drive=Tt,id=sdt",
+        "-blockdev", f"file,node-name=Rf,filename={tmp_path}/sdr.raw",
+        "-blockdev", "copy-on-read,node-name=Rr,file.driver=raw,file.file=Rf",
+        "-device", "scsi-hd,drive=Rr,id=sdr",
     ) as machine:  # fmt: skip
         yield machine
 

@@ -24,9 +24,15 @@ _Change = Callable[[Message], Any]
 
 MAX_MESSAGE = 64 << 20
 """Bytes; QEMU takes no more either."""
+MAX_SUN_PATH = 107
+"""Bytes of a unix socket's path (unix(7))."""
 _COMMAND_NOT_FOUND = "CommandNotFound"
 _FDSET = "/dev/fdset/"
 _QUOTE, _BACKSLASH = b'"\\'
+
+
+class Unresolved(OSError):
+    """No address has that name, or no port."""
 
 
 class Host(Protocol):
@@ -45,7 +51,7 @@ class Host(Protocol):
 
     def start_server(self, address: Mapping[str, Any], fd: int | None, tls: bool) -> None:
         """Listen for NBD clients at a QAPI SocketAddress, or on a descriptor; with TLS for those
-        alone that do it, too."""
+        alone that do it, too. Errors: Unresolved too."""
 
     def stop_server(self) -> None:
         """Listen no more; all clients are disconnected."""
@@ -581,6 +587,8 @@ class Fake:
             if name not in self._fds:
                 raise schema.Refused(f"File descriptor named '{name}' has not been found")
             fd = self._fds.pop(name)
+        if address["type"] == "unix" and len(address["data"]["path"].encode()) > MAX_SUN_PATH:
+            raise schema.Refused(f"UNIX socket path '{address['data']['path']}' is too long")
         try:
             self._host.start_server(address, fd, tls is not None)
         except OSError as failure:
@@ -604,9 +612,11 @@ class Fake:
         if arguments["type"] != "nbd":
             raise schema.Refused(f"export type '{arguments['type']}' is not simulated")
         id, node = str(arguments["id"]), str(arguments["node-name"])
+        if not fake_layer.ID.fullmatch(id):
+            raise schema.Refused("Invalid block export id")
         if id in self.layer.state.exports:
             raise schema.Refused(f"Block export id '{id}' is already in use")
-        found = self.layer.find(node, device="")
+        found = self.layer.node(node)
         self._export(
             fake_state.Export(
                 id, found.name, str(arguments.get("name", node)), arguments.get("description")
@@ -684,8 +694,12 @@ def _ignoring(do: Callable[[], Any]) -> _Change:
 
 def _cannot_bind(address: Mapping[str, Any], failure: OSError) -> str:
     """QEMU's words, without the reason."""
+    data = address["data"]
     if address["type"] == "unix":
-        return f"Failed to bind socket to {address['data']['path']}"
+        done = "unlink socket" if failure.errno == errno.EISDIR else "bind socket to"
+        return f"Failed to {done} {data['path']}"
+    if isinstance(failure, Unresolved):
+        return f"address resolution failed for {data['host']}:{data['port']}"
     if failure.errno == errno.EADDRINUSE:
         return "Failed to find an available port"
     return "Failed to bind socket"
@@ -717,14 +731,15 @@ def _dispatch(message: Any) -> tuple[str, Message]:
     return execute, message.get("arguments", {})
 
 
-def _filenames(options: Any) -> Iterator[tuple[str, bool]]:
-    """The files that blockdev-add's options name: (name, only read)."""
+def _filenames(options: Any, readonly: bool = False) -> Iterator[tuple[str, bool]]:
+    """The files that blockdev-add's options name: (name, only read); READONLY is the parent's."""
     if not isinstance(options, dict):
         return
+    readonly = options.get("read-only", readonly)
     if options.get("driver") == "file":
-        yield options["filename"], options.get("read-only", False)
+        yield options["filename"], readonly
     for role in ("file", "target", "backing"):
-        yield from _filenames(options.get(role))
+        yield from _filenames(options.get(role), readonly)
 
 
 def _by_command(

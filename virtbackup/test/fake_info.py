@@ -132,7 +132,7 @@ class Info:
             image["limits"] = found
 
     def _in_clusters(self, node: fake_state.Node) -> bool:
-        if node.driver in ("raw", *fake_state.JOB_FILTERS):
+        if node.driver in ("raw", *fake_state.JOB_FILTERS, *fake_state.GUEST_FILTERS):
             return self._in_clusters(self._state.nodes[next(iter(node.children.values()))])
         return node.driver == "qcow2"
 
@@ -177,6 +177,8 @@ class Info:
     def _options(self, node: fake_state.Node) -> Message:
         if node.driver == "file":
             return {"driver": "file", "filename": node.filename}
+        if node.filename.startswith("json:"):  # it was recorded so
+            return dict(json.loads(node.filename.removeprefix("json:")))
         found: Message = {"driver": node.driver}
         if node.limit is not None:
             found["size"] = node.limit
@@ -295,7 +297,8 @@ class Info:
 
 def _over(node: fake_state.Node) -> str | None:
     """The role of what a node is over: a filter's only child, or an image's backing."""
-    role = "file" if node.driver in fake_state.FILTERS else "backing"
+    filters = (*fake_state.FILTERS, *fake_state.GUEST_FILTERS)
+    role = "file" if node.driver in filters else "backing"
     return role if role in node.children else None
 
 

@@ -20,7 +20,8 @@ Message = dict[str, Any]
 SIMULATED = frozenset({"file", "null-co", *fake_state.FORMATS, *fake_state.FILTERS})
 """The drivers of blockdev-add that the fake knows."""
 
-_NODE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9\-._]*")
+ID = re.compile(r"[a-zA-Z][a-zA-Z0-9\-._]*")
+"""What nodes, jobs and exports can be called."""
 _QCOW2_SIZE = struct.Struct(">24xQ")
 
 
@@ -138,14 +139,17 @@ class BlockLayer:
 
     # --- nodes ---
 
-    def find(self, name: str, device: str | None = None) -> fake_state.Node:
+    def find(self, name: str) -> fake_state.Node:
         """The node, or what is in the drive, of that NAME."""
         for drive in self.state.devices:
             if name and drive.recorded.get("device") == name and drive.root is not None:
                 return self.state.nodes[drive.root]
+        return self.node(name, name)
+
+    def node(self, name: str, device: str = "") -> fake_state.Node:
+        """The node of that NAME alone; DEVICE is what a refusal says was looked for, too."""
         if name in self.state.nodes:
             return self.state.nodes[name]
-        device = name if device is None else device
         if self.old_words:
             raise schema.Refused(f"Cannot find device={device} nor node_name={name}")
         raise schema.Refused(f"Cannot find device='{device}' nor node-name='{name}'")
@@ -163,28 +167,33 @@ class BlockLayer:
         opened: Mapping[str, fake_state.Image | str],
         owned: bool = False,
         no_flush: bool = False,
+        readonly: bool = False,
     ) -> str:
-        """The name of the node that OPTIONS describe or refer to; NO_FLUSH is what a node that is
-        described within another has from that one."""
+        """The name of the node that OPTIONS describe or refer to; NO_FLUSH and READONLY are what a
+        node that is described within another has from that one."""
         if isinstance(options, str):
             return self.find(options).name
         driver = options["driver"]
         if driver not in SIMULATED:
             raise schema.Refused(f"driver '{driver}' is not simulated")
         # Before QEMU 2.9 an id, a drive's, could be all that a node had.
-        name = options.get("node-name") or options.get("id") or self._automatic_name()
-        self._check_name(name)
+        given: str | None = options.get("node-name", options.get("id"))
+        if given is not None:
+            self._check_name(given)
+        name = self._automatic_name() if given is None else given
         no_flush = options.get("cache", {}).get("no-flush", no_flush)
+        readonly = options.get("read-only", readonly)
         children = {}
         for role in ("file", "target"):
             if role in options:
-                children[role] = self._open(options[role], opened, no_flush=no_flush)
+                children[role] = self._open(
+                    options[role], opened, no_flush=no_flush, readonly=readonly
+                )
         if name in self.state.nodes:
             raise self._duplicate(name)
         node = fake_state.Node(
-            name, driver, options.get("filename", ""), 0, options.get("read-only", False), children,
-            owned, limit=options.get("size") if driver == "raw" else None,
-            no_flush=no_flush,
+            name, driver, options.get("filename", ""), 0, readonly, children, owned,
+            limit=options.get("size") if driver == "raw" else None, no_flush=no_flush,
         )  # fmt: skip
         self._open_driver(node, options, opened)
         self.state.nodes[name] = node
@@ -201,6 +210,7 @@ class BlockLayer:
         elif node.driver != "null-co":
             below = self.state.nodes[node.children["file"]]
             node.size = below.size if node.limit is None else node.limit
+            self._check_part(node, options.get("offset", 0), below.size)
             node.filename = below.filename
         if node.driver == "bochs":
             if self.frozen_source(node.children["file"]) is None:
@@ -221,6 +231,19 @@ class BlockLayer:
                         f"Could not open backing file: {failure.desc}"
                     ) from failure
 
+    def _check_part(self, node: fake_state.Node, offset: int, whole: int) -> None:
+        """Of a raw node: whether what it is to show is there."""
+        if node.limit is None:
+            return
+        if node.limit % 512:
+            raise schema.Refused("Specified size is not multiple of 512")
+        if offset + node.limit > whole:
+            told = (0, 0) if self.old_words else (offset, node.limit)
+            raise schema.Refused(
+                f"The sum of offset ({told[0]}) and size ({told[1]}) has to be smaller or equal to"
+                f" the  actual size of the containing file ({whole})"
+            )
+
     def _open_file(self, node: fake_state.Node, image: fake_state.Image | str) -> None:
         if isinstance(image, str):
             raise schema.Refused(image)
@@ -238,7 +261,7 @@ class BlockLayer:
         return f"#block{self.state.last_number}"
 
     def _check_name(self, name: str) -> None:
-        if not name.startswith("#") and not _NODE_NAME.fullmatch(name):
+        if not ID.fullmatch(name):
             raise schema.Refused(
                 "Invalid node name" if self.old_words else f"Invalid node-name: '{name}'"
             )
@@ -374,8 +397,11 @@ class BlockLayer:
 
     def _backup(self, data: Message) -> fake_state.Job:
         source, target = self.find(data["device"]), self.find(data["target"])
-        if "bitmap" in data and "bitmap-mode" not in data:
-            raise schema.Refused("Bitmap sync mode must be given when providing a bitmap")
+        if "bitmap" in data:
+            if data["bitmap"] not in {bitmap.name for bitmap in source.bitmaps}:
+                raise schema.Refused(f"Bitmap '{data['bitmap']}' could not be found")
+            if "bitmap-mode" not in data:
+                raise schema.Refused("Bitmap sync mode must be given when providing a bitmap")
         if data["sync"] != "none":
             raise schema.Refused(f"sync mode '{data['sync']}' of a backup is not simulated")
         if source is target:
@@ -384,14 +410,12 @@ class BlockLayer:
         self._check_no_job(target.name)
         if source.size != target.size:
             raise schema.Refused("Source and target image have different sizes")
-        name = data.get("filter-node-name") or self._automatic_name()
-        if name in self.state.nodes:
-            words = self._duplicate(name).desc
-            raise schema.Refused(words if self.old_words else f"Could not create node: {words}")
-        self._check_name(name)
-        id = data.get("job-id") or self._drive_of(source.name)
-        if not id:
-            raise schema.Refused("Invalid job ID ''")
+        name = self._filter_name(data.get("filter-node-name"))
+        if target.readonly:
+            raise self._not_created("Block node is read-only")
+        id = data.get("job-id", self._drive_of(source.name))
+        if not ID.fullmatch(id):
+            raise schema.Refused(f"Invalid job ID '{id}'")
         if id in self.state.jobs:
             raise schema.Refused(f"Job ID '{id}' already in use")
         self._insert_filter(name, source, target)
@@ -399,6 +423,22 @@ class BlockLayer:
         job = fake_state.Job(id, source.name, target.name, name, source.size, auto_dismiss)
         self.state.jobs[id] = job
         return job
+
+    def _filter_name(self, given: str | None) -> str:
+        """The name of a job's filter; GIVEN, where it can be."""
+        if given is None:
+            return self._automatic_name()
+        try:
+            self._check_name(given)
+            if given in self.state.nodes:
+                raise self._duplicate(given)
+        except schema.Refused as failure:
+            raise self._not_created(failure.desc) from failure
+        return given
+
+    def _not_created(self, why: str) -> schema.Refused:
+        """A job's filter, that is."""
+        return schema.Refused(why if self.old_words else f"Could not create node: {why}")
 
     def _drive_of(self, node: str) -> str:
         """The drive's id by which a job is called that was given none; empty without a drive."""
@@ -445,6 +485,8 @@ class BlockLayer:
             raise schema.Refused(f"Block job '{id}' not found", "DeviceNotActive")
         if job is None:
             raise schema.Refused("Job not found")
+        if verb == "resume" and not job.paused:
+            return job  # it is refused for that
         allowed = ("concluded",) if verb == "dismiss" else ("running", "paused")
         if job.status not in allowed:
             raise schema.Refused(
@@ -518,7 +560,8 @@ class BlockLayer:
 
     def set_paused(self, job: fake_state.Job, paused: bool) -> None:
         if paused == job.paused:
-            raise schema.Refused("Job is already paused" if paused else "Job is not paused")
+            words = "Job is already paused" if paused else "Can't resume a job that was not paused"
+            raise schema.Refused(words)
         job.paused = paused
         if not self.old_words:  # there it sleeps until the guest writes, and does not notice
             job.status = "paused" if paused else "running"
@@ -535,12 +578,14 @@ class BlockLayer:
     # --- bitmaps ---
 
     def _bitmap_add(self, data: Message) -> None:
-        node, name = self.find(data["node"]), data["name"]
-        granularity = data.get("granularity", fake_state.CLUSTER)
+        name, granularity = data["name"], data.get("granularity", fake_state.CLUSTER)
+        if not 0 <= granularity < 1 << 32:
+            raise schema.Refused("Parameter 'granularity' expects uint32_t")
         if not name:
             raise schema.Refused("Bitmap name cannot be empty")
+        node = self.find(data["node"])
         if len(name.encode()) > 1023:
-            raise schema.Refused("Bitmap name too long")
+            raise schema.Refused(f"Bitmap name too long: {name}")
         if granularity < 512 or granularity & (granularity - 1):
             raise schema.Refused("Granularity must be power of 2 and at least 512")
         persistent = data.get("persistent", False)
@@ -554,21 +599,31 @@ class BlockLayer:
         node.bitmaps.append(fake_state.Bitmap(name, granularity, persistent, recording))
 
     def _usable_bitmap(self, data: Message, key: str = "name") -> fake_state.Bitmap:
-        bitmap = self.find(data["node"]).bitmap(data[key])
+        bitmap = self._bitmap(data["node"], data[key])
         _check_free(bitmap)
         return bitmap
+
+    def _bitmap(self, node: str, name: str) -> fake_state.Bitmap:
+        try:
+            found = self.find(node)
+        except schema.Refused as failure:
+            raise schema.Refused(f"Node '{node}' not found") from failure
+        return found.bitmap(name)
 
     def _bitmap_merge(self, data: Message) -> None:
         target = self._usable_bitmap(data, "target")
         for given in data["bitmaps"]:
             if isinstance(given, str):
                 given = {"node": data["node"], "name": given}
-            target.count = max(target.count, self.find(given["node"]).bitmap(given["name"]).count)
+            target.count = max(target.count, self._bitmap(given["node"], given["name"]).count)
 
     # --- exports ---
 
     def export(self, export: fake_state.Export, bitmaps: Iterable[Any]) -> None:
         """Add EXPORT, whose node was looked up, with BITMAPS."""
+        for what, text in (("export name", export.name), ("description", export.description or "")):
+            if len(text.encode()) > 4096:
+                raise schema.Refused(f"{what} '{text}' too long")
         if export.name in {other.name for other in self.state.exports.values()}:
             raise schema.Refused(f"NBD server already has export named '{export.name}'")
         found = [self._bitmap_below(export.node, given) for given in bitmaps]
@@ -579,8 +634,7 @@ class BlockLayer:
     def _bitmap_below(self, node: str, given: Any) -> fake_state.Bitmap:
         """A bitmap by its name, of NODE or of what it is over; or by node and name."""
         if isinstance(given, dict):
-            bitmap = self.find(given["node"]).bitmap(given["name"])
-            chain = [self.find(given["node"])]
+            bitmap = self._bitmap(given["node"], given["name"])
         else:
             chain = [self.state.nodes[node]]
             while (below := self.state.backing_of(chain[-1])) is not None:

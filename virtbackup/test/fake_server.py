@@ -349,7 +349,7 @@ def _remove_abandoned(path: pathlib.Path) -> None:
                     path.unlink()
 
 
-def _listen_at(family: socket.AddressFamily, where: str | tuple[str, int]) -> socket.socket:
+def _listen_at(family: socket.AddressFamily, where: str | tuple[Any, ...]) -> socket.socket:
     listener = socket.socket(family)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -370,10 +370,26 @@ def _listen(address: Mapping[str, Any], fd: int | None) -> socket.socket:
         if address["type"] == "unix":
             pathlib.Path(data["path"]).unlink(missing_ok=True)  # as QEMU does
             return _listen_at(socket.AF_UNIX, data["path"])
-        family = socket.AF_INET6 if ":" in data["host"] else socket.AF_INET
-        return _listen_at(family, (data["host"], int(data["port"])))
-    except (ValueError, OverflowError) as failure:  # no path or no port at all
+        return _listen_on_port(data["host"], data["port"])
+    except ValueError as failure:  # no path or no host at all
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from failure
+
+
+def _listen_on_port(host: str, port: str) -> socket.socket:
+    """At the first address of HOST's that is this machine's. Errors: OSError."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as failure:
+        raise fake.Unresolved(failure.errno, failure.strerror) from failure
+    for number, (family, _, _, _, where) in enumerate(found, 1):
+        try:
+            return _listen_at(family, where)
+        except OSError:
+            if number == len(found):
+                raise
+    raise AssertionError("a name has an address")
 
 
 def _path_of(listener: socket.socket) -> str | None:

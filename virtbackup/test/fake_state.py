@@ -12,6 +12,8 @@ FORMATS = ("qcow2", "raw", "bochs")
 JOB_FILTERS = ("copy-before-write", "backup-top")
 """What a backup job puts over its source; the second before QEMU 6.1, over it as over a backing."""
 FILTERS = ("copy-before-write", "snapshot-access")
+GUEST_FILTERS = ("throttle", "copy-on-read")
+"""Those that a recorded guest may have over a disk's image."""
 CLUSTER = 1 << 16
 """Bytes; of images, and of what a job or a bitmap takes for one thing."""
 
@@ -159,7 +161,8 @@ class State:
     """Of an automatic node name."""
 
     def backing_of(self, node: Node) -> Node | None:
-        """What NODE's image is over; for a job's filter that is the disk."""
-        role = "file" if node.driver == "copy-before-write" else "backing"
+        """What NODE's image is over; for a filter that is what it filters."""
+        over_file = node.driver in ("copy-before-write", *GUEST_FILTERS)
+        role = "file" if over_file else "backing"
         child = node.children.get(role)
         return None if child is None else self.nodes[child]

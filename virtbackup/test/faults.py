@@ -67,7 +67,8 @@ def parse(text: str) -> tuple[Rule, ...]:
     """Read a file. Errors: ValueError, naming the rule by its number from 1."""
     try:
         found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()  # not with half a character in it
+        # Not with half a character in it, nor with a number that is none.
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as failure:
         raise ValueError(f"not JSON: {failure}") from failure
     if not isinstance(found, list):

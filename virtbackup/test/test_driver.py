@@ -96,7 +96,7 @@ def _load_of(path: str) -> Script:
             libvirt.VIR_ERR_CONFIG_UNSUPPORTED, f"directory '{path}' has {many} '{RECORDING}'"
         )
     rules = directory / FAULTS
-    return load(directory / found[0], rules if rules.exists() else None)
+    return load(directory / found[0], rules if os.path.lexists(rules) else None)
 
 
 def _version_in(path: pathlib.Path) -> tuple[int, ...]:
