@@ -19,7 +19,7 @@ import pytest
 
 from tests import shell_driver, waiting
 from virtbackup.conf import backup_conf, domain_conf
-from virtbackup.tools import virsh_backup, virsh_connection, vsh, vsh_readline
+from virtbackup.tools import virsh_backup, virsh_connection, virsh_pull, vsh, vsh_readline
 
 URI = "fake:///two"
 DEADLINE = 20.0
@@ -1562,3 +1562,25 @@ def test_history_that_cannot_be_kept_disturbs_nobody(tmp_path: pathlib.Path) -> 
         assert terminal.line("echo a") == "a\nvirtbackup # "
         terminal.type("\x04")
         assert terminal.close() == 0
+
+
+def test_a_copy_does_not_wait_for_who_reads_how_far_it_is(
+    shell: virsh_connection.Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a program that reads only at the end, the pipe is full after some minutes: the copy stood
+    still then, the guest's backup went on, and a signal did not end it."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb"), os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        lines = virsh_pull.Lines(shell)
+        monkeypatch.setattr(lines, "EVERY", 0)
+        lines.start(0, 1 << 40)
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"\n")
+        os.set_blocking(writing, True)
+        lines.advance(0, 1)
+        os.read(reading, 1 << 20)
+        lines.advance(0, 2)
+        assert json.loads(os.read(reading, 1 << 20))["done"] == 3

@@ -35,7 +35,8 @@ class Bar:
 
 class Lines:
     """JSON objects for programs, one a line: each disk as it begins, then now and then how far all
-    of them are (``virtbackup.nbd.copy.Progress``). All sizes are bytes."""
+    of them are (``virtbackup.nbd.copy.Progress``); not where that had to wait for a program that
+    does not read, and the guest's backup with it. All sizes are bytes."""
 
     EVERY = 0.5
     """Seconds between two lines of progress, at least."""
@@ -59,6 +60,8 @@ class Lines:
         self._done += count
         now = time.monotonic()
         if now < self._last + self.EVERY and self._done < self._total:
+            return
+        if not vsh.has_room():
             return
         self._last = now
         rate = self._done / max(now - self._began, 1e-6)

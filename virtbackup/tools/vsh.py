@@ -686,6 +686,18 @@ def flush() -> None:
     _write(sys.stdout, "", flush=True)
 
 
+def has_room() -> bool:
+    """Whether a line on standard output would not have to wait for who reads it."""
+    import select
+
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, select.POLLOUT)
+    except ValueError:  # it is no file
+        return True
+    return bool(poll.poll(0))
+
+
 def _write(stream: TextIO, text: str, flush: bool = False) -> None:
     try:
         stream.write(text)
