@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Scratch images whose storage hangs: the guest waits no longer than it must, and is told of.
+"""Scratch images whose storage hangs: the guest waits no longer than it must, and is told of. And
+a directory of backups that does.
 
 The guest is Linux and writes all the time. The storage is a server that is stopped with SIGSTOP.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -18,8 +20,10 @@ import pytest
 import virtbackup
 from demo import guest, records
 from tests import waiting
-from tests.live import scene
+from tests.live import machines, scene
+from virtbackup.nbd import copy
 from virtbackup.qemu import cleanup, hang, scratch, verdict
+from virtbackup.tools import pull
 
 pytestmark = [
     pytest.mark.needs(
@@ -41,9 +45,11 @@ class Storage:
 
     path: pathlib.Path
     server: "subprocess.Popen[bytes]"
+    hangs: bool = False
 
     def hang(self) -> None:
         waiting.stop(self.server)
+        self.hangs = True
 
     def go_on(self) -> None:
         self.server.send_signal(signal.SIGCONT)
@@ -230,6 +236,46 @@ def test_which_of_several_file_systems_hangs(tmp_path: pathlib.Path) -> None:
         assert hang.hanging({"other": images["other"]}, None, waiting.DEADLINE) == set()
         storage.go_on()
         waiting.until(lambda: not hang.hanging(images, None, QUICK))
+
+
+class _Ends:
+    """Progress: the pull comes to its end at the first byte, and the STORAGE hangs then."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def start(self, index: int, size: int) -> None:
+        """Nothing."""
+
+    def advance(self, index: int, count: int) -> None:
+        self._storage.hang()
+        raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_ABORTED, "it is not wanted any more")
+
+
+@pytest.mark.parametrize("fmt", pull.FORMATS)
+def test_a_pull_into_a_file_system_that_hangs_ends_the_backup(
+    tmp_path: pathlib.Path, fmt: copy.Format
+) -> None:
+    """However long it takes until the files are removed, which went before."""
+    with (
+        file_server(tmp_path, 64 << 20) as storage,
+        machines.two_disks(tmp_path, size=16 << 20) as machine,
+        virtbackup.open(machine.uri) as conn,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        machine.io("vda", "write -P 1 0 5M")
+        domain, out = conn.lookupByID(1), storage.path / "out"
+        pulled = pool.submit(pull.pull, domain, out, fmt=fmt, progress=_Ends(storage))
+        try:
+            waiting.until(lambda: storage.hangs)
+            waiting.until(lambda: machine.probe("query-jobs") == [])
+            assert machine.probe("query-block-exports") == []
+            assert not pulled.done()
+        finally:
+            storage.go_on()
+        with pytest.raises(virtbackup.Error, match="it is not wanted any more"):
+            pulled.result(waiting.DEADLINE)
+        assert not out.exists() or not list(out.iterdir())
 
 
 @contextlib.contextmanager

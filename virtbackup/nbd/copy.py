@@ -103,10 +103,13 @@ def copy(
     cancel: Cancel | None = None,
     bandwidth: int | None = None,
     when_read: Callable[[], None] | None = None,
+    when_failed: Callable[[BaseException], None] | None = None,
 ) -> list[Result]:
     """Copy every disk; when this returns, all files are whole and on disk. BANDWIDTH: bytes that
     are read a second, of all disks together; None: as many as can be. WHEN_READ is called, once,
-    when the servers are not needed any more, while the files are being synced.
+    when the servers are not needed any more, while the files are being synced. WHEN_FAILED is
+    called with what ends the copy before the files are removed, which may take as long as their
+    file system hangs.
 
     Errors: VIR_ERR_OPERATION_FAILED for a server that cannot be reached, refuses, answers wrong or
     does not tell what has changed; VIR_ERR_SYSTEM_ERROR for a file; VIR_ERR_OPERATION_ABORTED when
@@ -123,12 +126,18 @@ def copy(
         loop = polling.Loop(cancel, None if bandwidth is None else polling.Rate(bandwidth))
         always.callback(loop.close)
         disks = []
-        for index, job in enumerate(jobs):
-            disk = _Disk(job, index, _buffers(job, share), loop, progress)
-            undo.callback(disk.store.abandon)
-            disk.begin()
-            disks.append(disk)
-        _run(loop, disks, when_read)
+        try:
+            for index, job in enumerate(jobs):
+                disk = _Disk(job, index, _buffers(job, share), loop, progress)
+                undo.callback(disk.store.abandon)
+                disk.begin()
+                disks.append(disk)
+            _run(loop, disks, when_read)
+        except BaseException as failure:
+            loop.leave_all()
+            if when_failed is not None:
+                when_failed(failure)
+            raise
         results = [disk.result() for disk in disks]
         undo.pop_all()
     return results

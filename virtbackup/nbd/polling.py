@@ -161,8 +161,11 @@ class Loop:
         self._connections.remove(one)
         one.close()
 
-    def close(self) -> None:
+    def leave_all(self) -> None:
         for one in self._connections:
             one.close()
         self._connections.clear()
+
+    def close(self) -> None:
+        self.leave_all()
         self.stored.close()

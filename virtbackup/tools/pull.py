@@ -111,7 +111,7 @@ def pull(
             early = plan.number is None and not check
             results = copy.copy(
                 list(jobs.values()), progress=progress, cancel=cancel, bandwidth=bandwidth,
-                when_read=stop if early else None,
+                when_read=stop if early else None, when_failed=running.end,
             )  # fmt: skip
             if check:
                 _check(jobs, results, cancel, bandwidth)
@@ -373,9 +373,15 @@ class _Running:
     def __init__(self, domain: api.Domain, directory: pathlib.Path) -> None:
         self._domain = domain
         self._directory = directory
-        self.xml = domain.backupGetXMLDesc()
-        self.is_stopped = False
-        """Or is to be: its verdict was asked for."""
+        self._is_over = False
+        """Or is to be."""
+        self.reasons: list[str] = []
+        """Why it is not good, disk by disk, where that ended it."""
+
+    @functools.cached_property
+    def xml(self) -> str:
+        """Its document, before the stop."""
+        return self._domain.backupGetXMLDesc()
 
     @functools.cached_property
     def info(self) -> backup_conf.BackupInfo:
@@ -384,10 +390,18 @@ class _Running:
 
     def stop(self, cancel: copy.Cancel) -> None:
         """As ``_stop``, unless cancelled by now."""
-        _ = self.info  # there is none after it
+        _ = self.info, self.xml  # there is none after it
         cancel.check()
-        self.is_stopped = True
+        self._is_over = True
         _stop(self._domain, self._directory)
+
+    def end(self, failure: BaseException) -> None:
+        """Cancel it, as FAILURE ended the pull; not one whose verdict was asked for."""
+        if not self._is_over:
+            self._is_over = True
+            # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
+            self.reasons = _reasons(self._domain, failure)
+            _cancel(self._domain)
 
 
 @contextlib.contextmanager
@@ -399,19 +413,14 @@ def _started(
     if quiesce:
         flags |= api.VIR_DOMAIN_BACKUP_START_QUIESCE
     domain.backupStart(xml, flags)
-    running: _Running | None = None
     # Signals are deferred, so nothing comes between the start and this.
+    running = _Running(domain, directory)
     try:
-        running = _Running(domain, directory)
         yield running
     except BaseException as failure:
-        if running is not None and running.is_stopped:
-            raise
-        # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
-        reasons = _reasons(domain, failure)
-        _cancel(domain)
-        if reasons:
-            text = f"the backup is not good: {'; '.join(reasons)}"
+        running.end(failure)
+        if running.reasons:
+            text = f"the backup is not good: {'; '.join(running.reasons)}"
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, text) from failure
         raise
 
