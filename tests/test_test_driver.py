@@ -141,6 +141,14 @@ def test_who_it_is() -> None:
     ]
 
 
+def test_a_guest_without_a_uuid_has_one_by_its_uri() -> None:
+    found = []
+    for name in ("storage-daemon-7.2.22", "storage-daemon-7.2.22", "storage-daemon-11.1.3"):
+        with virtbackup.open(f"test:///{name}") as connection:
+            found.append(only(connection).UUIDString())
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_backup_from_start_to_stop(uri: str, xml: str, tmp_path: pathlib.Path) -> None:
     with virtbackup.open(uri) as connection:
         domain = only(connection)

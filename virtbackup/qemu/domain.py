@@ -97,9 +97,10 @@ def identify(
     qemu: monitor.Monitor,
     ref: hypervisor.DomainRef | None = None,
     known: capabilities.Capabilities | None = None,
+    place: str | None = None,
 ) -> Identity:
     """Ask QEMU what it can do, where that is not KNOWN, and who it is, where REF does not tell. A
-    guest without a uuid gets one made from the monitor's path."""
+    guest without a uuid gets one made from PLACE, by default the monitor's path."""
     caps = known or _ask_capabilities(qemu)
     if ref is not None:
         return Identity(ref, caps, process_of(qemu))
@@ -108,7 +109,7 @@ def identify(
         told = qemu.execute_all([monitor_json.query_name(), monitor_json.query_uuid()])
         name, given = monitor_json.parse_name(told[0]), monitor_json.parse_uuid(told[1])
     if given == _NO_UUID:
-        given = made_uuid(qemu.path)
+        given = made_uuid(place or qemu.path)
     ref = hypervisor.DomainRef(name or pathlib.Path(qemu.path).name, given, ID)
     return Identity(ref, caps, process_of(qemu))
 

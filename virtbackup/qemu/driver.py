@@ -77,10 +77,13 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         engine: capabilities.Engine | None = None,
         file: status.StatusFile | None = None,
         quiesce: agent.Agent | None = None,
+        place: str | None = None,
     ) -> None:
-        """FILE is where the state of PATH's backup is, in place of the user's state directory."""
+        """FILE is where the state of PATH's backup is, in place of the user's state directory;
+        PLACE what a guest without a uuid is known by, in place of PATH."""
         super().__init__()
         self._path = path
+        self._place = place
         self._pid = os.getpid()
         self._trace: TextIO | None = None
         self._identity: domain.Identity | None = None
@@ -127,7 +130,7 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         with _qmp_border(), monitor.SocketMonitor(self._path, self._trace) as qemu:
             process = domain.process_of(qemu)
             if self._identity is None or process is None or process != self._identity.process:
-                self._identity = _identify(qemu, process)
+                self._identity = _identify(qemu, process, self._place)
                 self._watch_process()
             yield domain.Session(qemu, self._identity)
 
@@ -172,11 +175,13 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         return self._domain.backup_start(dialects.read(xml, self._definition), flags)
 
 
-def _identify(qemu: monitor.Monitor, process: runtime.Process | None) -> domain.Identity:
-    """Who answers, in PROCESS; what its program can do is asked once."""
+def _identify(
+    qemu: monitor.Monitor, process: runtime.Process | None, place: str | None
+) -> domain.Identity:
+    """Who answers, in PROCESS, at PLACE; what its program can do is asked once."""
     program = capabilities_cache.program_of(process)
     known = capabilities_cache.load(program, qemu.greeting) if program else None
-    identity = domain.identify(qemu, known=known)
+    identity = domain.identify(qemu, known=known, place=place)
     if program and known is None and identity.process == process:
         capabilities_cache.store(program, qemu.greeting, identity.capabilities)
     return identity

@@ -127,6 +127,7 @@ class Shared:
     """A fake QEMU, and how many connections it has."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         script = _load_of(path)
         with contextlib.ExitStack() as stack:
             try:
@@ -196,7 +197,7 @@ class TestDriver(driver.QmpDriver):
         # What is known of a backup goes with the fake, and is in nobody's way until then.
         file = status.StatusFile(str(shared.socket), shared.directory)
         try:
-            super().__init__(str(shared.socket), engine, file)
+            super().__init__(str(shared.socket), engine, file, place=shared.path)
         except BaseException:
             self._let_go()
             raise
