@@ -236,8 +236,11 @@ class DomainObj:
             self._stop_watching(watched)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                self._forget(own)
-                self._stop_watching(watched)
+                # Where ONLY is meant another one may run, which is somebody else's.
+                if only in (None, own):
+                    self._forget(own)
+                if watched is not None and only in (None, watched.id):
+                    self._stop_watching(watched)
             raise
         except BaseException:
             # It may have been interrupted as it had come to its end.
