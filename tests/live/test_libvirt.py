@@ -861,6 +861,28 @@ def test_libvirtd_restarts_while_a_backup_is_started(
     assert not left_over(two, scratch_dir, state_dir)
 
 
+def test_a_start_is_interrupted_as_it_waits_for_libvirtd_to_be_undone(
+    host: libvirtd.Host, two: libvirtd.Domain, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """What is left ends with the connection all the same."""
+    connection = virtbackup.open(host.daemon.uri)
+    late = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+
+    def kill(_: object) -> None:
+        host.daemon.kill()
+        late.start()
+
+    with contextlib.closing(connection):
+        dom = connection.lookupByName("two")
+        with steps.before("exports", kill), pytest.raises(KeyboardInterrupt):
+            dom.backupStart(document(host), virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+        late.join()
+        host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
+
+
 def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connection(
     host: libvirtd.Host,
     connection: virtbackup.Connection,

@@ -168,10 +168,12 @@ class DomainObj:
             lost = isinstance(failure, errors.Error) and _may_come_back(failure)
             if not self.job.is_over(id):
                 self.job.stop(id, cancel=True)
-            elif lost:
-                self._end_patiently(id, time.monotonic() + PATIENCE)
             if owned and self.job.is_left(id):
                 self._autodestroy = id
+            if lost:
+                self._end_patiently(id, time.monotonic() + PATIENCE)
+            if not self.job.is_left(id):
+                self._forget(id)
             if isinstance(failure, errors.Error) and lost:
                 raise _saying(failure, self._after_no_start(id, owned)) from failure
             raise
