@@ -780,7 +780,9 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     assert right(host)
     with pytest.raises(virtbackup.Error):
         dom.backupGetInfo()
-    words = r"\(the backup is not stopped: a stop tells its verdict, once QEMU can be asked again\)$"
+    words = (
+        r"\(the backup is not stopped: a stop tells its verdict, once QEMU can be asked again\)$"
+    )
     with pytest.raises(virtbackup.Error, match=words):
         dom.backupStop()
     host.daemon.start()
@@ -901,6 +903,31 @@ def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connecti
     host.connection = libvirt.open(host.daemon.uri)
     two = libvirtd.Domain(host.connection.lookupByName("two"))
     assert not left_over(two, scratch_dir, state_dir)
+
+
+CLOSED_BY_A_SIGNAL = """
+import signal, sys
+import virtbackup
+from virtbackup.qemu import domain_obj
+connection = virtbackup.open(sys.argv[1])
+signal.signal(signal.SIGUSR1, lambda *_: connection.close())
+made = domain_obj.DomainObj.__init__
+def make(*args, **options):
+    made(*args, **options)
+    signal.raise_signal(signal.SIGUSR1)
+domain_obj.DomainObj.__init__ = make
+try:
+    connection.lookupByName("two").backupGetInfo()
+except virtbackup.Error:
+    print("closed")
+"""
+
+
+def test_a_signal_s_handler_closes_the_connection_as_a_domain_is_asked_for(
+    host: libvirtd.Host, two: libvirtd.Domain
+) -> None:
+    argv = [sys.executable, "-c", CLOSED_BY_A_SIGNAL, host.daemon.uri]
+    assert subprocess.check_output(argv, timeout=waiting.DEADLINE) == b"closed\n"
 
 
 def test_libvirtd_does_not_come_back_for_backups_that_end_with_their_connection(
