@@ -18,8 +18,8 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import conftest, waiting
-from tests.live import machines, nbdclient, places, striking
+from tests import conftest
+from tests.live import machines, nbdclient, places, steps, striking
 from virtbackup import hypervisor
 from virtbackup.qemu import driver, monitor, status
 
@@ -275,22 +275,16 @@ def test_autodestroy_ends_with_a_connection_that_is_closed_meanwhile(
     with machines.two_disks(tmp_path) as machine:
         before = machine.state()
         conn = virtbackup.open(machine.uri)
-        dom, failures = conn.lookupByID(1), []
+        dom = conn.lookupByID(1)
 
-        def start() -> None:
-            try:
-                dom.backupStart(unix(tmp_path), AUTODESTROY)
-            except libvirt.libvirtError as failure:
-                failures.append(failure)
+        def close(_: object) -> None:
+            closer = threading.Thread(target=conn.close)
+            closer.start()
+            closer.join()
 
-        file = status.StatusFile(str(machine.qmp))
-        starter = threading.Thread(target=start)
-        starter.start()
-        waiting.until(lambda: file.load() is not None)
-        conn.close()
-        starter.join()
-        [failure] = failures
-        assert failure.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
+        with steps.before("exports", close), pytest.raises(libvirt.libvirtError) as caught:
+            dom.backupStart(unix(tmp_path), AUTODESTROY)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
         assert machine.state() == before
 
 
