@@ -548,7 +548,7 @@ def test_qemu_ends_and_devices_go() -> None:
         ('[{"command": "a", "stop": "x"}]', "rule 1: 'stop' is none of debug, inmigrate"),
         ('[{"command": "a", "io-status": "x"}]', "rule 1: 'io-status' is none of ok, failed"),
         ('[{"command": "a", "unplug": "\\ud800"}]', "not JSON: 'utf-8' codec can't encode"),
-        ('[{"command": "a", "event": {"event": "E", "data": {"x": NaN}}}]', "not JSON: Out of range"),
+        ('[{"command": "a", "event": {"event": "E", "data": {"x": NaN}}}]', "not JSON: Out of"),
         ('[{"command": "a", "event": {"event": "E", "data": {"x": 1e999}}}]', "not JSON: Out of"),
         ('[{"command": "a", "cancel_job": "x"}]', "rule 1: 'cancel_job' is not known"),
     ],
