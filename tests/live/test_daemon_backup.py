@@ -185,6 +185,17 @@ def test_whose_backup_is_meant(scene: Scene) -> None:
         other.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
 
 
+def test_a_backup_that_ends_with_nobody_is_meant_by_who_had_one_that_does(scene: Scene) -> None:
+    """It was ended by somebody else; what is started since is the client's own, too."""
+    with scene.daemon() as program, program.connect() as owner, program.connect() as other:
+        dom = vm(owner)
+        owner.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, AUTODESTROY)
+        other.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
+        owner.call(VIRTBACKUP, "DOMAIN_BACKUP_START", dom, scene.xml, 0)
+        assert owner.call(VIRTBACKUP, "DOMAIN_BACKUP_GET_INFO", dom, 0).state == "running"
+        owner.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)
+
+
 def test_another_s_backup_is_everybody_s_to_ask_about(scene: Scene) -> None:
     """Also where a client's, that was to end with it, was ended past the daemon."""
     with scene.daemon() as program, program.connect() as owner, program.connect() as other:

@@ -861,6 +861,28 @@ def test_libvirtd_restarts_while_a_backup_is_started(
     assert not left_over(two, scratch_dir, state_dir)
 
 
+def test_a_start_is_interrupted_as_it_waits_for_libvirtd_to_be_undone(
+    host: libvirtd.Host, two: libvirtd.Domain, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    """What is left ends with the connection all the same."""
+    connection = virtbackup.open(host.daemon.uri)
+    late = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+
+    def kill(_: object) -> None:
+        host.daemon.kill()
+        late.start()
+
+    with contextlib.closing(connection):
+        dom = connection.lookupByName("two")
+        with steps.before("exports", kill), pytest.raises(KeyboardInterrupt):
+            dom.backupStart(document(host), virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+        late.join()
+        host.daemon.start()
+    host.connection = libvirt.open(host.daemon.uri)
+    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    assert not left_over(two, scratch_dir, state_dir)
+
+
 def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connection(
     host: libvirtd.Host,
     connection: virtbackup.Connection,
@@ -879,6 +901,31 @@ def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connecti
     host.connection = libvirt.open(host.daemon.uri)
     two = libvirtd.Domain(host.connection.lookupByName("two"))
     assert not left_over(two, scratch_dir, state_dir)
+
+
+CLOSED_BY_A_SIGNAL = """
+import signal, sys
+import virtbackup
+from virtbackup.qemu import domain_obj
+connection = virtbackup.open(sys.argv[1])
+signal.signal(signal.SIGUSR1, lambda *_: connection.close())
+made = domain_obj.DomainObj.__init__
+def make(*args, **options):
+    made(*args, **options)
+    signal.raise_signal(signal.SIGUSR1)
+domain_obj.DomainObj.__init__ = make
+try:
+    connection.lookupByName("two").backupGetInfo()
+except virtbackup.Error:
+    print("closed")
+"""
+
+
+def test_a_signal_s_handler_closes_the_connection_as_a_domain_is_asked_for(
+    host: libvirtd.Host, two: libvirtd.Domain
+) -> None:
+    argv = [sys.executable, "-c", CLOSED_BY_A_SIGNAL, host.daemon.uri]
+    assert subprocess.check_output(argv, timeout=waiting.DEADLINE) == b"closed\n"
 
 
 def test_libvirtd_does_not_come_back_for_backups_that_end_with_their_connection(

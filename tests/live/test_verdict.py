@@ -18,9 +18,10 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import conftest, waiting
-from tests.live import machines, nbdclient, places, striking
-from virtbackup.qemu import monitor, status
+from tests import conftest
+from tests.live import machines, nbdclient, places, steps, striking
+from virtbackup import hypervisor
+from virtbackup.qemu import driver, monitor, status
 
 AUTODESTROY = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
 START = """
@@ -274,22 +275,32 @@ def test_autodestroy_ends_with_a_connection_that_is_closed_meanwhile(
     with machines.two_disks(tmp_path) as machine:
         before = machine.state()
         conn = virtbackup.open(machine.uri)
-        dom, failures = conn.lookupByID(1), []
+        dom = conn.lookupByID(1)
 
-        def start() -> None:
-            try:
-                dom.backupStart(unix(tmp_path), AUTODESTROY)
-            except libvirt.libvirtError as failure:
-                failures.append(failure)
+        def close(_: object) -> None:
+            closer = threading.Thread(target=conn.close)
+            closer.start()
+            closer.join()
 
-        file = status.StatusFile(str(machine.qmp))
-        starter = threading.Thread(target=start)
-        starter.start()
-        waiting.until(lambda: file.load() is not None)
-        conn.close()
-        starter.join()
-        [failure] = failures
-        assert failure.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
+        with steps.before("exports", close), pytest.raises(libvirt.libvirtError) as caught:
+            dom.backupStart(unix(tmp_path), AUTODESTROY)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
+        assert machine.state() == before
+
+
+def test_a_stop_that_means_another_backup_leaves_the_one_that_runs(tmp_path: pathlib.Path) -> None:
+    """It goes on to be watched, and ends with the driver, as of a daemon with several clients."""
+    with machines.two_disks(tmp_path) as machine:
+        before = machine.state()
+        with contextlib.closing(driver.open(machine.uri, False)) as opened:
+            [ref] = opened.list_domains()
+            first = opened.domain_backup_start(ref, unix(tmp_path), AUTODESTROY)
+            opened.domain_backup_stop_of(ref, 0, None)
+            opened.domain_backup_start(ref, unix(tmp_path), AUTODESTROY)
+            with pytest.raises(virtbackup.Error, match="another one runs"):
+                opened.domain_backup_stop_of(ref, hypervisor.STOP_CANCEL, first)
+            assert "virtbackup-watch" in [thread.name for thread in threading.enumerate()]
+            assert machine.state() != before
         assert machine.state() == before
 
 

@@ -168,10 +168,12 @@ class DomainObj:
             lost = isinstance(failure, errors.Error) and _may_come_back(failure)
             if not self.job.is_over(id):
                 self.job.stop(id, cancel=True)
-            elif lost:
-                self._end_patiently(id, time.monotonic() + PATIENCE)
             if owned and self.job.is_left(id):
                 self._autodestroy = id
+            if lost:
+                self._end_patiently(id, time.monotonic() + PATIENCE)
+            if not self.job.is_left(id):
+                self._forget(id)
             if isinstance(failure, errors.Error) and lost:
                 raise _saying(failure, self._after_no_start(id, owned)) from failure
             raise
@@ -236,8 +238,11 @@ class DomainObj:
             self._stop_watching(watched)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                self._forget(own)
-                self._stop_watching(watched)
+                # Where ONLY is meant another one may run, which is somebody else's.
+                if only in (None, own):
+                    self._forget(own)
+                if watched is not None and only in (None, watched.id):
+                    self._stop_watching(watched)
             raise
         except BaseException:
             # It may have been interrupted as it had come to its end.

@@ -118,7 +118,8 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         self._connect = connect
         self._owned = owned
         self._connecting = threading.Lock()
-        self._adding = threading.Lock()
+        # Reentrant, as a signal's handler may close us.
+        self._adding = threading.RLock()
         self._closed = False
         self._engine = engine
         self._pid = os.getpid()

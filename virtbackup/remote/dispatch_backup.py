@@ -73,10 +73,13 @@ def backup_start(session: Session, args: ours.DomainBackupStartArgs) -> None:
 def start(session: Session, found: domains.Found, document: str, flags: int) -> None:
     """Start a backup, which ends with the client's connection where FLAGS say so."""
     before = session.daemon.ended.told(found.own.uuid, keep=True)
+    own = session.own(found.own.uuid)
     id = found.call("virDomainBackupStart", "domain_backup_start", document, flags)
     session.daemon.ended.begin(found.own.uuid, before)
     if flags & hypervisor.START_AUTODESTROY:
         session.end_with(found.own.uuid, id or backup_id(found))
+    else:
+        session.has_ended(found.own.uuid, own)
 
 
 @handles(VIRTBACKUP, "DOMAIN_BACKUP_STOP")
