@@ -1185,6 +1185,7 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
     two: libvirtd.Domain,
     scratch_dir: pathlib.Path,
     state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """QEMU: nothing is left. libvirtd: what is left, the next start removes."""
     dom = connection.lookupByName("two")
@@ -1198,8 +1199,10 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
     assert not socket(host).exists()
     libvirtd.wait_for(lambda: not two.libvirt.isActive())
     two.libvirt.create()
-    with steps.before("freeze", lambda _: host.daemon.kill()), pytest.raises(virtbackup.Error):
-        dom.backupStart(document(host))
+    with monkeypatch.context() as patch:
+        patch.setattr(domain_obj, "PATIENCE", 0.5)
+        with steps.before("freeze", lambda _: host.daemon.kill()), pytest.raises(virtbackup.Error):
+            dom.backupStart(document(host))
     host.daemon.start()
     host.connection = libvirt.open(host.daemon.uri)
     two = libvirtd.Domain(host.connection.lookupByName("two"))
