@@ -304,6 +304,11 @@ class Host:
     def path(self, name: str) -> pathlib.Path:
         return self.directory / name
 
+    def again(self, name: str) -> Domain:
+        """The domain, by a new connection: the daemon was started again."""
+        self.connection = libvirt.open(self.daemon.uri)
+        return Domain(self.connection.lookupByName(name))
+
     @contextlib.contextmanager
     def domain(
         self, name: str, devices: str, persistent: bool = False, **more: Any

@@ -784,8 +784,7 @@ def test_libvirtd_is_killed_and_started_again_meanwhile(
     with pytest.raises(virtbackup.Error, match=words):
         dom.backupStop()
     host.daemon.start()
-    host.connection = libvirt.open(host.daemon.uri)
-    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two = host.again("two")
     two.write("vda", 3, pattern(1)[3 * libvirtd.CLUSTER])
     assert dom.backupGetInfo().state == "running"
     assert right(host)
@@ -832,8 +831,7 @@ def test_a_backup_that_ends_with_its_connection_while_libvirtd_restarts(
         late.start()
         undo.callback(late.join)
         opened.close()
-    host.connection = libvirt.open(host.daemon.uri)
-    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two = host.again("two")
     assert not left_over(two, scratch_dir, state_dir)
     assert not socket(host).exists()
 
@@ -856,8 +854,7 @@ def test_libvirtd_restarts_while_a_backup_is_started(
     with steps.before("exports", restart), pytest.raises(virtbackup.Error, match=words):
         dom.backupStart(document(host))
     late.join()
-    host.connection = libvirt.open(host.daemon.uri)
-    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two = host.again("two")
     assert not left_over(two, scratch_dir, state_dir)
 
 
@@ -878,8 +875,7 @@ def test_a_start_is_interrupted_as_it_waits_for_libvirtd_to_be_undone(
             dom.backupStart(document(host), virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
         late.join()
         host.daemon.start()
-    host.connection = libvirt.open(host.daemon.uri)
-    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two = host.again("two")
     assert not left_over(two, scratch_dir, state_dir)
 
 
@@ -898,8 +894,7 @@ def test_libvirtd_restarts_while_a_backup_is_stopped_that_ends_with_its_connecti
     late.start()
     dom.backupStop()
     late.join()
-    host.connection = libvirt.open(host.daemon.uri)
-    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two = host.again("two")
     assert not left_over(two, scratch_dir, state_dir)
 
 
@@ -1204,8 +1199,7 @@ def test_a_start_in_the_middle_of_which_somebody_dies(
         with steps.before("freeze", lambda _: host.daemon.kill()), pytest.raises(virtbackup.Error):
             dom.backupStart(document(host))
     host.daemon.start()
-    host.connection = libvirt.open(host.daemon.uri)
-    two = libvirtd.Domain(host.connection.lookupByName("two"))
+    two = host.again("two")
     dom.backupStart(document(host))
     assert right(host)
     dom.backupStop()

@@ -133,10 +133,8 @@ class Session:
         """End a backup that could not be ended, once it can: its host may be away for a while."""
         until = time.monotonic() + PATIENCE
         while not self.daemon.closed.wait(TRY_AGAIN):
-            if self._is_ended(uuid, id, logging.DEBUG):
-                return
-            if time.monotonic() > until:
-                logger.warning("domain=%s backup=%s is left to be stopped", uuid, id)
+            is_last = time.monotonic() > until
+            if self._is_ended(uuid, id, logging.WARNING if is_last else logging.DEBUG) or is_last:
                 return
 
     def _is_ended(self, uuid: str, id: str | None, level: int) -> bool:
