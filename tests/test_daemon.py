@@ -386,6 +386,24 @@ def test_a_backup_ends_after_its_client_once_it_can(
         daemon_scene.wait_for(lambda: name not in [t.name for t in threading.enumerate()])
 
 
+def test_it_is_not_tried_for_ever(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "TRY_AGAIN", 0.01)
+    monkeypatch.setattr(dispatch, "PATIENCE", 0.1)
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served:
+        with served.connect() as client:
+            start(client, A, AUTODESTROY)
+            down = errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, "client socket is closed")
+            driver.failures["domain_backup_stop"] = down
+        why = f"domain={A.uuid} backup not ended: internal error: client socket is closed"
+        daemon_scene.wait_for(lambda: caplog.messages.count(why) == 2)  # at first, and at last
+        name = "virtbackup-end"
+        daemon_scene.wait_for(lambda: name not in [t.name for t in threading.enumerate()])
+        assert driver.running
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_another_s_backup_does_not(tmp_path: pathlib.Path, elsewhere: bool) -> None:
     """A client's backup was stopped by somebody else, who has started another since."""
