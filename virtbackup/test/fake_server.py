@@ -9,10 +9,12 @@ import array
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import logging
 import os
 import pathlib
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,12 +38,19 @@ class File:
     """A file that a node has open."""
 
     def __init__(self, path: str | int, readonly: bool) -> None:
-        """Errors: OSError."""
+        """Errors: OSError; fake.NoFile for what is something else, fake.OtherAccess."""
+        flags = os.O_RDONLY if readonly else os.O_RDWR
         if isinstance(path, int):
+            if fcntl.fcntl(path, fcntl.F_GETFL) & os.O_ACCMODE != flags:
+                raise fake.OtherAccess(errno.EACCES, os.strerror(errno.EACCES))
             self._fd = os.dup(path)
         else:
-            self._fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+            # A pipe's other end is not waited for.
+            self._fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
         found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(self._fd)
+            raise fake.NoFile(errno.EINVAL, os.strerror(errno.EINVAL))
         self.key = found.st_dev, found.st_ino
 
     @property
@@ -186,13 +195,14 @@ class Server:
         splitter = fake.Splitter()
         while not self._closed:
             data, fds = _receive(client)
+            with self._lock:
+                self._fake.take_fds(fds)
             if not data:
                 return
             splitter.receive_data(data)
             while (line := splitter.next_message()) is not None:
                 with self._lock:
-                    answer = self._fake.receive(line, fds)
-                fds = []
+                    answer = self._fake.receive(line)
                 if answer.quit:  # whether or not the client is still there to be told
                     self._closed = True
                     self._stop_listening()
@@ -212,6 +222,10 @@ class Server:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
             os.ftruncate(fd, size)
+        except OSError as failure:
+            raise fake.Unresized(failure.errno, failure.strerror) from failure
+        except OverflowError as failure:
+            raise fake.Unresized(errno.EINVAL, os.strerror(errno.EINVAL)) from failure
         finally:
             os.close(fd)
 
@@ -324,12 +338,11 @@ class _NbdServer:
 def _receive(client: socket.socket) -> tuple[bytes, list[int]]:
     """What came, and the descriptors that came with it."""
     fds = array.array("i")
-    data, ancillary, _, _ = client.recvmsg(1 << 16, socket.CMSG_SPACE(MAX_FDS * fds.itemsize))
+    space = socket.CMSG_SPACE(MAX_FDS * fds.itemsize)
+    data, ancillary, _, _ = client.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
     for level, kind, rights in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
-    for fd in fds:
-        os.set_inheritable(fd, False)
     return data, list(fds)
 
 
@@ -364,7 +377,7 @@ def _listen_at(family: socket.AddressFamily, where: str | tuple[Any, ...]) -> so
 def _listen(address: Mapping[str, Any], fd: int | None) -> socket.socket:
     """A listening socket at a QAPI SocketAddress. Errors: OSError."""
     if fd is not None:
-        return socket.socket(fileno=fd)
+        return _listen_by(fd)
     data = address["data"]
     try:
         if address["type"] == "unix":
@@ -373,6 +386,21 @@ def _listen(address: Mapping[str, Any], fd: int | None) -> socket.socket:
         return _listen_on_port(data["host"], data["port"])
     except ValueError as failure:  # no path or no host at all
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from failure
+
+
+def _listen_by(fd: int) -> socket.socket:
+    """The socket of FD, which listens from now on. Errors: OSError; it is closed then."""
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    try:
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _listen_on_port(host: str, port: str) -> socket.socket:
