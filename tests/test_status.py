@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -19,7 +20,7 @@ from tests import conftest
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
 from virtbackup import errors
-from virtbackup.qemu import domain, job, scratch, status
+from virtbackup.qemu import cleanup, domain, job, scratch, status
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -157,6 +158,22 @@ def test_who_reads_a_status_without_room_finds_one(
 
 
 # --- of other versions ----------------------------------------------------------------------------
+
+
+def test_a_socket_of_somebody_else_s_by_the_number_of_ours(tmp_path: pathlib.Path) -> None:
+    """As file systems give a number again that was given back."""
+    path = tmp_path / "nbd.sock"
+    address = f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        inode = path.lstat().st_ino
+        left = having(definition=address, server=True, socket=inode)
+        assert cleanup.remove_outside(left) == []
+        assert path.exists()
+    assert cleanup.remove_outside(left) == [f"socket '{path}'"]
+    assert not path.exists()
+
 
 STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))
 """Written by the package as it was, about a backup in a real QEMU; the places are others."""
