@@ -10,6 +10,7 @@ import pathlib
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -173,6 +174,17 @@ def test_a_socket_of_somebody_else_s_by_the_number_of_ours(tmp_path: pathlib.Pat
         assert path.exists()
     assert cleanup.remove_outside(left) == [f"socket '{path}'"]
     assert not path.exists()
+
+
+def test_a_socket_that_cannot_be_removed_is_left(tmp_path: pathlib.Path) -> None:
+    with places.small_file_system(tmp_path / "small", 1 << 20) as place:
+        path = place / "nbd.sock"
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(path))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        address = f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+        left = having(definition=address, server=True, socket=path.lstat().st_ino)
+        assert cleanup.remove_outside(left) == []
 
 
 STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))

@@ -205,8 +205,9 @@ def remove_outside(left: status.Status) -> list[str]:
     removed = remove_files(left)
     address = left.address
     if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
-        pathlib.Path(address.path).unlink(missing_ok=True)
-        removed.append(f"socket '{address.path}'")
+        path = address.path
+        if scratch.remove(path):
+            removed.append(f"socket '{path}'")
     return removed
 
 
