@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -54,6 +55,19 @@ def test_a_lock_that_is_no_file(file: status.StatusFile, kind: str) -> None:
     make(path)
     with pytest.raises(errors.Error, match=f"cannot open state lock '{path}': {words}"):
         file.locked()
+
+
+def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
+    """It would be waited for in vain; another thread's, and one that is forgotten, is not."""
+    with file.locked():
+        with pytest.raises(status.Interrupted, match="in the middle of another call"):
+            file.locked()
+        waits = threading.Thread(target=lambda: file.locked().close())
+        waits.start()
+    waits.join(10)
+    assert not waits.is_alive()
+    file.locked()
+    file.locked().close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
