@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -560,6 +561,24 @@ def test_one_client_at_a_time(server: fake_server.Server) -> None:
         second.socket.recv(1, socket.MSG_PEEK)
     second.socket.settimeout(20)
     first.close()
+    assert "QMP" in second.receive()
+    second.close()
+
+
+def test_a_client_comes_while_no_descriptor_is_left(server: fake_server.Server) -> None:
+    """He waits, as QEMU's do."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first, second = Wire(server.path), Wire(server.path)
+    first.receive()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        first.close()
+        second.socket.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            second.socket.recv(1, socket.MSG_PEEK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    second.socket.settimeout(20)
     assert "QMP" in second.receive()
     second.close()
 

@@ -17,7 +17,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from virtbackup.qemu import qcow2, recording
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FDS = 16
 """Descriptors that are taken with one message."""
+_TRY_AGAIN = 0.01
+"""Seconds after which to accept a client that could not be."""
 _HEADER = 512
 _SECTOR = 512
 _CLUSTER = 1 << 16
@@ -162,11 +164,7 @@ class Server:
 
     def _serve(self) -> None:
         try:
-            while not self._closed:
-                try:
-                    client, _ = self._listener.accept()
-                except OSError:
-                    break
+            while (client := _next_client(self._listener, lambda: self._closed)) is not None:
                 self._client = client
                 try:
                     with client:
@@ -306,17 +304,15 @@ class _NbdServer:
                     _shut_down(connection)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                with self._lock:
-                    if self._closed:
-                        connection.close()
-                        return
-                    self._connections[connection] = nbdwire.Server(self._server.disks, self._tls)
-                threading.Thread(
-                    target=self._speak, args=(connection,), name="fake nbd client", daemon=True
-                ).start()
+        while (connection := _next_client(self._listener, lambda: self._closed)) is not None:
+            with self._lock:
+                if self._closed:
+                    connection.close()
+                    return
+                self._connections[connection] = nbdwire.Server(self._server.disks, self._tls)
+            threading.Thread(
+                target=self._speak, args=(connection,), name="fake nbd client", daemon=True
+            ).start()
 
     def _speak(self, connection: socket.socket) -> None:
         speaks = self._connections[connection]
@@ -333,6 +329,16 @@ class _NbdServer:
             with self._lock:
                 del self._connections[connection]
                 connection.close()
+
+
+def _next_client(listener: socket.socket, is_closed: Callable[[], bool]) -> socket.socket | None:
+    """Who comes next; None once nobody is served any more. He waits while no descriptor is left."""
+    while not is_closed():
+        try:
+            return listener.accept()[0]
+        except OSError:
+            time.sleep(_TRY_AGAIN)
+    return None
 
 
 def _receive(client: socket.socket) -> tuple[bytes, list[int]]:
