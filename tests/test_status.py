@@ -205,6 +205,22 @@ STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))
 """Written by the package as it was, about a backup in a real QEMU; the places are others."""
 
 
+def test_a_file_of_somebody_else_s_by_the_number_of_our_image(tmp_path: pathlib.Path) -> None:
+    """As above: what is no image of the disk's size is none of ours."""
+    path = tmp_path / "scratch.qcow2"
+    [disk, *_] = status.parse(STATUSES[-1].read_text()).disks
+
+    def remove_it() -> list[str]:
+        own = dataclasses.replace(disk, path=str(path), inode=path.stat().st_ino)
+        return cleanup.remove_files(having(disks=(own,)))
+
+    path.write_text("important")
+    assert remove_it() == []
+    with path.open("wb") as file:
+        scratch.format(file.fileno(), disk.size, disk.target)
+    assert remove_it() == [f"scratch image '{path}'"]
+
+
 @pytest.mark.parametrize("path", STATUSES, ids=lambda path: path.stem)
 def test_a_status_of_an_older_version(path: pathlib.Path) -> None:
     """What was not noted then is not known, or taken so that nothing is good for it."""

@@ -225,9 +225,12 @@ def _is_image_of(disk: status.DiskStatus) -> bool:
     if disk.inode is None:  # the start did not come to note it
         return scratch.is_unused_image(str(path), disk.size)
     try:
-        return path.lstat().st_ino == disk.inode
+        if path.lstat().st_ino != disk.inode:
+            return False
     except OSError:
         return False
+    # The number may have been given to another file, once this one was gone.
+    return scratch.is_image(str(path), disk.size)
 
 
 def socket_inode(address: backup_conf.Address) -> int | None:
