@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from virtbackup import runtime
-from virtbackup.qemu import ending, events, lifecycle, naming, status
+from virtbackup.qemu import ending, events, libvirt_events, lifecycle, naming, status
 
 PATIENCE = 20.0
 FIRST, SECOND = naming.BackupId("00000001"), naming.BackupId("00000002")
@@ -272,3 +272,31 @@ def test_callbacks_come_and_go() -> None:
     with pytest.raises(ValueError, match="nothing"):
         failing.register(lambda event: None)
     assert not failing
+
+
+def test_callbacks_end_as_they_come() -> None:
+    """As by a signal's handler, which closes the driver."""
+    happened: list[str] = []
+    registry = events.Events(lambda: registry.close(), lambda: happened.append("end"))
+    registering = threading.Thread(target=lambda: registry.register(print), daemon=True)
+    registering.start()
+    registering.join(PATIENCE)
+    assert not registering.is_alive()
+    assert happened == ["end"]
+    assert not registry
+
+
+def test_libvirts_events_end_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, while libvirt is asked for them."""
+    monkeypatch.setattr(libvirt_events, "loop_runs", lambda: True)
+    told = libvirt_events.Lifecycle(print, lambda: None)
+
+    class Connection:
+        def domainEventRegisterAny(self, *_: object) -> int:
+            told.detach()
+            return 1
+
+    attaching = threading.Thread(target=lambda: told.attach(Connection(), False), daemon=True)
+    attaching.start()
+    attaching.join(PATIENCE)
+    assert not attaching.is_alive()

@@ -9,7 +9,10 @@ import os
 import pathlib
 import re
 import signal
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -19,7 +22,7 @@ from tests import conftest
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
 from virtbackup import errors
-from virtbackup.qemu import domain, job, scratch, status
+from virtbackup.qemu import cleanup, domain, job, scratch, status
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -52,6 +55,19 @@ def test_a_lock_that_is_no_file(file: status.StatusFile, kind: str) -> None:
     make(path)
     with pytest.raises(errors.Error, match=f"cannot open state lock '{path}': {words}"):
         file.locked()
+
+
+def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
+    """It would be waited for in vain; another thread's, and one that is forgotten, is not."""
+    with file.locked():
+        with pytest.raises(status.Interrupted, match="in the middle of another call"):
+            file.locked()
+        waits = threading.Thread(target=lambda: file.locked().close())
+        waits.start()
+    waits.join(10)
+    assert not waits.is_alive()
+    file.locked()
+    file.locked().close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,8 +174,51 @@ def test_who_reads_a_status_without_room_finds_one(
 
 # --- of other versions ----------------------------------------------------------------------------
 
+
+def test_a_socket_of_somebody_else_s_by_the_number_of_ours(tmp_path: pathlib.Path) -> None:
+    """As file systems give a number again that was given back."""
+    path = tmp_path / "nbd.sock"
+    address = f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        inode = path.lstat().st_ino
+        left = having(definition=address, server=True, socket=inode)
+        assert cleanup.remove_outside(left) == []
+        assert path.exists()
+    assert cleanup.remove_outside(left) == [f"socket '{path}'"]
+    assert not path.exists()
+
+
+def test_a_socket_that_cannot_be_removed_is_left(tmp_path: pathlib.Path) -> None:
+    with places.small_file_system(tmp_path / "small", 1 << 20) as place:
+        path = place / "nbd.sock"
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(path))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        address = f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+        left = having(definition=address, server=True, socket=path.lstat().st_ino)
+        assert cleanup.remove_outside(left) == []
+
+
 STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))
 """Written by the package as it was, about a backup in a real QEMU; the places are others."""
+
+
+def test_a_file_of_somebody_else_s_by_the_number_of_our_image(tmp_path: pathlib.Path) -> None:
+    """As above: what is no image of the disk's size is none of ours."""
+    path = tmp_path / "scratch.qcow2"
+    [disk, *_] = status.parse(STATUSES[-1].read_text()).disks
+
+    def remove_it() -> list[str]:
+        own = dataclasses.replace(disk, path=str(path), inode=path.stat().st_ino)
+        return cleanup.remove_files(having(disks=(own,)))
+
+    path.write_text("important")
+    assert remove_it() == []
+    with path.open("wb") as file:
+        scratch.format(file.fileno(), disk.size, disk.target)
+    assert remove_it() == [f"scratch image '{path}'"]
 
 
 @pytest.mark.parametrize("path", STATUSES, ids=lambda path: path.stem)

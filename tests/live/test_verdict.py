@@ -18,10 +18,11 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import machines, nbdclient, places, steps, striking
 from virtbackup import hypervisor
-from virtbackup.qemu import driver, monitor, status
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import driver, monitor, status, verdict
 
 AUTODESTROY = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
 START = """
@@ -266,6 +267,26 @@ def test_autodestroy_ends_with_the_connection(tmp_path: pathlib.Path) -> None:
             )
             assert machine.state() != before
         assert machine.state() == before
+
+
+def test_autodestroy_ends_with_a_connection_that_a_signal_s_handler_closes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a call, which comes to its end before."""
+    look = verdict.look
+
+    def interrupted(*args: Any) -> backup_conf.BackupInfo:
+        conn.close()
+        return look(*args)
+
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        before = machine.state()
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path), AUTODESTROY)
+        monkeypatch.setattr(verdict, "look", interrupted)
+        assert dom.backupGetInfo().state == "running"
+        waiting.until(lambda: machine.probe("query-jobs") == [])
+        waiting.until(lambda: machine.state() == before)
 
 
 def test_autodestroy_ends_with_a_connection_that_is_closed_meanwhile(

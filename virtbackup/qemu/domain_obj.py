@@ -115,10 +115,14 @@ class DomainObj:
 
     def _end_patiently(self, id: naming.BackupId, until: float) -> None:
         """End backup ID, for which a daemon of libvirt's that is restarted is waited for; a failure
-        to is logged."""
+        to is logged. Of a signal's handler the call that it is in the middle of is not held up."""
         while True:
             try:
                 self._end(id)
+            except status.Interrupted:
+                threading.Thread(
+                    target=self._end_patiently, args=(id, until), name="virtbackup-end"
+                ).start()
             except errors.Error as failure:
                 if _may_come_back(failure) and time.monotonic() < until:
                     time.sleep(_TRY_AGAIN)

@@ -18,7 +18,9 @@ import json
 import logging
 import os
 import pathlib
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -229,6 +231,19 @@ def format(status: Status) -> str:
     return json.dumps({"version": VERSION, **vars(status)}, default=vars) + "\n"
 
 
+class Interrupted(errors.Error):
+    """Who asks for a domain's lock has it already: a signal's handler, in the middle of a call that
+    goes on once the handler is done."""
+
+    def __init__(self) -> None:
+        detail = "called by a signal's handler, in the middle of another call of this domain"
+        super().__init__(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"Requested operation is not valid: {detail}",
+            strings=("Requested operation is not valid: %s", detail, None),
+        )
+
+
 class StatusFile:
     """The file and the lock of one domain, KEY being the way to its monitor; in DIRECTORY, which is
     the user's state directory where it is not given."""
@@ -238,13 +253,17 @@ class StatusFile:
         self.path = (directory or runtime.directory()) / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
         self._partial = self.path.with_suffix(".partial")
+        self._held: tuple[int, weakref.ref[io.FileIO]] | None = None
+        """The thread that took the lock last, and that."""
 
     def locked(self) -> io.FileIO:
         """Hold the domain's lock, until what this gives is closed: it is the context for that, and
         one that ends without a line of Python in which a signal's exception could come (SIGINT).
 
-        Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR.
+        Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR; Interrupted.
         """
+        if self._is_held_here():
+            raise Interrupted
         lock = None
         try:
             runtime.make_directory()
@@ -258,7 +277,14 @@ class StatusFile:
                     failure, f"cannot open state lock '{self._lock_path}'"
                 ) from failure
             raise
+        self._held = threading.get_ident(), weakref.ref(lock)
         return lock
+
+    def _is_held_here(self) -> bool:
+        if self._held is None or self._held[0] != threading.get_ident():
+            return False
+        lock = self._held[1]()
+        return lock is not None and not lock.closed
 
     def load(self) -> Status | None:
         """The status, or None where there is none (a broken one, or one of another version, is
