@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,26 @@ def test_a_lock_that_is_no_file(file: status.StatusFile, kind: str) -> None:
     make(path)
     with pytest.raises(errors.Error, match=f"cannot open state lock '{path}': {words}"):
         file.locked()
+
+
+@pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
+def test_a_lock_that_is_removed_meanwhile(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """What is held is what others will ask for; where that cannot be, it is asked for no longer."""
+    path, acquire = file.path.with_suffix(".lock"), status._acquire
+    removals = itertools.count()
+
+    def acquire_late(*args: Any) -> None:
+        acquire(*args)
+        if next(removals) < times:
+            path.unlink()
+
+    monkeypatch.setattr(status, "_acquire", acquire_late)
+    with file.locked() as lock:
+        assert (times > 1) != (
+            path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,7 +48,11 @@ def users_directory(variable: str) -> pathlib.Path | None:
 def make_directory() -> pathlib.Path:
     """``directory``, made where absent, for this user alone. Errors: OSError."""
     made = directory()
-    made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as failure:
+        number = errno.ENOTDIR
+        raise NotADirectoryError(number, os.strerror(number), os.fspath(made)) from failure
     return made
 
 

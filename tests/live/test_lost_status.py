@@ -5,7 +5,9 @@ On some QEMUs a client that is still in the handshake when the server is stopped
 soon as it goes away, on others the guest stands still at once.
 """
 
+import contextlib
 import pathlib
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,8 +17,9 @@ import nbd
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import machines, places, proxy, scene
-from virtbackup.qemu import capabilities
+from virtbackup.qemu import capabilities, driver, naming
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -215,3 +218,53 @@ def test_where_nothing_can_be_written(
                 domain.backupStart(f"<domainbackup>{unix(machine)}</domainbackup>")
             assert caught.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
         assert not machine.probe("query-jobs")
+
+
+def test_a_status_that_is_removed_of_a_backup_that_is_looked_after(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever began it and is still there writes it anew; where that cannot be, the guest does not
+    keep the backup."""
+    before = machine.state()
+    state = tmp_path / "state"
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+    document = f"<domainbackup>{unix(machine)}</domainbackup>"
+    with virtbackup.open(machine.uri) as conn:
+        domain = conn.lookupByID(1)
+        domain.backupStart(document, virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+        shutil.rmtree(state)
+        assert domain.backupGetInfo().state == "running"
+        shutil.rmtree(state)
+        waiting.until(lambda: scene.state_files())  # it is watched
+        domain.backupStop()
+        assert machine.state() == before
+        assert scene.state_files() == []
+        domain.backupStart(document, virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+        shutil.rmtree(state)
+        state.touch()
+        with pytest.raises(virtbackup.Error, match=r"state lock .*: Not a directory"):
+            domain.backupStop()
+    assert machine.state() == before
+
+
+def test_a_backup_is_given_up_without_a_note_of_it(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest goes first, whether that can be written down or not."""
+    before = machine.state()
+    state = tmp_path / "state"
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+    with contextlib.closing(driver.QmpDriver(str(machine.qmp))) as own:
+        [ref] = own.list_domains()
+        document = f"<domainbackup>{unix(machine)}</domainbackup>"
+        id = naming.BackupId(own.domain_backup_start(ref, document, 0))
+        shutil.rmtree(state)
+        state.touch()
+        looked_after = own._domain.job
+        assert looked_after.guest_trouble(id) is None
+        assert looked_after.give_up(id, "given up, as a test said so")
+        assert machine.state() == before
+        state.unlink()
+        with pytest.raises(virtbackup.Error, match="given up, as a test said so"):
+            own.domain_backup_stop(ref, 0)
+    assert machine.state() == before

@@ -204,9 +204,9 @@ def remove_outside(left: status.Status) -> list[str]:
     """Remove the files of a backup that a QEMU which is gone has left; a line for each."""
     removed = remove_files(left)
     address = left.address
-    if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
-        pathlib.Path(address.path).unlink(missing_ok=True)
-        removed.append(f"socket '{address.path}'")
+    if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):  # noqa: SIM102
+        if scratch.remove(address.path):
+            removed.append(f"socket '{address.path}'")
     return removed
 
 

@@ -128,11 +128,13 @@ class DomainObj:
 
     def _end(self, id: naming.BackupId) -> None:
         """End backup ID, if it is still there. Errors: those of ``BackupJob.stop``."""
-        running = self.file.load()
-        if running is None or running.id != id:
-            return
         with self._ending.stopping() as ended:
-            self.job.stop(id, cancel=True)
+            try:
+                self.job.stop(id, cancel=True)
+            except errors.Error as failure:
+                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                    raise
+                return
             ended(False, ending.CANCELLED)
 
     @property
@@ -196,6 +198,7 @@ class DomainObj:
             return
         if running is None or self._watch is not None or self.job.is_over(running.id):
             return
+        self.job.look_after(running)
         self._begin_to_watch(running.id, _images(running))
         logger.info("backup=%s found running", running.id)
         self._ending.find()

@@ -130,12 +130,14 @@ class Ending:
 
     def _follow(self, id: naming.BackupId) -> None:
         following = _Following(id)
-        pause = LOOK
+        pause, said = LOOK, ""
         while not self._is_done_within(id, pause):
             try:
                 end = following.look(self._file.load(), self._why_gone)
             except errors.Error as failure:
-                logger.warning("backup=%s cannot tell whether it has ended: %s", id, failure)
+                if str(failure) != said:
+                    logger.warning("backup=%s cannot tell whether it has ended: %s", id, failure)
+                    said = str(failure)
                 continue
             if end is not None:
                 self._tell(id, *end, seen=True)

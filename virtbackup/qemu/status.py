@@ -37,6 +37,8 @@ _READ = range(8, VERSION + 1)
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
+_LOCK_TRIES = 50
+"""How often it may be gone by the time that it is ours; else it is one that cannot be told so."""
 
 _UNIT = 4096
 _AT_FDCWD = -100
@@ -173,6 +175,19 @@ class OtherVersion(ValueError):
         """The backup's."""
 
 
+class Unusable(errors.Error):
+    """A file of the state directory cannot be read or written, or the lock not be had for it."""
+
+    def __init__(self, failure: OSError, what: str) -> None:
+        described = errors.system_error(failure, what)
+        super().__init__(
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+            str(described),
+            strings=("%s", str(described), None),
+            ints=(failure.errno or 0, -1),
+        )
+
+
 def parse(text: str) -> Status:
     """Read a file. Errors: OtherVersion; another ValueError for what ``format`` did not write."""
     try:
@@ -243,28 +258,33 @@ class StatusFile:
         """Hold the domain's lock, until what this gives is closed: it is the context for that, and
         one that ends without a line of Python in which a signal's exception could come (SIGINT).
 
-        Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR.
+        Errors: VIR_ERR_OPERATION_TIMEOUT, Unusable.
         """
         lock = None
+        end = time.monotonic() + LOCK_TIMEOUT
         try:
-            runtime.make_directory()
-            lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
-            _acquire(lock.fileno(), self._lock_path)
+            for left in reversed(range(_LOCK_TRIES)):
+                runtime.make_directory()
+                lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
+                _acquire(lock.fileno(), self._lock_path, end)
+                # Where it was removed meanwhile, who comes later locks another one.
+                if not left or _is_at(self._lock_path, lock.fileno()):
+                    break
+                lock.close()
+            assert lock is not None
+            return lock
         except BaseException as failure:
             if lock is not None:
                 lock.close()
             if isinstance(failure, OSError):
-                raise errors.system_error(
-                    failure, f"cannot open state lock '{self._lock_path}'"
-                ) from failure
+                raise Unusable(failure, f"cannot open state lock '{self._lock_path}'") from failure
             raise
-        return lock
 
     def load(self) -> Status | None:
         """The status, or None where there is none (a broken one, or one of another version, is
         logged and counts so).
 
-        Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
+        Errors: Unusable, when the file is there and cannot be read.
         """
         try:
             return self._read()
@@ -290,12 +310,12 @@ class StatusFile:
         except FileNotFoundError:
             return None
         except OSError as failure:
-            raise errors.system_error(failure, f"cannot read status '{self.path}'") from failure
+            raise Unusable(failure, f"cannot read status '{self.path}'") from failure
 
     def save(self, status: Status) -> None:
         """Replace the file; whoever reads sees the old one or the new one. The first time there has
         to be room for two, one of which is the next one's: as a backup that runs has to come to its
-        end, where there is no room any more, too."""
+        end, where there is no room any more, too. Errors: Unusable."""
         data = format(status).encode()
         try:
             is_first = not self.path.exists()
@@ -310,12 +330,15 @@ class StatusFile:
                     self.path.unlink()
                     raise
         except OSError as failure:
-            raise errors.system_error(failure, f"cannot write status '{self.path}'") from failure
+            raise Unusable(failure, f"cannot write status '{self.path}'") from failure
 
     def remove(self) -> None:
-        """Forget the backup."""
-        self.path.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
+        """Forget the backup. Errors: Unusable."""
+        try:
+            self.path.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
+        except OSError as failure:
+            raise Unusable(failure, f"cannot remove status '{self.path}'") from failure
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
@@ -370,8 +393,16 @@ def _are_exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def _acquire(fd: int, path: pathlib.Path) -> None:
-    end = time.monotonic() + LOCK_TIMEOUT
+def _is_at(path: pathlib.Path, fd: int) -> bool:
+    """Whether what is at PATH is the file that FD is of. Errors: OSError."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _acquire(fd: int, path: pathlib.Path, end: float) -> None:
+    """Lock FD before END by the monotonic clock. Errors: OSError, VIR_ERR_OPERATION_TIMEOUT."""
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
