@@ -19,7 +19,7 @@ import pytest
 from tests import conftest
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.qemu import domain, job, scratch, status
 
 pytestmark = pytest.mark.timeout(30)
@@ -177,6 +177,29 @@ def test_who_reads_a_status_without_room_finds_one(
     assert count > 20
 
 
+# --- of processes that cannot be seen -------------------------------------------------------------
+
+
+def test_a_process_of_a_container(file: status.StatusFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number, and when it began, are another's here; its lock is its own everywhere."""
+    here = runtime.this_process()
+    gone, another = here._replace(start=1), here._replace(start=2)
+    with file.owned():
+        assert not status.has_owner(file.path, gone)
+        assert runtime.are_different(here, gone)
+        monkeypatch.setattr(runtime, "namespaces", lambda: "pid:[1] time:[1]")
+        assert status.has_owner(file.path, gone)
+        assert runtime.is_alive(gone)
+        assert not runtime.are_different(gone, runtime.this_process())
+        assert runtime.are_different(gone, another)
+    assert not status.has_owner(file.path, gone)
+    assert not status.has_owner(file.path, gone._replace(seen_from=""))
+    with runtime.private_directory() as private:
+        unseen = private.rename(private.with_name(f"private-{here.pid}-1-0badcafe"))
+        assert runtime.sweep() == []
+    assert runtime.sweep() == [f"directory '{unseen}'"]
+
+
 # --- of other versions ----------------------------------------------------------------------------
 
 STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))
@@ -200,6 +223,7 @@ def test_a_status_of_an_older_version(path: pathlib.Path) -> None:
             assert guards == (None if old.branch is None else [])
         else:
             assert guards == ([disk["image"]] if was.pop("guarded") else [])
+    assert now.pop("qemu") == [*told.pop("qemu"), ""]
     assert now == told
     assert status.parse(status.format(old)) == old
 

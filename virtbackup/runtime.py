@@ -12,11 +12,21 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
-Process = tuple[int, int]
-"""(pid, start in clock ticks since boot): a process for good, as pids are used again."""
+
+class Process(NamedTuple):
+    """A process for good, as pids are used again."""
+
+    pid: int
+    start: int
+    """In clock ticks since boot."""
+    seen_from: str = ""
+    """The namespaces in which it has that number and began then; empty: not noted."""
+
 
 _PATHS = ("VIRTBACKUP_CONF", "VIRTBACKUP_SCRATCH_DIR", "VIRTBACKUP_STATE_DIR")
+_NAMESPACES = ("pid", "time")
 _TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
@@ -187,25 +197,72 @@ def _numbers(directory: str) -> list[str]:
 def this_process() -> Process:
     """Ourselves."""
     pid = os.getpid()
-    return pid, process_start(pid) or 0
+    return Process(pid, process_start(pid) or 0, namespaces())
+
+
+def namespaces() -> str:
+    """Ours, of those that a process's number and its start depend on (pid_namespaces(7),
+    time_namespaces(7))."""
+    found = []
+    for kind in _NAMESPACES:
+        with contextlib.suppress(OSError):  # Linux before 5.6 has none of time
+            found.append(os.readlink(f"/proc/self/ns/{kind}"))  # noqa: PTH115
+    return " ".join(found)
+
+
+def is_seen(process: Process) -> bool:
+    """Whether PROCESS can be seen from here at all, as far as that was noted: one of a container,
+    say, has another number here, or none."""
+    return process.seen_from in ("", namespaces())
 
 
 def is_alive(process: Process) -> bool:
-    """Whether PROCESS still runs."""
-    return process_start(process[0]) == process[1]
+    """Whether PROCESS still runs; one that cannot be seen from here is taken to."""
+    return not is_seen(process) or process_start(process.pid) == process.start
+
+
+def are_different(one: Process, other: Process) -> bool:
+    """Whether two processes are not one and the same, as far as that can be told."""
+    unknown = one.seen_from != other.seen_from and "" not in (one.seen_from, other.seen_from)
+    return not unknown and one[:2] != other[:2]
 
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[pathlib.Path]:
     """A directory that only this user reaches, for sockets and files; gone afterwards, or with the
     first ``sweep`` after this process was killed. Errors: OSError."""
-    pid, start = this_process()
+    pid, start, _ = this_process()
     made = make_directory() / f"private-{pid}-{start}-{os.urandom(8).hex()}"
     made.mkdir(mode=0o700)
     try:
-        yield made
+        with _held(made):
+            yield made
     finally:
         _remove(made)
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path) -> Iterator[None]:
+    """While this lasts ``is_held`` tells of it. Where the file system has no locks, nobody does."""
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+
+
+def is_held(path: pathlib.Path) -> bool:
+    """Whether a process has a lock (flock(2)) on what is at PATH, be it one that cannot be seen
+    from here."""
+    with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        undo.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def sweep() -> list[str]:
@@ -214,7 +271,9 @@ def sweep() -> list[str]:
     with contextlib.suppress(OSError):
         for path in sorted(directory().iterdir()):
             match = _PRIVATE.fullmatch(path.name)
-            if match and not is_alive((int(match[1]), int(match[2]))) and _remove(path):
+            if match is None or is_alive(Process(int(match[1]), int(match[2]))):
+                continue
+            if not is_held(path) and _remove(path):
                 removed.append(f"directory '{path}'")
     return removed
 

@@ -192,7 +192,7 @@ class DomainObj:
         may be gone. Then one that was to end with that process is ended. Takes as long as the
         scratch images' file systems hang. Errors: OSError, those of ``BackupJob.cleanup``."""
         running = self.file.load()
-        if running is not None and running.owner and not runtime.is_alive(running.owner):
+        if running is not None and not status.has_owner(self.file.path, running.owner):
             for line in self.job.cleanup():
                 logger.info("backup=%s of a process that is gone, removed: %s", running.id, line)
             return

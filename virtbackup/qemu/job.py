@@ -7,6 +7,7 @@ domain's lock from its first look to its last command.
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import time
@@ -73,6 +74,8 @@ class BackupJob:
         self._on_end = on_end
         self._begun: status.Status | None = None
         """The backup that is looked after here, as it was once it ran: its file may get lost."""
+        self._owning: io.FileIO | None = None
+        """What tells that we are there, with whom it ends."""
 
     def start(
         self,
@@ -268,7 +271,7 @@ class BackupJob:
                 if not _rescue(running, failure):
                     raise
                 reasons = self._stop(running)
-            self._begun = None
+            self._let_go()
         if running.told:
             raise _no_backup()
         logger.info("backup=%s stopped bad=%s", running.id, list(reasons))
@@ -280,7 +283,13 @@ class BackupJob:
         with contextlib.suppress(monitor.NotListening), self._connect() as session:
             cleanup.take_out(session, dataclasses.replace(begun, cancelled=True))
         cleanup.remove_outside(begun)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """There is no backup of ours any more."""
         self._begun = None
+        if self._owning is not None:
+            self._owning.close()
 
     def _stop(self, running: status.Status) -> dict[str, str]:
         try:
@@ -342,12 +351,16 @@ class BackupJob:
             _check_branches(session)
             left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
-            if left is not None and left.branch == name and not _is_stale(session, state, left):
+            if (
+                left is not None
+                and left.branch == name
+                and not self._is_stale(session, state, left)
+            ):
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"a backup of branch '{name}' is running: stop it first",
                 )
-            if (left is None and state.traces()) or (left and _is_stale(session, state, left)):
+            if (left is None and state.traces()) or (left and self._is_stale(session, state, left)):
                 state = self._clear(session, left, bitmaps=True)
             branches.delete(session, state, name)
 
@@ -365,7 +378,7 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     state = _ask(session, left)
-                    if left is not None and not _is_stale(session, state, left):
+                    if left is not None and not self._is_stale(session, state, left):
                         now = left.given_up or "running"
                         raise errors.error(
                             libvirt.VIR_ERR_OPERATION_INVALID,
@@ -400,7 +413,7 @@ class BackupJob:
                 raise
             # It may be for a job of ours, which is cleared away below.
             unsafe, state = failure, _ask(session, left)
-        if left is not None and not _is_stale(session, state, left):
+        if left is not None and not self._is_stale(session, state, left):
             text = "another backup job is already running"
             if left.given_up is not None:
                 text = f"another backup job is not stopped yet, it was {left.given_up}"
@@ -422,6 +435,18 @@ class BackupJob:
             raise unsafe
         return state
 
+    def _is_stale(
+        self, session: domain.Session, state: backup.BlockState, left: status.Status
+    ) -> bool:
+        """Whether LEFT is of no running backup. The lock is held: nobody is starting or ending
+        one."""
+        return (
+            left.phase != "running"
+            or not status.has_owner(self._file.path, left.owner)
+            or session.restarted_since(left.qemu)
+            or (left.given_up is None and left.id not in state.backups())
+        )
+
     def _check_no_other(self, state: backup.BlockState) -> None:
         """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU that was started over
         another monitor of it, or over libvirt."""
@@ -436,8 +461,8 @@ class BackupJob:
                     f" there is no such monitor any more, remove '{file}' first",
                 )
         for file, other in status.all_in(self._file.path.parent):
-            runs = other.phase == "running" and other.id in shown and _alive(other.owner)
-            if file != self._file.path and runs:
+            runs = other.phase == "running" and other.id in shown
+            if file != self._file.path and runs and status.has_owner(file, other.owner):
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
@@ -478,6 +503,8 @@ class BackupJob:
         """Do the plan, or undo all of it."""
         starting = dataclasses.replace(starting, definition=run.plan.definition.format())
         try:
+            if starting.owner is not None:
+                self._owning = self._file.owned()
             self._file.save(starting)
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
@@ -500,6 +527,7 @@ class BackupJob:
             self._begun = running
         except BaseException as failure:
             watch.close_all(run.images)
+            self._let_go()
             if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
             starting = _with_inodes(starting, run.inodes)
@@ -558,9 +586,12 @@ class BackupJob:
         """The backup that was BEGUN here, its status written anew, where QEMU still has it although
         there is none; None where somebody has ended it."""
         if begun.given_up is None and begun.id not in _ask(session, begun).backups():
-            self._begun = None
+            self._let_go()
             return None
         self._file.save(begun)
+        if self._owning is not None:
+            self._owning.close()
+            self._owning = self._file.owned()
         logger.warning("backup=%s its status was lost, and is written anew", begun.id)
         return begun
 
@@ -716,9 +747,9 @@ def _check_is(running: status.Status, only: naming.BackupId | None) -> None:
 def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     """Whether FAILURE of the monitor was QEMU standing still for an NBD client of ours that has
     stopped reading, and the client is gone now."""
-    if running.qemu is None:
+    if running.qemu is None or not runtime.is_seen(running.qemu):
         return False
-    pid = running.qemu[0]
+    pid = running.qemu.pid
     address = running.address
     if not runtime.is_alive(running.qemu) or not nbdserver.stuck_clients(pid, address):
         return False
@@ -901,20 +932,6 @@ def _without_others_files(starting: status.Status, created: list[str]) -> status
     return dataclasses.replace(starting, disks=tuple(disks))
 
 
-def _is_stale(session: domain.Session, state: backup.BlockState, left: status.Status) -> bool:
-    """Whether LEFT is of no running backup. The lock is held: nobody is starting or ending one."""
-    return (
-        left.phase != "running"
-        or not _alive(left.owner)
-        or session.restarted_since(left.qemu)
-        or (left.given_up is None and left.id not in state.backups())
-    )
-
-
 def _is_dead(qemu: runtime.Process | None) -> bool:
     """Whether QEMU is seen to have ended, be that noticed by who passes commands on or not."""
     return qemu is not None and not runtime.is_alive(qemu)
-
-
-def _alive(owner: runtime.Process | None) -> bool:
-    return owner is None or runtime.is_alive(owner)

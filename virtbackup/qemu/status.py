@@ -2,8 +2,10 @@
 """What is known of a domain's backup, on disk: any later process can stop it or clean up.
 
 One JSON file and one lock a domain, in a directory of this user's, and a second file for the next
-status, so that nothing that comes to that later keeps it from being written. The file is written
-before the first command that changes QEMU and removed after the last. What runs, QEMU says.
+status, so that nothing that comes to that later keeps it from being written. And one that whoever
+has begun a backup which ends with him keeps locked, as his number tells nothing in a container. The
+status is written before the first command that changes QEMU and removed after the last. What runs,
+QEMU says.
 """
 
 import contextlib
@@ -202,12 +204,17 @@ def parse(text: str) -> Status:
         qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
         return Status(
             disks=disks,
-            qemu=None if qemu is None else (int(qemu[0]), int(qemu[1])),
-            owner=None if owner is None else (int(owner[0]), int(owner[1])),
+            qemu=None if qemu is None else _parse_process(qemu),
+            owner=None if owner is None else _parse_process(owner),
             **fields,
         )
     except (KeyError, TypeError, AttributeError, IndexError) as failure:
         raise ValueError(f"not a status: {failure!r}") from failure
+
+
+def _parse_process(fields: Any) -> runtime.Process:
+    """An older version has not noted from where it was seen."""
+    return runtime.Process(int(fields[0]), int(fields[1]), *map(str, fields[2:3]))
 
 
 def _complete(fields: dict[str, Any]) -> dict[str, Any]:
@@ -253,6 +260,7 @@ class StatusFile:
         self.path = (directory or runtime.directory()) / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
         self._partial = self.path.with_suffix(".partial")
+        self._owner_path = _owner_path(self.path)
 
     def locked(self) -> io.FileIO:
         """Hold the domain's lock, until what this gives is closed: it is the context for that, and
@@ -279,6 +287,16 @@ class StatusFile:
             if isinstance(failure, OSError):
                 raise Unusable(failure, f"cannot open state lock '{self._lock_path}'") from failure
             raise
+
+    def owned(self) -> io.FileIO:
+        """Tell processes that cannot see ours that the one is there with which a backup ends, until
+        what this gives is closed. Errors: Unusable."""
+        try:
+            held = io.FileIO(self._owner_path, "r+", opener=_open_or_make)
+            fcntl.flock(held.fileno(), fcntl.LOCK_SH)
+        except OSError as failure:
+            raise Unusable(failure, f"cannot open '{self._owner_path}'") from failure
+        return held
 
     def load(self) -> Status | None:
         """The status, or None where there is none (a broken one, or one of another version, is
@@ -337,8 +355,21 @@ class StatusFile:
         try:
             self.path.unlink(missing_ok=True)
             self._partial.unlink(missing_ok=True)
+            self._owner_path.unlink(missing_ok=True)
         except OSError as failure:
             raise Unusable(failure, f"cannot remove status '{self.path}'") from failure
+
+
+def has_owner(path: pathlib.Path, owner: runtime.Process | None) -> bool:
+    """Whether OWNER, of the backup whose status is at PATH, is still there, or it goes on without
+    one."""
+    if owner is None or runtime.is_seen(owner):
+        return owner is None or runtime.is_alive(owner)
+    return runtime.is_held(_owner_path(path))
+
+
+def _owner_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".owner")
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
