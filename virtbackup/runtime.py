@@ -33,10 +33,14 @@ _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 
 
 def settle_paths() -> None:
-    """Have the environment's paths of ours lead where they do now, wherever this process goes."""
+    """Have the environment's paths of ours lead where they do now, wherever this process goes.
+    Errors: OSError, where one of them begins in a working directory that is gone."""
     for name in _PATHS:
         if given := os.environ.get(name):
-            os.environ[name] = str(pathlib.Path(given).absolute())
+            try:
+                os.environ[name] = str(pathlib.Path(given).absolute())
+            except OSError as failure:
+                raise OSError(failure.errno, failure.strerror, f"{name}={given}") from failure
 
 
 def directory() -> pathlib.Path:
@@ -45,7 +49,14 @@ def directory() -> pathlib.Path:
         return pathlib.Path(own).absolute()
     if os.geteuid() == 0:
         return pathlib.Path("/run/virtbackup")
-    return (users_directory("XDG_RUNTIME_DIR") or pathlib.Path.home() / ".cache") / "virtbackup"
+    return (users_directory("XDG_RUNTIME_DIR") or home() / ".cache") / "virtbackup"
+
+
+def home() -> pathlib.Path:
+    """The user's; the root directory where none is known, as for a number that is no user's, or
+    where that would be another one from another directory."""
+    found = os.path.expanduser("~")  # noqa: PTH111
+    return pathlib.Path(found if found.startswith("/") else "/")
 
 
 def users_directory(variable: str) -> pathlib.Path | None:
