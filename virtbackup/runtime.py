@@ -100,17 +100,27 @@ def read_file(path: str | os.PathLike[str], most: int = -1) -> bytes:
 
 
 def process_start(pid: int) -> int | None:
-    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
+    """When process PID began, in clock ticks since boot; None when there is none."""
+    fields = _stat(pid)
+    if not fields or fields[0] in (b"Z", b"X"):
+        return None  # it has ended, and its parent has not looked yet
+    return int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether process PID stands still, as a signal or a debugger has made it to."""
+    return _stat(pid)[:1] in ([b"T"], [b"t"])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """What is told of process PID from its state on (proc(5)); nothing where there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  (bytes, not a path at rest)
             text = file.read()
     except OSError:
-        return None
+        return []
     # The command's name may hold anything; what follows its last bracket is orderly.
-    fields = text[text.rindex(b")") + 2 :].split()
-    if fields[0] in (b"Z", b"X"):
-        return None  # it has ended, and its parent has not looked yet
-    return int(fields[19])
+    return text[text.rindex(b")") + 2 :].split()
 
 
 def in_proc(pid: int) -> pathlib.Path:

@@ -55,6 +55,10 @@ KNOWN = (
         "Be the user that QEMU runs as, or root",
     ),
     Known(
+        libvirt.VIR_ERR_OPERATION_TIMEOUT, ("is stopped, by a signal",),
+        "'kill -CONT' lets it go on; try again then",
+    ),
+    Known(
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("another client may be using it",),
         "A QMP socket serves one client at a time: end the other one, or give QEMU one more -qmp",
     ),
