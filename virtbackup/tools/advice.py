@@ -168,6 +168,10 @@ KNOWN = (
     Known(None, ("QEMU cannot use the TLS credentials",), _TLS),
     # --- where to ---
     Known(
+        None, ("not where QEMU runs",),
+        "A container, or PrivateTmp of a unit, has files of its own: take a directory of both",
+    ),
+    Known(
         None, ("cannot listen on", _ABSENT), "Make the directory: QEMU makes the socket in it"
     ),
     Known(
