@@ -248,7 +248,13 @@ def _no_monitor() -> contextlib.AbstractContextManager[domain.Session]:
     raise AssertionError("nobody is to be asked")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}', "[" * 100_000,
+     status.format(having(qemu=runtime.Process(7, 7))).replace("[7, 7,", "[1e999, 7,")],
+    ids=["empty", "nothing", "text", "yes", "deep", "endless"],
+)  # fmt: skip
 def test_what_is_no_status_is_of_no_version(text: str, file: status.StatusFile) -> None:
     file.path.write_text(text)
     assert (file.load(), file.of_other_version()) == (None, None)
+    assert list(status.all_in(file.path.parent)) == []

@@ -208,7 +208,9 @@ def parse(text: str) -> Status:
             owner=None if owner is None else _parse_process(owner),
             **fields,
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as failure:
+    except (
+        KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError
+    ) as failure:  # fmt: skip
         raise ValueError(f"not a status: {failure!r}") from failure
 
 
