@@ -21,7 +21,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import machines, places, proxy, scene
-from virtbackup import runtime
+from virtbackup import hypervisor, runtime
 from virtbackup.qemu import capabilities, driver, naming
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
@@ -303,7 +303,12 @@ def test_a_backup_is_given_up_without_a_note_of_it(
     with contextlib.closing(driver.QmpDriver(str(machine.qmp))) as own:
         [ref] = own.list_domains()
         document = f"<domainbackup>{unix(machine)}</domainbackup>"
+        told: list[hypervisor.Event] = []
+        own.event_register(told.append)
         id = naming.BackupId(own.domain_backup_start(ref, document, 0))
+        shutil.rmtree(state)
+        waiting.until(lambda: scene.state_files())
+        assert told == []
         shutil.rmtree(state)
         state.touch()
         looked_after = own._domain.job

@@ -93,7 +93,7 @@ class DomainObj:
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
         self._closed = False
-        self._ending = ending.Ending(file, self._why_ended)
+        self._ending = ending.Ending(self.job, self._why_ended)
         self._ending.listen(notify)
 
     def listen(self, notify: ending.Notify | None) -> None:

@@ -137,20 +137,20 @@ class BackupJob:
         self._begun = running
 
     def is_over(self, id: naming.BackupId) -> bool:
-        """Whether backup ID has ended or is ending. Errors: those of ``_load_lost``."""
-        return _is_over(self._load_lost(id), id)
+        """Whether backup ID has ended or is ending. Errors: those of ``load``."""
+        return _is_over(self.load(), id)
 
     def is_left(self, id: naming.BackupId) -> bool:
-        """Whether there is still something of backup ID, which may be over. Errors: as
-        ``is_over``."""
-        running = self._load_lost(id)
+        """Whether there is still something of backup ID, which may be over. Errors: those of
+        ``load``."""
+        running = self.load()
         return running is not None and running.id == id
 
-    def _load_lost(self, id: naming.BackupId) -> status.Status | None:
-        """The status, be it that backup ID was begun here and its file is lost. Errors: of the
+    def load(self) -> status.Status | None:
+        """The status, also where its file is lost of a backup that was begun here. Errors: of the
         file, and then of the lock and the monitor."""
         found = self._file.load()
-        if found is None and self._begun_as(id):
+        if found is None and self._begun is not None:
             with self._file.locked():
                 return self._load_known()
         return found
