@@ -123,6 +123,8 @@ KNOWN = (
     ),
     Known(None, ("cannot open state lock", _DENIED), _STATE),
     Known(None, ("cannot make a directory in", _DENIED), _STATE),
+    Known(None, ("cannot read status", _DENIED), _STATE),
+    Known(None, ("cannot listen for the monitor in", _DENIED), _STATE),
     Known(
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("cannot acquire state lock",),
         "Try again once it is done",
