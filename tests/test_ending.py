@@ -63,7 +63,7 @@ def dead() -> runtime.Process:
         start = runtime.process_start(process.pid)
         assert start is not None
         process.kill()
-    return process.pid, start
+    return runtime.Process(process.pid, start)
 
 
 @pytest.fixture
@@ -211,14 +211,14 @@ def test_what_has_ended_or_does_not_run_yet_is_not_told(
 def test_the_end_of_a_process_is_told_by_a_thread(dead: runtime.Process) -> None:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     watching = events.ProcessEnd(lambda: told.put("ended"))
-    for nobody in (None, dead, runtime.this_process(), (os.getppid(), 1)):
+    for nobody in (None, dead, runtime.this_process(), runtime.Process(os.getppid(), 1)):
         watching.watch(nobody)
         assert not [t for t in threading.enumerate() if t.name == "virtbackup-process-end"]
     with subprocess.Popen(["sleep", "60"]) as one, subprocess.Popen(["sleep", "60"]) as other:
         for process in (one, other, other):
             start = runtime.process_start(process.pid)
             assert start is not None
-            watching.watch((process.pid, start))
+            watching.watch(runtime.Process(process.pid, start))
         one.kill()
         one.wait()
         assert told.empty()
@@ -242,7 +242,7 @@ def test_the_end_of_a_process_is_not_seen_where_no_more_files_may_be_open(
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], limits[1]))
         try:
-            watching.watch((one.pid, start))
+            watching.watch(runtime.Process(one.pid, start))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         one.kill()

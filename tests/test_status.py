@@ -15,13 +15,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from tests import conftest
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.qemu import cleanup, domain, job, scratch, status
 
 pytestmark = pytest.mark.timeout(30)
@@ -68,6 +69,26 @@ def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
     assert not waits.is_alive()
     file.locked()
     file.locked().close()
+
+
+@pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
+def test_a_lock_that_is_removed_meanwhile(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """What is held is what others will ask for; where that cannot be, it is asked for no longer."""
+    path, acquire = file.path.with_suffix(".lock"), status._acquire
+    removals = itertools.count()
+
+    def acquire_late(*args: Any) -> None:
+        acquire(*args)
+        if next(removals) < times:
+            path.unlink()
+
+    monkeypatch.setattr(status, "_acquire", acquire_late)
+    with file.locked() as lock:
+        assert (times > 1) != (
+            path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,6 +193,29 @@ def test_who_reads_a_status_without_room_finds_one(
     assert count > 20
 
 
+# --- of processes that cannot be seen -------------------------------------------------------------
+
+
+def test_a_process_of_a_container(file: status.StatusFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number, and when it began, are another's here; its lock is its own everywhere."""
+    here = runtime.this_process()
+    gone, another = here._replace(start=1), here._replace(start=2)
+    with file.owned():
+        assert not status.has_owner(file.path, gone)
+        assert runtime.are_different(here, gone)
+        monkeypatch.setattr(runtime, "namespaces", lambda: "pid:[1] time:[1]")
+        assert status.has_owner(file.path, gone)
+        assert runtime.is_alive(gone)
+        assert not runtime.are_different(gone, runtime.this_process())
+        assert runtime.are_different(gone, another)
+    assert not status.has_owner(file.path, gone)
+    assert not status.has_owner(file.path, gone._replace(seen_from=""))
+    with runtime.private_directory() as private:
+        unseen = private.rename(private.with_name(f"private-{here.pid}-1-0badcafe"))
+        assert runtime.sweep() == []
+    assert runtime.sweep() == [f"directory '{unseen}'"]
+
+
 # --- of other versions ----------------------------------------------------------------------------
 
 
@@ -238,6 +282,7 @@ def test_a_status_of_an_older_version(path: pathlib.Path) -> None:
             assert guards == (None if old.branch is None else [])
         else:
             assert guards == ([disk["image"]] if was.pop("guarded") else [])
+    assert now.pop("qemu") == [*told.pop("qemu"), ""]
     assert now == told
     assert status.parse(status.format(old)) == old
 
@@ -262,7 +307,13 @@ def _no_monitor() -> contextlib.AbstractContextManager[domain.Session]:
     raise AssertionError("nobody is to be asked")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}', "[" * 100_000,
+     status.format(having(qemu=runtime.Process(7, 7))).replace("[7, 7,", "[1e999, 7,")],
+    ids=["empty", "nothing", "text", "yes", "deep", "endless"],
+)  # fmt: skip
 def test_what_is_no_status_is_of_no_version(text: str, file: status.StatusFile) -> None:
     file.path.write_text(text)
     assert (file.load(), file.of_other_version()) == (None, None)
+    assert list(status.all_in(file.path.parent)) == []

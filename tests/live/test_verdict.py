@@ -381,25 +381,31 @@ def test_monitor_held_by_another_client(
             virtbackup.open(machine.uri)
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
         holder.close()
+        waiting.stop(machine.process)
+        with pytest.raises(virtbackup.Error, match=f"its process {machine.process.pid} is stopped"):
+            virtbackup.open(machine.uri)
+        machine.process.send_signal(signal.SIGCONT)
         virtbackup.open(machine.uri).close()
 
 
 def test_cleanup_without_a_status_touches_only_ours(
     tmp_path: pathlib.Path, state_dir: pathlib.Path
 ) -> None:
-    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
-        dom = conn.lookupByID(1)
+    with machines.two_disks(tmp_path) as machine:
         machines.image(tmp_path / "other.raw", 1 << 20)
         file = {"driver": "file", "filename": f"{tmp_path}/other.raw"}
         machine.probe("blockdev-add", driver="raw", node_name="virtbackup-of-mine", file=file)
         before = machine.state()
-        dom.backupStart(unix(tmp_path))
+        with virtbackup.open(machine.uri) as conn:
+            conn.lookupByID(1).backupStart(unix(tmp_path))
         [path] = state_dir.glob("*.json")
         path.unlink()
-        with pytest.raises(virtbackup.Error, match="no status of it"):
-            dom.backupStart(unix(tmp_path))
-        assert dom.backupCleanup()
-        assert machine.state() == before
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            with pytest.raises(virtbackup.Error, match="no status of it"):
+                dom.backupStart(unix(tmp_path))
+            assert dom.backupCleanup()
+            assert machine.state() == before
 
 
 def test_cleanup_leaves_what_runs_by_another_monitor(tmp_path: pathlib.Path) -> None:

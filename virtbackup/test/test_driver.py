@@ -136,7 +136,8 @@ class Shared:
                 server = fake_server.Server(self.socket, script.recorded, script.rules)
                 stack.enter_context(server)
             except OSError as failure:
-                raise errors.system_error(failure, "cannot listen for the monitor") from failure
+                text = f"cannot listen for the monitor in '{runtime.directory()}'"
+                raise errors.system_error(failure, text) from failure
             except ValueError as failure:
                 raise _unusable(path, failure) from failure
             self._stack = stack.pop_all()

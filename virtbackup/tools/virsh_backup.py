@@ -529,7 +529,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     _mend_streams()
-    runtime.settle_paths()
     arguments = list(argv)
     control = virsh_connection.Control(virsh_connection.default_uri())
     shell = vsh.Shell(TABLE, control, virsh_connection.describe)
@@ -537,7 +536,7 @@ def _main(argv: Sequence[str]) -> int:
         return virsh_complete.main(shell, arguments[1:])
     try:
         try:
-            status = shell.guard(lambda: _run(shell, arguments))
+            status = shell.guard(_settle_paths) or shell.guard(lambda: _run(shell, arguments))
         finally:
             shell.guard(shell.control.close)
         return max(status, shell.guard(shell.control.close_trace), shell.guard(vsh.flush))
@@ -567,6 +566,13 @@ def _mend_streams() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="surrogateescape" if stream is sys.stdin else vsh.ENCODING_ERRORS)
+
+
+def _settle_paths() -> None:
+    try:
+        runtime.settle_paths()
+    except OSError as error:
+        raise vsh.Failure(f"cannot tell where {error.filename} is: {error.strerror}") from error
 
 
 def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:
