@@ -198,6 +198,10 @@ KNOWN = (
     Known(None, (_FULL,), "Make room there, or take another place"),
     # --- directories of backups ---
     Known(
+        libvirt.VIR_ERR_OPERATION_INVALID, ("as what a killed pull leaves",),
+        "Remove the files called *.partial, or pull into another directory",
+    ),
+    Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("manifest.json", "exists already"),
         "Pull into another directory, or with --branch, by which backups follow one another in one",
     ),

@@ -60,6 +60,8 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
     with interrupt.held() as undo:
         domain.backupStart(document, flags)
         undo.callback(_give_up, shell, domain)
+        if undo.caught:
+            return  # it is given up, and nobody is to take it for one that runs
         if not as_json:
             shell.extra("Domain backup started")
         virsh_connection.warn_of_listener(shell, args, document)
