@@ -283,6 +283,28 @@ def test_refusals(xml: str, tmp_path: pathlib.Path) -> None:
         )
 
 
+def test_a_scsi_device_that_is_passed_through(tmp_path: pathlib.Path, xml: str) -> None:
+    """What its guest does goes past QEMU, and would fail below a job's filter."""
+    hd = '{"name": "sdb", "type": "child<scsi-hd>"}'
+    for kind in "scsi-block", "scsi-generic":
+        text = (RECORDINGS / "qemu-10.0.13.jsonl").read_text()
+        assert hd in text
+        (tmp_path / "own.jsonl").write_text(text.replace(hd, hd.replace("scsi-hd", kind)))
+        with virtbackup.open(f"test://{tmp_path}") as connection:
+            domain = only(connection)
+            for disks in "", '<disks><disk name="sdb"/></disks>':
+                with pytest.raises(libvirt.libvirtError, match="'sdb' is a SCSI device") as wrong:
+                    domain.backupStart(xml.replace("</dom", f"{disks}</dom"))
+                assert wrong.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+            left_out = '<disks><disk name="sdb" present="no"/></disks></dom'
+            domain.backupStart(xml.replace("</dom", left_out))
+            domain.backupStop()
+            domain.branchCreate("b")
+            [branch] = domain.branchList()
+            assert [disk.name for disk in branch.disks] == ["vda"]
+            domain.branchDelete("b")
+
+
 def test_unusable_uris(tmp_path: pathlib.Path) -> None:
     for uri in (
         "test:///",
