@@ -218,14 +218,18 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
 
 
 def _types(lists: Iterable[Any]) -> dict[str, str]:
-    """A device's place in QEMU's object tree -> its type. LISTS are of ``_DEVICES``; before there
-    was any device of the kind, QEMU may have no such place."""
-    return {
-        f"{place}/{name}": type
-        for place, told in zip(_DEVICES, lists, strict=False)
-        if not isinstance(told, monitor_json.CommandFailed)
-        for name, type in monitor_json.parse_children(told).items()
-    }
+    """A device's place in QEMU's object tree -> its type. LISTS are of ``_DEVICES``."""
+    types: dict[str, str] = {}
+    for place, told in zip(_DEVICES, lists, strict=False):
+        match told:
+            case monitor_json.CommandFailed(error_class="DeviceNotFound"):
+                pass  # no such device was ever made
+            case monitor_json.CommandFailed():
+                raise told
+            case _:
+                children = monitor_json.parse_children(told)
+                types |= {f"{place}/{name}": type for name, type in children.items()}
+    return types
 
 
 def passed_through(
