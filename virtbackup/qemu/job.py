@@ -168,16 +168,21 @@ class BackupJob:
 
     def give_up(self, id: naming.BackupId, reason: str) -> bool:
         """End backup ID for the guest's sake; its stop will tell REASON. Whether it is over: not
-        where QEMU is gone, of which the stop will tell why. Errors: the monitor's."""
+        where QEMU is gone, or another one runs, of which the stop will tell why. Errors: the
+        monitor's, sweep.ClientStuck."""
         with self._file.locked():
             if self.is_over(id):
                 return True
             running = self._running()
             try:
-                with self._connect() as session:
-                    cleanup.sweeper_of(session, running).stop_saving()
-                    _, rest = cleanup.take_out(session, running)
+                rest = self._take_out(running)
             except monitor.NotListening:
+                return False
+            except monitor.NoAnswer as failure:
+                if not _rescue(running, failure):
+                    raise
+                rest = self._take_out(running)
+            if rest is None:
                 return False
             cleanup.remove_files(running)
             disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
@@ -187,6 +192,15 @@ class BackupJob:
         logger.warning("backup=%s %s", id, reason)
         self._on_end(reason)
         return True
+
+    def _take_out(self, running: status.Status) -> list[str] | None:
+        """Let the guest write freely, and take RUNNING out of QEMU: what is still there. None:
+        another QEMU runs. Errors: the monitor's, sweep.ClientStuck."""
+        with self._connect() as session:
+            if session.restarted_since(running.qemu):
+                return None
+            cleanup.sweeper_of(session, running).stop_saving()
+            return cleanup.take_out(session, running)[1]
 
     def note_end(self, id: naming.BackupId, reason: str) -> None:
         """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls

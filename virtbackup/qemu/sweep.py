@@ -222,7 +222,11 @@ class Sweeper:
 
     def stop_saving(self) -> None:
         """The fastest way to let the guest write freely again: cut the exports off and cancel the
-        jobs, without waiting for either. What is read from now on is not the frozen disk."""
+        jobs, without waiting for either. What is read from now on is not the frozen disk.
+
+        Errors: ClientStuck, with nothing done.
+        """
+        self.end_clients()
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
             *(self._dialect.job_cancel(job) for job in self._own_jobs()),
