@@ -529,6 +529,7 @@ class BackupJob:
         sight = dataclasses.replace(
             verdict.with_nodes(session, running, after, is_last=True),
             exports=before.exports,
+            lasting=frozenset(after.exports or ()),
             io_error=before.io_error or after.io_error,
             unreadable=verdict.unreadable(session, running, after),
         )
