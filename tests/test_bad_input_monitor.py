@@ -393,6 +393,8 @@ def test_a_session_is_bounded_however_many_answers_are_slow(
     def spoil(turn: hostile_monitor.Turn) -> None:
         if turn.command == "query-block-exports":
             turn.send(hostile_monitor.encode({**never_gone, "id": turn.id}))
+        elif turn.command == "block-export-del":
+            turn.send(hostile_monitor.encode({"return": {}, "id": turn.id}))
         else:
             turn.answer()
 

@@ -67,6 +67,15 @@ def test_disks_are_named_and_measured(version: str) -> None:
     assert definitions["vda"].source == "/images/a"
 
 
+@pytest.mark.parametrize("qdev", ["/machine/system.flash1", "/machine/virt.flash1"])
+def test_flash_is_no_disk_on_any_machine(qdev: str) -> None:
+    """x86 has the first, and aarch64 the other."""
+    drives = recorded(VERSIONS[-1], "rest", "query-block")
+    [disk] = [drive for drive in drives if "peripheral/vda" in drive.get("qdev", "")]
+    assert block.parse_block([disk])
+    assert not block.parse_block([{**disk, "qdev": qdev}])
+
+
 @pytest.mark.parametrize(
     ("qdev", "expected"),
     [

@@ -21,6 +21,7 @@ from virtbackup.qemu import (
     blockjob,
     branch,
     capabilities,
+    domain,
     monitor_json,
     naming,
     qcow2,
@@ -200,6 +201,15 @@ def test_an_image_that_another_disk_writes_is_refused(
         strangers = dataclasses.replace(asked, disks=disks[:1], strangers=disks[1:])
         with pytest.raises(errors.Error, match="'vda' and disk 'vdb' both write to"):
             plan(strangers)
+
+
+def test_what_libvirt_calls_a_lun_is_passed_through() -> None:
+    disks = state().disks
+    known = [domain_conf.DiskDef(one.target, "lun" if one.target == "vda" else "disk")
+             for one in disks]  # fmt: skip
+    assert domain.passed_through(disks, known, {}) == {"vda"}
+    assert domain.passed_through(disks, None, {"/machine/peripheral/sdc": "scsi-block"}) == {"sdc"}
+    assert domain.passed_through(disks, None, {"/machine/peripheral/sdc": "scsi-hd"}) == set()
 
 
 def test_a_node_that_two_devices_have_is_backed_up_once() -> None:

@@ -31,7 +31,7 @@ import virtbackup
 from tests import daemons
 from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import domain_conf
-from virtbackup.qemu import recording
+from virtbackup.qemu import recording, sweep
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -302,6 +302,58 @@ def test_refusals(xml: str, tmp_path: pathlib.Path) -> None:
             "operation failed: cannot listen on '/no/where/nbd.sock': Failed to bind socket to"
             " /no/where/nbd.sock: No such file or directory"
         )
+
+
+@pytest.mark.parametrize(
+    ("command", "good", "left"),
+    [
+        ("block-export-del", False, "export 'virtbackup-"),
+        ("job-cancel", True, "job 'virtbackup-"),
+        ("job-dismiss", True, "job 'virtbackup-"),
+    ],
+)
+def test_what_qemu_does_not_give_back_is_told(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    good: bool,
+    left: str,
+    state: pathlib.Path,
+) -> None:
+    """At once. The verdict is on the data, of which a client may read more yet by an export."""
+    uri = script(tmp_path, {"command": command, "error": {"class": "GenericError", "desc": "no"}})
+    begin = time.monotonic()
+    line = f"backup-start-as 1 --unix {tmp_path}/nbd.sock; backup-stop 1"
+    assert virsh_backup.main(["-c", uri, line]) == (0 if good else 1)
+    assert time.monotonic() - begin < sweep.TIMEOUT / 2
+    told = capsys.readouterr()
+    assert ("Domain backup stopped" in told.out) is good
+    assert ("its export cannot be ended" in told.err) is not good
+    assert re.search(rf"^warning: backup [0-9a-f]+ is not all out of QEMU.*{left}", told.err, re.M)
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_scsi_device_that_is_passed_through(tmp_path: pathlib.Path, xml: str) -> None:
+    """What its guest does goes past QEMU, and would fail below a job's filter."""
+    hd = '{"name": "sdb", "type": "child<scsi-hd>"}'
+    for kind in "scsi-block", "scsi-generic":
+        text = (RECORDINGS / "qemu-10.0.13.jsonl").read_text()
+        assert hd in text
+        (tmp_path / "own.jsonl").write_text(text.replace(hd, hd.replace("scsi-hd", kind)))
+        with virtbackup.open(f"test://{tmp_path}") as connection:
+            domain = only(connection)
+            for disks in "", '<disks><disk name="sdb"/></disks>':
+                with pytest.raises(libvirt.libvirtError, match="'sdb' is a SCSI device") as wrong:
+                    domain.backupStart(xml.replace("</dom", f"{disks}</dom"))
+                assert wrong.value.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED
+            left_out = '<disks><disk name="sdb" present="no"/></disks></dom'
+            domain.backupStart(xml.replace("</dom", left_out))
+            domain.backupStop()
+            domain.branchCreate("b")
+            [branch] = domain.branchList()
+            assert [disk.name for disk in branch.disks] == ["vda"]
+            domain.branchDelete("b")
 
 
 def test_unusable_uris(tmp_path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -206,11 +207,15 @@ def nbd_is(directory: pathlib.Path, disk: str, byte: int) -> bool:
 def test_a_backup_is_given_up_before_the_guest_notices(
     tmp_path: pathlib.Path, small: pathlib.Path, machine: machines.Machine, disk: str
 ) -> None:
-    with virtbackup.open(machine.uri) as conn:
+    """Also while a client does not read, for which QEMU 10.0 and 11.1 would wait at the first
+    command that ends the backup."""
+    with virtbackup.open(machine.uri) as conn, contextlib.ExitStack() as clients:
         dom = conn.lookupByID(1)
         before = machine.state()
-        for _ in range(2):
+        for stuck in False, True:
             dom.backupStart(document(tmp_path, f'dir="{small}"', disk))
+            if stuck:
+                clients.enter_context(stuck_client(tmp_path, disk))
             fill(machine, disk)
             info = dom.backupGetInfo()
             assert info.state == "failed"
@@ -225,6 +230,26 @@ def test_a_backup_is_given_up_before_the_guest_notices(
                 dom.backupStop()
             machine.io(disk, f"write -P 1 0 {SIZE}")
         assert machine.probe("query-status")["status"] == "running"
+
+
+def test_the_backup_of_a_qemu_that_was_killed_is_not_given_up_in_the_next_one(
+    tmp_path: pathlib.Path, small: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended with its QEMU, and has left a socket."""
+    reason: list[str] = []
+    monkeypatch.setattr(watch.Watch, "_no_room", lambda self: next(iter(reason), None))
+    with machines.two_disks(tmp_path, size=MIB) as first, virtbackup.open(first.uri) as conn:
+        dom = conn.lookupByID(1)
+        dom.backupStart(document(tmp_path, f'dir="{small}"'))
+        first.kill()
+        with machines.qemu(tmp_path, *machines.two_disks_of(tmp_path)):
+            reason.append("given up")
+            waiting.until(
+                lambda: not any(t.name == "virtbackup-watch" for t in threading.enumerate())
+            )
+            with pytest.raises(virtbackup.Error, match="disk 'vda': the domain was restarted"):
+                dom.backupStop()
+        assert not (tmp_path / "nbd.sock").exists()
 
 
 def test_a_pull_says_why_its_backup_was_given_up(

@@ -14,7 +14,7 @@ from tests.live import machines, nbdclient
 
 SIZE = 1 << 20
 
-pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
+pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
 
 
 def xml(directory: pathlib.Path, disks: str = "", branch: str = "") -> str:
@@ -130,6 +130,40 @@ def test_an_image_that_two_guests_share(tmp_path: pathlib.Path) -> None:
                 dom.backupStart(xml(tmp_path, '<disk name="vdc" present="no"/>'))
                 dom.backupStop()
         assert machine.state() == before
+
+
+def test_a_disk_that_another_process_writes(tmp_path: pathlib.Path) -> None:
+    """Its data never passes QEMU, which has no node of it."""
+    (there := tmp_path / "there").mkdir()
+    for name in "ab":
+        machines.image(tmp_path / f"{name}.raw", SIZE)
+    with (
+        machines.storage_daemon(
+            there,
+            "--blockdev", f"raw,node-name=b,file.driver=file,file.filename={tmp_path}/b.raw",
+            "--export", "vhost-user-blk,id=b,node-name=b,writable=on,addr.type=unix,"
+            f"addr.path={there}/vhost.sock",
+        ),
+        machines.qemu(
+            tmp_path,
+            "-object", "memory-backend-memfd,id=memory,size=64M,share=on",
+            "-machine", "memory-backend=memory",
+            "-blockdev", f"raw,node-name=A,file.driver=file,file.filename={tmp_path}/a.raw",
+            "-device", "virtio-blk,drive=A,id=vda",
+            "-chardev", f"socket,id=there,path={there}/vhost.sock",
+            "-device", "vhost-user-blk-pci,chardev=there,id=vdb",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        before = machine.state()
+        for disks in "", '<disk name="vda"/>', '<disk name="vdb"/>':
+            with pytest.raises(virtbackup.Error, match=r"'vdb' is not one that QEMU .*-blk-pci"):
+                dom.backupStart(xml(tmp_path, disks))
+        assert machine.state() == before
+        dom.backupStart(xml(tmp_path, '<disk name="vdb" present="no"/>'))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vda") == bytes(SIZE)
+        dom.backupStop()
 
 
 def test_a_drive_that_goes_with_its_device(tmp_path: pathlib.Path) -> None:

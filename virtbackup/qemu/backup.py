@@ -233,6 +233,11 @@ class BlockState:
     """Every node, where they were asked for."""
     strangers: tuple[block.Disk, ...] = ()
     """The drives of the guest that those who give the disks their names do not know."""
+    passed_through: frozenset[str] = frozenset()
+    """The disks that are SCSI devices of the host which the guest itself gives their commands."""
+    elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Devices of the guest whose disks QEMU does not read and write, but another process or the
+    kernel: id -> type. Where somebody else gives the disks their names, it is his to tell."""
 
     def backups(self) -> frozenset[naming.BackupId]:
         """The backups of which QEMU shows a job, an export or a node."""
@@ -578,6 +583,7 @@ def _check_disk(
 ) -> None:
     """Refuse what cannot be backed up, or not as it is WANTED."""
     _check_size(wanted.name, medium)
+    _check_passed_through(wanted.name, state)
     _check_image(wanted.name, medium, state)
     _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
@@ -592,6 +598,17 @@ def _check_size(target: str, medium: block.Medium) -> None:
         raise _unsupported(
             f"disk '{target}' of {medium.size} bytes is larger than a scratch image can be:"
             f" {qcow2.MAX_SIZE} bytes"
+        )
+
+
+def _check_passed_through(target: str, state: BlockState) -> None:
+    """Refuse a SCSI device that is passed through: what the guest writes to it is seen by no job
+    and by no bitmap, and below a job's filter QEMU refuses all that it asks of it."""
+    if target in state.passed_through:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{target}' is a SCSI device that is passed through to the guest, of whose writes"
+            ' QEMU knows nothing: leave it out (present="no")',
         )
 
 

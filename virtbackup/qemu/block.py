@@ -132,7 +132,7 @@ def parse_block(reply: Any, targets: Mapping[str, str] | None = None) -> tuple[D
     taken: set[str] = set()
     for item in _items(reply):
         qdev, drive = _name(item, "qdev"), _name(item, "device")
-        if re.match(r"/machine/system\.flash\d", qdev) or re.match(r"pflash\d", drive):
+        if re.match(r"/machine/[a-z]+\.flash\d", qdev) or re.match(r"pflash\d", drive):
             continue
         inserted = item.get("inserted")
         medium = None if inserted is None else _parse_medium(inserted)

@@ -31,6 +31,8 @@ class Sight:
     """The guest is paused since a drive met an error, and was not so at the start already."""
     unreadable: Mapping[naming.NodeName, str] = dataclasses.field(default_factory=dict)
     """Frozen disks that were tried and cannot be read, with the reason."""
+    lasting: frozenset[naming.ExportId] = frozenset()
+    """Exports that are there after they were to end."""
     graph: block.Graph | None = None
     """None where it cannot be asked for."""
     nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
@@ -179,6 +181,8 @@ def _export_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     export = sight.exports.get(disk.export)
     if export is None or export.shutting_down:
         return "its export was removed before the backup was stopped"
+    if disk.export in sight.lasting:
+        return "its export cannot be ended, and a client of it may read what is written by now"
     if naming.backup_of(export.node) is None:
         return f"its export shows node '{export.node}' in place of the frozen disk"
     return None

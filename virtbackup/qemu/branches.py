@@ -191,7 +191,7 @@ def _told_disk(target: str, line: branch.Line) -> backup_conf.BranchDisk:
 
 
 def create(session: domain.Session, state: backup.BlockState, name: str, at: naming.Point) -> None:
-    """Begin branch NAME at one instant on every disk that a backup takes by itself; AT, but for
+    """Begin branch NAME at one instant on every disk that a backup can have; AT, but for
     the disks' sizes and names, is its first point.
 
     Errors: VIR_ERR_CONFIG_UNSUPPORTED where there is something of that name, or no disk;
@@ -200,7 +200,7 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     """
     lines = {}
     for disk in state.disks:
-        if disk.medium is None or disk.medium.readonly:
+        if disk.medium is None or disk.medium.readonly or disk.target in state.passed_through:
             continue
         backup.check_owned(disk, state.graph)
         images = state.images(disk.medium.node)

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import libvirt
 
@@ -33,6 +35,11 @@ STREAM_PATIENCE = 5.0
 _STREAM_POLL = 0.02
 
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
+_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
+"""Where QEMU has its devices, those with an id and those without."""
+_PASSED_THROUGH = frozenset({"scsi-block", "scsi-generic"})
+_ELSEWHERE = re.compile(r"(vhost-user-(blk|scsi)|vhost-scsi)(-|$)")
+"""Types of devices whose disks QEMU does not read and write itself."""
 _URL = bytes.fromhex("6ba7b8119dad11d180b400c04fd430c8")
 """The namespace of URLs, by RFC 4122."""
 
@@ -169,7 +176,13 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
-    replies = iter(qemu.execute_all(queries))
+    # Whoever gives the disks their names tells of these devices, too.
+    lists = []
+    if caps.devices and "qom-list" in caps.commands and session.known is None:
+        lists = list(map(monitor_json.qom_list, _DEVICES))
+    told = qemu.execute_each([*queries, *lists])
+    types = _types(told[len(queries) :])
+    replies = iter(monitor.all_done(told[: len(queries)]))
     running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
@@ -202,7 +215,38 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     if bitmaps or (wanted and named_nodes_are_safe(qemu, caps)):
         nodes = named_nodes(qemu, caps)
     return backup.BlockState(
-        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers
+        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers,
+        passed_through(disks, session.known, types),
+        {path.rpartition("/")[2]: type for path, type in types.items() if _ELSEWHERE.match(type)},
+    )  # fmt: skip
+
+
+def _types(lists: Iterable[Any]) -> dict[str, str]:
+    """A device's place in QEMU's object tree -> its type. LISTS are of ``_DEVICES``."""
+    types: dict[str, str] = {}
+    for place, told in zip(_DEVICES, lists, strict=False):
+        match told:
+            case monitor_json.CommandFailed(error_class="DeviceNotFound"):
+                pass  # no such device was ever made
+            case monitor_json.CommandFailed():
+                raise told
+            case _:
+                children = monitor_json.parse_children(told)
+                types |= {f"{place}/{name}": type for name, type in children.items()}
+    return types
+
+
+def passed_through(
+    disks: Iterable[block.Disk],
+    known: Iterable[domain_conf.DiskDef] | None,
+    types: Mapping[str, str],
+) -> frozenset[str]:
+    """As ``backup.BlockState``; TYPES of devices by their places, or KNOWN as libvirt has it."""
+    luns = {disk.target for disk in known or () if disk.device == "lun"}
+    return frozenset(
+        disk.target
+        for disk in disks
+        if disk.target in luns or types.get(disk.qom_path or "") in _PASSED_THROUGH
     )
 
 
@@ -241,8 +285,16 @@ def check_known(
             f"device '{drive.target}' of QEMU writes '{drive.medium.filename}' and is no disk of"
             ' the domain\'s XML: leave it out by that name (present="no")',
         )
+    for name, type in state.elsewhere.items():
+        if name not in left_out:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+                f"disk '{name}' is not one that QEMU itself reads and writes (a device of type"
+                f" '{type}'): leave it out (present=\"no\")",
+            )
     known = {disk.target for disk in (session.known or ())} - found
-    elsewhere = left_out & (known | {drive.target for drive in state.strangers})
+    strangers = {drive.target for drive in state.strangers}
+    elsewhere = left_out & (known | strangers | set(state.elsewhere))
     disks = tuple(disk for disk in wanted.disks if disk.name not in elsewhere)
     return dataclasses.replace(wanted, disks=disks)
 

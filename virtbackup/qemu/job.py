@@ -193,8 +193,9 @@ class BackupJob:
 
     def give_up(self, id: naming.BackupId, reason: str) -> bool:
         """End backup ID for the guest's sake; its stop will tell REASON. Whether it is over: not
-        where QEMU is gone, of which the stop will tell why. Where its status cannot be had it ends
-        all the same, if it was begun here. Errors: the monitor's; Unusable."""
+        where QEMU is gone, or another one runs, of which the stop will tell why. Where its status
+        cannot be had it ends all the same, if it was begun here. Errors: the monitor's,
+        sweep.ClientStuck; Unusable."""
         try:
             with self._file.locked():
                 running = self._load_known()
@@ -215,17 +216,30 @@ class BackupJob:
         return True
 
     def _given_up(self, running: status.Status, reason: str) -> status.Status | None:
-        """RUNNING, once it is out of QEMU for REASON; None where that is gone."""
+        """RUNNING, once it is out of QEMU for REASON; None where that is gone, or another one."""
         try:
-            with self._connect() as session:
-                cleanup.sweeper_of(session, running).stop_saving()
-                _, rest = cleanup.take_out(session, running)
+            rest = self._take_out(running)
         except monitor.NotListening:
+            return None
+        except monitor.NoAnswer as failure:
+            if not _rescue(running, failure):
+                raise
+            rest = self._take_out(running)
+        if rest is None:
             return None
         cleanup.remove_files(running)
         disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
         server = cleanup.NBD_SERVER in rest
         return dataclasses.replace(running, given_up=reason, server=server, disks=disks)
+
+    def _take_out(self, running: status.Status) -> list[str] | None:
+        """Let the guest write freely, and take RUNNING out of QEMU: what is still there. None:
+        another QEMU runs. Errors: the monitor's, sweep.ClientStuck."""
+        with self._connect() as session:
+            if session.restarted_since(running.qemu):
+                return None
+            cleanup.sweeper_of(session, running).stop_saving()
+            return cleanup.take_out(session, running)[1]
 
     def note_end(self, id: naming.BackupId, reason: str) -> None:
         """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
@@ -623,6 +637,7 @@ class BackupJob:
         sight = dataclasses.replace(
             verdict.with_nodes(session, running, after, is_last=True),
             exports=before.exports,
+            lasting=frozenset(after.exports or ()),
             io_error=before.io_error or after.io_error,
             unreadable=verdict.unreadable(session, running, after),
         )

@@ -210,6 +210,15 @@ def qom_list(path: str) -> Command:
     return _command("qom-list", path=path)
 
 
+def parse_children(reply: Any) -> dict[str, str]:
+    """A ``qom-list``: what is within the object, by name -> its type."""
+    return {
+        _str(item, "name"): type.removeprefix("child<").removesuffix(">")
+        for item in _list(reply)
+        if (type := _str(item, "type")).startswith("child<")
+    }
+
+
 def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
     """The ids of the iothreads in a ``qom-list`` of ``/objects``."""
     return tuple(

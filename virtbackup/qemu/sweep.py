@@ -21,6 +21,7 @@ from virtbackup import errors
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     block,
+    blockjob,
     capabilities,
     dialect,
     domain,
@@ -40,6 +41,8 @@ _LOOK_AGAIN = 0.05
 """Seconds after which to ask again even though no event came."""
 
 _CONCLUDED = "concluded"
+_LASTING = blockjob.RUNNING | {_CONCLUDED}
+"""The statuses that a job keeps until somebody ends or dismisses it."""
 
 Exports = Mapping[naming.ExportId, monitor_json.Export]
 Name = TypeVar("Name", bound=str)
@@ -79,11 +82,12 @@ class Sweeper:
         """End our exports, whose clients are disconnected (see ``end_clients``). KNOWN are all that
         there are, where that is known.
 
-        Returns when they are gone, or after TIMEOUT. Where exports cannot be asked for, nothing:
-        they end with the server.
+        Returns when they are gone, but for those that QEMU refuses to end, or after TIMEOUT. Where
+        exports cannot be asked for, nothing: they end with the server.
         """
         exports = self._own_exports() if known is None else self._ours_of(known)
         removed: list[str] = []
+        refused: set[naming.ExportId] = set()
         for attempt in self._attempts():
             if not exports:
                 break
@@ -95,7 +99,9 @@ class Sweeper:
                 monitor_json.query_block_exports(),
             )
             removed += [f"export '{one.id}'" for one, gone in zip(ended, done, strict=True) if gone]
-            exports = self._ours_of(monitor_json.parse_exports(told))
+            refused |= {one.id for one, gone in zip(ended, done, strict=True) if not gone}
+            left = self._ours_of(monitor_json.parse_exports(told))
+            exports = [export for export in left if export.id not in refused]
         return removed
 
     def server(self, known: Exports | None = None) -> tuple[list[str], bool]:
@@ -172,19 +178,25 @@ class Sweeper:
         return left
 
     def jobs(self) -> list[str]:
-        """Cancel our jobs and dismiss them. Returns when they are gone."""
+        """Cancel our jobs and dismiss them. Returns when they are gone, but for those of which QEMU
+        refuses that, and after TIMEOUT."""
         ended: dict[naming.JobId, None] = {}
-        jobs = self._own_jobs()
+        refused: dict[naming.JobId, str] = {}
+        left = jobs = self._own_jobs()
         for _ in self._attempts():
             if not jobs:
                 break
             ending = [job for job in jobs if job.status == _CONCLUDED or job.id not in ended]
             if not ending:
                 self._wait("JOB_STATUS_CHANGE")
-            _, told = self._execute_each(map(self._end_job, ending), self._dialect.query_jobs())
+            done, told = self._execute_each(map(self._end_job, ending), self._dialect.query_jobs())
             ended |= dict.fromkeys(job.id for job in ending)
-            jobs = self._ours_of(self._dialect.parse_jobs(told))
-        return [f"job '{id}'" for id in ended]
+            refused |= {job.id: job.status for job, ok in zip(ending, done, strict=True) if not ok}
+            left = self._ours_of(self._dialect.parse_jobs(told))
+            # One that is about to end refuses, too, and has another status before long.
+            jobs = [j for j in left if refused.get(j.id) != j.status or j.status not in _LASTING]
+        still = {job.id for job in left}
+        return [f"job '{id}'" for id in ended if id not in still]
 
     def _end_job(self, job: monitor_json.Job) -> monitor_json.Command:
         """Dismiss one that has ended, cancel another."""
@@ -222,7 +234,11 @@ class Sweeper:
 
     def stop_saving(self) -> None:
         """The fastest way to let the guest write freely again: cut the exports off and cancel the
-        jobs, without waiting for either. What is read from now on is not the frozen disk."""
+        jobs, without waiting for either. What is read from now on is not the frozen disk.
+
+        Errors: ClientStuck, with nothing done.
+        """
+        self.end_clients()
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
             *(self._dialect.job_cancel(job) for job in self._own_jobs()),

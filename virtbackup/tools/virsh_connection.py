@@ -154,15 +154,27 @@ def _ignore(context: object, error: object) -> None:
     pass
 
 
+class _Warnings(logging.Handler):
+    """Tells what is logged as the shell's own warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        vsh.warn(record.getMessage())
+
+
+_WARNINGS = _Warnings()
+
+
 def set_logging(level: int | None, path: str | None = None) -> None:
     """Log from LEVEL on, 0 (debug) to 4 (error), to standard error or to the end of the file at
     PATH.
 
-    Neither: nothing at all, for standard error is where users look for one line of error. A path
+    Neither: nothing at all, for standard error is where users look for one line of error, but of
+    what is left of a backup that was ended, which no error tells. A path
     alone: all from 0 on. Errors: Failure when the file cannot be written.
     """
     if level is None and path is None:
         logging.getLogger("virtbackup").addHandler(logging.NullHandler())
+        logging.getLogger("virtbackup.qemu.cleanup.left").addHandler(_WARNINGS)
         return
     levels = (logging.DEBUG, logging.INFO, logging.INFO, logging.WARNING, logging.ERROR)
     handler: logging.Handler = logging.StreamHandler()

@@ -634,9 +634,7 @@ class Shell(Generic[Control]):
 
     def warn(self, message: str) -> None:
         """Tell what may go wrong in one line; what is already printed comes first."""
-        with contextlib.suppress(Failure):
-            flush()
-        _write_error(f"{_marked('warning:', _YELLOW)} {one_line(message)}\n")
+        warn(message)
 
     def print_table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns; a quiet shell leaves the header out, and the room for it."""
@@ -708,6 +706,13 @@ def _write(stream: TextIO, text: str, flush: bool = False) -> None:
         if isinstance(error, BrokenPipeError):
             raise OutputClosed from error
         raise Failure(f"cannot write output: {error.strerror}") from error
+
+
+def warn(message: str) -> None:
+    """As ``Shell.warn``."""
+    with contextlib.suppress(Failure):
+        flush()
+    _write_error(f"{_marked('warning:', _YELLOW)} {one_line(message)}\n")
 
 
 def _write_error(text: str) -> None:
