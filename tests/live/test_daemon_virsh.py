@@ -13,11 +13,13 @@ import pytest
 
 from tests import daemon_scene
 from tests.live import libvirtd, nbdclient
+from virtbackup.conf import native_conf
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "nbdcopy")
 
 NAME = "vm"
 CLUSTER = libvirtd.CLUSTER
+ANY_PORT = "<domainbackup mode='pull'/>"
 
 
 @dataclasses.dataclass
@@ -178,14 +180,30 @@ def _without_numbers(text: str) -> str:
 
 
 def test_the_document_of_a_running_backup(served: Served, pull: str) -> None:
-    served.virsh(served.ours, "backup-begin", NAME, pull)
+    """As libvirtd tells it, but for the format of the scratch image and its number."""
+    told = []
+    for uri in (served.theirs, served.ours):
+        served.virsh(uri, "backup-begin", NAME, pull)
+        try:
+            shown = served.virsh(uri, "backup-dumpxml", NAME)
+        finally:
+            served.virsh(uri, "domjobabort", NAME)
+        libvirtd.wait_for(lambda uri=uri: "None" in served.virsh(uri, "domjobinfo", NAME))  # type: ignore[misc]
+        document = native_conf.BackupDef.parse(shown)
+        told.append([dataclasses.replace(disk, driver=None, index=None) for disk in document.disks])
+        assert document.server == native_conf.UnixServer(f"{served.directory}/nbd.sock")
+    assert told[1] == told[0]
+
+
+def test_the_port_that_was_picked_is_told(served: Served) -> None:
+    served.virsh(served.ours, "backup-begin", NAME, served.file("any.xml", ANY_PORT))
     try:
         shown = served.virsh(served.ours, "backup-dumpxml", NAME)
+        port = native_conf.BackupDef.parse(shown).server.port  # type: ignore[union-attr]
+        uri = f"nbd://localhost:{port}/vda"
+        subprocess.run(["nbdinfo", "--size", uri], check=True, capture_output=True)
     finally:
         served.virsh(served.ours, "domjobabort", NAME)
-    assert '<domainbackup mode="pull">' in shown
-    assert f'socket="{served.directory}/nbd.sock"' in shown
-    assert '<disk name="vda" backup="yes" type="file"' in shown
 
 
 def test_checkpoints_by_virsh(served: Served) -> None:

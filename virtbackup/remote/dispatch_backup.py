@@ -195,19 +195,7 @@ def native_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.
     found = session.domain(args.dom, function)
     document = found.call(function, "domain_backup_get_xml_desc", 0)
     live = backup_conf.BackupDef.parse(document)
-    live = dataclasses.replace(live, advance=None, fork=None)
-    if not any(disk.type == "incremental" for disk in live.disks):
-        live = dataclasses.replace(live, branch=None)
-    plain = tuple(dataclasses.replace(disk, granularity=None) for disk in live.disks)
-    live = dataclasses.replace(live, disks=tuple(map(_without_directory, plain)))
-    return structs.XmlRet(translate.to_native(live, lambda: definition_of(found)).format())
-
-
-def _without_directory(disk: backup_conf.BackupDiskDef) -> backup_conf.BackupDiskDef:
-    """An image that has no name has none in libvirt's dialect."""
-    if disk.source is None or disk.source.file is not None:
-        return disk
-    return dataclasses.replace(disk, source=None)
+    return structs.XmlRet(translate.running_to_native(live).format())
 
 
 @handles(REMOTE, "DOMAIN_ABORT_JOB")
