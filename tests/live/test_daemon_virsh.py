@@ -91,6 +91,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "list --all", "list --name", "list --uuid", "list --inactive", "list --state-running",
         "list --transient --table", "list --persistent", "list --with-snapshot",
         "list --without-snapshot", "list --with-checkpoint", "list --without-checkpoint",
+        "list --all --without-checkpoint", "list --all --with-checkpoint --without-checkpoint",
         "dominfo vm", "domstate vm --reason",
         "domid vm", "domuuid vm", "domname 1", "dumpxml vm", "dumpxml vm --security-info",
         "domblklist vm", "domblklist vm --details", "domblkinfo vm vda",
@@ -121,7 +122,9 @@ def _comparable(text: str) -> str:
         "checkpoint-dumpxml vm nope", "checkpoint-delete vm nope", "checkpoint-parent vm nope",
         "domblkinfo vm nope", "checkpoint-info vm nope",
         "domjobinfo off", "domjobinfo off --rawstats", "domjobabort off", "suspend off",
-        "domblkstat off vda", "domblkinfo off nope",
+        "domblkstat off vda", "domblkinfo off nope", "backup-begin off", "checkpoint-create off",
+        "checkpoint-create-as vm x --diskspec vda --diskspec sdb --diskspec vda",
+        "checkpoint-create-as vm x --diskspec sdc", "checkpoint-create-as vm x --diskspec vdz",
     ],
 )  # fmt: skip
 def test_the_same_error(served: Served, command: str) -> None:
@@ -208,6 +211,8 @@ def test_the_port_that_was_picked_is_told(served: Served) -> None:
 
 def test_checkpoints_by_virsh(served: Served) -> None:
     served.virsh(served.ours, "checkpoint-create-as", NAME, "one")
+    again = served.virsh(served.ours, "checkpoint-create-as", NAME, "one", status=1)
+    assert again == "error: operation failed: domain moment one already exists\n"
     served.domain.write("vda", 3)
     served.virsh(served.ours, "checkpoint-create-as", NAME, "two")
     served.domain.write("vda", 5)

@@ -155,6 +155,7 @@ def backup_begin(session: Session, args: structs.DomainBackupBeginArgs) -> None:
     function = "virDomainBackupBegin"
     errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
+    check_can(found, "perform disk backup")
     definition = _definition(found, args.backup_xml)
     if definition.branch is not None:
         checkpoint.by_name(found, definition.branch)
@@ -221,6 +222,14 @@ def _abort(session: Session, dom: remote_types.NonnullDomain, function: str) -> 
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID, "no job is active on the domain"
         ) from failure
+
+
+def check_can(found: domains.Found, what: str) -> None:
+    """Errors: VIR_ERR_OPERATION_UNSUPPORTED, in libvirt's words, for a domain that does not run."""
+    if found.ref.id is None:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED, f"cannot {what} for inactive domain"
+        )
 
 
 def _check_runs(found: domains.Found) -> None:
