@@ -137,6 +137,7 @@ def null_arg(function: str, argument: str) -> Error:
 def check_flags(function: str, flags: int, known: int) -> None:
     """Errors: VIR_ERR_INVALID_ARG for FLAGS that are not KNOWN (virCheckFlags)."""
     if unknown := flags & ~known:
+        unknown %= 1 << max(32, flags.bit_length())  # as an unsigned number, also where negative
         text = f"unsupported flags (0x{unknown:x}) in function {function}"
         raise invalid_arg(function, "flags", text)
 
