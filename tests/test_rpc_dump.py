@@ -316,3 +316,16 @@ def test_descriptors_that_are_lost_end_the_connection(tmp_path: pathlib.Path) ->
                 resource.setrlimit(resource.RLIMIT_NOFILE, before)
         dumping.join(daemon_scene.DEADLINE)
     assert told.words[1:] == ["1 -> no message: descriptors were lost on the way", "1 closed"]
+
+
+def test_half_a_message_is_told(tmp_path: pathlib.Path) -> None:
+    addresses = [transport.Address("unix", path=str(tmp_path / name)) for name in ("there", "here")]
+    told = _Told()
+    with transport.listen(addresses[0]), transport.listen(addresses[1]) as listening:
+        with transport.connected(addresses[1]) as client:
+            client.sendall(LOOKUP.encode() + LOOKUP.encode()[:11])
+        virsh_rpc.Proxy(told, addresses[0]).serve(listening, 1)
+    assert told.words == [
+        "1 connected", f"1 -> {len(LOOKUP.payload)}",
+        "1 -> no message: 11 bytes of one that did not come whole", "1 closed",
+    ]  # fmt: skip

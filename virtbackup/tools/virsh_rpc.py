@@ -243,6 +243,7 @@ class _Way:
         data, fds = transport.read(self._source)
         try:
             if not data:
+                self._tell_of_half_a_message()
                 return False
             self._show(data, fds)
             # Descriptors come with the byte that is theirs, which is the last that was read.
@@ -254,6 +255,11 @@ class _Way:
             for fd in fds:
                 os.close(fd)
         return True
+
+    def _tell_of_half_a_message(self) -> None:
+        if self._parser is not None and (held := self._parser.held_bytes):
+            problem = f"{held} bytes of one that did not come whole"
+            self._proxy.telling.unreadable(self._number, self._direction, problem)
 
     def _show(self, data: bytes, fds: list[int]) -> None:
         from virtbackup.remote import rpc
