@@ -128,6 +128,8 @@ REFUSED: list[tuple[Any, int, str]] = [
      f"unsupported flags (0xfc) in function {START}"),
     (lambda: up().backupStart("<x/>", -1), libvirt.VIR_ERR_INVALID_ARG,
      f"unsupported flags (0xfffffffc) in function {START}"),
+    (lambda: up().backupStart("<x/>", 1 << 40), libvirt.VIR_ERR_INVALID_ARG,
+     f"unsupported flags (0x10000000000) in function {START}"),
     (lambda: up().backupStop(2), libvirt.VIR_ERR_INVALID_ARG,
      "unsupported flags (0x2) in function virDomainBackupStop"),
     (lambda: up().backupStart(None), libvirt.VIR_ERR_INVALID_ARG,  # type: ignore[arg-type]
@@ -184,6 +186,16 @@ def test_refused_in_libvirts_words(call: Any, code: int, text: str) -> None:
     assert caught.value.get_error_code() == code
     assert caught.value.get_error_message() == str(caught.value) == text
     assert caught.value.get_error_level() == libvirt.VIR_ERR_ERROR
+
+
+@pytest.mark.parametrize("value", [5, b"x", ["x"], pathlib.Path("/x")])
+def test_what_is_no_text(value: Any) -> None:
+    """The type's error, as in libvirt-python."""
+    domain = up()
+    connection = domain.connect()
+    for call in (domain.backupStart, connection.lookupByName, connection.lookupByUUIDString):
+        with pytest.raises(TypeError, match="must be str, not"):
+            call(value)
 
 
 def test_a_closed_connection() -> None:

@@ -5,8 +5,9 @@ import dataclasses
 import pathlib
 
 import pytest
+from hypothesis import given
 
-from tests import datacases
+from tests import datacases, odd_documents
 from tests.test_backup_conf import name, refusal
 from virtbackup import errors
 from virtbackup.conf import checkpoint_conf
@@ -37,6 +38,20 @@ def test_invalid(case: pathlib.Path) -> None:
     with pytest.raises(errors.Error) as caught:
         checkpoint_conf.CheckpointDef.parse(case.read_text())
     datacases.check(case.with_suffix(".err"), refusal(caught.value))
+
+
+@given(
+    odd_documents.mutated(
+        [path.read_text() for path in datacases.inputs("checkpointxmldata", "*/*.xml")],
+        odd_documents.pieces,
+    )
+)
+def test_a_spoilt_document_is_read_or_refused(document: str) -> None:
+    try:
+        parsed = checkpoint_conf.CheckpointDef.parse(document)
+    except errors.Error:
+        return
+    assert checkpoint_conf.CheckpointDef.parse(parsed.format()) == parsed
 
 
 def test_all_that_is_known_is_told() -> None:

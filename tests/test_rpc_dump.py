@@ -5,17 +5,31 @@ import datetime
 import json
 import math
 import os
+import pathlib
+import resource
+import socket
+import threading
 from typing import Any
 
 import libvirt
 import pytest
 
-from tests import rpc_server, strict_json
+from tests import daemon_scene, rpc_server, strict_json
 from virtbackup import errors
-from virtbackup.remote import dump, keepalive, program, remote_types, rpc, rpc_error, xdr
+from virtbackup.remote import (
+    dump,
+    keepalive,
+    program,
+    remote_types,
+    rpc,
+    rpc_error,
+    transport,
+    xdr,
+)
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.program import MessageType
 from virtbackup.remote.protocol import QEMU, REMOTE, VIRTBACKUP
+from virtbackup.tools import virsh_rpc
 
 VM = rpc_server.VM
 LOOKUP = rpc.call(REMOTE, "DOMAIN_LOOKUP_BY_NAME", 5, structs.DomainLookupByNameArgs("v\nm"))
@@ -222,3 +236,96 @@ def test_facts_of_a_union() -> None:
     assert (one["field"], one["value"]["type"]) == ("a", 5)
     assert math.isnan(one["value"]["value"])  # null, once it is printed
     assert other["value"] == {"type": 7, "value": 'passwd="(hidden)"'}
+
+
+class _Told(virsh_rpc._Text):
+    """What a proxy has told, without the messages themselves."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def message(self, client: int, direction: dump.Direction, message: rpc.Message) -> None:
+        self.words.append(f"{client} {direction} {len(message.payload)}")
+
+    def _print(self, text: str) -> None:
+        self.words.append(text)
+
+
+def _received(connected: socket.socket, count: int) -> int:
+    """How many of COUNT bytes have come."""
+    left = count
+    while left and (data := connected.recv(1 << 16)):
+        left -= len(data)
+    return count - left
+
+
+def test_who_reads_once_he_has_spoken_is_heard(tmp_path: pathlib.Path) -> None:
+    """A server that reads no more until what it says is read, as libvirtd where a client has five
+    calls under way; and a client that says on."""
+    data = rpc_server.raw(NOBODY, 1, MessageType.MESSAGE, 1, bytes(1 << 20)).encode() * 4
+    addresses = [transport.Address("unix", path=str(tmp_path / name)) for name in ("there", "here")]
+    told = _Told()
+    received = []
+
+    def serve() -> None:
+        connected, _ = server.accept()
+        with connected:
+            connected.sendall(data)
+            received.append(_received(connected, len(data)))
+
+    def dumping() -> None:
+        virsh_rpc.Proxy(told, addresses[0]).serve(listening, 1)
+
+    with (
+        transport.listen(addresses[0]) as server,
+        transport.listen(addresses[1]) as listening,
+        transport.connected(addresses[1], daemon_scene.DEADLINE) as client,
+    ):
+        threads = [threading.Thread(target=what, daemon=True) for what in (serve, dumping)]
+        threads.append(threading.Thread(target=client.sendall, args=(data,), daemon=True))
+        for thread in threads:
+            thread.start()
+        received.append(_received(client, len(data)))
+        for thread in threads:
+            thread.join(daemon_scene.DEADLINE)
+    assert received == [len(data)] * 2
+    assert sorted(told.words) == sorted(
+        ["1 connected", *[f"1 -> {1 << 20}", f"1 <- {1 << 20}"] * 4, "1 closed"]
+    )
+
+
+def test_descriptors_that_are_lost_end_the_connection(tmp_path: pathlib.Path) -> None:
+    addresses = [transport.Address("unix", path=str(tmp_path / name)) for name in ("there", "here")]
+    told = _Told()
+    with (
+        transport.listen(addresses[0]),
+        transport.listen(addresses[1]) as listening,
+        transport.connected(addresses[1], daemon_scene.DEADLINE) as client,
+    ):
+        proxy = virsh_rpc.Proxy(told, addresses[0])
+        dumping = threading.Thread(target=proxy.serve, args=(listening, 1), daemon=True)
+        dumping.start()
+        daemon_scene.wait_for(lambda: told.words == ["1 connected"])
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with pathlib.Path(os.devnull).open() as last:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1, before[1]))
+            try:
+                socket.send_fds(client, [b"x"], [last.fileno()] * 200)
+                assert client.recv(1) == b""
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        dumping.join(daemon_scene.DEADLINE)
+    assert told.words[1:] == ["1 -> no message: descriptors were lost on the way", "1 closed"]
+
+
+def test_half_a_message_is_told(tmp_path: pathlib.Path) -> None:
+    addresses = [transport.Address("unix", path=str(tmp_path / name)) for name in ("there", "here")]
+    told = _Told()
+    with transport.listen(addresses[0]), transport.listen(addresses[1]) as listening:
+        with transport.connected(addresses[1]) as client:
+            client.sendall(LOOKUP.encode() + LOOKUP.encode()[:11])
+        virsh_rpc.Proxy(told, addresses[0]).serve(listening, 1)
+    assert told.words == [
+        "1 connected", f"1 -> {len(LOOKUP.payload)}",
+        "1 -> no message: 11 bytes of one that did not come whole", "1 closed",
+    ]  # fmt: skip

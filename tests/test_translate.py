@@ -373,3 +373,44 @@ def test_an_exportbitmap_that_is_not_said_is_libvirts() -> None:
     proposal = translate.to_proposal(definition, _domain)
     [back] = [disk for disk in translate.to_native(proposal, _domain).disks if disk.backup]
     assert back == dataclasses.replace(disk, exportbitmap="backup-vda")
+
+
+def test_a_running_backup_is_told_as_libvirt_tells_one() -> None:
+    """With all that a client needs: the port that was picked, every export's name, which disks are
+    incremental to what. A disk that was plugged in meanwhile is none of it."""
+    running = backup_conf.BackupDef(
+        backup_conf.IpAddress("localhost", 48297, autoport=True),
+        disks=(
+            backup_conf.BackupDiskDef(
+                "vda", True, "incremental", storage_conf.Source(dir="/s"), 4096, "vda", "changes"
+            ),
+            backup_conf.BackupDiskDef(
+                "vdb", True, "full", storage_conf.Source("/f"), None, "root", reason="new"
+            ),
+            backup_conf.BackupDiskDef("sdc", present=False),
+        ),
+        branch="B",
+        fork="C",
+    )
+    told = translate.running_to_native(running)
+    assert native_conf.BackupDef.parse(told.format()) == told
+    assert told == native_conf.BackupDef(
+        "pull",
+        native_conf.TcpServer("localhost", 48297),
+        "B",
+        (
+            native_conf.BackupDiskDef(
+                "vda", True, "file", "incremental", "B", "vda", "changes"
+            ),
+            native_conf.BackupDiskDef(
+                "vdb", True, "file", "full", exportname="root", image=native_conf.Image("/f")
+            ),
+            native_conf.BackupDiskDef("sdc", backup=False),
+        ),
+    )  # fmt: skip
+
+
+def test_a_running_backup_that_begins_a_branch_is_full() -> None:
+    disks = (backup_conf.BackupDiskDef("vda", True, "full", exportname="vda"),)
+    running = backup_conf.BackupDef(backup_conf.UnixAddress("/x"), disks=disks, branch="B")
+    assert translate.running_to_native(running).incremental is None

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import shell_driver, waiting
+from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup, virsh_connection, virsh_pull, vsh, vsh_readline
 
@@ -494,6 +495,16 @@ def test_what_a_domain_is_called(run: Run) -> None:
     told = json.loads(run("domstate", "off", "--reason", "--json")[1])
     assert told == {"domain": "off", "state": "shut off", "reason": "unknown"}
     assert domain_conf.DomainDef.parse(run("dumpxml", "vm1")[1]).name == "vm1"
+
+
+def test_a_name_that_is_another_one_s_id(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id comes first, but where it is what is asked for."""
+    named, other = (shell_driver.UUID.format(number) for number in (1, 2))
+    domains = hypervisor.DomainRef("2", named, 7), hypervisor.DomainRef("vm", other, 2)
+    monkeypatch.setattr(shell_driver, "DOMAINS", domains)
+    assert run("domid", "2") == (0, "7\n", "")
+    assert run("domuuid", "2") == (0, f"{other}\n", "")
+    assert run("domid", "7") == (0, "7\n", "")
 
 
 def test_dominfo(run: Run) -> None:

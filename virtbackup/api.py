@@ -149,13 +149,13 @@ class Connection:
     def lookupByName(self, name: str) -> "Domain":
         """The domain called NAME. Errors: VIR_ERR_NO_DOMAIN."""
         function = "virDomainLookupByName"
-        _check_not_none(function, name=name)
+        _check_text(function, name=name)
         return self._lookup(function, f"no domain with matching name '{name}'", name=name)
 
     def lookupByUUIDString(self, uuidstr: str) -> "Domain":
         """The domain of that UUID. Errors: VIR_ERR_NO_DOMAIN, VIR_ERR_INVALID_ARG."""
         function = "virDomainLookupByUUIDString"
-        _check_not_none(function, uuidstr=uuidstr)
+        _check_text(function, uuidstr=uuidstr)
         if not re.fullmatch(r"[0-9a-fA-F-]{32,36}", uuidstr):
             raise errors.invalid_arg(function, "uuidstr", "Invalid UUID")
         import uuid  # slow to load, and few ask by one
@@ -337,7 +337,7 @@ class Domain:
         function = "virDomainBackupStart"
         start = self._call(function, "domain_backup_start")
         errors.check_flags(function, flags, START_FLAGS)
-        _check_not_none(function, xmlDesc=xmlDesc)
+        _check_text(function, xmlDesc=xmlDesc)
         start(self._ref, xmlDesc, flags)
         return 0
 
@@ -398,7 +398,7 @@ class Domain:
         function = "virDomainBranchCreate"
         create = self._call(function, "domain_branch_create")
         errors.check_flags(function, flags, 0)
-        _check_not_none(function, name=name)
+        _check_text(function, name=name)
         create(self._ref, name, flags)
         return 0
 
@@ -411,12 +411,21 @@ class Domain:
         function = "virDomainBranchDelete"
         delete = self._call(function, "domain_branch_delete")
         errors.check_flags(function, flags, 0)
-        _check_not_none(function, name=name)
+        _check_text(function, name=name)
         delete(self._ref, name, flags)
         return 0
 
     def _call(self, function: str, method: str) -> Callable[..., Any]:
         return self._connection._hook(function, method, libvirt.VIR_FROM_DOMAIN)
+
+
+def _check_text(function: str, **arguments: object) -> None:
+    """Errors: VIR_ERR_INVALID_ARG for None; TypeError, as libvirt-python's, for what is no text."""
+    _check_not_none(function, **arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise TypeError(f"{function}() argument {name} must be str, not {kind}")
 
 
 def _check_not_none(function: str, **arguments: object) -> None:

@@ -1353,5 +1353,22 @@ def test_branches_while_the_first_backup_runs(
     one.start()
     assert one.branches() == {}
     assert one.foreign() == {}
+    _neither_made_nor_removed(one, "b")
     one.stop()
     assert one.branches()["b", "vda"].reason is None
+    with one.domain() as domain:
+        document = one.document("b", "incremental", ("vda",), None)
+        domain.backupStart(document.replace('name="b"', 'name="b" fork="c"'))
+        assert 'fork="c"' in domain.backupGetXMLDesc()
+    _neither_made_nor_removed(one, "c")
+    one.stop()
+    assert one.branches()["c", "vda"].reason is None
+
+
+def _neither_made_nor_removed(one: branched.Client, branch: str) -> None:
+    """While a backup runs that begins the branch, which would not be good then."""
+    with one.domain() as domain:
+        for call in (domain.branchCreate, domain.branchDelete):
+            with pytest.raises(virtbackup.Error, match="is running: stop it first") as refused:
+                call(branch)
+            assert refused.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID

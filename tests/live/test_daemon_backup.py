@@ -272,7 +272,7 @@ def test_checkpoints(scene: Scene) -> None:
         assert "<domain " not in plain
         # What is there is taken: by one of ours, and by somebody else.
         code, text = daemon_scene.code_of(dom.checkpointCreateXML, checkpoint("a"))
-        assert code == libvirt.VIR_ERR_OPERATION_INVALID, text
+        assert code == libvirt.VIR_ERR_OPERATION_FAILED, text  # as libvirtd has it
         code, text = daemon_scene.code_of(dom.checkpointCreateXML, checkpoint("theirs"))
         assert code == libvirt.VIR_ERR_CONFIG_UNSUPPORTED, text
         assert "theirs" in text

@@ -13,11 +13,13 @@ import pytest
 
 from tests import daemon_scene
 from tests.live import libvirtd, nbdclient
+from virtbackup.conf import native_conf
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "nbdcopy")
 
 NAME = "vm"
 CLUSTER = libvirtd.CLUSTER
+ANY_PORT = "<domainbackup mode='pull'/>"
 
 
 @dataclasses.dataclass
@@ -89,6 +91,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "list --all", "list --name", "list --uuid", "list --inactive", "list --state-running",
         "list --transient --table", "list --persistent", "list --with-snapshot",
         "list --without-snapshot", "list --with-checkpoint", "list --without-checkpoint",
+        "list --all --without-checkpoint", "list --all --with-checkpoint --without-checkpoint",
         "dominfo vm", "domstate vm --reason",
         "domid vm", "domuuid vm", "domname 1", "dumpxml vm", "dumpxml vm --security-info",
         "domblklist vm", "domblklist vm --details", "domblkinfo vm vda",
@@ -119,7 +122,9 @@ def _comparable(text: str) -> str:
         "checkpoint-dumpxml vm nope", "checkpoint-delete vm nope", "checkpoint-parent vm nope",
         "domblkinfo vm nope", "checkpoint-info vm nope",
         "domjobinfo off", "domjobinfo off --rawstats", "domjobabort off", "suspend off",
-        "domblkstat off vda", "domblkinfo off nope",
+        "domblkstat off vda", "domblkinfo off nope", "backup-begin off", "checkpoint-create off",
+        "checkpoint-create-as vm x --diskspec vda --diskspec sdb --diskspec vda",
+        "checkpoint-create-as vm x --diskspec sdc", "checkpoint-create-as vm x --diskspec vdz",
     ],
 )  # fmt: skip
 def test_the_same_error(served: Served, command: str) -> None:
@@ -178,18 +183,36 @@ def _without_numbers(text: str) -> str:
 
 
 def test_the_document_of_a_running_backup(served: Served, pull: str) -> None:
-    served.virsh(served.ours, "backup-begin", NAME, pull)
+    """As libvirtd tells it, but for the format of the scratch image and its number."""
+    told = []
+    for uri in (served.theirs, served.ours):
+        served.virsh(uri, "backup-begin", NAME, pull)
+        try:
+            shown = served.virsh(uri, "backup-dumpxml", NAME)
+        finally:
+            served.virsh(uri, "domjobabort", NAME)
+        libvirtd.wait_for(lambda uri=uri: "None" in served.virsh(uri, "domjobinfo", NAME))  # type: ignore[misc]
+        document = native_conf.BackupDef.parse(shown)
+        told.append([dataclasses.replace(disk, driver=None, index=None) for disk in document.disks])
+        assert document.server == native_conf.UnixServer(f"{served.directory}/nbd.sock")
+    assert told[1] == told[0]
+
+
+def test_the_port_that_was_picked_is_told(served: Served) -> None:
+    served.virsh(served.ours, "backup-begin", NAME, served.file("any.xml", ANY_PORT))
     try:
         shown = served.virsh(served.ours, "backup-dumpxml", NAME)
+        port = native_conf.BackupDef.parse(shown).server.port  # type: ignore[union-attr]
+        uri = f"nbd://localhost:{port}/vda"
+        subprocess.run(["nbdinfo", "--size", uri], check=True, capture_output=True)
     finally:
         served.virsh(served.ours, "domjobabort", NAME)
-    assert '<domainbackup mode="pull">' in shown
-    assert f'socket="{served.directory}/nbd.sock"' in shown
-    assert '<disk name="vda" backup="yes" type="file"' in shown
 
 
 def test_checkpoints_by_virsh(served: Served) -> None:
     served.virsh(served.ours, "checkpoint-create-as", NAME, "one")
+    again = served.virsh(served.ours, "checkpoint-create-as", NAME, "one", status=1)
+    assert again == "error: operation failed: domain moment one already exists\n"
     served.domain.write("vda", 3)
     served.virsh(served.ours, "checkpoint-create-as", NAME, "two")
     served.domain.write("vda", 5)

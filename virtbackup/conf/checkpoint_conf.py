@@ -12,6 +12,11 @@ from lxml import etree
 
 from virtbackup.conf import xml
 
+SCHEMA = "domaincheckpoint.xsd"
+
+TEXTS = ("name", "description", "creationTime")
+"""The elements that hold text."""
+
 Kind = typing.Literal["no", "bitmap"]
 
 
@@ -41,17 +46,16 @@ class CheckpointDef:
     def parse(cls, document: str) -> "CheckpointDef":
         """Read a document; parent and creation time are for libvirt to say, and passed over.
 
-        Errors: VIR_ERR_XML_ERROR, with line and element.
+        Errors: VIR_ERR_XML_ERROR and VIR_ERR_XML_INVALID_SCHEMA, with line and element.
         """
         root = xml.parse(document, "domaincheckpoint")
         name = root.findtext("name")
         if name is not None and not name:
             raise xml.xml_error("a checkpoint's name cannot be empty", root.find("name"))
-        return cls(
-            name=name,
-            description=root.findtext("description"),
-            disks=tuple(map(_parse_disk, root.iterfind("disks/disk"))),
-        )
+        disks = tuple(map(_parse_disk, root.iterfind("disks/disk")))
+        if not xml.is_valid(root, SCHEMA):
+            raise xml.explain(root, SCHEMA, TEXTS)
+        return cls(name, root.findtext("description"), disks=disks)
 
     def format(self, domain: str | None = None) -> str:
         """The document, with the DOMAIN's own in it. Errors: VIR_ERR_XML_ERROR."""

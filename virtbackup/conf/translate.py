@@ -11,6 +11,7 @@ does not. So a document that lists disks takes the domain to be translated.
 """
 
 import contextlib
+import dataclasses
 import typing
 from collections.abc import Iterable, Iterator
 
@@ -177,6 +178,35 @@ def _native_disk(disk: backup_conf.BackupDiskDef, branch: str | None) -> native_
         exportname=None if disk.exportname == disk.name else disk.exportname,
         exportbitmap=(disk.exportbitmap or branch) if incremental else None,
         image=None if file is None else native_conf.Image(file),
+    )
+
+
+def running_to_native(definition: backup_conf.BackupDef) -> native_conf.BackupDef:
+    """A running backup as libvirt's own tells one: of each disk that takes part how and by which
+    names, of the server the port that was picked. What libvirt's own has no words for is left out.
+    """
+    address = definition.address
+    if isinstance(address, backup_conf.IpAddress):
+        address = dataclasses.replace(address, autoport=None)
+    incremental = any(disk.type == "incremental" for disk in definition.disks)
+    return native_conf.BackupDef(
+        mode="pull",
+        server=_server(address),
+        incremental=definition.branch if incremental else None,
+        disks=tuple(_running_disk(disk, definition.branch) for disk in definition.disks),
+    )
+
+
+def _running_disk(disk: backup_conf.BackupDiskDef, branch: str | None) -> native_conf.BackupDiskDef:
+    told = _native_disk(disk, branch)
+    if not disk.present:
+        return told
+    incremental = branch if disk.type == "incremental" else None
+    return dataclasses.replace(
+        told,
+        backupmode="full" if incremental is None else "incremental",
+        incremental=incremental,
+        exportname=disk.exportname,
     )
 
 

@@ -21,6 +21,7 @@ _MAX_ATTRIBUTES = 5000
 
 _SCHEMAS = pathlib.Path(__file__).parents[1] / "schemas"
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_TYPE = "{http://www.w3.org/2001/XMLSchema-instance}type"
 
 
 def xml_error(detail: str, element: etree._Element | None = None) -> errors.Error:
@@ -115,6 +116,11 @@ def explain(element: etree._Element, schema: str, texts: Collection[str] = ()) -
         path = element.getroottree().getpath(parent)
         text = f"line {parent.sourceline}: {path}: text between elements: expected elements only"
         return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, text)
+    for each in element.iter():
+        if _TYPE in each.attrib:  # xmlschema fails of one that does not fit
+            path = element.getroottree().getpath(each)
+            text = f"line {each.sourceline}: {path}: expected no xsi:type attribute"
+            return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, text)
     tree: Any = element  # of lxml, which not every version's types know
     for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(tree):
         line = found.sourceline or element.sourceline

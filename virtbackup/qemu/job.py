@@ -349,12 +349,17 @@ class BackupJob:
             return branches.told(_ask(session, left, bitmaps=True))
 
     def create_branch(self, name: str) -> None:
-        """Begin a branch without a backup. Errors: those of ``branches.create``, and
-        ``backup_conf.check_branch_name``'s."""
+        """Begin a branch without a backup. Errors: those of ``branches.create``,
+        ``backup_conf.check_branch_name``'s, and VIR_ERR_OPERATION_INVALID where a backup that runs
+        is to begin it."""
         backup_conf.check_branch_name(name)
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
-            state = _ask(session, self._file.load(), bitmaps=True)
+            left = self._file.load()
+            state = _ask(session, left, bitmaps=True)
+            known = {each.name for each in branches.told(state)}
+            if left is not None and left.advances == name and name not in known:
+                self._check_no_backup_of(name, session, state, left)
             now = naming.Point(new_id(), int(time.time()), 0)
             branches.create(session, state, name, now)
 
@@ -365,15 +370,7 @@ class BackupJob:
             _check_branches(session)
             left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
-            if (
-                left is not None
-                and left.branch == name
-                and not self._is_stale(session, state, left)
-            ):
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_INVALID,
-                    f"a backup of branch '{name}' is running: stop it first",
-                )
+            self._check_no_backup_of(name, session, state, left)
             if (left is None and state.traces()) or (left and self._is_stale(session, state, left)):
                 state = self._clear(session, left, bitmaps=True)
             branches.delete(session, state, name)
@@ -448,6 +445,23 @@ class BackupJob:
         if unsafe is not None and left is None:
             raise unsafe
         return state
+
+    def _check_no_backup_of(
+        self,
+        name: str,
+        session: domain.Session,
+        state: backup.BlockState,
+        left: status.Status | None,
+    ) -> None:
+        """Errors: VIR_ERR_OPERATION_INVALID while LEFT is of a backup of branch NAME that runs, or
+        that begins the branch."""
+        if left is None or name not in (left.branch, left.advances):
+            return
+        if not self._is_stale(session, state, left):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"a backup of branch '{name}' is running: stop it first",
+            )
 
     def _is_stale(
         self, session: domain.Session, state: backup.BlockState, left: status.Status

@@ -86,7 +86,7 @@ def name_of(wanted: checkpoint_conf.CheckpointDef, found: domains.Found) -> str:
     """The name for a new checkpoint that begins now: the time, where none is given. Waits until its
     second is not that of an earlier one, as they are told apart by that.
 
-    Errors: VIR_ERR_INVALID_ARG for one that no branch can have, VIR_ERR_OPERATION_INVALID for one
+    Errors: VIR_ERR_INVALID_ARG for one that no branch can have, VIR_ERR_OPERATION_FAILED for one
     that is there.
     """
     known = of(found)
@@ -96,7 +96,9 @@ def name_of(wanted: checkpoint_conf.CheckpointDef, found: domains.Found) -> str:
     backup_conf.check_branch_name(name)
     if any(one.name == name for one in known):
         raise errors.error(
-            libvirt.VIR_ERR_OPERATION_INVALID, f"domain moment {name} already exists"
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            f"domain moment {name} already exists",
+            domain=libvirt.VIR_FROM_DOMAIN,
         )
     for disk in wanted.disks:
         if disk.bitmap not in (None, name):
@@ -110,10 +112,16 @@ def check_disks(
 ) -> None:  # fmt: skip
     """Refuse a checkpoint that is not of just the disks that are TAKEN. Errors, by disk:
     VIR_ERR_CONFIG_UNSUPPORTED."""
-    targets = {disk.target for disk in domain.disks}
+    usable = {disk.target: disk.has_medium and not disk.readonly for disk in domain.disks}
+    listed = set()
     for disk in wanted.disks:
-        if disk.name not in targets:
+        if disk.name not in usable:
             raise _unsupported(f"no disk named '{disk.name}'")
+        if disk.name in listed:
+            raise _unsupported(f"disk '{disk.name}' specified twice")
+        listed.add(disk.name)
+        if disk.checkpoint != "no" and not usable[disk.name]:
+            raise _unsupported(f"disk '{disk.name}' is empty or readonly")
         if disk.checkpoint != "no" and disk.name not in taken:
             raise _unsupported(
                 f"disk '{disk.name}' is in checkpoint '{name}', and takes no part here"

@@ -155,6 +155,7 @@ def backup_begin(session: Session, args: structs.DomainBackupBeginArgs) -> None:
     function = "virDomainBackupBegin"
     errors.check_flags(function, args.flags, 0)
     found = session.domain(args.dom, function, BACKUP)
+    check_can(found, "perform disk backup")
     definition = _definition(found, args.backup_xml)
     if definition.branch is not None:
         checkpoint.by_name(found, definition.branch)
@@ -195,19 +196,7 @@ def native_xml_desc(session: Session, args: structs.DomainFlagsArgs) -> structs.
     found = session.domain(args.dom, function)
     document = found.call(function, "domain_backup_get_xml_desc", 0)
     live = backup_conf.BackupDef.parse(document)
-    live = dataclasses.replace(live, advance=None, fork=None)
-    if not any(disk.type == "incremental" for disk in live.disks):
-        live = dataclasses.replace(live, branch=None)
-    plain = tuple(dataclasses.replace(disk, granularity=None) for disk in live.disks)
-    live = dataclasses.replace(live, disks=tuple(map(_without_directory, plain)))
-    return structs.XmlRet(translate.to_native(live, lambda: definition_of(found)).format())
-
-
-def _without_directory(disk: backup_conf.BackupDiskDef) -> backup_conf.BackupDiskDef:
-    """An image that has no name has none in libvirt's dialect."""
-    if disk.source is None or disk.source.file is not None:
-        return disk
-    return dataclasses.replace(disk, source=None)
+    return structs.XmlRet(translate.running_to_native(live).format())
 
 
 @handles(REMOTE, "DOMAIN_ABORT_JOB")
@@ -233,6 +222,14 @@ def _abort(session: Session, dom: remote_types.NonnullDomain, function: str) -> 
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_INVALID, "no job is active on the domain"
         ) from failure
+
+
+def check_can(found: domains.Found, what: str) -> None:
+    """Errors: VIR_ERR_OPERATION_UNSUPPORTED, in libvirt's words, for a domain that does not run."""
+    if found.ref.id is None:
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED, f"cannot {what} for inactive domain"
+        )
 
 
 def _check_runs(found: domains.Found) -> None:

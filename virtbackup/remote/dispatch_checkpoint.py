@@ -10,7 +10,7 @@ from virtbackup.conf import checkpoint_conf
 from virtbackup.remote import checkpoint, domains, protocol, remote_types, wire_conf
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.dispatch import Session, handles
-from virtbackup.remote.dispatch_backup import definition_of
+from virtbackup.remote.dispatch_backup import check_can, definition_of
 
 REMOTE = protocol.REMOTE
 
@@ -145,6 +145,7 @@ def create_xml(
     if args.flags & redefine:
         name = _known(found, wanted)
     else:
+        check_can(found, "create checkpoint")
         name = checkpoint.name_of(wanted, found)
         domain = definition_of(found)
         taken = [disk.target for disk in domain.disks if disk.has_medium and not disk.readonly]

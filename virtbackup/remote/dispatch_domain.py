@@ -71,7 +71,8 @@ _GROUPS: tuple[tuple[int, Callable[[domains.Found], set[int]]], ...] = (
     _either(
         libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_CHECKPOINT,
         libvirt.VIR_CONNECT_LIST_DOMAINS_NO_CHECKPOINT,
-        lambda one: bool(checkpoint.of(one)),
+        # Those of a domain that does not run are in images that nobody has open.
+        lambda one: one.ref.id is not None and bool(checkpoint.of(one)),
     ),
     (
         libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING
@@ -81,7 +82,8 @@ _GROUPS: tuple[tuple[int, Callable[[domains.Found], set[int]]], ...] = (
         _states,
     ),
 )
-"""The groups of flags of listAllDomains: of each that is asked for, a domain has to go by one."""
+"""The groups of flags of listAllDomains: of each that is asked for, a domain has to go by one; all
+flags of a group are as good as none."""
 
 
 @handles(REMOTE, "CONNECT_LIST_ALL_DOMAINS")
@@ -95,7 +97,7 @@ def list_all_domains(
     found = session.visible(session.daemon.domains.all())
     for group, goes_by in _GROUPS:
         wanted = args.flags & group
-        if wanted:
+        if wanted not in (0, group):
             found = [one for one in found if _goes_by(one, goes_by) & wanted]
     refs = tuple(wire_conf.domain_to_wire(one.ref) for one in found)
     return structs.ConnectListAllDomainsRet(refs if args.need_results else (), len(refs))

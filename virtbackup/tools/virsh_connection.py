@@ -192,8 +192,9 @@ def set_logging(level: int | None, path: str | None = None) -> None:
 # --- domains --------------------------------------------------------------------------------------
 
 
-def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
-    """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order."""
+def domain(shell: Shell, args: vsh.Args, name_first: bool = False) -> "virtbackup.Domain":
+    """The domain that ``--domain`` means: an id, a uuid or a name, tried in that order; NAME_FIRST,
+    where it is the id that is wanted."""
     import libvirt
 
     from virtbackup.tools import advice
@@ -204,7 +205,8 @@ def domain(shell: Shell, args: vsh.Args) -> "virtbackup.Domain":
     if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", given):
         lookups.insert(0, connection.lookupByUUIDString)
     if re.fullmatch(r"[0-9]{1,9}", given):
-        lookups.insert(0, lambda text: connection.lookupByID(int(text)))
+        place = len(lookups) if name_first else 0
+        lookups.insert(place, lambda text: connection.lookupByID(int(text)))
     for lookup in lookups:
         try:
             return lookup(given)

@@ -312,7 +312,7 @@ def _print_one(key: str) -> Callable[[virsh_connection.Shell, vsh.Args], None]:
     """A command that prints one of the facts."""
 
     def handler(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-        domain = virsh_connection.domain(shell, args)
+        domain = virsh_connection.domain(shell, args, name_first=key == "id")
         value = _FACTS[key](domain)
         if args.flag("json"):
             shell.print_json({"domain": domain.name(), key: value})

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import itertools
 import os
-import selectors
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -185,13 +184,22 @@ class Proxy:
                 self.telling.unreachable(number, self._server, str(error.strerror))
                 return
             self.telling.connected(number)
-            both = selectors.DefaultSelector()
-            both.register(client, selectors.EVENT_READ, _Way(self, number, "->", client, server))
-            both.register(server, selectors.EVENT_READ, _Way(self, number, "<-", server, client))
-            with both, contextlib.suppress(OSError):
-                while all(key.data.carry() for key, _ in both.select()):
-                    pass
+            # Each way by a thread of its own: who reads nothing until it is read from holds up
+            # what is said to it, and not what it says.
+            there = _Way(self, number, "->", client, server)
+            back = _Way(self, number, "<-", server, client)
+            other = threading.Thread(target=self._carry, args=(back,), daemon=True)
+            other.start()
+            self._carry(there)
+            other.join()
+            self._check()
             self.telling.closed(number)
+
+    def _carry(self, way: "_Way") -> None:
+        try:
+            way.carry()
+        except (vsh.OutputClosed, vsh.Failure) as failure:
+            self._failure = failure
 
 
 class _Way:
@@ -211,13 +219,31 @@ class _Way:
         self._source, self._target = source, target
         self._parser: rpc.Parser | None = rpc.Parser()
 
-    def carry(self) -> bool:
-        """Pass on what has come; whether the side is still there. Errors: OSError."""
+    def carry(self) -> None:
+        """Pass on all that comes, until one of the two is gone; then both are let go. Errors: those
+        of telling."""
+        from virtbackup.remote import rpc
+
+        try:
+            with contextlib.suppress(OSError):
+                while self._pass():
+                    pass
+        except rpc.ProtocolError as failure:
+            self._proxy.telling.unreadable(self._number, self._direction, str(failure))
+        finally:
+            for side in (self._source, self._target):
+                with contextlib.suppress(OSError):
+                    side.shutdown(socket.SHUT_RDWR)
+
+    def _pass(self) -> bool:
+        """Pass on what has come; whether the side is still there. Errors: OSError, ProtocolError
+        where descriptors were lost, those of telling."""
         from virtbackup.remote import transport
 
         data, fds = transport.read(self._source)
         try:
             if not data:
+                self._tell_of_half_a_message()
                 return False
             self._show(data, fds)
             # Descriptors come with the byte that is theirs, which is the last that was read.
@@ -229,6 +255,11 @@ class _Way:
             for fd in fds:
                 os.close(fd)
         return True
+
+    def _tell_of_half_a_message(self) -> None:
+        if self._parser is not None and (held := self._parser.held_bytes):
+            problem = f"{held} bytes of one that did not come whole"
+            self._proxy.telling.unreadable(self._number, self._direction, problem)
 
     def _show(self, data: bytes, fds: list[int]) -> None:
         from virtbackup.remote import rpc
