@@ -943,6 +943,28 @@ def test_certificates_that_are_no_good(tmp_path: pathlib.Path, pki: pathlib.Path
         assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("old", ["ca", "server"])
+def test_certificates_that_have_expired(
+    old: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from virtbackup.tools import virtbackupd
+
+    pki = tmp_path / "pki"
+    certificates.authority(pki, -1 if old == "ca" else 2)
+    certificates.server(pki, -1 if old == "server" else 2)
+    conf = tmp_path / "x.conf"
+    conf.write_text(f'tls_x509_cert_dir = "{pki}"\nuris = ["test:///default"]\n')
+    said = f"nobody comes in by TLS with '{pki}/{old}-cert.pem': certificate has expired"
+    argv = ["--config", str(conf), "--listen", "tls:127.0.0.1:0"]
+    status, told = run_main(virtbackupd.main, *argv, "--check-config")
+    assert (status, told) == (1, f"error: unsupported configuration: {said}\n")
+    # Who comes by another way is served all the same.
+    settings = {"tls_x509_cert_dir": str(pki)}
+    listen = ["tls:127.0.0.1:0", "tcp:localhost:0"]
+    with daemon_scene.serving(tmp_path, daemon_scene.Driver(A), listen=listen, settings=settings):
+        assert [record.message for record in caplog.records] == [said]
+
+
 def test_the_program_and_its_signals(tmp_path: pathlib.Path) -> None:
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(tmp_path / "notify"))

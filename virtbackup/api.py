@@ -24,7 +24,9 @@ VERSION = hypervisor.VERSION
 VIR_DOMAIN_BACKUP_START_QUIESCE = hypervisor.START_QUIESCE
 """The guest agent freezes all mounted file systems for the instant of the start."""
 VIR_DOMAIN_BACKUP_START_AUTODESTROY = hypervisor.START_AUTODESTROY
-"""The backup ends, cancelled, when the connection that started it closes or its process dies."""
+"""The backup ends, cancelled, when the connection that started it closes. Where the process ends
+without that, virtbackupd ends it at once; elsewhere the next start or ``backupCleanup`` does, and
+until then nobody watches it for the guest's sake."""
 VIR_DOMAIN_BACKUP_STOP_CANCEL = hypervisor.STOP_CANCEL
 """Give the backup up: the branch stays where it was and no verdict is asked for."""
 

@@ -9,16 +9,18 @@ CA = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n"
 LEAF = "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature,keyEncipherment\n"
 
 
-def authority(directory: pathlib.Path) -> None:
-    """Make ca-cert.pem, and the key to it, in DIRECTORY, which is made, too."""
+def authority(directory: pathlib.Path, days: int = 2) -> None:
+    """Make ca-cert.pem, and the key to it, in DIRECTORY, which is made, too. DAYS: how long it is
+    in force; less than 0: it was."""
     directory.mkdir()
     _request(directory, "ca", "authority")
-    _sign(directory, "ca", CA, "-signkey", "ca-key.pem")
+    _sign(directory, "ca", CA, days, "-signkey", "ca-key.pem")
 
 
-def server(directory: pathlib.Path) -> None:
+def server(directory: pathlib.Path, days: int = 2) -> None:
     """Make server-cert.pem and server-key.pem, for this machine."""
-    _leaf(directory, "server", "serverAuth\nsubjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1")
+    usage = "serverAuth\nsubjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
+    _leaf(directory, "server", usage, days)
 
 
 def client(directory: pathlib.Path) -> None:
@@ -32,11 +34,11 @@ def keys(directory: pathlib.Path, username: str = "qemu") -> None:
     (directory / "keys.psk").write_text(f"{username}:{KEY}\n")
 
 
-def _leaf(directory: pathlib.Path, name: str, usage: str) -> None:
+def _leaf(directory: pathlib.Path, name: str, usage: str, days: int = 2) -> None:
     _request(directory, name, name)
     extensions = f"{LEAF}extendedKeyUsage={usage}\n"
     authority = ("-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial")
-    _sign(directory, name, extensions, *authority)
+    _sign(directory, name, extensions, days, *authority)
 
 
 def _request(directory: pathlib.Path, name: str, subject: str) -> None:
@@ -46,11 +48,11 @@ def _request(directory: pathlib.Path, name: str, subject: str) -> None:
     )  # fmt: skip
 
 
-def _sign(directory: pathlib.Path, name: str, extensions: str, *by: str) -> None:
+def _sign(directory: pathlib.Path, name: str, extensions: str, days: int, *by: str) -> None:
     (directory / f"{name}.ext").write_text(extensions)
     _openssl(
-        directory, "x509", "-req", "-days", "2", "-in", f"{name}.csr", "-extfile", f"{name}.ext",
-        "-out", f"{name}-cert.pem", *by,
+        directory, "x509", "-req", "-days", str(days), "-in", f"{name}.csr",
+        "-extfile", f"{name}.ext", "-out", f"{name}-cert.pem", *by,
     )  # fmt: skip
     for suffix in ("csr", "ext"):
         (directory / f"{name}.{suffix}").unlink()

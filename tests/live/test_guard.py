@@ -512,6 +512,15 @@ def is_there(machine: machines.Machine, sector: int, byte: int) -> bool:
     return False
 
 
+def fails_to_save(machine: machines.Machine) -> bool:
+    """Try to save the guest to a file; False: it is saved."""
+    machine.probe("migrate", uri="exec:cat > /dev/null")
+    ends = ("failed", "completed")
+    waiting.until(lambda: machine.probe("query-migrate")["status"] in ends)
+    waiting.until(lambda: machine.probe("query-status")["status"] != "finish-migrate")
+    return bool(machine.probe("query-migrate")["status"] == "failed")
+
+
 BROKEN_ONCE = (
     "file.driver=blkdebug,file.image.driver=file,file.image.filename={file},"
     "file.inject-error.0.event=none,file.inject-error.0.iotype=write,file.inject-error.0.errno=28,"
@@ -519,15 +528,18 @@ BROKEN_ONCE = (
 )
 
 
-def test_a_guest_that_its_own_storage_paused(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_guest_that_its_own_storage_paused(tmp_path: pathlib.Path, saved: bool) -> None:
     """Nobody can tell it from a scratch image that is full, but where that cannot pause a guest. A
-    backup that is running is ended by nothing but its stop."""
+    backup that is running is ended by nothing but its stop. SAVED: in vain, meanwhile."""
     xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
     with one_disk(tmp_path, BROKEN_ONCE, "enospc") as machine, virtbackup.open(machine.uri) as conn:
         scene.start_and_die(machine.uri, xml)
         device_writes(machine, 256, 7)
         waiting.until(lambda: machine.probe("query-status")["status"] == "io-error")
         [dom] = conn.listAllDomains()
+        if saved and not fails_to_save(machine):
+            return
         info = dom.backupGetInfo()
         assert nbd_is(tmp_path, "vda", 0)
         with pytest.raises(virtbackup.Error, match="is running: backup-stop ends it"):

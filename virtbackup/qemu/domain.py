@@ -324,7 +324,18 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
     disks = block.parse_block(next(replies))
     drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
     now = monitor_json.parse_status(next(replies))
-    return blockjob.Sight(running, exports, drives, io_error=now.status == "io-error", graph=graph)
+    io_error = now.status == "io-error" or (now.status == "postmigrate" and _failed_to_leave(qemu))
+    return blockjob.Sight(running, exports, drives, io_error=io_error, graph=graph)
+
+
+def _failed_to_leave(qemu: monitor.Monitor) -> bool:
+    """Whether the guest, which has been saved or migrated by its state, was not: QEMU before 10.0
+    forgets by that why it had been paused, which its drives still tell."""
+    try:
+        reply = qemu.execute(monitor_json.query_migrate())
+    except monitor_json.CommandFailed:
+        return False
+    return monitor_json.parse_migration(reply) == "failed"
 
 
 def named_nodes(

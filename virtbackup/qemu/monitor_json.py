@@ -106,6 +106,10 @@ def query_status() -> Command:
     return _command("query-status")
 
 
+def query_migrate() -> Command:
+    return _command("query-migrate")
+
+
 def cont() -> Command:
     return _command("cont")
 
@@ -163,6 +167,16 @@ def parse_status(reply: Any) -> RunState:
         case {"running": bool(running), "status": str(status)}:
             return RunState(running, status)
     raise _unexpected("query-status", reply)
+
+
+def parse_migration(reply: Any) -> str | None:
+    """How the last one stands, a save counts as one; None: there was none."""
+    match reply:
+        case {"status": str(status)}:
+            return status
+        case dict():
+            return None
+    raise _unexpected("query-migrate", reply)
 
 
 def parse_memory_size(reply: Any) -> int:

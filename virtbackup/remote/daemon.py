@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Iterator, Sequence
 
 import libvirt
@@ -68,7 +69,7 @@ class Daemon:
         """Listen at an ADDRESS; where, with the port that the system has chosen for 0. Errors:
         VIR_ERR_SYSTEM_ERROR, and those of ``check``."""
         check(address, self.settings)
-        context = None if address.kind != "tls" else tls_context(self.settings)
+        context = None if address.kind != "tls" else self._tls_context()
         try:
             made = transport.listen(address, mode(self.settings))
         except OSError as failure:
@@ -91,8 +92,15 @@ class Daemon:
                 self._warn_of_settings(place)
                 return place
             on_loopback = _is_loopback(made.getsockname()[0])
-            context = None if on_loopback else tls_context(self.settings)
+            context = None if on_loopback else self._tls_context()
             return self._add(made, "tcp" if on_loopback else "tls", context)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """As ``tls_context``; warns where nobody will come in by it, for whose sake those who come
+        otherwise are not shut out."""
+        if refused := refused_certificate(self.settings):
+            logger.warning("%s", refused)
+        return tls_context(self.settings)
 
     def _warn_of_settings(self, place: str) -> None:
         """Of those that a socket which somebody else has made does not go by."""
@@ -262,10 +270,7 @@ def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:
     made.verify_mode = ssl.CERT_REQUIRED
     # libvirt's client takes what comes first for the word that it is accepted.
     made.num_tickets = 0
-    ca, cert, key = (
-        str(pathlib.Path(directory, name))
-        for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem")
-    )
+    ca, cert, key = _files(directory)
     for path in (ca, cert, key):
         try:
             pathlib.Path(path).read_bytes()
@@ -280,6 +285,57 @@ def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:
             reason, f"cannot use the certificates in '{directory}'"
         ) from failure
     return made
+
+
+def refused_certificate(settings: virtbackup_conf.Settings) -> str | None:
+    """Which of our certificates is well made, and lets no client in today all the same, and why;
+    None: none is. Errors: those of ``tls_context``."""
+    context = tls_context(settings)
+    assert settings.tls_x509_cert_dir is not None
+    ca, cert, _ = _files(settings.tls_x509_cert_dir)
+    for path, trouble in ((ca, _out_of_time(context)), (cert, _untrusted(context, cert))):
+        if trouble is not None:
+            return f"nobody comes in by TLS with '{path}': {trouble}"
+    return None
+
+
+def _files(directory: str) -> list[str]:
+    """(authority, certificate, key)."""
+    names = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
+    return [str(pathlib.Path(directory, name)) for name in names]
+
+
+def _out_of_time(context: ssl.SSLContext) -> str | None:
+    """Why none of CONTEXT's authorities counts today; None: one does, or there is none to ask."""
+    trouble = None
+    for authority in context.get_ca_certs():
+        if time.time() > ssl.cert_time_to_seconds(str(authority["notAfter"])):
+            trouble = "certificate has expired"
+        elif time.time() < ssl.cert_time_to_seconds(str(authority["notBefore"])):
+            trouble = "certificate is not yet valid"
+        else:
+            return None
+    return trouble
+
+
+def _untrusted(context: ssl.SSLContext, cert: str) -> str | None:
+    """Why a client that has been told to trust CERT, which is CONTEXT's own, does not; None: it
+    does. Whoever has signed it counts for nothing here."""
+    context.verify_mode = ssl.CERT_NONE
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cert)
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)]
+    for end in ends * 3:  # as often as the one waits for the other
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as failure:
+            return getattr(failure, "verify_message", None) or failure.reason or str(failure)
+    return None
 
 
 def _no_password() -> str:

@@ -78,8 +78,8 @@ KNOWN = (
     ),
     Known(
         libvirt.VIR_ERR_AUTH_FAILED, ("Failed to verify peer's certificate",),
-        "The server's certificate has to be signed by the authority in cacert.pem, and to name the"
-        " host as the URI does",
+        "The server's certificate has to be signed by the authority in cacert.pem, to be in force"
+        " and to name the host as the URI does",
     ),
     Known(
         libvirt.VIR_ERR_NO_CONNECT, (),

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(options)
         if options.check_config:
             _check(settings)
+            _check_certificates(settings)
             print("configuration is good")
             return 0
         return _run(settings)
@@ -119,6 +120,13 @@ def _check(settings: virtbackup_conf.Settings) -> None:
             if "uris" in settings.places:
                 raise settings.wrong("uris", str(failure)) from failure
             raise
+
+
+def _check_certificates(settings: virtbackup_conf.Settings) -> None:
+    """Raise where nobody will come in by TLS: a start warns of it, and serves others."""
+    by_tls = any(address.kind == "tls" for address in _addresses(settings))
+    if by_tls and (refused := daemon.refused_certificate(settings)):
+        raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, refused)
 
 
 def _run(settings: virtbackup_conf.Settings) -> int:
