@@ -694,8 +694,10 @@ def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path
         with process(*argv) as one:
             waiting.until(lambda: log.exists() and " Write " in log.read_text())
             one.send_signal(signal.SIGINT)
-            one.wait(10)
+            err = one.communicate(timeout=10)[1].decode()
             assert one.returncode == 130
+    told = f"(what {uri(server)} has now is not the disk)"
+    assert err == f"warning: operation aborted: the copy was cancelled {told}\nerror: interrupted\n"
 
 
 def test_a_server_that_wants_tls(layered: points.Backed, tmp_path: pathlib.Path) -> None:

@@ -260,7 +260,11 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     document, left = "", list[str]()
     if args.flag("define"):  # what cannot be written is known before the work is done
         document, left = restore.domain_xml(point, restore.places(point, out, disk, fmt))
-    with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
+    with (
+        virsh_pull.bar(shell) as progress,
+        virsh_pull.telling_what_is_left(shell),
+        interrupt.deferred() as cancel,
+    ):
         done = restore.restore(
             backups,
             point,
