@@ -606,7 +606,10 @@ def test_nothing_is_left_of_a_program_that_is_not_started() -> None:
     script = 'mount -t tmpfs -o ro none /tmp && exec "$@"'
     argv = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", _NO_PROGRAM]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    text = "operation failed: cannot connect to image none: Read-only file system"
+    text = (
+        "operation failed: cannot connect to image none: Read-only file system"
+        " (in /tmp, where libnbd makes its socket)"
+    )
     assert done.stdout == f"{text}\n0\n"
 
 
