@@ -165,7 +165,10 @@ def domain_xml(point: listing.Point, outputs: Sequence[Output]) -> tuple[str, li
         )
         for one in outputs
     }
-    return redefine.redefine(point.made.domain_xml, media)
+    here = ""
+    with contextlib.suppress(OSError):  # it was removed: nothing is in it
+        here = os.getcwd()  # noqa: PTH109  (a string)
+    return redefine.redefine(point.made.domain_xml, media, here)
 
 
 # --- where to -------------------------------------------------------------------------------------
