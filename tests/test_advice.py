@@ -83,6 +83,12 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             "operation failed: the backup is not good: disk 'vda': No space left on device",
             "It has ended: throw away what was read of it, see to the reason, and take another one",
         ),
+        (
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            "Requested operation is not valid: /b/manifest.json.partial exists already, as what a"
+            " killed pull leaves",
+            "Remove the files called *.partial, or pull into another directory",
+        ),
         (libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: no backup job is running", None),
         (libvirt.VIR_ERR_INTERNAL_ERROR, "internal error", None),
     ],

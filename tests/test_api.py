@@ -126,6 +126,8 @@ REFUSED: list[tuple[Any, int, str]] = [
      f"unsupported flags (0x8) in function {START}"),
     (lambda: up().backupStart("<x/>", 0xFF), libvirt.VIR_ERR_INVALID_ARG,
      f"unsupported flags (0xfc) in function {START}"),
+    (lambda: up().backupStart("<x/>", -1), libvirt.VIR_ERR_INVALID_ARG,
+     f"unsupported flags (0xfffffffc) in function {START}"),
     (lambda: up().backupStop(2), libvirt.VIR_ERR_INVALID_ARG,
      "unsupported flags (0x2) in function virDomainBackupStop"),
     (lambda: up().backupStart(None), libvirt.VIR_ERR_INVALID_ARG,  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def _program(names: pathlib.Path, name: str, *options: str) -> Iterator[Running]
         start = runtime.process_start(process.pid)
         assert start is not None
         try:
-            yield process, (process.pid, start)
+            yield process, runtime.Process(process.pid, start)
         finally:
             process.kill()
 

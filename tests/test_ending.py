@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from virtbackup import runtime
-from virtbackup.qemu import ending, events, lifecycle, naming, status
+from virtbackup.qemu import ending, events, libvirt_events, lifecycle, naming, status
 
 PATIENCE = 20.0
 FIRST, SECOND = naming.BackupId("00000001"), naming.BackupId("00000002")
@@ -63,7 +63,7 @@ def dead() -> runtime.Process:
         start = runtime.process_start(process.pid)
         assert start is not None
         process.kill()
-    return process.pid, start
+    return runtime.Process(process.pid, start)
 
 
 @pytest.fixture
@@ -211,14 +211,14 @@ def test_what_has_ended_or_does_not_run_yet_is_not_told(
 def test_the_end_of_a_process_is_told_by_a_thread(dead: runtime.Process) -> None:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     watching = events.ProcessEnd(lambda: told.put("ended"))
-    for nobody in (None, dead, runtime.this_process(), (os.getppid(), 1)):
+    for nobody in (None, dead, runtime.this_process(), runtime.Process(os.getppid(), 1)):
         watching.watch(nobody)
         assert not [t for t in threading.enumerate() if t.name == "virtbackup-process-end"]
     with subprocess.Popen(["sleep", "60"]) as one, subprocess.Popen(["sleep", "60"]) as other:
         for process in (one, other, other):
             start = runtime.process_start(process.pid)
             assert start is not None
-            watching.watch((process.pid, start))
+            watching.watch(runtime.Process(process.pid, start))
         one.kill()
         one.wait()
         assert told.empty()
@@ -242,7 +242,7 @@ def test_the_end_of_a_process_is_not_seen_where_no_more_files_may_be_open(
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], limits[1]))
         try:
-            watching.watch((one.pid, start))
+            watching.watch(runtime.Process(one.pid, start))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         one.kill()
@@ -272,3 +272,31 @@ def test_callbacks_come_and_go() -> None:
     with pytest.raises(ValueError, match="nothing"):
         failing.register(lambda event: None)
     assert not failing
+
+
+def test_callbacks_end_as_they_come() -> None:
+    """As by a signal's handler, which closes the driver."""
+    happened: list[str] = []
+    registry = events.Events(lambda: registry.close(), lambda: happened.append("end"))
+    registering = threading.Thread(target=lambda: registry.register(print), daemon=True)
+    registering.start()
+    registering.join(PATIENCE)
+    assert not registering.is_alive()
+    assert happened == ["end"]
+    assert not registry
+
+
+def test_libvirts_events_end_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, while libvirt is asked for them."""
+    monkeypatch.setattr(libvirt_events, "loop_runs", lambda: True)
+    told = libvirt_events.Lifecycle(print, lambda: None)
+
+    class Connection:
+        def domainEventRegisterAny(self, *_: object) -> int:
+            told.detach()
+            return 1
+
+    attaching = threading.Thread(target=lambda: told.attach(Connection(), False), daemon=True)
+    attaching.start()
+    attaching.join(PATIENCE)
+    assert not attaching.is_alive()

@@ -87,6 +87,7 @@ class Client:
     """What is said to a fake, without a wire."""
 
     def __init__(self, recorded: recording.Recording, rules: tuple[faults.Rule, ...] = ()) -> None:
+        self.recorded = recorded
         self.host = Host()
         self.fake = fake.Fake(recorded, self.host, rules)
         self.fake.connect()
@@ -99,7 +100,8 @@ class Client:
         return self.send({"execute": execute, "arguments": names}, *fds)
 
     def send(self, message: Any, *fds: int) -> Message | None:
-        answer = self.fake.receive(json.dumps(message).encode(), fds)
+        self.fake.take_fds(fds)
+        answer = self.fake.receive(json.dumps(message).encode())
         self.ends.append(answer)
         self.events += [told for told in answer.messages if "event" in told]
         replies = [dict(told) for told in answer.messages if "event" not in told]
@@ -206,10 +208,73 @@ def test_descriptors_go_while_the_guest_runs(client: Client) -> None:
     assert client.done("add-fd", 8, fdset_id=5) == {"fdset-id": 5, "fd": 8}
     client.done("stop")
     client.done("remove-fd", fdset_id=0)
-    assert [fdset["fdset-id"] for fdset in client.done("query-fdsets")] == [0, 5]
+    stays = [0] if client.fake.version < (9, 1, 0) else []
+    assert [fdset["fdset-id"] for fdset in client.done("query-fdsets")] == [*stays, 5]
     client.done("cont")
+    assert [fdset["fdset-id"] for fdset in client.done("query-fdsets")] == [*stays, 5]
+    client.fake.connect()  # with the client before
+    client.done("qmp_capabilities")
     assert client.done("query-fdsets") == [{"fdset-id": 5, "fds": [{"fd": 8}]}]
     assert client.host.closed == [7]
+
+
+def test_one_descriptor_of_a_set_goes(client: Client) -> None:
+    for fd in (7, 8):
+        client.done("add-fd", fd, fdset_id=5)
+    words = "File descriptor named 'fdset-id:5, fd:9' not found"
+    assert client.refused("remove-fd", fdset_id=5, fd=9) == words
+    client.done("remove-fd", fdset_id=5, fd=7)
+    assert client.done("query-fdsets") == [{"fdset-id": 5, "fds": [{"fd": 8}]}]
+    assert client.host.closed == [7]
+
+
+def test_the_first_of_several_descriptors_is_taken(client: Client) -> None:
+    assert client.done("add-fd", 7, 8, fdset_id=5) == {"fdset-id": 5, "fd": 7}
+    assert client.host.closed == [8]
+    words = "No file descriptor supplied via SCM_RIGHTS"
+    assert client.refused("add-fd") == words
+
+
+def test_descriptors_that_are_refused_are_closed(client: Client) -> None:
+    assert client("add-fd", 7, fdset_id=-1) == {
+        "error": {
+            "class": "GenericError",
+            "desc": "Parameter 'fdset-id' expects a non-negative value",
+        }
+    }
+    assert client("getfd", 8, fdname="8") == {
+        "error": {
+            "class": "GenericError",
+            "desc": "Parameter 'fdname' expects a name not starting with a digit",
+        }
+    }
+    assert client.host.closed == [7, 8]
+
+
+def test_a_guest_that_stands_is_not_stopped(client: Client) -> None:
+    rules = faults.parse('[{"command": "query-jobs", "stop": "io-error"}]')
+    guest = Client(client.recorded, rules)
+    guest.done("qmp_capabilities")
+    guest.done("query-jobs")
+    guest.done("stop")
+    assert guest.done("query-status")["status"] == "io-error"
+
+
+def test_a_file_that_is_named_twice_is_opened_twice(client: Client) -> None:
+    image = {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": "/s"}}
+    client.done("blockdev-add", node_name="S", **image, backing=image)
+    [one, other] = client.fake.layer.images.values()
+    assert one is not other
+    client.done("blockdev-del", node_name="S")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"execute": "blockdev-del", "arguments": {"node-name": "\\ud800"}}',
+             '{"execute": "query-status", "id": NaN}']
+)  # fmt: skip
+def test_what_is_no_json(client: Client, text: str) -> None:
+    [reply] = client.fake.receive(text.encode()).messages
+    assert reply["error"]["desc"].startswith("JSON parse error")
 
 
 def test_a_fdset_stays_while_a_node_has_it_open(client: Client) -> None:

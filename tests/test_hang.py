@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 from tests import waiting
+from tests.live import places
 from virtbackup.qemu import hang
 
 
@@ -57,6 +58,28 @@ def test_what_an_image_takes(tmp_path: pathlib.Path) -> None:
         images = {"it": image(tmp_path, os.fstat(file.fileno()).st_ino), "no": image(tmp_path)}
         assert hang.used(images, os.getpid()) == {"it": os.fstat(file.fileno()).st_blocks * 512}
         assert hang.used(images, None) == {}
+
+
+def test_images_of_one_number_on_several_file_systems(tmp_path: pathlib.Path) -> None:
+    """As of the first file that is made on each; the guest's own disk may have it, too."""
+    with contextlib.ExitStack() as undo:
+        images, sizes = {}, {"a": 1 << 16, "guest": 1 << 18, "b": 1 << 17}
+        for name, size in sizes.items():
+            place = undo.enter_context(places.small_file_system(tmp_path / name, 1 << 20))
+            file = undo.enter_context((place / "file").open("wb"))
+            file.write(bytes(size))
+            file.flush()
+            images[name] = image(place, (place / "file").stat().st_ino)
+        assert len({one.inode for one in images.values()}) == 1
+        del images["guest"], sizes["guest"]
+        assert hang.used(images, os.getpid()) == sizes
+        (tmp_path / "a" / "file").unlink()
+        waits = tmp_path / "a" / "fifo"
+        with reader_of(waits) as pid:
+            for name in images:
+                images[name] = image(tmp_path / name, waits.stat().st_ino)
+            while hang.hanging(images, pid, 0.05) != {"a"}:
+                pass  # as above
 
 
 def test_a_question_that_nobody_waits_for_leaves_no_process(tmp_path: pathlib.Path) -> None:

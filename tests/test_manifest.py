@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The manifest of a pulled backup: what is written is read, what is not one is refused."""
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import virtbackup
-from virtbackup.tools import listing, manifest
+from virtbackup.tools import chain, listing, manifest, prune
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1).filter(
     lambda name: name not in (".", "..")
@@ -203,3 +204,55 @@ def test_as_many_disks_as_the_file_has_room_for() -> None:
     links = {listing.Link(point, point.disk(name), pathlib.Path(name)) for name in names}
     assert len(links) == len(names)
     assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_a_pull_cut_off_has_left_is_of_that_alone(
+    tmp_path: pathlib.Path, is_damaged: bool
+) -> None:
+    """Whatever is under its manifest's name: a copy of another one, or what has come to be one."""
+    disk = dataclasses.replace(GOOD.disks[0], file="vda.0001.qcow2")
+    first = dataclasses.replace(GOOD, number=1, branch="b", disks=(disk,))
+    coming = dataclasses.replace(disk, file="vda.0002.qcow2")
+    second = dataclasses.replace(first, number=2, disks=(coming,)).to_json()
+    text = second.replace(coming.file, disk.file) if is_damaged else first.to_json()
+    image, pending = tmp_path / disk.file, tmp_path / "manifest.0002.json.partial"
+    image.touch()
+    pending.write_text(text)
+    assert not chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
+    assert image.exists()
+    assert not pending.exists()
+
+
+def test_a_journal_of_a_prune_that_is_damaged(tmp_path: pathlib.Path) -> None:
+    """The oldest points go, and no other: a bit makes 5 of 1."""
+    for number in range(1, 6):
+        disk = dataclasses.replace(GOOD.disks[0], file=f"vda.{number:04}.raw")
+        made = dataclasses.replace(GOOD, number=number, branch="b", disks=(disk,))
+        (tmp_path / chain.manifest_file(number)).write_text(made.to_json())
+        (tmp_path / disk.file).touch()
+    (tmp_path / manifest.FILE).write_text(made.to_json())
+    told = {"manifests": ["manifest.0002.json", "manifest.0005.json"], "files": ["vda.0002.raw"]}
+    (tmp_path / prune.JOURNAL).write_text(json.dumps(told))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(virtbackup.Error, match="tells of files that are needed"):
+        prune.finish(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    told["manifests"][1] = "manifest.0001.json"
+    (tmp_path / prune.JOURNAL).write_text(json.dumps(told))
+    prune.finish(tmp_path)
+    assert [point.label for point in listing.read(tmp_path).points] == ["3", "4", "5"]
+
+
+def test_a_manifest_of_a_prune_cut_off_that_is_damaged(tmp_path: pathlib.Path) -> None:
+    """It is not written anew, with a checksum that fits."""
+    disk = dataclasses.replace(GOOD.disks[0], file="vda.0002.qcow2", format="qcow2")
+    made = dataclasses.replace(GOOD, number=2, branch="b", disks=(disk,))
+    file = chain.manifest_file(2)
+    for name in (file, manifest.FILE):
+        (tmp_path / name).write_text(made.to_json())
+    coming = tmp_path / (file + chain.MERGED)
+    coming.write_text(made.to_json().replace('"0f"', '"1f"'))
+    with pytest.raises(virtbackup.Error, match=f"{coming}: it is not as it was written"):
+        prune.finish(tmp_path)
+    assert coming.exists()

@@ -185,12 +185,13 @@ def test_contexts() -> None:
     assert reply.kind == (1 << 31) + 3
 
 
-def test_the_option_that_cannot_say_no() -> None:
+@pytest.mark.parametrize("name", [b"nope", b"\xff", b"a" * 5000])
+def test_the_option_that_cannot_say_no(name: bytes) -> None:
     speaker = server()
     told = say(speaker, struct.pack(">I", 1), option(1, b"a"))
     assert told == struct.pack(">QH", 1 << 20, 0b10110000111) + bytes(124)
     speaker = server()
-    assert say(speaker, GREETED, option(1, b"nope")) == b""
+    assert say(speaker, GREETED, option(1, name)) == b""
     assert speaker.over
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import datacases, record_conversations, test_block
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf, domain_conf, storage_conf, virtbackup_conf
 from virtbackup.qemu import (
     backup,
@@ -926,7 +926,8 @@ def _disk_status() -> status.DiskStatus:
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
         id=ID, phase="running", name="vm", uuid="u", definition="<x/>", engine="classic",
-        started=1.5, server=True, socket=None, qemu=(1, 2), owner=None, given_up=None,
+        started=1.5, server=True, socket=None, qemu=runtime.Process(1, 2), owner=None,
+        given_up=None,
         was_stopped=False, cancelled=False, advanced=False, verdict=None, told=False,
         save_failure="backup", save_reason=None, branch="b",
         advances="c", disks=(_disk_status(),),

@@ -9,17 +9,21 @@ import os
 import pathlib
 import re
 import signal
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from tests import conftest
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
-from virtbackup import errors
-from virtbackup.qemu import domain, job, scratch, status
+from virtbackup import errors, runtime
+from virtbackup.qemu import cleanup, domain, job, scratch, status
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -52,6 +56,39 @@ def test_a_lock_that_is_no_file(file: status.StatusFile, kind: str) -> None:
     make(path)
     with pytest.raises(errors.Error, match=f"cannot open state lock '{path}': {words}"):
         file.locked()
+
+
+def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
+    """It would be waited for in vain; another thread's, and one that is forgotten, is not."""
+    with file.locked():
+        with pytest.raises(status.Interrupted, match="in the middle of another call"):
+            file.locked()
+        waits = threading.Thread(target=lambda: file.locked().close())
+        waits.start()
+    waits.join(10)
+    assert not waits.is_alive()
+    file.locked()
+    file.locked().close()
+
+
+@pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
+def test_a_lock_that_is_removed_meanwhile(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """What is held is what others will ask for; where that cannot be, it is asked for no longer."""
+    path, acquire = file.path.with_suffix(".lock"), status._acquire
+    removals = itertools.count()
+
+    def acquire_late(*args: Any) -> None:
+        acquire(*args)
+        if next(removals) < times:
+            path.unlink()
+
+    monkeypatch.setattr(status, "_acquire", acquire_late)
+    with file.locked() as lock:
+        assert (times > 1) != (
+            path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,10 +193,76 @@ def test_who_reads_a_status_without_room_finds_one(
     assert count > 20
 
 
+# --- of processes that cannot be seen -------------------------------------------------------------
+
+
+def test_a_process_of_a_container(file: status.StatusFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number, and when it began, are another's here; its lock is its own everywhere."""
+    here = runtime.this_process()
+    gone, another = here._replace(start=1), here._replace(start=2)
+    with file.owned():
+        assert not status.has_owner(file.path, gone)
+        assert runtime.are_different(here, gone)
+        monkeypatch.setattr(runtime, "namespaces", lambda: "pid:[1] time:[1]")
+        assert status.has_owner(file.path, gone)
+        assert runtime.is_alive(gone)
+        assert not runtime.are_different(gone, runtime.this_process())
+        assert runtime.are_different(gone, another)
+    assert not status.has_owner(file.path, gone)
+    assert not status.has_owner(file.path, gone._replace(seen_from=""))
+    with runtime.private_directory() as private:
+        unseen = private.rename(private.with_name(f"private-{here.pid}-1-0badcafe"))
+        assert runtime.sweep() == []
+    assert runtime.sweep() == [f"directory '{unseen}'"]
+
+
 # --- of other versions ----------------------------------------------------------------------------
+
+
+def test_a_socket_of_somebody_else_s_by_the_number_of_ours(tmp_path: pathlib.Path) -> None:
+    """As file systems give a number again that was given back."""
+    path = tmp_path / "nbd.sock"
+    address = f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        inode = path.lstat().st_ino
+        left = having(definition=address, server=True, socket=inode)
+        assert cleanup.remove_outside(left) == []
+        assert path.exists()
+    assert cleanup.remove_outside(left) == [f"socket '{path}'"]
+    assert not path.exists()
+
+
+def test_a_socket_that_cannot_be_removed_is_left(tmp_path: pathlib.Path) -> None:
+    with places.small_file_system(tmp_path / "small", 1 << 20) as place:
+        path = place / "nbd.sock"
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(path))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        address = f'<domainbackup><address type="unix" path="{path}"/></domainbackup>'
+        left = having(definition=address, server=True, socket=path.lstat().st_ino)
+        assert cleanup.remove_outside(left) == []
+
 
 STATUSES = sorted((pathlib.Path(__file__).parent / "statusdata").glob("*.json"))
 """Written by the package as it was, about a backup in a real QEMU; the places are others."""
+
+
+def test_a_file_of_somebody_else_s_by_the_number_of_our_image(tmp_path: pathlib.Path) -> None:
+    """As above: what is no image of the disk's size is none of ours."""
+    path = tmp_path / "scratch.qcow2"
+    [disk, *_] = status.parse(STATUSES[-1].read_text()).disks
+
+    def remove_it() -> list[str]:
+        own = dataclasses.replace(disk, path=str(path), inode=path.stat().st_ino)
+        return cleanup.remove_files(having(disks=(own,)))
+
+    path.write_text("important")
+    assert remove_it() == []
+    with path.open("wb") as file:
+        scratch.format(file.fileno(), disk.size, disk.target)
+    assert remove_it() == [f"scratch image '{path}'"]
 
 
 @pytest.mark.parametrize("path", STATUSES, ids=lambda path: path.stem)
@@ -179,6 +282,7 @@ def test_a_status_of_an_older_version(path: pathlib.Path) -> None:
             assert guards == (None if old.branch is None else [])
         else:
             assert guards == ([disk["image"]] if was.pop("guarded") else [])
+    assert now.pop("qemu") == [*told.pop("qemu"), ""]
     assert now == told
     assert status.parse(status.format(old)) == old
 
@@ -203,7 +307,13 @@ def _no_monitor() -> contextlib.AbstractContextManager[domain.Session]:
     raise AssertionError("nobody is to be asked")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}', "[" * 100_000,
+     status.format(having(qemu=runtime.Process(7, 7))).replace("[7, 7,", "[1e999, 7,")],
+    ids=["empty", "nothing", "text", "yes", "deep", "endless"],
+)  # fmt: skip
 def test_what_is_no_status_is_of_no_version(text: str, file: status.StatusFile) -> None:
     file.path.write_text(text)
     assert (file.load(), file.of_other_version()) == (None, None)
+    assert list(status.all_in(file.path.parent)) == []

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -254,6 +255,26 @@ def test_a_connection_that_is_forgotten_is_closed(
     for _ in range(2):
         with virtbackup.open("test:///default") as conn:
             conn.lookupByID(1).backupStart(xml)
+
+
+def test_a_connection_is_forgotten_as_another_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection of garbage may come at any time, in any thread."""
+    forgotten: list[object] = [test_driver.open("test:///default", readonly=False)]
+    forgotten.append(forgotten)
+    load = test_driver.load
+
+    def collect_and_load(*paths: Any) -> test_driver.Script:
+        gc.collect()
+        return load(*paths)
+
+    monkeypatch.setattr(test_driver, "load", collect_and_load)
+    del forgotten
+    opening = threading.Thread(
+        target=lambda: test_driver.open("test:///qemu-7.2.22", readonly=False).close(), daemon=True
+    )
+    opening.start()
+    opening.join(20)
+    assert not opening.is_alive()
 
 
 def test_a_domain_of_libvirts_own_test_driver_is_not_ours(xml: str) -> None:
@@ -544,6 +565,24 @@ def test_one_client_at_a_time(server: fake_server.Server) -> None:
     second.close()
 
 
+def test_a_client_comes_while_no_descriptor_is_left(server: fake_server.Server) -> None:
+    """He waits, as QEMU's do."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first, second = Wire(server.path), Wire(server.path)
+    first.receive()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        first.close()
+        second.socket.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            second.socket.recv(1, socket.MSG_PEEK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    second.socket.settimeout(20)
+    assert "QMP" in second.receive()
+    second.close()
+
+
 @pytest.mark.parametrize(
     ("execute", "arguments", "words"),
     [
@@ -551,6 +590,13 @@ def test_one_client_at_a_time(server: fake_server.Server) -> None:
          "Could not open 'a\0b': Invalid argument"),
         ("blockdev-add", {"driver": "file", "node-name": "n", "filename": "/"},
          "Could not open '/': Is a directory"),
+        ("blockdev-add", {"driver": "file", "node-name": "n", "filename": "/", "read-only": True},
+         "'file' driver requires '/' to be a regular file"),
+        ("blockdev-create",
+         {"job-id": "j", "options": {"driver": "file", "filename": "/nothere", "size": 1 << 64}},
+         "Parameter 'options.size' expects uint64"),
+        ("remove-fd", {"fdset-id": 1 << 64},
+         "Invalid parameter type for 'fdset-id', expected: integer"),
         ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "a\0b"}}},
          "Failed to bind socket to a\0b: Invalid argument"),
         ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "/" + "x" * 200}}},
@@ -572,6 +618,50 @@ def test_what_no_file_and_no_address_can_be(
     assert client.receive()["error"]["desc"] == words
     client.send(execute="query-jobs")
     assert client.receive() == {"return": []}
+    client.close()
+
+
+def test_a_descriptor_of_a_command_that_comes_in_pieces(
+    server: fake_server.Server, tmp_path: pathlib.Path
+) -> None:
+    client = Wire(server.path)
+    client.receive()
+    client.send(execute="qmp_capabilities")
+    client.receive()
+    with (tmp_path / "file").open("wb") as file:
+        socket.send_fds(client.socket, [b'{"execute": "add-fd"'], [file.fileno()])
+        time.sleep(0.05)  # long enough to be read
+        client.socket.sendall(b"}")
+        assert client.receive()["return"]["fdset-id"] == 0
+        words = "Could not dup FD for /dev/fdset/0 flags 0: Permission denied"
+        opened = {"driver": "file", "node-name": "n", "filename": "/dev/fdset/0"}
+        client.send(execute="blockdev-add", arguments={**opened, "read-only": True})
+        assert client.receive()["error"]["desc"] == words
+    client.close()
+
+
+def test_a_socket_that_is_handed_over(server: fake_server.Server, tmp_path: pathlib.Path) -> None:
+    """It need not listen yet."""
+    client = Wire(server.path)
+    client.receive()
+    client.send(execute="qmp_capabilities")
+    client.receive()
+    getfd = json.dumps({"execute": "getfd", "arguments": {"fdname": "it"}}).encode()
+    start = {"addr": {"type": "fd", "data": {"str": "it"}}}
+    with (tmp_path / "file").open("wb") as file:
+        socket.send_fds(client.socket, [getfd], [file.fileno()])
+    client.receive()
+    client.send(execute="nbd-server-start", arguments=start)
+    assert client.receive()["error"]["desc"] == "File descriptor 'it' is not a socket"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        socket.send_fds(client.socket, [getfd], [listener.fileno()])
+        client.receive()
+        where = listener.getsockname()
+    client.send(execute="nbd-server-start", arguments=start)
+    assert client.receive() == {"return": {}}
+    with socket.create_connection(where) as reader:
+        assert reader.recv(8) == b"NBDMAGIC"
     client.close()
 
 

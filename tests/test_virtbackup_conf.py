@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """virtbackup.conf: what it may say, where it is, and what TLS goes by."""
 
+import os
 import pathlib
 
 import libvirt
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtbackup import config, errors
+from tests.live import points
+from virtbackup import config, errors, runtime
 from virtbackup.conf import virtbackup_conf
 
 WHOLE = """
@@ -205,6 +207,37 @@ def test_a_relative_directory_of_the_users_is_none(
     monkeypatch.setenv("XDG_CONFIG_HOME", "home")
     monkeypatch.setenv("HOME", "/nonexistent")
     assert not config.load().insecure
+    (tmp_path / "home" / ".config").symlink_to(tmp_path / "home")
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", "home")
+    assert not config.load().insecure
+
+
+@pytest.mark.parametrize("home", [None, "", "home"])
+def test_who_has_no_home(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is no user's, in a container, say: its files have a place, if one that it may
+    not write to."""
+    for name in ("VIRTBACKUP_CONF", "VIRTBACKUP_STATE_DIR", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    if home is None:
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv("HOME", home)
+    assert str(runtime.directory()) == "/.cache/virtbackup"
+    assert str(config.places()[-1]) == "/.config/virtbackup/virtbackup.conf"
+
+
+def test_a_relative_place_in_a_directory_that_is_gone(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", "state")
+    told = "error: cannot tell where VIRTBACKUP_STATE_DIR=state is: No such file or directory\n"
+    assert points.call("uri") == (1, "", told)
 
 
 def test_the_users_own_decides(places: list[pathlib.Path]) -> None:

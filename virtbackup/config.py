@@ -18,8 +18,7 @@ def places() -> list[pathlib.Path]:
     """The files, the last to decide."""
     if own := os.environ.get("VIRTBACKUP_CONF"):
         return [pathlib.Path(own)]
-    home = os.path.expanduser("~/.config")  # noqa: PTH111
-    base = runtime.users_directory("XDG_CONFIG_HOME") or pathlib.Path(home)
+    base = runtime.users_directory("XDG_CONFIG_HOME") or runtime.home() / ".config"
     return [MACHINES, base / "virtbackup" / "virtbackup.conf"]
 
 

@@ -137,7 +137,8 @@ def null_arg(function: str, argument: str) -> Error:
 def check_flags(function: str, flags: int, known: int) -> None:
     """Errors: VIR_ERR_INVALID_ARG for FLAGS that are not KNOWN (virCheckFlags)."""
     if unknown := flags & ~known:
-        text = f"unsupported flags (0x{unknown:x}) in function {function}"
+        number = unknown if unknown > 0 else unknown & 0xFFFFFFFF  # libvirt's are unsigned
+        text = f"unsupported flags (0x{number:x}) in function {function}"
         raise invalid_arg(function, "flags", text)
 
 

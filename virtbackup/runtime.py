@@ -12,21 +12,35 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
-Process = tuple[int, int]
-"""(pid, start in clock ticks since boot): a process for good, as pids are used again."""
+
+class Process(NamedTuple):
+    """A process for good, as pids are used again."""
+
+    pid: int
+    start: int
+    """In clock ticks since boot."""
+    seen_from: str = ""
+    """The namespaces in which it has that number and began then; empty: not noted."""
+
 
 _PATHS = ("VIRTBACKUP_CONF", "VIRTBACKUP_SCRATCH_DIR", "VIRTBACKUP_STATE_DIR")
+_NAMESPACES = ("pid", "time")
 _TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 
 
 def settle_paths() -> None:
-    """Have the environment's paths of ours lead where they do now, wherever this process goes."""
+    """Have the environment's paths of ours lead where they do now, wherever this process goes.
+    Errors: OSError, where one of them begins in a working directory that is gone."""
     for name in _PATHS:
         if given := os.environ.get(name):
-            os.environ[name] = str(pathlib.Path(given).absolute())
+            try:
+                os.environ[name] = str(pathlib.Path(given).absolute())
+            except OSError as failure:
+                raise OSError(failure.errno, failure.strerror, f"{name}={given}") from failure
 
 
 def directory() -> pathlib.Path:
@@ -35,7 +49,14 @@ def directory() -> pathlib.Path:
         return pathlib.Path(own).absolute()
     if os.geteuid() == 0:
         return pathlib.Path("/run/virtbackup")
-    return (users_directory("XDG_RUNTIME_DIR") or pathlib.Path.home() / ".cache") / "virtbackup"
+    return (users_directory("XDG_RUNTIME_DIR") or home() / ".cache") / "virtbackup"
+
+
+def home() -> pathlib.Path:
+    """The user's; the root directory where none is known, as for a number that is no user's, or
+    where that would be another one from another directory."""
+    found = os.path.expanduser("~")  # noqa: PTH111
+    return pathlib.Path(found if found.startswith("/") else "/")
 
 
 def users_directory(variable: str) -> pathlib.Path | None:
@@ -48,7 +69,11 @@ def users_directory(variable: str) -> pathlib.Path | None:
 def make_directory() -> pathlib.Path:
     """``directory``, made where absent, for this user alone. Errors: OSError."""
     made = directory()
-    made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as failure:
+        number = errno.ENOTDIR
+        raise NotADirectoryError(number, os.strerror(number), os.fspath(made)) from failure
     return made
 
 
@@ -75,17 +100,27 @@ def read_file(path: str | os.PathLike[str], most: int = -1) -> bytes:
 
 
 def process_start(pid: int) -> int | None:
-    """When process PID began, in clock ticks since boot; None when there is none (proc(5))."""
+    """When process PID began, in clock ticks since boot; None when there is none."""
+    fields = _stat(pid)
+    if not fields or fields[0] in (b"Z", b"X"):
+        return None  # it has ended, and its parent has not looked yet
+    return int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether process PID stands still, as a signal or a debugger has made it to."""
+    return _stat(pid)[:1] in ([b"T"], [b"t"])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """What is told of process PID from its state on (proc(5)); nothing where there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  (bytes, not a path at rest)
             text = file.read()
     except OSError:
-        return None
+        return []
     # The command's name may hold anything; what follows its last bracket is orderly.
-    fields = text[text.rindex(b")") + 2 :].split()
-    if fields[0] in (b"Z", b"X"):
-        return None  # it has ended, and its parent has not looked yet
-    return int(fields[19])
+    return text[text.rindex(b")") + 2 :].split()
 
 
 def in_proc(pid: int) -> pathlib.Path:
@@ -183,25 +218,72 @@ def _numbers(directory: str) -> list[str]:
 def this_process() -> Process:
     """Ourselves."""
     pid = os.getpid()
-    return pid, process_start(pid) or 0
+    return Process(pid, process_start(pid) or 0, namespaces())
+
+
+def namespaces() -> str:
+    """Ours, of those that a process's number and its start depend on (pid_namespaces(7),
+    time_namespaces(7))."""
+    found = []
+    for kind in _NAMESPACES:
+        with contextlib.suppress(OSError):  # Linux before 5.6 has none of time
+            found.append(os.readlink(f"/proc/self/ns/{kind}"))  # noqa: PTH115
+    return " ".join(found)
+
+
+def is_seen(process: Process) -> bool:
+    """Whether PROCESS can be seen from here at all, as far as that was noted: one of a container,
+    say, has another number here, or none."""
+    return process.seen_from in ("", namespaces())
 
 
 def is_alive(process: Process) -> bool:
-    """Whether PROCESS still runs."""
-    return process_start(process[0]) == process[1]
+    """Whether PROCESS still runs; one that cannot be seen from here is taken to."""
+    return not is_seen(process) or process_start(process.pid) == process.start
+
+
+def are_different(one: Process, other: Process) -> bool:
+    """Whether two processes are not one and the same, as far as that can be told."""
+    unknown = one.seen_from != other.seen_from and "" not in (one.seen_from, other.seen_from)
+    return not unknown and one[:2] != other[:2]
 
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[pathlib.Path]:
     """A directory that only this user reaches, for sockets and files; gone afterwards, or with the
     first ``sweep`` after this process was killed. Errors: OSError."""
-    pid, start = this_process()
+    pid, start, _ = this_process()
     made = make_directory() / f"private-{pid}-{start}-{os.urandom(8).hex()}"
     made.mkdir(mode=0o700)
     try:
-        yield made
+        with _held(made):
+            yield made
     finally:
         _remove(made)
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path) -> Iterator[None]:
+    """While this lasts ``is_held`` tells of it. Where the file system has no locks, nobody does."""
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+
+
+def is_held(path: pathlib.Path) -> bool:
+    """Whether a process has a lock (flock(2)) on what is at PATH, be it one that cannot be seen
+    from here."""
+    with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        undo.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def sweep() -> list[str]:
@@ -210,7 +292,9 @@ def sweep() -> list[str]:
     with contextlib.suppress(OSError):
         for path in sorted(directory().iterdir()):
             match = _PRIVATE.fullmatch(path.name)
-            if match and not is_alive((int(match[1]), int(match[2]))) and _remove(path):
+            if match is None or is_alive(Process(int(match[1]), int(match[2]))):
+                continue
+            if not is_held(path) and _remove(path):
                 removed.append(f"directory '{path}'")
     return removed
 

@@ -923,6 +923,32 @@ def test_a_signal_s_handler_closes_the_connection_as_a_domain_is_asked_for(
     assert subprocess.check_output(argv, timeout=waiting.DEADLINE) == b"closed\n"
 
 
+CLOSED_AS_LIBVIRT_IS_ASKED = """
+import signal, sys
+import virtbackup
+from virtbackup.qemu import libvirt_driver
+connection = virtbackup.open(sys.argv[1])
+domain = connection.lookupByName("two")
+domain.backupStart(sys.argv[2], virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+signal.signal(signal.SIGUSR1, lambda *_: connection.close())
+is_alive = libvirt_driver.LibvirtDriver.is_alive
+def ask(driver):
+    libvirt_driver.LibvirtDriver.is_alive = is_alive
+    signal.raise_signal(signal.SIGUSR1)
+    return is_alive(driver)
+libvirt_driver.LibvirtDriver.is_alive = ask
+domain.state()
+"""
+
+
+def test_a_signal_s_handler_closes_the_connection_as_libvirt_is_asked(
+    host: libvirtd.Host, two: libvirtd.Domain, scratch_dir: pathlib.Path, state_dir: pathlib.Path
+) -> None:
+    argv = [sys.executable, "-c", CLOSED_AS_LIBVIRT_IS_ASKED, host.daemon.uri, document(host)]
+    subprocess.run(argv, check=True, timeout=waiting.DEADLINE)
+    assert not left_over(two, scratch_dir, state_dir)
+
+
 def test_libvirtd_does_not_come_back_for_backups_that_end_with_their_connection(
     host: libvirtd.Host, two: libvirtd.Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
+import os
 import pathlib
 import socket
 from collections.abc import Iterator
@@ -163,6 +165,40 @@ def test_where_nobody_can_listen(
     with pytest.raises(virtbackup.Error, match=f"cannot listen on {reason}"):
         started(domain, f'<address type="ip" host="{host}" port="0"/>')
     assert domain.backupCleanup() == []
+
+
+def test_a_directory_that_qemu_has_not(tmp_path: pathlib.Path) -> None:
+    """As in a container, or with PrivateTmp of a unit: it has another one of that name, or none."""
+    if os.geteuid() != 0:
+        pytest.skip("wants root")
+    place = tmp_path / "place" / "of" / "ours"
+    place.mkdir(parents=True)
+    images = machines.two_disks_of(tmp_path)
+    for image in ("a.qcow2", "b.raw"):
+        machines.image(tmp_path / image, 1 << 20, image.rpartition(".")[2])
+
+    def hide() -> None:
+        libc, private = ctypes.CDLL(None), 1 << 18 | 1 << 14
+        cover = os.fsencode("".join((*machines.INTO_ROOT[1:], str(place.parent))))
+        assert libc.unshare(0x20000) == 0
+        assert libc.mount(b"none", b"/", None, ctypes.c_ulong(private), None) == 0
+        assert libc.mount(b"none", cover, b"tmpfs", ctypes.c_ulong(0), None) == 0
+
+    there = f"'{place}' is there, but not where QEMU runs"
+    with (
+        machines.qemu(tmp_path, *images, before_exec=hide) as hidden,
+        virtbackup.open(hidden.uri) as connection,
+    ):
+        before = hidden.state()
+        domain = connection.lookupByID(1)
+        with pytest.raises(virtbackup.Error, match=f"cannot listen on .*{there}"):
+            domain.backupStart(document(f'<address type="unix" path="{place}/nbd.sock"/>'))
+        hidden.probe("stop")  # its scratch images are handed over by name then
+        scratch = f'<disks><disk name="vda"><source file="{place}/x"/></disk></disks>'
+        with pytest.raises(virtbackup.Error, match=f"disk 'vda': .*{there}"):
+            domain.backupStart(document(AUTOPORT[0] + scratch))
+        assert hidden.state() == before
+        assert list(place.iterdir()) == []
 
 
 def test_a_socket_is_taken_back_where_no_server_is_started(

@@ -5,9 +5,13 @@ On some QEMUs a client that is still in the handshake when the server is stopped
 soon as it goes away, on others the guest stands still at once.
 """
 
+import contextlib
+import os
 import pathlib
+import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import libvirt
@@ -15,8 +19,10 @@ import nbd
 import pytest
 
 import virtbackup
+from tests import waiting
 from tests.live import machines, places, proxy, scene
-from virtbackup.qemu import capabilities
+from virtbackup import hypervisor, runtime
+from virtbackup.qemu import capabilities, driver, naming
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -215,3 +221,101 @@ def test_where_nothing_can_be_written(
                 domain.backupStart(f"<domainbackup>{unix(machine)}</domainbackup>")
             assert caught.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
         assert not machine.probe("query-jobs")
+
+
+def test_a_status_that_is_removed_of_a_backup_that_is_looked_after(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever began it and is still there writes it anew; where that cannot be, the guest does not
+    keep the backup."""
+    before = machine.state()
+    state = tmp_path / "state"
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+    document = f"<domainbackup>{unix(machine)}</domainbackup>"
+    with virtbackup.open(machine.uri) as conn:
+        domain = conn.lookupByID(1)
+        domain.backupStart(document, virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+        shutil.rmtree(state)
+        assert domain.backupGetInfo().state == "running"
+        [owner] = state.glob("*.owner")
+        assert runtime.is_held(owner)
+        shutil.rmtree(state)
+        waiting.until(lambda: scene.state_files())  # it is watched
+        domain.backupStop()
+        assert machine.state() == before
+        assert scene.state_files() == []
+        domain.backupStart(document, virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY)
+        shutil.rmtree(state)
+        state.touch()
+        with pytest.raises(virtbackup.Error, match=r"state lock .*: Not a directory"):
+            domain.backupStop()
+    assert machine.state() == before
+
+
+@pytest.mark.needs("unshare")
+def test_a_container(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody takes a process for gone, or QEMU for another one, because he cannot see it."""
+    if os.geteuid() != 0:
+        pytest.skip("wants root")
+    before = machine.state()
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "s"))
+    program = (sys.executable, "-m", "virtbackup.tools.virsh_backup", "-q", "-c", machine.uri)
+    start(machine, unix(machine))
+    elsewhere = ("unshare", "--time", "--boottime", "5000", "--fork")
+    said = subprocess.run([*elsewhere, *program, "backup-stop", "1"], capture_output=True)
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert machine.state() == before
+
+    argv = [*program, "backup-pull", "1", str(tmp_path / "out"), "--bandwidth", "64KiB"]
+    with subprocess.Popen(
+        ["unshare", "--pid", "--mount-proc", "--kill-child", *argv], stderr=subprocess.PIPE
+    ) as owner:
+        waiting.until(lambda: machine.probe("query-block-exports"), process=owner)
+        with pytest.raises(virtbackup.Error, match="another backup job is already running"):
+            start(machine, unix(machine))
+        assert runtime.sweep() == []
+        owner.kill()
+    waiting.until(lambda: started_since(machine))
+    with virtbackup.open(machine.uri) as conn:
+        conn.lookupByID(1).backupStop()
+    assert clean_up(machine) == []
+    assert machine.state() == before
+
+
+def started_since(machine: machines.Machine) -> bool:
+    """Whether the one who began the other backup is gone, as a start has found."""
+    try:
+        start(machine, unix(machine))
+    except virtbackup.Error:
+        return False
+    return True
+
+
+def test_a_backup_is_given_up_without_a_note_of_it(
+    tmp_path: pathlib.Path, machine: machines.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest goes first, whether that can be written down or not."""
+    before = machine.state()
+    state = tmp_path / "state"
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+    with contextlib.closing(driver.QmpDriver(str(machine.qmp))) as own:
+        [ref] = own.list_domains()
+        document = f"<domainbackup>{unix(machine)}</domainbackup>"
+        told: list[hypervisor.Event] = []
+        own.event_register(told.append)
+        id = naming.BackupId(own.domain_backup_start(ref, document, 0))
+        shutil.rmtree(state)
+        waiting.until(lambda: scene.state_files())
+        assert told == []
+        shutil.rmtree(state)
+        state.touch()
+        looked_after = own._domain.job
+        assert looked_after.guest_trouble(id) is None
+        assert looked_after.give_up(id, "given up, as a test said so")
+        assert machine.state() == before
+        state.unlink()
+        with pytest.raises(virtbackup.Error, match="given up, as a test said so"):
+            own.domain_backup_stop(ref, 0)
+    assert machine.state() == before

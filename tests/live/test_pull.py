@@ -321,9 +321,10 @@ def untouched(
 
 
 IN_THE_WAY = {
+    **dict.fromkeys(["manifest.json", "vda.qcow2", "sdb.qcow2"], "{out}/{name} exists already"),
     **dict.fromkeys(
-        ["manifest.json", "manifest.json.partial", "vda.qcow2", "sdb.qcow2", "sdb.qcow2.partial"],
-        "{out}/{name} exists already",
+        ["manifest.json.partial", "sdb.qcow2.partial"],
+        "{out}/{name} exists already, as what a killed pull leaves",
     ),
     # Of a branch, whose next pull would take ``manifest.json`` for its own, and with it all that
     # tells of a backup without one. After a crash it has none yet.

@@ -506,13 +506,19 @@ def clean_up_without_status(round: Round) -> None:
     if not _ours(round, "query-block-exports"):
         return  # nor does anything else tell whose a server is that exports nothing
     round.harmed = round.ended = True
-    for path in scene.state_files():
-        # The watch may be about to write it anew.
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            path.unlink(missing_ok=True)
     with round.one.domain() as domain:
-        domain.backupCleanup()
+        while True:
+            for path in scene.state_files():
+                # The watch may be about to write it anew.
+                with path.with_suffix(".lock").open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    path.unlink(missing_ok=True)
+            try:
+                domain.backupCleanup()
+                return
+            except virtbackup.Error as failure:
+                if "backup-stop ends it" not in str(failure):  # or it has, meanwhile
+                    raise
 
 
 @weighing(0.3)

@@ -18,10 +18,11 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import machines, nbdclient, places, steps, striking
 from virtbackup import hypervisor
-from virtbackup.qemu import driver, monitor, status
+from virtbackup.conf import backup_conf
+from virtbackup.qemu import driver, monitor, status, verdict
 
 AUTODESTROY = virtbackup.VIR_DOMAIN_BACKUP_START_AUTODESTROY
 START = """
@@ -268,6 +269,26 @@ def test_autodestroy_ends_with_the_connection(tmp_path: pathlib.Path) -> None:
         assert machine.state() == before
 
 
+def test_autodestroy_ends_with_a_connection_that_a_signal_s_handler_closes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a call, which comes to its end before."""
+    look = verdict.look
+
+    def interrupted(*args: Any) -> backup_conf.BackupInfo:
+        conn.close()
+        return look(*args)
+
+    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
+        before = machine.state()
+        dom = conn.lookupByID(1)
+        dom.backupStart(unix(tmp_path), AUTODESTROY)
+        monkeypatch.setattr(verdict, "look", interrupted)
+        assert dom.backupGetInfo().state == "running"
+        waiting.until(lambda: machine.probe("query-jobs") == [])
+        waiting.until(lambda: machine.state() == before)
+
+
 def test_autodestroy_ends_with_a_connection_that_is_closed_meanwhile(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -360,25 +381,31 @@ def test_monitor_held_by_another_client(
             virtbackup.open(machine.uri)
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
         holder.close()
+        waiting.stop(machine.process)
+        with pytest.raises(virtbackup.Error, match=f"its process {machine.process.pid} is stopped"):
+            virtbackup.open(machine.uri)
+        machine.process.send_signal(signal.SIGCONT)
         virtbackup.open(machine.uri).close()
 
 
 def test_cleanup_without_a_status_touches_only_ours(
     tmp_path: pathlib.Path, state_dir: pathlib.Path
 ) -> None:
-    with machines.two_disks(tmp_path) as machine, virtbackup.open(machine.uri) as conn:
-        dom = conn.lookupByID(1)
+    with machines.two_disks(tmp_path) as machine:
         machines.image(tmp_path / "other.raw", 1 << 20)
         file = {"driver": "file", "filename": f"{tmp_path}/other.raw"}
         machine.probe("blockdev-add", driver="raw", node_name="virtbackup-of-mine", file=file)
         before = machine.state()
-        dom.backupStart(unix(tmp_path))
+        with virtbackup.open(machine.uri) as conn:
+            conn.lookupByID(1).backupStart(unix(tmp_path))
         [path] = state_dir.glob("*.json")
         path.unlink()
-        with pytest.raises(virtbackup.Error, match="no status of it"):
-            dom.backupStart(unix(tmp_path))
-        assert dom.backupCleanup()
-        assert machine.state() == before
+        with virtbackup.open(machine.uri) as conn:
+            dom = conn.lookupByID(1)
+            with pytest.raises(virtbackup.Error, match="no status of it"):
+                dom.backupStart(unix(tmp_path))
+            assert dom.backupCleanup()
+            assert machine.state() == before
 
 
 def test_cleanup_leaves_what_runs_by_another_monitor(tmp_path: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ explicit against a domain; after it nothing needs to ask again what was meant.
 """
 
 import dataclasses
+import re
 import typing
 
 import libvirt
@@ -238,9 +239,9 @@ def _bad_port(text: str, element: etree._Element) -> errors.Error:
 
 
 def unbracketed(host: str) -> str:
-    """HOST without the brackets that an IPv6 address has in a URI."""
-    inside = host[1:-1]
-    return inside if inside and host == f"[{inside}]" else host
+    """HOST without the brackets that an IPv6 address has in a URI, and no others."""
+    address = re.fullmatch(r"\[([^][]+)\]", host)
+    return address[1] if address else host
 
 
 def _parse_branch(element: etree._Element) -> dict[str, typing.Any]:

@@ -43,7 +43,7 @@ ALGORITHM = "xxh3-128-tree"
 INCREMENT = "xxh3-128-tree-increment"
 TABLES = "xxh3-128-tree-tables"
 BLOCK = 1 << 16
-"""Bytes; also the grain at which zeroes are found and files are kept sparse."""
+"""Bytes; also the grain at which zeroes are found, and qcow2 files are kept sparse."""
 
 _ZERO = bytearray(BLOCK)
 _ZERO_DIGEST: bytes = xxhash.xxh3_128_digest(_ZERO)

@@ -16,6 +16,10 @@ from typing import Protocol
 
 from virtbackup import errors
 
+_PAGE = 4096
+"""Bytes; the grain at which raw files are kept sparse, as file systems keep them."""
+_ZERO = bytearray(_PAGE)
+
 WINDOW = 4 << 20
 """Bytes written before the disk is told to begin with them; with 2 and with 8 MiB a copy took
 about a tenth longer."""
@@ -158,6 +162,25 @@ def cut(path: pathlib.Path, made: os.stat_result) -> None:
             os.close(fd)
 
 
+def filled(data: memoryview) -> list[tuple[int, int]]:
+    """Where DATA is not pages of zeroes, as (start, end) in order."""
+    runs: list[tuple[int, int]] = []
+    # Most pages do not even begin with a zero, so of most data nothing more is looked at.
+    begins, start = bytes(data[::_PAGE]), 0
+    page = begins.find(0)
+    while page >= 0:
+        first, last = page * _PAGE, min((page + 1) * _PAGE, len(data))
+        zero = _ZERO if last - first == _PAGE else bytearray(last - first)
+        if zero == data[first:last]:
+            if start < first:
+                runs.append((start, first))
+            start = last
+        page = begins.find(0, page + 1)
+    if start < len(data):
+        runs.append((start, len(data)))
+    return runs
+
+
 class _File:
     """A file made by us and not there before: mode 0600, as it holds a guest's data."""
 
@@ -227,7 +250,8 @@ class Raw:
             raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._file.pwrite(data, offset)
+        for start, end in filled(data):
+            self._file.pwrite(data[start:end], offset + start)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """They are there."""

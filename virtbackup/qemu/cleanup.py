@@ -205,8 +205,9 @@ def remove_outside(left: status.Status) -> list[str]:
     removed = remove_files(left)
     address = left.address
     if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
-        pathlib.Path(address.path).unlink(missing_ok=True)
-        removed.append(f"socket '{address.path}'")
+        path = address.path
+        if scratch.remove(path):
+            removed.append(f"socket '{path}'")
     return removed
 
 
@@ -224,9 +225,12 @@ def _is_image_of(disk: status.DiskStatus) -> bool:
     if disk.inode is None:  # the start did not come to note it
         return scratch.is_unused_image(str(path), disk.size)
     try:
-        return path.lstat().st_ino == disk.inode
+        if path.lstat().st_ino != disk.inode:
+            return False
     except OSError:
         return False
+    # The number may have been given to another file, once this one was gone.
+    return scratch.is_image(str(path), disk.size)
 
 
 def socket_inode(address: backup_conf.Address) -> int | None:
@@ -243,15 +247,15 @@ def _left_socket(left: status.Status, address: backup_conf.UnixAddress) -> bool:
     here = socket_inode(address)
     if here is None or left.server is False:
         return False
-    if left.socket is not None:
-        # Not by asking whether anybody listens: the kernel may take its time with a dead QEMU's.
-        return here == left.socket
-    # The start did not come to note it. It had found nobody who listened there.
-    return left.server is None and _is_abandoned(address)
+    # Where the start did not come to note it, it had found nobody who listened there.
+    is_own = left.server is None if left.socket is None else here == left.socket
+    # Another server's may have been given the same number since.
+    return is_own and _is_abandoned(address)
 
 
 def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
-    """Whether nobody listens on ADDRESS, or soon does no more."""
+    """Whether nobody listens on ADDRESS, or soon does no more: the kernel may take its time with a
+    dead QEMU's."""
     end = time.monotonic() + _DYING
     while nbdserver.answers(address):
         if time.monotonic() > end:

@@ -90,7 +90,9 @@ class Session:
 
     def restarted_since(self, then: runtime.Process | None) -> bool:
         """Whether another process answers than THEN did, as far as both can be seen."""
-        return None not in (self.process, then) and self.process != then
+        if self.process is None or then is None:
+            return False
+        return runtime.are_different(self.process, then)
 
 
 def identify(
@@ -138,7 +140,9 @@ def process_of(qemu: monitor.Monitor) -> runtime.Process | None:
     """The process behind a monitor."""
     pid = qemu.peer_pid()
     start = None if pid is None else runtime.process_start(pid)
-    return None if pid is None or start is None else (pid, start)
+    if pid is None or start is None:
+        return None
+    return runtime.Process(pid, start, runtime.namespaces())
 
 
 def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, int]:

@@ -93,7 +93,7 @@ class DomainObj:
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
         self._closed = False
-        self._ending = ending.Ending(file, self._why_ended)
+        self._ending = ending.Ending(self.job, self._why_ended)
         self._ending.listen(notify)
 
     def listen(self, notify: ending.Notify | None) -> None:
@@ -115,10 +115,14 @@ class DomainObj:
 
     def _end_patiently(self, id: naming.BackupId, until: float) -> None:
         """End backup ID, for which a daemon of libvirt's that is restarted is waited for; a failure
-        to is logged."""
+        to is logged. Of a signal's handler the call that it is in the middle of is not held up."""
         while True:
             try:
                 self._end(id)
+            except status.Interrupted:
+                threading.Thread(
+                    target=self._end_patiently, args=(id, until), name="virtbackup-end"
+                ).start()
             except errors.Error as failure:
                 if _may_come_back(failure) and time.monotonic() < until:
                     time.sleep(_TRY_AGAIN)
@@ -128,11 +132,13 @@ class DomainObj:
 
     def _end(self, id: naming.BackupId) -> None:
         """End backup ID, if it is still there. Errors: those of ``BackupJob.stop``."""
-        running = self.file.load()
-        if running is None or running.id != id:
-            return
         with self._ending.stopping() as ended:
-            self.job.stop(id, cancel=True)
+            try:
+                self.job.stop(id, cancel=True)
+            except errors.Error as failure:
+                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                    raise
+                return
             ended(False, ending.CANCELLED)
 
     @property
@@ -190,12 +196,13 @@ class DomainObj:
         may be gone. Then one that was to end with that process is ended. Takes as long as the
         scratch images' file systems hang. Errors: OSError, those of ``BackupJob.cleanup``."""
         running = self.file.load()
-        if running is not None and running.owner and not runtime.is_alive(running.owner):
+        if running is not None and not status.has_owner(self.file.path, running.owner):
             for line in self.job.cleanup():
                 logger.info("backup=%s of a process that is gone, removed: %s", running.id, line)
             return
         if running is None or self._watch is not None or self.job.is_over(running.id):
             return
+        self.job.look_after(running)
         self._begin_to_watch(running.id, _images(running))
         logger.info("backup=%s found running", running.id)
         self._ending.find()

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from virtbackup import errors, runtime
 from virtbackup.qemu import lifecycle, naming, status
@@ -40,11 +41,18 @@ def reason_of(verdict: dict[str, str]) -> str:
     return f"the backup is not good: {disks}"
 
 
+class Loads(Protocol):
+    """Where a status is."""
+
+    def load(self) -> status.Status | None:
+        """The status; None where there is none. Errors: errors.Error."""
+
+
 class Ending:
     """The end of one domain's backup, each time that there is one."""
 
-    def __init__(self, file: status.StatusFile, why_gone: Callable[[], str | None]) -> None:
-        """WHY_GONE: as ``job.BackupJob``."""
+    def __init__(self, file: Loads, why_gone: Callable[[], str | None]) -> None:
+        """FILE has the domain's status; WHY_GONE: as ``job.BackupJob``."""
         self._file = file
         self._why_gone = why_gone
         self._notify: Notify | None = None
@@ -130,12 +138,14 @@ class Ending:
 
     def _follow(self, id: naming.BackupId) -> None:
         following = _Following(id)
-        pause = LOOK
+        pause, said = LOOK, ""
         while not self._is_done_within(id, pause):
             try:
                 end = following.look(self._file.load(), self._why_gone)
             except errors.Error as failure:
-                logger.warning("backup=%s cannot tell whether it has ended: %s", id, failure)
+                if str(failure) != said:
+                    logger.warning("backup=%s cannot tell whether it has ended: %s", id, failure)
+                    said = str(failure)
                 continue
             if end is not None:
                 self._tell(id, *end, seen=True)

@@ -24,7 +24,8 @@ class Events:
         for an event that is being told."""
         self._begin = begin
         self._end = end
-        self._changing = threading.Lock()
+        # Reentrant, as a signal's handler may close us.
+        self._changing = threading.RLock()
         self._callbacks: dict[int, Callback] = {}
         self._numbers = itertools.count()
 

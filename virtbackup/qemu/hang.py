@@ -108,15 +108,14 @@ def hanging(images: Mapping[str, Image], pid: int | None, limit: float) -> froze
     cannot be seen, by their directories. Where nothing hangs this takes a few milliseconds.
     """
     end = time.monotonic() + limit
-    opened = _opened(pid, {image.inode for image in images.values()})
+    opened = _descriptors(pid, images)
     paths = {
-        key: [f"/proc/{pid}/fd/{fd}" for fd, inode in opened.items() if inode == image.inode]
-        or [image.directory]
+        key: [f"/proc/{pid}/fd/{fd}" for fd in opened[key]] or [image.directory]
         for key, image in images.items()
     }
     every = {path for some in paths.values() for path in some}
     with Question(every) as question:
-        under_way = _requests(pid, opened)
+        under_way = _requests(pid, {fd for some in opened.values() for fd in some})
         silent = question.unanswered(every, end)
     while under_way := {
         thread: was for thread, was in under_way.items() if _call(thread) == was[0]
@@ -124,11 +123,11 @@ def hanging(images: Mapping[str, Image], pid: int | None, limit: float) -> froze
         if time.monotonic() > end:
             break
         time.sleep(_LOOK_AGAIN)
-    waited_for = {inode for _, inode in under_way.values()}
+    waited_for = {fd for _, fd in under_way.values()}
     return frozenset(
         key
-        for key, image in images.items()
-        if not silent.isdisjoint(paths[key]) or image.inode in waited_for
+        for key in images
+        if not (silent.isdisjoint(paths[key]) and waited_for.isdisjoint(opened[key]))
     )
 
 
@@ -136,10 +135,11 @@ def used(images: Mapping[str, Image], pid: int | None) -> dict[str, int]:
     """Key -> bytes that an image takes on its file system, which must answer; only those that
     process PID is seen to have open."""
     sizes = {}
-    for fd, inode in _opened(pid, {image.inode for image in images.values()}).items():
-        with contextlib.suppress(OSError):
-            sizes[inode] = pathlib.Path(f"/proc/{pid}/fd/{fd}").stat().st_blocks * 512
-    return {key: sizes[image.inode] for key, image in images.items() if image.inode in sizes}
+    for key, fds in _descriptors(pid, images).items():
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                sizes[key] = pathlib.Path(f"/proc/{pid}/fd/{fd}").stat().st_blocks * 512
+    return sizes
 
 
 def _pending_for(path: str) -> "subprocess.Popen[bytes] | None":
@@ -243,10 +243,34 @@ def _opened(pid: int | None, inodes: Collection[int | None]) -> dict[int, int]:
     return found
 
 
+def _descriptors(pid: int | None, images: Mapping[str, Image]) -> dict[str, list[int]]:
+    """Key -> descriptors of process PID that are of an image: by its inode, and where files of
+    several file systems have that, by the directory."""
+    opened = _opened(pid, {image.inode for image in images.values()})
+    places = {fd: _place(pid, fd) for fd in opened}
+    known = {image.directory for image in images.values()}
+    found = {}
+    for key, image in images.items():
+        own = [fd for fd, inode in opened.items() if inode == image.inode]
+        there = [fd for fd in own if places[fd] == image.directory]
+        # A mount namespace of its own may call the directory otherwise.
+        found[key] = there or [fd for fd in own if places[fd] not in known]
+    return found
+
+
+def _place(pid: int | None, fd: int) -> str:
+    """The directory of a file that process PID has open, which is not asked."""
+    try:
+        return str(pathlib.Path(f"/proc/{pid}/fd/{fd}").readlink().parent)
+    except OSError:
+        return ""
+
+
 def _requests(
-    pid: int | None, opened: Mapping[int, int]
+    pid: int | None, opened: Collection[int]
 ) -> dict[pathlib.Path, tuple[list[str], int]]:
-    """Thread of process PID -> (the system call it is in, the inode of the file it is for)."""
+    """Thread of process PID -> (the system call it is in, which of the descriptors OPENED it is
+    for)."""
     found: dict[pathlib.Path, tuple[list[str], int]] = {}
     if not opened:
         return found
@@ -254,8 +278,8 @@ def _requests(
         for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
             call = _call(thread)
             # Its number and first argument; a thread that runs has neither.
-            if len(call) > 1 and (inode := opened.get(int(call[1], 16))):
-                found[thread] = (call, inode)
+            if len(call) > 1 and (fd := int(call[1], 16)) in opened:
+                found[thread] = (call, fd)
     return found
 
 

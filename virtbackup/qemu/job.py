@@ -7,6 +7,7 @@ domain's lock from its first look to its last command.
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import time
@@ -71,6 +72,10 @@ class BackupJob:
         self._connect = connect
         self._why_ended = why_ended
         self._on_end = on_end
+        self._begun: status.Status | None = None
+        """The backup that is looked after here, as it was once it ran: its file may get lost."""
+        self._owning: io.FileIO | None = None
+        """What tells that we are there, with whom it ends."""
 
     def start(
         self,
@@ -127,20 +132,32 @@ class BackupJob:
                         if not tries:
                             raise
 
+    def look_after(self, running: status.Status) -> None:
+        """Take RUNNING for a backup that was started here."""
+        self._begun = running
+
     def is_over(self, id: naming.BackupId) -> bool:
-        """Whether backup ID has ended or is ending."""
-        running = self._file.load()
-        return (
-            running is None
-            or running.id != id
-            or running.phase != "running"
-            or running.given_up is not None
-        )
+        """Whether backup ID has ended or is ending. Errors: those of ``load``."""
+        return _is_over(self.load(), id)
 
     def is_left(self, id: naming.BackupId) -> bool:
-        """Whether there is still something of backup ID, which may be over."""
-        running = self._file.load()
+        """Whether there is still something of backup ID, which may be over. Errors: those of
+        ``load``."""
+        running = self.load()
         return running is not None and running.id == id
+
+    def load(self) -> status.Status | None:
+        """The status, also where its file is lost of a backup that was begun here. Errors: of the
+        file, and then of the lock and the monitor."""
+        found = self._file.load()
+        if found is None and self._begun is not None:
+            with self._file.locked():
+                return self._load_known()
+        return found
+
+    def _begun_as(self, id: naming.BackupId) -> status.Status | None:
+        begun = self._begun
+        return begun if begun is not None and begun.id == id else None
 
     def qemu_of(self, id: naming.BackupId) -> runtime.Process | None:
         """QEMU, of backup ID; None where it cannot be seen, or the backup is over."""
@@ -149,52 +166,74 @@ class BackupJob:
 
     def guest_trouble(self, id: naming.BackupId) -> str | None:
         """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
-        with self._file.locked():
-            if self.is_over(id):
-                return None
-            running = self._running()
-            try:
-                with self._connect() as session:
-                    sight = verdict.look_at(session, running)
-            except monitor.NotListening:
-                return None  # the stop will say so
-            except monitor.NoAnswer as failure:
-                if not _rescue(running, failure):
-                    raise
-                return "given up, as an NBD client stopped reading and QEMU stood still for it"
+        try:
+            with self._file.locked():
+                running = self._load_known()
+                if running is None or _is_over(running, id):
+                    return None
+                return self._guest_trouble(running)
+        except status.Unusable:
+            if (begun := self._begun_as(id)) is None:
+                raise
+            return self._guest_trouble(begun)
+
+    def _guest_trouble(self, running: status.Status) -> str | None:
+        try:
+            with self._connect() as session:
+                sight = verdict.look_at(session, running)
+        except monitor.NotListening:
+            return None  # the stop will say so
+        except monitor.NoAnswer as failure:
+            if not _rescue(running, failure):
+                raise
+            return "given up, as an NBD client stopped reading and QEMU stood still for it"
         if not blockjob.stopped_guest(running.disks, sight):
             return None
         return "given up, as a scratch image failed and the guest was paused"
 
     def give_up(self, id: naming.BackupId, reason: str) -> bool:
         """End backup ID for the guest's sake; its stop will tell REASON. Whether it is over: not
-        where QEMU is gone, of which the stop will tell why. Errors: the monitor's."""
-        with self._file.locked():
-            if self.is_over(id):
-                return True
-            running = self._running()
-            try:
-                with self._connect() as session:
-                    cleanup.sweeper_of(session, running).stop_saving()
-                    _, rest = cleanup.take_out(session, running)
-            except monitor.NotListening:
+        where QEMU is gone, of which the stop will tell why. Where its status cannot be had it ends
+        all the same, if it was begun here. Errors: the monitor's; Unusable."""
+        try:
+            with self._file.locked():
+                running = self._load_known()
+                if running is None or _is_over(running, id):
+                    return True
+                if (ended := self._given_up(running, reason)) is None:
+                    return False
+                self._file.save(ended)
+        except status.Unusable as failure:
+            if (begun := self._begun_as(id)) is None:
+                raise
+            logger.warning("backup=%s ends without a note of it: %s", id, failure)
+            if (ended := self._given_up(begun, reason)) is None:
                 return False
-            cleanup.remove_files(running)
-            disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
-            server = cleanup.NBD_SERVER in rest
-            ended = dataclasses.replace(running, given_up=reason, server=server, disks=disks)
-            self._file.save(ended)
+            self._begun = ended
         logger.warning("backup=%s %s", id, reason)
         self._on_end(reason)
         return True
+
+    def _given_up(self, running: status.Status, reason: str) -> status.Status | None:
+        """RUNNING, once it is out of QEMU for REASON; None where that is gone."""
+        try:
+            with self._connect() as session:
+                cleanup.sweeper_of(session, running).stop_saving()
+                _, rest = cleanup.take_out(session, running)
+        except monitor.NotListening:
+            return None
+        cleanup.remove_files(running)
+        disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
+        server = cleanup.NBD_SERVER in rest
+        return dataclasses.replace(running, given_up=reason, server=server, disks=disks)
 
     def note_end(self, id: naming.BackupId, reason: str) -> None:
         """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
         it; what the backup left outside of QEMU is removed."""
         with self._file.locked():
-            if self.is_over(id):
+            running = self._file.load()
+            if running is None or _is_over(running, id):
                 return
-            running = self._running()
             cleanup.remove_outside(running)
             disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
             ended = dataclasses.replace(running, given_up=reason, server=False, disks=disks)
@@ -207,8 +246,19 @@ class BackupJob:
 
         ONLY is the backup that is meant; None: whichever runs. Where all of it is good, it is the
         last point of its branch from now on, but with CANCEL. Errors: VIR_ERR_NO_DOMAIN_BACKUP when
-        there is none, or another one.
+        there is none, or another one; Unusable, but with CANCEL of one that was begun here: that is
+        not to stay in QEMU for want of a status.
         """
+        try:
+            return self._stop_noted(only, cancel)
+        except status.Unusable as failure:
+            if not cancel or only is None or (begun := self._begun_as(only)) is None:
+                raise
+            logger.warning("backup=%s is ended without a note of it: %s", only, failure)
+            self._stop_unnoted(begun)
+            return {}
+
+    def _stop_noted(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
         with self._file.locked():
             running = self._load_known()
             if running is None:
@@ -221,10 +271,25 @@ class BackupJob:
                 if not _rescue(running, failure):
                     raise
                 reasons = self._stop(running)
+            self._let_go()
         if running.told:
             raise _no_backup()
         logger.info("backup=%s stopped bad=%s", running.id, list(reasons))
         return reasons
+
+    def _stop_unnoted(self, begun: status.Status) -> None:
+        """Take a backup that was BEGUN here out of QEMU, without the lock, and as no good one.
+        Errors: the monitor's, ``cleanup.take_out``'s."""
+        with contextlib.suppress(monitor.NotListening), self._connect() as session:
+            cleanup.take_out(session, dataclasses.replace(begun, cancelled=True))
+        cleanup.remove_outside(begun)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """There is no backup of ours any more."""
+        self._begun = None
+        if self._owning is not None:
+            self._owning.close()
 
     def _stop(self, running: status.Status) -> dict[str, str]:
         try:
@@ -284,14 +349,18 @@ class BackupJob:
         VIR_ERR_OPERATION_INVALID while a backup of it runs."""
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
-            left = self._load_known()
+            left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
-            if left is not None and left.branch == name and not _is_stale(session, state, left):
+            if (
+                left is not None
+                and left.branch == name
+                and not self._is_stale(session, state, left)
+            ):
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"a backup of branch '{name}' is running: stop it first",
                 )
-            if (left is None and state.traces()) or (left and _is_stale(session, state, left)):
+            if (left is None and state.traces()) or (left and self._is_stale(session, state, left)):
                 state = self._clear(session, left, bitmaps=True)
             branches.delete(session, state, name)
 
@@ -309,7 +378,7 @@ class BackupJob:
             try:
                 with self._connect() as session:
                     state = _ask(session, left)
-                    if left is not None and not _is_stale(session, state, left):
+                    if left is not None and not self._is_stale(session, state, left):
                         now = left.given_up or "running"
                         raise errors.error(
                             libvirt.VIR_ERR_OPERATION_INVALID,
@@ -335,7 +404,7 @@ class BackupJob:
     def _make_room(self, session: domain.Session, bitmaps: bool) -> backup.BlockState:
         """Refuse while a backup runs; clear away what a crash left of an earlier one. What QEMU has
         then, and with BITMAPS of every image."""
-        left = self._load_known()
+        left = self._load_known(session)
         unsafe = None
         try:
             state = _ask(session, left, bitmaps)
@@ -344,7 +413,7 @@ class BackupJob:
                 raise
             # It may be for a job of ours, which is cleared away below.
             unsafe, state = failure, _ask(session, left)
-        if left is not None and not _is_stale(session, state, left):
+        if left is not None and not self._is_stale(session, state, left):
             text = "another backup job is already running"
             if left.given_up is not None:
                 text = f"another backup job is not stopped yet, it was {left.given_up}"
@@ -366,6 +435,18 @@ class BackupJob:
             raise unsafe
         return state
 
+    def _is_stale(
+        self, session: domain.Session, state: backup.BlockState, left: status.Status
+    ) -> bool:
+        """Whether LEFT is of no running backup. The lock is held: nobody is starting or ending
+        one."""
+        return (
+            left.phase != "running"
+            or not status.has_owner(self._file.path, left.owner)
+            or session.restarted_since(left.qemu)
+            or (left.given_up is None and left.id not in state.backups())
+        )
+
     def _check_no_other(self, state: backup.BlockState) -> None:
         """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU that was started over
         another monitor of it, or over libvirt."""
@@ -380,8 +461,8 @@ class BackupJob:
                     f" there is no such monitor any more, remove '{file}' first",
                 )
         for file, other in status.all_in(self._file.path.parent):
-            runs = other.phase == "running" and other.id in shown and _alive(other.owner)
-            if file != self._file.path and runs:
+            runs = other.phase == "running" and other.id in shown
+            if file != self._file.path and runs and status.has_owner(file, other.owner):
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
@@ -422,6 +503,8 @@ class BackupJob:
         """Do the plan, or undo all of it."""
         starting = dataclasses.replace(starting, definition=run.plan.definition.format())
         try:
+            if starting.owner is not None:
+                self._owning = self._file.owned()
             self._file.save(starting)
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
@@ -439,9 +522,12 @@ class BackupJob:
             if (refusal := run.give_way()) is not None:
                 starting = _keeping(starting, run.session, refusal)
             starting = _with_changed(starting, run.changed())
-            self._file.save(dataclasses.replace(starting, phase="running"))
+            running = dataclasses.replace(starting, phase="running")
+            self._file.save(running)
+            self._begun = running
         except BaseException as failure:
             watch.close_all(run.images)
+            self._let_go()
             if isinstance(failure, process.ServerRefused):
                 starting = dataclasses.replace(starting, server=False)
             starting = _with_inodes(starting, run.inodes)
@@ -476,16 +562,38 @@ class BackupJob:
         _check_is(running, only)
         return running
 
-    def _load_known(self) -> status.Status | None:
-        """The status, None where there is none. Errors: VIR_ERR_OPERATION_UNSUPPORTED for one of
-        another version, which is not to be taken for none."""
+    def _load_known(self, session: domain.Session | None = None) -> status.Status | None:
+        """The status, None where there is none. The lock is held, and SESSION where there is one
+        already. Errors: VIR_ERR_OPERATION_UNSUPPORTED for one of another version, which is not to
+        be taken for none; where the file may be lost, the monitor's."""
         known = self._file.load()
         if known is None and (other := self._file.of_other_version()) is not None:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"{other}: stop it by that version, or have backup-cleanup end it as not good",
             )
-        return known
+        if known is not None or self._begun is None:
+            return known
+        if session is not None:
+            return self._regained(session, self._begun)
+        try:
+            with self._connect() as session:
+                return self._regained(session, self._begun)
+        except monitor.NotListening:
+            return None
+
+    def _regained(self, session: domain.Session, begun: status.Status) -> status.Status | None:
+        """The backup that was BEGUN here, its status written anew, where QEMU still has it although
+        there is none; None where somebody has ended it."""
+        if begun.given_up is None and begun.id not in _ask(session, begun).backups():
+            self._let_go()
+            return None
+        self._file.save(begun)
+        if self._owning is not None:
+            self._owning.close()
+            self._owning = self._file.owned()
+        logger.warning("backup=%s its status was lost, and is written anew", begun.id)
+        return begun
 
     def _end(
         self, session: domain.Session, running: status.Status
@@ -596,6 +704,16 @@ def new_id() -> naming.BackupId:
     return naming.BackupId(os.urandom(4).hex())
 
 
+def _is_over(running: status.Status | None, id: naming.BackupId) -> bool:
+    """Whether backup ID has ended or is ending, where RUNNING is what there is."""
+    return (
+        running is None
+        or running.id != id
+        or running.phase != "running"
+        or running.given_up is not None
+    )
+
+
 def _abandoned(left: status.Status | None) -> status.Status | None:
     """A backup whose stop did not come to tell its verdict, and is not going to: not a good one."""
     if left is None or left.told:
@@ -629,9 +747,9 @@ def _check_is(running: status.Status, only: naming.BackupId | None) -> None:
 def _rescue(running: status.Status, failure: monitor.NoAnswer) -> bool:
     """Whether FAILURE of the monitor was QEMU standing still for an NBD client of ours that has
     stopped reading, and the client is gone now."""
-    if running.qemu is None:
+    if running.qemu is None or not runtime.is_seen(running.qemu):
         return False
-    pid = running.qemu[0]
+    pid = running.qemu.pid
     address = running.address
     if not runtime.is_alive(running.qemu) or not nbdserver.stuck_clients(pid, address):
         return False
@@ -814,20 +932,6 @@ def _without_others_files(starting: status.Status, created: list[str]) -> status
     return dataclasses.replace(starting, disks=tuple(disks))
 
 
-def _is_stale(session: domain.Session, state: backup.BlockState, left: status.Status) -> bool:
-    """Whether LEFT is of no running backup. The lock is held: nobody is starting or ending one."""
-    return (
-        left.phase != "running"
-        or not _alive(left.owner)
-        or session.restarted_since(left.qemu)
-        or (left.given_up is None and left.id not in state.backups())
-    )
-
-
 def _is_dead(qemu: runtime.Process | None) -> bool:
     """Whether QEMU is seen to have ended, be that noticed by who passes commands on or not."""
     return qemu is not None and not runtime.is_alive(qemu)
-
-
-def _alive(owner: runtime.Process | None) -> bool:
-    return owner is None or runtime.is_alive(owner)

@@ -117,8 +117,8 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         self._uri: str = connection.getURI()
         self._connect = connect
         self._owned = owned
-        self._connecting = threading.Lock()
         # Reentrant, as a signal's handler may close us.
+        self._connecting = threading.RLock()
         self._adding = threading.RLock()
         self._closed = False
         self._engine = engine

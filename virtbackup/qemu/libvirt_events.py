@@ -65,7 +65,8 @@ class Lifecycle:
         another one known by ``attach``. Errors: errors.Error."""
         self._tell = tell
         self._reconnect = reconnect
-        self._lock = threading.Lock()
+        # Reentrant, as a signal's handler may close who has us.
+        self._lock = threading.RLock()
         self._connection: libvirt.virConnect | None = None
         self._undo: list[Callable[[], object]] = []
 

@@ -310,6 +310,8 @@ class SocketMonitor:
         """The connection is of no use any more: WHAT did not happen in time."""
         if time.monotonic() < self._end:
             reason = f"{what} within {self._reply_timeout:g} seconds"
+            if (why := self._why_stopped()) is not None:
+                reason = f"{reason}: {why}"
         else:
             reason = f"{what}: the monitor took more than {SESSION_TIMEOUT:g} seconds in all"
         self._lose(reason)
@@ -351,8 +353,15 @@ class SocketMonitor:
         return errors.error(
             libvirt.VIR_ERR_OPERATION_TIMEOUT,
             f"monitor socket '{self.path}' did not answer within {CONNECT_TIMEOUT:g} seconds:"
-            " another client may be using it",
+            f" {self._why_stopped() or 'another client may be using it'}",
         )
+
+    def _why_stopped(self) -> str | None:
+        """Where QEMU was made to stand still, who has; None where it was not, or is not seen."""
+        pid = self.peer_pid()
+        if pid is None or not runtime.is_stopped(pid):
+            return None
+        return f"its process {pid} is stopped, by a signal (SIGSTOP) or a debugger"
 
     def _wait_greeting(self) -> qmp.Greeting:
         with self._lock:

@@ -123,9 +123,10 @@ class Run:
                     "the domain's NBD server is already in use by another job or client",
                 ) from failure
             where = nbdserver.describe(self.plan.address)
-            detail = f"cannot listen on {where}: {self._words(failure)}"
+            address = self.plan.address
+            path = address.path if isinstance(address, backup_conf.UnixAddress) else ""
+            detail = f"cannot listen on {where}: {self._words(failure, os.path.dirname(path))}"  # noqa: PTH120
             if failure.desc.startswith("Failed to "):  # find a port, bind a socket
-                address = self.plan.address
                 picked = isinstance(address, backup_conf.IpAddress) and address.picks_port
                 taken = picked and failure.desc.endswith(os.strerror(errno.EADDRINUSE))
                 kind = PortTaken if taken else ServerRefused
@@ -134,10 +135,15 @@ class Run:
                 ) from failure
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, detail) from failure
 
-    def _words(self, failure: monitor_json.CommandFailed) -> str:
-        """A refusal; where QEMU may not do something, who it is."""
-        denied = os.strerror(errno.EACCES) in failure.desc
-        return failure.desc + (self._who_qemu_is() if denied else "")
+    def _words(self, failure: monitor_json.CommandFailed, directory: str) -> str:
+        """A refusal; where QEMU may not do something, who it is, and where it finds no DIRECTORY
+        that there is, why."""
+        if os.strerror(errno.EACCES) in failure.desc:
+            return failure.desc + self._who_qemu_is()
+        if os.strerror(errno.ENOENT) in failure.desc and os.path.isdir(directory):  # noqa: PTH112
+            seen = f"'{directory}' is there, but not where QEMU runs: in another mount namespace"
+            return f"{failure.desc} ({seen})"
+        return failure.desc
 
     def _who_qemu_is(self) -> str:
         """To be said behind a refusal; empty where QEMU is no other user than we."""
@@ -152,7 +158,8 @@ class Run:
                     self.qemu.execute_all([*self._scratch_commands(disk, filename), *give_up])
             except monitor_json.CommandFailed as failure:
                 self._check_unchanged(failure)
-                raise _of_disk(disk.target, failure, self._words(failure)) from failure
+                words = self._words(failure, scratch.place(disk.source))
+                raise _of_disk(disk.target, failure, words) from failure
 
     def _scratch_commands(self, disk: backup.DiskPlan, filename: str) -> list[monitor_json.Command]:
         commands = [self.plan.scratch_command(disk, filename)]

@@ -14,6 +14,8 @@ MAX_SIZE = 1 << 51
 """The largest guest-visible size, bytes: QEMU takes an L1 table of at most 32 MiB."""
 
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+FIXED = 32
+"""Bytes of the header that stay as they are made: up to the size."""
 _MAPPED_BY_L1_ENTRY = CLUSTER * (CLUSTER // 8)
 _REFCOUNTS_IN_BLOCK = CLUSTER // 2
 

@@ -217,6 +217,17 @@ def duplicate(fd: int, target: str) -> int:
         ) from failure
 
 
+def is_image(path: str, size: int) -> bool:
+    """Whether what is at PATH is an image of SIZE guest-visible bytes that ``format`` made, what
+    QEMU has written to it since aside, or was just making."""
+    [(_, header), *_] = qcow2.empty_image(size)
+    begins = header[: qcow2.FIXED]
+    try:
+        return runtime.read_file(path, len(begins)) == begins or is_unused_image(path, size)
+    except OSError:
+        return False
+
+
 def is_unused_image(path: str, size: int) -> bool:
     """Whether what is at PATH is an image of SIZE guest-visible bytes as ``create`` and ``format``
     make it or were just making it, and nothing else that somebody put there."""

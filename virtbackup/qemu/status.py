@@ -2,8 +2,10 @@
 """What is known of a domain's backup, on disk: any later process can stop it or clean up.
 
 One JSON file and one lock a domain, in a directory of this user's, and a second file for the next
-status, so that nothing that comes to that later keeps it from being written. The file is written
-before the first command that changes QEMU and removed after the last. What runs, QEMU says.
+status, so that nothing that comes to that later keeps it from being written. And one that whoever
+has begun a backup which ends with him keeps locked, as his number tells nothing in a container. The
+status is written before the first command that changes QEMU and removed after the last. What runs,
+QEMU says.
 """
 
 import contextlib
@@ -18,7 +20,9 @@ import json
 import logging
 import os
 import pathlib
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -37,6 +41,8 @@ _READ = range(8, VERSION + 1)
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process that starts, stops or looks at the same domain's backup."""
 _LOCK_POLL = 0.01
+_LOCK_TRIES = 50
+"""How often it may be gone by the time that it is ours; else it is one that cannot be told so."""
 
 _UNIT = 4096
 _AT_FDCWD = -100
@@ -173,6 +179,19 @@ class OtherVersion(ValueError):
         """The backup's."""
 
 
+class Unusable(errors.Error):
+    """A file of the state directory cannot be read or written, or the lock not be had for it."""
+
+    def __init__(self, failure: OSError, what: str) -> None:
+        described = errors.system_error(failure, what)
+        super().__init__(
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+            str(described),
+            strings=("%s", str(described), None),
+            ints=(failure.errno or 0, -1),
+        )
+
+
 def parse(text: str) -> Status:
     """Read a file. Errors: OtherVersion; another ValueError for what ``format`` did not write."""
     try:
@@ -187,12 +206,19 @@ def parse(text: str) -> Status:
         qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
         return Status(
             disks=disks,
-            qemu=None if qemu is None else (int(qemu[0]), int(qemu[1])),
-            owner=None if owner is None else (int(owner[0]), int(owner[1])),
+            qemu=None if qemu is None else _parse_process(qemu),
+            owner=None if owner is None else _parse_process(owner),
             **fields,
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as failure:
+    except (
+        KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError
+    ) as failure:  # fmt: skip
         raise ValueError(f"not a status: {failure!r}") from failure
+
+
+def _parse_process(fields: Any) -> runtime.Process:
+    """An older version has not noted from where it was seen."""
+    return runtime.Process(int(fields[0]), int(fields[1]), *map(str, fields[2:3]))
 
 
 def _complete(fields: dict[str, Any]) -> dict[str, Any]:
@@ -229,6 +255,19 @@ def format(status: Status) -> str:
     return json.dumps({"version": VERSION, **vars(status)}, default=vars) + "\n"
 
 
+class Interrupted(errors.Error):
+    """Who asks for a domain's lock has it already: a signal's handler, in the middle of a call that
+    goes on once the handler is done."""
+
+    def __init__(self) -> None:
+        detail = "called by a signal's handler, in the middle of another call of this domain"
+        super().__init__(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            f"Requested operation is not valid: {detail}",
+            strings=("Requested operation is not valid: %s", detail, None),
+        )
+
+
 class StatusFile:
     """The file and the lock of one domain, KEY being the way to its monitor; in DIRECTORY, which is
     the user's state directory where it is not given."""
@@ -238,33 +277,60 @@ class StatusFile:
         self.path = (directory or runtime.directory()) / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
         self._partial = self.path.with_suffix(".partial")
+        self._held: tuple[int, weakref.ref[io.FileIO]] | None = None
+        """The thread that took the lock last, and that."""
+        self._owner_path = _owner_path(self.path)
 
     def locked(self) -> io.FileIO:
         """Hold the domain's lock, until what this gives is closed: it is the context for that, and
         one that ends without a line of Python in which a signal's exception could come (SIGINT).
 
-        Errors: VIR_ERR_OPERATION_TIMEOUT, VIR_ERR_SYSTEM_ERROR.
+        Errors: VIR_ERR_OPERATION_TIMEOUT, Unusable, Interrupted.
         """
+        if self._is_held_here():
+            raise Interrupted
         lock = None
+        end = time.monotonic() + LOCK_TIMEOUT
         try:
-            runtime.make_directory()
-            lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
-            _acquire(lock.fileno(), self._lock_path)
+            for left in reversed(range(_LOCK_TRIES)):
+                runtime.make_directory()
+                lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
+                _acquire(lock.fileno(), self._lock_path, end)
+                # Where it was removed meanwhile, who comes later locks another one.
+                if not left or _is_at(self._lock_path, lock.fileno()):
+                    break
+                lock.close()
         except BaseException as failure:
             if lock is not None:
                 lock.close()
             if isinstance(failure, OSError):
-                raise errors.system_error(
-                    failure, f"cannot open state lock '{self._lock_path}'"
-                ) from failure
+                raise Unusable(failure, f"cannot open state lock '{self._lock_path}'") from failure
             raise
+        assert lock is not None
+        self._held = threading.get_ident(), weakref.ref(lock)
         return lock
+
+    def owned(self) -> io.FileIO:
+        """Tell processes that cannot see ours that the one is there with which a backup ends, until
+        what this gives is closed. Errors: Unusable."""
+        try:
+            held = io.FileIO(self._owner_path, "r+", opener=_open_or_make)
+            fcntl.flock(held.fileno(), fcntl.LOCK_SH)
+        except OSError as failure:
+            raise Unusable(failure, f"cannot open '{self._owner_path}'") from failure
+        return held
+
+    def _is_held_here(self) -> bool:
+        if self._held is None or self._held[0] != threading.get_ident():
+            return False
+        lock = self._held[1]()
+        return lock is not None and not lock.closed
 
     def load(self) -> Status | None:
         """The status, or None where there is none (a broken one, or one of another version, is
         logged and counts so).
 
-        Errors: VIR_ERR_SYSTEM_ERROR when the file is there and cannot be read.
+        Errors: Unusable, when the file is there and cannot be read.
         """
         try:
             return self._read()
@@ -290,12 +356,12 @@ class StatusFile:
         except FileNotFoundError:
             return None
         except OSError as failure:
-            raise errors.system_error(failure, f"cannot read status '{self.path}'") from failure
+            raise Unusable(failure, f"cannot read status '{self.path}'") from failure
 
     def save(self, status: Status) -> None:
         """Replace the file; whoever reads sees the old one or the new one. The first time there has
         to be room for two, one of which is the next one's: as a backup that runs has to come to its
-        end, where there is no room any more, too."""
+        end, where there is no room any more, too. Errors: Unusable."""
         data = format(status).encode()
         try:
             is_first = not self.path.exists()
@@ -310,12 +376,28 @@ class StatusFile:
                     self.path.unlink()
                     raise
         except OSError as failure:
-            raise errors.system_error(failure, f"cannot write status '{self.path}'") from failure
+            raise Unusable(failure, f"cannot write status '{self.path}'") from failure
 
     def remove(self) -> None:
-        """Forget the backup."""
-        self.path.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
+        """Forget the backup. Errors: Unusable."""
+        try:
+            self.path.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
+            self._owner_path.unlink(missing_ok=True)
+        except OSError as failure:
+            raise Unusable(failure, f"cannot remove status '{self.path}'") from failure
+
+
+def has_owner(path: pathlib.Path, owner: runtime.Process | None) -> bool:
+    """Whether OWNER, of the backup whose status is at PATH, is still there, or it goes on without
+    one."""
+    if owner is None or runtime.is_seen(owner):
+        return owner is None or runtime.is_alive(owner)
+    return runtime.is_held(_owner_path(path))
+
+
+def _owner_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".owner")
 
 
 def all_in(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, Status]]:
@@ -370,8 +452,16 @@ def _are_exchanged(one: pathlib.Path, other: pathlib.Path) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def _acquire(fd: int, path: pathlib.Path) -> None:
-    end = time.monotonic() + LOCK_TIMEOUT
+def _is_at(path: pathlib.Path, fd: int) -> bool:
+    """Whether what is at PATH is the file that FD is of. Errors: OSError."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _acquire(fd: int, path: pathlib.Path, end: float) -> None:
+    """Lock FD before END by the monotonic clock. Errors: OSError, VIR_ERR_OPERATION_TIMEOUT."""
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

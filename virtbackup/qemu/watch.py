@@ -92,6 +92,8 @@ class Watch:
         self._images = tuple(images)
         self._backup = backup
         self._closed = threading.Event()
+        self._warned: str | None = None
+        """What could not be done, as it was told last: not twice a second for hours."""
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
         try:
@@ -148,7 +150,7 @@ class Watch:
         try:
             return self._backup.is_over()
         except errors.Error as failure:
-            logger.warning("watch: cannot tell whether the backup is over: %s", failure)
+            self._warn("cannot tell whether the backup is over", failure)
             return False
 
     def _room(self, image: Image) -> int:
@@ -162,7 +164,7 @@ class Watch:
                 return FASTEST
             return scratch.free_bytes(image.fd) - min(self._keep[device], growth)
         except OSError as failure:
-            logger.warning("watch: cannot look at disk '%s': %s", image.target, failure)
+            self._warn(f"cannot look at disk '{image.target}'", failure)
             return FASTEST
 
     def _pause(self) -> float:
@@ -185,7 +187,7 @@ class Watch:
         try:
             return what()
         except errors.Error as failure:
-            logger.warning("watch: cannot look at the guest: %s", failure)
+            self._warn("cannot look at the guest", failure)
             return None
 
     def _insist(self, end: Callable[[str], bool | None], reason: str) -> bool:
@@ -194,7 +196,12 @@ class Watch:
             try:
                 return end(reason) is not False
             except errors.Error as failure:
-                logger.warning("watch: cannot end the backup, trying again: %s", failure)
+                self._warn("cannot end the backup, trying again", failure)
             if self._closed.wait(TRY_AGAIN):
                 break
         return True
+
+    def _warn(self, what: str, failure: Exception) -> None:
+        if (text := f"{what}: {failure}") != self._warned:
+            logger.warning("watch: %s", text)
+            self._warned = text

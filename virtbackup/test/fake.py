@@ -12,7 +12,7 @@ import dataclasses
 import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from virtbackup.qemu import recording
 from virtbackup.test import fake_layer, fake_state, faults, schema
@@ -29,10 +29,23 @@ MAX_SUN_PATH = 107
 _COMMAND_NOT_FOUND = "CommandNotFound"
 _FDSET = "/dev/fdset/"
 _QUOTE, _BACKSLASH = b'"\\'
+_DIGITS = tuple("0123456789")
 
 
 class Unresolved(OSError):
     """No address has that name, or no port."""
+
+
+class OtherAccess(OSError):
+    """A descriptor is for reading alone, or not for that."""
+
+
+class Unresized(OSError):
+    """A file was made, and cannot be as large as that."""
+
+
+class NoFile(OSError):
+    """It can be opened, and is not a file."""
 
 
 class Host(Protocol):
@@ -42,10 +55,11 @@ class Host(Protocol):
         """Seconds since the epoch."""
 
     def open_image(self, path: str | int, readonly: bool) -> fake_state.Image:
-        """Open a file by its path, or a duplicate of a descriptor."""
+        """Open a file by its path, or a duplicate of a descriptor. Errors: NoFile, of a descriptor
+        OtherAccess, too."""
 
     def create_file(self, path: str, size: int) -> None:
-        """Make a file of SIZE bytes, or empty one that is there."""
+        """Make a file of SIZE bytes, or empty one that is there. Errors: Unresized, too."""
 
     def close_fd(self, fd: int) -> None: ...
 
@@ -79,8 +93,9 @@ class FdSet:
     """Descriptors that were handed over, with their notes; nodes that have one open."""
 
     fds: dict[int, str | None] = dataclasses.field(default_factory=dict)
+    removed: set[int] = dataclasses.field(default_factory=set)
+    """Those that go once they can."""
     users: set[str] = dataclasses.field(default_factory=set)
-    removed: bool = False
 
 
 class Splitter:
@@ -168,21 +183,25 @@ class Fake:
     # --- the wire ---
 
     def connect(self) -> Message:
-        """A client has come; the greeting."""
+        """A client has come, and the one before is gone; the greeting."""
         self._negotiated = False
-        self._keep([])
+        self._let_go_of_received()
+        for id in [*self._fdsets]:
+            self._clean_fdset(id)
         return dict(self._recorded.greeting)
 
-    def _keep(self, fds: Sequence[int]) -> None:
-        """FDS have come; those before that nobody took are closed."""
-        for fd in self._received:
-            self._host.close_fd(fd)
-        self._received = list(fds)
-
-    def receive(self, line: bytes, fds: Sequence[int] = ()) -> Answer:
-        """Carry out one message of the client's; FDS came along and are ours from now on."""
+    def take_fds(self, fds: Sequence[int]) -> None:
+        """FDS have come and are ours from now on; those before that nobody took are closed."""
         if fds:
-            self._keep(fds)
+            self._let_go_of_received()
+            self._received = list(fds)
+
+    def _let_go_of_received(self) -> None:
+        while self._received:
+            self._host.close_fd(self._received.pop())
+
+    def receive(self, line: bytes) -> Answer:
+        """Carry out one message of the client's."""
         message: Any = None
         try:
             message = _decode(line)
@@ -217,6 +236,7 @@ class Fake:
             return Answer(tuple(events), hang_up=True)
         refusal = next((rule.error for rule in before if rule.error is not None), None)
         reply = {"error": dict(refusal)} if refusal else self._try(execute, arguments)
+        self._note_closed()
         events += self._events()
         replies = [] if any(rule.silent for rule in before) else [reply]
         late = [event for rule in after for event in self._cause(rule)]
@@ -310,7 +330,7 @@ class Fake:
             "query-fdsets": self._query_fdsets,
             "query-memory-size-summary": self._query_memory,
             "query-cpus-fast": self._query_cpus,
-            "stop": lambda: self._set_running(False, "paused"),
+            "stop": self._stop,
             "cont": lambda: self._set_running(True, "running"),
             "quit": self._quit,
             "nbd-server-stop": self._nbd_server_stop,
@@ -361,13 +381,16 @@ class Fake:
     def _negotiate(self, arguments: Message) -> None:
         self._negotiated = True
 
+    def _stop(self) -> None:
+        if self._status["running"]:  # else it stands, for whatever reason
+            self._set_running(False, "paused")
+
     def _set_running(self, running: bool, status: str) -> None:
         if running != self._status["running"]:
             self.layer.events.append(fake_layer.event("RESUME" if running else "STOP"))
         self._status |= {"running": running, "status": status}
         if running:
             self.layer.set_io_status("ok")
-            self._clean_fdsets()
 
     def _quit(self) -> None:
         self._end_server()
@@ -454,25 +477,26 @@ class Fake:
     def _blockdev_add(self, arguments: Message) -> None:
         # Before QEMU 2.9 the options were one argument.
         options = arguments.get("options", arguments)
-        opened = {name: self._open(name, readonly) for name, readonly in _filenames(options)}
+        opened = [(name, self._open(name, readonly)) for name, readonly in _filenames(options)]
         try:
-            self.layer.blockdev_add(options, opened)
+            self.layer.blockdev_add(options, [image for _, image in opened])
         finally:
-            for image in opened.values():
-                if not isinstance(image, str) and image not in self.layer.images.values():
+            users = {id(image): node for node, image in self.layer.images.items()}
+            for _, image in opened:
+                if not isinstance(image, str) and id(image) not in users:
                     image.close()
-        for name in opened:
+        for name, image in opened:
             fdset = self._fdset_of(name)
             if fdset is not None:
-                fdset.users |= {
-                    node for node, image in self.layer.images.items() if image is opened[name]
-                }
+                fdset.users.add(users[id(image)])
 
     def _blockdev_create(self, arguments: Message) -> None:
         options, failure = arguments["options"], None
         if options["driver"] == "file":
             try:
                 self._host.create_file(options["filename"], options["size"])
+            except Unresized as error:
+                failure = f"Could not resize file: {error.strerror}"
             except OSError as error:
                 failure = f"Could not create '{options['filename']}': {error.strerror}"
             except ValueError:
@@ -481,20 +505,33 @@ class Fake:
 
     def _open(self, filename: str, readonly: bool) -> fake_state.Image | str:
         """The file, or QEMU's words for why not."""
-        path: str | int = filename
+        if not filename:
+            return "The 'file' block driver requires a file name"
         if filename.startswith(_FDSET):
-            fdset = self._fdset_of(filename)
-            if fdset is None or not fdset.fds:
-                if self.version >= (9, 1, 0):
-                    return f"Failed to find fdset {filename}"
-                return f"Could not dup FD for {filename} flags 2: No such file or directory"
-            path = next(iter(fdset.fds))
+            return self._open_fdset(filename, readonly)
         try:
-            return self._host.open_image(path, readonly)
+            return self._host.open_image(filename, readonly)
+        except NoFile:
+            return f"'file' driver requires '{filename}' to be a regular file"
         except OSError as failure:
             return f"Could not open '{filename}': {failure.strerror}"
         except ValueError:  # no file can be called so
             return f"Could not open '{filename}': Invalid argument"
+
+    def _open_fdset(self, filename: str, readonly: bool) -> fake_state.Image | str:
+        """As ``_open``: the first of its descriptors by which that can be done."""
+        fdset = self._fdset_of(filename)
+        flags = 0 if readonly else 2
+        if fdset is None or not fdset.fds:
+            if self.version >= (9, 1, 0):
+                return f"Failed to find fdset {filename}"
+            return f"Could not dup FD for {filename} flags {flags}: No such file or directory"
+        for fd in fdset.fds:
+            with contextlib.suppress(OtherAccess):
+                return self._host.open_image(fd, readonly)
+        if self.version >= (9, 1, 0):
+            return f"Failed to find file descriptor with matching flags={flags:#x}"
+        return f"Could not dup FD for {filename} flags {flags}: Permission denied"
 
     def _fdset_of(self, filename: str) -> FdSet | None:
         number = filename.removeprefix(_FDSET)
@@ -505,11 +542,17 @@ class Fake:
     def _take_fd(self) -> int:
         if not self._received:
             raise schema.Refused("No file descriptor supplied via SCM_RIGHTS")
-        return self._received.pop()
+        taken, *rest = self._received
+        self._received = rest
+        self._let_go_of_received()
+        return taken
 
     def _add_fd(self, arguments: Message) -> Message:
         fd = self._take_fd()
         id = arguments.get("fdset-id")
+        if id is not None and id < 0:
+            self._host.close_fd(fd)
+            raise schema.Refused("Parameter 'fdset-id' expects a non-negative value")
         if id is None:
             id = next(number for number in range(len(self._fdsets) + 1)
                       if number not in self._fdsets)  # fmt: skip
@@ -517,27 +560,34 @@ class Fake:
         return {"fdset-id": id, "fd": fd}
 
     def _remove_fd(self, arguments: Message) -> None:
-        id = arguments["fdset-id"]
-        if id not in self._fdsets:
-            raise schema.Refused(f"File descriptor named 'fdset-id:{id}' not found")
-        self._fdsets[id].removed = True
-        self._clean_fdsets()
+        id, fd = arguments["fdset-id"], arguments.get("fd")
+        fdset = self._fdsets.get(id)
+        if fdset is None or fd not in (None, *fdset.fds):
+            which = f"fdset-id:{id}" if fd is None else f"fdset-id:{id}, fd:{fd}"
+            raise schema.Refused(f"File descriptor named '{which}' not found")
+        fdset.removed |= set(fdset.fds) if fd is None else {fd}
+        self._clean_fdset(id)
 
-    def _clean_fdsets(self) -> None:
-        """While the guest runs: what was removed goes, and sets that nobody uses."""
-        if not self._status["running"]:
-            return
+    def _clean_fdset(self, id: int) -> None:
+        """What was removed goes, before QEMU 9.1 only while the guest runs; and a set that nobody
+        uses."""
+        fdset = self._fdsets[id]
+        if self._status["running"] or self.version >= (9, 1, 0):
+            for fd in fdset.removed:
+                self._host.close_fd(fd)
+                del fdset.fds[fd]
+            fdset.removed.clear()
+        if not fdset.fds and not fdset.users:
+            del self._fdsets[id]
+
+    def _note_closed(self) -> None:
+        """Sets are cleaned as well once the last node that has one open is gone."""
         for id, fdset in [*self._fdsets.items()]:
-            if fdset.removed:
-                for fd in fdset.fds:
-                    self._host.close_fd(fd)
-                fdset.fds.clear()
-            fdset.users &= set(self.layer.images)
-            if not fdset.fds and not fdset.users:
-                del self._fdsets[id]
+            if fdset.users and not fdset.users & self.layer.images.keys():
+                fdset.users.clear()
+                self._clean_fdset(id)
 
     def _query_fdsets(self) -> list[Message]:
-        self._clean_fdsets()
         return [
             {
                 "fdset-id": id,
@@ -551,6 +601,9 @@ class Fake:
 
     def _getfd(self, arguments: Message) -> None:
         fd = self._take_fd()
+        if arguments["fdname"][:1] in _DIGITS:
+            self._host.close_fd(fd)
+            raise schema.Refused("Parameter 'fdname' expects a name not starting with a digit")
         old = self._fds.pop(arguments["fdname"], None)
         if old is not None:
             self._host.close_fd(old)
@@ -577,6 +630,8 @@ class Fake:
         if self._server:
             raise schema.Refused("NBD server already running")
         address, fd = arguments["addr"], None
+        if not 0 <= arguments.get("max-connections", 0) < 1 << 32:
+            raise schema.Refused("Parameter 'max-connections' expects uint32_t")
         tls = arguments.get("tls-creds")
         if tls is not None and tls not in self._objects:
             raise schema.Refused(f"No TLS credentials with id '{tls}'")
@@ -592,8 +647,10 @@ class Fake:
         try:
             self._host.start_server(address, fd, tls is not None)
         except OSError as failure:
-            reason = failure.strerror or failure
-            raise schema.Refused(f"{_cannot_bind(address, failure)}: {reason}") from failure
+            told = _cannot_bind(address, failure)
+            if address["type"] != "fd":
+                told = f"{told}: {failure.strerror or failure}"
+            raise schema.Refused(told) from failure
         self._server = True
 
     def _nbd_server_stop(self) -> None:
@@ -654,7 +711,7 @@ class Fake:
         """Let go of everything."""
         self._end_server()
         self.layer.close()
-        self._keep([])
+        self._let_go_of_received()
         for fd in [*self._fds.values(), *(fd for s in self._fdsets.values() for fd in s.fds)]:
             self._host.close_fd(fd)
         self._fds.clear()
@@ -695,6 +752,8 @@ def _ignoring(do: Callable[[], Any]) -> _Change:
 def _cannot_bind(address: Mapping[str, Any], failure: OSError) -> str:
     """QEMU's words, without the reason."""
     data = address["data"]
+    if address["type"] == "fd":
+        return f"File descriptor '{data['str']}' is not a socket"
     if address["type"] == "unix":
         done = "unlink socket" if failure.errno == errno.EISDIR else "bind socket to"
         return f"Failed to {done} {data['path']}"
@@ -707,9 +766,15 @@ def _cannot_bind(address: Mapping[str, Any], failure: OSError) -> str:
 
 def _decode(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # not with half a character in it
     except (ValueError, RecursionError) as failure:
         raise schema.Refused("JSON parse error, invalid keyword or value") from failure
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _dispatch(message: Any) -> tuple[str, Message]:

@@ -101,7 +101,7 @@ class Info:
             "filename": filename, "format": node.driver, "virtual-size": node.size,
             "actual-size": self._actual_size(node),
         }  # fmt: skip
-        if node.driver != "snapshot-access":
+        if node.driver not in ("snapshot-access", "null-co"):
             image["dirty-flag"] = False
         image |= self._as_others(node.driver)
         if self._in_clusters(node):
@@ -166,10 +166,10 @@ class Info:
 
     def _filename(self, node: fake_state.Node) -> str:
         """How QEMU calls a node: by its file where that says it all, else by its options."""
-        if node.recorded is not None or node.driver == "file":
+        if node.recorded is not None or node.driver in ("file", "null-co"):
             return node.filename
         overlay = "backing" in node.children and node.driver not in fake_state.JOB_FILTERS
-        if overlay or node.limit is not None:
+        if overlay or node.limit is not None or node.offset:
             return "json:" + json.dumps(self._options(node), sort_keys=True)
         below = next(iter(node.children.values()), None)
         return node.filename if below is None else self._filename(self._state.nodes[below])
@@ -182,6 +182,8 @@ class Info:
         found: Message = {"driver": node.driver}
         if node.limit is not None:
             found["size"] = node.limit
+        if node.offset:
+            found["offset"] = node.offset
         for role, child in node.children.items():
             if node.recorded is None or role == "file":
                 found[role] = self._options(self._state.nodes[child])

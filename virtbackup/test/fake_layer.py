@@ -8,20 +8,25 @@ in a backup is not here. Nothing is ever read or written: contents are the serve
 
 import copy
 import dataclasses
+import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from virtbackup.test import fake_info, fake_state, schema
 
 Message = dict[str, Any]
 
+Opened = Iterator[fake_state.Image | str]
+"""The files that a command names, in their order: open, or why they cannot be."""
+
 SIMULATED = frozenset({"file", "null-co", *fake_state.FORMATS, *fake_state.FILTERS})
 """The drivers of blockdev-add that the fake knows."""
 
 ID = re.compile(r"[a-zA-Z][a-zA-Z0-9\-._]*")
 """What nodes, jobs and exports can be called."""
+_OF_NULL = ("size", "latency-ns", "read-zeroes")
 _QCOW2_SIZE = struct.Struct(">24xQ")
 
 
@@ -154,17 +159,18 @@ class BlockLayer:
             raise schema.Refused(f"Cannot find device={device} nor node_name={name}")
         raise schema.Refused(f"Cannot find device='{device}' nor node-name='{name}'")
 
-    def blockdev_add(self, options: Message, opened: Mapping[str, fake_state.Image | str]) -> None:
-        """Add a node. OPENED has the files that OPTIONS name: open, or why they cannot be."""
+    def blockdev_add(self, options: Message, opened: Sequence[fake_state.Image | str]) -> None:
+        """Add a node. OPENED has the files that OPTIONS name, in their order: open, or why they
+        cannot be."""
         if "node-name" not in options and "id" not in options:
             raise schema.Refused("'node-name' must be specified for the root node")
         with _TakenBack(self):
-            self._open(options, opened, owned=True)
+            self._open(options, iter(opened), owned=True)
 
     def _open(
         self,
         options: Any,
-        opened: Mapping[str, fake_state.Image | str],
+        opened: Opened,
         owned: bool = False,
         no_flush: bool = False,
         readonly: bool = False,
@@ -193,7 +199,8 @@ class BlockLayer:
             raise self._duplicate(name)
         node = fake_state.Node(
             name, driver, options.get("filename", ""), 0, readonly, children, owned,
-            limit=options.get("size") if driver == "raw" else None, no_flush=no_flush,
+            limit=options.get("size") if driver == "raw" else None,
+            offset=options.get("offset", 0) if driver == "raw" else 0, no_flush=no_flush,
         )  # fmt: skip
         self._open_driver(node, options, opened)
         self.state.nodes[name] = node
@@ -203,14 +210,21 @@ class BlockLayer:
         self,
         node: fake_state.Node,
         options: Message,
-        opened: Mapping[str, fake_state.Image | str],
+        opened: Opened,
     ) -> None:
         if node.driver == "file":
-            self._open_file(node, opened[node.filename])
-        elif node.driver != "null-co":
+            self._open_file(node, next(opened))
+        elif node.driver == "null-co":
+            told = {name: options[name] for name in _OF_NULL if name in options}
+            node.size = options.get("size", 1 << 30)
+            node.filename = "null-co://"
+            if told:
+                node.filename = "json:" + json.dumps({"driver": node.driver, **told})
+        else:
             below = self.state.nodes[node.children["file"]]
-            node.size = below.size if node.limit is None else node.limit
-            self._check_part(node, options.get("offset", 0), below.size)
+            self._check_part(node, below.size)
+            rest = -(-(below.size - node.offset) // 512) * 512
+            node.size = rest if node.limit is None else node.limit
             node.filename = below.filename
         if node.driver == "bochs":
             if self.frozen_source(node.children["file"]) is None:
@@ -231,14 +245,24 @@ class BlockLayer:
                         f"Could not open backing file: {failure.desc}"
                     ) from failure
 
-    def _check_part(self, node: fake_state.Node, offset: int, whole: int) -> None:
+    def _check_part(self, node: fake_state.Node, whole: int) -> None:
         """Of a raw node: whether what it is to show is there."""
+        for name, value in (("offset", node.offset), ("size", node.limit or 0)):
+            if value < 0:
+                words = f"Value '{value}' is out of range for parameter '{name}'"
+                if not self.old_words and self._version < (10, 0, 0):
+                    words = f"Parameter '{name}' expects a non-negative number below 2^64"
+                raise schema.Refused(words)
+        told = (0, 0) if self.old_words else (node.offset, node.limit or 0)
+        if node.offset > whole:
+            raise schema.Refused(
+                f"Offset ({told[0]}) cannot be greater than size of the containing file ({whole})"
+            )
         if node.limit is None:
             return
         if node.limit % 512:
             raise schema.Refused("Specified size is not multiple of 512")
-        if offset + node.limit > whole:
-            told = (0, 0) if self.old_words else (offset, node.limit)
+        if node.offset + node.limit > whole:
             raise schema.Refused(
                 f"The sum of offset ({told[0]}) and size ({told[1]}) has to be smaller or equal to"
                 f" the  actual size of the containing file ({whole})"

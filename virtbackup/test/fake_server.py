@@ -9,13 +9,15 @@ import array
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import logging
 import os
 import pathlib
 import socket
+import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from virtbackup.qemu import qcow2, recording
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FDS = 16
 """Descriptors that are taken with one message."""
+_TRY_AGAIN = 0.01
+"""Seconds after which to accept a client that could not be."""
 _HEADER = 512
 _SECTOR = 512
 _CLUSTER = 1 << 16
@@ -36,12 +40,19 @@ class File:
     """A file that a node has open."""
 
     def __init__(self, path: str | int, readonly: bool) -> None:
-        """Errors: OSError."""
+        """Errors: OSError; fake.NoFile for what is something else, fake.OtherAccess."""
+        flags = os.O_RDONLY if readonly else os.O_RDWR
         if isinstance(path, int):
+            if fcntl.fcntl(path, fcntl.F_GETFL) & os.O_ACCMODE != flags:
+                raise fake.OtherAccess(errno.EACCES, os.strerror(errno.EACCES))
             self._fd = os.dup(path)
         else:
-            self._fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+            # A pipe's other end is not waited for.
+            self._fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
         found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(self._fd)
+            raise fake.NoFile(errno.EINVAL, os.strerror(errno.EINVAL))
         self.key = found.st_dev, found.st_ino
 
     @property
@@ -153,11 +164,7 @@ class Server:
 
     def _serve(self) -> None:
         try:
-            while not self._closed:
-                try:
-                    client, _ = self._listener.accept()
-                except OSError:
-                    break
+            while (client := _next_client(self._listener, lambda: self._closed)) is not None:
                 self._client = client
                 try:
                     with client:
@@ -186,13 +193,14 @@ class Server:
         splitter = fake.Splitter()
         while not self._closed:
             data, fds = _receive(client)
+            with self._lock:
+                self._fake.take_fds(fds)
             if not data:
                 return
             splitter.receive_data(data)
             while (line := splitter.next_message()) is not None:
                 with self._lock:
-                    answer = self._fake.receive(line, fds)
-                fds = []
+                    answer = self._fake.receive(line)
                 if answer.quit:  # whether or not the client is still there to be told
                     self._closed = True
                     self._stop_listening()
@@ -212,6 +220,10 @@ class Server:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
             os.ftruncate(fd, size)
+        except OSError as failure:
+            raise fake.Unresized(failure.errno, failure.strerror) from failure
+        except OverflowError as failure:
+            raise fake.Unresized(errno.EINVAL, os.strerror(errno.EINVAL)) from failure
         finally:
             os.close(fd)
 
@@ -292,17 +304,15 @@ class _NbdServer:
                     _shut_down(connection)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                with self._lock:
-                    if self._closed:
-                        connection.close()
-                        return
-                    self._connections[connection] = nbdwire.Server(self._server.disks, self._tls)
-                threading.Thread(
-                    target=self._speak, args=(connection,), name="fake nbd client", daemon=True
-                ).start()
+        while (connection := _next_client(self._listener, lambda: self._closed)) is not None:
+            with self._lock:
+                if self._closed:
+                    connection.close()
+                    return
+                self._connections[connection] = nbdwire.Server(self._server.disks, self._tls)
+            threading.Thread(
+                target=self._speak, args=(connection,), name="fake nbd client", daemon=True
+            ).start()
 
     def _speak(self, connection: socket.socket) -> None:
         speaks = self._connections[connection]
@@ -321,15 +331,24 @@ class _NbdServer:
                 connection.close()
 
 
+def _next_client(listener: socket.socket, is_closed: Callable[[], bool]) -> socket.socket | None:
+    """Who comes next; None once nobody is served any more. He waits while no descriptor is left."""
+    while not is_closed():
+        try:
+            return listener.accept()[0]
+        except OSError:
+            time.sleep(_TRY_AGAIN)
+    return None
+
+
 def _receive(client: socket.socket) -> tuple[bytes, list[int]]:
     """What came, and the descriptors that came with it."""
     fds = array.array("i")
-    data, ancillary, _, _ = client.recvmsg(1 << 16, socket.CMSG_SPACE(MAX_FDS * fds.itemsize))
+    space = socket.CMSG_SPACE(MAX_FDS * fds.itemsize)
+    data, ancillary, _, _ = client.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
     for level, kind, rights in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
-    for fd in fds:
-        os.set_inheritable(fd, False)
     return data, list(fds)
 
 
@@ -364,7 +383,7 @@ def _listen_at(family: socket.AddressFamily, where: str | tuple[Any, ...]) -> so
 def _listen(address: Mapping[str, Any], fd: int | None) -> socket.socket:
     """A listening socket at a QAPI SocketAddress. Errors: OSError."""
     if fd is not None:
-        return socket.socket(fileno=fd)
+        return _listen_by(fd)
     data = address["data"]
     try:
         if address["type"] == "unix":
@@ -373,6 +392,21 @@ def _listen(address: Mapping[str, Any], fd: int | None) -> socket.socket:
         return _listen_on_port(data["host"], data["port"])
     except ValueError as failure:  # no path or no host at all
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from failure
+
+
+def _listen_by(fd: int) -> socket.socket:
+    """The socket of FD, which listens from now on. Errors: OSError; it is closed then."""
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    try:
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _listen_on_port(host: str, port: str) -> socket.socket:

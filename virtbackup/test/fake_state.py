@@ -89,6 +89,8 @@ class Node:
     """What ``query-named-block-nodes`` said of it, where it was there from the start."""
     limit: int | None = None
     """Bytes of a raw node that shows only a part of what is below it."""
+    offset: int = 0
+    """Bytes of what is below a raw node before the first that it shows."""
     no_flush: bool = False
     write_threshold: int = 0
     bitmaps: list[Bitmap] = dataclasses.field(default_factory=list)

@@ -174,7 +174,7 @@ class Server:
         try:
             match option:
                 case _Option.EXPORT_NAME:
-                    return self._export_name(_text(data))
+                    return self._export_name(data.decode(errors="surrogateescape"))
                 case _Option.ABORT:
                     self.over = True
                     return _reply(option, _ACK)

@@ -27,11 +27,13 @@ class Refused(Exception):
 _IS: Mapping[str, Any] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
-    "int": lambda value: type(value) is int,
+    "int": lambda value: type(value) is int and -(1 << 63) <= value < 1 << 64,
     "number": lambda value: type(value) in (int, float),
     "null": lambda value: value is None,
     "value": lambda value: True,
 }
+_UNSIGNED = ("options.size", "write-threshold")
+"""Integers of which QEMU says more than its schema does."""
 _ZERO: Mapping[str, Any] = {"string": "", "boolean": False, "null": None}
 _EXPECTED = {"string": "string", "boolean": "boolean", "int": "integer", "number": "number",
              "null": "null"}  # fmt: skip
@@ -85,9 +87,8 @@ class Schema:
     def _check(self, entity: Mapping[str, Any], value: Any, path: str) -> None:
         match entity["meta-type"]:
             case "builtin":
-                kind = entity["json-type"]
-                if not _IS[kind](value):
-                    raise _wrong_type(path, _EXPECTED[kind])
+                if not _IS[entity["json-type"]](value):
+                    raise _wrong_builtin(entity["json-type"], value, path)
             case "enum":
                 self._check_enum(entity, value, path)
             case "array":
@@ -156,6 +157,12 @@ def _json_type_fits(kind: Mapping[str, Any], value: Any) -> bool:
         case "array":
             return isinstance(value, list)
     return isinstance(value, dict)
+
+
+def _wrong_builtin(kind: str, value: Any, path: str) -> Refused:
+    if type(value) is int and path in _UNSIGNED:
+        return Refused(f"Parameter '{path}' expects uint64")
+    return _wrong_type(path, _EXPECTED[kind])
 
 
 def _wrong_type(path: str, expected: str) -> Refused:

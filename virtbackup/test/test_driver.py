@@ -136,7 +136,8 @@ class Shared:
                 server = fake_server.Server(self.socket, script.recorded, script.rules)
                 stack.enter_context(server)
             except OSError as failure:
-                raise errors.system_error(failure, "cannot listen for the monitor") from failure
+                text = f"cannot listen for the monitor in '{runtime.directory()}'"
+                raise errors.system_error(failure, text) from failure
             except ValueError as failure:
                 raise _unusable(path, failure) from failure
             self._stack = stack.pop_all()
@@ -147,7 +148,8 @@ class Shared:
         self._stack.close()
 
 
-_lock = threading.Lock()
+# Reentrant: where garbage is collected in the middle, a driver may be closed that nobody knows.
+_lock = threading.RLock()
 _shared: dict[tuple[int, str], Shared] = {}
 """(process, path of a URI) -> its fake: a forked process has no threads of its parent's."""
 
@@ -156,10 +158,12 @@ def _share(path: str) -> Shared:
     """The fake at a PATH, made if need be; ``_release`` gives it back."""
     with _lock:
         key = os.getpid(), path
-        if key not in _shared:
-            _shared[key] = Shared(path)
-        _shared[key].users += 1
-        return _shared[key]
+        while True:
+            if (shared := _shared.get(key)) is None:
+                shared = _shared[key] = Shared(path)
+            shared.users += 1
+            if _shared.get(key) is shared:  # else it was closed just then
+                return shared
 
 
 def _release(shared: Shared) -> bool:

@@ -55,6 +55,10 @@ KNOWN = (
         "Be the user that QEMU runs as, or root",
     ),
     Known(
+        libvirt.VIR_ERR_OPERATION_TIMEOUT, ("is stopped, by a signal",),
+        "'kill -CONT' lets it go on; try again then",
+    ),
+    Known(
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("another client may be using it",),
         "A QMP socket serves one client at a time: end the other one, or give QEMU one more -qmp",
     ),
@@ -119,6 +123,8 @@ KNOWN = (
     ),
     Known(None, ("cannot open state lock", _DENIED), _STATE),
     Known(None, ("cannot make a directory in", _DENIED), _STATE),
+    Known(None, ("cannot read status", _DENIED), _STATE),
+    Known(None, ("cannot listen for the monitor in", _DENIED), _STATE),
     Known(
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("cannot acquire state lock",),
         "Try again once it is done",
@@ -168,6 +174,10 @@ KNOWN = (
     Known(None, ("QEMU cannot use the TLS credentials",), _TLS),
     # --- where to ---
     Known(
+        None, ("not where QEMU runs",),
+        "A container, or PrivateTmp of a unit, has files of its own: take a directory of both",
+    ),
+    Known(
         None, ("cannot listen on", _ABSENT), "Make the directory: QEMU makes the socket in it"
     ),
     Known(
@@ -191,6 +201,10 @@ KNOWN = (
     ),
     Known(None, (_FULL,), "Make room there, or take another place"),
     # --- directories of backups ---
+    Known(
+        libvirt.VIR_ERR_OPERATION_INVALID, ("as what a killed pull leaves",),
+        "Remove the files called *.partial, or pull into another directory",
+    ),
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("manifest.json", "exists already"),
         "Pull into another directory, or with --branch, by which backups follow one another in one",

@@ -356,10 +356,7 @@ def _recover(
     ]
     if not left:
         return False
-    try:
-        pending = manifest.read(directory, manifest_file(number) + PARTIAL)
-    except errors.Error:
-        pending = None
+    pending = _pending(directory, number)
     if pending is not None:
         if _is_last_point(pending, found):
             finish(directory, pending)
@@ -370,6 +367,16 @@ def _recover(
         path.unlink(missing_ok=True)
     logger.warning("directory=%s removed files of a pull cut off: %d", directory, len(left))
     return False
+
+
+def _pending(directory: pathlib.Path, number: int) -> manifest.Manifest | None:
+    """The manifest of backup NUMBER, whose pull was cut off; None where it did not come to one, or
+    that is not as it was written: it would name files of others."""
+    try:
+        found, changed = manifest.read_checked(directory, manifest_file(number) + PARTIAL)
+    except errors.Error:
+        return None
+    return found if changed is None and found.number == number else None
 
 
 def _is_last_point(pending: manifest.Manifest, found: Mapping[str, backup_conf.BranchDisk]) -> bool:

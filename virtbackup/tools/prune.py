@@ -265,11 +265,12 @@ def _write_json(directory: pathlib.Path, file: str, value: object) -> None:
 def _remove_old(directory: pathlib.Path) -> None:
     """Remove what the journal tells. Errors: it tells of what is needed."""
     manifests, files = _read_journal(directory)
-    backups = listing.read(directory)
-    kept = [point for point in backups.points if point.file not in manifests]
+    points = listing.read(directory).points
+    dropped = tuple(point for point in points if point.file in manifests)
+    kept = points[len(dropped) :]
     needed = {disk.backing for point in kept for disk in point.made.disks}
     needed |= {disk.file for point in kept for disk in point.made.disks}
-    if not kept or needed & set(files):
+    if not kept or dropped != points[: len(dropped)] or needed & set(files):
         raise _invalid(f"{directory / JOURNAL} tells of files that are needed")
     for names in (manifests, files):
         for name in names:
@@ -310,6 +311,8 @@ def finish(directory: pathlib.Path) -> None:
             if not (directory / match[1]).exists():
                 raise _invalid(f"{directory / name} is of a backup that is not there")
             one, other = (manifest.read(directory, file) for file in (name, match[1]))
+            if (changed := manifest.read_checked(directory, name)[1]) is not None:
+                raise _invalid(f"{directory / name}: {changed}")
             if (one.id, one.number) != (other.id, other.number):
                 raise _invalid(f"{directory / name} is of another backup than {match[1]}")
             _take_places(directory, match[1])

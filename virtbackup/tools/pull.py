@@ -341,7 +341,8 @@ def _claim(directory: pathlib.Path, plan: _Plan, undo: contextlib.ExitStack) -> 
     """Make the file of the manifest in DIRECTORY, which has none of the backup's files; UNDO
     removes all of them that are not known to be good. Errors: one exists, by its path."""
     partial = plan.paths(directory, PARTIAL)
-    _check_absent([*partial, *plan.paths(directory)])
+    _check_absent(partial, _LEFT)
+    _check_absent(plan.paths(directory))
     try:
         partial[0].touch(exist_ok=False)
     except FileExistsError as failure:
@@ -351,11 +352,15 @@ def _claim(directory: pathlib.Path, plan: _Plan, undo: contextlib.ExitStack) -> 
     undo.callback(_remove, partial)
 
 
-def _check_absent(paths: Iterable[pathlib.Path]) -> None:
-    """Errors: VIR_ERR_OPERATION_INVALID for the first of PATHS that exists."""
+_LEFT = ", as what a killed pull leaves"
+"""Of a partial file: nobody else pulls into a directory that we have locked."""
+
+
+def _check_absent(paths: Iterable[pathlib.Path], note: str = "") -> None:
+    """Errors: VIR_ERR_OPERATION_INVALID for the first of PATHS that exists, and the NOTE."""
     for path in paths:
         if os.path.lexists(path):
-            raise _invalid(f"{path} exists already")
+            raise _invalid(f"{path} exists already{note}")
 
 
 def _remove_empty(directory: pathlib.Path) -> None:

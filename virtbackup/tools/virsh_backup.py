@@ -60,6 +60,8 @@ def _start_document(shell: virsh_connection.Shell, args: vsh.Args, document: str
     with interrupt.held() as undo:
         domain.backupStart(document, flags)
         undo.callback(_give_up, shell, domain)
+        if undo.caught:
+            return  # it is given up, and nobody is to take it for one that runs
         if not as_json:
             shell.extra("Domain backup started")
         virsh_connection.warn_of_listener(shell, args, document)
@@ -529,7 +531,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     _mend_streams()
-    runtime.settle_paths()
     arguments = list(argv)
     control = virsh_connection.Control(virsh_connection.default_uri())
     shell = vsh.Shell(TABLE, control, virsh_connection.describe)
@@ -537,7 +538,7 @@ def _main(argv: Sequence[str]) -> int:
         return virsh_complete.main(shell, arguments[1:])
     try:
         try:
-            status = shell.guard(lambda: _run(shell, arguments))
+            status = shell.guard(_settle_paths) or shell.guard(lambda: _run(shell, arguments))
         finally:
             shell.guard(shell.control.close)
         return max(status, shell.guard(shell.control.close_trace), shell.guard(vsh.flush))
@@ -567,6 +568,13 @@ def _mend_streams() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="surrogateescape" if stream is sys.stdin else vsh.ENCODING_ERRORS)
+
+
+def _settle_paths() -> None:
+    try:
+        runtime.settle_paths()
+    except OSError as error:
+        raise vsh.Failure(f"cannot tell where {error.filename} is: {error.strerror}") from error
 
 
 def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:

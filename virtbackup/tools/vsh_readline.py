@@ -6,7 +6,6 @@
 
 import contextlib
 import logging
-import os
 import pathlib
 import re
 import sys
@@ -99,8 +98,8 @@ def line_editing(shell: vsh.Shell[Any], history: pathlib.Path) -> Iterator[None]
 
 def history_path(name: str) -> pathlib.Path:
     """Where the shell called NAME keeps its history."""
-    home = os.environ.get("HOME", "/") + "/.cache"
-    return (runtime.users_directory("XDG_CACHE_HOME") or pathlib.Path(home)) / name / "history"
+    base = runtime.users_directory("XDG_CACHE_HOME") or runtime.home() / ".cache"
+    return base / name / "history"
 
 
 def _load_history(readline: Any, path: pathlib.Path) -> None:
