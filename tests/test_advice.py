@@ -57,6 +57,11 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
     ("code", "text", "expected"),
     [
         (
+            libvirt.VIR_ERR_XML_ERROR,
+            "a name or a path holds characters that XML cannot carry",
+            "Take names and paths in UTF-8 without control characters",
+        ),
+        (
             libvirt.VIR_ERR_SYSTEM_ERROR,
             "failed to connect to monitor socket '/q': Permission denied",
             "Be the user that QEMU runs as, or root",

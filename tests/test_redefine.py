@@ -58,6 +58,8 @@ def test_a_file() -> None:
         ("nbds://h", '<source protocol="nbd" tls="yes"><host name="h" port="10809"/></source>'),
         ("nbd+unix:///?socket=/s%3f",
          '<source protocol="nbd"><host transport="unix" socket="/s?"/></source>'),
+        ("nbd+unix:///?socket=d/s",
+         '<source protocol="nbd"><host transport="unix" socket="/here/d/s"/></source>'),
         ("nbds+unix:///e?socket=/s&socket=/t",
          '<source protocol="nbd" name="e" tls="yes"><host transport="unix" socket="/s"/></source>'),
         ("nbd:////e/",
@@ -67,7 +69,8 @@ def test_a_file() -> None:
 )  # fmt: skip
 def test_a_server(place: str, source: str) -> None:
     media = {"vdb": redefine.Medium("network", place, "raw")}
-    disk = etree.fromstring(redefine.redefine(DOCUMENT, media)[0]).findall("devices/disk")[2]
+    made, _ = redefine.redefine(DOCUMENT, media, "/here")
+    disk = etree.fromstring(made).findall("devices/disk")[2]
     assert disk.get("type") == "network"
     found = disk.find("source")
     assert found is not None

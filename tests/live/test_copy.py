@@ -146,6 +146,29 @@ def test_several_disks_at_once(tmp_path: pathlib.Path) -> None:
     assert watch.sizes == watch.counts == dict.fromkeys(range(20), len(disk))
 
 
+def test_a_bandwidth_is_for_all_disks_alike(tmp_path: pathlib.Path) -> None:
+    """None waits for the end of another one."""
+    order: list[int] = []
+
+    class Order:
+        def start(self, index: int, size: int) -> None:
+            """Nothing."""
+
+        def advance(self, index: int, count: int) -> None:
+            order.append(index)
+
+    with contextlib.ExitStack() as stack:
+        jobs = []
+        for name in ("a", "b", "c"):
+            directory = tmp_path / name
+            directory.mkdir()
+            server = stack.enter_context(copies.nbdkit(directory, "pattern", "4M"))
+            jobs.append(copy.Job(server.export, None))
+        copy.copy(jobs, bandwidth=16 << 20, progress=Order())
+    early = order[: len(order) // 2]
+    assert all(early.count(index) > len(early) // 6 for index in range(3)), order
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("size", ["0", "1", "20M"])
 def test_once_all_is_read_the_server_is_not_needed(
@@ -583,7 +606,10 @@ def test_nothing_is_left_of_a_program_that_is_not_started() -> None:
     script = 'mount -t tmpfs -o ro none /tmp && exec "$@"'
     argv = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", _NO_PROGRAM]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    text = "operation failed: cannot connect to image none: Read-only file system"
+    text = (
+        "operation failed: cannot connect to image none: Read-only file system"
+        " (in /tmp, where libnbd makes its socket)"
+    )
     assert done.stdout == f"{text}\n0\n"
 
 

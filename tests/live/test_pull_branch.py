@@ -20,7 +20,7 @@ import pytest
 import virtbackup
 from tests.live import machines, places, scene
 from virtbackup.nbd import copy
-from virtbackup.tools import chain, listing, manifest, pull, verify, virsh_backup
+from virtbackup.tools import chain, listing, manifest, prune, pull, verify, virsh_backup
 
 pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(120)]
 
@@ -111,19 +111,30 @@ def test_a_chain(machine: machines.Machine, domain: virtbackup.Domain, out: path
 def test_a_compressed_chain(
     machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path
 ) -> None:
-    """What changed to zeroes hides what is below, in QEMU's own compressed overlays as well."""
-    pull.pull(domain, out, branch="daily", kind="auto", compress=True, check=True)
+    """What changed to zeroes hides what is below, in QEMU's own compressed overlays as well; a
+    prune makes whole what was compressed, compressed."""
+    first = pull.pull(domain, out, branch="daily", kind="auto", compress=True, check=True)
     machine.io("vda", "write -P 2 64k 4k")
     machine.io("vda", "write -z 512k 128k")
     machine.io("sdb", f"write -P 3 {SIZE - 1024} 1k")
     made = pull.pull(domain, out, branch="daily", kind="incremental", compress=True, check=True)
     now = machines.on_two_disks(machine)
-    for disk in made.disks:
-        assert machines.contents(out / disk.file, "qcow2")[:SIZE] == now[disk.name]
-        told = subprocess.run(
-            ["qemu-img", "info", "--output=json", out / disk.file], check=True, capture_output=True
-        ).stdout
-        assert json.loads(told)["format-specific"]["data"]["compression-type"] == "zstd"
+
+    def check(disks: Sequence[manifest.Disk]) -> None:
+        for disk in disks:
+            assert machines.contents(out / disk.file, "qcow2")[:SIZE] == now[disk.name]
+            argv = ["qemu-img", "info", "--output=json", str(out / disk.file)]
+            told = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+            assert told["format-specific"]["data"]["compression-type"] == "zstd"
+
+    check(made.disks)
+    with contextlib.closing(copy.Cancel()) as cancel:
+        prune.prune(out, 1, cancel=cancel)
+    [point] = listing.read(out).points
+    check(point.made.disks)
+    taken = {disk.name: disk.stored for disk in point.made.disks}
+    assert all(taken[disk.name] < disk.stored + (256 << 10) for disk in first.disks)
+    assert verify.verify(listing.read(out)).good
 
 
 @pytest.mark.parametrize("size", [(4 << 20) + 512, 512, 65536 + 1024])

@@ -550,20 +550,26 @@ def test_a_server_has_more_behind_the_disk(
 
 
 @pytest.mark.parametrize("fmt", ["qcow2", "raw"])
-def test_qemu_as_server(layered: points.Backed, tmp_path: pathlib.Path, fmt: copy.Format) -> None:
+def test_qemu_as_server(
+    layered: points.Backed,
+    tmp_path: pathlib.Path,
+    fmt: copy.Format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Into a new image through QEMU's own writer, whatever it is: a raw one begins with some zeroes
-    that are no hole."""
+    that are no hole. A guest will not look for the socket from here."""
+    monkeypatch.chdir(tmp_path)
     image = tmp_path / "image"
     subprocess.run(["qemu-img", "create", "-q", "-f", fmt, str(image), "3M"], check=True)
     socket = tmp_path / "s"
     argv = ["qemu-nbd", "-f", fmt, "-k", str(socket), "-x", "e x", str(image)]
-    place = nbdclient.uri(socket, "e%20x").replace("nbd+unix", "NBD+Unix")
+    place = nbdclient.uri(pathlib.Path("s"), "e%20x").replace("nbd+unix", "NBD+Unix")
     with copies.running(argv, socket.exists) as server:
         status, out, err = points.call(
             "backup-restore", str(layered.directory), place, "--disk=vda", "--define"
         )
         assert (status, err) == (0, "warning: disk 'vdb' was not restored and is where it was\n")
-        assert '<host transport="unix"' in out
+        assert f'<host transport="unix" socket="{socket}"/>' in out
         assert server.wait(20) == 0  # it ends with its client, and until then has the image
     want = layered.shown[3]["vda"]
     assert machines.contents(image, fmt) == want + bytes((3 << 20) - len(want))
@@ -694,8 +700,10 @@ def test_a_hanging_server_is_left(layered: points.Backed, tmp_path: pathlib.Path
         with process(*argv) as one:
             waiting.until(lambda: log.exists() and " Write " in log.read_text())
             one.send_signal(signal.SIGINT)
-            one.wait(10)
+            err = one.communicate(timeout=10)[1].decode()
             assert one.returncode == 130
+    told = f"(what {uri(server)} has now is not the disk)"
+    assert err == f"warning: operation aborted: the copy was cancelled {told}\nerror: interrupted\n"
 
 
 def test_a_server_that_wants_tls(layered: points.Backed, tmp_path: pathlib.Path) -> None:

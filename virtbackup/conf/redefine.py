@@ -2,6 +2,7 @@
 """A domain's XML with some of its disks elsewhere: as the document of a guest that is put back."""
 
 import dataclasses
+import posixpath
 import urllib.parse
 from collections.abc import Mapping
 
@@ -27,9 +28,10 @@ class Medium:
     format: str
 
 
-def redefine(document: str, media: Mapping[str, Medium]) -> tuple[str, list[str]]:
+def redefine(document: str, media: Mapping[str, Medium], here: str = "") -> tuple[str, list[str]]:
     """DOCUMENT, a ``<domain>``, with the disks of the target names in MEDIA there; and those of its
-    disks with a medium that are not in MEDIA. It is of no running domain.
+    disks with a medium that are not in MEDIA. It is of no running domain. HERE is the directory in
+    which a server's socket is that is told without one.
 
     Errors: VIR_ERR_XML_ERROR, also where it has no disk of a name in MEDIA; VIR_ERR_INVALID_ARG and
     VIR_ERR_CONFIG_UNSUPPORTED for an URI that a document cannot have.
@@ -42,7 +44,7 @@ def redefine(document: str, media: Mapping[str, Medium]) -> tuple[str, list[str]
         name = "" if target is None else target.get("dev", "")
         if name in media:
             with xml.writing():
-                _move(disk, media[name])
+                _move(disk, media[name], here)
             found.add(name)
         elif disk.find("source") is not None:
             left.append(name)
@@ -51,7 +53,7 @@ def redefine(document: str, media: Mapping[str, Medium]) -> tuple[str, list[str]
     return xml.indented(root), left
 
 
-def _move(disk: etree._Element, medium: Medium) -> None:
+def _move(disk: etree._Element, medium: Medium, here: str) -> None:
     for name in _OF_OLD_MEDIUM:
         for old in disk.findall(name):
             before = old.getprevious()
@@ -68,7 +70,7 @@ def _move(disk: etree._Element, medium: Medium) -> None:
     source = etree.Element("source")
     match medium.type:
         case "network":
-            _nbd(source, medium.place)
+            _nbd(source, medium.place, here)
         case "block":
             source.set("dev", medium.place)
         case _:
@@ -82,7 +84,7 @@ def _forget(element: etree._Element, attribute: str) -> None:
         del element.attrib[attribute]
 
 
-def _nbd(source: etree._Element, uri: str) -> None:
+def _nbd(source: etree._Element, uri: str, here: str) -> None:
     """What libvirt calls an NBD URI (the NBD URI specification). Errors: it is none, or libvirt
     has no word for it."""
     try:
@@ -106,7 +108,7 @@ def _nbd(source: etree._Element, uri: str) -> None:
     sockets = urllib.parse.parse_qs(parts.query).get("socket")
     if sockets:
         host.set("transport", "unix")
-        host.set("socket", sockets[0])
+        host.set("socket", posixpath.join(here, sockets[0]))
     else:
         host.set("name", parts.hostname or "localhost")
         host.set("port", str(port))

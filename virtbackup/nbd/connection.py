@@ -242,6 +242,8 @@ class Connection:
 
     def _named(self, failure: Any, what: str, offset: int | None = None) -> errors.Error:
         reason = os.strerror(failure.errnum) if failure.errnum else failure.string
+        if "mkdtemp" in (failure.string or ""):  # nobody would look for the image's trouble there
+            reason += " (in /tmp, where libnbd makes its socket)"
         if failure.errnum in _OF_CONNECTION:
             reason = self._said() or reason
         if offset is None and self._in_flight:

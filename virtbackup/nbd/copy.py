@@ -195,6 +195,7 @@ def _run(
         else:
             for one in loop.wait():
                 by_connection[id(one)].receive(one)
+            busy.sort(key=lambda disk: disk.asked)  # the first takes what a bandwidth leaves
 
 
 class _Walk:
@@ -255,6 +256,8 @@ class _Disk:
             raise connection.failed(job.export, "read", reason)
         self._left = self._changed = self._size
         self._read = 0
+        self.asked = 0
+        """Bytes that the server was to read by now."""
         self._tree = checksum.Tree(self._size)
         # The way through all of the disk, and on top one through a part whose turn it is.
         self._walks = [self._first_walk()]
@@ -439,7 +442,9 @@ class _Disk:
 
     def _start(self, chunk: store.Chunk, pieces: Sequence[extents.Extent]) -> None:
         chunk.aim([(piece.offset, piece.length) for piece in pieces])
-        self._loop.note_read(sum(piece.length for piece in pieces))
+        count = sum(piece.length for piece in pieces)
+        self.asked += count
+        self._loop.note_read(count)
         for piece in pieces:
             for offset, length in extents.split(piece, self.connections[0].most):
                 one = min(self.connections, key=lambda c: c.load)

@@ -17,7 +17,8 @@ _FIXED = struct.Struct(">4sIQIIQI")
 _V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _V2_LENGTH, _V3_LENGTH = 72, 104
-_EXTERNAL_DATA = 1 << 2
+_EXTERNAL_DATA, _COMPRESSION = 1 << 2, 1 << 3
+_ZSTD = b"\1"
 _BACKING_FORMAT = 0xE2792ACA
 _MOST_NAME = 1023
 
@@ -39,6 +40,8 @@ class Header:
     encrypted: bool
     external_data: bool
     """The guest's data is in another file."""
+    zstd: bool
+    """What is compressed of it is so by zstd."""
 
 
 def parse(data: bytes) -> Header:
@@ -64,6 +67,7 @@ def parse(data: bytes) -> Header:
         backing_format=_backing_format(data, length),
         encrypted=crypt != 0,
         external_data=bool(incompatible & _EXTERNAL_DATA),
+        zstd=bool(incompatible & _COMPRESSION) and data[_V3_LENGTH : _V3_LENGTH + 1] == _ZSTD,
     )
 
 

@@ -139,6 +139,10 @@ KNOWN = (
     ),
     # --- what is wanted ---
     Known(libvirt.VIR_ERR_XML_INVALID_SCHEMA, (), _DOCUMENT),
+    Known(
+        libvirt.VIR_ERR_XML_ERROR, ("characters that XML cannot carry",),
+        "Take names and paths in UTF-8 without control characters",
+    ),
     Known(libvirt.VIR_ERR_XML_ERROR, (), _DOCUMENT),
     Known(
         libvirt.VIR_ERR_CONFIG_UNSUPPORTED, ("no disk named",),

@@ -188,9 +188,11 @@ def _merge(
     """Make ASIDE show what LINKS do; its description."""
     restore.check(links)
     disk = links[0].disk
+    # As the increment was: else the directory could take more room than before.
+    is_compressed = chain.read_header(links[0].path).zstd
 
     def open_target(size: int) -> target.Target:
-        return writer.QemuWriter(aside, size)
+        return writer.QemuWriter(aside, size, compression="zstd" if is_compressed else None)
 
     found = restore.merge(links, open_target, progress=progress, index=index, cancel=cancel)
     again = copy.checksum_of_file(aside, "qcow2", disk.size, cancel=cancel)

@@ -60,6 +60,10 @@ class Output:
         return self.path.with_name(self.path.name + PARTIAL)
 
 
+class Unfinished(errors.Error):
+    """What ended a restore when a device or a server had a part of the disk by then."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """One disk that is back. Sizes are bytes."""
@@ -165,7 +169,10 @@ def domain_xml(point: listing.Point, outputs: Sequence[Output]) -> tuple[str, li
         )
         for one in outputs
     }
-    return redefine.redefine(point.made.domain_xml, media)
+    here = ""
+    with contextlib.suppress(OSError):  # it was removed: nothing is in it
+        here = os.getcwd()  # noqa: PTH109  (a string)
+    return redefine.redefine(point.made.domain_xml, media, here)
 
 
 # --- where to -------------------------------------------------------------------------------------
@@ -370,7 +377,7 @@ def _restore(
         if output.type == "file" or not opened:
             raise
         text = f"{failure} (what {output.place} has now is not the disk)"
-        raise errors.Error(failure.get_error_code(), text) from failure
+        raise Unfinished(failure.get_error_code(), text) from failure
     size = links[0].disk.size
     return Restored(output, size, made.stored, made.read, made.checksum)
 
