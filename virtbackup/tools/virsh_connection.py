@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -155,10 +156,12 @@ def _ignore(context: object, error: object) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Tells what is logged as the shell's own warnings."""
+    """Tells what is logged as the shell's own warnings, and lets the logger go on where nobody
+    reads them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        vsh.warn(record.getMessage())
+        with contextlib.suppress(vsh.OutputClosed):
+            vsh.warn(record.getMessage())
 
 
 _WARNINGS = _Warnings()
