@@ -171,13 +171,14 @@ def set_logging(level: int | None, path: str | None = None) -> None:
     """Log from LEVEL on, 0 (debug) to 4 (error), to standard error or to the end of the file at
     PATH.
 
-    Neither: nothing at all, for standard error is where users look for one line of error, but of
-    what is left of a backup that was ended, which no error tells. A path
-    alone: all from 0 on. Errors: Failure when the file cannot be written.
+    Neither: nothing at all, for standard error is where users look for one line of error. A path
+    alone: all from 0 on. Where standard error has no log, it is warned there of what is left of a
+    backup that was ended, which no error tells. Errors: Failure when the file cannot be written.
     """
+    if level is None or path is not None:
+        logging.getLogger("virtbackup.qemu.cleanup.left").addHandler(_WARNINGS)
     if level is None and path is None:
         logging.getLogger("virtbackup").addHandler(logging.NullHandler())
-        logging.getLogger("virtbackup.qemu.cleanup.left").addHandler(_WARNINGS)
         return
     levels = (logging.DEBUG, logging.INFO, logging.INFO, logging.WARNING, logging.ERROR)
     handler: logging.Handler = logging.StreamHandler()
