@@ -150,9 +150,8 @@ def _with_stray_text(element: etree._Element, texts: Collection[str]) -> Iterato
 def _documentation(validator: Any) -> str | None:
     """What the schema says of the type that VALIDATOR, a component of xmlschema's, is part of, or
     that it has itself where it is an element."""
-    validator = getattr(validator, "type", validator)
     while validator is not None and not hasattr(validator, "is_complex"):
-        validator = getattr(validator, "parent", None)
+        validator = getattr(validator, "type", None) or getattr(validator, "parent", None)
     annotation = getattr(validator, "annotation", None)
     text = "" if annotation is None else str(annotation).strip()
     return text or None  # the types of XML Schema itself have a comment, and no word in it
