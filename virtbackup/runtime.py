@@ -30,6 +30,8 @@ _NAMESPACES = ("pid", "time")
 _TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
+_HELD = "held"
+"""What a private directory's owner has locked; not itself, in which he may want to listen alone."""
 
 
 def settle_paths() -> None:
@@ -256,7 +258,7 @@ def private_directory() -> Iterator[pathlib.Path]:
     made = make_directory() / f"private-{pid}-{start}-{os.urandom(8).hex()}"
     made.mkdir(mode=0o700)
     try:
-        with _held(made):
+        with _held(made / _HELD):
             yield made
     finally:
         _remove(made)
@@ -264,10 +266,11 @@ def private_directory() -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _held(path: pathlib.Path) -> Iterator[None]:
-    """While this lasts ``is_held`` tells of it. Where the file system has no locks, nobody does."""
+    """Make the file at PATH, of which ``is_held`` tells while this lasts. Where the file system has
+    no locks, nobody does."""
     with contextlib.ExitStack() as undo:
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             undo.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_SH)
         yield
@@ -294,7 +297,7 @@ def sweep() -> list[str]:
             match = _PRIVATE.fullmatch(path.name)
             if match is None or is_alive(Process(int(match[1]), int(match[2]))):
                 continue
-            if not is_held(path) and _remove(path):
+            if not is_held(path / _HELD) and _remove(path):
                 removed.append(f"directory '{path}'")
     return removed
 

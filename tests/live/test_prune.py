@@ -612,9 +612,9 @@ def test_an_announcement_of_nobody(backed: points.Backed) -> None:
         backed.directory / "manifest.0003.json.merged"
     )
     assert "manifest.0003.json.merged is not a backup manifest: " in refused(backed.directory)
-    text = (backed.directory / "manifest.0002.json").read_text()
-    for other in (text, text.replace('"number": 2', '"number": 3')):
-        (backed.directory / "manifest.0003.json.merged").write_text(other)
+    second = manifest.read(backed.directory, "manifest.0002.json")
+    for other in (second, dataclasses.replace(second, number=3)):
+        (backed.directory / "manifest.0003.json.merged").write_text(other.to_json())
         assert "manifest.0003.json.merged is of another backup" in refused(backed.directory)
         assert check(backed) == [1, 2, 3, 4]
     alone = backed.directory / "manifest.0001.json"  # which stands alone in fact

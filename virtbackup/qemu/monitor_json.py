@@ -235,9 +235,7 @@ def parse_children(reply: Any) -> dict[str, str]:
 
 def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
     """The ids of the iothreads in a ``qom-list`` of ``/objects``."""
-    return tuple(
-        _str(item, "name") for item in _list(reply) if _str(item, "type") == "child<iothread>"
-    )
+    return tuple(name for name, type in parse_children(reply).items() if type == "iothread")
 
 
 def object_add(kind: str, id: str, wrapped: bool, **properties: Any) -> Command:
@@ -254,11 +252,8 @@ def object_del(id: str) -> Command:
 
 def parse_credentials(reply: Any) -> tuple[str, ...]:
     """The ids of the TLS credentials in a ``qom-list`` of ``/objects``."""
-    return tuple(
-        _str(item, "name")
-        for item in _list(reply)
-        if _str(item, "type").startswith("child<tls-creds-")
-    )
+    found = parse_children(reply)
+    return tuple(name for name, type in found.items() if type.startswith("tls-creds-"))
 
 
 def parse_property(reply: Any) -> str:
