@@ -2,6 +2,7 @@
 """Raw files: as sparse as the disk is, whatever the size of what is written at once."""
 
 import pathlib
+import re
 import tempfile
 
 from hypothesis import example, given
@@ -17,7 +18,8 @@ BLOCK = 1 << 16
 @example([b"a", *[b"\0"] * 15], 0)
 @example([b"\0"] * 15 + [b"\0a"], 1)
 def test_pages_of_zeroes_take_no_space(pages: list[bytes], tail: int) -> None:
-    """A page begins with zeroes and has something at its end, too (``\\0a``)."""
+    """But one between two others. A page begins with zeroes and has something at its end, too
+    (``\\0a``)."""
     disk = b"".join(page[:1] * (PAGE - 1) + page[-1:] for page in pages) + bytes(tail)
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory, "disk.raw")
@@ -26,4 +28,5 @@ def test_pages_of_zeroes_take_no_space(pages: list[bytes], tail: int) -> None:
             where.write(0, memoryview(disk))
         stored = where.finish()
         assert path.read_bytes() == disk
-        assert stored <= PAGE * sum(page != b"\0" for page in pages)
+        kept = "".join("0" if page == b"\0" else "1" for page in pages)
+        assert stored <= PAGE * re.sub("(?<=1)0(?=1)", "1", kept).count("1")

@@ -11,13 +11,13 @@ import abc
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from virtbackup import errors
 
 _PAGE = 4096
-"""Bytes; the grain at which raw files are kept sparse, as file systems keep them."""
+"""Bytes; the grain at which raw files are kept sparse, as most file systems keep them."""
 _ZERO = bytearray(_PAGE)
 
 WINDOW = 4 << 20
@@ -163,7 +163,8 @@ def cut(path: pathlib.Path, made: os.stat_result) -> None:
 
 
 def filled(data: memoryview) -> list[tuple[int, int]]:
-    """Where DATA is not pages of zeroes, as (start, end) in order."""
+    """Where DATA is not pages of zeroes, as (start, end) in order. One page of zeroes between two
+    others is not left out: to write both apart takes longer than to write it."""
     runs: list[tuple[int, int]] = []
     # Most pages do not even begin with a zero, so of most data nothing more is looked at.
     begins, start = bytes(data[::_PAGE]), 0
@@ -178,7 +179,17 @@ def filled(data: memoryview) -> list[tuple[int, int]]:
         page = begins.find(0, page + 1)
     if start < len(data):
         runs.append((start, len(data)))
-    return runs
+    return _joined(runs)
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """RUNS, those that are but a page apart as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in runs:
+        if joined and start - joined[-1][1] <= _PAGE:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
 
 
 class _File:
