@@ -87,7 +87,7 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             libvirt.VIR_ERR_OPERATION_INVALID,
             "Requested operation is not valid: /b/manifest.json.partial exists already, as what a"
             " killed pull leaves",
-            "Remove the files called *.partial, or pull into another directory",
+            "Remove the files called *.partial, which no restore writes now, or pull elsewhere",
         ),
         (libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: no backup job is running", None),
         (libvirt.VIR_ERR_INTERNAL_ERROR, "internal error", None),

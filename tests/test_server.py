@@ -545,7 +545,7 @@ def test_who_has_no_rights_keeps_nobody_out(
 
 def test_who_never_opens_keeps_nobody_out_for_want_of_descriptors(tmp_path: pathlib.Path) -> None:
     """A daemon that may have fewer than max_clients takes."""
-    command = ["prlimit", "--nofile=32", sys.executable, "-m", "virtbackup.tools.virtbackupd"]
+    command = ["prlimit", "--nofile=33", sys.executable, "-m", "virtbackup.tools.virtbackupd"]
     argv = ["--uri", "test:///default", "--listen", f"unix:{tmp_path}/few.sock"]
     with daemon_scene.Program(tmp_path, *argv, name="few", command=command) as program:
         with program.connect() as first:

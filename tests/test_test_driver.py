@@ -334,6 +334,26 @@ def test_what_qemu_does_not_give_back_is_told(
         file.unlink()
 
 
+def test_what_is_not_given_back_holds_up_no_stop_where_nobody_reads_of_it(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    state: pathlib.Path,
+) -> None:
+    """The files still have to go, and the verdict to be told."""
+    error = {"class": "GenericError", "desc": "no"}
+    uri = script(tmp_path, {"command": "job-dismiss", "error": error})
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = f"backup-start-as 1 --unix {tmp_path}/nbd.sock; backup-stop 1"
+    with os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stderr", nobody)
+        assert virsh_backup.main(["-c", uri, line]) == 0
+    assert "Domain backup stopped" in capsys.readouterr().out
+    for file in state.iterdir():
+        file.unlink()
+
+
 def test_a_scsi_device_that_is_passed_through(tmp_path: pathlib.Path, xml: str) -> None:
     """What its guest does goes past QEMU, and would fail below a job's filter."""
     hd = '{"name": "sdb", "type": "child<scsi-hd>"}'

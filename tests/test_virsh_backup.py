@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import virtbackup
 from tests import shell_driver, waiting
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf
@@ -327,10 +328,19 @@ def test_trace_to_stderr(run: Run) -> None:
 
 
 def test_log_goes_to_the_end_of_a_file(tmp_path: pathlib.Path) -> None:
+    """And keeps no warning from who looks at standard error."""
+    recorded = pathlib.Path(virtbackup.__file__).with_name("recordings") / "qemu-7.2.22.jsonl"
+    (tmp_path / "own.jsonl").symlink_to(recorded)
+    fault = {"command": "job-dismiss", "error": {"class": "GenericError", "desc": "no"}}
+    (tmp_path / "faults.json").write_text(json.dumps([fault]))
     log = tmp_path / "log"
+    line = f"backup-start-as 1 --unix {tmp_path}/nbd.sock; backup-stop 1"
     for _ in range(2):
-        assert _process("--log", str(log), "-c", "test:///default", "list")[0] == 0
+        status, out, err = _process("--log", str(log), line, uri=f"test://{tmp_path}")
+        assert (status, out) == (0, "Domain backup started\nDomain backup stopped\n")
+        assert re.match("warning: backup [0-9a-f]+ is not all out of QEMU", err)
     lines = log.read_text().splitlines()
+    assert "is not all out of QEMU" in lines[-1]
     assert lines
     assert len({line.split()[2] for line in lines}) == 2  # two processes
     assert " DEBUG virtbackup." in lines[0]

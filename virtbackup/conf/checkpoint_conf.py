@@ -53,7 +53,7 @@ class CheckpointDef:
         if name is not None and not name:
             raise xml.xml_error("a checkpoint's name cannot be empty", root.find("name"))
         disks = tuple(map(_parse_disk, root.iterfind("disks/disk")))
-        if not xml.is_valid(root, SCHEMA):
+        if not xml.is_valid(root, SCHEMA, TEXTS):
             raise xml.explain(root, SCHEMA, TEXTS)
         return cls(name, root.findtext("description"), disks=disks)
 

@@ -152,7 +152,7 @@ class BackupDef:
         """
         root = xml.parse(document, "domainbackup")
         _refuse_with_libvirts_text(root)
-        if not xml.is_valid(root, SCHEMA):
+        if not xml.is_valid(root, SCHEMA, TEXTS):
             raise xml.explain(root, SCHEMA, TEXTS)
         mode: Mode = "pull" if root.get("mode") == "pull" else "push"
         server, incremental = root.find("server"), root.find("incremental")

@@ -21,6 +21,8 @@ _MAX_ATTRIBUTES = 5000
 
 _SCHEMAS = pathlib.Path(__file__).parents[1] / "schemas"
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_SPACE = " \t\r\n"
+"""XML's; Unicode has more."""
 _TYPE = "{http://www.w3.org/2001/XMLSchema-instance}type"
 
 
@@ -101,8 +103,12 @@ def embedded(document: str, root: str) -> etree._Element:
     return element
 
 
-def is_valid(element: etree._Element, schema: str) -> bool:
-    """Whether ELEMENT has the shape that the shipped SCHEMA (a file name) demands."""
+def is_valid(element: etree._Element, schema: str, texts: Collection[str] = ()) -> bool:
+    """Whether ELEMENT has the shape that the shipped SCHEMA (a file name) demands. Where an element
+    is none of TEXTS, white space alone is nothing, as in libvirt's schemas, and dropped."""
+    for each in element.iter():
+        if each.tag not in texts and not len(each) and not (each.text or "").strip(_SPACE):
+            each.text = None
     return bool(_compiled(schema).validate(element))
 
 
@@ -137,18 +143,18 @@ def _with_stray_text(element: etree._Element, texts: Collection[str]) -> Iterato
         if parent.tag in texts:
             continue
         beside = [parent.text, *(child.tail for child in parent)]
-        if any(text and text.strip(" \t\r\n") and not text.strip() for text in beside):
+        if any(text and text.strip(_SPACE) and not text.strip() for text in beside):
             yield parent
 
 
 def _documentation(validator: Any) -> str | None:
     """What the schema says of the type that VALIDATOR, a component of xmlschema's, is part of, or
     that it has itself where it is an element."""
-    validator = getattr(validator, "type", validator)
     while validator is not None and not hasattr(validator, "is_complex"):
-        validator = getattr(validator, "parent", None)
+        validator = getattr(validator, "type", None) or getattr(validator, "parent", None)
     annotation = getattr(validator, "annotation", None)
-    return None if annotation is None else str(annotation)
+    text = "" if annotation is None else str(annotation).strip()
+    return text or None  # the types of XML Schema itself have a comment, and no word in it
 
 
 @contextlib.contextmanager

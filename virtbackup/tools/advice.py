@@ -203,7 +203,7 @@ KNOWN = (
     # --- directories of backups ---
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("as what a killed pull leaves",),
-        "Remove the files called *.partial, or pull into another directory",
+        "Remove the files called *.partial, which no restore writes now, or pull elsewhere",
     ),
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("manifest.json", "exists already"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands work on: the connection, opened when the first command needs it (virsh.c)."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -155,10 +156,12 @@ def _ignore(context: object, error: object) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Tells what is logged as the shell's own warnings."""
+    """Tells what is logged as the shell's own warnings, and lets the logger go on where nobody
+    reads them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        vsh.warn(record.getMessage())
+        with contextlib.suppress(vsh.OutputClosed):
+            vsh.warn(record.getMessage())
 
 
 _WARNINGS = _Warnings()
@@ -168,13 +171,14 @@ def set_logging(level: int | None, path: str | None = None) -> None:
     """Log from LEVEL on, 0 (debug) to 4 (error), to standard error or to the end of the file at
     PATH.
 
-    Neither: nothing at all, for standard error is where users look for one line of error, but of
-    what is left of a backup that was ended, which no error tells. A path
-    alone: all from 0 on. Errors: Failure when the file cannot be written.
+    Neither: nothing at all, for standard error is where users look for one line of error. A path
+    alone: all from 0 on. Where standard error has no log, it is warned there of what is left of a
+    backup that was ended, which no error tells. Errors: Failure when the file cannot be written.
     """
+    if level is None or path is not None:
+        logging.getLogger("virtbackup.qemu.cleanup.left").addHandler(_WARNINGS)
     if level is None and path is None:
         logging.getLogger("virtbackup").addHandler(logging.NullHandler())
-        logging.getLogger("virtbackup.qemu.cleanup.left").addHandler(_WARNINGS)
         return
     levels = (logging.DEBUG, logging.INFO, logging.INFO, logging.WARNING, logging.ERROR)
     handler: logging.Handler = logging.StreamHandler()
