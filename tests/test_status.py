@@ -71,6 +71,28 @@ def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
     file.locked().close()
 
 
+def test_a_lock_that_the_same_thread_holds_by_another_connection(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or is just getting: a signal's handler may come at any point of that."""
+    other = status.StatusFile("key", file.path.parent)
+    is_at, met = status._is_at, []
+
+    def interrupted(*args: Any) -> bool:
+        with pytest.raises(status.Interrupted):
+            other.locked()
+        met.append(args)
+        return is_at(*args)
+
+    monkeypatch.setattr(status, "_is_at", interrupted)
+    with file.locked(), pytest.raises(status.Interrupted):
+        other.locked()
+    assert len(met) == 1
+    monkeypatch.undo()
+    with status.StatusFile("another", file.path.parent).locked():
+        other.locked().close()
+
+
 @pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
 def test_a_lock_that_is_removed_meanwhile(
     file: status.StatusFile, monkeypatch: pytest.MonkeyPatch, times: int
