@@ -162,7 +162,9 @@ class BackupJob:
     def qemu_of(self, id: naming.BackupId) -> runtime.Process | None:
         """QEMU, of backup ID; None where it cannot be seen, or the backup is over."""
         running = self._file.load()
-        return running.qemu if running is not None and running.id == id else None
+        if running is None or running.id != id or running.qemu is None:
+            return None
+        return running.qemu if runtime.is_seen(running.qemu) else None
 
     def guest_trouble(self, id: naming.BackupId) -> str | None:
         """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
