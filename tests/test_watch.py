@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import libvirt
 import pytest
 
-from tests import hostile_monitor
+from tests import hostile_monitor, waiting
 from tests.test_ending import RUNNING, having
-from virtbackup import runtime
+from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import domain, domain_obj, job, lifecycle, monitor, status, watch
 
@@ -65,6 +65,29 @@ def test_a_watch_that_is_closed_has_closed_its_descriptors(tmp_path: pathlib.Pat
     watched.start()
     watched.close()
     assert not is_open(image.fd)
+
+
+def test_what_cannot_be_done_is_told_once_each(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where two things cannot be, too, the one every half a second and the other every two."""
+    asked: list[str] = []
+
+    class Unreachable(Nobody):
+        def is_over(self) -> bool:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "no lock")
+
+        def guest_trouble(self) -> str | None:
+            asked.append("again")
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "no monitor")
+
+    monkeypatch.setattr(watch, "LONGEST", 0.001)
+    monkeypatch.setattr(watch, "LOOK", 0.001)
+    watched = watch.Watch([image_in(tmp_path)], Unreachable())
+    watched.start()
+    waiting.until(lambda: len(asked) > 3)
+    watched.close()
+    assert len(caplog.messages) == len(set(caplog.messages)) == 2
 
 
 class Interrupted:
