@@ -390,6 +390,8 @@ class BackupJob:
             other = self._file.of_other_version() if left is None else None
             try:
                 with self._connect() as session:
+                    if other is None:
+                        left = self._load_known(session)
                     state = _ask(session, left)
                     if left is not None and not self._is_stale(session, state, left):
                         now = left.given_up or "running"
@@ -614,8 +616,11 @@ class BackupJob:
 
     def _regained(self, session: domain.Session, begun: status.Status) -> status.Status | None:
         """The backup that was BEGUN here, its status written anew, where QEMU still has it although
-        there is none; None where somebody has ended it."""
-        if begun.given_up is None and begun.id not in _ask(session, begun).backups():
+        there is none; None where somebody has ended it. One that we gave up without a note is for
+        our stop to tell of, and in nobody else's way."""
+        if begun.given_up is not None:
+            return begun
+        if begun.id not in _ask(session, begun).backups():
             self._let_go()
             return None
         self._file.save(begun)
