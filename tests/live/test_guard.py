@@ -521,6 +521,18 @@ def fails_to_save(machine: machines.Machine) -> bool:
     return bool(machine.probe("query-migrate")["status"] == "failed")
 
 
+def fails_to_save_for_an_export(machine: machines.Machine) -> bool:
+    """The same, for one of somebody's that is there meanwhile, and which may be written to."""
+    address = {"type": "unix", "data": {"path": f"{machine.directory}/theirs.sock"}}
+    machine.probe("nbd-server-start", addr=address)
+    machine.probe("blockdev-add", driver="null-co", node_name="theirs", size=MIB)
+    machine.probe("block-export-add", type="nbd", id="theirs", node_name="theirs", writable=True)
+    failed = fails_to_save(machine)
+    machine.probe("nbd-server-stop")
+    machine.probe("blockdev-del", node_name="theirs")
+    return failed
+
+
 BROKEN_ONCE = (
     "file.driver=blkdebug,file.image.driver=file,file.image.filename={file},"
     "file.inject-error.0.event=none,file.inject-error.0.iotype=write,file.inject-error.0.errno=28,"
@@ -556,6 +568,23 @@ def test_a_guest_that_its_own_storage_paused(tmp_path: pathlib.Path, saved: bool
             dom.backupStop()
         assert machine.probe("query-status")["status"] == "running"
         waiting.until(lambda: is_there(machine, 256, 7))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_guest_that_stood_still_before_stays_so(tmp_path: pathlib.Path, saved: bool) -> None:
+    """Why it does is none of the backup's business. SAVED: in vain, before the start."""
+    xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
+    with one_disk(tmp_path, BROKEN_ONCE, "enospc") as machine, virtbackup.open(machine.uri) as conn:
+        device_writes(machine, 256, 7)
+        waiting.until(lambda: machine.probe("query-status")["status"] == "io-error")
+        if saved and not fails_to_save_for_an_export(machine):
+            return
+        before = machine.probe("query-status")
+        [dom] = conn.listAllDomains()
+        dom.backupStart(xml)
+        assert dom.backupGetInfo().state == "running"
+        dom.backupStop()
+        assert machine.probe("query-status") == before
 
 
 def test_the_watch_lets_a_guest_go_on_that_a_broken_scratch_image_paused(
