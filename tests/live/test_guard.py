@@ -20,7 +20,7 @@ import virtbackup
 from demo import guest, records
 from tests import daemon_scene, waiting
 from tests.live import machines, places, scene
-from virtbackup.qemu import capabilities, monitor, qcow2, scratch, watch
+from virtbackup.qemu import capabilities, monitor, nbdserver, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
 
@@ -230,6 +230,34 @@ def test_a_backup_is_given_up_before_the_guest_notices(
                 dom.backupStop()
             machine.io(disk, f"write -P 1 0 {SIZE}")
         assert machine.probe("query-status")["status"] == "running"
+
+
+def test_an_export_that_somebody_has_just_deleted(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there until what is being read of it has come, by who may not disconnect clients."""
+    monkeypatch.setattr(nbdserver, "_duplicates", lambda pid, address: iter(()))
+    slow = f"null-co,node-name=A,size={64 * MIB},latency-ns=500000000"
+    with machines.qemu(
+        tmp_path, "-blockdev", slow, "-device", "virtio-blk-pci,drive=A,id=vda"
+    ) as machine, virtbackup.open(machine.uri) as conn:  # fmt: skip
+        before = machine.state()
+        [dom] = conn.listAllDomains()
+        xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
+        dom.backupStart(xml)
+        client = nbd.NBD()
+        client.set_export_name("vda")
+        client.connect_unix(f"{tmp_path}/nbd.sock")
+        client.aio_pread(nbd.Buffer(MIB), 0)
+        for _ in range(9):  # QEMU has seen to its client by then
+            [export] = machine.probe("query-block-exports")
+        machine.probe("block-export-del", id=export["id"], mode="hard")
+        [export] = machine.probe("query-block-exports")
+        assert export["shutting-down"]
+        with pytest.raises(virtbackup.Error, match="its export was removed before"):
+            dom.backupStop()
+        assert machine.state() == before
+        assert scene.state_files() == []
 
 
 def test_the_backup_of_a_qemu_that_was_killed_is_not_given_up_in_the_next_one(

@@ -93,7 +93,7 @@ class Sweeper:
                 break
             if attempt:
                 self._wait("BLOCK_EXPORT_DELETED")
-            ended = [] if attempt else exports
+            ended = [] if attempt else [each for each in exports if not each.shutting_down]
             done, told = self._execute_each(
                 [monitor_json.block_export_del(export.id, "hard") for export in ended],
                 monitor_json.query_block_exports(),
@@ -101,7 +101,8 @@ class Sweeper:
             removed += [f"export '{one.id}'" for one, gone in zip(ended, done, strict=True) if gone]
             refused |= {one.id for one, gone in zip(ended, done, strict=True) if not gone}
             left = self._ours_of(monitor_json.parse_exports(told))
-            exports = [export for export in left if export.id not in refused]
+            # QEMU refuses, too, to end one that it ends already.
+            exports = [each for each in left if each.shutting_down or each.id not in refused]
         return removed
 
     def server(self, known: Exports | None = None) -> tuple[list[str], bool]:
