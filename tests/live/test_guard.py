@@ -232,6 +232,32 @@ def test_a_backup_is_given_up_before_the_guest_notices(
         assert machine.probe("query-status")["status"] == "running"
 
 
+def test_a_guest_is_freed_from_a_backup_although_a_client_cannot_be_sent_away(
+    tmp_path: pathlib.Path,
+    machine: machines.Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By who is not root, and has no room to spare in a socket. Where QEMU lets nobody do that, it
+    would stand still."""
+    monkeypatch.setattr(nbdserver, "_SO_SNDBUFFORCE", socket.SO_BROADCAST)
+    monkeypatch.setattr(nbdserver, "TIMEOUT", 0.1)
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        reason: list[str] = []
+        monkeypatch.setattr(watch.Watch, "_no_room", lambda self: next(iter(reason), None))
+        dom.backupStart(document(tmp_path, f'dir="{tmp_path}"'))
+        with stuck_client(tmp_path, "vda"):
+            reason.append("given up, as a test said so")
+            waiting.until(lambda: "cannot be disconnected" in caplog.text)
+            [job] = machine.probe("query-jobs")
+            assert job["status"] == ("concluded" if machines.version() < (8, 0, 0) else "running")
+            machine.io("vda", f"write -P 2 0 {MIB}")
+        waiting.until(lambda: not any(t.name == "virtbackup-watch" for t in threading.enumerate()))
+        with pytest.raises(virtbackup.Error, match="as a test said so"):
+            dom.backupStop()
+
+
 def test_an_export_that_somebody_has_just_deleted(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

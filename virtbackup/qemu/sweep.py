@@ -239,7 +239,11 @@ class Sweeper:
 
         Errors: ClientStuck, with nothing done.
         """
-        self.end_clients()
+        try:
+            self.end_clients()
+        except ClientStuck:
+            if not self.caps.frees_beside_stuck_clients:
+                raise
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
             *(self._dialect.job_cancel(job) for job in self._own_jobs()),
