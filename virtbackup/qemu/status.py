@@ -54,6 +54,18 @@ _taken: "weakref.WeakValueDictionary[tuple[int, pathlib.Path], io.FileIO]" = (
     weakref.WeakValueDictionary()
 )
 """The locks that a thread has, or is waiting for, until they are closed; of all connections."""
+_owned: "weakref.WeakSet[io.FileIO]" = weakref.WeakSet()
+"""As ``StatusFile.owned`` gives them."""
+
+
+def _close_in_child() -> None:
+    """In a process that was forked: the locks are those of the other one, which could not let go of
+    one that is open here, too (flock(2))."""
+    for lock in (*_taken.values(), *_owned):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 Phase = Literal["starting", "running", "stopping"]
 
@@ -320,6 +332,7 @@ class StatusFile:
         what this gives is closed. Errors: Unusable."""
         try:
             held = io.FileIO(self._owner_path, "r+", opener=_open_or_make)
+            _owned.add(held)
             fcntl.flock(held.fileno(), fcntl.LOCK_SH)
         except OSError as failure:
             raise Unusable(failure, f"cannot open '{self._owner_path}'") from failure
