@@ -28,7 +28,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import daemons
+from tests import daemons, waiting
 from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import domain_conf
 from virtbackup.qemu import driver, naming, recording, sweep
@@ -874,6 +874,28 @@ def test_a_backup_that_another_one_stopped_does_not_come_back(
         assert "given up, as a test said so" in str(failure(lambda: own.domain_backup_stop(ref, 0)))
         own.domain_backup_start(ref, xml, 0)
         own.domain_backup_stop(ref, 0)
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    """The same, and the status is there again, as where a file system was mounted anew."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        told: list[hypervisor.Event] = []
+        own.event_register(told.append)
+        id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
+        away = state.rename(state.with_name(f"{state.name}-away"))
+        state.touch()
+        assert own._domain.job.give_up(id, "given up, as a test said so")
+        state.unlink()
+        away.rename(state)
+        waiting.until(lambda: told)
+        assert own._domain.job.is_over(id)
+        assert own.domain_backup_get_info(ref, 0).state == "failed"
+        assert "given up, as a test said so" in str(failure(lambda: own.domain_backup_stop(ref, 0)))
     for file in state.iterdir():
         file.unlink()
 

@@ -150,10 +150,20 @@ class BackupJob:
         """The status, also where its file is lost of a backup that was begun here. Errors: of the
         file, and then of the lock and the monitor."""
         found = self._file.load()
-        if found is None and self._begun is not None:
-            with self._file.locked():
-                return self._load_known()
-        return found
+        if self._begun is None or self._is_noted(found):
+            return found
+        if self._begun.given_up is not None:
+            return self._begun
+        with self._file.locked():
+            return self._load_known()
+
+    def _is_noted(self, found: status.Status | None) -> bool:
+        """Whether the status FOUND has all that is known of the backup that was begun here: not
+        where there is none, or we gave that up when it was not to be had."""
+        begun = self._begun
+        if found is None or begun is None or begun.given_up is None or found.id != begun.id:
+            return found is not None
+        return found.given_up is not None or found.phase != "running"
 
     def _begun_as(self, id: naming.BackupId) -> status.Status | None:
         begun = self._begun
@@ -604,8 +614,11 @@ class BackupJob:
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"{other}: stop it by that version, or have backup-cleanup end it as not good",
             )
-        if known is not None or self._begun is None:
+        if self._begun is None or self._is_noted(known):
             return known
+        if known is not None:
+            self._file.save(self._begun)
+            return self._begun
         if session is not None:
             return self._regained(session, self._begun)
         try:
