@@ -87,8 +87,12 @@ class Bench:
         self.identity = identity
         self.engine = engine
         self.file = status.StatusFile(str(directory / "qmp.sock"))
-        self.job = job.BackupJob(self.file, self._session)
+        self.job = self.another_job()
         self.address: backup_conf.Address = backup_conf.UnixAddress(str(directory / "nbd.sock"))
+
+    def another_job(self) -> job.BackupJob:
+        """The same, of a process that knows the status file alone."""
+        return job.BackupJob(self.file, self._session)
 
     def set(self, text: str) -> None:
         """What virtbackup.conf says from now on."""
@@ -212,7 +216,7 @@ def of_which_nobody_knows(bench: Bench) -> None:
     bench.start()
     bench.file.remove()
     bench.identity = dataclasses.replace(bench.identify(), process=runtime.this_process())
-    bench.job.cleanup()
+    bench.another_job().cleanup()
     if "query-block-exports" not in bench.identify().capabilities.commands:
         bench.qemu.clean()  # such a QEMU does not tell whose an export is, or even a job
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import places, refusing
 from tests.test_ending import RUNNING, having
 from virtbackup import errors, runtime
@@ -69,6 +69,53 @@ def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
     assert not waits.is_alive()
     file.locked()
     file.locked().close()
+
+
+def test_a_lock_that_the_same_thread_holds_by_another_connection(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or is just getting: a signal's handler may come at any point of that."""
+    other = status.StatusFile("key", file.path.parent)
+    is_at, met = status._is_at, []
+
+    def interrupted(*args: Any) -> bool:
+        with pytest.raises(status.Interrupted):
+            other.locked()
+        met.append(args)
+        return is_at(*args)
+
+    monkeypatch.setattr(status, "_is_at", interrupted)
+    with file.locked(), pytest.raises(status.Interrupted):
+        other.locked()
+    assert len(met) == 1
+    monkeypatch.undo()
+    with status.StatusFile("another", file.path.parent).locked():
+        other.locked().close()
+
+
+def test_a_process_that_was_forked_has_no_lock(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a program's worker would keep everybody from the domain, and a backup from its end, for
+    as long as it lives: a watch has the lock for a moment again and again."""
+    monkeypatch.setattr(status, "LOCK_TIMEOUT", 0.2)
+    reads, writes = os.pipe()
+    with file.locked(), file.owned():
+        child = os.fork()
+        if not child:
+            os.close(writes)
+            os.read(reads, 1)
+            os._exit(0)
+        with pytest.raises(errors.Error, match="in the middle of another call"):
+            file.locked()
+        assert runtime.is_held(file.path.with_suffix(".owner"))
+    try:
+        waiting.until(lambda: not runtime.is_held(file.path.with_suffix(".owner")))
+        file.locked().close()
+    finally:
+        os.close(writes)
+        os.close(reads)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])

@@ -28,10 +28,10 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import daemons
+from tests import daemons, waiting
 from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import domain_conf
-from virtbackup.qemu import recording, sweep
+from virtbackup.qemu import driver, naming, recording, sweep
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -866,3 +866,71 @@ def test_state_of_other_processes_is_not_touched(state: pathlib.Path) -> None:
         [private] = state.iterdir()
         assert runtime.sweep() == []
         assert private.is_dir()
+
+
+# --- a status that is lost ------------------------------------------------------------------------
+
+
+def test_a_backup_that_another_one_stopped_does_not_come_back(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    """It was given up without a note of it, as the state directory was away."""
+    with (
+        contextlib.closing(driver.QmpDriver(str(server.path))) as own,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as other,
+    ):
+        [ref] = own.list_domains()
+        id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
+        away = state.rename(state.with_name(f"{state.name}-away"))
+        state.touch()
+        assert own._domain.job.give_up(id, "given up, as a test said so")
+        state.unlink()
+        away.rename(state)
+        stopped = failure(lambda: other.domain_backup_stop(ref, 0))
+        assert "its backup job disappeared" in str(stopped)
+        assert own._domain.job.is_over(id)
+        other.domain_backup_start(ref, xml, 0)
+        other.domain_backup_stop(ref, 0)
+        assert "given up, as a test said so" in str(failure(lambda: own.domain_backup_stop(ref, 0)))
+        own.domain_backup_start(ref, xml, 0)
+        own.domain_backup_stop(ref, 0)
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    """The same, and the status is there again, as where a file system was mounted anew."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        told: list[hypervisor.Event] = []
+        own.event_register(told.append)
+        id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
+        away = state.rename(state.with_name(f"{state.name}-away"))
+        state.touch()
+        assert own._domain.job.give_up(id, "given up, as a test said so")
+        state.unlink()
+        away.rename(state)
+        waiting.until(lambda: told)
+        assert own._domain.job.is_over(id)
+        assert own.domain_backup_get_info(ref, 0).state == "failed"
+        assert "given up, as a test said so" in str(failure(lambda: own.domain_backup_stop(ref, 0)))
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, 0)
+        own._domain._stop_watching(own._domain._watched)  # it would write it anew at some time
+        for file in state.glob("*.json"):
+            file.unlink()
+        words = str(failure(lambda: own.domain_backup_cleanup(ref, 0)))
+        assert "is running: backup-stop ends it" in words
+        own.domain_backup_stop(ref, 0)
+    for file in state.iterdir():
+        file.unlink()

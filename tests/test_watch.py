@@ -7,11 +7,14 @@ import pathlib
 import threading
 from collections.abc import Iterator
 
+import libvirt
 import pytest
 
-from tests import hostile_monitor
+from tests import hostile_monitor, waiting
+from tests.test_ending import RUNNING, having
+from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import domain, domain_obj, lifecycle, monitor, status, watch
+from virtbackup.qemu import domain, domain_obj, job, lifecycle, monitor, status, watch
 
 
 class Nobody:
@@ -62,6 +65,29 @@ def test_a_watch_that_is_closed_has_closed_its_descriptors(tmp_path: pathlib.Pat
     watched.start()
     watched.close()
     assert not is_open(image.fd)
+
+
+def test_what_cannot_be_done_is_told_once_each(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where two things cannot be, too, the one every half a second and the other every two."""
+    asked: list[str] = []
+
+    class Unreachable(Nobody):
+        def is_over(self) -> bool:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "no lock")
+
+        def guest_trouble(self) -> str | None:
+            asked.append("again")
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "no monitor")
+
+    monkeypatch.setattr(watch, "LONGEST", 0.001)
+    monkeypatch.setattr(watch, "LOOK", 0.001)
+    watched = watch.Watch([image_in(tmp_path)], Unreachable())
+    watched.start()
+    waiting.until(lambda: len(asked) > 3)
+    watched.close()
+    assert len(caplog.messages) == len(set(caplog.messages)) == 2
 
 
 class Interrupted:
@@ -123,3 +149,27 @@ def test_a_start_that_is_interrupted_closes_each_descriptor_once(
     assert len(images) == 4  # of two disks, each once as QEMU had it and once as the watch did
     assert "nothing" not in [what for _, what in closed]
     assert all("scratch" in what for name, what in closed if name == "virtbackup-watch")
+
+
+def test_the_end_of_a_qemu_that_cannot_be_seen_from_here_is_heard_of(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a daemon that runs in another container since: what is not seen is not alive for that,
+    where libvirt says so."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    file = status.StatusFile("key", tmp_path)
+    elsewhere = runtime.this_process()._replace(seen_from="pid:[1] time:[1]")
+    file.save(having(qemu=elsewhere))
+
+    class Hears(Interrupted):
+        def listen(self, hearing: lifecycle.Hearing) -> None:
+            shut_down = libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN
+            hearing._hear(None, None, libvirt.VIR_DOMAIN_EVENT_STOPPED, shut_down, None)
+
+    def nowhere() -> contextlib.AbstractContextManager[domain.Session]:
+        raise AssertionError("nobody is to be asked")
+
+    watched = domain_obj._Watched(job.BackupJob(file, nowhere), RUNNING.id, Hears())
+    assert watched.why_ended() is None
+    watched.listen(lambda: None)
+    assert watched.why_ended() == "the guest shut down"

@@ -20,7 +20,7 @@ import virtbackup
 from demo import guest, records
 from tests import daemon_scene, waiting
 from tests.live import machines, places, scene
-from virtbackup.qemu import capabilities, monitor, qcow2, scratch, watch
+from virtbackup.qemu import capabilities, monitor, nbdserver, qcow2, scratch, watch
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "mount")
 
@@ -230,6 +230,60 @@ def test_a_backup_is_given_up_before_the_guest_notices(
                 dom.backupStop()
             machine.io(disk, f"write -P 1 0 {SIZE}")
         assert machine.probe("query-status")["status"] == "running"
+
+
+def test_a_guest_is_freed_from_a_backup_although_a_client_cannot_be_sent_away(
+    tmp_path: pathlib.Path,
+    machine: machines.Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By who is not root, and has no room to spare in a socket. Where QEMU lets nobody do that, it
+    would stand still."""
+    monkeypatch.setattr(nbdserver, "_SO_SNDBUFFORCE", socket.SO_BROADCAST)
+    monkeypatch.setattr(nbdserver, "TIMEOUT", 0.1)
+    with virtbackup.open(machine.uri) as conn:
+        dom = conn.lookupByID(1)
+        reason: list[str] = []
+        monkeypatch.setattr(watch.Watch, "_no_room", lambda self: next(iter(reason), None))
+        dom.backupStart(document(tmp_path, f'dir="{tmp_path}"'))
+        with stuck_client(tmp_path, "vda"):
+            reason.append("given up, as a test said so")
+            waiting.until(lambda: "cannot be disconnected" in caplog.text)
+            [job] = machine.probe("query-jobs")
+            assert job["status"] == ("concluded" if machines.version() < (8, 0, 0) else "running")
+            machine.io("vda", f"write -P 2 0 {MIB}")
+        waiting.until(lambda: not any(t.name == "virtbackup-watch" for t in threading.enumerate()))
+        with pytest.raises(virtbackup.Error, match="as a test said so"):
+            dom.backupStop()
+
+
+def test_an_export_that_somebody_has_just_deleted(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there until what is being read of it has come, by who may not disconnect clients."""
+    monkeypatch.setattr(nbdserver, "_duplicates", lambda pid, address: iter(()))
+    slow = f"null-co,node-name=A,size={64 * MIB},latency-ns=500000000"
+    with machines.qemu(
+        tmp_path, "-blockdev", slow, "-device", "virtio-blk-pci,drive=A,id=vda"
+    ) as machine, virtbackup.open(machine.uri) as conn:  # fmt: skip
+        before = machine.state()
+        [dom] = conn.listAllDomains()
+        xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
+        dom.backupStart(xml)
+        client = nbd.NBD()
+        client.set_export_name("vda")
+        client.connect_unix(f"{tmp_path}/nbd.sock")
+        client.aio_pread(nbd.Buffer(MIB), 0)
+        for _ in range(9):  # QEMU has seen to its client by then
+            [export] = machine.probe("query-block-exports")
+        machine.probe("block-export-del", id=export["id"], mode="hard")
+        [export] = machine.probe("query-block-exports")
+        assert export["shutting-down"]
+        with pytest.raises(virtbackup.Error, match="its export was removed before"):
+            dom.backupStop()
+        assert machine.state() == before
+        assert scene.state_files() == []
 
 
 def test_the_backup_of_a_qemu_that_was_killed_is_not_given_up_in_the_next_one(
@@ -521,6 +575,18 @@ def fails_to_save(machine: machines.Machine) -> bool:
     return bool(machine.probe("query-migrate")["status"] == "failed")
 
 
+def fails_to_save_for_an_export(machine: machines.Machine) -> bool:
+    """The same, for one of somebody's that is there meanwhile, and which may be written to."""
+    address = {"type": "unix", "data": {"path": f"{machine.directory}/theirs.sock"}}
+    machine.probe("nbd-server-start", addr=address)
+    machine.probe("blockdev-add", driver="null-co", node_name="theirs", size=MIB)
+    machine.probe("block-export-add", type="nbd", id="theirs", node_name="theirs", writable=True)
+    failed = fails_to_save(machine)
+    machine.probe("nbd-server-stop")
+    machine.probe("blockdev-del", node_name="theirs")
+    return failed
+
+
 BROKEN_ONCE = (
     "file.driver=blkdebug,file.image.driver=file,file.image.filename={file},"
     "file.inject-error.0.event=none,file.inject-error.0.iotype=write,file.inject-error.0.errno=28,"
@@ -556,6 +622,23 @@ def test_a_guest_that_its_own_storage_paused(tmp_path: pathlib.Path, saved: bool
             dom.backupStop()
         assert machine.probe("query-status")["status"] == "running"
         waiting.until(lambda: is_there(machine, 256, 7))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_guest_that_stood_still_before_stays_so(tmp_path: pathlib.Path, saved: bool) -> None:
+    """Why it does is none of the backup's business. SAVED: in vain, before the start."""
+    xml = document(tmp_path, f'dir="{tmp_path}"').replace('<disk name="sdb" present="no"/>', "")
+    with one_disk(tmp_path, BROKEN_ONCE, "enospc") as machine, virtbackup.open(machine.uri) as conn:
+        device_writes(machine, 256, 7)
+        waiting.until(lambda: machine.probe("query-status")["status"] == "io-error")
+        if saved and not fails_to_save_for_an_export(machine):
+            return
+        before = machine.probe("query-status")
+        [dom] = conn.listAllDomains()
+        dom.backupStart(xml)
+        assert dom.backupGetInfo().state == "running"
+        dom.backupStop()
+        assert machine.probe("query-status") == before
 
 
 def test_the_watch_lets_a_guest_go_on_that_a_broken_scratch_image_paused(

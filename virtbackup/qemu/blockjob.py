@@ -14,7 +14,7 @@ from virtbackup.qemu import block, monitor_json, naming, status
 RUNNING = frozenset({"created", "running", "paused", "ready", "standby"})
 """QAPI's JobStatus values in which a backup job still saves old data."""
 
-_STOPPED = frozenset({"failed", "nospace"})
+STOPPED = frozenset({"failed", "nospace"})
 """BlockDeviceIoStatus values of a drive for whose sake the guest was paused."""
 
 
@@ -203,7 +203,7 @@ def _scratch_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
     if disk.breaks_snapshot:
         return None  # its scratch image cannot be why
     drive = _drive(disk, sight)
-    if sight.io_error and drive is not None and drive.io_status in _STOPPED:
+    if sight.io_error and drive is not None and drive.io_status in STOPPED:
         return (
             f"a write of the guest failed ('{drive.io_status}') and the guest was paused: its"
             " scratch image, or its own storage, is full or broken"

@@ -133,6 +133,16 @@ NBD_STUCK_CLIENT = Defect(
 """Seen on 5.2.0, 7.2.22, 10.0.13 and 11.1.3, over a unix socket: QEMU waits for room in a socket
 that it has itself shut down."""
 
+NBD_STUCK_END = Defect(
+    (8, 0, 0),
+    None,
+    "the first command that ends an export or a job beside a client that has stopped reading never"
+    " returns, and the guest stands still",
+    "clients are disconnected first; where one is seen to hold on, a backup is not given up either",
+)
+"""Seen on 10.0.13 and 11.1.3; 5.2.0 and 7.2.22 let the guest write freely by it. What lies between
+is taken to be alike."""
+
 SYNCHRONOUS_WRITER = Defect(
     (0, 0, 0),
     (7, 2, 0),
@@ -365,6 +375,11 @@ class Capabilities:
     def nbd_stop_is_safe(self) -> bool:
         """This QEMU survives nbd-server-stop while a client is still in the handshake."""
         return not any(defect.affects(self.version) for defect in (NBD_STOP_HANG, NBD_STOP_CRASH))
+
+    @property
+    def frees_beside_stuck_clients(self) -> bool:
+        """This QEMU lets the guest write freely again while a client of ours does not read."""
+        return not NBD_STUCK_END.affects(self.version)
 
     @property
     def named_nodes_are_always_safe(self) -> bool:

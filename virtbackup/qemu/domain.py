@@ -197,7 +197,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
                 if disk.qom_path and disk.qom_path not in known
             )  # fmt: skip
         run_state = monitor_json.parse_status(next(replies))
-        runs, io_error = run_state.running, run_state.status == "io-error"
+        runs, io_error = run_state.running, _is_paused_by_error(qemu, run_state, disks)
     else:
         disks = block.disks_of_nodes(named_nodes(qemu, caps), graph)
         runs = io_error = False
@@ -324,13 +324,17 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
     disks = block.parse_block(next(replies))
     drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
     now = monitor_json.parse_status(next(replies))
-    io_error = now.status == "io-error" or (now.status == "postmigrate" and _failed_to_leave(qemu))
+    io_error = _is_paused_by_error(qemu, now, disks)
     return blockjob.Sight(running, exports, drives, io_error=io_error, graph=graph)
 
 
-def _failed_to_leave(qemu: monitor.Monitor) -> bool:
-    """Whether the guest, which has been saved or migrated by its state, was not: QEMU before 10.0
-    forgets by that why it had been paused, which its drives still tell."""
+def _is_paused_by_error(
+    qemu: monitor.Monitor, now: monitor_json.RunState, disks: Iterable[block.Disk]
+) -> bool:
+    """Whether the guest is paused for an error of a drive. QEMU before 10.0 forgets that as the
+    guest is saved or migrated, be it in vain, and only DISKS tell."""
+    if now.status != "postmigrate" or not any(d.io_status in blockjob.STOPPED for d in disks):
+        return now.status == "io-error"
     try:
         reply = qemu.execute(monitor_json.query_migrate())
     except monitor_json.CommandFailed:

@@ -150,10 +150,20 @@ class BackupJob:
         """The status, also where its file is lost of a backup that was begun here. Errors: of the
         file, and then of the lock and the monitor."""
         found = self._file.load()
-        if found is None and self._begun is not None:
-            with self._file.locked():
-                return self._load_known()
-        return found
+        if self._begun is None or self._is_noted(found):
+            return found
+        if self._begun.given_up is not None:
+            return self._begun
+        with self._file.locked():
+            return self._load_known()
+
+    def _is_noted(self, found: status.Status | None) -> bool:
+        """Whether the status FOUND has all that is known of the backup that was begun here: not
+        where there is none, or we gave that up when it was not to be had."""
+        begun = self._begun
+        if found is None or begun is None or begun.given_up is None or found.id != begun.id:
+            return found is not None
+        return found.given_up is not None or found.phase != "running"
 
     def _begun_as(self, id: naming.BackupId) -> status.Status | None:
         begun = self._begun
@@ -162,7 +172,9 @@ class BackupJob:
     def qemu_of(self, id: naming.BackupId) -> runtime.Process | None:
         """QEMU, of backup ID; None where it cannot be seen, or the backup is over."""
         running = self._file.load()
-        return running.qemu if running is not None and running.id == id else None
+        if running is None or running.id != id or running.qemu is None:
+            return None
+        return running.qemu if runtime.is_seen(running.qemu) else None
 
     def guest_trouble(self, id: naming.BackupId) -> str | None:
         """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
@@ -388,6 +400,8 @@ class BackupJob:
             other = self._file.of_other_version() if left is None else None
             try:
                 with self._connect() as session:
+                    if other is None:
+                        left = self._load_known(session)
                     state = _ask(session, left)
                     if left is not None and not self._is_stale(session, state, left):
                         now = left.given_up or "running"
@@ -600,8 +614,11 @@ class BackupJob:
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"{other}: stop it by that version, or have backup-cleanup end it as not good",
             )
-        if known is not None or self._begun is None:
+        if self._begun is None or self._is_noted(known):
             return known
+        if known is not None:
+            self._file.save(self._begun)
+            return self._begun
         if session is not None:
             return self._regained(session, self._begun)
         try:
@@ -612,8 +629,11 @@ class BackupJob:
 
     def _regained(self, session: domain.Session, begun: status.Status) -> status.Status | None:
         """The backup that was BEGUN here, its status written anew, where QEMU still has it although
-        there is none; None where somebody has ended it."""
-        if begun.given_up is None and begun.id not in _ask(session, begun).backups():
+        there is none; None where somebody has ended it. One that we gave up without a note is for
+        our stop to tell of, and in nobody else's way."""
+        if begun.given_up is not None:
+            return begun
+        if begun.id not in _ask(session, begun).backups():
             self._let_go()
             return None
         self._file.save(begun)

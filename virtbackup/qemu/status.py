@@ -50,6 +50,23 @@ _RENAME_EXCHANGE = 2
 _CANNOT = (errno.EINVAL, errno.ENOSYS)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
+_taken: "weakref.WeakValueDictionary[tuple[int, pathlib.Path], io.FileIO]" = (
+    weakref.WeakValueDictionary()
+)
+"""The locks that a thread has, or is waiting for, until they are closed; of all connections."""
+_owned: "weakref.WeakSet[io.FileIO]" = weakref.WeakSet()
+"""As ``StatusFile.owned`` gives them."""
+
+
+def _close_in_child() -> None:
+    """In a process that was forked: the locks are those of the other one, which could not let go of
+    one that is open here, too (flock(2))."""
+    for lock in (*_taken.values(), *_owned):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
 Phase = Literal["starting", "running", "stopping"]
 
 
@@ -256,8 +273,8 @@ def format(status: Status) -> str:
 
 
 class Interrupted(errors.Error):
-    """Who asks for a domain's lock has it already: a signal's handler, in the middle of a call that
-    goes on once the handler is done."""
+    """Who asks for a domain's lock has it already, or waits for it: a signal's handler, in the
+    middle of a call that goes on once the handler is done."""
 
     def __init__(self) -> None:
         detail = "called by a signal's handler, in the middle of another call of this domain"
@@ -277,8 +294,6 @@ class StatusFile:
         self.path = (directory or runtime.directory()) / f"{stem}.json"
         self._lock_path = self.path.with_suffix(".lock")
         self._partial = self.path.with_suffix(".partial")
-        self._held: tuple[int, weakref.ref[io.FileIO]] | None = None
-        """The thread that took the lock last, and that."""
         self._owner_path = _owner_path(self.path)
 
     def locked(self) -> io.FileIO:
@@ -287,7 +302,9 @@ class StatusFile:
 
         Errors: VIR_ERR_OPERATION_TIMEOUT, Unusable, Interrupted.
         """
-        if self._is_held_here():
+        held = threading.get_ident(), self._lock_path
+        lock = _taken.get(held)
+        if lock is not None and not lock.closed:
             raise Interrupted
         lock = None
         end = time.monotonic() + LOCK_TIMEOUT
@@ -295,6 +312,7 @@ class StatusFile:
             for left in reversed(range(_LOCK_TRIES)):
                 runtime.make_directory()
                 lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
+                _taken[held] = lock
                 _acquire(lock.fileno(), self._lock_path, end)
                 # Where it was removed meanwhile, who comes later locks another one.
                 if not left or _is_at(self._lock_path, lock.fileno()):
@@ -307,7 +325,6 @@ class StatusFile:
                 raise Unusable(failure, f"cannot open state lock '{self._lock_path}'") from failure
             raise
         assert lock is not None
-        self._held = threading.get_ident(), weakref.ref(lock)
         return lock
 
     def owned(self) -> io.FileIO:
@@ -315,16 +332,11 @@ class StatusFile:
         what this gives is closed. Errors: Unusable."""
         try:
             held = io.FileIO(self._owner_path, "r+", opener=_open_or_make)
+            _owned.add(held)
             fcntl.flock(held.fileno(), fcntl.LOCK_SH)
         except OSError as failure:
             raise Unusable(failure, f"cannot open '{self._owner_path}'") from failure
         return held
-
-    def _is_held_here(self) -> bool:
-        if self._held is None or self._held[0] != threading.get_ident():
-            return False
-        lock = self._held[1]()
-        return lock is not None and not lock.closed
 
     def load(self) -> Status | None:
         """The status, or None where there is none (a broken one, or one of another version, is

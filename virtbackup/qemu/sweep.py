@@ -93,7 +93,7 @@ class Sweeper:
                 break
             if attempt:
                 self._wait("BLOCK_EXPORT_DELETED")
-            ended = [] if attempt else exports
+            ended = [] if attempt else [each for each in exports if not each.shutting_down]
             done, told = self._execute_each(
                 [monitor_json.block_export_del(export.id, "hard") for export in ended],
                 monitor_json.query_block_exports(),
@@ -101,7 +101,8 @@ class Sweeper:
             removed += [f"export '{one.id}'" for one, gone in zip(ended, done, strict=True) if gone]
             refused |= {one.id for one, gone in zip(ended, done, strict=True) if not gone}
             left = self._ours_of(monitor_json.parse_exports(told))
-            exports = [export for export in left if export.id not in refused]
+            # QEMU refuses, too, to end one that it ends already.
+            exports = [each for each in left if each.shutting_down or each.id not in refused]
         return removed
 
     def server(self, known: Exports | None = None) -> tuple[list[str], bool]:
@@ -238,7 +239,11 @@ class Sweeper:
 
         Errors: ClientStuck, with nothing done.
         """
-        self.end_clients()
+        try:
+            self.end_clients()
+        except ClientStuck:
+            if not self.caps.frees_beside_stuck_clients:
+                raise
         commands = [
             *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
             *(self._dialect.job_cancel(job) for job in self._own_jobs()),

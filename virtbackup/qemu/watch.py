@@ -92,8 +92,8 @@ class Watch:
         self._images = tuple(images)
         self._backup = backup
         self._closed = threading.Event()
-        self._warned: str | None = None
-        """What could not be done, as it was told last: not twice a second for hours."""
+        self._warned: dict[str, str] = {}
+        """What could not be done -> why, as it was told last: not twice a second for hours."""
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
         try:
@@ -202,6 +202,6 @@ class Watch:
         return True
 
     def _warn(self, what: str, failure: Exception) -> None:
-        if (text := f"{what}: {failure}") != self._warned:
-            logger.warning("watch: %s", text)
-            self._warned = text
+        if self._warned.get(what) != (why := str(failure)):
+            logger.warning("watch: %s: %s", what, why)
+            self._warned[what] = why
