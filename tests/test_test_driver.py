@@ -30,8 +30,8 @@ import pytest
 import virtbackup
 from tests import daemons, waiting
 from virtbackup import extend, hypervisor, runtime
-from virtbackup.conf import domain_conf
-from virtbackup.qemu import driver, naming, recording, sweep
+from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.qemu import driver, naming, recording, sweep, verdict, watch
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -932,5 +932,33 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
         words = str(failure(lambda: own.domain_backup_cleanup(ref, 0)))
         assert "is running: backup-stop ends it" in words
         own.domain_backup_stop(ref, 0)
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_signal_s_handler_that_closes_waits_for_no_watch(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That waits for the call in the middle of which the handler is."""
+    monkeypatch.setattr(watch, "LOOK", 0.0)
+    look = verdict.look
+    took: list[float] = []
+
+    def interrupted(*args: Any) -> backup_conf.BackupInfo:
+        time.sleep(2 * watch.LONGEST)  # the watch waits by then
+        begin = time.monotonic()
+        own.close()
+        took.append(time.monotonic() - begin)
+        return look(*args)
+
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY)
+        monkeypatch.setattr(verdict, "look", interrupted)
+        own.domain_backup_get_info(ref, 0)
+    assert took[0] < watch._JOIN / 2
+    ours = ("virtbackup-watch", "virtbackup-end")
+    waiting.until(lambda: not any(one.name in ours for one in threading.enumerate()))
+    assert not list(state.glob("*.json"))
     for file in state.iterdir():
         file.unlink()

@@ -301,7 +301,8 @@ class DomainObj:
                 return
             watching, self._watch, self._watched = self._watch, None, None
         if watching is not None:
-            watching.close()
+            # It may wait for the call that a signal's handler, which we are in, has interrupted.
+            watching.close(wait=not self.file.is_taken_here())
 
     def _ended(self, reason: str) -> None:
         if self._host is not None:

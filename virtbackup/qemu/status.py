@@ -302,9 +302,7 @@ class StatusFile:
 
         Errors: VIR_ERR_OPERATION_TIMEOUT, Unusable, Interrupted.
         """
-        held = threading.get_ident(), self._lock_path
-        lock = _taken.get(held)
-        if lock is not None and not lock.closed:
+        if self.is_taken_here():
             raise Interrupted
         lock = None
         end = time.monotonic() + LOCK_TIMEOUT
@@ -312,7 +310,7 @@ class StatusFile:
             for left in reversed(range(_LOCK_TRIES)):
                 runtime.make_directory()
                 lock = io.FileIO(self._lock_path, "r+", opener=_open_or_make)
-                _taken[held] = lock
+                _taken[threading.get_ident(), self._lock_path] = lock
                 _acquire(lock.fileno(), self._lock_path, end)
                 # Where it was removed meanwhile, who comes later locks another one.
                 if not left or _is_at(self._lock_path, lock.fileno()):
@@ -326,6 +324,11 @@ class StatusFile:
             raise
         assert lock is not None
         return lock
+
+    def is_taken_here(self) -> bool:
+        """Whether this thread has the lock, or waits for it: we are in a signal's handler."""
+        lock = _taken.get((threading.get_ident(), self._lock_path))
+        return lock is not None and not lock.closed
 
     def owned(self) -> io.FileIO:
         """Tell processes that cannot see ours that the one is there with which a backup ends, until

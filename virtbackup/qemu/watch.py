@@ -113,13 +113,13 @@ class Watch:
         """Have a look at once; returns before that."""
         self._woken.set()
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         """Watch no more; returns when the images' descriptors are closed, or after a while when a
-        file system hangs."""
+        file system hangs, or at once where WAIT is False."""
         self._closed.set()
         self._woken.set()
         if self._thread.is_alive():
-            self._thread.join(_JOIN)
+            self._thread.join(_JOIN if wait else 0.0)
         else:  # of a start that was interrupted nobody knows whether it came to a thread
             close_all(self._open)
 
