@@ -635,9 +635,14 @@ def test_a_guest_that_stood_still_before_stays_so(tmp_path: pathlib.Path, saved:
             return
         before = machine.probe("query-status")
         [dom] = conn.listAllDomains()
-        dom.backupStart(xml)
-        assert dom.backupGetInfo().state == "running"
-        dom.backupStop()
+        try:
+            dom.backupStart(xml)
+        except virtbackup.Error as refused:  # QEMU 5.2 does not take back what it has given away
+            assert saved
+            assert "given away to a migration or a save" in str(refused)
+        else:
+            assert dom.backupGetInfo().state == "running"
+            dom.backupStop()
         assert machine.probe("query-status") == before
 
 
