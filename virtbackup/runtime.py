@@ -292,13 +292,18 @@ def is_held(path: pathlib.Path) -> bool:
 def sweep() -> list[str]:
     """Remove the private directories of processes that are gone; a line for each."""
     removed = []
+    place = directory()
+    names = []
     with contextlib.suppress(OSError):
-        for path in sorted(directory().iterdir()):
-            match = _PRIVATE.fullmatch(path.name)
-            if match is None or is_alive(Process(int(match[1]), int(match[2]))):
-                continue
-            if not is_held(path / _HELD) and _remove(path):
-                removed.append(f"directory '{path}'")
+        # As text: there may be thousands of other files, of as many domains.
+        names = sorted(name for name in os.listdir(place) if name.startswith("private-"))  # noqa: PTH208
+    for name in names:
+        match = _PRIVATE.fullmatch(name)
+        if match is None or is_alive(Process(int(match[1]), int(match[2]))):
+            continue
+        path = place / name
+        if not is_held(path / _HELD) and _remove(path):
+            removed.append(f"directory '{path}'")
     return removed
 
 
