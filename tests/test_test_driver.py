@@ -871,21 +871,28 @@ def test_state_of_other_processes_is_not_touched(state: pathlib.Path) -> None:
 # --- a status that is lost ------------------------------------------------------------------------
 
 
+def given_up_without_a_note(
+    own: driver.QmpDriver, ref: hypervisor.DomainRef, xml: str, state: pathlib.Path
+) -> naming.BackupId:
+    """A backup, as the state directory was away."""
+    id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
+    away = state.rename(state.with_name(f"{state.name}-away"))
+    state.touch()
+    assert own._domain.job.give_up(id, "given up, as a test said so")
+    state.unlink()
+    away.rename(state)
+    return id
+
+
 def test_a_backup_that_another_one_stopped_does_not_come_back(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
-    """It was given up without a note of it, as the state directory was away."""
     with (
         contextlib.closing(driver.QmpDriver(str(server.path))) as own,
         contextlib.closing(driver.QmpDriver(str(server.path))) as other,
     ):
         [ref] = own.list_domains()
-        id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
-        away = state.rename(state.with_name(f"{state.name}-away"))
-        state.touch()
-        assert own._domain.job.give_up(id, "given up, as a test said so")
-        state.unlink()
-        away.rename(state)
+        id = given_up_without_a_note(own, ref, xml, state)
         stopped = failure(lambda: other.domain_backup_stop(ref, 0))
         assert "its backup job disappeared" in str(stopped)
         assert own._domain.job.is_over(id)
@@ -901,17 +908,12 @@ def test_a_backup_that_another_one_stopped_does_not_come_back(
 def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
-    """The same, and the status is there again, as where a file system was mounted anew."""
+    """Its status is there again, as where a file system was mounted anew."""
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         told: list[hypervisor.Event] = []
         own.event_register(told.append)
-        id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
-        away = state.rename(state.with_name(f"{state.name}-away"))
-        state.touch()
-        assert own._domain.job.give_up(id, "given up, as a test said so")
-        state.unlink()
-        away.rename(state)
+        id = given_up_without_a_note(own, ref, xml, state)
         waiting.until(lambda: told)
         assert own._domain.job.is_over(id)
         assert own.domain_backup_get_info(ref, 0).state == "failed"
