@@ -407,8 +407,20 @@ def test_a_directory_that_is_a_file(
 ) -> None:
     out.write_text("mine")
     assert f"{out} exists already and is no directory" in str(untouched(machine, domain, out))
-    assert "cannot make a backup in" in str(untouched(machine, domain, out / "below"))
+    assert f"{out} exists already and is no directory" in str(
+        untouched(machine, domain, out / "below")
+    )
     assert out.read_text() == "mine"
+
+
+def test_directories_that_were_made_in_vain(
+    machine: machines.Machine, domain: virtbackup.Domain, out: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """All of them go, not the last alone."""
+    domain.backupStart(f'<domainbackup><address type="unix" path="{tmp_path}/s"/></domainbackup>')
+    assert "already running" in str(untouched(machine, domain, out / "made" / "deep"))
+    assert not out.exists()
+    domain.backupStop()
 
 
 def test_a_document_that_makes_no_sense(

@@ -316,6 +316,7 @@ class BackupJob:
         self._begun = None
         if self._owning is not None:
             self._owning.close()
+            self._owning = None
 
     def _stop(self, running: status.Status) -> dict[str, str]:
         try:

@@ -406,8 +406,10 @@ class StatusFile:
 def has_owner(path: pathlib.Path, owner: runtime.Process | None) -> bool:
     """Whether OWNER, of the backup whose status is at PATH, is still there, or it goes on without
     one."""
-    if owner is None or runtime.is_seen(owner):
-        return owner is None or runtime.is_alive(owner)
+    if owner is None:
+        return True
+    if runtime.is_seen(owner):
+        return runtime.is_alive(owner)
     return runtime.is_held(_owner_path(path))
 
 

@@ -155,6 +155,27 @@ def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:
     return None
 
 
+def make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
+    """Make DIRECTORY, and what it is in, where absent; UNDO removes what was made, unless somebody
+    has put something there. Errors: OSError."""
+    if directory.is_dir():
+        return
+    for one in (*reversed(directory.absolute().parents), directory):
+        if one.is_dir():
+            continue
+        try:
+            one.mkdir()
+            undo.callback(_remove_empty, one)
+        except FileExistsError:
+            if not one.is_dir():  # else somebody was faster
+                raise
+
+
+def _remove_empty(directory: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
     """Hold DIRECTORY against other pulls and prunes. Errors: VIR_ERR_OPERATION_INVALID when one is

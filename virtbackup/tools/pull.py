@@ -327,9 +327,7 @@ def _next_disk(
 def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
     """Make DIRECTORY where it is absent; UNDO removes it. Errors: it cannot be."""
     try:
-        if not directory.is_dir():
-            directory.mkdir(parents=True, exist_ok=True)
-            undo.callback(_remove_empty, directory)
+        chain.make(directory, undo)
     except FileExistsError as failure:
         text = f"{failure.filename} exists already and is no directory"
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text) from failure
@@ -361,12 +359,6 @@ def _check_absent(paths: Iterable[pathlib.Path], note: str = "") -> None:
     for path in paths:
         if os.path.lexists(path):
             raise _invalid(f"{path} exists already{note}")
-
-
-def _remove_empty(directory: pathlib.Path) -> None:
-    """Unless somebody has put something there."""
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 # --- during ---------------------------------------------------------------------------------------

@@ -265,17 +265,9 @@ def _invalid(text: str) -> errors.Error:
 def _make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
     """Make DIRECTORY where it is absent; UNDO removes what was made."""
     try:
-        for one in (*reversed(directory.absolute().parents), directory):
-            if not one.is_dir():
-                one.mkdir()
-                undo.callback(_remove_empty, one)
+        chain.make(directory, undo)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot make {directory}") from failure
-
-
-def _remove_empty(directory: pathlib.Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 # --- who has a file -------------------------------------------------------------------------------
