@@ -167,13 +167,8 @@ class Domain:
 
 def _deleted_files(pid: int) -> list[str]:
     """Files without a name that process PID keeps: a scratch image, if it were leaked."""
-    found = []
-    for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            target = str(entry.readlink())
-            if target.startswith("/") and target.endswith("(deleted)"):
-                found.append(target)
-    return sorted(found)
+    names = machines.opened(pid)
+    return sorted(name for name in names if name[0] == "/" and name.endswith("(deleted)"))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def started(domain: virtbackup.Domain, address: str) -> backup_conf.IpAddress:
 
 def sockets(machine: machines.Machine) -> list[str]:
     """QEMU's, but for those of its monitors."""
-    names = [str(fd.readlink()) for fd in pathlib.Path(f"/proc/{machine.probe.pid}/fd").iterdir()]
+    names = machines.opened(machine.probe.pid)
     return sorted(name for name in names if name.startswith("socket:"))
 
 

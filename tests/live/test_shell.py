@@ -228,15 +228,7 @@ def test_interrupt_while_another_client_has_the_monitor(machine: machines.Machin
 
 def _wait_until_connected(pid: int) -> None:
     """Return once a process has a socket open, which it needs the monitor for."""
-
-    def has_a_socket() -> bool:
-        for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if str(link.readlink()).startswith("socket:"):
-                    return True
-        return False
-
-    waiting.until(has_a_socket)
+    waiting.until(lambda: any(name.startswith("socket:") for name in machines.opened(pid)))
 
 
 # --- backup-pull ----------------------------------------------------------------------------------

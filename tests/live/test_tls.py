@@ -404,7 +404,7 @@ def _sockets(machine: machines.Machine) -> int:
     """How many QEMU has that are not one of its monitors' clients."""
     lines = pathlib.Path(f"/proc/{machine.probe.pid}/net/tcp").read_text().splitlines()
     inodes = {line.split()[9] for line in lines[1:]}
-    names = [str(fd.readlink()) for fd in pathlib.Path(f"/proc/{machine.probe.pid}/fd").iterdir()]
+    names = machines.opened(machine.probe.pid)
     return sum(name.removeprefix("socket:[").rstrip("]") in inodes for name in names)
 
 
