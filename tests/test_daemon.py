@@ -950,8 +950,8 @@ def test_certificates_that_have_expired(
     from virtbackup.tools import virtbackupd
 
     pki = tmp_path / "pki"
-    certificates.authority(pki, -1 if old == "ca" else 2)
-    certificates.server(pki, -1 if old == "server" else 2)
+    certificates.authority(pki, 0 if old == "ca" else 2)
+    certificates.server(pki, 0 if old == "server" else 2)
     conf = tmp_path / "x.conf"
     conf.write_text(f'tls_x509_cert_dir = "{pki}"\nuris = ["test:///default"]\n')
     said = f"nobody comes in by TLS with '{pki}/{old}-cert.pem': certificate has expired"

@@ -555,6 +555,8 @@ HOOKS: list[tuple[str, Any, Callable[[driver.RemoteDriver], Any], Any]] = [
      lambda d: d.domain_is_persistent(REF), True),
     ("REMOTE.DOMAIN_GET_AUTOSTART", structs.DomainGetAutostartRet(0),
      lambda d: d.domain_get_autostart(REF), False),
+    ("REMOTE.DOMAIN_GET_AUTOSTART_ONCE", structs.DomainGetAutostartRet(1),
+     lambda d: d.domain_get_autostart_once(REF), True),
     ("REMOTE.DOMAIN_HAS_MANAGED_SAVE_IMAGE", structs.DomainHasManagedSaveImageRet(0),
      lambda d: d.domain_has_managed_save_image(REF, 0), False),
     ("REMOTE.DOMAIN_SNAPSHOT_NUM", structs.NumRet(3),

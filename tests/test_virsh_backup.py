@@ -580,9 +580,10 @@ def test_echo_splits_at_commas(run: Run) -> None:
     assert run("echo", "--split", "a,b,,c", "d", ",") == (0, "a\nb,c\nd\n\n\n", "")
 
 
-def test_pwd_and_cd(run: Run) -> None:
-    assert run("pwd") == (0, f"{pathlib.Path.cwd()}\n", "")
-    assert run("cd", "/") == (1, "", "error: cd: command valid only in interactive mode\n")
+def test_pwd_and_cd(run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    assert run("pwd") == (0, "/\n", "")
+    assert run(f"cd {tmp_path}; pwd") == (0, f"{tmp_path}\n", "")
 
 
 def test_connect_elsewhere(run: Run) -> None:

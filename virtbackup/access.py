@@ -43,6 +43,7 @@ NEEDED = {
     "domain_get_os_type": Perm.READ,
     "domain_is_persistent": Perm.READ,
     "domain_get_autostart": Perm.READ,
+    "domain_get_autostart_once": Perm.READ,
     "domain_has_managed_save_image": Perm.READ,
     "domain_snapshot_num": Perm.READ,
     "domain_get_security_label": Perm.READ,

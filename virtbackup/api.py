@@ -303,6 +303,12 @@ class Domain:
         """1 when the domain is started along with its host, else 0."""
         return int(self._call("virDomainGetAutostart", "domain_get_autostart")(self._ref))
 
+    def autostartOnce(self) -> int:
+        """1 when the domain is started along with its host the next time, and not thereafter, else
+        0. Errors: VIR_ERR_NO_SUPPORT, too, by a libvirt or a libvirt-python before 11.2."""
+        get = self._call("virDomainGetAutostartOnce", "domain_get_autostart_once")
+        return int(get(self._ref))
+
     def hasManagedSaveImage(self, flags: int = 0) -> int:
         """1 when there is a saved state that the domain's next start resumes, else 0."""
         has = self._call("virDomainHasManagedSaveImage", "domain_has_managed_save_image")

@@ -2,10 +2,13 @@
 """Places of a test's own: a small file system, a block device, a port, a PATH."""
 
 import contextlib
+import ctypes
+import fcntl
 import os
 import pathlib
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 
@@ -13,6 +16,7 @@ import pytest
 
 FF = b"\xff"
 """What a block device has before anything is written to it."""
+_BLKPG, _BLKPG_ADD_PARTITION = 0x1269, 1
 
 
 @contextlib.contextmanager
@@ -75,6 +79,17 @@ def loop_device(path: pathlib.Path, *options: str) -> Iterator[pathlib.Path]:
         yield pathlib.Path(device)
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def add_part(whole: pathlib.Path, size: int) -> pathlib.Path:
+    """The first SIZE bytes of a loop device as its first part, as addpart(8) does it, which Debian
+    13 has no more (linux/blkpg.h)."""
+    part = struct.pack("qqi64s64s0q", 0, size, 1, b"", b"")
+    kept = ctypes.create_string_buffer(part)
+    asked = struct.pack("iiiP", _BLKPG_ADD_PARTITION, 0, len(part), ctypes.addressof(kept))
+    with whole.open("rb") as device:
+        fcntl.ioctl(device, _BLKPG, asked)
+    return pathlib.Path(f"{whole}p1")
 
 
 @contextlib.contextmanager

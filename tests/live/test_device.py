@@ -327,14 +327,12 @@ def refused(guest: points.Guest, tmp_path: pathlib.Path, *argv: str) -> str:
     return err
 
 
-@pytest.mark.needs("addpart")
 def test_a_restore_over_the_backup(guest: points.Guest, tmp_path: pathlib.Path) -> None:
     """To the device that another disk was backed up to, by the name of a part of it or of the
     whole: it has the same bytes."""
     (tmp_path / "file").write_bytes(bytes(4 * SIZE))
     with places.loop_device(tmp_path / "file", "--partscan") as whole:
-        subprocess.run(["addpart", str(whole), "1", "0", str(2 * SIZE // 512)], check=True)
-        part = pathlib.Path(f"{whole}p1")
+        part = places.add_part(whole, 2 * SIZE)
         if not part.is_block_device():
             pytest.skip("no partitions")
         for taken, other in ((part, whole), (whole, part)):

@@ -131,6 +131,11 @@ def test_a_domain(place: pathlib.Path, domain: libvirtd.Domain, driver: Any) -> 
     assert driver.domain_get_os_type(ref) == theirs.OSType()
     assert driver.domain_is_persistent(ref) is bool(theirs.isPersistent())
     assert driver.domain_get_autostart(ref) is bool(theirs.autostart())
+    if hasattr(theirs, "autostartOnce"):
+        assert driver.domain_get_autostart_once(ref) is bool(theirs.autostartOnce())
+    else:
+        with pytest.raises(virtbackup.Error, match="connection driver: virDomainGetAutostartOnce"):
+            driver.domain_get_autostart_once(ref)
     assert driver.domain_has_managed_save_image(ref, 0) is False
     assert driver.domain_get_security_label(ref) == tuple(theirs.securityLabel())
     messages = driver.domain_get_messages(ref, 0)

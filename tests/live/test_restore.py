@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -624,18 +625,25 @@ def test_a_bad_server(
             assert said.endswith(f"(what {uri(server)} has now is not the disk)")
 
 
+# A libnbd from 1.20 or so on refuses the same before we see it.
+_NO_ALLOCATION = "cannot read allocation of URI(: Protocol error| at offset {})"
+_TOO_LARGE = (
+    "cannot (open URI: it has more bytes than a disk can have"
+    "|connect to URI: Value too large for defined data type)"
+)
+
+
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
 @pytest.mark.parametrize(
     ("size", "told", "text"),
     [
-        (3 << 20, [0, 3], "cannot read allocation of {} at offset 0: an extent of 0 bytes at 0"),
-        (3 << 20, [512, 3, 0, 3],
-         "cannot read allocation of {} at offset 0: an extent of 0 bytes at 512"),
-        (3 << 20, [3 << 20, 3, 1, 3],
-         "cannot read allocation of {} at offset 0: an extent of 1 bytes at 3145728, past the end"
-         " at 3145728"),
-        (1 << 63, [], "cannot open {}: it has more bytes than a disk can have"),
-        ((1 << 64) - 1, [], "cannot open {}: it has more bytes than a disk can have"),
+        (3 << 20, [[0, 3]], _NO_ALLOCATION.format("0: an extent of 0 bytes at 0")),
+        (3 << 20, [[512, 3, 0, 3], [0, 3]],
+         _NO_ALLOCATION.format("0: an extent of 0 bytes at 512")),
+        (3 << 20, [[3 << 20, 3, 1, 3]], _NO_ALLOCATION.format(
+            "0: an extent of 1 bytes at 3145728, past the end at 3145728")),
+        (1 << 63, [], _TOO_LARGE),
+        ((1 << 64) - 1, [], _TOO_LARGE),
     ],
     ids=["none", "none-behind", "past-the-end", "large", "larger"],
 )  # fmt: skip
@@ -643,15 +651,16 @@ def test_a_server_that_lies(
     layered: points.Backed,
     tmp_path: pathlib.Path,
     size: int,
-    told: list[int],
+    told: list[list[int]],
     text: str,
     force: list[str],
 ) -> None:
     place = nbdclient.uri(tmp_path / "s", "")
-    with lying.serving(tmp_path / "s", size, told):
+    with lying.serving(tmp_path / "s", size, *told):
         argv = ["backup-restore", str(layered.directory), place, "--disk=vda", *force]
         status, out, err = points.run(*argv)
-    assert (status, out, err) == (1, "", f"error: operation failed: {text.format(place)}\n")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(f"error: operation failed: {text}\n", err.replace(place, "URI"))
 
 
 def test_a_blank_server_needs_no_zeroes(layered: points.Backed, tmp_path: pathlib.Path) -> None:

@@ -201,6 +201,7 @@ if TYPE_CHECKING:
     class _Complete(QmpDriver):
         """With those hooks of ``hypervisor.QueryDriver`` that only libvirt has."""
 
+        domain_get_autostart_once: Any
         get_all_domain_stats: Any
         domain_fsfreeze: Any
         domain_fsthaw: Any

@@ -2,7 +2,8 @@
 """What libvirt answers about its host and its domains, passed on (``hypervisor.QueryDriver``)."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import libvirt
 import libvirt_qemu
@@ -111,6 +112,12 @@ class LibvirtQueries:
         return bool(self.lookup(ref).autostart())
 
     @own_errors()
+    def domain_get_autostart_once(self, ref: hypervisor.DomainRef) -> bool:
+        """Errors, too: VIR_ERR_NO_SUPPORT by a libvirt-python before 11.2."""
+        ask = _known(self.lookup(ref), "autostartOnce", "virDomainGetAutostartOnce")
+        return bool(ask())
+
+    @own_errors()
     def domain_has_managed_save_image(self, ref: hypervisor.DomainRef, flags: int) -> bool:
         return bool(self.lookup(ref).hasManagedSaveImage(flags))
 
@@ -126,12 +133,8 @@ class LibvirtQueries:
     @own_errors()
     def domain_get_messages(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         """Errors, too: VIR_ERR_NO_SUPPORT by a libvirt-python before 7.1."""
-        found = self.lookup(ref)
-        if not hasattr(found, "messages"):
-            raise errors.error(
-                libvirt.VIR_ERR_NO_SUPPORT, "virDomainGetMessages", domain=libvirt.VIR_FROM_DOMAIN
-            )
-        return list(found.messages(flags))
+        ask = _known(self.lookup(ref), "messages", "virDomainGetMessages")
+        return list(ask(flags))
 
     @own_errors()
     def domain_get_block_info(
@@ -210,6 +213,15 @@ def _find(
     if name is not None:
         return connection.lookupByName(name)
     return connection.lookupByID(id)
+
+
+def _known(found: "libvirt.virDomain", method: str, function: str) -> Callable[..., Any]:
+    """The domain's METHOD, which calls FUNCTION. Errors: VIR_ERR_NO_SUPPORT by a libvirt-python
+    that is too old for it."""
+    if (known := getattr(found, method, None)) is None:
+        raise errors.error(libvirt.VIR_ERR_NO_SUPPORT, function, domain=libvirt.VIR_FROM_DOMAIN)
+    bound: Callable[..., Any] = known
+    return bound
 
 
 def _memory_kib(connection: "libvirt.virConnect", mib: int, nodes: int) -> int:

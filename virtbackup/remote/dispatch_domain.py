@@ -213,6 +213,9 @@ hands_on(REMOTE, "DOMAIN_GET_OS_TYPE", "virDomainGetOSType", "domain_get_os_type
 hands_on(REMOTE, "DOMAIN_IS_PERSISTENT", "virDomainIsPersistent", "domain_is_persistent")
 hands_on(REMOTE, "DOMAIN_GET_AUTOSTART", "virDomainGetAutostart", "domain_get_autostart")
 hands_on(
+    REMOTE, "DOMAIN_GET_AUTOSTART_ONCE", "virDomainGetAutostartOnce", "domain_get_autostart_once"
+)
+hands_on(
     REMOTE, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", "virDomainHasManagedSaveImage",
     "domain_has_managed_save_image",
 )  # fmt: skip

@@ -490,6 +490,9 @@ class RemoteDriver:
     def domain_get_autostart(self, ref: hypervisor.DomainRef) -> bool:
         return bool(self._of(ref, "DOMAIN_GET_AUTOSTART").autostart)
 
+    def domain_get_autostart_once(self, ref: hypervisor.DomainRef) -> bool:
+        return bool(self._of(ref, "DOMAIN_GET_AUTOSTART_ONCE").autostart)
+
     def domain_has_managed_save_image(self, ref: hypervisor.DomainRef, flags: int) -> bool:
         return bool(self._of(ref, "DOMAIN_HAS_MANAGED_SAVE_IMAGE", flags).result)
 

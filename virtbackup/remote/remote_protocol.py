@@ -162,5 +162,6 @@ REMOTE = program.Program(
         Proc(426, "DOMAIN_GET_MESSAGES", structs.DomainFlagsArgs, structs.DomainGetMessagesRet),
         Proc(442, "DOMAIN_ABORT_JOB_FLAGS", structs.DomainFlagsArgs),
         Proc(443, "DOMAIN_FD_ASSOCIATE", structs.DomainFdAssociateArgs),
+        Proc(449, "DOMAIN_GET_AUTOSTART_ONCE", structs.DomainArgs, structs.DomainGetAutostartRet),
     ),
 )

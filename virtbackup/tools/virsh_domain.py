@@ -250,6 +250,7 @@ _INFO: dict[str, tuple[str, Callable[[Any], str]]] = {
     "used_memory": ("Used memory", lambda size: f"{size >> 10} KiB"),
     "persistent": ("Persistent", lambda is_so: "yes" if is_so else "no"),
     "autostart": ("Autostart", lambda is_so: "enable" if is_so else "disable"),
+    "autostart_once": ("Autostart Once", lambda is_so: "enable" if is_so else "disable"),
     "managed_save": ("Managed save", lambda is_so: "yes" if is_so else "no"),
     "security_model": ("Security model", str),
     "security_doi": ("Security DOI", str),
@@ -274,6 +275,7 @@ def _more_facts(domain: "virtbackup.Domain") -> dict[str, Any]:
             for key, ask in (
                 ("persistent", domain.isPersistent),
                 ("autostart", domain.autostart),
+                ("autostart_once", domain.autostartOnce),
                 ("managed_save", domain.hasManagedSaveImage),
             )
         },

@@ -861,8 +861,6 @@ def _command_facts(command: Command) -> dict[str, object]:
 
 
 def _cd(shell: Shell[Any], args: Args) -> None:
-    if not shell.interactive:
-        raise Failure("cd: command valid only in interactive mode")
     directory = args.optional("dir") or os.environ.get("HOME") or "/"
     try:
         os.chdir(directory)
