@@ -7,6 +7,7 @@ unchanged on the local and on the remote driver.
 
 import configparser
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -29,9 +30,20 @@ import pytest
 
 import virtbackup
 from tests import daemons, waiting
+from tests.live import places
 from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf
-from virtbackup.qemu import driver, naming, recording, sweep, verdict, watch
+from virtbackup.qemu import (
+    block,
+    driver,
+    monitor,
+    monitor_json,
+    naming,
+    recording,
+    sweep,
+    verdict,
+    watch,
+)
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -60,6 +72,10 @@ def state(
     hypervisor.unregister("test")
     assert list(directory.iterdir()) == []
     assert not daemons.threads_left("fake ")
+
+
+ALONE = pytest.mark.parametrize("state", ["local"], indirect=True)
+"""Of a driver that a test has made itself, behind no daemon."""
 
 
 @pytest.fixture(params=URIS)
@@ -329,7 +345,8 @@ def test_what_qemu_does_not_give_back_is_told(
     told = capsys.readouterr()
     assert ("Domain backup stopped" in told.out) is good
     assert ("its export cannot be ended" in told.err) is not good
-    assert re.search(rf"^warning: backup [0-9a-f]+ is not all out of QEMU.*{left}", told.err, re.M)
+    [warning] = re.findall(r"^warning: .*$", told.err, re.M)
+    assert re.match(rf"warning: backup [0-9a-f]+ is not all out of QEMU.*{left}", warning)
     for file in state.iterdir():
         file.unlink()
 
@@ -876,14 +893,48 @@ def given_up_without_a_note(
 ) -> naming.BackupId:
     """A backup, as the state directory was away."""
     id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
-    away = state.rename(state.with_name(f"{state.name}-away"))
-    state.touch()
-    assert own._domain.job.give_up(id, "given up, as a test said so")
-    state.unlink()
-    away.rename(state)
+    with away(state):
+        assert own._domain.job.give_up(id, "given up, as a test said so")
     return id
 
 
+@contextlib.contextmanager
+def away(state: pathlib.Path) -> Iterator[None]:
+    """A file has the name of the state directory meanwhile."""
+    other = state.rename(state.with_name(f"{state.name}-away"))
+    state.touch()
+    yield
+    state.unlink()
+    other.rename(state)
+
+
+@ALONE
+def test_a_server_that_somebody_else_exports_on(
+    server: fake_server.Server,
+    tmp_path: pathlib.Path,
+    state: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It stays, and no other backup can begin: whoever stops ours gets to know why."""
+
+    def run(line: str) -> str:
+        assert virsh_backup.main(["-c", f"qmp://{server.path}", line]) == 0
+        return capsys.readouterr().err
+
+    start = f"backup-start-as 1 --unix {tmp_path}/nbd.sock"
+    assert run(start) == ""
+    with monitor.SocketMonitor(str(server.path)) as qemu:
+        [disk, *_] = block.parse_block(qemu.execute(monitor_json.query_block()))
+        assert disk.medium is not None
+        theirs = {"type": "nbd", "id": "theirs", "node-name": disk.medium.node}
+        qemu.execute(monitor_json.Command("block-export-add", theirs))
+    words = "warning: NBD server left running: somebody else exports on it: 'theirs'\n"
+    assert run("backup-stop 1") == words
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
 def test_a_backup_that_another_one_stopped_does_not_come_back(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
@@ -905,6 +956,7 @@ def test_a_backup_that_another_one_stopped_does_not_come_back(
         file.unlink()
 
 
+@ALONE
 def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
@@ -922,6 +974,7 @@ def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
         file.unlink()
 
 
+@ALONE
 def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
@@ -938,6 +991,7 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
         file.unlink()
 
 
+@ALONE
 def test_a_signal_s_handler_that_closes_waits_for_no_watch(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,9 +34,6 @@ from virtbackup.qemu import (
 )
 
 logger = logging.getLogger(__name__)
-left_logger = logging.getLogger(f"{__name__}.left")
-"""What a stop that was good tells nobody else of, and costs the guest: what of a backup is left."""
-
 PATIENCE = 10.0
 """Seconds within which a scratch image must take a request, or its backup is not ended now."""
 NBD_SERVER = "NBD server"
@@ -78,7 +75,7 @@ def clean(
         file.save(left)
     removed, rest = take_out(session, left, sight)
     if left is not None and rest:
-        left_logger.warning(
+        sweep.left_logger.warning(
             "backup %s is not all out of QEMU, and backup-cleanup may end it: %s is left",
             left.id, ", ".join(rest),
         )  # fmt: skip
