@@ -909,6 +909,35 @@ def away(state: pathlib.Path) -> Iterator[None]:
 
 
 @ALONE
+def test_a_start_whose_qemu_stands_still(
+    tmp_path: pathlib.Path, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For longer than it is waited for, by who would undo it, too: it says what it leaves."""
+    monkeypatch.setattr(monitor, "REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.2)
+    script(
+        tmp_path,
+        {"command": "transaction", "nth": 1, "silent": True},
+        {"command": "qmp_capabilities", "nth": 4, "silent": True},
+    )
+    served = test_driver.load(tmp_path / "recording.jsonl", tmp_path / "faults.json")
+    with (
+        fake_server.Server(tmp_path / "qmp.sock", served.recorded, served.rules) as server,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as own,
+    ):
+        [ref] = own.list_domains()
+        words = str(failure(lambda: own.domain_backup_start(ref, xml, 0)))
+        assert words.startswith("Timed out during operation: ")
+        assert words.endswith(
+            "(no backup was started; what is left of it ends with the next start, or"
+            " backup-cleanup)"
+        )
+        assert "job 'virtbackup-" in " ".join(own.domain_backup_cleanup(ref, 0))
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
 def test_a_server_that_somebody_else_exports_on(
     server: fake_server.Server,
     tmp_path: pathlib.Path,
