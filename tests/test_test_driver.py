@@ -938,6 +938,51 @@ def test_a_start_whose_qemu_stands_still(
 
 
 @ALONE
+def test_a_branch_that_a_backup_without_a_status_begins(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml.replace("</dom", '<branch name="b"/></dom'), 0)
+        own._domain._stop_watching(own._domain._watched)
+        for file in state.iterdir():
+            file.unlink()
+        words = str(failure(lambda: own.domain_branch_create(ref, "b", 0)))
+        assert "a backup of branch 'b' is running: stop it first" in words
+        own.domain_backup_stop(ref, 0)
+        [branch] = own.domain_branch_list(ref, 0)
+        assert all(disk.point is not None for disk in branch.disks)
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+@pytest.mark.parametrize("text", [None, "not a status"], ids=["lost", "broken"])
+def test_what_is_beside_a_status_of_no_use_is_cleaned_up(
+    tmp_path: pathlib.Path, state: pathlib.Path, xml: str, text: str | None
+) -> None:
+    recorded = test_driver.load(RECORDINGS / "qemu-10.0.13.jsonl").recorded
+    with (
+        fake_server.Server(tmp_path / "qmp.sock", recorded) as server,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as own,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as other,
+    ):
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY)
+        own._domain._stop_watching(own._domain._watched)
+        [file] = state.glob("*.json")
+        assert {one.suffix for one in state.glob(f"{file.stem}.*")} > {".owner", ".partial"}
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        assert "NBD server" in other.domain_backup_cleanup(ref, 0)
+        assert [one.suffix for one in state.glob(f"{file.stem}.*")] == [".lock"]
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
 def test_a_server_that_somebody_else_exports_on(
     server: fake_server.Server,
     tmp_path: pathlib.Path,

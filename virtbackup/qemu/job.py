@@ -368,7 +368,7 @@ class BackupJob:
         backup_conf.check_branch_name(name)
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
-            left = self._file.load()
+            left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
             known = {each.name for each in branches.told(state)}
             if left is not None and left.advances == name and name not in known:
@@ -418,8 +418,9 @@ class BackupJob:
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
                     *self._forget(_abandoned(left)),
                 ]
-            if other is not None:
+            if left is None:  # what is beside a status that is lost, or that cannot be read
                 self._file.remove()
+            if other is not None:
                 removed.insert(
                     0, f"verdict on backup {other.id}: not known, thus not good: {other}"
                 )
