@@ -938,6 +938,82 @@ def test_a_start_whose_qemu_stands_still(
 
 
 @ALONE
+def test_the_end_of_qemu_is_noted_without_a_status(
+    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
+) -> None:
+    """Where the state directory is away just then."""
+    image = tmp_path / "scratch.qcow2"
+    disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
+        own._domain._stop_watching(own._domain._watched)
+        with away(state):
+            own._domain.job.note_end(id, "the domain was destroyed")
+            assert not image.exists()
+        assert own._domain.job.is_over(id)
+        words = str(failure(lambda: own.domain_backup_stop(ref, 0)))
+        assert "'vda': the domain was destroyed" in words
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_what_qemu_s_end_leaves_without_a_status(
+    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
+) -> None:
+    """And nobody says that a backup has ended which somebody else may have stopped."""
+    image = tmp_path / "scratch.qcow2"
+    disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml.replace("</dom", disk), 0)
+        own._domain._stop_watching(own._domain._watched)
+        begun = own._domain.file.load()
+        assert begun is not None
+        nobody = runtime.Process(pid=(1 << 22) + 1, start=1)
+        own._domain.job.look_after(dataclasses.replace(begun, qemu=nobody))
+        for file in state.iterdir():
+            file.unlink()
+        server.path.unlink()
+        words = str(failure(lambda: own.domain_backup_stop(ref, 0)))
+        assert "no domain backup job present" in words
+        assert not image.exists()
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_a_scratch_image_that_cannot_be_removed(
+    server: fake_server.Server,
+    tmp_path: pathlib.Path,
+    state: pathlib.Path,
+    xml: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Who gives a backup up leaves it to its stop, which says so where it cannot, either."""
+    image = tmp_path / "scratch.qcow2"
+    disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
+    warning = f"scratch image '{image}' of backup "
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        for is_kept in False, True:
+            id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
+            with places.kept(image):
+                assert own._domain.job.give_up(id, "given up, as a test said so")
+                assert warning in caplog.text
+                caplog.clear()
+                if is_kept:
+                    failure(lambda: own.domain_backup_stop(ref, 0))
+            if not is_kept:
+                failure(lambda: own.domain_backup_stop(ref, 0))
+            assert (warning in caplog.text) == image.exists() == is_kept
+            assert not list(state.glob("*.json"))
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
 def test_a_branch_that_a_backup_without_a_status_begins(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:

@@ -32,6 +32,18 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def kept(path: pathlib.Path) -> Iterator[None]:
+    """While this lasts the file at PATH cannot be removed: it is a mount point. Skips where none
+    may be mounted."""
+    if subprocess.run(["mount", "--bind", str(path), str(path)], capture_output=True).returncode:
+        pytest.skip("not allowed to mount a file: this wants root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@contextlib.contextmanager
 def automounted(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system that an automounter has mounted, right below the directory of it that is at
     PATH, of which no fsync(2) is possible. Skips where none may be mounted."""

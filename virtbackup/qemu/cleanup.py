@@ -203,7 +203,8 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
 
 
 def remove_outside(left: status.Status) -> list[str]:
-    """Remove the files of a backup that a QEMU which is gone has left; a line for each."""
+    """Remove the files of a backup that a QEMU which is gone has left; a line for each. It is
+    warned of the scratch images that cannot be."""
     removed = remove_files(left)
     address = left.address
     if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
@@ -214,9 +215,33 @@ def remove_outside(left: status.Status) -> list[str]:
 
 
 def remove_files(left: status.Status) -> list[str]:
-    """Remove the scratch images that have a name; a line for each."""
+    """Remove the scratch images that have a name; a line for each. It is warned of those that
+    cannot be."""
     paths = [disk.path for disk in left.disks if disk.path is not None and _is_image_of(disk)]
-    return [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+    removed = [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+    for path in _paths(left):
+        sweep.left_logger.warning(
+            "scratch image '%s' of backup %s cannot be removed, and is left", path, left.id
+        )
+    return removed
+
+
+def with_files_left(left: status.Status) -> status.Status:
+    """LEFT with the names of those of its scratch images alone that could not be removed: whoever
+    comes next tries it again."""
+    there = _paths(left)
+    disks = (
+        disk if disk.path in there else dataclasses.replace(disk, path=None) for disk in left.disks
+    )
+    return dataclasses.replace(left, disks=tuple(disks))
+
+
+def _paths(left: status.Status) -> list[str]:
+    """Where scratch images of LEFT are that have a name."""
+    return [
+        disk.path for disk in left.disks
+        if disk.path is not None and os.path.lexists(disk.path) and _is_image_of(disk)
+    ]  # fmt: skip
 
 
 def _is_image_of(disk: status.DiskStatus) -> bool:

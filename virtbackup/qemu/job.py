@@ -208,27 +208,43 @@ class BackupJob:
         where QEMU is gone, or another one runs, of which the stop will tell why. Where its status
         cannot be had it ends all the same, if it was begun here. Errors: the monitor's,
         sweep.ClientStuck; Unusable."""
+        return self._end_unasked(id, reason, self._given_up)
+
+    def note_end(self, id: naming.BackupId, reason: str) -> None:
+        """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
+        it; what the backup left outside of QEMU is removed. Where its status cannot be had it is
+        noted here alone, if it was begun here. Errors: Unusable."""
+        self._end_unasked(id, reason, _without_qemu)
+
+    def _end_unasked(
+        self,
+        id: naming.BackupId,
+        reason: str,
+        end: Callable[[status.Status], status.Status | None],
+    ) -> bool:
+        """Whether backup ID is over, as END ends it for REASON, unless that gives None. Errors:
+        END's; Unusable, of one that was not begun here."""
         try:
             with self._file.locked():
                 running = self._load_known()
                 if running is None or _is_over(running, id):
                     return True
-                if (ended := self._given_up(running, reason)) is None:
+                if (ended := end(running)) is None:
                     return False
-                self._file.save(ended)
+                self._file.save(dataclasses.replace(ended, given_up=reason))
         except status.Unusable as failure:
             if (begun := self._begun_as(id)) is None:
                 raise
             logger.warning("backup=%s ends without a note of it: %s", id, failure)
-            if (ended := self._given_up(begun, reason)) is None:
+            if (ended := end(begun)) is None:
                 return False
-            self._begun = ended
+            self._begun = dataclasses.replace(ended, given_up=reason)
         logger.warning("backup=%s %s", id, reason)
         self._on_end(reason)
         return True
 
-    def _given_up(self, running: status.Status, reason: str) -> status.Status | None:
-        """RUNNING, once it is out of QEMU for REASON; None where that is gone, or another one."""
+    def _given_up(self, running: status.Status) -> status.Status | None:
+        """RUNNING, once it is out of QEMU; None where that is gone, or another one."""
         try:
             rest = self._take_out(running)
         except monitor.NotListening:
@@ -240,9 +256,8 @@ class BackupJob:
         if rest is None:
             return None
         cleanup.remove_files(running)
-        disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
-        server = cleanup.NBD_SERVER in rest
-        return dataclasses.replace(running, given_up=reason, server=server, disks=disks)
+        left = cleanup.with_files_left(running)
+        return dataclasses.replace(left, server=cleanup.NBD_SERVER in rest)
 
     def _take_out(self, running: status.Status) -> list[str] | None:
         """Let the guest write freely, and take RUNNING out of QEMU: what is still there. None:
@@ -252,20 +267,6 @@ class BackupJob:
                 return None
             cleanup.sweeper_of(session, running).stop_saving()
             return cleanup.take_out(session, running)[1]
-
-    def note_end(self, id: naming.BackupId, reason: str) -> None:
-        """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
-        it; what the backup left outside of QEMU is removed."""
-        with self._file.locked():
-            running = self._file.load()
-            if running is None or _is_over(running, id):
-                return
-            cleanup.remove_outside(running)
-            disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
-            ended = dataclasses.replace(running, given_up=reason, server=False, disks=disks)
-            self._file.save(ended)
-        logger.info("backup=%s ended: %s", id, reason)
-        self._on_end(reason)
 
     def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
@@ -627,6 +628,10 @@ class BackupJob:
             with self._connect() as session:
                 return self._regained(session, self._begun)
         except monitor.NotListening:
+            # Not noted as ended by that: somebody may have stopped it before.
+            if _is_dead(self._begun.qemu):
+                cleanup.remove_outside(self._begun)
+                self._let_go()
             return None
 
     def _regained(self, session: domain.Session, begun: status.Status) -> status.Status | None:
@@ -723,10 +728,8 @@ class BackupJob:
         if left.advances is None or left.verdict != {} or not left.cancelled:
             return cleanup.forget(left, self._file)
         removed = cleanup.forget(left, self._file)
-        disks = tuple(dataclasses.replace(disk, path=None) for disk in left.disks)
-        self._file.save(
-            dataclasses.replace(left, phase="stopping", told=True, server=False, disks=disks)
-        )
+        left = cleanup.with_files_left(left)
+        self._file.save(dataclasses.replace(left, phase="stopping", told=True, server=False))
         return removed
 
     def _means_the_end(
@@ -763,6 +766,12 @@ def _is_over(running: status.Status | None, id: naming.BackupId) -> bool:
         or running.phase != "running"
         or running.given_up is not None
     )
+
+
+def _without_qemu(running: status.Status) -> status.Status:
+    """RUNNING, whose QEMU is gone, once what it left outside of that is removed."""
+    cleanup.remove_outside(running)
+    return dataclasses.replace(cleanup.with_files_left(running), server=False)
 
 
 def _abandoned(left: status.Status | None) -> status.Status | None:
