@@ -10,6 +10,8 @@ import logging
 import os
 import pathlib
 import queue
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ import pytest
 
 import virtbackup
 from tests import daemon_scene, daemons, rpc_server
+from tests.live import striking
 from virtbackup import errors, hypervisor
 from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
@@ -250,6 +253,71 @@ def test_a_close_ends_with_a_server_that_is_gone(server: rpc_server.Server, uri:
     server.peer().hang_up()
     opened.close()
     opened.close()
+
+
+def test_a_signal_s_handler_closes_in_the_middle_of_a_message(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """Of which the server takes no more: nobody waits for the end of that."""
+    served, took = threading.Event(), list[float]()
+
+    def serve(*_: object) -> object:
+        served.wait(DEADLINE)
+        return rpc_server.SILENCE
+
+    server.handlers["REMOTE.CONNECT_GET_HOSTNAME"] = serve
+    opened = driver.open(uri, False)
+    connection = opened._current.client
+    other = threading.Thread(
+        target=lambda: fails(lambda: connection.call(REMOTE, "CONNECT_GET_HOSTNAME"))
+    )
+    other.start()
+
+    def close(*_: object) -> None:
+        failure = fails(lambda: connection.call(REMOTE, "CONNECT_GET_HOSTNAME"))
+        assert "called by a signal's handler, in the middle of another call" in str(failure)
+        begin = time.monotonic()
+        opened.close()
+        took.append(time.monotonic() - begin)
+
+    before = signal.signal(signal.SIGALRM, close)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        failure = fails(lambda: opened.domain_backup_start(REF, "x" * (1 << 20), 0))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "client socket is closed" in str(failure)
+    assert took[0] < 1
+    other.join(DEADLINE)
+    assert not other.is_alive()
+    served.set()
+
+
+def test_a_signal_s_handler_closes_at_any_place_of_a_call(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """It may have interrupted what holds what a close would wait for."""
+    opened = driver.open(uri, False)
+    took = list[float]()
+
+    def close() -> None:
+        begin = time.monotonic()
+        opened.close()
+        took.append(time.monotonic() - begin)
+
+    def call() -> None:
+        with contextlib.suppress(errors.Error):
+            opened._call(REMOTE, "CONNECT_GET_HOSTNAME")
+
+    strikes = striking.Strikes(sys.maxsize, ("/client.py", "/transport.py"), close)
+    while True:
+        strikes.strike(call)
+        if not strikes.place:
+            break
+        opened = driver.open(uri, False)
+    opened.close()
+    assert strikes.number > 20
+    assert max(took) < 1
 
 
 def test_a_driver_that_is_forgotten_hangs_up(server: rpc_server.Server, uri: str) -> None:
