@@ -597,12 +597,18 @@ def test_the_interactive_shell(
     assert "Domain backup stopped" in out
 
 
-def test_a_pull(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of real bytes over NBD; each disk's sectors tell whose they are."""
+def test_a_pull(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of real bytes over NBD; each disk's sectors tell whose they are. All directories that were
+    made are durable, too."""
     pytest.importorskip("nbd")
-    words = ["backup-pull", "vm", str(tmp_path / "pulled"), "--format", "raw"]
+    synced = places.synced(monkeypatch)
+    pulled = tmp_path / "a" / "b" / "pulled"
+    words = ["backup-pull", "vm", str(pulled), "--format", "raw"]
     assert virsh_backup.main(["-c", "test:///default", *words]) == 0, capsys.readouterr().err
-    data = (tmp_path / "pulled" / "vda.raw").read_bytes()
+    assert {tmp_path, tmp_path / "a", pulled.parent, pulled} <= synced
+    data = (pulled / "vda.raw").read_bytes()
     assert len(data) == 4 << 20
     assert data[512:].startswith(b"/images/vda.qcow2 sector 1\n")
     assert data[1 << 20 :] == bytes(3 << 20)

@@ -66,6 +66,19 @@ def automounted(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.close(fd)
 
 
+def synced(monkeypatch: pytest.MonkeyPatch) -> set[pathlib.Path]:
+    """What this process makes durable from now on, by fsync(2)."""
+    found = set()
+    fsync = os.fsync
+
+    def noting(fd: int) -> None:
+        fsync(fd)
+        found.add(pathlib.Path(f"/proc/self/fd/{fd}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noting)
+    return found
+
+
 def fill_up(path: pathlib.Path, leave: int = 0) -> pathlib.Path:
     """Take all but LEAVE bytes of the file system that has a directory; the file that has them."""
     hog = path / "hog"

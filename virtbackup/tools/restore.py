@@ -392,6 +392,6 @@ def _finish(outputs: Sequence[Output]) -> None:
             if output.type == "file":
                 output.partial.rename(output.path)
         for directory in {output.path.parent for output in outputs if output.type == "file"}:
-            chain.sync_directory(directory)
+            chain.sync_names(directory)
     except OSError as failure:
         raise errors.system_error(failure, "cannot finish the restore") from failure
