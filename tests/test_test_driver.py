@@ -964,6 +964,37 @@ def test_the_end_of_qemu_is_noted_without_a_status(
         file.unlink()
 
 
+NOBODY = runtime.Process(pid=(1 << 22) + 1, start=1)
+"""A process that there is not."""
+
+
+@ALONE
+def test_a_qemu_that_another_process_passes_on(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    """As where that was restarted: a backup that QEMU has is one that runs."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, 0)
+        begun = own._domain.file.load()
+        assert begun is not None
+        own._domain.file.save(dataclasses.replace(begun, qemu=NOBODY))
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as other:
+        assert other.domain_backup_get_info(ref, 0).state == "running"
+        for again in (
+            lambda: other.domain_backup_cleanup(ref, 0),
+            lambda: other.domain_backup_start(ref, xml, 0),
+        ):
+            assert "running" in str(failure(again))
+        other.domain_backup_stop(ref, 0)
+        with monitor.SocketMonitor(str(server.path)) as qemu:
+            refused = monitor_json.CommandFailed
+            with pytest.raises(refused, match="NBD server not running"):
+                qemu.execute(monitor_json.nbd_server_stop())
+    for file in state.iterdir():
+        file.unlink()
+
+
 @ALONE
 def test_what_qemu_s_end_leaves_without_a_status(
     server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
@@ -977,8 +1008,7 @@ def test_what_qemu_s_end_leaves_without_a_status(
         own._domain._stop_watching(own._domain._watched)
         begun = own._domain.file.load()
         assert begun is not None
-        nobody = runtime.Process(pid=(1 << 22) + 1, start=1)
-        own._domain.job.look_after(dataclasses.replace(begun, qemu=nobody))
+        own._domain.job.look_after(dataclasses.replace(begun, qemu=NOBODY))
         for file in state.iterdir():
             file.unlink()
         server.path.unlink()

@@ -99,7 +99,7 @@ def take_out(
         check_scratch(session, left)
     removed = []
     sweeper = sweeper_of(session, left)
-    ours = left is not None and not session.restarted_since(left.qemu)
+    ours = left is not None and not session.restarted_since(left.qemu, left.id)
     replaced: list[status.DiskStatus] = []
     if left is not None and ours:
         now = sight or verdict.look_at(session, left)
@@ -327,20 +327,20 @@ def _owns_server(session: domain.Session, left: status.Status | None, had_export
         return session.capabilities.block_exports and had_exports
     if not session.capabilities.block_exports:
         return still_serves(session, left)
-    return bool(left.server) and not session.restarted_since(left.qemu)
+    return bool(left.server) and not session.restarted_since(left.qemu, left.id)
 
 
 def still_serves(session: domain.Session, left: status.Status) -> bool:
     """Whether the NBD server that LEFT started still listens, as far as can be seen: where exports
     cannot be asked for, all that tells whether somebody stopped it."""
-    if not left.server or session.restarted_since(left.qemu):
+    if not left.server or session.restarted_since(left.qemu, left.id):
         return False
     return session.pid is None or nbdserver.listens(session.pid, left.address)
 
 
 def _started_server(session: domain.Session, left: status.Status) -> bool:
     """Whether a start that came to no end had the NBD server started: who would listen there?"""
-    if left.server is not None or session.restarted_since(left.qemu):
+    if left.server is not None or session.restarted_since(left.qemu, left.id):
         return False
     # Once this is answered, QEMU has done all that it was told before.
     session.qemu.execute(dialect.Dialect(session.capabilities).query_jobs())

@@ -263,7 +263,7 @@ class BackupJob:
         """Let the guest write freely, and take RUNNING out of QEMU: what is still there. None:
         another QEMU runs. Errors: the monitor's, sweep.ClientStuck."""
         with self._connect() as session:
-            if session.restarted_since(running.qemu):
+            if session.restarted_since(running.qemu, running.id):
                 return None
             cleanup.sweeper_of(session, running).stop_saving()
             return cleanup.take_out(session, running)[1]
@@ -488,7 +488,7 @@ class BackupJob:
         return (
             left.phase != "running"
             or not status.has_owner(self._file.path, left.owner)
-            or session.restarted_since(left.qemu)
+            or session.restarted_since(left.qemu, left.id)
             or (left.given_up is None and left.id not in state.backups())
         )
 
@@ -688,7 +688,7 @@ class BackupJob:
 
     def _knowing_end(self, session: domain.Session, running: status.Status) -> status.Status:
         """RUNNING with why its QEMU ended, where another one runs by now and somebody knows."""
-        if running.given_up is not None or not session.restarted_since(running.qemu):
+        if running.given_up is not None or not session.restarted_since(running.qemu, running.id):
             return running
         return dataclasses.replace(running, given_up=self._why_ended(0.0))
 
