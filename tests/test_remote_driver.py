@@ -535,6 +535,24 @@ def test_events_that_cannot_be_had_again_keep_no_call_from_being_made(
     assert "no events any more: access denied: not you" in caplog.text
 
 
+def test_a_signal_s_handler_closes_as_it_connects_anew(
+    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = driver.open(f"{uri}?reconnect=yes", False)
+    opened._current.client.close()
+    connect = opened._connect
+    made = []
+
+    def interrupted() -> Any:
+        made.append(connect())
+        opened.close()
+        return made[0]
+
+    monkeypatch.setattr(opened, "_connect", interrupted)
+    assert "client socket is closed" in str(fails(opened.get_type))
+    assert not made[0].client.is_alive
+
+
 def test_a_call_that_was_on_its_way_is_not_made_again(server: rpc_server.Server, uri: str) -> None:
     """Whether it took effect nobody knows."""
     own = server.handlers["REMOTE.CONNECT_GET_HOSTNAME"]
