@@ -255,42 +255,72 @@ def test_a_close_ends_with_a_server_that_is_gone(server: rpc_server.Server, uri:
     opened.close()
 
 
-def test_a_signal_s_handler_closes_in_the_middle_of_a_message(
-    server: rpc_server.Server, uri: str
-) -> None:
-    """Of which the server takes no more: nobody waits for the end of that."""
-    served, took = threading.Event(), list[float]()
+@contextlib.contextmanager
+def taking_no_more(server: rpc_server.Server, opened: driver.RemoteDriver) -> Iterator[None]:
+    """The server is busy with a call of another thread, which fails in the end."""
+    served = threading.Event()
 
     def serve(*_: object) -> object:
         served.wait(DEADLINE)
         return rpc_server.SILENCE
 
     server.handlers["REMOTE.CONNECT_GET_HOSTNAME"] = serve
-    opened = driver.open(uri, False)
-    connection = opened._current.client
     other = threading.Thread(
-        target=lambda: fails(lambda: connection.call(REMOTE, "CONNECT_GET_HOSTNAME"))
+        target=lambda: fails(lambda: opened._call(REMOTE, "CONNECT_GET_HOSTNAME"))
     )
     other.start()
+    yield
+    other.join(DEADLINE)
+    assert not other.is_alive()
+    served.set()
+
+
+@contextlib.contextmanager
+def interrupted_by(handler: Callable[..., object]) -> Iterator[None]:
+    """In a moment, by a signal with that HANDLER."""
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_s_handler_closes_in_the_middle_of_a_message(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """Of which the server takes no more: nobody waits for the end of that."""
+    opened = driver.open(uri, False)
+    took = list[float]()
 
     def close(*_: object) -> None:
-        failure = fails(lambda: connection.call(REMOTE, "CONNECT_GET_HOSTNAME"))
+        failure = fails(opened.get_type)
         assert "called by a signal's handler, in the middle of another call" in str(failure)
         begin = time.monotonic()
         opened.close()
         took.append(time.monotonic() - begin)
 
-    before = signal.signal(signal.SIGALRM, close)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with taking_no_more(server, opened), interrupted_by(close):
         failure = fails(lambda: opened.domain_backup_start(REF, "x" * (1 << 20), 0))
-    finally:
-        signal.signal(signal.SIGALRM, before)
     assert "client socket is closed" in str(failure)
     assert took[0] < 1
-    other.join(DEADLINE)
-    assert not other.is_alive()
-    served.set()
+
+
+def test_an_interrupt_in_the_middle_of_a_message_ends_the_connection(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """Its rest would be the next message's first bytes, and no answer come."""
+    opened = driver.open(uri, False)
+    with (
+        taking_no_more(server, opened),
+        interrupted_by(signal.default_int_handler),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        opened.domain_backup_start(REF, "x" * (1 << 20), 0)
+    begin = time.monotonic()
+    fails(opened.get_type)
+    opened.close()
+    assert time.monotonic() < begin + 1
 
 
 def test_a_signal_s_handler_closes_at_any_place_of_a_call(
