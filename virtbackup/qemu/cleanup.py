@@ -277,10 +277,10 @@ def _left_socket(left: status.Status, address: backup_conf.UnixAddress) -> bool:
     # Where the start did not come to note it, it had found nobody who listened there.
     is_own = left.server is None if left.socket is None else here == left.socket
     # Another server's may have been given the same number since.
-    return is_own and _is_abandoned(address)
+    return is_own and is_abandoned(address)
 
 
-def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
+def is_abandoned(address: backup_conf.Address) -> bool:
     """Whether nobody listens on ADDRESS, or soon does no more: the kernel may take its time with a
     dead QEMU's."""
     end = time.monotonic() + _DYING

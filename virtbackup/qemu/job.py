@@ -331,7 +331,7 @@ class BackupJob:
                 is_news = time.monotonic() < began + _NEWS
                 cleanup.clean(session, judged, self._file, sight if is_news else None)
         except (monitor.NotListening, monitor.MonitorLost) as failure:
-            if not self._means_the_end(failure, running.qemu):
+            if not self._means_the_end(failure, running):
                 raise
             return self._gone(running)
         return reasons
@@ -349,7 +349,7 @@ class BackupJob:
                 with self._connect() as session:
                     return verdict.look(session, self._knowing_end(session, running))
             except (monitor.NotListening, monitor.MonitorLost) as failure:
-                if not self._means_the_end(failure, running.qemu):
+                if not self._means_the_end(failure, running):
                     raise
                 why = running.given_up or self._why_ended(_WORD) or _GONE
                 return verdict.info(running, verdict.of_all(running, why))
@@ -414,6 +414,8 @@ class BackupJob:
                     self._check_no_other(state)
                     removed = self._clean(session, left)
             except monitor.NotListening:
+                if left is not None and _serves(left):
+                    raise
                 why = self._why_ended(_WORD) or _GONE
                 removed = [
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
@@ -733,24 +735,22 @@ class BackupJob:
         return removed
 
     def _means_the_end(
-        self, failure: monitor.NotListening | monitor.MonitorLost, qemu: runtime.Process | None
+        self, failure: monitor.NotListening | monitor.MonitorLost, running: status.Status
     ) -> bool:
         """Whether QEMU has ended, as its monitor failed so. One that is being killed takes clients
         for a moment yet, or libvirt takes commands for it."""
-        if isinstance(failure, monitor.NotListening):
-            return True
         end = time.monotonic() + _DYING
-        while not _is_dead(qemu):
+        while isinstance(failure, monitor.MonitorLost) and not _is_dead(running.qemu):
             try:
                 with self._connect():
                     return False
-            except monitor.NotListening:
-                return True
+            except monitor.NotListening as gone:
+                failure = gone
             except monitor.MonitorLost:
                 if time.monotonic() > end:
                     return False
             time.sleep(_LOOK_AGAIN)
-        return True
+        return not _serves(running)
 
 
 def new_id() -> naming.BackupId:
@@ -990,6 +990,16 @@ def _without_others_files(starting: status.Status, created: list[str]) -> status
         for disk in starting.disks
     )
     return dataclasses.replace(starting, disks=tuple(disks))
+
+
+def _serves(running: status.Status) -> bool:
+    """Whether QEMU is there although nobody listens at its monitor's socket, as where somebody has
+    removed that: its process, as far as that is seen, and its NBD server, for longer than it takes
+    to end."""
+    qemu = running.qemu
+    if qemu is None or not runtime.is_seen(qemu) or not runtime.is_alive(qemu):
+        return False
+    return bool(running.server) and not cleanup.is_abandoned(running.address)
 
 
 def _is_dead(qemu: runtime.Process | None) -> bool:
