@@ -67,6 +67,13 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             "Be the user that QEMU runs as, or root",
         ),
         (
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            "internal error: disk 'vda': unable to execute QEMU command 'add-fd': No file"
+            " descriptor supplied via SCM_RIGHTS",
+            "What passes the monitor on, as socat does, passes no descriptors: take QEMU's own"
+            " socket",
+        ),
+        (
             libvirt.VIR_ERR_OPERATION_INVALID,
             "Requested operation is not valid: another backup job is already running ('j'), but"
             " there is no status of it in '/r'; if nobody owns it, backup-cleanup ends it",

@@ -10,6 +10,8 @@ import logging
 import os
 import pathlib
 import queue
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ import pytest
 
 import virtbackup
 from tests import daemon_scene, daemons, rpc_server
+from tests.live import striking
 from virtbackup import errors, hypervisor
 from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
@@ -252,6 +255,101 @@ def test_a_close_ends_with_a_server_that_is_gone(server: rpc_server.Server, uri:
     opened.close()
 
 
+@contextlib.contextmanager
+def taking_no_more(server: rpc_server.Server, opened: driver.RemoteDriver) -> Iterator[None]:
+    """The server is busy with a call of another thread, which fails in the end."""
+    served = threading.Event()
+
+    def serve(*_: object) -> object:
+        served.wait(DEADLINE)
+        return rpc_server.SILENCE
+
+    server.handlers["REMOTE.CONNECT_GET_HOSTNAME"] = serve
+    other = threading.Thread(
+        target=lambda: fails(lambda: opened._call(REMOTE, "CONNECT_GET_HOSTNAME"))
+    )
+    other.start()
+    yield
+    other.join(DEADLINE)
+    assert not other.is_alive()
+    served.set()
+
+
+@contextlib.contextmanager
+def interrupted_by(handler: Callable[..., object]) -> Iterator[None]:
+    """In a moment, by a signal with that HANDLER."""
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_s_handler_closes_in_the_middle_of_a_message(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """Of which the server takes no more: nobody waits for the end of that."""
+    opened = driver.open(uri, False)
+    took = list[float]()
+
+    def close(*_: object) -> None:
+        failure = fails(opened.get_type)
+        assert "called by a signal's handler, in the middle of another call" in str(failure)
+        begin = time.monotonic()
+        opened.close()
+        took.append(time.monotonic() - begin)
+
+    with taking_no_more(server, opened), interrupted_by(close):
+        failure = fails(lambda: opened.domain_backup_start(REF, "x" * (1 << 20), 0))
+    assert "client socket is closed" in str(failure)
+    assert took[0] < 1
+
+
+def test_an_interrupt_in_the_middle_of_a_message_ends_the_connection(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """Its rest would be the next message's first bytes, and no answer come."""
+    opened = driver.open(uri, False)
+    with (
+        taking_no_more(server, opened),
+        interrupted_by(signal.default_int_handler),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        opened.domain_backup_start(REF, "x" * (1 << 20), 0)
+    begin = time.monotonic()
+    fails(opened.get_type)
+    opened.close()
+    assert time.monotonic() < begin + 1
+
+
+def test_a_signal_s_handler_closes_at_any_place_of_a_call(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """It may have interrupted what holds what a close would wait for."""
+    opened = driver.open(uri, False)
+    took = list[float]()
+
+    def close() -> None:
+        begin = time.monotonic()
+        opened.close()
+        took.append(time.monotonic() - begin)
+
+    def call() -> None:
+        with contextlib.suppress(errors.Error):
+            opened._call(REMOTE, "CONNECT_GET_HOSTNAME")
+
+    strikes = striking.Strikes(sys.maxsize, ("/client.py", "/transport.py"), close)
+    while True:
+        strikes.strike(call)
+        if not strikes.place:
+            break
+        opened = driver.open(uri, False)
+    opened.close()
+    assert strikes.number > 20
+    assert max(took) < 1
+
+
 def test_a_driver_that_is_forgotten_hangs_up(server: rpc_server.Server, uri: str) -> None:
     opened = virtbackup.open(uri)
     del opened
@@ -465,6 +563,24 @@ def test_events_that_cannot_be_had_again_keep_no_call_from_being_made(
         server.handlers["VIRTBACKUP.BACKUP_EVENT_REGISTER"] = refuse
         assert opened.getHostname() == "here"
     assert "no events any more: access denied: not you" in caplog.text
+
+
+def test_a_signal_s_handler_closes_as_it_connects_anew(
+    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = driver.open(f"{uri}?reconnect=yes", False)
+    opened._current.client.close()
+    connect = opened._connect
+    made = []
+
+    def interrupted() -> Any:
+        made.append(connect())
+        opened.close()
+        return made[0]
+
+    monkeypatch.setattr(opened, "_connect", interrupted)
+    assert "client socket is closed" in str(fails(opened.get_type))
+    assert not made[0].client.is_alive
 
 
 def test_a_call_that_was_on_its_way_is_not_made_again(server: rpc_server.Server, uri: str) -> None:

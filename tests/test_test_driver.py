@@ -7,6 +7,7 @@ unchanged on the local and on the remote driver.
 
 import configparser
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -29,9 +30,20 @@ import pytest
 
 import virtbackup
 from tests import daemons, waiting
+from tests.live import places
 from virtbackup import extend, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf
-from virtbackup.qemu import driver, naming, recording, sweep, verdict, watch
+from virtbackup.qemu import (
+    block,
+    driver,
+    monitor,
+    monitor_json,
+    naming,
+    recording,
+    sweep,
+    verdict,
+    watch,
+)
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -60,6 +72,10 @@ def state(
     hypervisor.unregister("test")
     assert list(directory.iterdir()) == []
     assert not daemons.threads_left("fake ")
+
+
+ALONE = pytest.mark.parametrize("state", ["local"], indirect=True)
+"""Of a driver that a test has made itself, behind no daemon."""
 
 
 @pytest.fixture(params=URIS)
@@ -329,7 +345,8 @@ def test_what_qemu_does_not_give_back_is_told(
     told = capsys.readouterr()
     assert ("Domain backup stopped" in told.out) is good
     assert ("its export cannot be ended" in told.err) is not good
-    assert re.search(rf"^warning: backup [0-9a-f]+ is not all out of QEMU.*{left}", told.err, re.M)
+    [warning] = re.findall(r"^warning: .*$", told.err, re.M)
+    assert re.match(rf"warning: backup [0-9a-f]+ is not all out of QEMU.*{left}", warning)
     for file in state.iterdir():
         file.unlink()
 
@@ -580,12 +597,18 @@ def test_the_interactive_shell(
     assert "Domain backup stopped" in out
 
 
-def test_a_pull(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of real bytes over NBD; each disk's sectors tell whose they are."""
+def test_a_pull(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of real bytes over NBD; each disk's sectors tell whose they are. All directories that were
+    made are durable, too."""
     pytest.importorskip("nbd")
-    words = ["backup-pull", "vm", str(tmp_path / "pulled"), "--format", "raw"]
+    synced = places.synced(monkeypatch)
+    pulled = tmp_path / "a" / "b" / "pulled"
+    words = ["backup-pull", "vm", str(pulled), "--format", "raw"]
     assert virsh_backup.main(["-c", "test:///default", *words]) == 0, capsys.readouterr().err
-    data = (tmp_path / "pulled" / "vda.raw").read_bytes()
+    assert {tmp_path, tmp_path / "a", pulled.parent, pulled} <= synced
+    data = (pulled / "vda.raw").read_bytes()
     assert len(data) == 4 << 20
     assert data[512:].startswith(b"/images/vda.qcow2 sector 1\n")
     assert data[1 << 20 :] == bytes(3 << 20)
@@ -876,14 +899,228 @@ def given_up_without_a_note(
 ) -> naming.BackupId:
     """A backup, as the state directory was away."""
     id = naming.BackupId(own.domain_backup_start(ref, xml, 0))
-    away = state.rename(state.with_name(f"{state.name}-away"))
-    state.touch()
-    assert own._domain.job.give_up(id, "given up, as a test said so")
-    state.unlink()
-    away.rename(state)
+    with away(state):
+        assert own._domain.job.give_up(id, "given up, as a test said so")
     return id
 
 
+@contextlib.contextmanager
+def away(state: pathlib.Path) -> Iterator[None]:
+    """A file has the name of the state directory meanwhile."""
+    other = state.rename(state.with_name(f"{state.name}-away"))
+    state.touch()
+    yield
+    state.unlink()
+    other.rename(state)
+
+
+@ALONE
+def test_a_start_whose_qemu_stands_still(
+    tmp_path: pathlib.Path, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For longer than it is waited for, by who would undo it, too: it says what it leaves."""
+    monkeypatch.setattr(monitor, "REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.2)
+    script(
+        tmp_path,
+        {"command": "transaction", "nth": 1, "silent": True},
+        {"command": "qmp_capabilities", "nth": 4, "silent": True},
+    )
+    served = test_driver.load(tmp_path / "recording.jsonl", tmp_path / "faults.json")
+    with (
+        fake_server.Server(tmp_path / "qmp.sock", served.recorded, served.rules) as server,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as own,
+    ):
+        [ref] = own.list_domains()
+        words = str(failure(lambda: own.domain_backup_start(ref, xml, 0)))
+        assert words.startswith("Timed out during operation: ")
+        assert words.endswith(
+            "(no backup was started; what is left of it ends with the next start, or"
+            " backup-cleanup)"
+        )
+        assert "job 'virtbackup-" in " ".join(own.domain_backup_cleanup(ref, 0))
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_the_end_of_qemu_is_noted_without_a_status(
+    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
+) -> None:
+    """Where the state directory is away just then."""
+    image = tmp_path / "scratch.qcow2"
+    disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
+        own._domain._stop_watching(own._domain._watched)
+        with away(state):
+            own._domain.job.note_end(id, "the domain was destroyed")
+            assert not image.exists()
+        assert own._domain.job.is_over(id)
+        words = str(failure(lambda: own.domain_backup_stop(ref, 0)))
+        assert "'vda': the domain was destroyed" in words
+    for file in state.iterdir():
+        file.unlink()
+
+
+NOBODY = runtime.Process(pid=(1 << 22) + 1, start=1)
+"""A process that there is not."""
+
+
+@ALONE
+def test_a_qemu_that_another_process_passes_on(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    """As where that was restarted: a backup that QEMU has is one that runs."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, 0)
+        begun = own._domain.file.load()
+        assert begun is not None
+        own._domain.file.save(dataclasses.replace(begun, qemu=NOBODY))
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as other:
+        assert other.domain_backup_get_info(ref, 0).state == "running"
+        for again in (
+            lambda: other.domain_backup_cleanup(ref, 0),
+            lambda: other.domain_backup_start(ref, xml, 0),
+        ):
+            assert "running" in str(failure(again))
+        other.domain_backup_stop(ref, 0)
+        with monitor.SocketMonitor(str(server.path)) as qemu:
+            refused = monitor_json.CommandFailed
+            with pytest.raises(refused, match="NBD server not running"):
+                qemu.execute(monitor_json.nbd_server_stop())
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_what_qemu_s_end_leaves_without_a_status(
+    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
+) -> None:
+    """And nobody says that a backup has ended which somebody else may have stopped."""
+    image = tmp_path / "scratch.qcow2"
+    disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml.replace("</dom", disk), 0)
+        own._domain._stop_watching(own._domain._watched)
+        begun = own._domain.file.load()
+        assert begun is not None
+        own._domain.job.look_after(dataclasses.replace(begun, qemu=NOBODY))
+        for file in state.iterdir():
+            file.unlink()
+        server.path.unlink()
+        words = str(failure(lambda: own.domain_backup_stop(ref, 0)))
+        assert "no domain backup job present" in words
+        assert not image.exists()
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_a_scratch_image_that_cannot_be_removed(
+    server: fake_server.Server,
+    tmp_path: pathlib.Path,
+    state: pathlib.Path,
+    xml: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Who gives a backup up leaves it to its stop, which says so where it cannot, either."""
+    image = tmp_path / "scratch.qcow2"
+    disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
+    warning = f"scratch image '{image}' of backup "
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        for is_kept in False, True:
+            id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
+            with places.kept(image):
+                assert own._domain.job.give_up(id, "given up, as a test said so")
+                assert warning in caplog.text
+                caplog.clear()
+                if is_kept:
+                    failure(lambda: own.domain_backup_stop(ref, 0))
+            if not is_kept:
+                failure(lambda: own.domain_backup_stop(ref, 0))
+            assert (warning in caplog.text) == image.exists() == is_kept
+            assert not list(state.glob("*.json"))
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_a_branch_that_a_backup_without_a_status_begins(
+    server: fake_server.Server, state: pathlib.Path, xml: str
+) -> None:
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml.replace("</dom", '<branch name="b"/></dom'), 0)
+        own._domain._stop_watching(own._domain._watched)
+        for file in state.iterdir():
+            file.unlink()
+        words = str(failure(lambda: own.domain_branch_create(ref, "b", 0)))
+        assert "a backup of branch 'b' is running: stop it first" in words
+        own.domain_backup_stop(ref, 0)
+        [branch] = own.domain_branch_list(ref, 0)
+        assert all(disk.point is not None for disk in branch.disks)
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+@pytest.mark.parametrize("text", [None, "not a status"], ids=["lost", "broken"])
+def test_what_is_beside_a_status_of_no_use_is_cleaned_up(
+    tmp_path: pathlib.Path, state: pathlib.Path, xml: str, text: str | None
+) -> None:
+    recorded = test_driver.load(RECORDINGS / "qemu-10.0.13.jsonl").recorded
+    with (
+        fake_server.Server(tmp_path / "qmp.sock", recorded) as server,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as own,
+        contextlib.closing(driver.QmpDriver(str(server.path))) as other,
+    ):
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY)
+        own._domain._stop_watching(own._domain._watched)
+        [file] = state.glob("*.json")
+        assert {one.suffix for one in state.glob(f"{file.stem}.*")} > {".owner", ".partial"}
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        assert "NBD server" in other.domain_backup_cleanup(ref, 0)
+        assert [one.suffix for one in state.glob(f"{file.stem}.*")] == [".lock"]
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
+def test_a_server_that_somebody_else_exports_on(
+    server: fake_server.Server,
+    tmp_path: pathlib.Path,
+    state: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It stays, and no other backup can begin: whoever stops ours gets to know why."""
+
+    def run(line: str) -> str:
+        assert virsh_backup.main(["-c", f"qmp://{server.path}", line]) == 0
+        return capsys.readouterr().err
+
+    start = f"backup-start-as 1 --unix {tmp_path}/nbd.sock"
+    assert run(start) == ""
+    with monitor.SocketMonitor(str(server.path)) as qemu:
+        [disk, *_] = block.parse_block(qemu.execute(monitor_json.query_block()))
+        assert disk.medium is not None
+        theirs = {"type": "nbd", "id": "theirs", "node-name": disk.medium.node}
+        qemu.execute(monitor_json.Command("block-export-add", theirs))
+    words = "warning: NBD server left running: somebody else exports on it: 'theirs'\n"
+    assert run("backup-stop 1") == words
+    for file in state.iterdir():
+        file.unlink()
+
+
+@ALONE
 def test_a_backup_that_another_one_stopped_does_not_come_back(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
@@ -905,6 +1142,7 @@ def test_a_backup_that_another_one_stopped_does_not_come_back(
         file.unlink()
 
 
+@ALONE
 def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
@@ -922,6 +1160,7 @@ def test_why_a_backup_was_given_up_is_told_once_that_can_be_noted(
         file.unlink()
 
 
+@ALONE
 def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
     server: fake_server.Server, state: pathlib.Path, xml: str
 ) -> None:
@@ -938,6 +1177,7 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
         file.unlink()
 
 
+@ALONE
 def test_a_signal_s_handler_that_closes_waits_for_no_watch(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -339,8 +339,10 @@ def test_log_goes_to_the_end_of_a_file(tmp_path: pathlib.Path) -> None:
         status, out, err = _process("--log", str(log), line, uri=f"test://{tmp_path}")
         assert (status, out) == (0, "Domain backup started\nDomain backup stopped\n")
         assert re.match("warning: backup [0-9a-f]+ is not all out of QEMU", err)
+    told = "is not all out of QEMU"
+    assert _process("--debug", "4", line, uri=f"test://{tmp_path}")[2].count(told) == 1
     lines = log.read_text().splitlines()
-    assert "is not all out of QEMU" in lines[-1]
+    assert sum(told in line for line in lines) == 2
     assert lines
     assert len({line.split()[2] for line in lines}) == 2  # two processes
     assert " DEBUG virtbackup." in lines[0]

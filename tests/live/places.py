@@ -36,6 +36,18 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def kept(path: pathlib.Path) -> Iterator[None]:
+    """While this lasts the file at PATH cannot be removed: it is a mount point. Skips where none
+    may be mounted."""
+    if subprocess.run(["mount", "--bind", str(path), str(path)], capture_output=True).returncode:
+        pytest.skip("not allowed to mount a file: this wants root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@contextlib.contextmanager
 def automounted(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system that an automounter has mounted, right below the directory of it that is at
     PATH, of which no fsync(2) is possible. Skips where none may be mounted."""
@@ -56,6 +68,19 @@ def automounted(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         for fd in {reading, writing} - {-1}:
             os.close(fd)
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> set[pathlib.Path]:
+    """What this process makes durable from now on, by fsync(2)."""
+    found = set()
+    fsync = os.fsync
+
+    def noting(fd: int) -> None:
+        fsync(fd)
+        found.add(pathlib.Path(f"/proc/self/fd/{fd}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noting)
+    return found
 
 
 def fill_up(path: pathlib.Path, leave: int = 0) -> pathlib.Path:

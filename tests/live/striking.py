@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""KeyboardInterrupt at a chosen place: wherever Python may raise a signal's exception.
+"""KeyboardInterrupt at a chosen place, or what else a signal's handler does: wherever Python may
+look for signals.
 
 That is as a function begins, and after each call, before what it has returned is of use to anybody
 (CHECK_EVAL_BREAKER in CPython's ceval.c).
@@ -25,13 +26,21 @@ HOLD = ("/domain_obj.py", "/monitor.py", "/status.py")
 """What holds what others wait for."""
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class Strikes:
     """The places that calls go through, each struck once, over as many calls as that takes: one in
     EVERY of them, but all of those modules that hold what others wait for."""
 
-    def __init__(self, every: int, hold: tuple[str, ...]) -> None:
-        """HOLD are those modules, by what the paths of their files end with."""
+    def __init__(
+        self, every: int, hold: tuple[str, ...], handler: Callable[[], object] = _interrupt
+    ) -> None:
+        """HOLD are those modules, by what the paths of their files end with. HANDLER is called at
+        the place."""
         self._every = every
+        self._handler = handler
         self._hold = (*_ALSO, *hold)
         self._met: set[tuple[CodeType, int]] = set()
         self.number = 0
@@ -64,7 +73,7 @@ class Strikes:
         if len(self._met) % self._every == 0 or code.co_filename.endswith(self._hold):
             self.number += 1
             self.place = f"{code.co_filename}:{frame.f_lineno} {code.co_name}+{frame.f_lasti}"
-            raise KeyboardInterrupt
+            self._handler()
         return self._trace
 
     @property

@@ -73,9 +73,15 @@ def content_of(path: pathlib.Path, fmt: str) -> bytes:
 
 @pytest.mark.parametrize(("number", "fmt"), [*zip((1, 2, 3, 4), itertools.cycle(FORMATS))])
 def test_every_point(
-    whole: points.Backed, tmp_path: pathlib.Path, number: int, fmt: copy.Format
+    whole: points.Backed,
+    tmp_path: pathlib.Path,
+    number: int,
+    fmt: copy.Format,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    synced = places.synced(monkeypatch)
     done = points.put_back(whole, tmp_path / "a" / "b", point=str(number), fmt=fmt)
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= synced
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [
         f"sdb.{fmt}", f"vda.{fmt}",
     ]  # fmt: skip

@@ -132,6 +132,12 @@ def test_another_process_finds_and_stops_it(tmp_path: pathlib.Path) -> None:
             dom = conn.lookupByID(1)
             assert dom.backupGetInfo().state == "running"
             assert f"{tmp_path}/nbd.sock" in dom.backupGetXMLDesc()
+            # Somebody removes the monitor's socket, as what sweeps /tmp does: QEMU is not gone.
+            away = machine.qmp.rename(tmp_path / "away")
+            for call in dom.backupStop, dom.backupGetInfo, dom.backupCleanup:
+                with pytest.raises(virtbackup.Error, match="failed to connect to monitor socket"):
+                    call()
+            away.rename(machine.qmp)
             dom.backupStop()
         assert machine.state() == before
 

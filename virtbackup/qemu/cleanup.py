@@ -34,9 +34,6 @@ from virtbackup.qemu import (
 )
 
 logger = logging.getLogger(__name__)
-left_logger = logging.getLogger(f"{__name__}.left")
-"""What a stop that was good tells nobody else of, and costs the guest: what of a backup is left."""
-
 PATIENCE = 10.0
 """Seconds within which a scratch image must take a request, or its backup is not ended now."""
 NBD_SERVER = "NBD server"
@@ -78,7 +75,7 @@ def clean(
         file.save(left)
     removed, rest = take_out(session, left, sight)
     if left is not None and rest:
-        left_logger.warning(
+        sweep.left_logger.warning(
             "backup %s is not all out of QEMU, and backup-cleanup may end it: %s is left",
             left.id, ", ".join(rest),
         )  # fmt: skip
@@ -102,7 +99,7 @@ def take_out(
         check_scratch(session, left)
     removed = []
     sweeper = sweeper_of(session, left)
-    ours = left is not None and not session.restarted_since(left.qemu)
+    ours = left is not None and not session.restarted_since(left.qemu, left.id)
     replaced: list[status.DiskStatus] = []
     if left is not None and ours:
         now = sight or verdict.look_at(session, left)
@@ -206,7 +203,8 @@ def forget(left: status.Status, file: status.StatusFile) -> list[str]:
 
 
 def remove_outside(left: status.Status) -> list[str]:
-    """Remove the files of a backup that a QEMU which is gone has left; a line for each."""
+    """Remove the files of a backup that a QEMU which is gone has left; a line for each. It is
+    warned of the scratch images that cannot be."""
     removed = remove_files(left)
     address = left.address
     if isinstance(address, backup_conf.UnixAddress) and _left_socket(left, address):
@@ -217,9 +215,33 @@ def remove_outside(left: status.Status) -> list[str]:
 
 
 def remove_files(left: status.Status) -> list[str]:
-    """Remove the scratch images that have a name; a line for each."""
+    """Remove the scratch images that have a name; a line for each. It is warned of those that
+    cannot be."""
     paths = [disk.path for disk in left.disks if disk.path is not None and _is_image_of(disk)]
-    return [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+    removed = [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+    for path in _paths(left):
+        sweep.left_logger.warning(
+            "scratch image '%s' of backup %s cannot be removed, and is left", path, left.id
+        )
+    return removed
+
+
+def with_files_left(left: status.Status) -> status.Status:
+    """LEFT with the names of those of its scratch images alone that could not be removed: whoever
+    comes next tries it again."""
+    there = _paths(left)
+    disks = (
+        disk if disk.path in there else dataclasses.replace(disk, path=None) for disk in left.disks
+    )
+    return dataclasses.replace(left, disks=tuple(disks))
+
+
+def _paths(left: status.Status) -> list[str]:
+    """Where scratch images of LEFT are that have a name."""
+    return [
+        disk.path for disk in left.disks
+        if disk.path is not None and os.path.lexists(disk.path) and _is_image_of(disk)
+    ]  # fmt: skip
 
 
 def _is_image_of(disk: status.DiskStatus) -> bool:
@@ -255,10 +277,10 @@ def _left_socket(left: status.Status, address: backup_conf.UnixAddress) -> bool:
     # Where the start did not come to note it, it had found nobody who listened there.
     is_own = left.server is None if left.socket is None else here == left.socket
     # Another server's may have been given the same number since.
-    return is_own and _is_abandoned(address)
+    return is_own and is_abandoned(address)
 
 
-def _is_abandoned(address: backup_conf.UnixAddress) -> bool:
+def is_abandoned(address: backup_conf.Address) -> bool:
     """Whether nobody listens on ADDRESS, or soon does no more: the kernel may take its time with a
     dead QEMU's."""
     end = time.monotonic() + _DYING
@@ -305,20 +327,20 @@ def _owns_server(session: domain.Session, left: status.Status | None, had_export
         return session.capabilities.block_exports and had_exports
     if not session.capabilities.block_exports:
         return still_serves(session, left)
-    return bool(left.server) and not session.restarted_since(left.qemu)
+    return bool(left.server) and not session.restarted_since(left.qemu, left.id)
 
 
 def still_serves(session: domain.Session, left: status.Status) -> bool:
     """Whether the NBD server that LEFT started still listens, as far as can be seen: where exports
     cannot be asked for, all that tells whether somebody stopped it."""
-    if not left.server or session.restarted_since(left.qemu):
+    if not left.server or session.restarted_since(left.qemu, left.id):
         return False
     return session.pid is None or nbdserver.listens(session.pid, left.address)
 
 
 def _started_server(session: domain.Session, left: status.Status) -> bool:
     """Whether a start that came to no end had the NBD server started: who would listen there?"""
-    if left.server is not None or session.restarted_since(left.qemu):
+    if left.server is not None or session.restarted_since(left.qemu, left.id):
         return False
     # Once this is answered, QEMU has done all that it was told before.
     session.qemu.execute(dialect.Dialect(session.capabilities).query_jobs())

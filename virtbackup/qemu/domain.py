@@ -95,11 +95,18 @@ class Session:
             return None
         return {disk.alias: disk.target for disk in self.known if disk.alias}
 
-    def restarted_since(self, then: runtime.Process | None) -> bool:
-        """Whether another process answers than THEN did, as far as both can be seen."""
+    def restarted_since(self, then: runtime.Process | None, backup: naming.BackupId) -> bool:
+        """Whether another QEMU answers than THEN did, as BACKUP began: another process, as far as
+        both can be seen, and not one that passes on what a QEMU says that still has BACKUP."""
         if self.process is None or then is None:
             return False
-        return runtime.are_different(self.process, then)
+        return runtime.are_different(self.process, then) and not self._has(backup)
+
+    def _has(self, backup: naming.BackupId) -> bool:
+        """Whether QEMU shows a job of BACKUP."""
+        spoken = dialect.Dialect(self.capabilities)
+        jobs = spoken.parse_jobs(self.qemu.execute(spoken.query_jobs()))
+        return any(naming.backup_of(job) == backup for job in jobs)
 
 
 def identify(

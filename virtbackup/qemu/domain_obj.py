@@ -67,6 +67,13 @@ _LEFT_TO_CLOSE = "ends with the connection, else with the next start, or backup-
 _LEFT = "ends with the next start, or backup-cleanup"
 
 
+def _after_no_start(is_left: bool, owned: bool) -> str:
+    """What a start that failed has left, which was OWNED."""
+    if not is_left:
+        return "no backup was started, and nothing is left of it"
+    return f"no backup was started; what is left of it {_LEFT_TO_CLOSE if owned else _LEFT}"
+
+
 class DomainObj:
     """One domain."""
 
@@ -178,18 +185,14 @@ class DomainObj:
                 self._autodestroy = id
             if lost:
                 self._end_patiently(id, time.monotonic() + PATIENCE)
-            if not self.job.is_left(id):
+            is_left = self.job.is_left(id)
+            if not is_left:
                 self._forget(id)
-            if isinstance(failure, errors.Error) and lost:
-                raise _saying(failure, self._after_no_start(id, owned)) from failure
+            if isinstance(failure, errors.Error) and (lost or is_left):
+                raise _saying(failure, _after_no_start(is_left, owned)) from failure
             raise
         self._ending.find()
         return id
-
-    def _after_no_start(self, id: naming.BackupId, owned: bool) -> str:
-        if not self.job.is_left(id):
-            return "no backup was started, and nothing is left of it"
-        return f"no backup was started; what is left of it {_LEFT_TO_CLOSE if owned else _LEFT}"
 
     def adopt(self) -> None:
         """Watch the backup that runs, if any, as if it had been started here: whoever started it

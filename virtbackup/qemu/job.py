@@ -208,27 +208,43 @@ class BackupJob:
         where QEMU is gone, or another one runs, of which the stop will tell why. Where its status
         cannot be had it ends all the same, if it was begun here. Errors: the monitor's,
         sweep.ClientStuck; Unusable."""
+        return self._end_unasked(id, reason, self._given_up)
+
+    def note_end(self, id: naming.BackupId, reason: str) -> None:
+        """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
+        it; what the backup left outside of QEMU is removed. Where its status cannot be had it is
+        noted here alone, if it was begun here. Errors: Unusable."""
+        self._end_unasked(id, reason, _without_qemu)
+
+    def _end_unasked(
+        self,
+        id: naming.BackupId,
+        reason: str,
+        end: Callable[[status.Status], status.Status | None],
+    ) -> bool:
+        """Whether backup ID is over, as END ends it for REASON, unless that gives None. Errors:
+        END's; Unusable, of one that was not begun here."""
         try:
             with self._file.locked():
                 running = self._load_known()
                 if running is None or _is_over(running, id):
                     return True
-                if (ended := self._given_up(running, reason)) is None:
+                if (ended := end(running)) is None:
                     return False
-                self._file.save(ended)
+                self._file.save(dataclasses.replace(ended, given_up=reason))
         except status.Unusable as failure:
             if (begun := self._begun_as(id)) is None:
                 raise
             logger.warning("backup=%s ends without a note of it: %s", id, failure)
-            if (ended := self._given_up(begun, reason)) is None:
+            if (ended := end(begun)) is None:
                 return False
-            self._begun = ended
+            self._begun = dataclasses.replace(ended, given_up=reason)
         logger.warning("backup=%s %s", id, reason)
         self._on_end(reason)
         return True
 
-    def _given_up(self, running: status.Status, reason: str) -> status.Status | None:
-        """RUNNING, once it is out of QEMU for REASON; None where that is gone, or another one."""
+    def _given_up(self, running: status.Status) -> status.Status | None:
+        """RUNNING, once it is out of QEMU; None where that is gone, or another one."""
         try:
             rest = self._take_out(running)
         except monitor.NotListening:
@@ -240,32 +256,17 @@ class BackupJob:
         if rest is None:
             return None
         cleanup.remove_files(running)
-        disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
-        server = cleanup.NBD_SERVER in rest
-        return dataclasses.replace(running, given_up=reason, server=server, disks=disks)
+        left = cleanup.with_files_left(running)
+        return dataclasses.replace(left, server=cleanup.NBD_SERVER in rest)
 
     def _take_out(self, running: status.Status) -> list[str] | None:
         """Let the guest write freely, and take RUNNING out of QEMU: what is still there. None:
         another QEMU runs. Errors: the monitor's, sweep.ClientStuck."""
         with self._connect() as session:
-            if session.restarted_since(running.qemu):
+            if session.restarted_since(running.qemu, running.id):
                 return None
             cleanup.sweeper_of(session, running).stop_saving()
             return cleanup.take_out(session, running)[1]
-
-    def note_end(self, id: naming.BackupId, reason: str) -> None:
-        """Note that QEMU ended during backup ID, for REASON, which its stop will tell whoever calls
-        it; what the backup left outside of QEMU is removed."""
-        with self._file.locked():
-            running = self._file.load()
-            if running is None or _is_over(running, id):
-                return
-            cleanup.remove_outside(running)
-            disks = tuple(dataclasses.replace(disk, path=None) for disk in running.disks)
-            ended = dataclasses.replace(running, given_up=reason, server=False, disks=disks)
-            self._file.save(ended)
-        logger.info("backup=%s ended: %s", id, reason)
-        self._on_end(reason)
 
     def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
         """Take the backup down; disk -> why its data is not good. Empty: all of it is.
@@ -330,7 +331,7 @@ class BackupJob:
                 is_news = time.monotonic() < began + _NEWS
                 cleanup.clean(session, judged, self._file, sight if is_news else None)
         except (monitor.NotListening, monitor.MonitorLost) as failure:
-            if not self._means_the_end(failure, running.qemu):
+            if not self._means_the_end(failure, running):
                 raise
             return self._gone(running)
         return reasons
@@ -348,7 +349,7 @@ class BackupJob:
                 with self._connect() as session:
                     return verdict.look(session, self._knowing_end(session, running))
             except (monitor.NotListening, monitor.MonitorLost) as failure:
-                if not self._means_the_end(failure, running.qemu):
+                if not self._means_the_end(failure, running):
                     raise
                 why = running.given_up or self._why_ended(_WORD) or _GONE
                 return verdict.info(running, verdict.of_all(running, why))
@@ -368,7 +369,7 @@ class BackupJob:
         backup_conf.check_branch_name(name)
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
-            left = self._file.load()
+            left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
             known = {each.name for each in branches.told(state)}
             if left is not None and left.advances == name and name not in known:
@@ -413,13 +414,16 @@ class BackupJob:
                     self._check_no_other(state)
                     removed = self._clean(session, left)
             except monitor.NotListening:
+                if left is not None and _serves(left):
+                    raise
                 why = self._why_ended(_WORD) or _GONE
                 removed = [
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
                     *self._forget(_abandoned(left)),
                 ]
-            if other is not None:
+            if left is None:  # what is beside a status that is lost, or that cannot be read
                 self._file.remove()
+            if other is not None:
                 removed.insert(
                     0, f"verdict on backup {other.id}: not known, thus not good: {other}"
                 )
@@ -486,7 +490,7 @@ class BackupJob:
         return (
             left.phase != "running"
             or not status.has_owner(self._file.path, left.owner)
-            or session.restarted_since(left.qemu)
+            or session.restarted_since(left.qemu, left.id)
             or (left.given_up is None and left.id not in state.backups())
         )
 
@@ -626,6 +630,10 @@ class BackupJob:
             with self._connect() as session:
                 return self._regained(session, self._begun)
         except monitor.NotListening:
+            # Not noted as ended by that: somebody may have stopped it before.
+            if _is_dead(self._begun.qemu):
+                cleanup.remove_outside(self._begun)
+                self._let_go()
             return None
 
     def _regained(self, session: domain.Session, begun: status.Status) -> status.Status | None:
@@ -682,7 +690,7 @@ class BackupJob:
 
     def _knowing_end(self, session: domain.Session, running: status.Status) -> status.Status:
         """RUNNING with why its QEMU ended, where another one runs by now and somebody knows."""
-        if running.given_up is not None or not session.restarted_since(running.qemu):
+        if running.given_up is not None or not session.restarted_since(running.qemu, running.id):
             return running
         return dataclasses.replace(running, given_up=self._why_ended(0.0))
 
@@ -722,31 +730,27 @@ class BackupJob:
         if left.advances is None or left.verdict != {} or not left.cancelled:
             return cleanup.forget(left, self._file)
         removed = cleanup.forget(left, self._file)
-        disks = tuple(dataclasses.replace(disk, path=None) for disk in left.disks)
-        self._file.save(
-            dataclasses.replace(left, phase="stopping", told=True, server=False, disks=disks)
-        )
+        left = cleanup.with_files_left(left)
+        self._file.save(dataclasses.replace(left, phase="stopping", told=True, server=False))
         return removed
 
     def _means_the_end(
-        self, failure: monitor.NotListening | monitor.MonitorLost, qemu: runtime.Process | None
+        self, failure: monitor.NotListening | monitor.MonitorLost, running: status.Status
     ) -> bool:
         """Whether QEMU has ended, as its monitor failed so. One that is being killed takes clients
         for a moment yet, or libvirt takes commands for it."""
-        if isinstance(failure, monitor.NotListening):
-            return True
         end = time.monotonic() + _DYING
-        while not _is_dead(qemu):
+        while isinstance(failure, monitor.MonitorLost) and not _is_dead(running.qemu):
             try:
                 with self._connect():
                     return False
-            except monitor.NotListening:
-                return True
+            except monitor.NotListening as gone:
+                failure = gone
             except monitor.MonitorLost:
                 if time.monotonic() > end:
                     return False
             time.sleep(_LOOK_AGAIN)
-        return True
+        return not _serves(running)
 
 
 def new_id() -> naming.BackupId:
@@ -762,6 +766,12 @@ def _is_over(running: status.Status | None, id: naming.BackupId) -> bool:
         or running.phase != "running"
         or running.given_up is not None
     )
+
+
+def _without_qemu(running: status.Status) -> status.Status:
+    """RUNNING, whose QEMU is gone, once what it left outside of that is removed."""
+    cleanup.remove_outside(running)
+    return dataclasses.replace(cleanup.with_files_left(running), server=False)
 
 
 def _abandoned(left: status.Status | None) -> status.Status | None:
@@ -980,6 +990,16 @@ def _without_others_files(starting: status.Status, created: list[str]) -> status
         for disk in starting.disks
     )
     return dataclasses.replace(starting, disks=tuple(disks))
+
+
+def _serves(running: status.Status) -> bool:
+    """Whether QEMU is there although nobody listens at its monitor's socket, as where somebody has
+    removed that: its process, as far as that is seen, and its NBD server, for longer than it takes
+    to end."""
+    qemu = running.qemu
+    if qemu is None or not runtime.is_seen(qemu) or not runtime.is_alive(qemu):
+        return False
+    return bool(running.server) and not cleanup.is_abandoned(running.address)
 
 
 def _is_dead(qemu: runtime.Process | None) -> bool:

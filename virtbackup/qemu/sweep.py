@@ -34,6 +34,9 @@ from virtbackup.qemu import (
 )
 
 logger = logging.getLogger(__name__)
+left_logger = logging.getLogger(f"{__name__}.left")
+"""What a stop that was good tells nobody else of: what of a backup is left, and costs the guest, or
+whoever comes next."""
 
 TIMEOUT = 20.0
 """Seconds to wait for exports and jobs to end; a reading client is cut off, a job is cancelled."""
@@ -106,17 +109,17 @@ class Sweeper:
         return removed
 
     def server(self, known: Exports | None = None) -> tuple[list[str], bool]:
-        """Stop our NBD server, its clients sent away; nothing where somebody else exports on it.
-        KNOWN: as ``exports``.
+        """Stop our NBD server, its clients sent away; nothing but a warning where somebody else
+        exports on it. KNOWN: as ``exports``.
 
         (A line for it where it ran, whether it was left running: a client holds on, and this QEMU
         would stand still with it; or QEMU refuses.)
         """
-        if known is not None and self._is_shared(known):
+        if known is not None and self._stays_for_others(known):
             return [], False
         unseen = self._send_clients_away() is None
         every = self.every_export()
-        if self._is_shared(every):
+        if self._stays_for_others(every):
             return [], False
         if self._ours_of(every) or (unseen and not self.caps.nbd_stop_is_safe):
             logger.warning("NBD server left running: a client of it cannot be disconnected")
@@ -156,12 +159,21 @@ class Sweeper:
         Errors: ClientStuck.
         """
         every = self.every_export() if known is None else known
-        if self._ours_of(every) and not self._is_shared(every):
+        if self._ours_of(every) and not self._others_of(every):
             self._send_clients_away()
 
-    def _is_shared(self, exports: Exports) -> bool:
-        """Whether there is an export of somebody else's on the NBD server."""
-        return any(e.type == "nbd" and not self._is_ours(id) for id, e in exports.items())
+    def _others_of(self, exports: Exports) -> list[naming.ExportId]:
+        """The exports of somebody else's on the NBD server."""
+        return [id for id, e in exports.items() if e.type == "nbd" and not self._is_ours(id)]
+
+    def _stays_for_others(self, exports: Exports) -> bool:
+        """Whether somebody else exports on the NBD server, which is warned of then: no other backup
+        can begin while it runs."""
+        others = self._others_of(exports)
+        if others:
+            names = ", ".join(f"'{id}'" for id in others)
+            left_logger.warning("NBD server left running: somebody else exports on it: %s", names)
+        return bool(others)
 
     def _send_clients_away(self) -> int | None:
         """Disconnect every client of our server: 0 when none is left; None where there are, or may

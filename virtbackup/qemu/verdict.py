@@ -66,7 +66,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
 def hanging(session: domain.Session, running: status.Status, limit: float) -> frozenset[str]:
     """The disks whose scratch image has not taken a request for LIMIT seconds: QEMU would stand
     still if it were to look at the image, or to wait for the guest's writes."""
-    if session.restarted_since(running.qemu):
+    if session.restarted_since(running.qemu, running.id):
         return frozenset()
     return hang.hanging(_images(running), session.pid, limit)
 
@@ -176,7 +176,7 @@ def judge(session: domain.Session, running: status.Status, sight: blockjob.Sight
     """Disk -> why its data is not good."""
     if running.given_up is not None:
         return of_all(running, running.given_up)
-    if session.restarted_since(running.qemu):
+    if session.restarted_since(running.qemu, running.id):
         return of_all(running, "the domain was restarted")
     if running.phase != "running":
         return of_all(running, f"the process that was {running.phase} it did not come to an end")

@@ -286,6 +286,9 @@ class RemoteDriver:
             if self._current.client.is_alive or self._closed:
                 return self._current
             session = self._connect()
+            if self._closed:  # by a signal's handler, meanwhile
+                session.client.close()
+                raise client.socket_closed()
             if self._events.callbacks:
                 try:
                     session.register()

@@ -220,22 +220,26 @@ class Transport:
         """Send a whole message, with copies of its descriptors. The caller's stay the caller's.
 
         Errors: CodecError, nothing is sent; Closed, also when the peer has not taken all within
-        TIMEOUT seconds, and then nothing more can be sent.
+        TIMEOUT seconds. Nothing more can be sent then, nor where a signal's exception comes in
+        between: the peer would take what is sent next for the rest.
         """
         data = memoryview(message.encode())
         assert self.passes_fds or not message.fds
         deadline = _deadline(timeout)
         with self._sending, self._closed_on_error():
-            while data:
-                data = data[self._send(deadline, self._socket.send, data[:CHUNK]) :]
-            for fd in message.fds:  # each has a byte of its own
-                self._send(deadline, socket.send_fds, self._socket, [b"\0"], [fd])
+            try:
+                while data:
+                    data = data[self._send(deadline, self._socket.send, data[:CHUNK]) :]
+                for fd in message.fds:  # each has a byte of its own
+                    self._send(deadline, socket.send_fds, self._socket, [b"\0"], [fd])
+            except BaseException:
+                self.shutdown()
+                raise
 
     def _send(self, deadline: float | None, send: Callable[..., int], *some: object) -> int:
         """How many bytes of SOME were sent."""
         sent = self._when_ready(functools.partial(send, *some), select.POLLOUT, deadline)
         if sent is None:
-            self.shutdown()
             raise Closed("the peer takes nothing more")
         return sent
 

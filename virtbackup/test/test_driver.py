@@ -22,7 +22,7 @@ from typing import TypeVar
 import libvirt
 
 from virtbackup import errors, hypervisor, runtime
-from virtbackup.qemu import capabilities, driver, recording, status
+from virtbackup.qemu import capabilities, cleanup, driver, recording, status
 from virtbackup.test import fake_server, faults
 
 _T = TypeVar("_T")
@@ -143,6 +143,10 @@ class Shared:
             self._stack = stack.pop_all()
         self.users = 0
 
+    def status_file(self) -> status.StatusFile:
+        """Where its backup's status is."""
+        return status.StatusFile(str(self.socket), self.directory)
+
     def close(self) -> None:
         """End the fake, and remove what it left in the file system."""
         self._stack.close()
@@ -199,7 +203,7 @@ class TestDriver(driver.QmpDriver):
     def __init__(self, shared: Shared, engine: capabilities.Engine | None) -> None:
         self._shared: Shared | None = shared
         # What is known of a backup goes with the fake, and is in nobody's way until then.
-        file = status.StatusFile(str(shared.socket), shared.directory)
+        file = shared.status_file()
         try:
             super().__init__(str(shared.socket), engine, file, place=shared.path)
         except BaseException:
@@ -221,9 +225,12 @@ class TestDriver(driver.QmpDriver):
         shared, self._shared = self._shared, None
         if shared is None or not _release(shared):
             return
+        left = None
         with contextlib.suppress(errors.Error):
-            self._domain.job.stop()  # a scratch image may have a name
+            left = shared.status_file().load()
         shared.close()
+        if left is not None:
+            cleanup.remove_outside(left)  # a scratch image may have a name
 
 
 _: Callable[[str, bool], hypervisor.BackupDriver] = open

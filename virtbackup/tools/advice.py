@@ -62,6 +62,10 @@ KNOWN = (
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("another client may be using it",),
         "A QMP socket serves one client at a time: end the other one, or give QEMU one more -qmp",
     ),
+    Known(
+        None, ("No file descriptor supplied",),
+        "What passes the monitor on, as socat does, passes no descriptors: take QEMU's own socket",
+    ),
     Known(None, ("Failed to connect socket to", _ABSENT), _START_DAEMON),
     Known(None, ("Failed to connect socket to", _REFUSED), _START_DAEMON),
     Known(

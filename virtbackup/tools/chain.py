@@ -157,7 +157,8 @@ def _problem_of_qcow2(disk: manifest.Disk, found: header.Header) -> str | None:
 
 def make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
     """Make DIRECTORY, and what it is in, where absent; UNDO removes what was made, unless somebody
-    has put something there. Errors: OSError."""
+    has put something there. Its own name is for ``sync_names`` to make durable, those of what it is
+    in are. Errors: OSError."""
     if directory.is_dir():
         return
     for one in (*reversed(directory.absolute().parents), directory):
@@ -169,6 +170,8 @@ def make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
         except FileExistsError:
             if not one.is_dir():  # else somebody was faster
                 raise
+        if one != directory:
+            sync_directory(one.parent)
 
 
 def _remove_empty(directory: pathlib.Path) -> None:
@@ -418,8 +421,7 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
         if made.number is not None:
             write(directory, manifest.FILE, made)
             (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)
-        for path in (directory, directory.absolute().parent):
-            sync_directory(path)
+        sync_names(directory)
 
 
 def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
@@ -437,6 +439,12 @@ def write_text(directory: pathlib.Path, file: str, text: str) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     sync_directory(directory)
+
+
+def sync_names(directory: pathlib.Path) -> None:
+    """Make the names in DIRECTORY durable, and its own. Errors: OSError."""
+    for path in (directory, directory.absolute().parent):
+        sync_directory(path)
 
 
 def sync_directory(path: pathlib.Path) -> None:

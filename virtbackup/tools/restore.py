@@ -60,10 +60,6 @@ class Output:
         return self.path.with_name(self.path.name + PARTIAL)
 
 
-class Unfinished(errors.Error):
-    """What ended a restore when a device or a server had a part of the disk by then."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """One disk that is back. Sizes are bytes."""
@@ -369,7 +365,7 @@ def _restore(
         if output.type == "file" or not opened:
             raise
         text = f"{failure} (what {output.place} has now is not the disk)"
-        raise Unfinished(failure.get_error_code(), text) from failure
+        raise errors.Error(failure.get_error_code(), text) from failure
     size = links[0].disk.size
     return Restored(output, size, made.stored, made.read, made.checksum)
 
@@ -392,6 +388,6 @@ def _finish(outputs: Sequence[Output]) -> None:
             if output.type == "file":
                 output.partial.rename(output.path)
         for directory in {output.path.parent for output in outputs if output.type == "file"}:
-            chain.sync_directory(directory)
+            chain.sync_names(directory)
     except OSError as failure:
         raise errors.system_error(failure, "cannot finish the restore") from failure

@@ -115,7 +115,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     as_json = args.flag("json")
     with (
         _lines(shell) if as_json else bar(shell) as progress,
-        _telling_what_is_left(shell),
+        telling_what_is_left(shell),
     ):
         made = pull.pull(
             domain,
@@ -159,7 +159,9 @@ def devices(args: vsh.Args, option: str) -> dict[str, pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _telling_what_is_left(shell: virsh_connection.Shell) -> Iterator[None]:
+def telling_what_is_left(shell: virsh_connection.Shell) -> Iterator[None]:
+    """Has an interruption of the block say what it has left, be it that a device or a server was
+    written."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
@@ -169,7 +171,7 @@ def _telling_what_is_left(shell: virsh_connection.Shell) -> Iterator[None]:
 
 
 def _left_by(end: BaseException) -> str | None:
-    """What the END of an interrupted pull has left; None: nothing, as everybody expects."""
+    """What the END of what was interrupted has left; None: nothing, as everybody expects."""
     from virtbackup import errors
     from virtbackup.nbd import polling
 

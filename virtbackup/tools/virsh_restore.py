@@ -3,7 +3,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 from virtbackup.tools import virsh_connection, virsh_pull, vsh
@@ -262,7 +262,7 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         document, left = restore.domain_xml(point, restore.places(point, out, disk, fmt))
     with (
         virsh_pull.bar(shell) as progress,
-        _telling_what_is_left(shell),
+        virsh_pull.telling_what_is_left(shell),
         interrupt.deferred() as cancel,
     ):
         done = restore.restore(
@@ -293,19 +293,6 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             )
         )
     shell.extra(f"Backup of {point.time} restored")
-
-
-@contextlib.contextmanager
-def _telling_what_is_left(shell: virsh_connection.Shell) -> Iterator[None]:
-    """Has an interruption of the block say so where a device or a server was written."""
-    from virtbackup.tools import restore
-
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end.__cause__, restore.Unfinished):
-            shell.warn(str(end.__cause__))
-        raise
 
 
 def _restored_facts(
