@@ -4,6 +4,7 @@
 import contextlib
 import itertools
 import logging
+import operator
 import os
 import re
 import socket
@@ -54,10 +55,11 @@ _numbers = itertools.count()
 def open(uri: str | None = None, readonly: bool = False) -> "Connection":
     """Connect to a hypervisor (virConnectOpen, virConnectOpenReadOnly).
 
-    URI None is $LIBVIRT_DEFAULT_URI, else ``qemu:///system``. Errors: VIR_ERR_NO_CONNECT when no
-    driver serves the URI, VIR_ERR_INVALID_ARG for a URI that makes no sense, and the driver's own.
+    URI None, or empty, is $LIBVIRT_DEFAULT_URI, else ``qemu:///system``. Errors:
+    VIR_ERR_NO_CONNECT when no driver serves the URI, VIR_ERR_INVALID_ARG for a URI that makes no
+    sense, and the driver's own.
     """
-    if uri is None:
+    if not uri:
         uri = os.environ.get("LIBVIRT_DEFAULT_URI") or "qemu:///system"
     return Connection(uri, hypervisor.open_driver(uri, readonly), readonly)
 
@@ -169,8 +171,12 @@ class Connection:
         return self._lookup(function, f"no domain with matching uuid '{wanted}'", uuid=wanted)
 
     def lookupByID(self, id: int) -> "Domain":
-        """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN."""
+        """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN, VIR_ERR_INVALID_ARG."""
         function = "virDomainLookupByID"
+        id = operator.index(id)
+        if id < 0:
+            text = f"id in {function} must be zero or greater"
+            raise errors.invalid_arg(function, "id", text)
         return self._lookup(function, f"no domain with matching id {id}", id=id)
 
     def domainEventRegisterAny(
