@@ -338,6 +338,11 @@ def quote(word: str) -> str:
 # --- arguments ------------------------------------------------------------------------------------
 
 
+def is_option(word: str) -> bool:
+    """Whether WORD names an option, and is no rule of dashes."""
+    return re.match("--[A-Za-z0-9]", word) is not None
+
+
 class ArgumentParser:
     """The arguments of one command, taken word by word; ``finish`` when there are no more."""
 
@@ -355,7 +360,7 @@ class ArgumentParser:
         if self.pending is not None:
             option, self.pending = self.pending, None
             self._give(option, word)
-        elif self.data_only or not word.startswith("--"):
+        elif self.data_only or not (word == "--" or is_option(word)):
             self._feed_data(word)
         elif word == "--":
             self.data_only = True
