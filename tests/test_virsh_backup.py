@@ -167,6 +167,7 @@ def test_what_virsh_calls_otherwise_is_done_here() -> None:
         (["-qz"], "unsupported option '-z'. See --help."),
         (["--quiet=1"], "unsupported option '--quiet=1'. See --help."),
         (["--t"], "unsupported option '--t'. See --help."),
+        ([""], "the command is empty\n'help' shows all commands"),
         (["-c"], "option '-c'/'--connect' requires an argument"),
         (["--connect"], "option '-c'/'--connect' requires an argument"),
         (["--trace"], "option '--trace' requires an argument"),
@@ -277,7 +278,8 @@ def test_options_are_taken_together_and_shortened(run: Run) -> None:
 
 def test_options_of_virsh_that_do_nothing_here(run: Run) -> None:
     words = ["-k", "5", "-K3", "-e", "^]", "--keepalive-interval=0", "--keepalive-count", "2"]
-    assert run(*words, "--escape=x", "uri") == (0, "fake:///two\n", "")
+    words += ["--escape=x", "--no-pkttyagent"]
+    assert run(*words, "uri") == (0, "fake:///two\n", "")
 
 
 def test_timing(run: Run) -> None:
