@@ -9,11 +9,13 @@ import pathlib
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -1346,18 +1348,24 @@ def test_a_plain_pull_loads_nothing_that_few_need(tmp_path: pathlib.Path) -> Non
 class Terminal:
     """The shell on a pseudo-terminal, typed into."""
 
-    def __init__(self, home: pathlib.Path, *argv: str) -> None:
+    def __init__(
+        self,
+        home: pathlib.Path,
+        *argv: str,
+        kind: str = "dumb",
+        program: tuple[str, ...] = PROGRAM,
+    ) -> None:
         self.master, slave = pty.openpty()
         environment = {
             **os.environ,
             "HOME": str(home),
-            "TERM": "dumb",
+            "TERM": kind,
             "INPUTRC": "/dev/null",
             "COLUMNS": "200",
         }
         environment.pop("XDG_CACHE_HOME", None)
         self.process = subprocess.Popen(
-            [*PROGRAM, *argv],
+            [*program, *argv],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -1424,8 +1432,8 @@ def _take_terminal() -> None:
 
 
 @contextlib.contextmanager
-def _terminal(home: pathlib.Path, *argv: str) -> Iterator[Terminal]:
-    terminal = Terminal(home, *argv)
+def _terminal(home: pathlib.Path, *argv: str, **more: Any) -> Iterator[Terminal]:
+    terminal = Terminal(home, *argv, **more)
     try:
         yield terminal
     finally:
@@ -1499,6 +1507,40 @@ def test_interrupt_drops_the_line_and_stays(terminal: Terminal) -> None:
     assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
     terminal.type("\x04")
     assert terminal.close() == 0
+
+
+def test_lines_that_are_pasted_wait_for_enter(tmp_path: pathlib.Path) -> None:
+    """The terminal is told to mark them, and no more once there is no line to paste into."""
+    with _terminal(tmp_path, "-qc", URI, kind="xterm") as terminal:
+        terminal.wait_for("\x1b[?2004hvirtbackup # ")
+        terminal.type("\x1b[200~echo a\nuri\x1b[201~")
+        assert URI not in terminal.wait_for("uri\x1b[27m")
+        terminal.type("\n")
+        terminal.wait_for(f"\x1b[?2004l\ra\n{URI}\n\x1b[?2004hvirtbackup # ")
+        terminal.type("exit\n")
+        terminal.wait_for("\x1b[?2004l")
+        assert terminal.close() == 0
+
+
+def test_a_line_goes_on_once_the_shell_does(tmp_path: pathlib.Path) -> None:
+    """Ctrl-Z, and fg; the terminal is the other shell's meanwhile."""
+    with _terminal(tmp_path, program=("bash", "--norc", "-i")) as terminal:
+        terminal.type("PS1='$ '; bind 'set enable-bracketed-paste off'\n")
+        terminal.wait_for("off'\n$ ")
+        terminal.type(shlex.join([*PROGRAM, "-qc", URI]) + "\n")
+        terminal.wait_for("virtbackup # ")
+        terminal.type("echo before-")
+        terminal.wait_for("before-")
+        terminal.insist("\x1a", "Stopped")
+        terminal.wait_for("$ ")
+        terminal.type("fg\n")
+        terminal.wait_for("virtbackup # echo before-")
+        terminal.type("and-behind\n")
+        terminal.wait_for("\nbefore-and-behind\nvirtbackup # ")
+        terminal.type("exit\n")
+        terminal.wait_for("$ ")
+        terminal.type("exit\n")
+        assert terminal.close() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
