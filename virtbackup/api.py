@@ -27,7 +27,8 @@ VIR_DOMAIN_BACKUP_START_QUIESCE = hypervisor.START_QUIESCE
 VIR_DOMAIN_BACKUP_START_AUTODESTROY = hypervisor.START_AUTODESTROY
 """The backup ends, cancelled, when the connection that started it closes. Where the process ends
 without that, virtbackupd ends it at once; elsewhere the next start or ``backupCleanup`` does, and
-until then nobody watches it for the guest's sake."""
+until then nobody watches it for the guest's sake. A connection that is dropped is not closed, but
+for virtbackupd's: its backup runs on, watched, as long as the process does."""
 VIR_DOMAIN_BACKUP_STOP_CANCEL = hypervisor.STOP_CANCEL
 """Give the backup up: the branch stays where it was and no verdict is asked for."""
 
