@@ -184,7 +184,9 @@ class Connection:
         self, dom: "Domain | None", eventID: int, cb: EventCallback, opaque: object
     ) -> int:
         """Have CB called for every event of that kind, of domain DOM or of all; the callback's id.
-        EVENTID: VIR_DOMAIN_EVENT_ID_LIFECYCLE or VIR_DOMAIN_EVENT_ID_BACKUP_ENDED.
+        EVENTID: VIR_DOMAIN_EVENT_ID_LIFECYCLE or VIR_DOMAIN_EVENT_ID_BACKUP_ENDED. By libvirt the
+        former come where an event loop of libvirt's was registered before the connection was
+        opened, and is run.
 
         Errors: VIR_ERR_NO_SUPPORT for other events, and where the driver has none.
         """
