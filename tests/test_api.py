@@ -9,6 +9,8 @@ import copy
 import ctypes
 import pathlib
 import pickle
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -89,6 +91,15 @@ def drivers() -> Iterator[None]:
 
 def up(uri: str = "recorder:///", readonly: bool = False) -> virtbackup.Domain:
     return virtbackup.open(uri, readonly).lookupByName("up")
+
+
+def test_all_names_are_there_before_they_are_loaded() -> None:
+    code = (
+        "import virtbackup, sys; print(set(virtbackup.__all__) <= set(dir(virtbackup)),"
+        " 'virtbackup.extend' in sys.modules, virtbackup.extend.METHODS[0])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert said.stdout == "True False backupStart\n"
 
 
 def test_calls_reach_the_driver() -> None:

@@ -186,7 +186,8 @@ class Connection:
         """Have CB called for every event of that kind, of domain DOM or of all; the callback's id.
         EVENTID: VIR_DOMAIN_EVENT_ID_LIFECYCLE or VIR_DOMAIN_EVENT_ID_BACKUP_ENDED. By libvirt the
         former come where an event loop of libvirt's was registered before the connection was
-        opened, and is run.
+        opened, and is run; by a QMP socket there is the end of QEMU, and that the guest was stopped
+        or resumed by this connection.
 
         Errors: VIR_ERR_NO_SUPPORT for other events, and where the driver has none.
         """
