@@ -1117,6 +1117,18 @@ def test_start_as_refuses_what_the_document_may_not_say(run: Run) -> None:
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "words"), [("backup-start-as", ("--unix", "/a")), ("backup-pull", ("{}",))]
+)
+def test_no_document_is_advised_to_who_has_written_none(
+    command: str, words: tuple[str, ...], run: Run, tmp_path: pathlib.Path
+) -> None:
+    words = tuple(word.format(tmp_path / "made") for word in words)
+    status, out, err = run(command, "vm1", *words, "--branch", "a/b")
+    assert (status, out) == (1, "")
+    assert err.endswith(f": expected a name without '/'\n'help {command}' shows what it takes\n")
+
+
 # --- completion -----------------------------------------------------------------------------------
 
 

@@ -112,7 +112,8 @@ def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     )
     args.exclusive("print-xml", "json")
     document = definition.format()
-    backup_conf.BackupDef.parse(document)
+    with virsh_connection.document_of_options("backup-start-as"):
+        backup_conf.BackupDef.parse(document)
     if args.flag("print-xml"):
         shell.print_document(document)
     else:
