@@ -1330,7 +1330,8 @@ def test_completion_of_domains_loads_what_lists_them() -> None:
         "virtbackup.nbd", "virtbackup.tools.pull", "virtbackup.tools.chain",
     }  # fmt: skip
     code = (
-        "import sys; from virtbackup.tools import virsh_backup;"
+        "import sys; from virtbackup.tools import virsh_backup, virsh_complete;"
+        "virsh_complete.TIMEOUT = 60;"  # whatever else the machine does
         "virsh_backup.main(['--complete', 'virsh-backup -c test:///default dominfo ']);"
         f"print(sorted({seldom!r} & set(sys.modules)))"
     )
