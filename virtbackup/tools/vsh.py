@@ -792,10 +792,15 @@ def _width(text: str) -> int:
         return len(text)
     import unicodedata  # a table of its own, loaded when there is need of it
 
-    return sum(
-        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
+    shown = (
+        char for char in text if char == "\xad" or unicodedata.category(char) not in _WIDTHLESS
     )
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)
+
+
+_WIDTHLESS = ("Mn", "Me", "Cf")
+"""Categories of characters that take no column (wcwidth(3)): accents and vowels over or below
+others, joiners, marks of direction. But the soft hyphen does."""
 
 
 @contextlib.contextmanager
