@@ -272,8 +272,16 @@ def _option_values(
     return option.completer(shell, parser.so_far(), text)
 
 
+_NAME = re.compile(r"--[\w-]+=(?=['\"])")
+"""Of an option, whose value begins with a quote."""
+
+
 def _quote(value: str, raw: str) -> str:
     """VALUE as it would be typed by somebody who has typed RAW so far."""
+    name = _NAME.match(raw)
+    if name is not None and value.startswith(name[0]):
+        behind = len(name[0])
+        return name[0] + _quote(value[behind:], raw[behind:])
     end = "" if value.endswith(UNFINISHED) else raw[:1]
     if raw.startswith("'"):
         return "'" + value.replace("'", "'\\''") + end
