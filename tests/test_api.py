@@ -209,7 +209,8 @@ def test_what_is_no_text(value: Any) -> None:
     """The type's error, as in libvirt-python."""
     domain = up()
     connection = domain.connect()
-    for call in (domain.backupStart, connection.lookupByName, connection.lookupByUUIDString):
+    lookups = (connection.lookupByName, connection.lookupByUUIDString)
+    for call in (virtbackup.open, domain.backupStart, *lookups):
         with pytest.raises(TypeError, match="must be str, not"):
             call(value)
 

@@ -60,8 +60,9 @@ def open(uri: str | None = None, readonly: bool = False) -> "Connection":
     VIR_ERR_NO_CONNECT when no driver serves the URI, VIR_ERR_INVALID_ARG for a URI that makes no
     sense, and the driver's own.
     """
-    if not uri:
+    if uri is None or uri == "":  # not what else is false
         uri = os.environ.get("LIBVIRT_DEFAULT_URI") or "qemu:///system"
+    _check_text("virConnectOpen", uri=uri)
     return Connection(uri, hypervisor.open_driver(uri, readonly), readonly)
 
 
