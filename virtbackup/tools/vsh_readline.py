@@ -86,6 +86,7 @@ def _input(prompt: str) -> str:
 
     def stop(_number: int, _frame: object) -> None:
         nonlocal typed
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # a second one comes to no handler
         typed = readline.get_line_buffer()
         raise _Stopped
 
@@ -94,9 +95,10 @@ def _input(prompt: str) -> str:
             readline.set_startup_hook(lambda: readline.insert_text(typed))
             try:
                 signal.signal(signal.SIGTSTP, stop)
-                return input(prompt)
-            except _Stopped:
+                line = input(prompt)
                 signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+                return line
+            except _Stopped:
                 os.kill(os.getpid(), signal.SIGTSTP)
     finally:
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
