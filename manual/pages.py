@@ -63,7 +63,9 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 _STATUS = (
-    ("`0`", "Done."),
+    ("`0`", "Done. It is also that of a shell that reads its commands from standard input, whatever"
+     " became of them, as virsh's is: a script gives them as arguments. Of several commands in one"
+     " string the worst status counts."),
     ("`1`", "A command failed, with a line on standard error that begins with `error:` and, unless"
      " the shell is quiet, perhaps one behind it of what to do next."
      " A `backup-stop` does so, too, where the backup was not good; it has ended all the same."),

@@ -96,6 +96,24 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             " killed pull leaves",
             "Remove the files called *.partial, which no restore writes now, or pull elsewhere",
         ),
+        (
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            "operation failed: cannot listen on '/x/nbd.sock': Failed to bind socket to"
+            " /x/nbd.sock: Permission denied",
+            "QEMU makes the socket: take a directory that its user may write to",
+        ),
+        (
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            "operation failed: cannot listen on 127.0.0.1:80: Failed to bind socket: Permission"
+            " denied (QEMU runs as user x)",
+            "Only root's QEMU has the ports below 1024: take a higher one, or --autoport",
+        ),
+        (
+            libvirt.VIR_ERR_RPC,
+            "message of 1312965709 bytes, not from 28 to 33554436",
+            "What listens there is another server: a QEMU is reached by qmp:///PATH of its QMP"
+            " socket",
+        ),
         (libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: no backup job is running", None),
         (libvirt.VIR_ERR_INTERNAL_ERROR, "internal error", None),
     ],

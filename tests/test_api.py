@@ -5,8 +5,12 @@ The driver here is a third party's: a class that the registry was told of, no pa
 """
 
 import configparser
+import copy
 import ctypes
 import pathlib
+import pickle
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -16,6 +20,7 @@ import pytest
 
 import virtbackup
 from virtbackup import access, api, errors, extend, hypervisor
+from virtbackup.qemu import monitor, monitor_json
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 
@@ -86,6 +91,15 @@ def drivers() -> Iterator[None]:
 
 def up(uri: str = "recorder:///", readonly: bool = False) -> virtbackup.Domain:
     return virtbackup.open(uri, readonly).lookupByName("up")
+
+
+def test_all_names_are_there_before_they_are_loaded() -> None:
+    code = (
+        "import virtbackup, sys; print(set(virtbackup.__all__) <= set(dir(virtbackup)),"
+        " 'virtbackup.extend' in sys.modules, virtbackup.extend.METHODS[0])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert said.stdout == "True False backupStart\n"
 
 
 def test_calls_reach_the_driver() -> None:
@@ -170,6 +184,8 @@ REFUSED: list[tuple[Any, int, str]] = [
      libvirt.VIR_ERR_INVALID_ARG, "name in virDomainLookupByName must not be NULL"),
     (lambda: virtbackup.open("recorder:///").lookupByID(8), libvirt.VIR_ERR_NO_DOMAIN,
      "Domain not found: no domain with matching id 8"),
+    (lambda: virtbackup.open("recorder:///").lookupByID(-1), libvirt.VIR_ERR_INVALID_ARG,
+     "id in virDomainLookupByID must be zero or greater"),
     (lambda: virtbackup.open("recorder:///").lookupByUUIDString("x"),
      libvirt.VIR_ERR_INVALID_ARG, "Invalid UUID"),
     (lambda: virtbackup.open("recorder:///").listAllDomains(1 << 30),
@@ -193,9 +209,34 @@ def test_what_is_no_text(value: Any) -> None:
     """The type's error, as in libvirt-python."""
     domain = up()
     connection = domain.connect()
-    for call in (domain.backupStart, connection.lookupByName, connection.lookupByUUIDString):
+    lookups = (connection.lookupByName, connection.lookupByUUIDString)
+    for call in (virtbackup.open, domain.backupStart, *lookups):
         with pytest.raises(TypeError, match="must be str, not"):
             call(value)
+
+
+@pytest.mark.parametrize("value", ["7", None, 7.0, b"7"])
+def test_what_is_no_id(value: Any) -> None:
+    """It is not told that there is no such domain, as there may be."""
+    with virtbackup.open("recorder:///") as conn, pytest.raises(TypeError, match="integer"):
+        conn.lookupByID(value)
+
+
+@pytest.mark.parametrize("uri", [None, ""])
+def test_no_uri_is_the_default(uri: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "recorder:///default")
+    with virtbackup.open(uri) as conn:
+        assert conn.getURI() == "recorder:///default"
+
+
+def test_errors_are_copied_and_pickled() -> None:
+    """As where a worker of a pool fails: what cannot be read back ends the whole pool."""
+    made = errors.error(libvirt.VIR_ERR_NO_DOMAIN, "no domain with matching id 8")
+    refused = monitor_json.CommandFailed(monitor_json.Command("stop"), "GenericError", "no")
+    for failure in (made, refused, monitor.NoAnswer("no reply")):
+        for again in (pickle.loads(pickle.dumps(failure)), copy.copy(failure)):
+            assert type(again) is type(failure)
+            assert (str(again), again.err) == (str(failure), failure.err)
 
 
 def test_a_closed_connection() -> None:

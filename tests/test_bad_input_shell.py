@@ -250,6 +250,7 @@ def test_program_unspoilt(
 
 
 def _line_without_end(turn: hostile_monitor.Turn) -> None:
+    turn.send(b"{")
     while True:
         turn.send(b"x" * (1 << 16))
 

@@ -288,7 +288,7 @@ def test_callbacks_end_as_they_come() -> None:
 
 def test_libvirts_events_end_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, while libvirt is asked for them."""
-    monkeypatch.setattr(libvirt_events, "loop_runs", lambda: True)
+    monkeypatch.setattr(lifecycle, "has_event_loop", lambda: True)
     told = libvirt_events.Lifecycle(print, lambda: None)
 
     class Connection:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     # conf: its dataclasses are the values of the driver interface.
     "remote": {"errors", "conf", "hypervisor", "access", "runtime", "remote"},
     "tools": {"api", "conf", "nbd", "errors", "runtime", "config", "tools"},
-    "__init__": {"api", "errors"},
+    "__init__": {"api", "errors", "extend"},
 }
 
 MAY_IMPORT_MORE = {

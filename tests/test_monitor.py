@@ -80,6 +80,7 @@ def test_handshake_command_and_trace(tmp_path: pathlib.Path) -> None:
     ("sent", "reason"),
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak QMP"),
+        (b"NBDMAGICIHAVEOPT\0\3", "does not speak QMP: not a QMP message: b'NBDMAGIC"),
         (b"", "end of file from monitor"),
         (test_qmp.GREETING[:-20], "end of file from monitor"),
     ],
@@ -97,7 +98,7 @@ def test_silence_is_bounded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
     began = time.monotonic()
     with (
         served(tmp_path, until_closed) as path,
-        pytest.raises(virtbackup.Error, match="another client may be using it") as caught,
+        pytest.raises(virtbackup.Error, match="may be using it, or it is no QMP socket") as caught,
     ):
         monitor.SocketMonitor(path)
     assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
@@ -150,6 +151,7 @@ def test_a_line_without_an_end_takes_bounded_memory(
     def script(client: socket.socket) -> None:
         greet(client)
         client.recv(1 << 16)
+        client.sendall(b"{")
         while True:
             client.sendall(b"x" * (1 << 16))
 

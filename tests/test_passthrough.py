@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Calls that may never return, made by a thread of their own."""
 
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Iterator
 
+import libvirt
 import pytest
 
 from virtbackup.qemu import passthrough
@@ -56,6 +58,21 @@ def test_a_call_that_hangs_is_left_to_itself(hanging: threading.Event) -> None:
             calls.call(lambda: str(hanging.wait(LONG)), 0.01)
     calls.close()
     assert time.monotonic() - begin < LONG / 2
+
+
+def test_a_domain_that_does_not_run_is_not_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    """libvirt would print the error, of a call that may go well."""
+    name = "ends"
+    with contextlib.closing(libvirt.open("test:///default")) as connection:
+        found = connection.defineXML(
+            f"<domain type='test'><name>{name}</name><memory>1024</memory>"
+            "<os><type>hvm</type></os></domain>"
+        )
+        with pytest.raises(passthrough.NotRunning, match="domain is not running") as caught:
+            passthrough.LibvirtMonitor(found)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        found.undefine()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_a_call_returns_and_raises() -> None:

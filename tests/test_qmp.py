@@ -101,6 +101,15 @@ def test_no_qmp(line: bytes) -> None:
         parser.next_message()
 
 
+@pytest.mark.parametrize("sent", [b"NBDMAGIC\0IHAVEOPT\0\3", b"login: ", b"\0"])
+def test_no_qmp_without_an_end(sent: bytes) -> None:
+    """As what an NBD server greets with: nothing more would come."""
+    parser = qmp.Parser()
+    parser.receive_data(sent)
+    with pytest.raises(qmp.ProtocolError, match="not a QMP message: b'"):
+        parser.next_message()
+
+
 def test_a_line_without_an_end_is_bounded() -> None:
     parser = qmp.Parser(max_line=1000)
     for _ in range(10):

@@ -9,11 +9,13 @@ import pathlib
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -167,6 +169,7 @@ def test_what_virsh_calls_otherwise_is_done_here() -> None:
         (["-qz"], "unsupported option '-z'. See --help."),
         (["--quiet=1"], "unsupported option '--quiet=1'. See --help."),
         (["--t"], "unsupported option '--t'. See --help."),
+        ([""], "the command is empty\n'help' shows all commands"),
         (["-c"], "option '-c'/'--connect' requires an argument"),
         (["--connect"], "option '-c'/'--connect' requires an argument"),
         (["--trace"], "option '--trace' requires an argument"),
@@ -277,7 +280,8 @@ def test_options_are_taken_together_and_shortened(run: Run) -> None:
 
 def test_options_of_virsh_that_do_nothing_here(run: Run) -> None:
     words = ["-k", "5", "-K3", "-e", "^]", "--keepalive-interval=0", "--keepalive-count", "2"]
-    assert run(*words, "--escape=x", "uri") == (0, "fake:///two\n", "")
+    words += ["--escape=x", "--no-pkttyagent"]
+    assert run(*words, "uri") == (0, "fake:///two\n", "")
 
 
 def test_timing(run: Run) -> None:
@@ -1116,6 +1120,18 @@ def test_start_as_refuses_what_the_document_may_not_say(run: Run) -> None:
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "words"), [("backup-start-as", ("--unix", "/a")), ("backup-pull", ("{}",))]
+)
+def test_no_document_is_advised_to_who_has_written_none(
+    command: str, words: tuple[str, ...], run: Run, tmp_path: pathlib.Path
+) -> None:
+    words = tuple(word.format(tmp_path / "made") for word in words)
+    status, out, err = run(command, "vm1", *words, "--branch", "a/b")
+    assert (status, out) == (1, "")
+    assert err.endswith(f": expected a name without '/'\n'help {command}' shows what it takes\n")
+
+
 # --- completion -----------------------------------------------------------------------------------
 
 
@@ -1317,7 +1333,8 @@ def test_completion_of_domains_loads_what_lists_them() -> None:
         "virtbackup.nbd", "virtbackup.tools.pull", "virtbackup.tools.chain",
     }  # fmt: skip
     code = (
-        "import sys; from virtbackup.tools import virsh_backup;"
+        "import sys; from virtbackup.tools import virsh_backup, virsh_complete;"
+        "virsh_complete.TIMEOUT = 60;"  # whatever else the machine does
         "virsh_backup.main(['--complete', 'virsh-backup -c test:///default dominfo ']);"
         f"print(sorted({seldom!r} & set(sys.modules)))"
     )
@@ -1347,18 +1364,24 @@ def test_a_plain_pull_loads_nothing_that_few_need(tmp_path: pathlib.Path) -> Non
 class Terminal:
     """The shell on a pseudo-terminal, typed into."""
 
-    def __init__(self, home: pathlib.Path, *argv: str) -> None:
+    def __init__(
+        self,
+        home: pathlib.Path,
+        *argv: str,
+        kind: str = "dumb",
+        program: tuple[str, ...] = PROGRAM,
+    ) -> None:
         self.master, slave = pty.openpty()
         environment = {
             **os.environ,
             "HOME": str(home),
-            "TERM": "dumb",
+            "TERM": kind,
             "INPUTRC": "/dev/null",
             "COLUMNS": "200",
         }
         environment.pop("XDG_CACHE_HOME", None)
         self.process = subprocess.Popen(
-            [*PROGRAM, *argv],
+            [*program, *argv],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -1425,8 +1448,8 @@ def _take_terminal() -> None:
 
 
 @contextlib.contextmanager
-def _terminal(home: pathlib.Path, *argv: str) -> Iterator[Terminal]:
-    terminal = Terminal(home, *argv)
+def _terminal(home: pathlib.Path, *argv: str, **more: Any) -> Iterator[Terminal]:
+    terminal = Terminal(home, *argv, **more)
     try:
         yield terminal
     finally:
@@ -1500,6 +1523,40 @@ def test_interrupt_drops_the_line_and_stays(terminal: Terminal) -> None:
     assert terminal.line("uri") == "fake:///two\n\nvirtbackup # "
     terminal.type("\x04")
     assert terminal.close() == 0
+
+
+def test_lines_that_are_pasted_wait_for_enter(tmp_path: pathlib.Path) -> None:
+    """The terminal is told to mark them, and no more once there is no line to paste into."""
+    with _terminal(tmp_path, "-qc", URI, kind="xterm") as terminal:
+        terminal.wait_for("\x1b[?2004hvirtbackup # ")
+        terminal.type("\x1b[200~echo a\nuri\x1b[201~")
+        assert URI not in terminal.wait_for("uri\x1b[27m")
+        terminal.type("\n")
+        terminal.wait_for(f"\x1b[?2004l\ra\n{URI}\n\x1b[?2004hvirtbackup # ")
+        terminal.type("exit\n")
+        terminal.wait_for("\x1b[?2004l")
+        assert terminal.close() == 0
+
+
+def test_a_line_goes_on_once_the_shell_does(tmp_path: pathlib.Path) -> None:
+    """Ctrl-Z, and fg; the terminal is the other shell's meanwhile."""
+    with _terminal(tmp_path, program=("bash", "--norc", "-i")) as terminal:
+        terminal.type("PS1='$ '; bind 'set enable-bracketed-paste off'\n")
+        terminal.wait_for("off'\n$ ")
+        terminal.type(shlex.join([*PROGRAM, "-qc", URI]) + "\n")
+        terminal.wait_for("virtbackup # ")
+        terminal.type("echo before-")
+        terminal.wait_for("before-")
+        terminal.insist("\x1a", "Stopped")
+        terminal.wait_for("$ ")
+        terminal.type("fg\n")
+        terminal.wait_for("virtbackup # echo before-")
+        terminal.type("and-behind\n")
+        terminal.wait_for("\nbefore-and-behind\nvirtbackup # ")
+        terminal.type("exit\n")
+        terminal.wait_for("$ ")
+        terminal.type("exit\n")
+        assert terminal.close() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])

@@ -170,6 +170,9 @@ def test_what_is_completed_means_the_value(raw: str) -> None:
         ([("1", "日本"), ("22", "e\u0301x")], [
             " Id   Name", "------------", " 1    日本", " 22   e\u0301x",
         ]),
+        ([("1", "ที่นี่"), ("22", "a\u200bb\u202ecd\xade")], [
+            " Id   Name", "--------------", " 1    ที่นี่", " 22   a\u200bb\u202ecd\xade",
+        ]),
     ],
 )  # fmt: skip
 def test_table(rows: list[tuple[str, str]], expected: list[str]) -> None:

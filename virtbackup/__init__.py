@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from virtbackup import extend
     from virtbackup.api import (
         VIR_DOMAIN_BACKUP_START_AUTODESTROY,
         VIR_DOMAIN_BACKUP_START_QUIESCE,
@@ -28,6 +29,7 @@ __all__ = [
     "Connection",
     "Domain",
     "Error",
+    "extend",
     "open",
 ]
 
@@ -35,6 +37,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if name == "extend":
+        return importlib.import_module("virtbackup.extend")
     home = importlib.import_module("virtbackup.errors" if name == "Error" else "virtbackup.api")
     value = globals()[name] = getattr(home, name)
     return value
+
+
+def __dir__() -> list[str]:
+    """With the names that are not loaded yet: whoever looks around finds them."""
+    return sorted({*globals(), *__all__})

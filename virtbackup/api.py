@@ -4,6 +4,7 @@
 import contextlib
 import itertools
 import logging
+import operator
 import os
 import re
 import socket
@@ -26,7 +27,8 @@ VIR_DOMAIN_BACKUP_START_QUIESCE = hypervisor.START_QUIESCE
 VIR_DOMAIN_BACKUP_START_AUTODESTROY = hypervisor.START_AUTODESTROY
 """The backup ends, cancelled, when the connection that started it closes. Where the process ends
 without that, virtbackupd ends it at once; elsewhere the next start or ``backupCleanup`` does, and
-until then nobody watches it for the guest's sake."""
+until then nobody watches it for the guest's sake. A connection that is dropped is not closed, but
+for virtbackupd's: its backup runs on, watched, as long as the process does."""
 VIR_DOMAIN_BACKUP_STOP_CANCEL = hypervisor.STOP_CANCEL
 """Give the backup up: the branch stays where it was and no verdict is asked for."""
 
@@ -54,11 +56,13 @@ _numbers = itertools.count()
 def open(uri: str | None = None, readonly: bool = False) -> "Connection":
     """Connect to a hypervisor (virConnectOpen, virConnectOpenReadOnly).
 
-    URI None is $LIBVIRT_DEFAULT_URI, else ``qemu:///system``. Errors: VIR_ERR_NO_CONNECT when no
-    driver serves the URI, VIR_ERR_INVALID_ARG for a URI that makes no sense, and the driver's own.
+    URI None, or empty, is $LIBVIRT_DEFAULT_URI, else ``qemu:///system``. Errors:
+    VIR_ERR_NO_CONNECT when no driver serves the URI, VIR_ERR_INVALID_ARG for a URI that makes no
+    sense, and the driver's own.
     """
-    if uri is None:
+    if uri is None or uri == "":  # not what else is false
         uri = os.environ.get("LIBVIRT_DEFAULT_URI") or "qemu:///system"
+    _check_text("virConnectOpen", uri=uri)
     return Connection(uri, hypervisor.open_driver(uri, readonly), readonly)
 
 
@@ -169,15 +173,22 @@ class Connection:
         return self._lookup(function, f"no domain with matching uuid '{wanted}'", uuid=wanted)
 
     def lookupByID(self, id: int) -> "Domain":
-        """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN."""
+        """The running domain of that id. Errors: VIR_ERR_NO_DOMAIN, VIR_ERR_INVALID_ARG."""
         function = "virDomainLookupByID"
+        id = operator.index(id)
+        if id < 0:
+            text = f"id in {function} must be zero or greater"
+            raise errors.invalid_arg(function, "id", text)
         return self._lookup(function, f"no domain with matching id {id}", id=id)
 
     def domainEventRegisterAny(
         self, dom: "Domain | None", eventID: int, cb: EventCallback, opaque: object
     ) -> int:
         """Have CB called for every event of that kind, of domain DOM or of all; the callback's id.
-        EVENTID: VIR_DOMAIN_EVENT_ID_LIFECYCLE or VIR_DOMAIN_EVENT_ID_BACKUP_ENDED.
+        EVENTID: VIR_DOMAIN_EVENT_ID_LIFECYCLE or VIR_DOMAIN_EVENT_ID_BACKUP_ENDED. By libvirt the
+        former come where an event loop of libvirt's was registered before the connection was
+        opened, and is run; by a QMP socket there is the end of QEMU, and that the guest was stopped
+        or resumed by this connection.
 
         Errors: VIR_ERR_NO_SUPPORT for other events, and where the driver has none.
         """

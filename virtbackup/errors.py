@@ -5,6 +5,8 @@
 ``get_error_code()`` work on it as on any error of libvirt-python.
 """
 
+import copyreg
+
 import libvirt
 
 CHECKPOINT_INCONSISTENT = 109
@@ -98,6 +100,10 @@ class Error(libvirt.libvirtError):  # type: ignore[misc]
         # libvirtError's own __init__ would ask the C library for its last error.
         Exception.__init__(self, message)
         self.err = (code, domain, message, libvirt.VIR_ERR_ERROR, *strings, *ints)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copied and pickled as libvirtError is, so that it comes out of another process."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 def of_libvirt(failure: libvirt.libvirtError) -> Error:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A process that prints what happens: python -m tests.live.event_printer URI [loop]
+"""A process that prints what happens: python -m tests.live.event_printer URI [loop|own]
 
 A line of JSON for each event; ``ready`` once events are told; it ends with its input. Without
-``loop``, libvirt's event loop is not run.
+``loop``, the package's, or ``own``, the program's, libvirt's event loop is not run.
 """
 
 import json
 import sys
+import threading
 
 import libvirt
 
@@ -24,11 +25,19 @@ def told(event: hypervisor.Event) -> list[object]:
             return ["ended", ref.name, ref.uuid, event.good, event.reason]
 
 
+def run_loop() -> None:
+    while True:
+        libvirt.virEventRunDefaultImpl()
+
+
 def main(uri: str, *options: str) -> None:
     libvirt.registerErrorHandler(lambda *_: None, None)
     if "loop" in options:
         libvirt_events.start_loop()
         libvirt_events.start_loop()
+    if "own" in options:
+        libvirt.virEventRegisterDefaultImpl()
+        threading.Thread(target=run_loop, daemon=True).start()
     driver = hypervisor.open_driver(uri, False)
     end = driver.event_register(lambda event: print(json.dumps(told(event)), flush=True))  # type: ignore[attr-defined]
     print("ready", flush=True)

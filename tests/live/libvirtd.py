@@ -376,4 +376,4 @@ ENDS: dict[str, tuple[Callable[["libvirt.virDomain"], object], str]] = {
 def end_of_a_transient_domain() -> str:
     """Why a transient domain that is destroyed has ended, as a backup of this process has it: that
     is heard where there is an event loop, which a test may have left behind."""
-    return "the domain was destroyed" if lifecycle._has_event_loop() else lifecycle.UNKNOWN
+    return "the domain was destroyed" if lifecycle.has_event_loop() else lifecycle.UNKNOWN

@@ -233,9 +233,9 @@ def lifecycle(listener: listening.Listener) -> tuple[str, tuple[int, int]]:
 
 
 def test_lifecycle_events(host: libvirtd.Host) -> None:
-    """Until nobody wants to hear them any more."""
+    """In a program that has an event loop, until nobody wants to hear them any more."""
     disk = disk_xml("vda", image(host.path("a.qcow2"), 1))
-    with listening.listening(host.daemon.uri, "loop") as listener:
+    with listening.listening(host.daemon.uri, "own") as listener:
         with host.domain("happens", disk) as domain:
             assert lifecycle(listener) == ("happens", RESUMED)
             assert lifecycle(listener) == ("happens", STARTED)

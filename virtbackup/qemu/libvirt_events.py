@@ -2,7 +2,8 @@
 """Events of libvirt's domains: libvirt's own, and the ends of backups that are made beside it.
 
 libvirt hands out events in a program with an event loop, which has to be there before a connection
-is opened: ``start_loop``. Without one, only what this process knows itself is told.
+is opened: the program's own, or ``start_loop``. Without one, only what this process knows itself is
+told.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import libvirt
 
 from virtbackup import errors, hypervisor
-from virtbackup.qemu import domain_obj, ending, events, libvirt_queries
+from virtbackup.qemu import domain_obj, ending, events, libvirt_queries, lifecycle
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +34,12 @@ def start_loop() -> None:
     called before the first connection is opened; twice is as once. Errors: libvirt's own."""
     global _loop_of
     with _starting:
-        if loop_runs():
+        if _loop_of == os.getpid():
             return
         with libvirt_queries.own_errors():
             libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=_run, name="virtbackup-libvirt-events", daemon=True).start()
         _loop_of = os.getpid()
-
-
-def loop_runs() -> bool:
-    """Whether ``start_loop`` was called in this process."""
-    return _loop_of == os.getpid()
 
 
 def _run() -> None:
@@ -74,7 +70,7 @@ class Lifecycle:
         """Tell what happens on CONNECTION, and on no other. Only where it is OWNED by us, its end
         is noticed: others have a callback of theirs for that. Errors: libvirt's own."""
         with self._lock:
-            if connection is self._connection or not loop_runs():
+            if connection is self._connection or not lifecycle.has_event_loop():
                 return
             with libvirt_queries.own_errors():
                 id = connection.domainEventRegisterAny(

@@ -85,7 +85,7 @@ class Hearing:
         """Listen to the domain of that UUID on CONNECTION, and no more on the one before."""
         with self._lock:
             self._stop_listening()
-            if self._closed or not _has_event_loop():
+            if self._closed or not has_event_loop():
                 return
             try:
                 id = connection.domainEventRegisterAny(
@@ -139,7 +139,7 @@ class Hearing:
             self.wake()
 
 
-def _has_event_loop() -> bool:
+def has_event_loop() -> bool:
     """Whether somebody has registered one. libvirt would print an error for the try to have an
     event without, and this prints nothing."""
     try:

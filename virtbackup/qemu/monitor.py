@@ -353,7 +353,7 @@ class SocketMonitor:
         return errors.error(
             libvirt.VIR_ERR_OPERATION_TIMEOUT,
             f"monitor socket '{self.path}' did not answer within {CONNECT_TIMEOUT:g} seconds:"
-            f" {self._why_stopped() or 'another client may be using it'}",
+            f" {self._why_stopped() or 'another client may be using it, or it is no QMP socket'}",
         )
 
     def _why_stopped(self) -> str | None:

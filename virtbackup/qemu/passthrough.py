@@ -64,9 +64,18 @@ class LibvirtMonitor:
         return bool(self._domain.connect().getLibVersion() >= _PASSES_FILES)
 
     def __init__(self, domain: "libvirt.virDomain", trace: TextIO | None = None) -> None:
-        """Errors: NotRunning when DOMAIN does not run; monitor.MonitorLost."""
+        """DOMAIN has been looked up just now. Errors: NotRunning when it does not run;
+        monitor.MonitorLost."""
         self._domain = domain
         self.path = f"{domain.connect().getURI()} {domain.name()}"
+        if domain.ID() < 0:
+            # A command would fail likewise, and libvirt tell its error handler, which prints that:
+            # of a domain that has ended there is something to tell all the same.
+            detail = "domain is not running"
+            failure = errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID, detail, domain=libvirt.VIR_FROM_DOMAIN
+            )
+            raise NotRunning(failure, self.path)
         self._lines = monitor.Lines(self.path, trace)
         self._calls = _Calls(f"libvirt {domain.name()}")
         try:

@@ -93,7 +93,9 @@ class Parser:
             raise self._too_long()
 
     def next_line(self) -> bytes | None:
-        """The next whole line, its end stripped, or None until more data comes."""
+        """The next whole line, its end stripped, or None until more data comes. Errors:
+        ProtocolError, at once, for what begins no message: its line may have no end, as in what an
+        NBD server greets with."""
         while (end := self._end()) >= 0:
             if end > self._max_line:
                 raise self._too_long()
@@ -102,6 +104,8 @@ class Parser:
             self._searched = 0
             if line:
                 return line
+        if self._buffer[:1] not in _BEGINNINGS:
+            raise ProtocolError(f"not a QMP message: {bytes(self._buffer[:100])!r}")
         return None
 
     def next_message(self) -> Message | None:
@@ -188,6 +192,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
+_BEGINNINGS = (b"", b"{", b" ", b"\t", b"\r")
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a character, as JSON writes it: QEMU sends both halves."""

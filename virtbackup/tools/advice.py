@@ -60,7 +60,12 @@ KNOWN = (
     ),
     Known(
         libvirt.VIR_ERR_OPERATION_TIMEOUT, ("another client may be using it",),
-        "A QMP socket serves one client at a time: end the other one, or give QEMU one more -qmp",
+        "A QMP socket serves one client at a time: end the other one, or give QEMU one more -qmp;"
+        " a guest agent or a serial port says nothing, either",
+    ),
+    Known(
+        None, ("does not speak QMP",),
+        "Take the socket of a -qmp of QEMU: that of -monitor, or of an NBD server, is none",
     ),
     Known(
         None, ("No file descriptor supplied",),
@@ -75,6 +80,10 @@ KNOWN = (
     Known(
         None, ("unable to connect to server at", _REFUSED),
         "Start virtbackupd there, told to --listen at that port",
+    ),
+    Known(
+        libvirt.VIR_ERR_RPC, ("message of ", " bytes, not from "),
+        "What listens there is another server: a QEMU is reached by qmp:///PATH of its QMP socket",
     ),
     Known(
         None, ("Cannot read", "CA certificate"),
@@ -185,8 +194,12 @@ KNOWN = (
         None, ("cannot listen on", _ABSENT), "Make the directory: QEMU makes the socket in it"
     ),
     Known(
-        None, ("cannot listen on", _DENIED),
+        None, ("cannot listen on '", _DENIED),
         "QEMU makes the socket: take a directory that its user may write to",
+    ),
+    Known(
+        None, ("cannot listen on", _DENIED),
+        "Only root's QEMU has the ports below 1024: take a higher one, or --autoport",
     ),
     Known(None, ("cannot listen on", _TAKEN), "Take another, or --autoport"),
     Known(None, ("cannot listen on", "Cannot assign requested address"), _OWN_HOST),

@@ -112,7 +112,8 @@ def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     )
     args.exclusive("print-xml", "json")
     document = definition.format()
-    backup_conf.BackupDef.parse(document)
+    with virsh_connection.document_of_options("backup-start-as"):
+        backup_conf.BackupDef.parse(document)
     if args.flag("print-xml"):
         shell.print_document(document)
     else:
@@ -594,6 +595,8 @@ def _run(shell: virsh_connection.Shell, argv: Sequence[str]) -> int:
         control.open_trace(options.trace)
     if not options.rest:
         return _interact(shell)
+    if options.rest == [""]:  # from a variable that is not set, say: nothing was done
+        raise vsh.UsageError("the command is empty", "'help' shows all commands")
     if len(options.rest) == 1:
         return shell.run_all(shell.parse_line(options.rest[0]))
     return shell.run_all([vsh.parse(TABLE, options.rest)])

@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import virtbackup
@@ -331,6 +331,22 @@ def _read_bounded(path: str, file: BinaryIO) -> str:
     if len(data) > xml.MAX_DOCUMENT:
         raise vsh.Failure(f"file '{path}' is larger than {xml.MAX_DOCUMENT} bytes")
     return data.decode()
+
+
+@contextlib.contextmanager
+def document_of_options(command: str) -> Iterator[None]:
+    """Nobody has written the document here: what is wrong with it is so with options of COMMAND."""
+    import libvirt
+
+    try:
+        yield
+    except libvirt.libvirtError as failure:
+        if failure.get_error_code() not in (
+            libvirt.VIR_ERR_XML_ERROR,
+            libvirt.VIR_ERR_XML_INVALID_SCHEMA,
+        ):
+            raise
+        raise vsh.Failure(str(failure), f"'help {command}' shows what it takes") from failure
 
 
 # --- what is printed ------------------------------------------------------------------------------

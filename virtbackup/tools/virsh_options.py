@@ -39,6 +39,7 @@ OWN_OPTIONS = (
     OwnOption("keepalive-interval", "k", "taken as virsh's, and of no effect", "NUM"),
     OwnOption("keepalive-count", "K", "taken as virsh's, and of no effect", "NUM"),
     OwnOption("log", "l", "log to the end of FILE", "FILE"),
+    OwnOption("no-pkttyagent", "", "taken as virsh's, and of no effect"),
     OwnOption("quiet", "q", "quiet mode"),
     OwnOption("readonly", "r", "connect readonly"),
     OwnOption("timing", "t", "print timing information"),
@@ -135,7 +136,7 @@ def _set_option(options: Options, name: str, value: str) -> None:
         case "keepalive-interval" | "keepalive-count":
             if not re.fullmatch(r"[0-9]{1,9}", value):
                 raise vsh.UsageError(f"option --{name} takes a number")
-        case "escape":
+        case "escape" | "no-pkttyagent":
             pass
         case "connect" | "log" | "trace":
             setattr(options, name, value)

@@ -113,7 +113,9 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     if document is not None:
         virsh_connection.warn_of_listener(shell, args, document)
     as_json = args.flag("json")
+    written = virsh_connection.document_of_options("backup-pull")
     with (
+        written if document is None else contextlib.nullcontext(),
         _lines(shell) if as_json else bar(shell) as progress,
         telling_what_is_left(shell),
     ):

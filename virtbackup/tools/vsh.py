@@ -338,6 +338,11 @@ def quote(word: str) -> str:
 # --- arguments ------------------------------------------------------------------------------------
 
 
+def is_option(word: str) -> bool:
+    """Whether WORD names an option, and is no rule of dashes."""
+    return re.match("--[A-Za-z0-9]", word) is not None
+
+
 class ArgumentParser:
     """The arguments of one command, taken word by word; ``finish`` when there are no more."""
 
@@ -355,7 +360,7 @@ class ArgumentParser:
         if self.pending is not None:
             option, self.pending = self.pending, None
             self._give(option, word)
-        elif self.data_only or not word.startswith("--"):
+        elif self.data_only or not (word == "--" or is_option(word)):
             self._feed_data(word)
         elif word == "--":
             self.data_only = True
@@ -787,10 +792,15 @@ def _width(text: str) -> int:
         return len(text)
     import unicodedata  # a table of its own, loaded when there is need of it
 
-    return sum(
-        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
+    shown = (
+        char for char in text if char == "\xad" or unicodedata.category(char) not in _WIDTHLESS
     )
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)
+
+
+_WIDTHLESS = ("Mn", "Me", "Cf")
+"""Categories of characters that take no column (wcwidth(3)): accents and vowels over or below
+others, joiners, marks of direction. But the soft hyphen does."""
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@
 
 import contextlib
 import logging
+import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -59,7 +61,7 @@ def _read_line(shell: vsh.Shell[Any], prompt: str) -> str | None:
     """The next line, None when there are no more."""
     vsh.flush()
     try:
-        return input(prompt)
+        return _input(prompt)
     except EOFError:
         shell.print("")
         return None
@@ -68,6 +70,39 @@ def _read_line(shell: vsh.Shell[Any], prompt: str) -> str | None:
         return ""
     except OSError as error:
         raise vsh.OutputClosed from error
+
+
+class _Stopped(BaseException):
+    """A SIGTSTP came, as by Ctrl-Z, while a line was typed."""
+
+
+def _input(prompt: str) -> str:
+    """As ``input``. Where it is stopped (SIGTSTP) the terminal is as it was before, and once it
+    goes on the line is there again: Python's readline leaves both to who uses it."""
+    readline: Any = sys.modules.get("readline")
+    if readline is None or signal.getsignal(signal.SIGTSTP) != signal.SIG_DFL:
+        return input(prompt)
+    typed = ""
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal typed
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # a second one comes to no handler
+        typed = readline.get_line_buffer()
+        raise _Stopped
+
+    try:
+        while True:
+            readline.set_startup_hook(lambda: readline.insert_text(typed))
+            try:
+                signal.signal(signal.SIGTSTP, stop)
+                line = input(prompt)
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+                return line
+            except _Stopped:
+                os.kill(os.getpid(), signal.SIGTSTP)
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        readline.set_startup_hook(None)
 
 
 # --- readline -------------------------------------------------------------------------------------
@@ -85,6 +120,9 @@ def line_editing(shell: vsh.Shell[Any], history: pathlib.Path) -> Iterator[None]
 
     _load_history(readline, history)
     libedit = "libedit" in (readline.__doc__ or "")
+    if not libedit and os.environ.get("TERM", "dumb") != "dumb":
+        # Lines that are pasted wait for Enter, as in virsh: Python has readline not do so.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     readline.set_completer_delims(DELIMITERS)
     readline.set_completer(_ReadlineCompleter(shell, readline))
@@ -236,8 +274,16 @@ def _option_values(
     return option.completer(shell, parser.so_far(), text)
 
 
+_NAME = re.compile(r"--[\w-]+=(?=['\"])")
+"""Of an option, whose value begins with a quote."""
+
+
 def _quote(value: str, raw: str) -> str:
     """VALUE as it would be typed by somebody who has typed RAW so far."""
+    name = _NAME.match(raw)
+    if name is not None and value.startswith(name[0]):
+        behind = len(name[0])
+        return name[0] + _quote(value[behind:], raw[behind:])
     end = "" if value.endswith(UNFINISHED) else raw[:1]
     if raw.startswith("'"):
         return "'" + value.replace("'", "'\\''") + end
