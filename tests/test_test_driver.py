@@ -938,6 +938,27 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
         file.unlink()
 
 
+def test_a_stop_while_another_thread_looks_for_the_status(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As who tells of its end does: the stop may forget the backup at any moment."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, 0)
+        job = own._domain.job
+
+        def stopped(found: object) -> bool:
+            monkeypatch.undo()
+            monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+            own.domain_backup_stop(ref, 0)
+            return False
+
+        monkeypatch.setattr(job, "_is_noted", stopped)
+        assert job.load() is None
+    for file in state.iterdir():
+        file.unlink()
+
+
 def test_a_signal_s_handler_that_closes_waits_for_no_watch(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,3 +173,20 @@ def test_the_end_of_a_qemu_that_cannot_be_seen_from_here_is_heard_of(
     assert watched.why_ended() is None
     watched.listen(lambda: None)
     assert watched.why_ended() == "the guest shut down"
+
+
+def test_why_a_domain_ended_is_asked_for_as_its_watch_ends(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, whose stop has ended the backup."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+
+    def nowhere() -> contextlib.AbstractContextManager[domain.Session]:
+        raise AssertionError("nobody is to be asked")
+
+    file = status.StatusFile("key", tmp_path)
+    found = domain_obj.DomainObj(file, nowhere, host=Interrupted())
+    looks = iter([domain_obj._Watched(found.job, RUNNING.id, None)])
+    forgotten = property(lambda self: next(looks, None))
+    monkeypatch.setattr(domain_obj.DomainObj, "_watched", forgotten, raising=False)
+    assert found._why_ended() is None

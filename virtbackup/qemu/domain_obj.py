@@ -317,11 +317,12 @@ class DomainObj:
         return why
 
     def _why_it_ended(self) -> str | None:
-        if self._watched is not None and (heard := self._watched.heard()) is not None:
+        watched = self._watched  # which a stop may take away at any moment
+        if watched is not None and (heard := watched.heard()) is not None:
             return heard
         asked = None if self._host is None else self._host.why_ended()
-        if asked == lifecycle.UNKNOWN and self._watched is not None:
-            return self._watched.heard(lifecycle.PATIENCE) or asked
+        if asked == lifecycle.UNKNOWN and watched is not None:
+            return watched.heard(lifecycle.PATIENCE) or asked
         return asked
 
 

@@ -149,11 +149,11 @@ class BackupJob:
     def load(self) -> status.Status | None:
         """The status, also where its file is lost of a backup that was begun here. Errors: of the
         file, and then of the lock and the monitor."""
-        found = self._file.load()
-        if self._begun is None or self._is_noted(found):
+        found, begun = self._file.load(), self._begun  # which a stop may forget at any moment
+        if begun is None or self._is_noted(found):
             return found
-        if self._begun.given_up is not None:
-            return self._begun
+        if begun.given_up is not None:
+            return begun
         with self._file.locked():
             return self._load_known()
 
