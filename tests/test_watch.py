@@ -4,6 +4,7 @@
 import contextlib
 import os
 import pathlib
+import subprocess
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +15,16 @@ from tests import hostile_monitor, waiting
 from tests.test_ending import RUNNING, having
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import domain, domain_obj, job, lifecycle, monitor, status, watch
+from virtbackup.qemu import (
+    domain,
+    domain_obj,
+    job,
+    libvirt_driver,
+    lifecycle,
+    monitor,
+    status,
+    watch,
+)
 
 
 class Nobody:
@@ -190,3 +200,41 @@ def test_why_a_domain_ended_is_asked_for_as_its_watch_ends(
     forgotten = property(lambda self: next(looks, None))
     monkeypatch.setattr(domain_obj.DomainObj, "_watched", forgotten, raising=False)
     assert found._why_ended() is None
+
+
+class Libvirt:
+    """A libvirt's connection, by which no domain can be asked for."""
+
+    def getURI(self) -> str:
+        return "qemu:///system"
+
+    def isAlive(self) -> int:
+        return 1
+
+    def getLibVersion(self) -> int:
+        return 9000000
+
+    def lookupByUUIDString(self, uuid: str) -> None:
+        raise errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, "client socket is closed")
+
+
+def test_a_backup_that_cannot_be_adopted_keeps_no_other_from_being_watched(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one whose process is gone, and whose libvirtd, or file system, does not answer."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    own = libvirt_driver.LibvirtDriver(Libvirt())
+    with subprocess.Popen(["true"]) as process:
+        gone = runtime.Process(process.pid, 1)
+    first, second = sorted((own._file(uuid) for uuid in ("one", "two")), key=lambda file: file.path)
+    uuids = {own._file(uuid).path: uuid for uuid in ("one", "two")}
+    first.save(having(uuid=uuids[first.path], owner=gone))
+    document = backup_conf.BackupDef(backup_conf.UnixAddress("/nbd.sock")).format()
+    second.save(having(uuid=uuids[second.path], definition=document))
+    own.adopt_backups()
+    assert [uuid for uuid, one in own._domains.items() if one._watch] == [uuids[second.path]]
+    assert "client socket is closed" in caplog.text
+    for file in (first, second):
+        file.remove()
+    for one in own._domains.values():
+        one.close()
