@@ -29,9 +29,19 @@ import pytest
 
 import virtbackup
 from tests import daemons, waiting
-from virtbackup import extend, hypervisor, runtime
+from virtbackup import errors, extend, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf
-from virtbackup.qemu import driver, naming, recording, sweep, verdict, watch
+from virtbackup.qemu import (
+    cleanup,
+    domain,
+    driver,
+    naming,
+    recording,
+    status,
+    sweep,
+    verdict,
+    watch,
+)
 from virtbackup.test import fake_server, test_driver
 from virtbackup.tools import virsh_backup
 
@@ -592,6 +602,31 @@ def test_a_pull(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 # --- monitor-replay ---
+
+
+def test_a_pull_whose_stop_is_refused_ends_its_backup(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a scratch image hangs, for a while: the connection may stay for long."""
+    from virtbackup.tools import pull
+
+    refused: list[str] = []
+    check = cleanup.check_scratch
+
+    def hangs(session: domain.Session, left: status.Status) -> None:
+        if not left.cancelled:
+            refused.append(left.id)
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "the scratch image hangs")
+        check(session, left)
+
+    monkeypatch.setattr(cleanup, "check_scratch", hangs)
+    with virtbackup.open("test:///default") as conn:
+        words = str(failure(lambda: pull.pull(only(conn), tmp_path / "pulled", fmt="raw")))
+        assert f"the scratch image hangs (no backup was kept in {tmp_path}/pulled)" in words
+        assert refused
+        none = failure(only(conn).backupGetInfo)
+        assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+    assert not (tmp_path / "pulled").exists()
 
 
 @pytest.fixture
