@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import libvirt
@@ -433,6 +434,38 @@ def test_close_while_a_call_waits(server: rpc_server.Server, connect: Connect) -
     assert [told(failure) for failure in failures] == [CLOSED]
     one.close()
     assert server.peer().ended.wait(DEADLINE)
+
+
+@pytest.mark.parametrize("when", ["it is noted", "it is sent"])
+def test_a_signal_s_handler_closes_in_the_middle_of_a_call(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Nobody waits for what the handler is in the middle of."""
+    one = connect()
+    refused: list[errors.Error] = []
+
+    def handler() -> None:
+        refused.append(fails(lambda: one.call(REMOTE, "CONNECT_CLOSE")))
+        one.close()
+
+    class Noted(dict[int, Any]):
+        def __setitem__(self, serial: int, waiting: object) -> None:
+            handler()
+            super().__setitem__(serial, waiting)
+
+    send = one._transport.send
+
+    def interrupted(message: rpc.Message, timeout: float | None = None) -> None:
+        handler()
+        send(message, timeout)
+
+    if when == "it is sent":
+        monkeypatch.setattr(one._transport, "send", interrupted)
+    else:
+        monkeypatch.setattr(one, "_waiting", Noted())
+    assert told(fails(lambda: hostname(one))) == CLOSED
+    [failure] = refused
+    assert "in the middle of another call" in str(failure)
 
 
 def test_a_reader_that_fails(

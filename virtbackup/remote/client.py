@@ -13,6 +13,7 @@ import errno
 import itertools
 import logging
 import os
+import queue
 import threading
 import time
 import weakref
@@ -45,7 +46,8 @@ class Trace:
 
     def __init__(self, to: TextIO | None = None) -> None:
         self.to = to
-        self._lock = threading.Lock()
+        # Reentrant, as a signal's handler may call.
+        self._lock = threading.RLock()
 
     def __call__(self, direction: dump.Direction, message: rpc.Message) -> None:
         if self.to is None:
@@ -168,10 +170,8 @@ class _Waiting:
     def __init__(self, of: program.Program, number: int) -> None:
         self.program = of
         self.procedure = number
-        self.done = threading.Event()
-        self.reply: rpc.Message | None = None
-        self.failure: errors.Error | None = None
-        """Why there will be none."""
+        self.outcome: queue.SimpleQueue[rpc.Message | errors.Error] = queue.SimpleQueue()
+        """The reply, or why there will be none. Of a kind that a signal's handler may be given."""
 
 
 class Client:
@@ -198,12 +198,15 @@ class Client:
         self._patience = interval * count or None
         self._events = _Dispatcher(f"rpc events {name}", see)
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        # Reentrant, as a signal's handler may close us.
+        self._lock = threading.RLock()
         self._serials = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         """By serial; also those that nobody waits for any more, whose reply is still to come."""
         self._ended: errors.Error | None = None
         self._sending = threading.Lock()
+        self._senders: set[int] = set()
+        """The threads that send a call just now."""
         self._due: collections.deque[rpc.Message] = collections.deque(maxlen=4)
         """What the reader has to send; it never waits for another thread that sends."""
         self._reader = threading.Thread(target=self._run, name=f"rpc {name}", daemon=True)
@@ -226,29 +229,34 @@ class Client:
 
         Errors: the server's; VIR_ERR_RPC for what cannot be encoded or decoded;
         VIR_ERR_SYSTEM_ERROR or VIR_ERR_INTERNAL_ERROR where the connection has ended, or ends
-        meanwhile: then whether the call took effect is not known; VIR_ERR_OPERATION_TIMEOUT after
-        TIMEOUT seconds.
+        meanwhile: then whether the call took effect is not known; the latter for a signal's handler
+        in the middle of another call that is being sent; VIR_ERR_OPERATION_TIMEOUT after TIMEOUT
+        seconds.
         """
         if os.getpid() != self._pid:
             raise socket_closed()
+        if self._is_sending_here:
+            raise _internal("called by a signal's handler, in the middle of another call")
         waiting = self._send_call(of, name, args)
-        if not waiting.done.wait(timeout):
+        try:
+            outcome = waiting.outcome.get(timeout=timeout)
+        except queue.Empty:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_TIMEOUT,
                 f"server '{self.name}' does not answer",
                 domain=libvirt.VIR_FROM_RPC,
-            )
-        if waiting.failure is not None:
-            raise _again(waiting.failure)
-        assert waiting.reply is not None
-        return _returned(waiting.reply, waiting)
+            ) from None
+        if isinstance(outcome, errors.Error):
+            raise _again(outcome)
+        return _returned(outcome, waiting)
 
     def close(self) -> None:
         """End the connection, and every call that waits. Closing twice does nothing."""
         if os.getpid() != self._pid:
             return
         self._end(socket_closed())
-        if threading.current_thread() is not self._reader:
+        # Which waits for the call that a signal's handler, which we are in, has interrupted.
+        if threading.current_thread() is not self._reader and not self._is_sending_here:
             self._reader.join()
         self._events.close()
 
@@ -262,6 +270,7 @@ class Client:
     def _send_call(self, of: program.Program, name: str, args: Any) -> _Waiting:
         waiting = _Waiting(of, of[name].number)
         serial = next(self._serials) % _SERIALS
+        self._senders.add(threading.get_ident())
         try:
             message = rpc.call(of, name, serial, args)
             with self._lock:
@@ -274,7 +283,16 @@ class Client:
             raise rpc_error.rpc_error(f"Unable to encode message payload: {failure}") from failure
         except transport.Closed as failure:
             self._end(_lost(failure, "Cannot write data"))
+            assert self._ended is not None
+            waiting.outcome.put(self._ended)  # it may have ended just before this was noted
+        finally:
+            self._senders.discard(threading.get_ident())
         return waiting
+
+    @property
+    def _is_sending_here(self) -> bool:
+        """Whether this thread sends a call: we are in a signal's handler."""
+        return threading.get_ident() in self._senders
 
     def _send(self, message: rpc.Message) -> None:
         """Errors: CodecError, transport.Closed."""
@@ -357,6 +375,8 @@ class Client:
 
     def _take_reply(self, message: rpc.Message) -> None:
         with self._lock:
+            if self._ended is not None:
+                return  # it comes as we close
             waiting = self._waiting.get(message.serial)
             if waiting is None or (message.program, message.version) != (
                 waiting.program.number,
@@ -364,8 +384,7 @@ class Client:
             ):
                 raise rpc.ProtocolError(f"no call waiting for reply with {_where(message)}")
             del self._waiting[message.serial]
-        waiting.reply = message
-        waiting.done.set()
+        waiting.outcome.put(message)
 
     def _take_event(self, message: rpc.Message) -> None:
         if rpc.known_program(message) is None:
@@ -388,8 +407,7 @@ class Client:
         self._transport.shutdown()
         logger.info("server=%s connection ended: %s", self.name, reason)
         for one in waiting:
-            one.failure = reason
-            one.done.set()
+            one.outcome.put(reason)
 
     def _show(self, direction: dump.Direction, message: rpc.Message) -> None:
         if logger.isEnabledFor(logging.DEBUG):

@@ -4,7 +4,6 @@
 import contextlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,15 +40,13 @@ class NativeJobs:
 
     def __init__(self, call: Call) -> None:
         self._call_program = call
-        self._lock = threading.Lock()
         self._owned: dict[str, hypervisor.DomainRef] = {}
         """By uuid: the domains whose backup is to end with us."""
 
     def close(self) -> None:
         """End the backups that were started to end with us; a failure to is logged."""
-        with self._lock:
-            owned, self._owned = list(self._owned.values()), {}
-        for ref in owned:
+        owned, self._owned = self._owned, {}
+        for ref in list(owned.values()):
             try:
                 self._running(ref)
                 self._end(ref)
@@ -69,13 +66,11 @@ class NativeJobs:
             "DOMAIN_BACKUP_BEGIN", structs.DomainBackupBeginArgs(dom, native.format(), None, 0)
         )
         if flags & hypervisor.START_AUTODESTROY:
-            with self._lock:
-                self._owned[ref.uuid] = ref
+            self._owned[ref.uuid] = ref
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         self._running(ref)
-        with self._lock:
-            self._owned.pop(ref.uuid, None)
+        self._owned.pop(ref.uuid, None)
         self._end(ref)
         if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()
