@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import waiting
 from virtbackup import runtime
 from virtbackup.qemu import ending, events, libvirt_events, lifecycle, naming, status
 
@@ -227,6 +228,30 @@ def test_the_end_of_a_process_is_told_by_a_thread(dead: runtime.Process) -> None
     assert told.empty()
 
 
+def test_a_signal_s_handler_closes_as_a_process_comes_to_be_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is left of what it was in the middle of."""
+    alive = runtime.is_alive
+    watching = events.ProcessEnd(lambda: None)
+
+    def interrupted(process: runtime.Process) -> bool:
+        callbacks.close()
+        return alive(process)
+
+    with subprocess.Popen(["sleep", "60"]) as one:
+        start = runtime.process_start(one.pid)
+        assert start is not None
+        process = runtime.Process(one.pid, start)
+        callbacks = events.Events(lambda: watching.watch(process), lambda: watching.watch(None))
+        monkeypatch.setattr(runtime, "is_alive", interrupted)
+        callbacks.register(lambda event: None)
+        waiting.until(
+            lambda: "virtbackup-process-end" not in [t.name for t in threading.enumerate()]
+        )
+        one.kill()
+
+
 @pytest.mark.parametrize("spare", [0, 1])
 def test_the_end_of_a_process_is_not_seen_where_no_more_files_may_be_open(
     spare: int, caplog: pytest.LogCaptureFixture
@@ -282,7 +307,7 @@ def test_callbacks_end_as_they_come() -> None:
     registering.start()
     registering.join(PATIENCE)
     assert not registering.is_alive()
-    assert happened == ["end"]
+    assert happened == ["end"] * 2  # the second of what was begun after the first
     assert not registry
 
 
