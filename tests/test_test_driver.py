@@ -994,6 +994,33 @@ def test_a_stop_while_another_thread_looks_for_the_status(
         file.unlink()
 
 
+def test_a_start_that_cannot_be_undone_ends_with_the_connection(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was interrupted as it had come to its end, say."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        start, stop = own._domain.job.start, own._domain.job.stop
+
+        def interrupted(*args: Any) -> None:
+            start(*args)
+            raise KeyboardInterrupt
+
+        def refused(*args: Any, **options: Any) -> None:
+            monkeypatch.setattr(own._domain.job, "stop", stop)
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "the scratch image hangs")
+
+        monkeypatch.setattr(own._domain.job, "start", interrupted)
+        monkeypatch.setattr(own._domain.job, "stop", refused)
+        words = str(
+            failure(lambda: own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY))
+        )
+        assert "the scratch image hangs" in words
+    assert own._domain.file.load() is None
+    for file in state.iterdir():
+        file.unlink()
+
+
 def test_a_signal_s_handler_that_closes_waits_for_no_watch(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

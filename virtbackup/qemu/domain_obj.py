@@ -172,10 +172,12 @@ class DomainObj:
             # Where the start itself failed there is only what it could not undo to be ended.
             watch.close_all(images)
             lost = isinstance(failure, errors.Error) and _may_come_back(failure)
-            if not self.job.is_over(id):
-                self.job.stop(id, cancel=True)
-            if owned and self.job.is_left(id):
-                self._autodestroy = id
+            try:
+                if not self.job.is_over(id):
+                    self.job.stop(id, cancel=True)
+            finally:
+                if owned and self.job.is_left(id):
+                    self._autodestroy = id
             if lost:
                 self._end_patiently(id, time.monotonic() + PATIENCE)
             if not self.job.is_left(id):
