@@ -32,7 +32,7 @@ GRACE = 1.0
 
 CANCELLED = "the backup was cancelled"
 _ELSEWHERE = "the backup was stopped by another process, which was told whether it was good"
-_GONE = "QEMU is gone"
+GONE = "QEMU is gone"
 
 
 def reason_of(verdict: dict[str, str]) -> str:
@@ -196,7 +196,7 @@ class _Following:
         says_why = reason is not None and reason != lifecycle.UNKNOWN
         if not says_why and time.monotonic() < self._gone_since + GRACE:
             return None
-        return False, reason or _GONE
+        return False, reason or GONE
 
 
 def _known_end(found: status.Status) -> tuple[bool, str | None] | None:

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 Connect = Callable[[], contextlib.AbstractContextManager[domain.Session]]
 """Opens a session with the domain's QEMU; raises ``monitor.NotListening`` when there is none."""
 
-_GONE = "QEMU is gone"
 _DYING = 2.0
 """Seconds for a QEMU whose monitor was lost to be gone, if that was why."""
 _LOOK_AGAIN = 0.01
@@ -350,7 +349,7 @@ class BackupJob:
             except (monitor.NotListening, monitor.MonitorLost) as failure:
                 if not self._means_the_end(failure, running.qemu):
                     raise
-                why = running.given_up or self._why_ended(_WORD) or _GONE
+                why = running.given_up or self._why_ended(_WORD) or ending.GONE
                 return verdict.info(running, verdict.of_all(running, why))
 
     def branches(self) -> list[backup_conf.Branch]:
@@ -413,7 +412,7 @@ class BackupJob:
                     self._check_no_other(state)
                     removed = self._clean(session, left)
             except monitor.NotListening:
-                why = self._why_ended(_WORD) or _GONE
+                why = self._why_ended(_WORD) or ending.GONE
                 removed = [
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
                     *self._forget(_abandoned(left)),
@@ -707,7 +706,7 @@ class BackupJob:
         done = last.advances is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
-            why = last.given_up or self._why_ended(_WORD) or _GONE
+            why = last.given_up or self._why_ended(_WORD) or ending.GONE
             reasons = verdict.of_all(running, why)
             self._forget(dataclasses.replace(last, cancelled=last.cancelled or may_be_point))
             return reasons
