@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import libvirt
 import pytest
@@ -130,12 +131,24 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.parametrize("when", ["as it listens", "as it has begun"])
 def test_a_start_that_is_interrupted_closes_each_descriptor_once(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     closed: list[tuple[str, str]],
+    when: str,
 ) -> None:
-    """Be it by the watch, which has begun by then, or by the start."""
+    """Be it by the watch, which has begun by then and looks at none that is closed, or by the
+    start."""
+    begin = domain_obj.DomainObj._begin_to_watch
+
+    def interrupted(*args: Any) -> None:
+        begin(*args)
+        raise KeyboardInterrupt
+
+    if when == "as it has begun":
+        monkeypatch.setattr(Interrupted, "listen", lambda self, hearing: None)
+        monkeypatch.setattr(domain_obj.DomainObj, "_begin_to_watch", interrupted)
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "state"))
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(tmp_path / "scratch"))
@@ -155,8 +168,9 @@ def test_a_start_that_is_interrupted_closes_each_descriptor_once(
             found.backup_start(backup_conf.BackupDef(address, ()), 0)
         found.close()
     assert file.load() is None
-    images = [what for _, what in closed if what.startswith(f"{tmp_path}/scratch")]
+    images = [name for name, what in closed if what.startswith(f"{tmp_path}/scratch")]
     assert len(images) == 4  # of two disks, each once as QEMU had it and once as the watch did
+    assert images.count("virtbackup-watch") == 2
     assert "nothing" not in [what for _, what in closed]
     assert all("scratch" in what for name, what in closed if name == "virtbackup-watch")
 

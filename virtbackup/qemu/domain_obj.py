@@ -170,6 +170,9 @@ class DomainObj:
             self._begin_to_watch(id, images)
         except BaseException as failure:
             # Where the start itself failed there is only what it could not undo to be ended.
+            watched = self._watched
+            if watched is not None and watched.id == id:
+                self._stop_watching(watched)
             watch.close_all(images)
             lost = isinstance(failure, errors.Error) and _may_come_back(failure)
             try:

@@ -98,8 +98,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
         try:
             self._keep = {
-                os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
-                for image in images
+                image.target: min(KEEP, scratch.free_bytes(image.fd) // 2) for image in images
             }
         except BaseException:
             close_all(images)
@@ -162,7 +161,7 @@ class Watch:
             growth = sum(other.growth for other in same)
             if not growth:
                 return FASTEST
-            return scratch.free_bytes(image.fd) - min(self._keep[device], growth)
+            return scratch.free_bytes(image.fd) - min(self._keep[image.target], growth)
         except OSError as failure:
             self._warn(f"cannot look at disk '{image.target}'", failure)
             return FASTEST
