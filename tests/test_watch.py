@@ -78,6 +78,17 @@ def test_a_watch_that_is_closed_has_closed_its_descriptors(tmp_path: pathlib.Pat
     assert not is_open(image.fd)
 
 
+def test_a_watch_that_is_closed_before_it_begins_looks_at_nothing(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where another thread has stopped the backup by then."""
+    watched = watch.Watch([image_in(tmp_path)], Nobody())
+    watched.close()
+    watched.start()
+    watched._thread.join()
+    assert not caplog.messages
+
+
 def test_what_cannot_be_done_is_told_once_each(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

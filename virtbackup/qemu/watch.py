@@ -125,7 +125,8 @@ class Watch:
     def _run(self) -> None:
         try:
             next_look = time.monotonic() + LOOK
-            while self._goes_on():
+            # Closed before it began, it has no descriptors any more.
+            while not self._closed.is_set() and self._goes_on():
                 if (ended := self._ask(self._backup.why_ended)) is not None:
                     self._insist(self._backup.note_end, ended)
                     return
