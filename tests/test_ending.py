@@ -101,7 +101,7 @@ def test_ends_that_are_seen(
         file.save(later)
     assert ends.next() == expected
     with found.stopping() as tell:
-        tell(True, None)
+        tell(FIRST, True, None)
     assert (later is not None and later.id == SECOND) or ends.is_silent()
 
 
@@ -156,8 +156,8 @@ def test_who_stops_tells(one: tuple[ending.Ending, Ends], file: status.StatusFil
     with found.stopping() as tell:
         file.remove()
         assert ends.is_silent()
-        tell(True, None)
-        tell(False, "once")
+        tell(FIRST, True, None)
+        tell(FIRST, False, "once")
     assert ends.next() == (True, None)
     assert ends.is_silent()
 
@@ -188,13 +188,32 @@ def test_another_backup_begins_before_a_stop_comes_to_tell(
         found.find()
         assert ends.is_silent()
         if not fails:
-            tell(True, None)
+            tell(FIRST, True, None)
     assert ends.next() == ((False, ELSEWHERE) if fails else (True, None))
     assert ends.is_silent()
     with found.stopping() as tell:
-        tell(True, None)
+        tell(SECOND, True, None)
     assert ends.next() == (True, None)
     file.remove()
+    assert ends.is_silent()
+
+
+@pytest.mark.parametrize("found_by_then", [False, True])
+def test_a_stop_waits_for_the_start_of_what_it_stops(
+    found_by_then: bool, one: tuple[ending.Ending, Ends], file: status.StatusFile
+) -> None:
+    """That of another thread, which has it found when it is being stopped, or has been."""
+    found, ends = one
+    found.listen(ends)
+    with found.stopping() as tell:
+        file.save(RUNNING)
+        if found_by_then:
+            found.find()
+        file.remove()
+        assert ends.is_silent()
+        tell(FIRST, True, None)
+    found.find()
+    assert ends.next() == (True, None)
     assert ends.is_silent()
 
 
@@ -205,6 +224,9 @@ def test_what_has_ended_or_does_not_run_yet_is_not_told(
     for state in (having(phase="starting"), having(given_up="no room")):
         file.save(state)
         found.listen(ends)
+        if state.given_up is not None:
+            with found.stopping() as tell:
+                tell(FIRST, False, "no room")
         file.remove()
         assert ends.is_silent()
 

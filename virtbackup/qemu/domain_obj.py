@@ -139,7 +139,7 @@ class DomainObj:
                 if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                     raise
                 return
-            ended(False, ending.CANCELLED)
+            ended(id, False, ending.CANCELLED)
 
     @property
     def own(self) -> naming.BackupId | None:
@@ -237,15 +237,15 @@ class DomainObj:
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, ending.reason_of(reasons))
 
     def _stop(
-        self, only: naming.BackupId | None, cancel: bool, ended: ending.Notify
+        self, only: naming.BackupId | None, cancel: bool, ended: ending.Tell
     ) -> dict[str, str]:
         # Once the backup is over, another thread may have started the next one.
         own, watched = self._autodestroy, self._watched
         try:
-            reasons = self._stop_patiently(only, cancel)
+            id, reasons = self._stop_patiently(only, cancel)
             reason = ending.reason_of(reasons) if reasons else None
             reason = ending.CANCELLED if cancel else reason
-            ended(reason is None, reason)
+            ended(id, reason is None, reason)
             self._forget(own)
             self._stop_watching(watched)
         except errors.Error as failure:
@@ -264,7 +264,9 @@ class DomainObj:
             raise
         return reasons
 
-    def _stop_patiently(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
+    def _stop_patiently(
+        self, only: naming.BackupId | None, cancel: bool
+    ) -> tuple[naming.BackupId, dict[str, str]]:
         """As ``BackupJob.stop``. For one that is to end with us, as a pull's, which has copied
         everything by then, a daemon of libvirt's that is restarted is waited for."""
         is_own = only is not None and only == self._autodestroy

@@ -266,8 +266,11 @@ class BackupJob:
         logger.info("backup=%s ended: %s", id, reason)
         self._on_end(reason)
 
-    def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
-        """Take the backup down; disk -> why its data is not good. Empty: all of it is.
+    def stop(
+        self, only: naming.BackupId | None = None, cancel: bool = False
+    ) -> tuple[naming.BackupId, dict[str, str]]:
+        """Take the backup down: (which it was, disk -> why its data is not good). Empty: all of it
+        is.
 
         ONLY is the backup that is meant; None: whichever runs. Where all of it is good, it is the
         last point of its branch from now on, but with CANCEL. Errors: VIR_ERR_NO_DOMAIN_BACKUP when
@@ -281,9 +284,11 @@ class BackupJob:
                 raise
             logger.warning("backup=%s is ended without a note of it: %s", only, failure)
             self._stop_unnoted(begun)
-            return {}
+            return begun.id, {}
 
-    def _stop_noted(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
+    def _stop_noted(
+        self, only: naming.BackupId | None, cancel: bool
+    ) -> tuple[naming.BackupId, dict[str, str]]:
         with self._file.locked():
             running = self._load_known()
             if running is None:
@@ -300,7 +305,7 @@ class BackupJob:
         if running.told:
             raise _no_backup()
         logger.info("backup=%s stopped bad=%s", running.id, list(reasons))
-        return reasons
+        return running.id, reasons
 
     def _stop_unnoted(self, begun: status.Status) -> None:
         """Take a backup that was BEGUN here out of QEMU, without the lock, and as no good one.
