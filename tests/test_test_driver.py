@@ -963,7 +963,7 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml, 0)
-        own._domain._stop_watching(own._domain._watched)  # it would write it anew at some time
+        own._domain._stop_watching()  # it would write it anew at some time
         for file in state.glob("*.json"):
             file.unlink()
         words = str(failure(lambda: own.domain_backup_cleanup(ref, 0)))
@@ -990,6 +990,26 @@ def test_a_stop_while_another_thread_looks_for_the_status(
 
         monkeypatch.setattr(job, "_is_noted", stopped)
         assert job.load() is None
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_stop_of_what_began_while_it_waited(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread: it is that which is over, and is not to end with the connection."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        stop = own._domain.job.stop
+
+        def waiting(*args: Any) -> tuple[naming.BackupId, dict[str, str]]:
+            own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY)
+            return stop(*args)
+
+        monkeypatch.setattr(own._domain.job, "stop", waiting)
+        own.domain_backup_stop(ref, 0)
+        assert own._domain.own is None
+        assert own._domain._watch is None
     for file in state.iterdir():
         file.unlink()
 

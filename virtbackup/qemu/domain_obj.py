@@ -106,7 +106,7 @@ class DomainObj:
         """End the backup that was started to end with us; a failure to is logged. One that another
         thread is just starting is ended by that. UNTIL, for who closes several: by
         ``time.monotonic``, the end of their PATIENCE, which is one for all."""
-        self._stop_watching(self._watched)
+        self._stop_watching()
         with self._keeping:
             self._closed = True
             id, self._autodestroy = self._autodestroy, None
@@ -170,9 +170,7 @@ class DomainObj:
             self._begin_to_watch(id, images)
         except BaseException as failure:
             # Where the start itself failed there is only what it could not undo to be ended.
-            watched = self._watched
-            if watched is not None and watched.id == id:
-                self._stop_watching(watched)
+            self._stop_watching(id)
             watch.close_all(images)
             lost = isinstance(failure, errors.Error) and _may_come_back(failure)
             try:
@@ -222,7 +220,7 @@ class DomainObj:
             watching.start()
             watched.listen(watching.wake)
         except BaseException:
-            self._stop_watching(self._watched)
+            self._stop_watching(id)
             watch.close_all(images)
             raise
         if before is not None:
@@ -246,15 +244,15 @@ class DomainObj:
             reason = ending.reason_of(reasons) if reasons else None
             reason = ending.CANCELLED if cancel else reason
             ended(id, reason is None, reason)
-            self._forget(own)
-            self._stop_watching(watched)
+            self._forget(id)
+            self._stop_watching(id)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 # Where ONLY is meant another one may run, which is somebody else's.
                 if only in (None, own):
                     self._forget(own)
                 if watched is not None and only in (None, watched.id):
-                    self._stop_watching(watched)
+                    self._stop_watching(watched.id)
             raise
         except BaseException:
             # It may have been interrupted as it had come to its end.
@@ -301,10 +299,10 @@ class DomainObj:
         self._ending.find()
         return info
 
-    def _stop_watching(self, watched: "_Watched | None") -> None:
-        """Watch no more, if it is that which is WATCHED."""
+    def _stop_watching(self, id: naming.BackupId | None = None) -> None:
+        """Watch backup ID no more; None: whichever is watched."""
         with self._keeping:
-            if self._watched is not watched:
+            if self._watched is None or id not in (None, self._watched.id):
                 return
             watching, self._watch, self._watched = self._watch, None, None
         if watching is not None:
