@@ -362,6 +362,21 @@ def test_install_on_real_libvirt_and_uninstall() -> None:
     assert (dict(vars(libvirt.virDomain)), dict(vars(libvirt))) == before
 
 
+def test_a_signal_s_handler_calls_while_a_connection_is_taken_up() -> None:
+    """It has the connection that the call, which is in the middle of that, goes on with."""
+    dom = libvirt.open("test:///default").lookupByName("test")
+    theirs: list[virtbackup.Connection] = []
+
+    def interrupted(uri: str, readonly: bool) -> hypervisor.Driver:
+        if not theirs:
+            hypervisor.register("test", BackupRecorder)
+            theirs.append(extend.domain(dom).connect())
+        return BackupRecorder(uri, readonly)
+
+    hypervisor.register("test", interrupted)
+    assert [extend.domain(dom).connect()] == theirs
+
+
 def test_install_replaces_nothing(fake_libvirt: types.ModuleType) -> None:
     def own(self: Any) -> None:
         """libvirt's own, merged after all."""

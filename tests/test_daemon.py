@@ -23,7 +23,7 @@ from tests.live import certificates
 from tests.test_access import me
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.remote import dispatch, protocol, transport, wire_conf
+from virtbackup.remote import dispatch, protocol, remote_types, transport, wire_conf
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 A, B, C = daemon_scene.ref("a", 1), daemon_scene.ref("b", 2), daemon_scene.ref("c", None)
@@ -448,6 +448,50 @@ def test_another_s_backup_does_not_after_a_bad_one(tmp_path: pathlib.Path) -> No
         daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 1)
     assert A.uuid in driver.running
     assert ("domain_backup_stop", A, CANCEL) not in driver.calls
+
+
+class Once(daemon_scene.Driver):
+    """Its branches are deleted by somebody else, once they were told."""
+
+    branches = [
+        backup_conf.Branch(
+            name,
+            foreign=False,
+            disks=(
+                backup_conf.BranchDisk(
+                    "vda", 65536, 0, True, None, backup_conf.Point("0000000a", time)
+                ),
+            ),
+        )
+        for time, name in enumerate(("first", "second", "third"))
+    ]
+
+    def domain_branch_list(
+        self, domain: hypervisor.DomainRef, flags: int
+    ) -> Sequence[backup_conf.Branch]:
+        told, self.branches = self.branches, []
+        return told
+
+    def domain_branch_delete(self, domain: hypervisor.DomainRef, name: str, flags: int) -> None:
+        self._enter("domain_branch_delete", name)
+
+
+@pytest.mark.parametrize("what", ["list", "delete"])
+def test_checkpoints_that_somebody_else_deletes_meanwhile(
+    tmp_path: pathlib.Path, what: str
+) -> None:
+    """Those behind one are of the same moment as that."""
+    driver = Once(A)
+    with daemon_scene.serving(tmp_path, driver) as served, served.connect() as client:
+        second = remote_types.NonnullDomainCheckpoint("second", client.lookup("a"))
+        if what == "list":
+            found = client.call(REMOTE, "DOMAIN_CHECKPOINT_LIST_ALL_CHILDREN", second, 1, 0)
+            assert [one.name for one in found.checkpoints] == ["third"]
+        else:
+            children = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN
+            client.call(REMOTE, "DOMAIN_CHECKPOINT_DELETE", second, children)
+            deleted = [call[1] for call in driver.calls if call[0] == "domain_branch_delete"]
+            assert deleted == ["third", "second"]
 
 
 def test_a_start_that_outlives_its_client(tmp_path: pathlib.Path) -> None:

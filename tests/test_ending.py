@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import waiting
 from virtbackup import runtime
 from virtbackup.qemu import ending, events, libvirt_events, lifecycle, naming, status
 
@@ -100,7 +101,7 @@ def test_ends_that_are_seen(
         file.save(later)
     assert ends.next() == expected
     with found.stopping() as tell:
-        tell(True, None)
+        tell(FIRST, True, None)
     assert (later is not None and later.id == SECOND) or ends.is_silent()
 
 
@@ -155,8 +156,8 @@ def test_who_stops_tells(one: tuple[ending.Ending, Ends], file: status.StatusFil
     with found.stopping() as tell:
         file.remove()
         assert ends.is_silent()
-        tell(True, None)
-        tell(False, "once")
+        tell(FIRST, True, None)
+        tell(FIRST, False, "once")
     assert ends.next() == (True, None)
     assert ends.is_silent()
 
@@ -187,13 +188,32 @@ def test_another_backup_begins_before_a_stop_comes_to_tell(
         found.find()
         assert ends.is_silent()
         if not fails:
-            tell(True, None)
+            tell(FIRST, True, None)
     assert ends.next() == ((False, ELSEWHERE) if fails else (True, None))
     assert ends.is_silent()
     with found.stopping() as tell:
-        tell(True, None)
+        tell(SECOND, True, None)
     assert ends.next() == (True, None)
     file.remove()
+    assert ends.is_silent()
+
+
+@pytest.mark.parametrize("found_by_then", [False, True])
+def test_a_stop_waits_for_the_start_of_what_it_stops(
+    found_by_then: bool, one: tuple[ending.Ending, Ends], file: status.StatusFile
+) -> None:
+    """That of another thread, which has it found when it is being stopped, or has been."""
+    found, ends = one
+    found.listen(ends)
+    with found.stopping() as tell:
+        file.save(RUNNING)
+        if found_by_then:
+            found.find()
+        file.remove()
+        assert ends.is_silent()
+        tell(FIRST, True, None)
+    found.find()
+    assert ends.next() == (True, None)
     assert ends.is_silent()
 
 
@@ -204,6 +224,9 @@ def test_what_has_ended_or_does_not_run_yet_is_not_told(
     for state in (having(phase="starting"), having(given_up="no room")):
         file.save(state)
         found.listen(ends)
+        if state.given_up is not None:
+            with found.stopping() as tell:
+                tell(FIRST, False, "no room")
         file.remove()
         assert ends.is_silent()
 
@@ -225,6 +248,30 @@ def test_the_end_of_a_process_is_told_by_a_thread(dead: runtime.Process) -> None
         other.kill()
         assert told.get(timeout=PATIENCE) == "ended"
     assert told.empty()
+
+
+def test_a_signal_s_handler_closes_as_a_process_comes_to_be_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is left of what it was in the middle of."""
+    alive = runtime.is_alive
+    watching = events.ProcessEnd(lambda: None)
+
+    def interrupted(process: runtime.Process) -> bool:
+        callbacks.close()
+        return alive(process)
+
+    with subprocess.Popen(["sleep", "60"]) as one:
+        start = runtime.process_start(one.pid)
+        assert start is not None
+        process = runtime.Process(one.pid, start)
+        callbacks = events.Events(lambda: watching.watch(process), lambda: watching.watch(None))
+        monkeypatch.setattr(runtime, "is_alive", interrupted)
+        callbacks.register(lambda event: None)
+        waiting.until(
+            lambda: "virtbackup-process-end" not in [t.name for t in threading.enumerate()]
+        )
+        one.kill()
 
 
 @pytest.mark.parametrize("spare", [0, 1])
@@ -282,7 +329,7 @@ def test_callbacks_end_as_they_come() -> None:
     registering.start()
     registering.join(PATIENCE)
     assert not registering.is_alive()
-    assert happened == ["end"]
+    assert happened == ["end"] * 2  # the second of what was begun after the first
     assert not registry
 
 

@@ -117,7 +117,7 @@ class Bench:
         watch.close_all(images)
 
     def stop(self) -> dict[str, str]:
-        return self.job.stop()
+        return self.job.stop()[1]
 
     @property
     def jobs(self) -> list[str]:

@@ -31,15 +31,18 @@ import pytest
 import virtbackup
 from tests import daemons, waiting
 from tests.live import places
-from virtbackup import extend, hypervisor, runtime
+from virtbackup import errors, extend, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.qemu import (
     block,
+    cleanup,
+    domain,
     driver,
     monitor,
     monitor_json,
     naming,
     recording,
+    status,
     sweep,
     verdict,
     watch,
@@ -617,6 +620,31 @@ def test_a_pull(
 # --- monitor-replay ---
 
 
+def test_a_pull_whose_stop_is_refused_ends_its_backup(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a scratch image hangs, for a while: the connection may stay for long."""
+    from virtbackup.tools import pull
+
+    refused: list[str] = []
+    check = cleanup.check_scratch
+
+    def hangs(session: domain.Session, left: status.Status) -> None:
+        if not left.cancelled:
+            refused.append(left.id)
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "the scratch image hangs")
+        check(session, left)
+
+    monkeypatch.setattr(cleanup, "check_scratch", hangs)
+    with virtbackup.open("test:///default") as conn:
+        words = str(failure(lambda: pull.pull(only(conn), tmp_path / "pulled", fmt="raw")))
+        assert f"the scratch image hangs (no backup was kept in {tmp_path}/pulled)" in words
+        assert refused
+        none = failure(only(conn).backupGetInfo)
+        assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+    assert not (tmp_path / "pulled").exists()
+
+
 @pytest.fixture
 def server(tmp_path: pathlib.Path) -> Iterator[fake_server.Server]:
     script = test_driver.load(RECORDINGS / "qemu-7.2.22.jsonl")
@@ -953,7 +981,7 @@ def test_the_end_of_qemu_is_noted_without_a_status(
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
-        own._domain._stop_watching(own._domain._watched)
+        own._domain._stop_watching()
         with away(state):
             own._domain.job.note_end(id, "the domain was destroyed")
             assert not image.exists()
@@ -1005,7 +1033,7 @@ def test_what_qemu_s_end_leaves_without_a_status(
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml.replace("</dom", disk), 0)
-        own._domain._stop_watching(own._domain._watched)
+        own._domain._stop_watching()
         begun = own._domain.file.load()
         assert begun is not None
         own._domain.job.look_after(dataclasses.replace(begun, qemu=NOBODY))
@@ -1056,7 +1084,7 @@ def test_a_branch_that_a_backup_without_a_status_begins(
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml.replace("</dom", '<branch name="b"/></dom'), 0)
-        own._domain._stop_watching(own._domain._watched)
+        own._domain._stop_watching()
         for file in state.iterdir():
             file.unlink()
         words = str(failure(lambda: own.domain_branch_create(ref, "b", 0)))
@@ -1081,7 +1109,7 @@ def test_what_is_beside_a_status_of_no_use_is_cleaned_up(
     ):
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY)
-        own._domain._stop_watching(own._domain._watched)
+        own._domain._stop_watching()
         [file] = state.glob("*.json")
         assert {one.suffix for one in state.glob(f"{file.stem}.*")} > {".owner", ".partial"}
         if text is None:
@@ -1167,12 +1195,80 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml, 0)
-        own._domain._stop_watching(own._domain._watched)  # it would write it anew at some time
+        own._domain._stop_watching()  # it would write it anew at some time
         for file in state.glob("*.json"):
             file.unlink()
         words = str(failure(lambda: own.domain_backup_cleanup(ref, 0)))
         assert "is running: backup-stop ends it" in words
         own.domain_backup_stop(ref, 0)
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_stop_while_another_thread_looks_for_the_status(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As who tells of its end does: the stop may forget the backup at any moment."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        own.domain_backup_start(ref, xml, 0)
+        job = own._domain.job
+
+        def stopped(found: object) -> bool:
+            monkeypatch.undo()
+            monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(state))
+            own.domain_backup_stop(ref, 0)
+            return False
+
+        monkeypatch.setattr(job, "_is_noted", stopped)
+        assert job.load() is None
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_stop_of_what_began_while_it_waited(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread: it is that which is over, and is not to end with the connection."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        stop = own._domain.job.stop
+
+        def waiting(*args: Any) -> tuple[naming.BackupId, dict[str, str]]:
+            own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY)
+            return stop(*args)
+
+        monkeypatch.setattr(own._domain.job, "stop", waiting)
+        own.domain_backup_stop(ref, 0)
+        assert own._domain.own is None
+        assert own._domain._watch is None
+    for file in state.iterdir():
+        file.unlink()
+
+
+def test_a_start_that_cannot_be_undone_ends_with_the_connection(
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was interrupted as it had come to its end, say."""
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        start, stop = own._domain.job.start, own._domain.job.stop
+
+        def interrupted(*args: Any) -> None:
+            start(*args)
+            raise KeyboardInterrupt
+
+        def refused(*args: Any, **options: Any) -> None:
+            monkeypatch.setattr(own._domain.job, "stop", stop)
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "the scratch image hangs")
+
+        monkeypatch.setattr(own._domain.job, "start", interrupted)
+        monkeypatch.setattr(own._domain.job, "stop", refused)
+        words = str(
+            failure(lambda: own.domain_backup_start(ref, xml, hypervisor.START_AUTODESTROY))
+        )
+        assert "the scratch image hangs" in words
+    assert own._domain.file.load() is None
     for file in state.iterdir():
         file.unlink()
 

@@ -4,8 +4,10 @@
 import contextlib
 import os
 import pathlib
+import subprocess
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import libvirt
 import pytest
@@ -14,7 +16,16 @@ from tests import hostile_monitor, waiting
 from tests.test_ending import RUNNING, having
 from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import domain, domain_obj, job, lifecycle, monitor, status, watch
+from virtbackup.qemu import (
+    domain,
+    domain_obj,
+    job,
+    libvirt_driver,
+    lifecycle,
+    monitor,
+    status,
+    watch,
+)
 
 
 class Nobody:
@@ -65,6 +76,17 @@ def test_a_watch_that_is_closed_has_closed_its_descriptors(tmp_path: pathlib.Pat
     watched.start()
     watched.close()
     assert not is_open(image.fd)
+
+
+def test_a_watch_that_is_closed_before_it_begins_looks_at_nothing(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where another thread has stopped the backup by then."""
+    watched = watch.Watch([image_in(tmp_path)], Nobody())
+    watched.close()
+    watched.start()
+    watched._thread.join()
+    assert not caplog.messages
 
 
 def test_what_cannot_be_done_is_told_once_each(
@@ -120,12 +142,24 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.parametrize("when", ["as it listens", "as it has begun"])
 def test_a_start_that_is_interrupted_closes_each_descriptor_once(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     closed: list[tuple[str, str]],
+    when: str,
 ) -> None:
-    """Be it by the watch, which has begun by then, or by the start."""
+    """Be it by the watch, which has begun by then and looks at none that is closed, or by the
+    start."""
+    begin = domain_obj.DomainObj._begin_to_watch
+
+    def interrupted(*args: Any) -> None:
+        begin(*args)
+        raise KeyboardInterrupt
+
+    if when == "as it has begun":
+        monkeypatch.setattr(Interrupted, "listen", lambda self, hearing: None)
+        monkeypatch.setattr(domain_obj.DomainObj, "_begin_to_watch", interrupted)
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "state"))
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("VIRTBACKUP_SCRATCH_DIR", str(tmp_path / "scratch"))
@@ -145,8 +179,9 @@ def test_a_start_that_is_interrupted_closes_each_descriptor_once(
             found.backup_start(backup_conf.BackupDef(address, ()), 0)
         found.close()
     assert file.load() is None
-    images = [what for _, what in closed if what.startswith(f"{tmp_path}/scratch")]
+    images = [name for name, what in closed if what.startswith(f"{tmp_path}/scratch")]
     assert len(images) == 4  # of two disks, each once as QEMU had it and once as the watch did
+    assert images.count("virtbackup-watch") == 2
     assert "nothing" not in [what for _, what in closed]
     assert all("scratch" in what for name, what in closed if name == "virtbackup-watch")
 
@@ -173,3 +208,58 @@ def test_the_end_of_a_qemu_that_cannot_be_seen_from_here_is_heard_of(
     assert watched.why_ended() is None
     watched.listen(lambda: None)
     assert watched.why_ended() == "the guest shut down"
+
+
+def test_why_a_domain_ended_is_asked_for_as_its_watch_ends(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, whose stop has ended the backup."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+
+    def nowhere() -> contextlib.AbstractContextManager[domain.Session]:
+        raise AssertionError("nobody is to be asked")
+
+    file = status.StatusFile("key", tmp_path)
+    found = domain_obj.DomainObj(file, nowhere, host=Interrupted())
+    looks = iter([domain_obj._Watched(found.job, RUNNING.id, None)])
+    forgotten = property(lambda self: next(looks, None))
+    monkeypatch.setattr(domain_obj.DomainObj, "_watched", forgotten, raising=False)
+    assert found._why_ended() is None
+
+
+class Libvirt:
+    """A libvirt's connection, by which no domain can be asked for."""
+
+    def getURI(self) -> str:
+        return "qemu:///system"
+
+    def isAlive(self) -> int:
+        return 1
+
+    def getLibVersion(self) -> int:
+        return 9000000
+
+    def lookupByUUIDString(self, uuid: str) -> None:
+        raise errors.error(libvirt.VIR_ERR_INTERNAL_ERROR, "client socket is closed")
+
+
+def test_a_backup_that_cannot_be_adopted_keeps_no_other_from_being_watched(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one whose process is gone, and whose libvirtd, or file system, does not answer."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    own = libvirt_driver.LibvirtDriver(Libvirt())
+    with subprocess.Popen(["true"]) as process:
+        gone = runtime.Process(process.pid, 1)
+    first, second = sorted((own._file(uuid) for uuid in ("one", "two")), key=lambda file: file.path)
+    uuids = {own._file(uuid).path: uuid for uuid in ("one", "two")}
+    first.save(having(uuid=uuids[first.path], owner=gone))
+    document = backup_conf.BackupDef(backup_conf.UnixAddress("/nbd.sock")).format()
+    second.save(having(uuid=uuids[second.path], definition=document))
+    own.adopt_backups()
+    assert [uuid for uuid, one in own._domains.items() if one._watch] == [uuids[second.path]]
+    assert "client socket is closed" in caplog.text
+    for file in (first, second):
+        file.remove()
+    for one in own._domains.values():
+        one.close()

@@ -144,7 +144,8 @@ def _is_of_read_only(failure: errors.Error) -> bool:
 
 _connections: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """Every virConnect that has a connection of ours."""
-_connecting = threading.Lock()
+_connecting = threading.RLock()
+"""Reentrant, as a signal's handler may call."""
 
 
 def _domain(domain: Any, function: str) -> api.Domain:
@@ -153,8 +154,7 @@ def _domain(domain: Any, function: str) -> api.Domain:
     with _connecting:
         ours: api.Connection | None = vars(connection).get(_OURS)
         if ours is None:
-            ours = _connect(connection, domain, function)
-            vars(connection)[_OURS] = ours
+            ours = vars(connection).setdefault(_OURS, _connect(connection, domain, function))
             _connections.add(connection)
     id = domain.ID()
     ref = hypervisor.DomainRef(domain.name(), domain.UUIDString(), None if id < 0 else id)

@@ -29,6 +29,7 @@ _PATHS = ("VIRTBACKUP_CONF", "VIRTBACKUP_SCRATCH_DIR", "VIRTBACKUP_STATE_DIR")
 _NAMESPACES = ("pid", "time")
 _TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 _HELD = "held"
 """What a private directory's owner has locked; not itself, in which he may want to listen alone."""
@@ -103,7 +104,7 @@ def read_file(path: str | os.PathLike[str], most: int = -1) -> bytes:
 
 def process_start(pid: int) -> int | None:
     """When process PID began, in clock ticks since boot; None when there is none."""
-    fields = _stat(pid)
+    fields = stat_of(pid)
     if not fields or fields[0] in (b"Z", b"X"):
         return None  # it has ended, and its parent has not looked yet
     return int(fields[19])
@@ -111,10 +112,10 @@ def process_start(pid: int) -> int | None:
 
 def is_stopped(pid: int) -> bool:
     """Whether process PID stands still, as a signal or a debugger has made it to."""
-    return _stat(pid)[:1] in ([b"T"], [b"t"])
+    return stat_of(pid)[:1] in ([b"T"], [b"t"])
 
 
-def _stat(pid: int) -> list[bytes]:
+def stat_of(pid: int) -> list[bytes]:
     """What is told of process PID from its state on (proc(5)); nothing where there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  (bytes, not a path at rest)
@@ -197,18 +198,22 @@ def not_accepted_by(connected: socket.socket) -> int:
     theirs = [row[9] for row in rows if row[1].endswith(there) and row[2].endswith(here)]
     if theirs != ["0"]:  # the other end: once it is accepted, it has an inode
         return 0
-    listens = {row[9] for row in rows if row[1].endswith(there) and row[3] == _TCP_LISTEN}
-    found = {pid for pid in map(int, _numbers("/proc")) if _sockets(pid) & listens}
+    listens = {int(row[9]) for row in rows if row[1].endswith(there) and row[3] == _TCP_LISTEN}
+    every = map(int, _numbers("/proc"))
+    found = {pid for pid in every if listens.intersection(sockets_of(pid).values())}
     return found.pop() if len(found) == 1 else 0
 
 
-def _sockets(pid: int) -> set[str]:
-    """The inodes of the sockets that process PID has; none where we may not look."""
-    found = set()
+def sockets_of(pid: int) -> dict[int, int]:
+    """Descriptor of process PID -> the socket's inode, of those that are one; none where we may not
+    look (proc(5))."""
+    found = {}
     for number in _numbers(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            found.add(str(pathlib.Path(f"/proc/{pid}/fd/{number}").readlink()))
-    return {name.removeprefix("socket:[").removesuffix("]") for name in found}
+            name = os.readlink(f"/proc/{pid}/fd/{number}")  # noqa: PTH115
+            if match := _SOCKET.fullmatch(name):
+                found[int(number)] = int(match[1])
+    return found
 
 
 def _numbers(directory: str) -> list[str]:

@@ -263,7 +263,7 @@ def test_the_checksum_is_the_same_however_it_is_read(tmp_path: pathlib.Path) -> 
     with copies.nbdkit(
         tmp_path, "--filter=truncate", "sparse-random", "16M", f"truncate={size}"
     ) as kit:
-        wanted = copy.checksum_of_export(kit.export)
+        wanted = copy.copy([copy.Job(kit.export, None)])[0].checksum
         for fmt in FORMATS:
             assert copy_one(kit.export, tmp_path / fmt, fmt).checksum == wanted
     for fmt in FORMATS:

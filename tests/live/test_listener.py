@@ -4,6 +4,7 @@
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import os
 import pathlib
 import socket
@@ -165,6 +166,27 @@ def test_where_nobody_can_listen(
     with pytest.raises(virtbackup.Error, match=f"cannot listen on {reason}"):
         started(domain, f'<address type="ip" host="{host}" port="0"/>')
     assert domain.backupCleanup() == []
+
+
+def test_a_name_has_an_address_of_a_kind_that_the_kernel_has_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ::1, of localhost, where it was told to have no IPv6: QEMU goes on to the next."""
+    kinds = [(socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1")]
+    found = [(kind, socket.SOCK_STREAM, 0, "", (host, 0)) for kind, host in kinds]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    make = socket.socket
+
+    def without(kind: int = -1, *args: int) -> socket.socket:
+        if kind == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return make(kind, *args)
+
+    monkeypatch.setattr(socket, "socket", without)
+    made, several = listener._bind("localhost")
+    with made:
+        assert made.getsockname()[0] == "127.0.0.1"
+        assert several
 
 
 def test_a_directory_that_qemu_has_not(tmp_path: pathlib.Path) -> None:

@@ -143,11 +143,6 @@ def copy(
     return results
 
 
-def checksum_of_export(export: connection.Export, *, cancel: Cancel | None = None) -> str:
-    """The checksum of what an export reads as. Errors: as ``copy``."""
-    return copy([Job(export, None)], cancel=cancel)[0].checksum
-
-
 def checksum_of_file(
     path: pathlib.Path, fmt: Format, size: int | None = None, *, cancel: Cancel | None = None
 ) -> str:

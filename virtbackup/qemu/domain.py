@@ -306,12 +306,6 @@ def check_known(
     return dataclasses.replace(wanted, disks=disks)
 
 
-def jobs(session: Session) -> dict[naming.JobId, monitor_json.Job]:
-    """All jobs."""
-    spoken = dialect.Dialect(session.capabilities)
-    return spoken.parse_jobs(session.qemu.execute(spoken.query_jobs()))
-
-
 def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:
     """What has become of a backup, the reading of frozen disks not tried."""
     spoken = dialect.Dialect(caps)

@@ -113,7 +113,7 @@ class DomainObj:
         """End the backup that was started to end with us; a failure to is logged. One that another
         thread is just starting is ended by that. UNTIL, for who closes several: by
         ``time.monotonic``, the end of their PATIENCE, which is one for all."""
-        self._stop_watching(self._watched)
+        self._stop_watching()
         with self._keeping:
             self._closed = True
             id, self._autodestroy = self._autodestroy, None
@@ -146,7 +146,7 @@ class DomainObj:
                 if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                     raise
                 return
-            ended(False, ending.CANCELLED)
+            ended(id, False, ending.CANCELLED)
 
     @property
     def own(self) -> naming.BackupId | None:
@@ -177,12 +177,15 @@ class DomainObj:
             self._begin_to_watch(id, images)
         except BaseException as failure:
             # Where the start itself failed there is only what it could not undo to be ended.
+            self._stop_watching(id)
             watch.close_all(images)
             lost = isinstance(failure, errors.Error) and _may_come_back(failure)
-            if not self.job.is_over(id):
-                self.job.stop(id, cancel=True)
-            if owned and self.job.is_left(id):
-                self._autodestroy = id
+            try:
+                if not self.job.is_over(id):
+                    self.job.stop(id, cancel=True)
+            finally:
+                if owned and self.job.is_left(id):
+                    self._autodestroy = id
             if lost:
                 self._end_patiently(id, time.monotonic() + PATIENCE)
             is_left = self.job.is_left(id)
@@ -220,7 +223,7 @@ class DomainObj:
             watching.start()
             watched.listen(watching.wake)
         except BaseException:
-            self._stop_watching(self._watched)
+            self._stop_watching(id)
             watch.close_all(images)
             raise
         if before is not None:
@@ -235,24 +238,24 @@ class DomainObj:
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, ending.reason_of(reasons))
 
     def _stop(
-        self, only: naming.BackupId | None, cancel: bool, ended: ending.Notify
+        self, only: naming.BackupId | None, cancel: bool, ended: ending.Tell
     ) -> dict[str, str]:
         # Once the backup is over, another thread may have started the next one.
         own, watched = self._autodestroy, self._watched
         try:
-            reasons = self._stop_patiently(only, cancel)
+            id, reasons = self._stop_patiently(only, cancel)
             reason = ending.reason_of(reasons) if reasons else None
             reason = ending.CANCELLED if cancel else reason
-            ended(reason is None, reason)
-            self._forget(own)
-            self._stop_watching(watched)
+            ended(id, reason is None, reason)
+            self._forget(id)
+            self._stop_watching(id)
         except errors.Error as failure:
             if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                 # Where ONLY is meant another one may run, which is somebody else's.
                 if only in (None, own):
                     self._forget(own)
                 if watched is not None and only in (None, watched.id):
-                    self._stop_watching(watched)
+                    self._stop_watching(watched.id)
             raise
         except BaseException:
             # It may have been interrupted as it had come to its end.
@@ -262,7 +265,9 @@ class DomainObj:
             raise
         return reasons
 
-    def _stop_patiently(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
+    def _stop_patiently(
+        self, only: naming.BackupId | None, cancel: bool
+    ) -> tuple[naming.BackupId, dict[str, str]]:
         """As ``BackupJob.stop``. For one that is to end with us, as a pull's, which has copied
         everything by then, a daemon of libvirt's that is restarted is waited for."""
         is_own = only is not None and only == self._autodestroy
@@ -297,10 +302,10 @@ class DomainObj:
         self._ending.find()
         return info
 
-    def _stop_watching(self, watched: "_Watched | None") -> None:
-        """Watch no more, if it is that which is WATCHED."""
+    def _stop_watching(self, id: naming.BackupId | None = None) -> None:
+        """Watch backup ID no more; None: whichever is watched."""
         with self._keeping:
-            if self._watched is not watched:
+            if self._watched is None or id not in (None, self._watched.id):
                 return
             watching, self._watch, self._watched = self._watch, None, None
         if watching is not None:
@@ -320,11 +325,12 @@ class DomainObj:
         return why
 
     def _why_it_ended(self) -> str | None:
-        if self._watched is not None and (heard := self._watched.heard()) is not None:
+        watched = self._watched  # which a stop may take away at any moment
+        if watched is not None and (heard := watched.heard()) is not None:
             return heard
         asked = None if self._host is None else self._host.why_ended()
-        if asked == lifecycle.UNKNOWN and self._watched is not None:
-            return self._watched.heard(lifecycle.PATIENCE) or asked
+        if asked == lifecycle.UNKNOWN and watched is not None:
+            return watched.heard(lifecycle.PATIENCE) or asked
         return asked
 
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 Notify = Callable[[bool, str | None], None]
 """(whether the backup was good, else why not)"""
+Tell = Callable[[naming.BackupId, bool, str | None], None]
+"""(which backup has ended, as ``Notify``)"""
 
 LOOK = 0.2
 """Seconds between two looks."""
@@ -32,7 +34,7 @@ GRACE = 1.0
 
 CANCELLED = "the backup was cancelled"
 _ELSEWHERE = "the backup was stopped by another process, which was told whether it was good"
-_GONE = "QEMU is gone"
+GONE = "QEMU is gone"
 
 
 def reason_of(verdict: dict[str, str]) -> str:
@@ -63,8 +65,9 @@ class Ending:
         """The backup whose end is to be told."""
         self._told: naming.BackupId | None = None
         """The one whose end was told last; it may be there yet, to be stopped."""
-        self._stops: dict[object, naming.BackupId | None] = {}
-        """The calls that stop one just now, each with which: it is theirs to tell."""
+        self._stops: set[object] = set()
+        """The calls that stop one just now: which, they know once they have; it is theirs to tell.
+        """
         self._overtaken: set[naming.BackupId] = set()
         """Those that are to be told so yet, although another one runs already."""
 
@@ -83,14 +86,17 @@ class Ending:
         if self._notify is None:
             return
         running = self._load()
-        if running is None or running.phase == "starting" or _known_end(running) is not None:
+        if running is None or running.phase == "starting":
             return
         with self._lock:
             before = self._id
             if running.id in (before, self._told) or self._notify is None:
                 return
+            if _known_end(running) is not None:
+                self._told = running.id  # it has ended before anybody wanted to know
+                return
             notify, unseen = self._notify, before is not None
-            if before is not None and before in self._stops.values():
+            if before is not None and self._stops:
                 self._overtaken.add(before)
                 unseen = False
             self._id = running.id
@@ -102,35 +108,38 @@ class Ending:
         ).start()
 
     @contextlib.contextmanager
-    def stopping(self) -> Iterator[Notify]:
+    def stopping(self) -> Iterator[Tell]:
         """While the backup is stopped here: nobody else tells its end. What is yielded does, once
         the stop has ended it; else it goes on to be looked at."""
         self.find()
         this = object()
         try:
             with self._lock:
-                id = self._stops[this] = self._id
-            yield lambda good, reason: self._tell(id, good, reason)
+                self._stops.add(this)
+            yield self._tell
         finally:
             with self._lock:
-                id = self._stops.pop(this, None)
+                self._stops.discard(this)
+                untold = () if self._stops else tuple(self._overtaken)
                 self._changed.notify_all()
-            if id in self._overtaken and id not in self._stops.values():
+            for id in untold:
                 self._tell(id, False, _ELSEWHERE)
 
     def _tell(
-        self, id: naming.BackupId | None, good: bool, reason: str | None, seen: bool = False
+        self, id: naming.BackupId, good: bool, reason: str | None, seen: bool = False
     ) -> None:
         """Tell the end of backup ID, unless that was done; SEEN: by who only looks."""
         with self._lock:
-            if id is None or (seen and id in self._stops.values()):
+            if seen and self._stops:
                 return
             if id in self._overtaken:
                 self._overtaken.discard(id)
             elif id == self._id:
                 self._id, self._told = None, id
-            else:
+            elif seen or id == self._told:
                 return
+            else:  # who has started it has not come to have it found
+                self._told = id
             notify = self._notify
             self._changed.notify_all()
         if notify is not None:
@@ -196,7 +205,7 @@ class _Following:
         says_why = reason is not None and reason != lifecycle.UNKNOWN
         if not says_why and time.monotonic() < self._gone_since + GRACE:
             return None
-        return False, reason or _GONE
+        return False, reason or GONE
 
 
 def _known_end(found: status.Status) -> tuple[bool, str | None] | None:

@@ -20,8 +20,9 @@ class Events:
     """The callbacks of one driver. True while there are any."""
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        """BEGIN is called when there is a first callback, END when the last is gone; neither waits
-        for an event that is being told."""
+        """BEGIN is called when there is a first callback, END when the last is gone: where that was
+        in the middle of BEGIN, once more after it. Neither waits for an event that is being told.
+        """
         self._begin = begin
         self._end = end
         # Reentrant, as a signal's handler may close us.
@@ -44,6 +45,8 @@ class Events:
                 except BaseException:
                     self._remove(number)
                     raise
+                if not self._callbacks:  # a signal's handler has closed us meanwhile
+                    self._end()
         return lambda: self._unregister(number)
 
     def emit(self, event: hypervisor.Event) -> None:
@@ -72,7 +75,8 @@ class ProcessEnd:
     def __init__(self, tell: Callable[[], None]) -> None:
         """TELL is called, by that thread, once a process has ended."""
         self._tell = tell
-        self._lock = threading.Lock()
+        # Reentrant, as a signal's handler may close who has us.
+        self._lock = threading.RLock()
         self._process: runtime.Process | None = None
         self._leave: int | None = None
         """An eventfd that ends the thread."""

@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 
+from virtbackup import runtime
+
 NodeInfo = tuple[str, int, int, int, int, int, int, int]
 """As ``QueryDriver.node_get_info``."""
 
@@ -24,11 +26,8 @@ def node_info(root: pathlib.Path = pathlib.Path("/")) -> NodeInfo:
 
 def cpu_time(pid: int) -> int | None:
     """Nanoseconds of processor time that a process has used; None where there is none (proc(5))."""
-    try:
-        text = pathlib.Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
+    if not (fields := runtime.stat_of(pid)):
         return None
-    fields = text[text.rindex(b")") + 2 :].split()
     return (int(fields[11]) + int(fields[12])) * 10**9 // os.sysconf("SC_CLK_TCK")
 
 

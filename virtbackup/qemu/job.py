@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 Connect = Callable[[], contextlib.AbstractContextManager[domain.Session]]
 """Opens a session with the domain's QEMU; raises ``monitor.NotListening`` when there is none."""
 
-_GONE = "QEMU is gone"
 _DYING = 2.0
 """Seconds for a QEMU whose monitor was lost to be gone, if that was why."""
 _LOOK_AGAIN = 0.01
@@ -149,11 +148,11 @@ class BackupJob:
     def load(self) -> status.Status | None:
         """The status, also where its file is lost of a backup that was begun here. Errors: of the
         file, and then of the lock and the monitor."""
-        found = self._file.load()
-        if self._begun is None or self._is_noted(found):
+        found, begun = self._file.load(), self._begun  # which a stop may forget at any moment
+        if begun is None or self._is_noted(found):
             return found
-        if self._begun.given_up is not None:
-            return self._begun
+        if begun.given_up is not None:
+            return begun
         with self._file.locked():
             return self._load_known()
 
@@ -268,8 +267,11 @@ class BackupJob:
             cleanup.sweeper_of(session, running).stop_saving()
             return cleanup.take_out(session, running)[1]
 
-    def stop(self, only: naming.BackupId | None = None, cancel: bool = False) -> dict[str, str]:
-        """Take the backup down; disk -> why its data is not good. Empty: all of it is.
+    def stop(
+        self, only: naming.BackupId | None = None, cancel: bool = False
+    ) -> tuple[naming.BackupId, dict[str, str]]:
+        """Take the backup down: (which it was, disk -> why its data is not good). Empty: all of it
+        is.
 
         ONLY is the backup that is meant; None: whichever runs. Where all of it is good, it is the
         last point of its branch from now on, but with CANCEL. Errors: VIR_ERR_NO_DOMAIN_BACKUP when
@@ -283,9 +285,11 @@ class BackupJob:
                 raise
             logger.warning("backup=%s is ended without a note of it: %s", only, failure)
             self._stop_unnoted(begun)
-            return {}
+            return begun.id, {}
 
-    def _stop_noted(self, only: naming.BackupId | None, cancel: bool) -> dict[str, str]:
+    def _stop_noted(
+        self, only: naming.BackupId | None, cancel: bool
+    ) -> tuple[naming.BackupId, dict[str, str]]:
         with self._file.locked():
             running = self._load_known()
             if running is None:
@@ -302,7 +306,7 @@ class BackupJob:
         if running.told:
             raise _no_backup()
         logger.info("backup=%s stopped bad=%s", running.id, list(reasons))
-        return reasons
+        return running.id, reasons
 
     def _stop_unnoted(self, begun: status.Status) -> None:
         """Take a backup that was BEGUN here out of QEMU, without the lock, and as no good one.
@@ -351,7 +355,7 @@ class BackupJob:
             except (monitor.NotListening, monitor.MonitorLost) as failure:
                 if not self._means_the_end(failure, running):
                     raise
-                why = running.given_up or self._why_ended(_WORD) or _GONE
+                why = running.given_up or self._why_ended(_WORD) or ending.GONE
                 return verdict.info(running, verdict.of_all(running, why))
 
     def branches(self) -> list[backup_conf.Branch]:
@@ -416,7 +420,7 @@ class BackupJob:
             except monitor.NotListening:
                 if left is not None and _serves(left):
                     raise
-                why = self._why_ended(_WORD) or _GONE
+                why = self._why_ended(_WORD) or ending.GONE
                 removed = [
                     *_untold(left, lambda left: verdict.of_all(left, left.given_up or why)),
                     *self._forget(_abandoned(left)),
@@ -715,7 +719,7 @@ class BackupJob:
         done = last.advances is not None and (last.advanced or last.cancelled)
         if last.verdict is None or not (last.verdict or done):
             may_be_point = last.verdict is not None
-            why = last.given_up or self._why_ended(_WORD) or _GONE
+            why = last.given_up or self._why_ended(_WORD) or ending.GONE
             reasons = verdict.of_all(running, why)
             self._forget(dataclasses.replace(last, cancelled=last.cancelled or may_be_point))
             return reasons

@@ -17,7 +17,7 @@ from typing import TextIO, TypeVar
 
 import libvirt
 
-from virtbackup import errors, hypervisor, runtime
+from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, dialects, domain_conf
 from virtbackup.qemu import (
     agent,
@@ -268,9 +268,12 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
     # --- backup ---
 
     def adopt_backups(self) -> None:
-        for file, left in status.all_in(runtime.directory()):
-            if self._file(left.uuid).path == file:
-                self._obj(hypervisor.DomainRef(left.name, left.uuid, None)).adopt()
+        """One that cannot be keeps no other domain's from it, and is logged."""
+        for ref in self._left_behind():
+            try:
+                self._obj(ref).adopt()
+            except (OSError, errors.Error) as failure:
+                logger.warning("domain=%s its backup is not watched: %s", ref.name, failure)
 
     @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> str:

@@ -110,19 +110,20 @@ def _bind(host: str) -> tuple[socket.socket, bool]:
     places = {place for *_, place in found}
     failures = []
     for family, kind, protocol, _, place in found:
-        made = socket.socket(family, kind, protocol)
-        try:
-            if family == socket.AF_INET6:  # "::" is all addresses, as QEMU has it
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            made.bind(place)
-            # Who listens there next need not wait for what is left of our clients' connections.
-            # Not before: two could be given one port.
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        except OSError as failure:
-            made.close()
-            failures.append(failure)
-        else:
-            return made, len(places) > 1
+        with contextlib.ExitStack() as undo:
+            try:
+                made = undo.enter_context(socket.socket(family, kind, protocol))
+                if family == socket.AF_INET6:  # "::" is all addresses, as QEMU has it
+                    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                made.bind(place)
+                # Who listens there next need not wait for what is left of our clients' connections.
+                # Not before: two could be given one port.
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            except OSError as failure:
+                failures.append(failure)
+            else:
+                undo.pop_all()
+                return made, len(places) > 1
     raise failures[0]
 
 

@@ -15,13 +15,13 @@ import ipaddress
 import logging
 import os
 import pathlib
-import re
 import socket
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from virtbackup import runtime
 from virtbackup.conf import backup_conf
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ _LOOK_AGAIN = 0.02
 _UNIX_CONNECTED = "03"
 _UNIX_LISTENS = "00010000"
 _TCP_LISTEN = "0A"
-_SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
 def send_clients_away(
@@ -133,7 +132,7 @@ def clients(pid: int, address: backup_conf.Address) -> int:
 
 def listening(pid: int) -> tuple[backup_conf.Address, ...]:
     """Every address on which process PID listens; none where we may not look."""
-    own = _sockets(pid)
+    own = set(runtime.sockets_of(pid).values())
     unix = (line.split(maxsplit=7) for line in _lines(pid, "unix"))
     paths = {
         fields[7]
@@ -243,24 +242,7 @@ def _duplicates(pid: int, address: backup_conf.Address) -> Iterator[socket.socke
 
 def _descriptors(pid: int, inode: int) -> list[int]:
     """The numbers by which process PID knows a socket; none where we may not look."""
-    numbers = []
-    with contextlib.suppress(OSError):
-        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if str(entry.readlink()) == f"socket:[{inode}]":
-                    numbers.append(int(entry.name))
-    return numbers
-
-
-def _sockets(pid: int) -> frozenset[int]:
-    """The sockets that process PID has, by inode; none where we may not look."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if match := _SOCKET.fullmatch(str(entry.readlink())):
-                    found.add(int(match[1]))
-    return frozenset(found)
+    return [number for number, found in runtime.sockets_of(pid).items() if found == inode]
 
 
 def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int]]:

@@ -22,6 +22,7 @@ from virtbackup.qemu import (
     capabilities,
     dialect,
     domain,
+    ending,
     job,
     monitor,
     monitor_json,
@@ -118,9 +119,8 @@ class Recorder:
             if not self._job.is_over(id):
                 self._end(id)
             raise
-        if reasons := self._job.stop(id):
-            disks = "; ".join(f"disk '{target}': {why}" for target, why in reasons.items())
-            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {disks}")
+        if reasons := self._job.stop(id)[1]:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, ending.reason_of(reasons))
 
     def _end(self, id: naming.BackupId) -> None:
         """After a failure, which is the one to be told."""

@@ -53,13 +53,14 @@ Thing = TypeVar("Thing")
 
 
 class ClientStuck(errors.Error):
-    """An NBD client cannot be sent away, and QEMU would stand still if its export were deleted."""
+    """An NBD client cannot be sent away, and QEMU would stand still if its export were deleted. Not
+    VIR_ERR_OPERATION_FAILED, which says of a stop that it was one."""
 
     def __init__(self, clients: int, address: str) -> None:
         super().__init__(
-            libvirt.VIR_ERR_OPERATION_FAILED,
-            f"operation failed: {clients} NBD client(s) of {address} have stopped reading and"
-            " cannot be disconnected: end them and try again",
+            libvirt.VIR_ERR_OPERATION_TIMEOUT,
+            f"Timed out during operation: {clients} NBD client(s) of {address} have stopped reading"
+            " and cannot be disconnected: end them and try again",
         )
 
 

@@ -98,8 +98,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="virtbackup-watch", daemon=True)
         try:
             self._keep = {
-                os.fstat(image.fd).st_dev: min(KEEP, scratch.free_bytes(image.fd) // 2)
-                for image in images
+                image.target: min(KEEP, scratch.free_bytes(image.fd) // 2) for image in images
             }
         except BaseException:
             close_all(images)
@@ -126,7 +125,8 @@ class Watch:
     def _run(self) -> None:
         try:
             next_look = time.monotonic() + LOOK
-            while self._goes_on():
+            # Closed before it began, it has no descriptors any more.
+            while not self._closed.is_set() and self._goes_on():
                 if (ended := self._ask(self._backup.why_ended)) is not None:
                     self._insist(self._backup.note_end, ended)
                     return
@@ -162,7 +162,7 @@ class Watch:
             growth = sum(other.growth for other in same)
             if not growth:
                 return FASTEST
-            return scratch.free_bytes(image.fd) - min(self._keep[device], growth)
+            return scratch.free_bytes(image.fd) - min(self._keep[image.target], growth)
         except OSError as failure:
             self._warn(f"cannot look at disk '{image.target}'", failure)
             return FASTEST

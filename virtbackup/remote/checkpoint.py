@@ -69,9 +69,15 @@ def _beginning(found: domains.Found) -> Checkpoint | None:
 
 def by_name(found: domains.Found, name: str) -> Checkpoint:
     """Errors: VIR_ERR_NO_DOMAIN_CHECKPOINT."""
-    for one in of(found):
+    return in_line(found, name)[0]
+
+
+def in_line(found: domains.Found, name: str) -> tuple[Checkpoint, list[Checkpoint]]:
+    """The checkpoint of that NAME, and those behind it. Errors: VIR_ERR_NO_DOMAIN_CHECKPOINT."""
+    known = of(found)
+    for place, one in enumerate(known):
         if one.name == name:
-            return one
+            return one, known[place + 1 :]
     raise missing(f"no domain checkpoint with matching name '{name}'")
 
 

@@ -26,9 +26,11 @@ def _found(
     sent: remote_types.NonnullDomainCheckpoint,
     function: str,
     perm: access.Perm = access.Perm.READ,
-) -> tuple[domains.Found, checkpoint.Checkpoint]:
+) -> tuple[domains.Found, checkpoint.Checkpoint, list[checkpoint.Checkpoint]]:
+    """(The domain, the checkpoint that is meant, those that are in line behind it.)"""
     found = session.domain(sent.dom, function, perm)
-    return found, checkpoint.by_name(found, sent.name)
+    one, later = checkpoint.in_line(found, sent.name)
+    return found, one, later
 
 
 def _wire(found: domains.Found, name: str) -> remote_types.NonnullDomainCheckpoint:
@@ -62,10 +64,8 @@ def list_all_children(
 ) -> structs.CheckpointsRet:
     function = "virDomainCheckpointListAllChildren"
     errors.check_flags(function, args.flags, _DESCENDANTS | _TOPOLOGICAL | _LEAVES | _NO_LEAVES)
-    found, one = _found(session, args.checkpoint, function)
-    known = checkpoint.of(found)
-    names = [other.name for other in known]
-    children = _with_leaves(known[names.index(one.name) + 1 :], args.flags)
+    found, one, later = _found(session, args.checkpoint, function)
+    children = _with_leaves(later, args.flags)
     if not args.flags & _DESCENDANTS:
         children = [other for other in children if other.parent == one.name]
     return _listed(found, children, args.need_results)
@@ -97,7 +97,7 @@ def get_parent(
 ) -> structs.DomainCheckpointGetParentRet:
     function = "virDomainCheckpointGetParent"
     errors.check_flags(function, args.flags, 0)
-    found, one = _found(session, args.checkpoint, function)
+    found, one, _ = _found(session, args.checkpoint, function)
     if one.parent is None:
         raise checkpoint.missing(f"checkpoint '{one.name}' does not have a parent")
     return structs.DomainCheckpointGetParentRet(_wire(found, one.parent))
@@ -120,7 +120,7 @@ def get_xml_desc(session: Session, args: structs.CheckpointFlagsArgs) -> structs
             domain=libvirt.VIR_FROM_DOMAIN_CHECKPOINT,
         )
     perm = access.Perm.BACKUP if secret else access.Perm.READ
-    found, one = _found(session, args.checkpoint, function, perm)
+    found, one, _ = _found(session, args.checkpoint, function, perm)
     of_domain = None
     if not args.flags & libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN:
         flags = libvirt.VIR_DOMAIN_XML_SECURE if secret else 0
@@ -182,9 +182,9 @@ def delete(session: Session, args: structs.CheckpointFlagsArgs) -> None:
     children = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN
     only = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_CHILDREN_ONLY
     errors.check_flags(function, args.flags, children | only)
-    found, one = _found(session, args.checkpoint, function, access.Perm.BACKUP)
-    names = [other.name for other in checkpoint.of(found)]
-    later = names[names.index(one.name) + 1 :] if args.flags & (children | only) else []
-    for name in [*reversed(later), *([] if args.flags & only else [one.name])]:
-        found.call(function, "domain_branch_delete", name, 0)
-        session.daemon.describe(found.own.uuid, name, None)
+    found, one, later = _found(session, args.checkpoint, function, access.Perm.BACKUP)
+    gone = [] if args.flags & only else [one]
+    gone += later if args.flags & (children | only) else []
+    for each in reversed(gone):
+        found.call(function, "domain_branch_delete", each.name, 0)
+        session.daemon.describe(found.own.uuid, each.name, None)

@@ -364,6 +364,10 @@ def _check_absent(paths: Iterable[pathlib.Path], note: str = "") -> None:
 # --- during ---------------------------------------------------------------------------------------
 
 
+_VERDICTS = (libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
+"""What a stop says of a backup that has ended; of another it is refused, and may be for long."""
+
+
 class _Running:
     """A backup from its start on, of DOMAIN for DIRECTORY."""
 
@@ -389,11 +393,15 @@ class _Running:
         """As ``_stop``, unless cancelled by now."""
         _ = self.info, self.xml  # there is none after it
         cancel.check()
+        try:
+            _stop(self._domain, self._directory)
+        except errors.Error as failure:
+            self._is_over = failure.get_error_code() in _VERDICTS
+            raise
         self._is_over = True
-        _stop(self._domain, self._directory)
 
     def end(self, failure: BaseException) -> None:
-        """Cancel it, as FAILURE ended the pull; not one whose verdict was asked for."""
+        """Cancel it, as FAILURE ended the pull; not one whose verdict was told."""
         if not self._is_over:
             self._is_over = True
             # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
