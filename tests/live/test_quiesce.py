@@ -72,9 +72,14 @@ def test_a_real_agent_by_way_of_libvirt(
         assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
         libvirtd.wait_for(lambda: _status(domain) == "thawed")
         dom.backupCleanup()
+        domain.libvirt.fsFreeze()
+        with pytest.raises(virtbackup.Error, match="the agent is in frozen state"):
+            dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+        assert _status(domain) == "frozen"  # somebody else's to end
+        domain.libvirt.fsThaw()
         before = domain.state()
         domain.libvirt.suspend()
-        with pytest.raises(virtbackup.Error, match="domain is not running"):
+        with pytest.raises(virtbackup.Error, match="not running: it is paused or susp"):
             dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
         domain.libvirt.resume()
         assert domain.state() == before
@@ -251,7 +256,9 @@ def hangs_up(_: dict[str, Any]) -> bytes:
 
 REFUSALS: dict[str, tuple[dict[str, agents.Reply], str, list[str]]] = {
     "is not there for anybody": ({"sync": HANGS}, "does not answer", []),
-    "refuses": ({"freeze": agents.refuses("no way")}, "guest agent: no way", ["freeze", "thaw"]),
+    "refuses, as it does where somebody else has had all frozen": (
+        {"freeze": agents.refuses("no way")}, "guest agent: no way", ["freeze"],
+    ),
     "does not end a freeze": ({"freeze": HANGS}, "does not answer", ["freeze", "thaw"]),
     "hangs up": ({"freeze": hangs_up}, "it hung up", ["freeze", "thaw"]),
     "speaks of other things": (
