@@ -716,6 +716,12 @@ def test_a_disk_that_libvirt_unplugs_meanwhile(
     dom.backupStart(document(host))
     assert right(host)
     dom.backupStop()
+    with (
+        steps.before("scratch_images", lambda _: two.libvirt.detachDevice(disk)),
+        pytest.raises(virtbackup.Error, match="disk 'sdb' was unplugged, or .* as the backup beg"),
+    ):
+        dom.backupStart(document(host))
+    two.libvirt.attachDevice(disk)
 
 
 def test_a_disk_in_whose_place_libvirt_plugs_another_meanwhile(
@@ -765,6 +771,9 @@ def test_a_domain_that_is_set_back_to_a_snapshot(
         assert not left_in_qemu(domain)
         dom.backupStart(document(host))
         dom.backupStop()
+        dom.branchCreate("nightly")
+        with pytest.raises(libvirt.libvirtError, match="active dirty bitmaps"):
+            domain.libvirt.revertToSnapshot(snapshot)
 
 
 def test_libvirtd_is_killed_and_started_again_meanwhile(

@@ -211,7 +211,16 @@ class Run:
         if not self.session.capabilities.devices:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
-        for disk, drive, medium in self._drives():
+        drives = self._drives()
+        there = {disk.target for disk, _, _ in drives}
+        for disk in self.plan.disks:
+            if disk.device and disk.target not in there:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}' was unplugged, or its medium removed, as the backup"
+                    " began",
+                ) from refusal
+        for disk, drive, medium in drives:
             if medium.driver in block.FILTERS and medium.node != disk.node:
                 continue  # it need not be the disk's own
             if medium.node != disk.node:
