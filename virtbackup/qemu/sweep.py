@@ -55,9 +55,9 @@ class ClientStuck(errors.Error):
     def __init__(self, clients: int, address: str) -> None:
         super().__init__(
             libvirt.VIR_ERR_OPERATION_FAILED,
-            f"operation failed: {clients} NBD client(s) of {address} cannot be disconnected, as they"
-            " have stopped reading, or what they read does not answer (a disk's own storage): end"
-            " them, or see to that, and try again",
+            f"operation failed: {clients} NBD client(s) of {address} cannot be disconnected, as"
+            " they have stopped reading, or what they read does not answer (a disk's own storage):"
+            " end them, or see to that, and try again",
         )
 
 
