@@ -146,9 +146,10 @@ class Run:
         return failure.desc
 
     def _who_qemu_is(self) -> str:
-        """To be said behind a refusal; empty where QEMU is no other user than we."""
+        """To be said behind a refusal; empty where QEMU is no other user than we, as far as is
+        known."""
         uid = self.qemu.peer_uid()
-        return "" if uid == os.geteuid() else f" (QEMU runs as user {_user(uid)})"
+        return "" if uid in (None, os.geteuid()) else f" (QEMU runs as user {_user(uid)})"
 
     def scratch_images(self) -> None:
         """Make every disk's scratch image and open it over the live disk."""
