@@ -72,6 +72,13 @@ def test_a_real_agent_by_way_of_libvirt(
         assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
         libvirtd.wait_for(lambda: _status(domain) == "thawed")
         dom.backupCleanup()
+        daemon = libvirt_host.daemon
+        argv = [sys.executable, "-c", f"import os, sys{_KILLED_AFTER_LIBVIRTD}", *argv[-2:]]
+        subprocess.run([*argv, str(daemon.pid)], check=False)
+        daemon.start()
+        domain = libvirt_host.again("quiet")
+        libvirtd.wait_for(lambda: _is_there(domain) and _status(domain) == "thawed")
+        dom.backupCleanup()
         domain.libvirt.fsFreeze()
         with pytest.raises(virtbackup.Error, match="the agent is in frozen state"):
             dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
@@ -178,6 +185,15 @@ import os, signal, sys, virtbackup
 from virtbackup.qemu import process
 process.Run.freeze = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 virtbackup.open(sys.argv[1]).listAllDomains()[0].backupStart(sys.argv[2], 1)
+"""
+
+
+_KILLED_AFTER_LIBVIRTD = f"""
+import signal
+def kill(self):
+    os.kill(int(sys.argv[3]), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+{_KILLED.replace("lambda self: os.kill(os.getpid(), signal.SIGKILL)", "kill")}
 """
 
 
@@ -441,6 +457,13 @@ def test_a_libvirt_that_does_not_come_back_from_its_agent(
 
         fsThaw = fsFreeze
 
+    class Busy(Domain):
+        def fsFreeze(self) -> int:
+            text = "Timed out during operation: cannot acquire state change lock"
+            raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_TIMEOUT, text)
+
+    with pytest.raises(agent.Refused):  # by another's command, and ours was not sent
+        agent.LibvirtAgent(Busy, "guest").freeze(lambda: None)
     stuck = agent.LibvirtAgent(Domain, "guest")
     try:
         with pytest.raises(virtbackup.Error, match=r"no answer within 0\.1 seconds") as error:

@@ -44,8 +44,12 @@ _SENTINEL = b"\xff"
 
 
 class Refused(errors.Error):
-    """The agent's own word that it has frozen nothing. What stands still all the same, somebody
-    else has had frozen, and counts on it."""
+    """The agent's own word that it has frozen nothing, or libvirt's that it has not asked it. What
+    stands still all the same, somebody else has had frozen, and counts on it."""
+
+
+class NoAnswer(errors.Error):
+    """Nobody knows what the agent has done, or may do yet."""
 
 
 class Agent(Protocol):
@@ -84,6 +88,10 @@ class LibvirtAgent:
             return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
         except errors.Error as failure:
             code = failure.get_error_code()
+            # Of a command that was sent libvirt has another code for that: somebody else's agent
+            # command, a freeze maybe, has not ended.
+            if code == libvirt.VIR_ERR_OPERATION_TIMEOUT and not isinstance(failure, NoAnswer):
+                raise _refused(failure) from failure
             # libvirt names the command where the agent has answered it.
             if code == libvirt.VIR_ERR_INTERNAL_ERROR and f"'{_FREEZE}'" in str(failure):
                 raise _refused(failure) from failure
@@ -103,7 +111,7 @@ class LibvirtAgent:
 
 
 def _in_time(call: Callable[[], Any], limit: float) -> Any:
-    """What CALL returns or raises. Errors: VIR_ERR_OPERATION_TIMEOUT; it is left to itself then."""
+    """What CALL returns or raises. Errors: NoAnswer; it is left to itself then."""
     returned: list[Any] = []
     failed: list[BaseException] = []
 
@@ -120,8 +128,9 @@ def _in_time(call: Callable[[], Any], limit: float) -> Any:
         failure = failed[0]
         raise errors.of_libvirt(failure) if isinstance(failure, libvirt.libvirtError) else failure
     if not returned:
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_TIMEOUT, f"guest agent: no answer within {limit:g} seconds"
+        raise NoAnswer(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT,
+            f"Timed out during operation: guest agent: no answer within {limit:g} seconds",
         )
     return returned[0]
 
@@ -385,17 +394,32 @@ def _see_off(process: "subprocess.Popen[bytes]", is_done: bool) -> None:
     _left_alone.append(process)
 
 
+class _Lookup:
+    """Finds the domain of a UUID by a connection to URI, or by another one once that is lost."""
+
+    def __init__(self, uri: str, uuid: str) -> None:
+        """Errors: libvirt's own."""
+        self._uri = uri
+        self._uuid = uuid
+        self._connection = libvirt.open(uri)
+        self()
+
+    def __call__(self) -> "libvirt.virDomain":
+        if not self._connection.isAlive():
+            self._connection = libvirt.open(self._uri)
+        return self._connection.lookupByUUIDString(self._uuid)
+
+
 def main(argv: list[str]) -> int:
     """The second process: ready once it has said so. ARGV: the first process, and its agent."""
     agent: Agent
     if argv[1] == "libvirt":
         libvirt.registerErrorHandler(lambda *_: None, None)  # it would print what is raised
         try:
-            domain = libvirt.open(argv[2]).lookupByUUIDString(argv[3])
+            agent = LibvirtAgent(_Lookup(argv[2], argv[3]), argv[3])
         except libvirt.libvirtError as failure:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-        agent = LibvirtAgent(lambda: domain, argv[3])
     else:
         agent = SocketAgent(argv[2])
     parent = None
