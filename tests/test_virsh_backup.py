@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import libvirt
 import pytest
 
 import virtbackup
 from tests import shell_driver, waiting
-from virtbackup import hypervisor
+from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup, virsh_connection, virsh_pull, vsh, vsh_readline
 
@@ -470,6 +471,22 @@ def test_list_of_some_states(run: Run) -> None:
         "list", "--inactive", "--state-paused"
     )
     assert run("list", "--state-shutoff", "--inactive", "--name") == (0, "off\n", "")
+
+
+def test_list_of_one_that_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a transient domain of whose backup something is left."""
+    state = shell_driver.Driver.domain_get_state
+
+    def gone(driver: shell_driver.Driver, ref: hypervisor.DomainRef) -> tuple[int, int]:
+        if ref.id is None:
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, f"no domain with uuid '{ref.uuid}'")
+        return state(driver, ref)
+
+    monkeypatch.setattr(shell_driver.Driver, "domain_get_state", gone)
+    assert run("list", "--all")[1].endswith("running\n -    off     no state\n")
+    assert json.loads(run("list", "--all", "--json")[1])[-1]["state"] == "no state"
+    assert run("list", "--state-other", "--name") == (0, "off\n", "")
+    assert run("domstate", "off")[0] == 1
 
 
 def test_list_by_branches_is_of_those_that_run(run: Run) -> None:

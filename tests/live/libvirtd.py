@@ -116,6 +116,12 @@ class Libvirtd:
     def uri(self) -> str:
         return f"qemu:///system?socket={self.socket}"
 
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        assert self._daemon is not None
+        return self._daemon
+
     def start(self) -> None:
         """Start the daemon; it takes up the domains that are running."""
         self.socket.unlink(missing_ok=True)

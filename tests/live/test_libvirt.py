@@ -24,7 +24,7 @@ import virtbackup
 from tests import conftest, strict_json, waiting
 from tests.live import certificates, libvirtd, machines, nbdclient, places, steps, test_json
 from tests.live.libvirtd import disk_xml, image, pattern
-from virtbackup.qemu import capabilities, domain_obj
+from virtbackup.qemu import capabilities, domain_obj, passthrough
 from virtbackup.tools import pull, virsh_connection
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
@@ -323,6 +323,7 @@ def test_a_qemu_of_another_user_needs_no_path(
     confined: libvirtd.Domain,
     scratch_dir: pathlib.Path,
     state_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither to the scratch images, nor to the socket's directory."""
     dom = connection.lookupByName("confined")
@@ -341,8 +342,11 @@ def test_a_qemu_of_another_user_needs_no_path(
         dom.backupStart(document(host).replace(str(socket(host)), str(taken)))
     assert not taken.exists()
     confined.monitor("nbd-server-stop")
+    monkeypatch.setattr(passthrough, "pid_of", lambda _: None)  # as in a container
     dom.backupStart(document(host))
+    assert right(host)
     dom.backupStop()
+    assert not left_over(confined, scratch_dir, state_dir)
 
 
 def test_a_pull_from_a_qemu_of_another_user(
@@ -716,6 +720,12 @@ def test_a_disk_that_libvirt_unplugs_meanwhile(
     dom.backupStart(document(host))
     assert right(host)
     dom.backupStop()
+    with (
+        steps.before("scratch_images", lambda _: two.libvirt.detachDevice(disk)),
+        pytest.raises(virtbackup.Error, match="disk 'sdb' was unplugged, or its medium"),
+    ):
+        dom.backupStart(document(host))
+    two.libvirt.attachDevice(disk)
 
 
 def test_a_disk_in_whose_place_libvirt_plugs_another_meanwhile(
@@ -765,6 +775,9 @@ def test_a_domain_that_is_set_back_to_a_snapshot(
         assert not left_in_qemu(domain)
         dom.backupStart(document(host))
         dom.backupStop()
+        dom.branchCreate("nightly")
+        with pytest.raises(libvirt.libvirtError, match="active dirty bitmaps"):
+            domain.libvirt.revertToSnapshot(snapshot)
 
 
 def test_libvirtd_is_killed_and_started_again_meanwhile(

@@ -72,9 +72,21 @@ def test_a_real_agent_by_way_of_libvirt(
         assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
         libvirtd.wait_for(lambda: _status(domain) == "thawed")
         dom.backupCleanup()
+        daemon = libvirt_host.daemon
+        argv = [sys.executable, "-c", f"import os, sys{_KILLED_AFTER_LIBVIRTD}", *argv[-2:]]
+        subprocess.run([*argv, str(daemon.pid)], check=False)
+        daemon.start()
+        domain = libvirt_host.again("quiet")
+        libvirtd.wait_for(lambda: _is_there(domain) and _status(domain) == "thawed")
+        dom.backupCleanup()
+        domain.libvirt.fsFreeze()
+        with pytest.raises(virtbackup.Error, match="the agent is in frozen state"):
+            dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
+        assert _status(domain) == "frozen"  # somebody else's to end
+        domain.libvirt.fsThaw()
         before = domain.state()
         domain.libvirt.suspend()
-        with pytest.raises(virtbackup.Error, match="domain is not running"):
+        with pytest.raises(virtbackup.Error, match="not running: it is paused or susp"):
             dom.backupStart(document(tmp_path / "nbd.sock"), QUIESCE)
         domain.libvirt.resume()
         assert domain.state() == before
@@ -176,6 +188,15 @@ virtbackup.open(sys.argv[1]).listAllDomains()[0].backupStart(sys.argv[2], 1)
 """
 
 
+_KILLED_AFTER_LIBVIRTD = f"""
+import signal
+def kill(self):
+    os.kill(int(sys.argv[3]), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+{_KILLED.replace("lambda self: os.kill(os.getpid(), signal.SIGKILL)", "kill")}
+"""
+
+
 def killed_when_frozen(uri: str, directory: pathlib.Path) -> list[str]:
     """A process that starts a backup, and is killed while the file systems are frozen."""
     return [sys.executable, "-c", _KILLED, uri, document(directory / "nbd.sock")]
@@ -251,7 +272,9 @@ def hangs_up(_: dict[str, Any]) -> bytes:
 
 REFUSALS: dict[str, tuple[dict[str, agents.Reply], str, list[str]]] = {
     "is not there for anybody": ({"sync": HANGS}, "does not answer", []),
-    "refuses": ({"freeze": agents.refuses("no way")}, "guest agent: no way", ["freeze", "thaw"]),
+    "refuses, as it does where somebody else has had all frozen": (
+        {"freeze": agents.refuses("no way")}, "guest agent: no way", ["freeze"],
+    ),
     "does not end a freeze": ({"freeze": HANGS}, "does not answer", ["freeze", "thaw"]),
     "hangs up": ({"freeze": hangs_up}, "it hung up", ["freeze", "thaw"]),
     "speaks of other things": (
@@ -434,6 +457,13 @@ def test_a_libvirt_that_does_not_come_back_from_its_agent(
 
         fsThaw = fsFreeze
 
+    class Busy(Domain):
+        def fsFreeze(self) -> int:
+            text = "Timed out during operation: cannot acquire state change lock"
+            raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_TIMEOUT, text)
+
+    with pytest.raises(agent.Refused):  # by another's command, and ours was not sent
+        agent.LibvirtAgent(Busy, "guest").freeze(lambda: None)
     stuck = agent.LibvirtAgent(Domain, "guest")
     try:
         with pytest.raises(virtbackup.Error, match=r"no answer within 0\.1 seconds") as error:

@@ -38,8 +38,18 @@ MORE_ATTEMPTS = 60
 """How often the second process tries, whom nobody waits for."""
 _PAUSE = 1.0
 """Seconds between two attempts."""
+_FREEZE = "guest-fsfreeze-freeze"
 _SENTINEL = b"\xff"
 """What the agent's answer to a delimited sync begins with: what came before is of no use."""
+
+
+class Refused(errors.Error):
+    """The agent's own word that it has frozen nothing, or libvirt's that it has not asked it. What
+    stands still all the same, somebody else has had frozen, and counts on it."""
+
+
+class NoAnswer(errors.Error):
+    """Nobody knows what the agent has done, or may do yet."""
 
 
 class Agent(Protocol):
@@ -54,8 +64,7 @@ class Agent(Protocol):
 
     def freeze(self, begin: Callable[[], None]) -> int:
         """Freeze all file systems; how many. BEGIN is called before the agent is told to, what it
-        raises is raised. Errors: errors.Error; then none is frozen, as far as it could be seen to.
-        """
+        raises is raised. Errors: errors.Error, Refused among them."""
 
     def thaw(self) -> None:
         """Thaw all of them. Errors: libvirt.libvirtError."""
@@ -75,14 +84,34 @@ class LibvirtAgent:
 
     def freeze(self, begin: Callable[[], None]) -> int:
         begin()
-        return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
+        try:
+            return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
+        except errors.Error as failure:
+            code = failure.get_error_code()
+            # Of a command that was sent libvirt has another code for that: somebody else's agent
+            # command, a freeze maybe, has not ended.
+            if code == libvirt.VIR_ERR_OPERATION_TIMEOUT and not isinstance(failure, NoAnswer):
+                raise _refused(failure) from failure
+            # libvirt names the command where the agent has answered it.
+            if code == libvirt.VIR_ERR_INTERNAL_ERROR and f"'{_FREEZE}'" in str(failure):
+                raise _refused(failure) from failure
+            if code == libvirt.VIR_ERR_OPERATION_INVALID and self._is_active():
+                text = "domain is not running: it is paused or suspended, and its guest agent, too"
+                raise errors.error(code, text) from failure
+            raise
+
+    def _is_active(self) -> bool:
+        try:
+            return bool(self._lookup().isActive())
+        except libvirt.libvirtError:
+            return False
 
     def thaw(self) -> None:
         _in_time(lambda: self._lookup().fsThaw(), TIMEOUT)
 
 
 def _in_time(call: Callable[[], Any], limit: float) -> Any:
-    """What CALL returns or raises. Errors: VIR_ERR_OPERATION_TIMEOUT; it is left to itself then."""
+    """What CALL returns or raises. Errors: NoAnswer; it is left to itself then."""
     returned: list[Any] = []
     failed: list[BaseException] = []
 
@@ -99,8 +128,9 @@ def _in_time(call: Callable[[], Any], limit: float) -> Any:
         failure = failed[0]
         raise errors.of_libvirt(failure) if isinstance(failure, libvirt.libvirtError) else failure
     if not returned:
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_TIMEOUT, f"guest agent: no answer within {limit:g} seconds"
+        raise NoAnswer(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT,
+            f"Timed out during operation: guest agent: no answer within {limit:g} seconds",
         )
     return returned[0]
 
@@ -117,9 +147,9 @@ class SocketAgent:
         return "socket", self._path
 
     def freeze(self, begin: Callable[[], None]) -> int:
-        count = self._execute("guest-fsfreeze-freeze", FREEZE_TIMEOUT, begin)
+        count = self._execute(_FREEZE, FREEZE_TIMEOUT, begin)
         if type(count) is not int:
-            raise _failed(f"unexpected reply to guest-fsfreeze-freeze: {qmp.shown(count)}")
+            raise _failed(f"unexpected reply to {_FREEZE}: {qmp.shown(count)}")
         return count
 
     def thaw(self) -> None:
@@ -188,7 +218,7 @@ class _Connection:
             case {"return": value}:
                 return value
             case {"error": {"desc": str(desc)}}:
-                raise _failed(qmp.one_line(desc))
+                raise _refused(_failed(qmp.one_line(desc)))
         raise _failed(f"'{self._path}' does not speak as an agent: {qmp.shown(message)}")
 
     def _receive(self, end: float) -> bytes:
@@ -205,13 +235,19 @@ def _failed(detail: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_FAILED, f"guest agent: {detail}")
 
 
+def _refused(failure: errors.Error) -> Refused:
+    refused = Refused(failure.get_error_code(), str(failure))
+    refused.err = failure.err
+    return refused
+
+
 # --- for the instant of a start ---
 
 
 def standing_still(agent: Agent, do: Callable[[], None]) -> None:
     """DO it while the guest's file systems are frozen, which are thawed whatever happens.
 
-    Errors: those of ``Agent.freeze``, nothing being frozen then; VIR_ERR_SYSTEM_ERROR.
+    Errors: those of ``Agent.freeze``, nothing being frozen by us then; VIR_ERR_SYSTEM_ERROR.
     """
     with _guard(agent) as guard:
         try:
@@ -229,9 +265,10 @@ def standing_still(agent: Agent, do: Callable[[], None]) -> None:
 
 
 def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
-    """Whether nothing is frozen after a freeze that failed: some file systems may be, all the same,
-    and of those that are not a thaw takes no notice. An agent that refused has seen to it itself;
-    one that did not answer may yet freeze."""
+    """Whether nothing of ours is frozen after a freeze that failed: some file systems may be, all
+    the same, but where the agent refused, and one that did not answer may yet freeze."""
+    if isinstance(failure, Refused):
+        return True
     if failure.get_error_code() in _NO_ANSWER:
         return thaw(agent)
     with contextlib.suppress(libvirt.libvirtError):
@@ -357,17 +394,32 @@ def _see_off(process: "subprocess.Popen[bytes]", is_done: bool) -> None:
     _left_alone.append(process)
 
 
+class _Lookup:
+    """Finds the domain of a UUID by a connection to URI, or by another one once that is lost."""
+
+    def __init__(self, uri: str, uuid: str) -> None:
+        """Errors: libvirt's own."""
+        self._uri = uri
+        self._uuid = uuid
+        self._connection = libvirt.open(uri)
+        self()
+
+    def __call__(self) -> "libvirt.virDomain":
+        if not self._connection.isAlive():
+            self._connection = libvirt.open(self._uri)
+        return self._connection.lookupByUUIDString(self._uuid)
+
+
 def main(argv: list[str]) -> int:
     """The second process: ready once it has said so. ARGV: the first process, and its agent."""
     agent: Agent
     if argv[1] == "libvirt":
         libvirt.registerErrorHandler(lambda *_: None, None)  # it would print what is raised
         try:
-            domain = libvirt.open(argv[2]).lookupByUUIDString(argv[3])
+            agent = LibvirtAgent(_Lookup(argv[2], argv[3]), argv[3])
         except libvirt.libvirtError as failure:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-        agent = LibvirtAgent(lambda: domain, argv[3])
     else:
         agent = SocketAgent(argv[2])
     parent = None

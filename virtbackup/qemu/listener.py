@@ -53,9 +53,9 @@ class Listener:
 
 
 @contextlib.contextmanager
-def reserve(address: backup_conf.Address, by_fd: bool, uid: int) -> Iterator[Listener]:
-    """The listener for ADDRESS, of user UID's QEMU: with a port that is free now, where that is to
-    be picked. BY_FD: a socket can be handed over.
+def reserve(address: backup_conf.Address, by_fd: bool, uid: int | None) -> Iterator[Listener]:
+    """The listener for ADDRESS, of user UID's QEMU, which may be anybody's where that is not known:
+    with a port that is free now, where that is to be picked. BY_FD: a socket can be handed over.
 
     Errors: VIR_ERR_OPERATION_FAILED where nobody can listen there.
     """

@@ -91,8 +91,8 @@ class Monitor(Protocol):
     def peer_pid(self) -> int | None:
         """QEMU's process, or None where it cannot be seen from here."""
 
-    def peer_uid(self) -> int:
-        """QEMU's user."""
+    def peer_uid(self) -> int | None:
+        """QEMU's user; None where it is not known."""
 
     def execute(self, command: monitor_json.Command) -> Any:
         """Send COMMAND, wait, and give QEMU's ``return``; see execute_all."""

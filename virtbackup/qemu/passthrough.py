@@ -97,11 +97,10 @@ class LibvirtMonitor:
         """QEMU's process; None where it cannot be seen."""
         return pid_of(self._domain)
 
-    def peer_uid(self) -> int:
-        """QEMU's user; ours, where it is not known."""
+    def peer_uid(self) -> int | None:
+        """QEMU's user; None where its process cannot be seen, as from a container."""
         pid = self.peer_pid()
-        uid = None if pid is None else runtime.process_user(pid)
-        return os.getuid() if uid is None else uid
+        return None if pid is None else runtime.process_user(pid)
 
     def execute(self, command: monitor_json.Command) -> Any:
         """As ``monitor.Monitor.execute``."""

@@ -146,9 +146,10 @@ class Run:
         return failure.desc
 
     def _who_qemu_is(self) -> str:
-        """To be said behind a refusal; empty where QEMU is no other user than we."""
+        """To be said behind a refusal; empty where QEMU is no other user than we, as far as is
+        known."""
         uid = self.qemu.peer_uid()
-        return "" if uid == os.geteuid() else f" (QEMU runs as user {_user(uid)})"
+        return "" if uid in (None, os.geteuid()) else f" (QEMU runs as user {_user(uid)})"
 
     def scratch_images(self) -> None:
         """Make every disk's scratch image and open it over the live disk."""
@@ -211,7 +212,16 @@ class Run:
         if not self.session.capabilities.devices:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
-        for disk, drive, medium in self._drives():
+        drives = self._drives()
+        there = {disk.target for disk, _, _ in drives}
+        for disk in self.plan.disks:
+            if disk.device and disk.target not in there:
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_FAILED,
+                    f"disk '{disk.target}' was unplugged, or its medium removed, as the backup"
+                    " began",
+                ) from refusal
+        for disk, drive, medium in drives:
             if medium.driver in block.FILTERS and medium.node != disk.node:
                 continue  # it need not be the disk's own
             if medium.node != disk.node:

@@ -158,8 +158,9 @@ def check(images: Iterable[Wanted], asked: hang.Question) -> None:
             raise _exists(image.source.file, image.target)
 
 
-def create(path: str, target: str, uid: int) -> int:
-    """Make an empty file at PATH for user UID's QEMU, and give an open descriptor.
+def create(path: str, target: str, uid: int | None) -> int:
+    """Make an empty file at PATH for user UID's QEMU, where that is known, and give an open
+    descriptor.
 
     Errors: VIR_ERR_INVALID_ARG when it exists, VIR_ERR_SYSTEM_ERROR; both name disk TARGET.
     """
@@ -169,7 +170,7 @@ def create(path: str, target: str, uid: int) -> int:
         raise _exists(path, target) from failure
     except OSError as failure:
         raise _cannot(failure, path, target) from failure
-    if uid != os.geteuid() == 0:
+    if uid is not None and uid != os.geteuid() == 0:
         try:
             os.fchown(fd, uid, -1)
         except OSError as failure:

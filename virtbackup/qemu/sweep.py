@@ -59,8 +59,9 @@ class ClientStuck(errors.Error):
     def __init__(self, clients: int, address: str) -> None:
         super().__init__(
             libvirt.VIR_ERR_OPERATION_TIMEOUT,
-            f"Timed out during operation: {clients} NBD client(s) of {address} have stopped reading"
-            " and cannot be disconnected: end them and try again",
+            f"Timed out during operation: {clients} NBD client(s) of {address} cannot be"
+            " disconnected, as they have stopped reading, or what they read does not answer (a"
+            " disk's own storage): end them, or see to that, and try again",
         )
 
 

@@ -115,6 +115,10 @@ KNOWN = (
     # --- is there one already, is there one at all ---
     Known(libvirt.VIR_ERR_NO_DOMAIN, (), NO_DOMAIN),
     Known(
+        libvirt.VIR_ERR_OPERATION_INVALID, ("domain is not running", "guest agent"),
+        "'virsh resume', or 'virsh dompmwakeup', lets it go on; or leave out --quiesce",
+    ),
+    Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("domain is not running",),
         "Start the domain: what does not run can be copied as it is",
     ),

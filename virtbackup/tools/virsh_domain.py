@@ -50,7 +50,9 @@ _REASONS = (
 
 
 def _state(domain: "virtbackup.Domain") -> str:
-    return _state_and_reason(domain)[0]
+    """That of one that is gone, or was left by a backup, is not known."""
+    state, _ = _known(domain, _state_and_reason) or (_STATES[0], "")
+    return state
 
 
 def _state_and_reason(domain: "virtbackup.Domain") -> tuple[str, str]:
