@@ -48,6 +48,17 @@ def test_one_node_in_two_devices(tmp_path: pathlib.Path) -> None:
         assert nbdclient.read(tmp_path / "nbd.sock", "vda") == b"\1" * SIZE
         dom.backupStop()
         assert machine.state() == before
+        dom.branchCreate("b")
+        dom.backupStart(
+            xml(
+                tmp_path,
+                '<disk name="vda" type="incremental"/><disk name="vdb" present="no"/>',
+                '<branch name="b"/>',
+            )
+        )
+        dom.backupStop()
+        dom.branchDelete("b")
+        assert machine.state() == before
 
 
 def test_one_image_in_two_nodes(tmp_path: pathlib.Path) -> None:
@@ -108,6 +119,41 @@ def test_one_image_below_a_filter_and_in_parts(tmp_path: pathlib.Path) -> None:
             assert nbdclient.read(tmp_path / "nbd.sock", "first") == b"\1" * half
             assert nbdclient.read(tmp_path / "nbd.sock", "second") == b"\2" * half
             dom.backupStop()
+
+
+def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
+    """As for record and replay, or COLO. The guest has but the other one; to name it is to be
+    asked for it. Of all drives, a job would be below another's."""
+    for name in "ab":
+        machines.image(tmp_path / name, SIZE, "qcow2")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-drive", f"file={tmp_path}/a,format=qcow2,if=none,id=a",
+            "-drive", "driver=blkreplay,image=a,if=none,id=replay",
+            "-device", "virtio-blk,drive=replay,id=vda",
+            "-drive", f"file={tmp_path}/b,format=qcow2,if=none,id=b",
+            "-drive", "driver=quorum,vote-threshold=1,children.0=b,if=none,id=quorum",
+            "-device", "virtio-blk,drive=quorum,id=vdb",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.branchCreate("b")
+        disks = "".join(f'<disk name="{name}" type="incremental"/>' for name in ("vda", "vdb"))
+        for document in xml(tmp_path), xml(tmp_path, disks, '<branch name="b"/>'):
+            dom.backupStart(document)
+            machine.io("vda", "write -P 1 0 64k")
+            machine.io("vdb", "write -P 2 0 64k")
+            assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"vda", "vdb"}
+            dom.backupStop()
+        with pytest.raises(virtbackup.Error, match="disk 'vda' is made of disk 'a'"):
+            dom.backupStart(xml(tmp_path, '<disk name="a"/>'))
+        dom.backupStart(xml(tmp_path, '<disk name="a"/><disk name="vda" present="no"/>'))
+        assert nbdclient.read(tmp_path / "nbd.sock", "a")[:1] == b"\1"
+        dom.backupStop()
+        dom.branchDelete("b")
+        assert "virtbackup" not in str(machine.state())
 
 
 def test_an_image_that_two_guests_share(tmp_path: pathlib.Path) -> None:

@@ -543,7 +543,8 @@ def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:
 
 
 def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) -> None:
-    """Refuse a node that is to be backed up twice, as several devices have it: one is enough."""
+    """Refuse a node that is to be backed up twice, as several devices have it: one is enough. And
+    two of which one is below the other, where each would show the other's job."""
     media = {disk.target: disk.medium for disk in state.disks}
     nodes: dict[naming.NodeName, str] = {}
     for disk in disks:
@@ -552,6 +553,13 @@ def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) 
             raise _unsupported(
                 f"disks '{other}' and '{disk.name}' are the same block node '{medium.node}': leave"
                 ' one of them out (present="no")'
+            )
+    for node, name in nodes.items():
+        below = state.graph.below([node]) if state.graph else frozenset[naming.NodeName]()
+        if part := min(below & nodes.keys(), default=None):
+            raise _unsupported(
+                f"disk '{name}' is made of disk '{nodes[part]}' (block node '{part}'): leave one of"
+                ' them out (present="no")'
             )
 
 
@@ -632,11 +640,13 @@ def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
     whole = state.below_parts(medium)
     for twin in (*state.disks, *state.strangers):
         other = twin.medium
-        if other is None or other.readonly or other.node == medium.node:
+        if other is None or other.readonly or other.node == medium.node or twin.is_part:
             continue
         others = state.below_parts(other)
         if others.filename != whole.filename or not whole.tells_place:
             continue
+        if state.graph and medium.node in state.graph.below([other.node]):
+            continue  # what is written to that goes through this one
         if others.driver != whole.driver or medium.overlaps(other):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,

@@ -198,9 +198,11 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     VIR_ERR_OPERATION_INVALID where one was given away; VIR_ERR_OPERATION_FAILED with QEMU's
     words.
     """
-    lines = {}
+    lines: dict[str, branch.Line] = {}
     for disk in state.disks:
-        if disk.medium is None or disk.medium.readonly or disk.target in state.passed_through:
+        if disk.medium is None or disk.medium.readonly or disk.is_part:
+            continue
+        if disk.target in state.passed_through:
             continue
         backup.check_owned(disk, state.graph)
         images = state.images(disk.medium.node)
@@ -209,7 +211,8 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"disk '{disk.target}': QEMU does not tell which image the guest writes to",
             )
-        lines[disk.target] = branch.line(name, images, disk.medium.size, disk.target)
+        if images.active.node not in {line.node for line in lines.values()}:  # of another device
+            lines[disk.target] = branch.line(name, images, disk.medium.size, disk.target)
     if not lines:
         raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, "no disks selected for backup")
     backup.check_new(name, lines)
@@ -236,10 +239,12 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
     """
     actions = []
     foreign, backing = [], []
+    nodes = set()
     for disk in state.disks:
         images = state.images(disk.medium.node) if disk.medium else None
-        if images is None or disk.medium is None:
+        if images is None or disk.medium is None or images.active.node in nodes:
             continue
+        nodes.add(images.active.node)  # which another device may have, too
         backup.check_owned(disk, state.graph)
         line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:

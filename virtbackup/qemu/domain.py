@@ -189,7 +189,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     strangers: tuple[block.Disk, ...] = ()
     if caps.devices:
         drives = next(replies)
-        disks = block.parse_block(drives, session.targets)
+        disks = block.with_parts(block.parse_block(drives, session.targets), graph)
         if session.known is not None:
             known = {disk.qom_path for disk in disks}
             strangers = tuple(
