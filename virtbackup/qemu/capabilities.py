@@ -459,7 +459,7 @@ def parse_features(reply: Any) -> frozenset[str]:
         entities = {str(entity["name"]): entity for entity in reply}
         return frozenset(name for name, path in FEATURES.items() if _has(entities, path))
     except (KeyError, TypeError, AttributeError, RecursionError) as failure:
-        raise qmp.ProtocolError(f"unexpected schema: {failure!r}") from failure
+        raise qmp.ProtocolError(f"unexpected schema: {failure!r:.200}") from failure
 
 
 def _has(entities: Mapping[str, Any], path: str) -> bool:
