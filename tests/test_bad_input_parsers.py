@@ -239,6 +239,7 @@ PARSERS: dict[str, tuple[Parser, list[Any]]] = {
     "parse_name": (monitor_json.parse_name, _recorded("query-name")),
     "parse_uuid": (monitor_json.parse_uuid, _recorded("query-uuid")),
     "parse_status": (monitor_json.parse_status, _recorded("query-status")),
+    "parse_replay": (monitor_json.parse_replay, [{"mode": "record", "icount": 1}]),
     "parse_migration": (monitor_json.parse_migration, [{"status": "failed", "error-desc": "no"}]),
     "parse_children": (monitor_json.parse_children, _recorded("qom-list")),
     "parse_iothread_objects": (monitor_json.parse_iothread_objects, _recorded("qom-list")),

@@ -122,7 +122,7 @@ def test_one_image_below_a_filter_and_in_parts(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
-    """As for record and replay, or COLO. The guest has but the other one; to name it is to be
+    """As for COLO, or record and replay. The guest has but the other one; to name it is to be
     asked for it. Of all drives, a job would be below another's."""
     for name in "ab":
         machines.image(tmp_path / name, SIZE, "qcow2")
@@ -154,6 +154,25 @@ def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
         dom.backupStop()
         dom.branchDelete("b")
         assert "virtbackup" not in str(machine.state())
+
+
+def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
+    """QEMU would stand still for ever, guest and all, as soon as that writes."""
+    machines.image(tmp_path / "a", SIZE, "qcow2")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-icount", f"shift=7,rr=record,rrfile={tmp_path}/replay",
+            "-drive", f"file={tmp_path}/a,format=qcow2,if=none,id=a",
+            "-drive", "driver=blkreplay,image=a,if=none,id=replay",
+            "-device", "virtio-blk,drive=replay,id=vda",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match=r"disk 'vda' is recorded or replayed \(rr\)"):
+            conn.lookupByID(1).backupStart(xml(tmp_path))
+        assert machine.state() == before
 
 
 def test_an_image_that_two_guests_share(tmp_path: pathlib.Path) -> None:

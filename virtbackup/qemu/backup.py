@@ -235,6 +235,8 @@ class BlockState:
     """The drives of the guest that those who give the disks their names do not know."""
     passed_through: frozenset[str] = frozenset()
     """The disks that are SCSI devices of the host which the guest itself gives their commands."""
+    replayed: frozenset[str] = frozenset()
+    """The disks whose requests QEMU records or replays."""
     elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Devices of the guest whose disks QEMU does not read and write, but another process or the
     kernel: id -> type. Where somebody else gives the disks their names, it is his to tell."""
@@ -598,6 +600,7 @@ def _check_disk(
     _check_jobs(disk, medium, state)
     _check_iothread(wanted.name, state, caps)
     _check_synchronous(wanted.name, state, caps)
+    _check_replayed(wanted.name, state, caps)
     _check_export_name(wanted, caps)
 
 
@@ -710,6 +713,17 @@ def _check_synchronous(target: str, state: BlockState, caps: capabilities.Capabi
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
             f"disk '{target}' is a floppy or an SD card, the backup of which QEMU {version} might"
             f" not survive: {defect.evidence}",
+        )
+
+
+def _check_replayed(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
+    defect = capabilities.RECORD_REPLAY
+    if target in state.replayed and defect.affects(caps.version):
+        version = capabilities.dotted(caps.version)
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{target}' is recorded or replayed (rr), which QEMU {version} would not survive:"
+            f" {defect.evidence}",
         )
 
 

@@ -154,6 +154,17 @@ SYNCHRONOUS_WRITER = Defect(
 the guest wrote, whatever the order of their ends; not in over 1000 backups each on 7.2.22, 10.0.13
 and 11.1.3. SD cards by QEMU's source."""
 
+RECORD_REPLAY = Defect(
+    (0, 0, 0),
+    None,
+    "QEMU stands still for ever as it waits for the requests of a disk that it records or replays"
+    " (blkreplay), which a job does when it begins or ends",
+    "such a disk is refused by name",
+)
+"""Seen on 5.2.0 and 7.2.22 (in the transaction), 10.0.13 (``job-cancel``) and 11.1.3
+(``blockdev-add``), with ``-icount rr=record`` and a guest that writes. Before 5.2 it cannot be
+asked for."""
+
 NAMED_NODES_CRASH = Defect(
     (0, 0, 0),
     (7, 2, 0),

@@ -216,7 +216,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         nodes = named_nodes(qemu, caps)
     return backup.BlockState(
         disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers,
-        passed_through(disks, session.known, types),
+        passed_through(disks, session.known, types), _replayed(qemu, caps, disks),
         {path.rpartition("/")[2]: type for path, type in types.items() if _ELSEWHERE.match(type)},
     )  # fmt: skip
 
@@ -414,6 +414,17 @@ def _synchronous(qemu: monitor.Monitor, found: Iterable[block.Disk]) -> frozense
         if disk.medium and not disk.medium.readonly and disk.qom_path
         if _property(qemu, disk.qom_path, "type") in ("floppy", "sd-card")
     )
+
+
+def _replayed(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, found: Iterable[block.Disk]
+) -> frozenset[str]:
+    """The disks whose requests QEMU records or replays."""
+    disks = {disk.target for disk in found if disk.medium and disk.medium.driver == "blkreplay"}
+    if not disks or "query-replay" not in caps.commands:
+        return frozenset()
+    mode = monitor_json.parse_replay(qemu.execute(monitor_json.query_replay()))
+    return frozenset() if mode == "none" else frozenset(disks)
 
 
 def _iothreads(
