@@ -4,6 +4,7 @@
 import functools
 import itertools
 import pathlib
+import subprocess
 
 import libvirt
 import pytest
@@ -172,6 +173,51 @@ def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
         before = machine.state()
         with pytest.raises(virtbackup.Error, match=r"disk 'vda' is recorded or replayed \(rr\)"):
             conn.lookupByID(1).backupStart(xml(tmp_path))
+        assert machine.state() == before
+
+
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
+    """QEMU closes it once it sees that, and has neither an image for the disk then nor tells of
+    anybody's. What is not backed up any more is told, and the other disk's backup can be ended."""
+    for name in "ab":
+        machines.image(tmp_path / name, SIZE, "qcow2")
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "write -q 0 64k", str(tmp_path / "a")], check=True
+    )
+    with (tmp_path / "a").open("r+b") as file:
+        file.seek(40)
+        l1_table = int.from_bytes(file.read(8), "big")
+        file.seek(l1_table)
+        file.seek(int.from_bytes(file.read(8), "big") & 0xFFFFFFFFFFFE00)
+        file.write((1 << 63 | l1_table).to_bytes(8, "big"))  # of the first cluster, to be in place
+    with (
+        machines.qemu(
+            tmp_path,
+            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={tmp_path}/a",
+            "-device", "virtio-blk,drive=A,id=vda",
+            "-blockdev", f"qcow2,node-name=B,file.driver=file,file.filename={tmp_path}/b",
+            "-device", "virtio-blk,drive=B,id=vdb",
+        ) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.backupStart(xml(tmp_path, branch='<branch name="b"/>'))
+        with pytest.raises(AssertionError, match="write failed"):
+            machine.io("vda", "write 0 4k")
+        assert dom.backupGetInfo().state == "failed"
+        with pytest.raises(virtbackup.Error, match=r"not good: disk 'vda': QEMU has closed its im"):
+            dom.backupStop()
+        before = machine.state()
+        assert "virtbackup" not in str(before)
+        for disks in "", '<disk name="vda"/>':
+            with pytest.raises(virtbackup.Error, match="disk 'vda' has no image any more"):
+                dom.backupStart(xml(tmp_path, disks))
+        with pytest.raises(virtbackup.Error, match="it has closed one that it found corrupt"):
+            dom.branchCreate("b")
+        dom.backupStart(xml(tmp_path, '<disk name="vda" present="no"/>'))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vdb") == bytes(SIZE)
+        dom.backupStop()
         assert machine.state() == before
 
 
