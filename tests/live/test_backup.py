@@ -1100,6 +1100,34 @@ def test_storage_daemon(tmp_path: pathlib.Path) -> None:
         assert not (tmp_path / "nbd.sock").exists()
 
 
+@pytest.mark.skipif(machines.version() < (6, 0, 0), reason="it has no FUSE export")
+def test_a_storage_daemon_with_an_iothread(tmp_path: pathlib.Path) -> None:
+    """It would abort with any engine (7.2), or with hybrid, which is not taken then."""
+    machines.image(tmp_path / "a", 1 << 20)
+    (mount := tmp_path / "guest").touch()
+    with (
+        machines.storage_daemon(
+            tmp_path,
+            "--object", "iothread,id=io0",
+            "--blockdev", f"file,node-name=A,filename={tmp_path}/a",
+            "--export", f"fuse,id=guest,node-name=A,mountpoint={mount},writable=on,iothread=io0",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+        virtbackup.open(f"{machine.uri}?engine={machines.engines()[-1]}") as other,
+    ):  # fmt: skip
+        [dom], [refused] = conn.listAllDomains(), other.listAllDomains()
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match="disk 'A' runs in iothread 'io0', which QEMU"):
+            refused.backupStart(unix(tmp_path))
+        assert machine.state() == before
+        if machines.version() >= (8, 0, 0):
+            dom.backupStart(unix(tmp_path))
+            with mount.open("r+b") as disk:
+                disk.write(b"new")
+            assert nbdclient.read(tmp_path / "nbd.sock", "A") == bytes(1 << 20)
+            dom.backupStop()
+
+
 @pytest.mark.skipif(machines.version() < (7, 0, 0), reason="it has no snapshot-access")
 def test_somebodys_own_snapshot_in_a_storage_daemon(tmp_path: pathlib.Path) -> None:
     """That is of his instant, and no disk: the disk below is what cannot be backed up just now."""

@@ -297,7 +297,7 @@ def plan(
     whose export would kill this QEMU, VIR_ERR_OPERATION_INVALID for one that was given away.
     """
     caps.check_backup()
-    engine = engine or caps.engine
+    engine = engine or caps.engine_beside_iothreads(bool(state.iothreads))
     caps.check_engine(engine)
     if not definition.address.tls:
         credentials = None
@@ -323,7 +323,7 @@ def plan(
             continue
         medium = found[wanted.name].medium
         assert medium is not None
-        _check_disk(wanted, found[wanted.name], medium, state, caps)
+        _check_disk(wanted, found[wanted.name], medium, state, caps, engine)
         assert wanted.exportname is not None
         scratch = naming.scratch_node(backup, len(disks))
         wanted = dataclasses.replace(
@@ -590,6 +590,7 @@ def _check_disk(
     medium: block.Medium,
     state: BlockState,
     caps: capabilities.Capabilities,
+    engine: capabilities.Engine,
 ) -> None:
     """Refuse what cannot be backed up, or not as it is WANTED."""
     _check_size(wanted.name, medium)
@@ -598,7 +599,7 @@ def _check_disk(
     _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
     _check_jobs(disk, medium, state)
-    _check_iothread(wanted.name, state, caps)
+    _check_iothread(wanted.name, state, caps, engine)
     _check_synchronous(wanted.name, state, caps)
     _check_replayed(wanted.name, state, caps)
     _check_export_name(wanted, caps)
@@ -694,8 +695,15 @@ def _in_use(target: str, job: str) -> errors.Error:
     )
 
 
-def _check_iothread(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
+def _check_iothread(
+    target: str,
+    state: BlockState,
+    caps: capabilities.Capabilities,
+    engine: capabilities.Engine,
+) -> None:
     defect = capabilities.NBD_IOTHREAD_ABORT
+    if engine == "hybrid" and caps.aborts_in_iothreads:
+        defect = capabilities.INSERT_NODE_ABORT
     if target in state.iothreads and defect.affects(caps.version):
         version = capabilities.dotted(caps.version)
         raise errors.error(

@@ -101,6 +101,18 @@ NBD_IOTHREAD_ABORT = Defect(
 )
 """Seen on 7.2.22 with virtio-blk and virtio-scsi; 5.2.0, 10.0.13 and 11.1.3 do not."""
 
+INSERT_NODE_ABORT = Defect(
+    (8, 0, 0),
+    None,
+    "a qemu-storage-daemon aborts when a job's filter is put over a node that an export has in an"
+    " iothread: the filter takes it out of that (bdrv_insert_node: Assertion"
+    " `bdrv_get_aio_context(bs) == ctx' failed)",
+    "the classic engine, whose overlay has taken it out by then, where there is an iothread",
+)
+"""Seen on 10.0.13 and 11.1.3 with exports by vhost-user-blk and FUSE; a device of a guest keeps its
+node where it is. What lies between them and 8.0, from which on there is another engine than the
+classic one, is taken to be alike."""
+
 NBD_STOP_HANG = Defect(
     (7, 2, 14),
     (10, 0, 0),
@@ -408,6 +420,15 @@ class Capabilities:
             if (ended and job.type == "backup" and job.status == "concluded")
             or (streams and job.type == "stream")
         ]
+
+    def engine_beside_iothreads(self, iothreads: bool) -> Engine:
+        """As ``engine``, where disks run, or may run, in IOTHREADS."""
+        return "classic" if iothreads and self.aborts_in_iothreads else self.engine
+
+    @property
+    def aborts_in_iothreads(self) -> bool:
+        """This process does not survive the hybrid engine on a node that runs in an iothread."""
+        return not self.devices and INSERT_NODE_ABORT.affects(self.version)
 
     def check_engine(self, engine: Engine) -> None:
         """Raise VIR_ERR_OPERATION_UNSUPPORTED when ENGINE is not right on this QEMU."""

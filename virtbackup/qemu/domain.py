@@ -206,7 +206,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         disks = block.disks_of_nodes(named_nodes(qemu, caps), graph)
         runs = io_error = False
     iothreads = {}
-    if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
+    if caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
     synchronous: frozenset[str] = frozenset()
     if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
