@@ -171,8 +171,9 @@ def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
         virtbackup.open(machine.uri) as conn,
     ):  # fmt: skip
         before = machine.state()
-        with pytest.raises(virtbackup.Error, match=r"disk 'vda' is recorded or replayed \(rr\)"):
-            conn.lookupByID(1).backupStart(xml(tmp_path))
+        for disks, named in ("", "vda"), ('<disk name="vda" present="no"/><disk name="a"/>', "a"):
+            with pytest.raises(virtbackup.Error, match=rf"'{named}' is recorded or replayed \(rr"):
+                conn.lookupByID(1).backupStart(xml(tmp_path, disks))
         assert machine.state() == before
 
 

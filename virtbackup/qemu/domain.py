@@ -454,9 +454,13 @@ def _synchronous(qemu: monitor.Monitor, found: Iterable[block.Disk]) -> frozense
 def _replayed(
     qemu: monitor.Monitor, caps: capabilities.Capabilities, found: Iterable[block.Disk]
 ) -> frozenset[str]:
-    """The disks whose requests QEMU records or replays."""
-    disks = {disk.target for disk in found if disk.medium and disk.medium.driver == "blkreplay"}
-    if not disks or "query-replay" not in caps.commands:
+    """The disks whose requests QEMU records or replays, and what those are made of."""
+    disks = {
+        disk.target: disk.medium.driver == "blkreplay"
+        for disk in found
+        if disk.medium and (disk.medium.driver == "blkreplay" or disk.is_part)
+    }
+    if not any(disks.values()) or "query-replay" not in caps.commands:
         return frozenset()
     mode = monitor_json.parse_replay(qemu.execute(monitor_json.query_replay()))
     return frozenset() if mode == "none" else frozenset(disks)
