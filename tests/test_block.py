@@ -105,10 +105,10 @@ def test_a_name_that_cannot_be_is_told(key: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_graph_knows_roots_and_jobs(version: str) -> None:
+def test_the_graph_knows_who_is_below_and_jobs(version: str) -> None:
     at_rest = block.parse_graph(recorded(version, "rest", "x-debug-query-block-graph"))
-    assert at_rest.is_root(naming.NodeName("A"))
-    assert not at_rest.is_root(naming.NodeName("fa"))
+    assert "fa" in at_rest.below([naming.NodeName("A")])
+    assert "A" not in at_rest.below([naming.NodeName("A"), naming.NodeName("fa")])
     assert at_rest.jobs_on(naming.NodeName("A")) == frozenset()
     assert {"A", "fa", "C", "F"} <= at_rest.nodes()
     graph = block.parse_graph(recorded(version, "mirror", "x-debug-query-block-graph"))
@@ -129,6 +129,14 @@ def test_a_process_without_devices(version: str) -> None:
     graph = block.parse_graph(recorded(version, "rest", "x-debug-query-block-graph"))
     assert {disk.target for disk in block.disks_of_nodes(nodes, graph)} == {"A", "C", "F"}
     assert {disk.target for disk in block.disks_of_nodes(nodes, None)} == {"A", "fa", "C", "F"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_process_without_devices_whose_disk_has_a_job(version: str) -> None:
+    """The filter of a disk is QEMU's; the target is one that no node is over."""
+    nodes = block.parse_named_nodes(recorded(version, "mirror", "query-named-block-nodes"))
+    graph = block.parse_graph(recorded(version, "mirror", "x-debug-query-block-graph"))
+    assert {disk.target for disk in block.disks_of_nodes(nodes, graph)} == {"A", "C", "F", "T"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

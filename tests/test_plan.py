@@ -370,6 +370,15 @@ def test_iothreads_are_refused_where_qemu_would_die(version: Any, dies: bool) ->
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
+def test_a_storage_daemon_with_an_iothread_has_the_classic_engine() -> None:
+    asked = state(iothreads={"sdc": "io0"})
+    daemon = dataclasses.replace(HYBRID, commands=HYBRID.commands - {"query-status"})
+    assert plan(asked, daemon).engine == "classic"
+    assert plan(asked, HYBRID).engine == plan(state(), daemon).engine == "hybrid"
+    with pytest.raises(errors.Error, match=r"'sdc' runs in iothread 'io0', .*bdrv_insert_node"):
+        backup.plan(definition(asked), asked, daemon, ID, "/scratch", "hybrid")
+
+
 @pytest.mark.parametrize(
     ("version", "dies"),
     [((2, 5, 0), True), ((5, 2, 0), True), ((7, 2, 0), False), ((7, 2, 22), False)],

@@ -1082,7 +1082,11 @@ def test_storage_daemon(tmp_path: pathlib.Path) -> None:
     ):  # fmt: skip
         [dom] = conn.listAllDomains()
         before = machine.state()
+        told = dom.XMLDesc()
+        dom.branchCreate("b")
         dom.backupStart(unix(tmp_path))
+        assert dom.XMLDesc() == told
+        assert [branch.name for branch in dom.branchList()] == ["b"]
         assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"A", "B"}
         if written_to:
             with mount.open("r+b", buffering=0) as disk:
@@ -1091,8 +1095,59 @@ def test_storage_daemon(tmp_path: pathlib.Path) -> None:
                 disk.write(b"new" * 1000)
         assert nbdclient.read(tmp_path / "nbd.sock", "A")[:4096] == b"\1" * 4096
         dom.backupStop()
+        dom.branchDelete("b")
         assert machine.state() == before
         assert not (tmp_path / "nbd.sock").exists()
+
+
+@pytest.mark.skipif(machines.version() < (6, 0, 0), reason="it has no FUSE export")
+def test_a_storage_daemon_with_an_iothread(tmp_path: pathlib.Path) -> None:
+    """It would abort with any engine (7.2), or with hybrid, which is not taken then."""
+    machines.image(tmp_path / "a", 1 << 20)
+    (mount := tmp_path / "guest").touch()
+    with (
+        machines.storage_daemon(
+            tmp_path,
+            "--object", "iothread,id=io0",
+            "--blockdev", f"file,node-name=A,filename={tmp_path}/a",
+            "--export", f"fuse,id=guest,node-name=A,mountpoint={mount},writable=on,iothread=io0",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+        virtbackup.open(f"{machine.uri}?engine={machines.engines()[-1]}") as other,
+    ):  # fmt: skip
+        [dom], [refused] = conn.listAllDomains(), other.listAllDomains()
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match="disk 'A' runs in iothread 'io0', which QEMU"):
+            refused.backupStart(unix(tmp_path))
+        assert machine.state() == before
+        if machines.version() >= (8, 0, 0):
+            dom.backupStart(unix(tmp_path))
+            with mount.open("r+b") as disk:
+                disk.write(b"new")
+            assert nbdclient.read(tmp_path / "nbd.sock", "A") == bytes(1 << 20)
+            dom.backupStop()
+
+
+@pytest.mark.skipif(machines.version() < (7, 0, 0), reason="it has no snapshot-access")
+def test_somebodys_own_snapshot_in_a_storage_daemon(tmp_path: pathlib.Path) -> None:
+    """That is of his instant, and no disk: the disk below is what cannot be backed up just now."""
+    for name in ("a", "scratch"):
+        machines.image(tmp_path / name, 1 << 20)
+    with (
+        machines.storage_daemon(
+            tmp_path,
+            "--blockdev", f"file,node-name=A,filename={tmp_path}/a",
+            "--blockdev", f"file,node-name=S,filename={tmp_path}/scratch",
+            "--blockdev", "copy-before-write,node-name=C,file=A,target=S",
+            "--blockdev", "snapshot-access,node-name=snapshot,file=C",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        [dom] = conn.listAllDomains()
+        before = machine.state()
+        with pytest.raises(virtbackup.Error, match="disk 'C' already in active block job"):
+            dom.backupStart(unix(tmp_path))
+        assert machine.state() == before
 
 
 @pytest.mark.parametrize("step", ["scratch_images", "freeze"])

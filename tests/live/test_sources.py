@@ -4,6 +4,7 @@
 import functools
 import itertools
 import pathlib
+import subprocess
 
 import libvirt
 import pytest
@@ -47,6 +48,17 @@ def test_one_node_in_two_devices(tmp_path: pathlib.Path) -> None:
         machine.io("vdb", "write -P 3 128k 64k")
         assert nbdclient.read(tmp_path / "nbd.sock", "vda") == b"\1" * SIZE
         dom.backupStop()
+        assert machine.state() == before
+        dom.branchCreate("b")
+        dom.backupStart(
+            xml(
+                tmp_path,
+                '<disk name="vda" type="incremental"/><disk name="vdb" present="no"/>',
+                '<branch name="b"/>',
+            )
+        )
+        dom.backupStop()
+        dom.branchDelete("b")
         assert machine.state() == before
 
 
@@ -108,6 +120,107 @@ def test_one_image_below_a_filter_and_in_parts(tmp_path: pathlib.Path) -> None:
             assert nbdclient.read(tmp_path / "nbd.sock", "first") == b"\1" * half
             assert nbdclient.read(tmp_path / "nbd.sock", "second") == b"\2" * half
             dom.backupStop()
+
+
+def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
+    """As for COLO, or record and replay. The guest has but the other one; to name it is to be
+    asked for it. Of all drives, a job would be below another's."""
+    for name in "ab":
+        machines.image(tmp_path / name, SIZE, "qcow2")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-drive", f"file={tmp_path}/a,format=qcow2,if=none,id=a",
+            "-drive", "driver=blkreplay,image=a,if=none,id=replay",
+            "-device", "virtio-blk,drive=replay,id=vda",
+            "-drive", f"file={tmp_path}/b,format=qcow2,if=none,id=b",
+            "-drive", "driver=quorum,vote-threshold=1,children.0=b,if=none,id=quorum",
+            "-device", "virtio-blk,drive=quorum,id=vdb",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.branchCreate("b")
+        disks = "".join(f'<disk name="{name}" type="incremental"/>' for name in ("vda", "vdb"))
+        for document in xml(tmp_path), xml(tmp_path, disks, '<branch name="b"/>'):
+            dom.backupStart(document)
+            machine.io("vda", "write -P 1 0 64k")
+            machine.io("vdb", "write -P 2 0 64k")
+            assert set(nbdclient.exports(tmp_path / "nbd.sock")) == {"vda", "vdb"}
+            dom.backupStop()
+        with pytest.raises(virtbackup.Error, match="disk 'vda' is made of disk 'a'"):
+            dom.backupStart(xml(tmp_path, '<disk name="a"/>'))
+        dom.backupStart(xml(tmp_path, '<disk name="a"/><disk name="vda" present="no"/>'))
+        assert nbdclient.read(tmp_path / "nbd.sock", "a")[:1] == b"\1"
+        dom.backupStop()
+        dom.branchDelete("b")
+        assert "virtbackup" not in str(machine.state())
+
+
+def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
+    """QEMU would stand still for ever, guest and all, as soon as that writes."""
+    machines.image(tmp_path / "a", SIZE, "qcow2")
+    with (
+        machines.qemu(
+            tmp_path,
+            "-icount", f"shift=7,rr=record,rrfile={tmp_path}/replay",
+            "-drive", f"file={tmp_path}/a,format=qcow2,if=none,id=a",
+            "-drive", "driver=blkreplay,image=a,if=none,id=replay",
+            "-device", "virtio-blk,drive=replay,id=vda",
+        ) as machine,
+        virtbackup.open(machine.uri) as conn,
+    ):  # fmt: skip
+        before = machine.state()
+        for disks, named in ("", "vda"), ('<disk name="vda" present="no"/><disk name="a"/>', "a"):
+            with pytest.raises(virtbackup.Error, match=rf"'{named}' is recorded or replayed \(rr"):
+                conn.lookupByID(1).backupStart(xml(tmp_path, disks))
+        assert machine.state() == before
+
+
+@pytest.mark.skipif(machines.version() < (7, 2, 0), reason="it dies of the end of the job")
+@pytest.mark.parametrize("engine", machines.engines())
+def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
+    """QEMU closes it once it sees that, and has neither an image for the disk then nor tells of
+    anybody's. What is not backed up any more is told, and the other disk's backup can be ended."""
+    for name in "ab":
+        machines.image(tmp_path / name, SIZE, "qcow2")
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "write -q 0 64k", str(tmp_path / "a")], check=True
+    )
+    with (tmp_path / "a").open("r+b") as file:
+        file.seek(40)
+        l1_table = int.from_bytes(file.read(8), "big")
+        file.seek(l1_table)
+        file.seek(int.from_bytes(file.read(8), "big") & 0xFFFFFFFFFFFE00)
+        file.write((1 << 63 | l1_table).to_bytes(8, "big"))  # of the first cluster, to be in place
+    with (
+        machines.qemu(
+            tmp_path,
+            "-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={tmp_path}/a",
+            "-device", "virtio-blk,drive=A,id=vda",
+            "-blockdev", f"qcow2,node-name=B,file.driver=file,file.filename={tmp_path}/b",
+            "-device", "virtio-blk,drive=B,id=vdb",
+        ) as machine,
+        virtbackup.open(f"{machine.uri}?engine={engine}") as conn,
+    ):  # fmt: skip
+        dom = conn.lookupByID(1)
+        dom.backupStart(xml(tmp_path, branch='<branch name="b"/>'))
+        with pytest.raises(AssertionError, match="write failed"):
+            machine.io("vda", "write 0 4k")
+        assert dom.backupGetInfo().state == "failed"
+        with pytest.raises(virtbackup.Error, match=r"not good: disk 'vda': QEMU has closed its im"):
+            dom.backupStop()
+        before = machine.state()
+        assert "virtbackup" not in str(before)
+        for disks in "", '<disk name="vda"/>':
+            with pytest.raises(virtbackup.Error, match="disk 'vda' has no image any more"):
+                dom.backupStart(xml(tmp_path, disks))
+        with pytest.raises(virtbackup.Error, match="it has closed one that it found corrupt"):
+            dom.branchCreate("b")
+        dom.backupStart(xml(tmp_path, '<disk name="vda" present="no"/>'))
+        assert nbdclient.read(tmp_path / "nbd.sock", "vdb") == bytes(SIZE)
+        dom.backupStop()
+        assert machine.state() == before
 
 
 def test_an_image_that_two_guests_share(tmp_path: pathlib.Path) -> None:

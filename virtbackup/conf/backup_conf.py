@@ -137,9 +137,10 @@ class BackupDef:
     def align_disks(self, domain: domain_conf.DomainDef) -> "BackupDef":
         """The same backup with every disk of DOMAIN listed, in the domain's order.
 
-        A disk that is not listed is present when it is writable and has a medium. Errors, by name:
-        VIR_ERR_CONFIG_UNSUPPORTED for a listed disk that the domain does not have, that is listed
-        twice, is read-only or has no medium, for two exports of one name, and when no disk remains.
+        A disk that is not listed is present when it is writable, has a medium and is no part of
+        another. Errors, by name: VIR_ERR_CONFIG_UNSUPPORTED for a listed disk that the domain does
+        not have, that is listed twice, is read-only or has no medium, for two exports of one name,
+        and when no disk remains.
         """
         listed = self._listed(domain)
         disks = tuple(_align(listed.get(disk.target), disk, self.branch) for disk in domain.disks)
@@ -172,7 +173,7 @@ def _align(
 ) -> BackupDiskDef:
     usable = domain_disk.has_medium and not domain_disk.readonly
     if disk is None:
-        disk = BackupDiskDef(domain_disk.target, present=usable)
+        disk = BackupDiskDef(domain_disk.target, present=usable and not domain_disk.is_part)
     present = disk.present is not False
     if present and not domain_disk.has_medium:
         raise _unsupported(f"disk '{disk.name}' has no media")

@@ -36,6 +36,8 @@ class DiskDef:
     """Guest-visible size, bytes; None where the document does not say."""
     alias: str | None = None
     """The device's id in QEMU, of a running domain."""
+    is_part: bool = False
+    """Another disk is made of it, and the guest has only that. No document says so."""
 
     @property
     def has_medium(self) -> bool:

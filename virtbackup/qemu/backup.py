@@ -235,6 +235,8 @@ class BlockState:
     """The drives of the guest that those who give the disks their names do not know."""
     passed_through: frozenset[str] = frozenset()
     """The disks that are SCSI devices of the host which the guest itself gives their commands."""
+    replayed: frozenset[str] = frozenset()
+    """The disks whose requests QEMU records or replays."""
     elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Devices of the guest whose disks QEMU does not read and write, but another process or the
     kernel: id -> type. Where somebody else gives the disks their names, it is his to tell."""
@@ -295,7 +297,7 @@ def plan(
     whose export would kill this QEMU, VIR_ERR_OPERATION_INVALID for one that was given away.
     """
     caps.check_backup()
-    engine = engine or caps.engine
+    engine = engine or caps.engine_beside_iothreads(bool(state.iothreads))
     caps.check_engine(engine)
     if not definition.address.tls:
         credentials = None
@@ -321,7 +323,7 @@ def plan(
             continue
         medium = found[wanted.name].medium
         assert medium is not None
-        _check_disk(wanted, found[wanted.name], medium, state, caps)
+        _check_disk(wanted, found[wanted.name], medium, state, caps, engine)
         assert wanted.exportname is not None
         scratch = naming.scratch_node(backup, len(disks))
         wanted = dataclasses.replace(
@@ -543,7 +545,8 @@ def _check_sources(disks: Iterable[backup_conf.BackupDiskDef]) -> None:
 
 
 def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) -> None:
-    """Refuse a node that is to be backed up twice, as several devices have it: one is enough."""
+    """Refuse a node that is to be backed up twice, as several devices have it: one is enough. And
+    two of which one is below the other, where each would show the other's job."""
     media = {disk.target: disk.medium for disk in state.disks}
     nodes: dict[naming.NodeName, str] = {}
     for disk in disks:
@@ -552,6 +555,13 @@ def _check_nodes(disks: Iterable[backup_conf.BackupDiskDef], state: BlockState) 
             raise _unsupported(
                 f"disks '{other}' and '{disk.name}' are the same block node '{medium.node}': leave"
                 ' one of them out (present="no")'
+            )
+    for node, name in nodes.items():
+        below = state.graph.below([node]) if state.graph else frozenset[naming.NodeName]()
+        if part := min(below & nodes.keys(), default=None):
+            raise _unsupported(
+                f"disk '{name}' is made of disk '{nodes[part]}' (block node '{part}'): leave one of"
+                ' them out (present="no")'
             )
 
 
@@ -580,6 +590,7 @@ def _check_disk(
     medium: block.Medium,
     state: BlockState,
     caps: capabilities.Capabilities,
+    engine: capabilities.Engine,
 ) -> None:
     """Refuse what cannot be backed up, or not as it is WANTED."""
     _check_size(wanted.name, medium)
@@ -588,8 +599,9 @@ def _check_disk(
     _check_twins(wanted.name, medium, state)
     _check_drive(disk, caps)
     _check_jobs(disk, medium, state)
-    _check_iothread(wanted.name, state, caps)
+    _check_iothread(wanted.name, state, caps, engine)
     _check_synchronous(wanted.name, state, caps)
+    _check_replayed(wanted.name, state, caps)
     _check_export_name(wanted, caps)
 
 
@@ -632,11 +644,13 @@ def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
     whole = state.below_parts(medium)
     for twin in (*state.disks, *state.strangers):
         other = twin.medium
-        if other is None or other.readonly or other.node == medium.node:
+        if other is None or other.readonly or other.node == medium.node or twin.is_part:
             continue
         others = state.below_parts(other)
         if others.filename != whole.filename or not whole.tells_place:
             continue
+        if state.graph and medium.node in state.graph.below([other.node]):
+            continue  # what is written to that goes through this one
         if others.driver != whole.driver or medium.overlaps(other):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
@@ -681,8 +695,15 @@ def _in_use(target: str, job: str) -> errors.Error:
     )
 
 
-def _check_iothread(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
+def _check_iothread(
+    target: str,
+    state: BlockState,
+    caps: capabilities.Capabilities,
+    engine: capabilities.Engine,
+) -> None:
     defect = capabilities.NBD_IOTHREAD_ABORT
+    if engine == "hybrid" and caps.aborts_in_iothreads:
+        defect = capabilities.INSERT_NODE_ABORT
     if target in state.iothreads and defect.affects(caps.version):
         version = capabilities.dotted(caps.version)
         raise errors.error(
@@ -700,6 +721,17 @@ def _check_synchronous(target: str, state: BlockState, caps: capabilities.Capabi
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
             f"disk '{target}' is a floppy or an SD card, the backup of which QEMU {version} might"
             f" not survive: {defect.evidence}",
+        )
+
+
+def _check_replayed(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
+    defect = capabilities.RECORD_REPLAY
+    if target in state.replayed and defect.affects(caps.version):
+        version = capabilities.dotted(caps.version)
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
+            f"disk '{target}' is recorded or replayed (rr), which QEMU {version} would not survive:"
+            f" {defect.evidence}",
         )
 
 

@@ -18,13 +18,13 @@ from virtbackup.qemu import naming, qmp
 
 FILTERS = frozenset(
     {
-        "backup-top", "blkdebug", "blklogwrites", "blkverify", "commit_top", "compress",
-        "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
+        "backup-top", "blkdebug", "blklogwrites", "blkreplay", "blkverify", "commit_top",
+        "compress", "copy-before-write", "copy-on-read", "mirror_top", "preallocate", "throttle",
     }
 )  # fmt: skip
 """Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
 FILTERED = ("file", "image", "raw")
-"""As what they have that image: blkdebug as the second, blkverify as the last."""
+"""As what they have that image: blkdebug and blkreplay as the second, blkverify as the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Disk:
     """The drive's id; None where it has none (``-blockdev``)."""
     io_status: str | None = None
     """``ok``, or ``failed`` or ``nospace`` since the guest was paused for it; None: not told."""
+    is_part: bool = False
+    """No device has it, but what a device has is over it."""
 
     def definition(self) -> domain_conf.DiskDef:
         """The disk as domain XML tells it."""
@@ -110,6 +112,7 @@ class Disk:
             format=None if self.medium.driver in FILTERS else self.medium.driver,
             readonly=self.medium.readonly,
             capacity=self.medium.size,
+            is_part=self.is_part,
         )
 
 
@@ -146,6 +149,20 @@ def parse_block(reply: Any, targets: Mapping[str, str] | None = None) -> tuple[D
             removable = item.get("removable") is True
             disks.append(Disk(target, medium, _qom_path(qdev), removable, drive or None, status))
     return tuple(disks)
+
+
+def with_parts(disks: tuple[Disk, ...], graph: "Graph | None") -> tuple[Disk, ...]:
+    """DISKS, those noted that another is made of, as ``-drive`` can name an image for the sake of
+    another drive."""
+    if graph is None or all(disk.qom_path for disk in disks):
+        return disks
+    parts = graph.below(disk.medium.node for disk in disks if disk.medium and disk.qom_path)
+    return tuple(
+        dataclasses.replace(disk, is_part=True)
+        if disk.medium and not disk.qom_path and disk.medium.node in parts
+        else disk
+        for disk in disks
+    )
 
 
 def parse_named_nodes(reply: Any) -> dict[naming.NodeName, Medium]:
@@ -226,12 +243,16 @@ def _parse_statistics(stats: Any) -> Statistics:
 def disks_of_nodes(
     nodes: Mapping[naming.NodeName, Medium], graph: "Graph | None"
 ) -> tuple[Disk, ...]:
-    """The disks of a process without devices (qemu-storage-daemon): nodes that no node is over."""
-    return tuple(
-        Disk(node, medium, None)
+    """The disks of a process without devices (qemu-storage-daemon): nodes that no node is over, but
+    for those of jobs, ours, and ``snapshot-access``, which shows what a disk was."""
+    media = {
+        node: medium
         for node, medium in nodes.items()
-        if not node.startswith("#") and (graph is None or graph.is_root(node))
-    )
+        if not (node.startswith("#") or naming.backup_of(node))
+        and medium.driver != "snapshot-access"
+    }
+    parts = graph.below(media) if graph else ()
+    return tuple(Disk(node, medium, None) for node, medium in media.items() if node not in parts)
 
 
 def _parse_medium(inserted: Any) -> Medium:
@@ -388,10 +409,11 @@ class Graph:
             naming.NodeName(name) for kind, name in self.children if kind == "block-driver"
         )
 
-    def is_root(self, node: naming.NodeName) -> bool:
-        """Whether no other node is over NODE (devices, jobs and exports may be)."""
-        over = self._parents.get(("block-driver", node), ())
-        return not any(kind == "block-driver" for kind, _ in over)
+    def below(self, nodes: Iterable[naming.NodeName]) -> frozenset[naming.NodeName]:
+        """Every node that can be reached from another, which is one of NODES."""
+        directly = (self.children.get(("block-driver", node), ()) for node in nodes)
+        found = _reached(self.children, (child for below in directly for child in below))
+        return frozenset(naming.NodeName(name) for kind, name in found if kind == "block-driver")
 
     def nodes_over(self, node: naming.NodeName) -> frozenset[naming.NodeName]:
         """Every node from which NODE can be reached."""

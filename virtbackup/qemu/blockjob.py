@@ -37,6 +37,8 @@ class Sight:
     """None where it cannot be asked for."""
     nodes: Mapping[naming.NodeName, block.Medium] = dataclasses.field(default_factory=dict)
     """Every node, where they were asked for."""
+    closed: str | None = None
+    """QEMU's words that it has closed an image, for which the drives are not known."""
     nodes_untold: str | None = None
     """Why they could not be asked for, where the verdict is the last and would have needed them."""
 
@@ -46,7 +48,8 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
     reasons = {}
     for disk in disks:
         reason = (
-            _given_away_reason(disk, sight)
+            _closed_reason(sight)
+            or _given_away_reason(disk, sight)
             or _job_reason(disk, sight)
             or _image_reason(disk, sight)
             or _frozen_reason(disk, sight)
@@ -57,6 +60,12 @@ def judge(disks: Iterable[status.DiskStatus], sight: Sight) -> dict[str, str]:
         if reason is not None:
             reasons[disk.target] = reason
     return reasons
+
+
+def _closed_reason(sight: Sight) -> str | None:
+    if sight.closed is None:
+        return None
+    return f"QEMU has closed its image, or another disk's, as one that is corrupt: {sight.closed}"
 
 
 def _given_away_reason(disk: status.DiskStatus, sight: Sight) -> str | None:

@@ -123,7 +123,17 @@ def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[b
 
 
 def _nodes(session: domain.Session) -> Mapping[naming.NodeName, block.Medium]:
-    return block.parse_named_nodes(session.qemu.execute(monitor_json.query_named_block_nodes()))
+    """Every node; those of drives alone where QEMU does not tell of others, as it has closed an
+    image."""
+    try:
+        return block.parse_named_nodes(session.qemu.execute(monitor_json.query_named_block_nodes()))
+    except monitor_json.CommandFailed as failure:
+        if not failure.desc.endswith(domain.EJECTED):
+            raise
+        if not session.capabilities.devices:
+            return {}
+        drives = block.parse_block(session.qemu.execute(monitor_json.query_block()))
+        return {drive.medium.node: drive.medium for drive in drives if drive.medium}
 
 
 def _transact(session: domain.Session, actions: list[dict[str, Any]]) -> str | None:
@@ -198,9 +208,11 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
     VIR_ERR_OPERATION_INVALID where one was given away; VIR_ERR_OPERATION_FAILED with QEMU's
     words.
     """
-    lines = {}
+    lines: dict[str, branch.Line] = {}
     for disk in state.disks:
-        if disk.medium is None or disk.medium.readonly or disk.target in state.passed_through:
+        if disk.medium is None or disk.medium.readonly or disk.is_part:
+            continue
+        if disk.target in state.passed_through:
             continue
         backup.check_owned(disk, state.graph)
         images = state.images(disk.medium.node)
@@ -209,7 +221,8 @@ def create(session: domain.Session, state: backup.BlockState, name: str, at: nam
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
                 f"disk '{disk.target}': QEMU does not tell which image the guest writes to",
             )
-        lines[disk.target] = branch.line(name, images, disk.medium.size, disk.target)
+        if images.active.node not in {line.node for line in lines.values()}:  # of another device
+            lines[disk.target] = branch.line(name, images, disk.medium.size, disk.target)
     if not lines:
         raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, "no disks selected for backup")
     backup.check_new(name, lines)
@@ -236,10 +249,12 @@ def delete(session: domain.Session, state: backup.BlockState, name: str) -> None
     """
     actions = []
     foreign, backing = [], []
+    nodes = set()
     for disk in state.disks:
         images = state.images(disk.medium.node) if disk.medium else None
-        if images is None or disk.medium is None:
+        if images is None or disk.medium is None or images.active.node in nodes:
             continue
+        nodes.add(images.active.node)  # which another device may have, too
         backup.check_owned(disk, state.graph)
         line = branch.line(name, images, disk.medium.size, disk.target)
         if line.foreign:

@@ -101,6 +101,18 @@ NBD_IOTHREAD_ABORT = Defect(
 )
 """Seen on 7.2.22 with virtio-blk and virtio-scsi; 5.2.0, 10.0.13 and 11.1.3 do not."""
 
+INSERT_NODE_ABORT = Defect(
+    (8, 0, 0),
+    None,
+    "a qemu-storage-daemon aborts when a job's filter is put over a node that an export has in an"
+    " iothread: the filter takes it out of that (bdrv_insert_node: Assertion"
+    " `bdrv_get_aio_context(bs) == ctx' failed)",
+    "the classic engine, whose overlay has taken it out by then, where there is an iothread",
+)
+"""Seen on 10.0.13 and 11.1.3 with exports by vhost-user-blk and FUSE; a device of a guest keeps its
+node where it is. What lies between them and 8.0, from which on there is another engine than the
+classic one, is taken to be alike."""
+
 NBD_STOP_HANG = Defect(
     (7, 2, 14),
     (10, 0, 0),
@@ -153,6 +165,17 @@ SYNCHRONOUS_WRITER = Defect(
 """Seen on 5.2.0: QEMU stood still for ever in 7 of 7 runs, after 30 to 218 backups of a floppy that
 the guest wrote, whatever the order of their ends; not in over 1000 backups each on 7.2.22, 10.0.13
 and 11.1.3. SD cards by QEMU's source."""
+
+RECORD_REPLAY = Defect(
+    (0, 0, 0),
+    None,
+    "QEMU stands still for ever as it waits for the requests of a disk that it records or replays"
+    " (blkreplay), which a job does when it begins or ends",
+    "such a disk is refused by name",
+)
+"""Seen on 5.2.0 and 7.2.22 (in the transaction), 10.0.13 (``job-cancel``) and 11.1.3
+(``blockdev-add``), with ``-icount rr=record`` and a guest that writes. Before 5.2 it cannot be
+asked for."""
 
 NAMED_NODES_CRASH = Defect(
     (0, 0, 0),
@@ -398,6 +421,15 @@ class Capabilities:
             or (streams and job.type == "stream")
         ]
 
+    def engine_beside_iothreads(self, iothreads: bool) -> Engine:
+        """As ``engine``, where disks run, or may run, in IOTHREADS."""
+        return "classic" if iothreads and self.aborts_in_iothreads else self.engine
+
+    @property
+    def aborts_in_iothreads(self) -> bool:
+        """This process does not survive the hybrid engine on a node that runs in an iothread."""
+        return not self.devices and INSERT_NODE_ABORT.affects(self.version)
+
     def check_engine(self, engine: Engine) -> None:
         """Raise VIR_ERR_OPERATION_UNSUPPORTED when ENGINE is not right on this QEMU."""
         if engine == "hybrid" and self.engine != "hybrid":
@@ -459,7 +491,7 @@ def parse_features(reply: Any) -> frozenset[str]:
         entities = {str(entity["name"]): entity for entity in reply}
         return frozenset(name for name, path in FEATURES.items() if _has(entities, path))
     except (KeyError, TypeError, AttributeError, RecursionError) as failure:
-        raise qmp.ProtocolError(f"unexpected schema: {failure!r}") from failure
+        raise qmp.ProtocolError(f"unexpected schema: {failure!r:.200}") from failure
 
 
 def _has(entities: Mapping[str, Any], path: str) -> bool:

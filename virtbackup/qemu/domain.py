@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
@@ -40,6 +41,9 @@ _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
 _PASSED_THROUGH = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = re.compile(r"(vhost-user-(blk|scsi)|vhost-scsi)(-|$)")
 """Types of devices whose disks QEMU does not read and write itself."""
+_NO_MEDIUM = os.strerror(errno.ENOMEDIUM)
+EJECTED = " is ejected"
+"""What QEMU says of an image that it has closed, on being asked for all."""
 _URL = bytes.fromhex("6ba7b8119dad11d180b400c04fd430c8")
 """The namespace of URLs, by RFC 4122."""
 
@@ -196,7 +200,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     strangers: tuple[block.Disk, ...] = ()
     if caps.devices:
         drives = next(replies)
-        disks = block.parse_block(drives, session.targets)
+        disks = block.with_parts(block.parse_block(drives, session.targets), graph)
         if session.known is not None:
             known = {disk.qom_path for disk in disks}
             strangers = tuple(
@@ -209,7 +213,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         disks = block.disks_of_nodes(named_nodes(qemu, caps), graph)
         runs = io_error = False
     iothreads = {}
-    if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
+    if caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
         iothreads = _iothreads(qemu, caps, disks)
     synchronous: frozenset[str] = frozenset()
     if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
@@ -223,7 +227,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         nodes = named_nodes(qemu, caps)
     return backup.BlockState(
         disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers,
-        passed_through(disks, session.known, types),
+        passed_through(disks, session.known, types), _replayed(qemu, caps, disks),
         {path.rpartition("/")[2]: type for path, type in types.items() if _ELSEWHERE.match(type)},
     )  # fmt: skip
 
@@ -270,9 +274,9 @@ def check_known(
 ) -> backup_conf.BackupDef:
     """Refuse where those who name the disks know one that QEMU has not, or the other way round: the
     guest's data in it would be missing in the backup, and nobody told. WANTED may leave such a disk
-    out by name; the rest of it is returned.
+    out by name; the rest of it is returned. So where QEMU has closed a disk's image.
 
-    Errors: VIR_ERR_OPERATION_UNSUPPORTED.
+    Errors: VIR_ERR_OPERATION_UNSUPPORTED, VIR_ERR_OPERATION_INVALID.
     """
     left_out = {disk.name for disk in wanted.disks if disk.present is False}
     found = {disk.target for disk in state.disks}
@@ -284,6 +288,13 @@ def check_known(
             f"disk '{disk.target}' is not one that QEMU itself reads and writes (type"
             f" '{disk.type}'), or is not in QEMU any more: leave it out (present=\"no\")",
         )
+    for drive in state.disks:
+        if drive.medium is None and not drive.removable and drive.target not in left_out:
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"disk '{drive.target}' has no image any more, as QEMU closes one that it finds"
+                ' corrupt: leave it out (present="no")',
+            )
     for drive in state.strangers:
         if drive.target in left_out or drive.medium is None or drive.medium.readonly:
             continue
@@ -316,17 +327,31 @@ def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sig
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
-    replies = iter(qemu.execute_all(queries))
+    told = qemu.execute_each(queries)
+    closed = _closed_image(told[-2]) if caps.devices else None
+    if closed is not None:
+        told[-2] = []
+    replies = iter(monitor.all_done(told))
     running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else None
     graph = block.parse_graph(next(replies)) if caps.block_graph else None
     if not caps.devices:
         return blockjob.Sight(running, exports, None, io_error=False, graph=graph)
     disks = block.parse_block(next(replies))
+    if closed is not None:
+        return blockjob.Sight(running, exports, None, io_error=False, graph=graph, closed=closed)
     drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
     now = monitor_json.parse_status(next(replies))
     io_error = _is_paused_by_error(qemu, now, disks)
     return blockjob.Sight(running, exports, drives, io_error=io_error, graph=graph)
+
+
+def _closed_image(reply: Any) -> str | None:
+    """QEMU's words where it does not tell of its drives, as it has closed an image below a filter,
+    a job's, say: it does so with one that it finds corrupt. None: REPLY is something else."""
+    if isinstance(reply, monitor_json.CommandFailed) and _NO_MEDIUM in reply.desc:
+        return reply.desc
+    return None
 
 
 def _is_paused_by_error(
@@ -346,11 +371,21 @@ def _is_paused_by_error(
 def named_nodes(
     qemu: monitor.Monitor, caps: capabilities.Capabilities
 ) -> dict[naming.NodeName, block.Medium]:
-    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU."""
+    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU, or it
+    does not tell of any for one."""
     danger = danger_of_named_nodes(qemu, caps)
     if danger is not None:
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, danger)
-    return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
+    try:
+        return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
+    except monitor_json.CommandFailed as failure:
+        if not failure.desc.endswith(EJECTED):
+            raise
+        raise errors.error(
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            "QEMU does not tell of its images any more, as it has closed one that it found corrupt:"
+            f" {failure.desc}",
+        ) from failure
 
 
 def named_nodes_are_safe(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> bool:
@@ -415,6 +450,21 @@ def _synchronous(qemu: monitor.Monitor, found: Iterable[block.Disk]) -> frozense
         if disk.medium and not disk.medium.readonly and disk.qom_path
         if _property(qemu, disk.qom_path, "type") in ("floppy", "sd-card")
     )
+
+
+def _replayed(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, found: Iterable[block.Disk]
+) -> frozenset[str]:
+    """The disks whose requests QEMU records or replays, and what those are made of."""
+    disks = {
+        disk.target: disk.medium.driver == "blkreplay"
+        for disk in found
+        if disk.medium and (disk.medium.driver == "blkreplay" or disk.is_part)
+    }
+    if not any(disks.values()) or "query-replay" not in caps.commands:
+        return frozenset()
+    mode = monitor_json.parse_replay(qemu.execute(monitor_json.query_replay()))
+    return frozenset() if mode == "none" else frozenset(disks)
 
 
 def _iothreads(

@@ -106,6 +106,10 @@ def query_status() -> Command:
     return _command("query-status")
 
 
+def query_replay() -> Command:
+    return _command("query-replay")
+
+
 def query_migrate() -> Command:
     return _command("query-migrate")
 
@@ -167,6 +171,14 @@ def parse_status(reply: Any) -> RunState:
         case {"running": bool(running), "status": str(status)}:
             return RunState(running, status)
     raise _unexpected("query-status", reply)
+
+
+def parse_replay(reply: Any) -> str:
+    """Whether the guest is recorded or replayed: none, record or play."""
+    match reply:
+        case {"mode": str(mode)}:
+            return mode
+    raise _unexpected("query-replay", reply)
 
 
 def parse_migration(reply: Any) -> str | None:

@@ -194,5 +194,5 @@ def _query_named_block_nodes(schema: Any) -> monitor_json.Command:
         arguments = entities.get(entities.get(plain.execute, {}).get("arg-type"), {})
         flat = any(member["name"] == "flat" for member in arguments.get("members", ()))
     except (KeyError, TypeError, AttributeError) as failure:
-        raise qmp.ProtocolError(f"unexpected schema: {failure!r}") from failure
+        raise qmp.ProtocolError(f"unexpected schema: {failure!r:.200}") from failure
     return dataclasses.replace(plain, arguments={"flat": True}) if flat else plain

@@ -50,7 +50,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     used = {} if caps.named_nodes_are_always_safe else hang.used(_images(running), session.pid)
     thresholds: Mapping[naming.NodeName, int] = {}
     backups_end = capabilities.NAMED_NODES_CRASH.affects(caps.version)
-    told = backups_end or len(used) == len(running.disks)
+    told = backups_end or len(used) == len(running.disks) or sight.closed is not None
     if not told and domain.named_nodes_are_safe(session.qemu, caps):
         nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
         thresholds = block.parse_write_thresholds(nodes)
