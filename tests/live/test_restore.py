@@ -310,6 +310,25 @@ def test_what_comes_in_the_way_meanwhile(
         assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.may_skip
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_last_file_cannot_have_its_name(
+    whole: points.Backed, tmp_path: pathlib.Path, is_new: bool
+) -> None:
+    """No disk is restored alone without a word."""
+    out = tmp_path / "out"
+    out.mkdir()
+    first, last = out / "vda.qcow2", out / "sdb.qcow2"
+    for path in (last,) if is_new else (first, last):
+        path.write_text("mine")
+    with places.mount_point(last):
+        text = refused(whole, out, force=True)
+    told = "" if is_new else f", which has replaced {first},"
+    assert f"cannot finish the restore{told} in {out}: {last}: Device or resource busy" in text
+    assert sorted(out.iterdir()) == ([last] if is_new else [last, first])
+    assert last.read_text() == "mine"
+
+
 def test_a_file_that_a_pull_makes(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     """What a pull writes has such a name, too: another file in its place would be taken for it."""
     partial = tmp_path / "vda.raw.partial"
