@@ -448,8 +448,10 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
             if partial.exists() or not final.exists():  # else an earlier attempt came so far
                 partial.rename(final)
         if made.number is not None:
-            write(directory, manifest.FILE, made)
-            (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)
+            newest = directory / (manifest.FILE + PARTIAL)
+            if not newest.exists():  # else it was made with the other one
+                write(directory, manifest.FILE, made)
+            newest.rename(directory / manifest.FILE)
         for path in (directory, directory.absolute().parent):
             sync_directory(path)
 
@@ -460,14 +462,20 @@ def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
 
 
 def write_text(directory: pathlib.Path, file: str, text: str) -> None:
-    """The same of any TEXT. Errors: OSError, where the name is a link, which may lead anywhere, or
-    a pipe, too."""
+    """The same of any TEXT, or nothing under that name. Errors: OSError, where the name is a link,
+    which may lead anywhere, or a pipe, too."""
     partial = directory / (file + PARTIAL)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(partial, flags, 0o666), "w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
+    fd = os.open(partial, flags, 0o666)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError as failure:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(failure.errno, failure.strerror, os.fspath(partial)) from failure
     sync_directory(directory)
 
 
