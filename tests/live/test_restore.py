@@ -603,14 +603,15 @@ def test_a_server_with_a_little_data(layered: points.Backed, tmp_path: pathlib.P
             assert "has data; --force" in refused(layered, uri(server), disk="vda")
 
 
+@pytest.mark.parametrize("what", ["pread", "extents"])
 def test_a_server_whose_little_data_cannot_be_read(
-    layered: points.Backed, tmp_path: pathlib.Path
+    layered: points.Backed, tmp_path: pathlib.Path, what: str
 ) -> None:
-    """It is to be overwritten, which may mend it."""
+    """Or told of. It is to be overwritten, which may mend it."""
     image = tmp_path / "image"
     image.write_bytes(b"\1" * 4096)
     os.truncate(image, 3 << 20)
-    kit = ["--filter=error", "file", str(image), "error-pread=EIO", "error-pread-rate=100%"]
+    kit = ["--filter=error", "file", str(image), f"error-{what}=EIO", f"error-{what}-rate=100%"]
     with copies.nbdkit(tmp_path, *kit) as server:
         assert "has data; --force" in refused(layered, uri(server), disk="vda")
         points.put_back(layered, uri(server), disk="vda", force=True)
