@@ -510,6 +510,9 @@ def test_a_loop_device_over_a_file_of_the_backup(tmp_path: pathlib.Path) -> None
     with places.loop_device(own) as device:
         text = refused(backed, device, disk="vda", force=True)
         assert f"{device} is a file of the backups themselves" in text
+        with places.loop_device(device) as over:
+            text = refused(backed, over, disk="vda", force=True)
+            assert f"{over} is a file of the backups themselves" in text
     assert own.read_bytes() == backed.shown[1]["vda"]
 
 
