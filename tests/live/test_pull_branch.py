@@ -606,7 +606,8 @@ def test_a_directory_that_can_only_be_read(
         three = f"remount,nr_inodes={found.f_files - found.f_ffree + 3}"
         subprocess.run(["mount", "-o", three, str(small)], check=True)
         text = refused(next_one, machine, libvirt.VIR_ERR_SYSTEM_ERROR)
-        assert f"cannot write to {small}/out: No space left on device" in text
+        file = f"{small}/out/manifest.json.partial"
+        assert f"cannot write to {small}/out: {file}: No space left on device" in text
         assert names(small / "out") == before
         subprocess.run(["mount", "-o", "remount,nr_inodes=0", str(small)], check=True)
         assert next_one().number == 2
@@ -614,6 +615,5 @@ def test_a_directory_that_can_only_be_read(
         with pytest.raises(virtbackup.Error) as raised:
             pull.pull(domain, small / "out", branch="daily", kind="auto")
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
-    file = f"{small}/out/manifest.json.partial"
     text = f"cannot make a backup in {small}/out: {file}: Read-only file system"
     assert text in str(raised.value)

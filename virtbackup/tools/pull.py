@@ -621,12 +621,10 @@ def _describe(
 def _write_manifest(directory: pathlib.Path, plan: _Plan, made: manifest.Manifest) -> None:
     """Under its partial name, and that of ``manifest.json``; durable, with all files' names, when
     it returns: nothing has to have room after the stop."""
-    try:
+    with chain.naming("cannot write to", directory):
         chain.write(directory, plan.manifest_file, made)
         if plan.number is not None:
             chain.write(directory, manifest.FILE, made)
-    except OSError as failure:
-        raise errors.system_error(failure, f"cannot write to {directory}") from failure
 
 
 def _remove(paths: Iterable[pathlib.Path]) -> None:
