@@ -224,6 +224,44 @@ def test_what_a_pull_cut_off_has_left_is_of_that_alone(
     assert not pending.exists()
 
 
+UNREADABLE = "/proc/self/mem"
+"""A file of which no first byte can be read: an input/output error."""
+
+
+def test_what_a_pull_cut_off_has_left_cannot_be_read(tmp_path: pathlib.Path) -> None:
+    """It may be a good backup, to which the branch has moved on."""
+    first = dataclasses.replace(GOOD, number=1, branch="b")
+    image, pending = tmp_path / "vda.0002.raw.partial", tmp_path / "manifest.0002.json.partial"
+    image.touch()
+    pending.symlink_to(UNREADABLE)
+    with pytest.raises(virtbackup.Error, match=f"cannot read {pending}: Input/output error"):
+        chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
+    assert image.exists()
+    pending.unlink()
+    pending.mkdir()  # of nobody
+    with pytest.raises(virtbackup.Error, match=f"{pending}: Is a directory"):
+        chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
+
+
+@pytest.mark.parametrize("file", ["vda.0002.qcow2.merged", "vda.0002.qcow2"])
+def test_an_image_of_a_prune_cut_off_that_cannot_be_read(tmp_path: pathlib.Path, file: str) -> None:
+    """Nothing is decided: neither that there is no such image nor which of the two it is."""
+    [disk] = GOOD.disks
+    disk = dataclasses.replace(disk, file="vda.0002.qcow2", format="qcow2")
+    below = dataclasses.replace(disk, kind="incremental", backing="vda.0001.qcow2")
+    made = dataclasses.replace(GOOD, number=2, branch="b", disks=(below,))
+    whole = dataclasses.replace(made, disks=(disk,)).to_json()
+    for name in (chain.manifest_file(2), manifest.FILE):
+        (tmp_path / name).write_text(made.to_json())
+    coming = tmp_path / (chain.manifest_file(2) + chain.MERGED)
+    coming.write_text(whole)
+    (tmp_path / file).symlink_to(UNREADABLE)
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / file}'"):
+        prune.finish(tmp_path)
+    assert (tmp_path / file).is_symlink()
+    assert coming.read_text() == whole
+
+
 def test_a_journal_of_a_prune_that_is_damaged(tmp_path: pathlib.Path) -> None:
     """The oldest points go, and no other: a bit makes 5 of 1."""
     for number in range(1, 6):

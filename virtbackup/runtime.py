@@ -96,7 +96,10 @@ def open_file(path: str | os.PathLike[str], flags: int) -> int:
 def read_file(path: str | os.PathLike[str], most: int = -1) -> bytes:
     """What is in the file at PATH, its first MOST bytes. Errors: OSError, as ``open_file``."""
     with os.fdopen(open_file(path, os.O_RDONLY), "rb") as opened:
-        data: bytes | None = opened.read(most)
+        try:
+            data: bytes | None = opened.read(most)
+        except OSError as failure:
+            raise OSError(failure.errno, failure.strerror, os.fspath(path)) from failure
     if data is None:  # /proc/kmsg, say, calls itself a file
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), os.fspath(path))
     return data

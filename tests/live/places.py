@@ -83,6 +83,18 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> set[pathlib.Path]:
     return found
 
 
+@contextlib.contextmanager
+def mount_point(path: pathlib.Path) -> Iterator[None]:
+    """Nothing else may take the place of the file at PATH, as what is given to a container. Skips
+    where nothing may be mounted."""
+    if subprocess.run(["mount", "--bind", str(path), str(path)], capture_output=True).returncode:
+        pytest.skip("not allowed to mount a file: this wants root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
 def fill_up(path: pathlib.Path, leave: int = 0) -> pathlib.Path:
     """Take all but LEAVE bytes of the file system that has a directory; the file that has them."""
     hog = path / "hog"

@@ -418,7 +418,7 @@ def test_a_pull_killed_at_its_last_steps(tmp_path: pathlib.Path) -> None:
                 shutil.rmtree(backed.directory)
                 backed = points.Backed(backed.directory)
                 count += 1
-            assert is_listed >= 2
+            assert is_listed >= 1  # of the renames, only that to manifest.json is left
 
 
 def _pull(one: points.Guest, backed: points.Backed) -> None:

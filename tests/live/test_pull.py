@@ -363,7 +363,8 @@ def test_a_link_comes_in_place_of_the_manifest(
         (out / "manifest.json.partial").unlink(missing_ok=True)
         (out / "manifest.json.partial").symlink_to(other)
 
-    with pytest.raises(virtbackup.Error, match=f"cannot write to {out}: Too many levels of"):
+    told = f"cannot write to {out}: {out}/manifest.json.partial: Too many levels of"
+    with pytest.raises(virtbackup.Error, match=told):
         pull.pull(domain, out, progress=Watch(come))
     assert other.read_text() == "theirs"
     assert is_empty(out)

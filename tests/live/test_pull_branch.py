@@ -593,14 +593,27 @@ def test_a_signal_after_the_verdict(
 
 
 def test_a_directory_that_can_only_be_read(
-    domain: virtbackup.Domain, tmp_path: pathlib.Path
+    machine: machines.Machine, domain: virtbackup.Domain, tmp_path: pathlib.Path
 ) -> None:
+    """And one with room for all but the last file of an increment."""
+
+    def next_one() -> manifest.Manifest:
+        return pull.pull(domain, small / "out", branch="daily", kind="incremental")
+
     with places.small_file_system(tmp_path / "small", 64 << 20) as small:
         pull.pull(domain, small / "out", branch="daily", kind="auto")
+        before, found = names(small / "out"), os.statvfs(small)
+        three = f"remount,nr_inodes={found.f_files - found.f_ffree + 3}"
+        subprocess.run(["mount", "-o", three, str(small)], check=True)
+        text = refused(next_one, machine, libvirt.VIR_ERR_SYSTEM_ERROR)
+        file = f"{small}/out/manifest.json.partial"
+        assert f"cannot write to {small}/out: {file}: No space left on device" in text
+        assert names(small / "out") == before
+        subprocess.run(["mount", "-o", "remount,nr_inodes=0", str(small)], check=True)
+        assert next_one().number == 2
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         with pytest.raises(virtbackup.Error) as raised:
             pull.pull(domain, small / "out", branch="daily", kind="auto")
     assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
-    file = f"{small}/out/manifest.json.partial"
     text = f"cannot make a backup in {small}/out: {file}: Read-only file system"
     assert text in str(raised.value)

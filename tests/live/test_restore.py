@@ -317,6 +317,25 @@ def test_what_comes_in_the_way_meanwhile(
         assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.may_skip
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_last_file_cannot_have_its_name(
+    whole: points.Backed, tmp_path: pathlib.Path, is_new: bool
+) -> None:
+    """No disk is restored alone without a word."""
+    out = tmp_path / "out"
+    out.mkdir()
+    first, last = out / "vda.qcow2", out / "sdb.qcow2"
+    for path in (last,) if is_new else (first, last):
+        path.write_text("mine")
+    with places.mount_point(last):
+        text = refused(whole, out, force=True)
+    told = "" if is_new else f", which has replaced {first},"
+    assert f"cannot finish the restore{told} in {out}: {last}: Device or resource busy" in text
+    assert sorted(out.iterdir()) == ([last] if is_new else [last, first])
+    assert last.read_text() == "mine"
+
+
 def test_a_file_that_a_pull_makes(layered: points.Backed, tmp_path: pathlib.Path) -> None:
     """What a pull writes has such a name, too: another file in its place would be taken for it."""
     partial = tmp_path / "vda.raw.partial"
@@ -498,6 +517,9 @@ def test_a_loop_device_over_a_file_of_the_backup(tmp_path: pathlib.Path) -> None
     with places.loop_device(own) as device:
         text = refused(backed, device, disk="vda", force=True)
         assert f"{device} is a file of the backups themselves" in text
+        with places.loop_device(device) as over:
+            text = refused(backed, over, disk="vda", force=True)
+            assert f"{over} is a file of the backups themselves" in text
     assert own.read_bytes() == backed.shown[1]["vda"]
 
 
@@ -591,14 +613,15 @@ def test_a_server_with_a_little_data(layered: points.Backed, tmp_path: pathlib.P
             assert "has data; --force" in refused(layered, uri(server), disk="vda")
 
 
+@pytest.mark.parametrize("what", ["pread", "extents"])
 def test_a_server_whose_little_data_cannot_be_read(
-    layered: points.Backed, tmp_path: pathlib.Path
+    layered: points.Backed, tmp_path: pathlib.Path, what: str
 ) -> None:
-    """It is to be overwritten, which may mend it."""
+    """Or told of. It is to be overwritten, which may mend it."""
     image = tmp_path / "image"
     image.write_bytes(b"\1" * 4096)
     os.truncate(image, 3 << 20)
-    kit = ["--filter=error", "file", str(image), "error-pread=EIO", "error-pread-rate=100%"]
+    kit = ["--filter=error", "file", str(image), f"error-{what}=EIO", f"error-{what}-rate=100%"]
     with copies.nbdkit(tmp_path, *kit) as server:
         assert "has data; --force" in refused(layered, uri(server), disk="vda")
         points.put_back(layered, uri(server), disk="vda", force=True)

@@ -113,9 +113,18 @@ class Server:
         self._in_flight.clear()
 
     def _is_blank(self) -> bool:
-        """Whether all of the export is zero, by what the server says; a little data is read."""
+        """Whether all of the export is zero, by what the server says; a little data is read. Not
+        where it cannot say or read that: it may be overwritten all the same."""
         if not self._handle.can_meta_context(connection.ALLOCATION):
             return False
+        try:
+            return self._is_told_to_be_blank()
+        except nbd.Error:
+            if not self._handle.aio_is_ready():  # the server is lost
+                raise
+            return False
+
+    def _is_told_to_be_blank(self) -> bool:
         looked_at = 0
         answers: list[list[int]] = []
 
@@ -137,7 +146,7 @@ class Server:
                 if one.kind is not extents.Kind.DATA:
                     continue
                 looked_at += one.length
-                if looked_at > _MOST_LOOKED_AT or not self._reads_as_zero(one):
+                if looked_at > _MOST_LOOKED_AT or any(self._read(one.offset, one.length)):
                     return False
             offset = known[-1].end
         return True
@@ -147,15 +156,6 @@ class Server:
             return list(extents.parse(entries, offset, self._has))
         except extents.BadStatus as failure:
             raise self._failed("read allocation of", str(failure), offset) from failure
-
-    def _reads_as_zero(self, one: extents.Extent) -> bool:
-        """Not where it cannot be read: it may be overwritten all the same."""
-        try:
-            return not any(self._read(one.offset, one.length))
-        except nbd.Error:
-            if not self._handle.aio_is_ready():  # the server is lost
-                raise
-            return False
 
     def _lacking(self, end: int) -> int:
         """Bytes from END, the disk's own, to where the server takes a request to end."""

@@ -88,9 +88,13 @@ def meets(one: int, other: int) -> bool:
 def has_bytes_of(path: pathlib.Path, medium: pathlib.Path) -> bool:
     """Whether what is written to PATH, a block device, is written to MEDIUM, a file or a device."""
     one, other = _number(path), _number(medium)
-    if one is not None and other is not None:
-        return meets(one, other)
-    return is_over(path, medium)
+    if one is not None and other is not None and meets(one, other):
+        return True
+    behind = _behind(path)
+    try:
+        return behind is not None and (behind.samefile(medium) or has_bytes_of(behind, medium))
+    except (OSError, ValueError):
+        return False
 
 
 def _number(path: pathlib.Path) -> int | None:
@@ -102,15 +106,16 @@ def _number(path: pathlib.Path) -> int | None:
     return found.st_rdev if stat.S_ISBLK(found.st_mode) else None
 
 
-def is_over(path: pathlib.Path, file: pathlib.Path) -> bool:
-    """Whether the device at PATH is a loop device, or a part of one, that has FILE's bytes."""
+def _behind(path: pathlib.Path) -> pathlib.Path | None:
+    """What has the bytes of the loop device at PATH, or of the one that it is a part of; None of
+    anything else."""
     try:
         number = _whole(path.stat().st_rdev)
         place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file"
         behind = pathlib.Path(place).read_bytes().removesuffix(b"\n")
-        return pathlib.Path(os.fsdecode(behind)).samefile(file)
+        return pathlib.Path(os.fsdecode(behind))
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def _whole(number: int) -> int:

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import libvirt
 
@@ -107,26 +107,33 @@ def read_header(path: pathlib.Path) -> header.Header:
 
 def file_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:
     """What can be seen of the file of DISK, without reading all of it, not to be as its manifest
-    says."""
+    says; that it cannot be read, too."""
     try:
-        if disk.type == "block":
-            return _problem_of_device(path, disk)
-        if not path.is_file():
-            return "it is no file" if path.exists() else "it is missing"
-        found = path.stat().st_size
-        if disk.format == "raw":
-            return None if found == disk.size else f"it has {found} bytes, expected {disk.size}"
-        if disk.format != "qcow2":
-            return f"format '{disk.format}' is unknown"
-        if (own := _problem_of_qcow2(disk, read_header(path))) is not None:
-            return own
-        # With more behind its end, which a verify tells, it has the disk all the same.
-        is_cut = disk.length is not None and found < disk.length
-        return f"it has {found} bytes, expected {disk.length}" if is_cut else None
+        return seen_problem(path, disk)
     except OSError as failure:
         return f"it cannot be read: {failure.strerror}"
+
+
+def seen_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:
+    """The same. Errors: OSError, where nothing is known of the file."""
+    if disk.type == "block":
+        return _problem_of_device(path, disk)
+    if not path.is_file():
+        return "it is no file" if path.exists() else "it is missing"
+    found = path.stat().st_size
+    if disk.format == "raw":
+        return None if found == disk.size else f"it has {found} bytes, expected {disk.size}"
+    if disk.format != "qcow2":
+        return f"format '{disk.format}' is unknown"
+    try:
+        own = _problem_of_qcow2(disk, read_header(path))
     except header.BadHeader as failure:
-        return str(failure)
+        own = str(failure)
+    if own is not None:
+        return own
+    # With more behind its end, which a verify tells, it has the disk all the same.
+    is_cut = disk.length is not None and found < disk.length
+    return f"it has {found} bytes, expected {disk.length}" if is_cut else None
 
 
 def _problem_of_device(path: pathlib.Path, disk: manifest.Disk) -> str | None:
@@ -305,18 +312,37 @@ def merged(
         return made
     if coming.id != made.id:
         return made
+    return in_place(directory, made, coming, _seems_to_stand_alone)
+
+
+def in_place(
+    directory: pathlib.Path,
+    made: manifest.Manifest,
+    coming: manifest.Manifest,
+    stands_alone: Callable[[pathlib.Path], bool],
+) -> manifest.Manifest:
+    """MADE, with those disks of COMING, the one that is to follow, that are in their places: whose
+    files STAND ALONE."""
     new = {disk.file: disk for disk in coming.disks if disk.backing is None}
     disks = tuple(
-        new[disk.file] if disk.file in new and _stands_alone(directory / disk.file) else disk
+        new[disk.file] if disk.file in new and stands_alone(directory / disk.file) else disk
         for disk in made.disks
     )
     return coming if disks == coming.disks else dataclasses.replace(made, disks=disks)
 
 
-def _stands_alone(path: pathlib.Path) -> bool:
+def stands_alone(path: pathlib.Path) -> bool:
+    """Whether there is an image at PATH that has no backing file. Errors: OSError."""
     try:
         return read_header(path).backing is None
-    except (OSError, header.BadHeader):
+    except (FileNotFoundError, header.BadHeader):
+        return False
+
+
+def _seems_to_stand_alone(path: pathlib.Path) -> bool:
+    try:
+        return stands_alone(path)
+    except OSError:
         return False
 
 
@@ -395,10 +421,16 @@ def _recover(
 
 def _pending(directory: pathlib.Path, number: int) -> manifest.Manifest | None:
     """The manifest of backup NUMBER, whose pull was cut off; None where it did not come to one, or
-    that is not as it was written: it would name files of others."""
+    that is not as it was written: it would name files of others. Errors: OSError,
+    VIR_ERR_SYSTEM_ERROR: there is a file, and what it says is not known."""
+    file = manifest_file(number) + PARTIAL
+    if not (directory / file).is_file():
+        return None
     try:
-        found, changed = manifest.read_checked(directory, manifest_file(number) + PARTIAL)
-    except errors.Error:
+        found, changed = manifest.read_checked(directory, file)
+    except errors.Error as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR:
+            raise
         return None
     return found if changed is None and found.number == number else None
 
@@ -419,8 +451,10 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
             if partial.exists() or not final.exists():  # else an earlier attempt came so far
                 partial.rename(final)
         if made.number is not None:
-            write(directory, manifest.FILE, made)
-            (directory / (manifest.FILE + PARTIAL)).rename(directory / manifest.FILE)
+            newest = directory / (manifest.FILE + PARTIAL)
+            if not newest.exists():  # else it was made with the other one
+                write(directory, manifest.FILE, made)
+            newest.rename(directory / manifest.FILE)
         sync_names(directory)
 
 
@@ -430,14 +464,20 @@ def write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:
 
 
 def write_text(directory: pathlib.Path, file: str, text: str) -> None:
-    """The same of any TEXT. Errors: OSError, where the name is a link, which may lead anywhere, or
-    a pipe, too."""
+    """The same of any TEXT, or nothing under that name. Errors: OSError, where the name is a link,
+    which may lead anywhere, or a pipe, too."""
     partial = directory / (file + PARTIAL)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(partial, flags, 0o666), "w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
+    fd = os.open(partial, flags, 0o666)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError as failure:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(failure.errno, failure.strerror, os.fspath(partial)) from failure
     sync_directory(directory)
 
 

@@ -225,15 +225,16 @@ def _take_places(directory: pathlib.Path, file: str) -> None:
     """Put the images that the announced manifest FILE tells of in their places, then it.
 
     Where one of them is not there any more, or is cut, as in a copy of the directory that was made
-    meanwhile, the manifest goes on to tell of the increment that is in its place.
+    meanwhile, the manifest goes on to tell of the increment that is in its place. Errors: one of
+    them cannot be looked at, so that which of the two it is is not known: nothing is decided then.
     """
     coming = manifest.read(directory, file + MERGED)
     for disk in coming.disks:
         aside = _aside(directory / disk.file)
-        if chain.file_problem(aside, disk) is None:
+        if chain.seen_problem(aside, disk) is None:
             aside.rename(directory / disk.file)
     chain.sync_directory(directory)
-    made = chain.merged(directory, file, manifest.read(directory, file), [file + MERGED])
+    made = chain.in_place(directory, manifest.read(directory, file), coming, chain.stands_alone)
     if made != coming:
         _write(directory, file + MERGED, made)
     newest = manifest.read(directory)

@@ -339,6 +339,8 @@ def _claim(directory: pathlib.Path, plan: _Plan, undo: contextlib.ExitStack) -> 
     """Make the file of the manifest in DIRECTORY, which has none of the backup's files; UNDO
     removes all of them that are not known to be good. Errors: one exists, by its path."""
     partial = plan.paths(directory, PARTIAL)
+    if plan.number is not None:  # ``manifest.json``, which it has beside its own
+        partial.append(directory / (manifest.FILE + PARTIAL))
     _check_absent(partial, _LEFT)
     _check_absent(plan.paths(directory))
     try:
@@ -625,11 +627,12 @@ def _describe(
 
 
 def _write_manifest(directory: pathlib.Path, plan: _Plan, made: manifest.Manifest) -> None:
-    """Under its partial name; durable, with all files' names, when it returns."""
-    try:
+    """Under its partial name, and that of ``manifest.json``; durable, with all files' names, when
+    it returns: nothing has to have room after the stop."""
+    with chain.naming("cannot write to", directory):
         chain.write(directory, plan.manifest_file, made)
-    except OSError as failure:
-        raise errors.system_error(failure, f"cannot write to {directory}") from failure
+        if plan.number is not None:
+            chain.write(directory, manifest.FILE, made)
 
 
 def _remove(paths: Iterable[pathlib.Path]) -> None:

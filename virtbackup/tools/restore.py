@@ -382,12 +382,26 @@ def _open(output: Output, size: int, force: bool, cancel: copy.Cancel) -> target
 
 
 def _finish(outputs: Sequence[Output]) -> None:
-    """Give the files, all of which are good and on the medium, their names."""
-    try:
-        for output in outputs:
-            if output.type == "file":
+    """Give the files, all of which are good and on the medium, their names.
+
+    Errors: one of them cannot have it. What has come to be new by then is removed again, and what
+    has taken the place of another file is told of.
+    """
+    files = [output for output in outputs if output.type == "file"]
+    replaced = []
+    with contextlib.ExitStack() as undo:
+        try:
+            for output in files:
+                is_new = not os.path.lexists(output.path)
                 output.partial.rename(output.path)
-        for directory in {output.path.parent for output in outputs if output.type == "file"}:
-            chain.sync_names(directory)
-    except OSError as failure:
-        raise errors.system_error(failure, "cannot finish the restore") from failure
+                if is_new:
+                    undo.callback(_remove, output.path)
+                else:
+                    replaced.append(output.place)
+            for directory in {output.path.parent for output in files}:
+                chain.sync_names(directory)
+        except OSError:
+            told = f", which has replaced {' and '.join(replaced)}," if replaced else ""
+            with chain.naming(f"cannot finish the restore{told} in", files[0].path.parent):
+                raise
+        undo.pop_all()
