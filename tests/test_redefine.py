@@ -29,6 +29,10 @@ DOCUMENT = """<domain type='kvm' id='3'>
       <source dev='/dev/x'/>
       <target dev='vdb'/>
     </disk>
+    <disk type='file' device='cdrom'>
+      <source index='1'/>
+      <target dev='sr1'/>
+    </disk>
   </devices>
 </domain>
 """

@@ -97,7 +97,7 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         target=name,
         device=element.get("device", "disk"),
         type=kind,
-        source=None if source is None else _medium(source, kind),
+        source=medium(element),
         protocol=None if source is None else source.get("protocol"),
         format=None if driver is None else driver.get("type"),
         readonly=element.find("readonly") is not None,
@@ -106,9 +106,13 @@ def _parse_disk(element: etree._Element) -> DiskDef:
     )
 
 
-def _medium(source: etree._Element, kind: str) -> str | None:
-    """What a medium is called. What has no path, as an NBD server's only export, has no name in the
-    document either, but is a medium all the same."""
+def medium(disk: etree._Element) -> str | None:
+    """What the medium of a ``<disk>`` is called; None: there is none, though libvirt 12 has a
+    ``<source>`` for an empty drive, too. What has no path, as an NBD server's only export, has no
+    name in the document either, but is a medium all the same."""
+    kind, source = disk.get("type", "file"), disk.find("source")
+    if source is None:
+        return None
     if (name := source.get(_SOURCE_ATTRIBUTE.get(kind, "file"))) or kind in ("file", "block"):
         return name
     return source.get("path") or source.get("protocol") or kind

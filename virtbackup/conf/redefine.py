@@ -10,7 +10,7 @@ import libvirt
 from lxml import etree
 
 from virtbackup import errors
-from virtbackup.conf import xml
+from virtbackup.conf import domain_conf, xml
 
 _NBD_PORT = 10809
 
@@ -46,7 +46,7 @@ def redefine(document: str, media: Mapping[str, Medium], here: str = "") -> tupl
             with xml.writing():
                 _move(disk, media[name], here)
             found.add(name)
-        elif disk.find("source") is not None:
+        elif domain_conf.medium(disk) is not None:
             left.append(name)
     if missing := sorted(set(media) - found):
         raise xml.xml_error(f"the domain has no disk '{missing[0]}'", root)
