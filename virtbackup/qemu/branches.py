@@ -123,7 +123,8 @@ def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[b
 
 
 def _nodes(session: domain.Session) -> Mapping[naming.NodeName, block.Medium]:
-    return block.parse_named_nodes(session.qemu.execute(monitor_json.query_named_block_nodes()))
+    asked = monitor_json.query_named_block_nodes(session.capabilities.flat_nodes)
+    return block.parse_named_nodes(session.qemu.execute(asked))
 
 
 def _transact(session: domain.Session, actions: list[dict[str, Any]]) -> str | None:
