@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The guest's disks, read from what real QEMUs answered (tests/record.py)."""
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -186,3 +187,27 @@ def test_statistics_by_every_name_of_a_drive(version: str) -> None:
     counted = block.parse_blockstats(reply)["/machine/peripheral/vda"]
     assert counted == block.Statistics(*range(10 * vda, 10 * vda + 8))
     assert counted + counted == block.Statistics(*range(20 * vda, 20 * vda + 16, 2))
+
+
+def test_what_images_say_of_theirs_is_the_same_told_flat() -> None:
+    """By a drive, all at once; by nodes that QEMU was asked for without what is below each."""
+    names = list(map(naming.NodeName, ["top", "middle", "base", "last"]))
+    told = ("m.qcow2", None, "l.raw")
+    below = {(over, "backing"): under for over, under in itertools.pairwise(names)}
+    graph = block.Graph({}, below)
+
+    def medium(node: naming.NodeName, *files: str | None) -> block.Medium:
+        return block.Medium(node, "qcow2", f"/{node}", 512, False, backing_files=files)
+
+    drive = medium(names[0], *told, None)
+    flat = {
+        naming.NodeName(name): medium(name, one)
+        for name, one in zip(names, (*told, None), strict=True)
+    }
+    expected = tuple(
+        block.Backing(over, under, one)
+        for (over, under), one in zip(itertools.pairwise(names), told, strict=True)
+    )
+    assert graph.backing_of(drive, {}) == expected
+    assert graph.backing_of(flat[names[0]], flat) == expected
+    assert graph.backing_of(medium(names[0], "m.qcow2"), {}) == expected[:1]

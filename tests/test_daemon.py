@@ -3,6 +3,7 @@
 
 import errno
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -23,7 +24,7 @@ from tests.live import certificates
 from tests.test_access import me
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.remote import dispatch, protocol, remote_types, transport, wire_conf
+from virtbackup.remote import dispatch, domains, protocol, remote_types, transport, wire_conf
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 A, B, C = daemon_scene.ref("a", 1), daemon_scene.ref("b", 2), daemon_scene.ref("c", None)
@@ -240,6 +241,58 @@ def test_who_asks_for_events_of_a_host_that_hangs(tmp_path: pathlib.Path) -> Non
         assert len(served.daemon.domains._workers._threads) <= 2
         go.set()
         daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
+
+
+def test_a_host_is_asked_one_thing_after_the_other(tmp_path: pathlib.Path) -> None:
+    """By one thread, however many clients want to know; who waits for the same shares an answer."""
+    one = daemon_scene.Driver(A)
+    held = one.hold("list_domains")
+    with daemon_scene.serving(tmp_path, one, daemon_scene.Driver(B)) as served:
+        of = served.daemon.domains
+        of.hosts[0].driver()
+
+        def ask(key: str) -> domains.Question[Sequence[hypervisor.DomainRef]]:
+            question, fresh = of._ask(of.hosts[0], lambda driver: driver.list_domains(), key)
+            assert fresh
+            return question
+
+        first = ask("all")
+        one.wait_entered("list_domains")
+        second = ask("all")
+        assert second is not first  # which may have been answered by what was before
+        others = [ask("all") for _ in range(50)] + [ask("b"), ask("b")]
+        assert len({first, second, *others}) == 3
+        held.set()
+        for question in (first, second, *others):
+            assert question.answer(time.monotonic() + daemon_scene.DEADLINE) == [A]
+        assert len([call for call in one.calls if call[0] == "list_domains"]) == 3
+        assert len(of._workers._threads) <= 2
+
+
+def test_the_hosts_of_all_domains_are_learned_at_once(tmp_path: pathlib.Path) -> None:
+    """A daemon that has just come up asked every host for each domain of another."""
+    many = [[daemon_scene.ref(f"{host}{n}", n) for n in range(1, 6)] for host in "ab"]
+    drivers = [daemon_scene.Driver(*refs) for refs in many]
+    with daemon_scene.serving(tmp_path, *drivers) as served:
+        for ref in itertools.chain(*many):
+            assert served.daemon.domains.by_uuid(ref.uuid).own == ref
+    for driver in drivers:
+        assert [call[0] for call in driver.calls] == ["list_domains"] * 6
+
+
+def test_what_is_gone_is_forgotten_beside_a_host_that_is_away(tmp_path: pathlib.Path) -> None:
+    """For months, say, while the other's guests are started and ended; the host's own ids stay."""
+    away, other = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    with daemon_scene.serving(tmp_path, other, away) as served:
+        of = served.daemon.domains
+        assert [one.ref.id for one in of.all()] == [2, 1]
+        away.failures["list_domains"] = errors.error(libvirt.VIR_ERR_NO_CONNECT, "away")
+        for number in range(20):
+            other.refs = [daemon_scene.ref(f"vm{number}", 1)]
+            assert [one.ref.id for one in of.all()] == [2]
+        away.failures.clear()
+        assert [one.ref.id for one in of.all()] == [2, 1]
+        assert len(of._ids) == 2
 
 
 def test_a_call_that_hangs_is_one_domain_s(tmp_path: pathlib.Path) -> None:

@@ -264,7 +264,7 @@ def test_the_step_grows_on_short_answers_and_shrinks_on_long_ones() -> None:
 
 @pytest.mark.parametrize(
     ("count", "step"),
-    [(1, 128 << 20), (64, 128 << 20), (65, 64 << 20), (2047, 64 << 20), (2048, 32 << 20)],
+    [(1, 128 << 20), (64, 128 << 20), (65, 64 << 20), (2047, 64 << 20), (2048, 16 << 20)],
 )
 @pytest.mark.parametrize("before", [0, 1])
 def test_by_which_answers_the_step_changes(before: int, count: int, step: int) -> None:
@@ -276,6 +276,20 @@ def test_by_which_answers_the_step_changes(before: int, count: int, step: int) -
         allocation.receive(allocation.offset, entries)
     assert allocation.next_request() == ((65 * before + count) * 4096, step)
     assert type(allocation.next_request()[1]) is int
+
+
+@pytest.mark.parametrize(
+    ("grain", "step"), [(4096, 16 << 20), (16384, 64 << 20), (65536, 256 << 20)]
+)
+def test_the_step_shrinks_to_what_a_long_answer_was_about(grain: int, step: int) -> None:
+    """As the first one behind a long hole, of which no more is known than fits into an answer."""
+    allocation = extents.Allocation(1 << 50, 4096)
+    for _ in range(20):
+        offset, count = allocation.next_request()
+        allocation.receive(offset, [count, 3])
+    offset, _ = allocation.next_request()
+    allocation.receive(offset, [grain, 0, grain, 3] * 2048)
+    assert allocation.next_request() == (offset + 4096 * grain, step)
 
 
 def test_an_empty_export_needs_no_question() -> None:

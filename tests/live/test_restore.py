@@ -380,12 +380,18 @@ def test_round_trip(
         assert points.verified(backed.directory).good
 
 
-@pytest.mark.parametrize("stretch", [layers_module.STRETCH, 4 * BLOCK])
+@pytest.mark.parametrize(
+    ("stretch", "most"), [(layers_module.STRETCH, 2048), (4 * BLOCK, 2048), (128 * BLOCK, 3)]
+)
 def test_much_that_is_hidden_and_many_links(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stretch: int
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stretch: int, most: int
 ) -> None:
-    """More of everything than there are buffers; questions are asked while data is on its way."""
+    """More of everything than there are buffers; questions are asked while data is on its way, and
+    again where there is more than MOST in a stretch."""
     monkeypatch.setattr(layers_module, "STRETCH", stretch)
+    monkeypatch.setattr(layers_module, "_MOST", most)
+    if most < 2048:
+        monkeypatch.setattr(layers_module, "_MANY", most)
     if stretch < 1 << 20:
         monkeypatch.setattr(layers_module, "_MOST_STRETCH", stretch)
     source = random.Random(3)

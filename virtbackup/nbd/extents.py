@@ -158,7 +158,8 @@ class Allocation:
     known so far. For what has changed as well as for what is allocated.
 
     The step adapts: it grows while the answers are short and shrinks when they are long, because
-    one answer about a fragmented disk keeps the server busy and fills our memory.
+    one answer about a fragmented disk keeps the server busy and fills our memory; at once to what
+    such an answer was about, where that is less.
     """
 
     FIRST_STEP = 64 << 20
@@ -200,8 +201,8 @@ class Allocation:
         if offset != self.offset:
             raise BadStatus(f"an answer about {offset}, expected one about {self.offset}")
         known = list(merge([*self._tail, *parse(entries, offset, self._size, self._kind)]))
-        self._adapt(len(known))
         self.offset = known[-1].end
+        self._adapt(len(known), self.offset - offset)
         self._tail = []
         aligned = list(align(clip(known, self._end), self._grain))
         if not self.complete and self.offset % self._grain:
@@ -217,8 +218,8 @@ class Allocation:
         start = max(border, last.offset)
         self._tail = [Extent(start, last.end - start, last.kind)]
 
-    def _adapt(self, count: int) -> None:
+    def _adapt(self, count: int, reach: int) -> None:
         if count <= self.FEW:
             self._step = min(self._step * 2, self.MOST_STEP)
         elif count >= self.MANY:
-            self._step = max(self._step // 2, self.LEAST_STEP)
+            self._step = max(min(self._step // 2, reach), self.LEAST_STEP)

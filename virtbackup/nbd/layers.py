@@ -26,6 +26,9 @@ _MOST_STRETCH = 1 << 31
 _FEW, _MANY = 256, 8192
 """Extents of a stretch: the next one is longer, or shorter."""
 _LEAST_STRETCH = 8 << 20
+_MOST = 2048
+"""Extents of one layer by which a stretch ends before its time, as the first one behind a long hole
+may; more where there are few layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +96,28 @@ def changes(
         source.negotiate()
         start = 0
         while start < source.size:
-            end = min(source.size, start + STRETCH)
-            yield from source.told(start, end)
-            start = end
+            for one in source.told(start, min(source.size, start + STRETCH)):
+                yield one
+                start = one[1]
 
 
 def _stretches(
     sources: Sequence["_Source"], size: int
 ) -> Iterator[tuple[list[list[extents.Extent]], list[view.Part]]]:
     start, length = 0, STRETCH
+    most = max(_MOST, _MANY // len(sources))
     while start < size:
-        end = min(size, start + length)
-        found = [source.kinds(start, end) for source in sources]
+        end = wanted = min(size, start + length)
+        found = []
+        for source in sources:
+            found.append(source.kinds(start, end, most))
+            end = found[-1][-1].end
+        found = [list(extents.clip(some, end)) for some in found]
         yield found, view.owners(found)
         count = sum(map(len, found))
-        if count <= _FEW:
+        if end < wanted:
+            length = max(end - start, _LEAST_STRETCH)
+        elif count <= _FEW:
             length = min(length * 2, _MOST_STRETCH)
         elif count >= _MANY:
             length = max(length // 2, _LEAST_STRETCH)
@@ -140,17 +150,19 @@ class _Source:
             raise self._failed("read allocation of", "the server does not tell it")
         self.tree = checksum.Tree(self.size)
 
-    def kinds(self, start: int, end: int) -> list[extents.Extent]:
-        """What the layer has between START and END, multiples of a block, or the disk's end."""
-        told = self._ask(start, end)
+    def kinds(self, start: int, end: int, most: int) -> list[extents.Extent]:
+        """What the layer has between START and END, multiples of a block, or the disk's end; where
+        that are more than about MOST extents, to one such before END."""
+        told, end = self._ask(start, end, most)
         allocation = _aligned(told[connection.ALLOCATION], end)
         if self._job.dirty is None:
             return allocation
         return view.held(_aligned(told[self._job.dirty], end), allocation)
 
     def told(self, start: int, end: int) -> Iterator[tuple[int, int, extents.Kind, extents.Kind]]:
-        """(start, end, allocation, change), as the server tells them."""
-        found = {name: extents.clip(some, end) for name, some in self._ask(start, end).items()}
+        """(start, end, allocation, change), as the server tells them, to END or before it."""
+        told, end = self._ask(start, end, _MANY)
+        found = {name: extents.clip(some, end) for name, some in told.items()}
         unchanged = [extents.Extent(start, end - start, extents.Kind.SKIP)]
         change = found.get(self._job.dirty or "", iter(unchanged))
         return view.together(found[connection.ALLOCATION], change)
@@ -170,11 +182,15 @@ class _Source:
         """Nothing more is wanted of the server."""
         self._loop.leave(self._connection)
 
-    def _ask(self, start: int, end: int) -> dict[str, list[extents.Extent]]:
-        """Context -> extents from START on, to END at least."""
+    def _ask(self, start: int, end: int, most: int) -> tuple[dict[str, list[extents.Extent]], int]:
+        """Context -> extents from START on, to an end at least; that is END, or once there are MOST
+        of a context one of a block before."""
         found: dict[str, list[extents.Extent]] = {name: [] for name in self._connection.tells}
         reach = dict.fromkeys(found, start)
         while (offset := min(reach.values())) < end:
+            known = offset // checksum.BLOCK * checksum.BLOCK
+            if known > start and max(map(len, found.values())) >= most:
+                return found, known
             for name, entries in self._block_status(offset, end - offset):
                 kind = extents.kind_of if name == connection.ALLOCATION else extents.change_of
                 try:
@@ -186,7 +202,7 @@ class _Source:
                 reach[name] = max(reach[name], some[-1].end)
             if min(reach.values()) <= offset:
                 raise self._failed("read allocation of", "no answer", offset)
-        return found
+        return found, end
 
     def _block_status(self, offset: int, count: int) -> list[tuple[str, list[int]]]:
         request = self._connection.ask(tuple(self._connection.tells), offset, count)
@@ -306,12 +322,9 @@ class _Run:
             for layer, (source, own) in enumerate(zip(self._sources, found, strict=True)):
                 shown = collections.deque(view.shown(parts, layer))
                 for extent in own:
-                    visible = _take(shown, extent)
                     if extent.kind is extents.Kind.DATA:
                         pieces += [
-                            _Piece(
-                                offset, length, layer, view.cut(visible, offset, offset + length)
-                            )
+                            _Piece(offset, length, layer, _take(shown, offset + length))
                             for offset, length in extents.split(extent, connection.CHUNK)
                         ]
                     elif extent.kind is extents.Kind.SKIP:
@@ -320,7 +333,7 @@ class _Run:
                         source.tree.add_zeroes(extent.offset, extent.length)
                         pieces += [
                             _Piece(start, end - start, None, [(start, end)])
-                            for start, end in visible
+                            for start, end in _take(shown, extent.end)
                         ]
             yield from sorted(pieces, key=lambda piece: piece.offset)
 
@@ -369,15 +382,13 @@ class _Run:
         return bool(chunks)
 
 
-def _take(
-    shown: "collections.deque[tuple[int, int]]", extent: extents.Extent
-) -> list[tuple[int, int]]:
-    """What of SHOWN, in order, is in EXTENT; what is before its end is taken away."""
+def _take(shown: "collections.deque[tuple[int, int]]", border: int) -> list[tuple[int, int]]:
+    """What of SHOWN, in order, is before BORDER; it is taken away."""
     found = []
-    while shown and shown[0][0] < extent.end:
+    while shown and shown[0][0] < border:
         start, end = shown.popleft()
-        found.append((max(start, extent.offset), min(end, extent.end)))
-        if end > extent.end:
-            shown.appendleft((extent.end, end))
+        found.append((start, min(end, border)))
+        if end > border:
+            shown.appendleft((border, end))
             break
     return found

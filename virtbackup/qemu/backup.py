@@ -383,7 +383,7 @@ def _disk(
         image=image or disk.medium.node,
         stores=state.graph.stores_of(image) if state.graph and image else frozenset(),
         offset=disk.medium.offset,
-        backing=state.graph.backing_of(medium) if state.graph and medium else (),
+        backing=state.graph.backing_of(medium, state.nodes) if state.graph and medium else (),
     )
 
 

@@ -451,14 +451,20 @@ class Graph:
         found = (self.roles.get((node, role)) for role in FILTERED)
         return next(filter(None, found), None)
 
-    def backing_of(self, image: Medium) -> tuple[Backing, ...]:
-        """IMAGE and those that it is backed by, as far as there are no filters between them."""
-        found = []
-        node: naming.NodeName | None = image.node
-        for told in image.backing_files:
-            below = self.roles.get((node, "backing")) if node else None
-            if node and below:
-                found.append(Backing(node, below, told))
+    def backing_of(
+        self, image: Medium, nodes: Mapping[naming.NodeName, Medium]
+    ) -> tuple[Backing, ...]:
+        """IMAGE and those that it is backed by, as far as there are no filters between them. What
+        IMAGE does not tell of the others, NODES do."""
+        found: list[Backing] = []
+        node = image.node
+        while below := self.roles.get((node, "backing")):
+            told = image.backing_files[len(found) :]
+            if not told and node in nodes:
+                told = nodes[node].backing_files
+            if not told:
+                break
+            found.append(Backing(node, below, told[0]))
             node = below
         return tuple(found)
 

@@ -35,6 +35,7 @@ FEATURES: Mapping[str, str] = {
     "nbd-server-start.max-connections": "nbd-server-start/max-connections",
     "nbd-server-start.fd": "nbd-server-start/addr/+fd",
     "nbd-server-start.tls-creds": "nbd-server-start/tls-creds",
+    "query-named-block-nodes.flat": "query-named-block-nodes/flat",
     "object-add.props": "object-add/props",
     "object-add.tls-creds-x509": "object-add/+tls-creds-x509",
     "object-add.tls-creds-psk": "object-add/+tls-creds-psk",
@@ -286,6 +287,12 @@ class Capabilities:
     def write_threshold(self) -> bool:
         """QEMU can note that an image has grown beyond a size."""
         return "block-set-write-threshold" in self.commands
+
+    @property
+    def flat_nodes(self) -> bool:
+        """Each node can be told without the images below its own, again and again: of a chain of
+        100 images that keeps all of QEMU busy for 1.5 s (from 5.0 on)."""
+        return "query-named-block-nodes.flat" in self.features
 
     @property
     def fdsets(self) -> bool:

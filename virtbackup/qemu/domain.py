@@ -210,7 +210,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         run_state = monitor_json.parse_status(next(replies))
         runs, io_error = run_state.running, _is_paused_by_error(qemu, run_state, disks)
     else:
-        disks = block.disks_of_nodes(named_nodes(qemu, caps), graph)
+        disks = block.disks_of_nodes(named_nodes(qemu, caps, flat=False), graph)
         runs = io_error = False
     iothreads = {}
     if caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
@@ -369,15 +369,17 @@ def _is_paused_by_error(
 
 
 def named_nodes(
-    qemu: monitor.Monitor, caps: capabilities.Capabilities
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, flat: bool = True
 ) -> dict[naming.NodeName, block.Medium]:
-    """Every node. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU, or it
+    """Every node; FLAT, each without what the images below its own say of theirs, where QEMU can
+    leave that out. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU, or it
     does not tell of any for one."""
     danger = danger_of_named_nodes(qemu, caps)
     if danger is not None:
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, danger)
+    asked = monitor_json.query_named_block_nodes(flat and caps.flat_nodes)
     try:
-        return block.parse_named_nodes(qemu.execute(monitor_json.query_named_block_nodes()))
+        return block.parse_named_nodes(qemu.execute(asked))
     except monitor_json.CommandFailed as failure:
         if not failure.desc.endswith(EJECTED):
             raise

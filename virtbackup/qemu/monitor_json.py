@@ -216,8 +216,9 @@ def query_block() -> Command:
     return _command("query-block")
 
 
-def query_named_block_nodes() -> Command:
-    return _command("query-named-block-nodes")
+def query_named_block_nodes(flat: bool = False) -> Command:
+    """FLAT: of each image without those that it is backed by, which are nodes themselves."""
+    return _command("query-named-block-nodes", flat=flat or None)
 
 
 def query_blockstats() -> Command:

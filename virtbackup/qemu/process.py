@@ -314,10 +314,12 @@ class Run:
         """Disk -> bytes changed since its branch's last point; after the instant, and only of disks
         whose changes are told."""
         told = {disk.target: disk.step for disk in self.plan.disks if disk.since and disk.step}
-        if not told or not domain.named_nodes_are_safe(self.qemu, self.plan.dialect.caps):
+        caps = self.plan.dialect.caps
+        if not told or not domain.named_nodes_are_safe(self.qemu, caps):
             return {}
         sizes = {disk.target: disk.size for disk in self.plan.disks}
-        nodes = block.parse_named_nodes(self.qemu.execute(monitor_json.query_named_block_nodes()))
+        asked = monitor_json.query_named_block_nodes(caps.flat_nodes)
+        nodes = block.parse_named_nodes(self.qemu.execute(asked))
         return {
             target: min(bitmap.count, sizes[target])  # the last bit may be beyond the end
             for target, step in told.items()

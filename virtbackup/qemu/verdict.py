@@ -52,7 +52,7 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     backups_end = capabilities.NAMED_NODES_CRASH.affects(caps.version)
     told = backups_end or len(used) == len(running.disks) or sight.closed is not None
     if not told and domain.named_nodes_are_safe(session.qemu, caps):
-        nodes = session.qemu.execute(monitor_json.query_named_block_nodes())
+        nodes = session.qemu.execute(monitor_json.query_named_block_nodes(caps.flat_nodes))
         thresholds = block.parse_write_thresholds(nodes)
         sizes = block.parse_actual_sizes(nodes)
         used = {
@@ -96,7 +96,7 @@ def with_nodes(
             return dataclasses.replace(sight, nodes_untold=danger)
     elif not domain.named_nodes_are_safe(qemu, caps):
         return sight
-    nodes = qemu.execute(monitor_json.query_named_block_nodes())
+    nodes = qemu.execute(monitor_json.query_named_block_nodes(caps.flat_nodes))
     return dataclasses.replace(sight, nodes=block.parse_named_nodes(nodes))
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The domains of all drivers that a daemon serves, as if they were one hypervisor's."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import libvirt
@@ -105,10 +107,11 @@ def _as_error(failure: Exception) -> errors.Error:
 
 
 class Question(Generic[T]):
-    """WHAT one host is asked, answered by a thread."""
+    """WHAT one host is asked, answered by a thread; by KEY the same as another."""
 
-    def __init__(self, host: Host, what: Callable[[hypervisor.Driver], T]) -> None:
+    def __init__(self, host: Host, what: Callable[[hypervisor.Driver], T], key: object) -> None:
         self.host = host
+        self.key = key
         self._what = what
         self._since = time.monotonic()
         self._answered = threading.Event()
@@ -196,13 +199,16 @@ class Domains:
         """By uuid, where each was last seen."""
         self._hanging: dict[Host, Question[Any]] = {}
         """The eldest that a host was asked and may not have answered."""
+        self._asked_next: dict[Host, collections.deque[Question[Any]]] = {}
+        """What a host is going to be asked, while a thread asks it one thing after the other: a
+        monitor speaks to one client at a time, and hosts times clients are many threads."""
         self._workers = workers.Workers(_THREADS)
 
     def open(self) -> None:
         """Open the hosts that are not, and do not wait for that."""
         for host in self.hosts:
             if not host.is_open and not self._is_asked(host):
-                self._ask(host, lambda driver: None)
+                self._ask(host, lambda driver: None, "open")
 
     def first(self) -> hypervisor.Driver:
         """The first driver, which answers for all where a hypervisor is asked. Errors: those of
@@ -210,7 +216,7 @@ class Domains:
         for host in self.hosts:
             if host.is_open:
                 return host.driver()
-        answers = self._asked(lambda driver: driver)
+        answers = self._asked(lambda driver: driver, "driver")
         for answer in answers.values():
             if not isinstance(answer, errors.Error):
                 return answer
@@ -221,26 +227,28 @@ class Domains:
         where no host can be asked, the first one's."""
         found: dict[str, Found] = {}
         host_of: dict[str, Host] = {}
-        answers = self._asked(lambda driver: [(driver, ref) for ref in driver.list_domains()])
-        failures = [answer for answer in answers.values() if isinstance(answer, errors.Error)]
-        if len(failures) == len(self.hosts):
-            raise _first_error(failures)
+        answers = self._asked(_all_of, "all")
+        silent = {host for host, answer in answers.items() if isinstance(answer, errors.Error)}
+        if len(silent) == len(self.hosts):
+            raise _first_error(answers.values())
         for host, answer in answers.items():
             for driver, ref in [] if isinstance(answer, errors.Error) else answer:
                 if ref.uuid not in found:
                     host_of[ref.uuid] = host
                     found[ref.uuid] = Found(driver, ref, ref)
         with self._lock:
-            if failures:
-                self._host_of |= host_of
-            else:
-                self._host_of = host_of
-                self._forget_ids({(one.own.uuid, one.own.id) for one in found.values()})
+            unseen = {uuid: host for uuid, host in self._host_of.items() if host in silent}
+            self._host_of = unseen | host_of
+            self._forget_ids({(one.own.uuid, one.own.id) for one in found.values()}, unseen)
         return self._numbered(found.values())
 
     def by_uuid(self, uuid: str) -> Found:
         """Errors: VIR_ERR_NO_DOMAIN; those of asking the host, where there is but one."""
         hint = self._host_of.get(uuid)
+        if hint is None and len(self.hosts) > 1:
+            with contextlib.suppress(libvirt.libvirtError):
+                self.all()  # and with this one all others, which are asked for next as a rule
+            hint = self._host_of.get(uuid)
         if hint is not None:
             try:
                 driver = hint.driver()
@@ -293,31 +301,57 @@ class Domains:
 
     # --- asking hosts ---
 
-    def _asked(self, what: Callable[[hypervisor.Driver], T]) -> dict[Host, T | errors.Error]:
-        """What every host answers to WHAT, in their order. Where there are several, one that hangs
-        is not waited for longer than a while, and has not been heard."""
+    def _asked(
+        self, what: Callable[[hypervisor.Driver], T], key: object
+    ) -> dict[Host, T | errors.Error]:
+        """What every host answers to WHAT, in their order; KEY is as for a ``Question``. Where
+        there are several, one that hangs is not waited for longer than a while, and has not been
+        heard."""
         if len(self.hosts) == 1:
-            question = Question(self.hosts[0], what)
+            question = Question(self.hosts[0], what, key)
             question.ask()
             return {self.hosts[0]: _answer(question, 0.0)}
-        questions = {host: self._ask(host, what) for host in self.hosts}
+        questions = {host: self._ask(host, what, key) for host in self.hosts}
         until = time.monotonic() + self.patience
         return {
             host: _answer(question, until) if fresh else _answer(question, 0.0)
             for host, (question, fresh) in questions.items()
         }
 
-    def _ask(self, host: Host, what: Callable[[hypervisor.Driver], T]) -> tuple[Question[T], bool]:
-        """A question to HOST; or, and False, one that it has not answered for long."""
+    def _ask(
+        self, host: Host, what: Callable[[hypervisor.Driver], T], key: object
+    ) -> tuple[Question[T], bool]:
+        """A question to HOST, be it one that somebody else is going to ask; or, and False, one that
+        it has not answered for long."""
         with self._lock:
             asked = self._hanging.get(host)
             if asked is not None and asked.hangs(self.patience):
                 return asked, False
-            question = Question(host, what)
+            following = self._asked_next.get(host)
+            for other in following or ():
+                if other.key == key:
+                    return other, True
+            question = Question(host, what, key)
             if asked is None or asked.is_answered:
                 self._hanging[host] = question
-        self._workers.do(question.ask, urgent=True)
+            if following is not None:
+                following.append(question)
+                return question, True
+            self._asked_next[host] = collections.deque([question])
+        self._workers.do(functools.partial(self._ask_on, host), urgent=True)
         return question, True
+
+    def _ask_on(self, host: Host) -> None:
+        """Ask HOST until there is nothing more to ask."""
+        while (question := self._next_question(host)) is not None:
+            question.ask()
+
+    def _next_question(self, host: Host) -> Question[Any] | None:
+        with self._lock:
+            if following := self._asked_next[host]:
+                return following.popleft()
+            del self._asked_next[host]
+        return None
 
     def _is_asked(self, host: Host) -> bool:
         """Whether HOST, which is opened to be asked, has not answered yet."""
@@ -328,7 +362,8 @@ class Domains:
     def _search(self, described: str, **wanted: str) -> list[Found]:
         """The domain, at every host that has it, in their order. Errors: VIR_ERR_NO_DOMAIN, which
         says who could not be asked; that of asking the only host."""
-        answers = self._asked(lambda driver: (driver, _lookup(driver, **wanted)))
+        key = tuple(wanted.items())
+        answers = self._asked(lambda driver: (driver, _lookup(driver, **wanted)), key)
         found, silent = [], []
         for host, answer in answers.items():
             if isinstance(answer, errors.Error):
@@ -359,8 +394,11 @@ class Domains:
         id = self._id(own)
         return own if id == own.id else dataclasses.replace(own, id=id)
 
-    def _forget_ids(self, running: set[tuple[str, int | None]]) -> None:
-        self._ids = {key: id for key, id in self._ids.items() if key in running}
+    def _forget_ids(
+        self, running: Collection[tuple[str, int | None]], unseen: Collection[str]
+    ) -> None:
+        """All but of those that are RUNNING, and of uuids that are UNSEEN for now."""
+        self._ids = {key: id for key, id in self._ids.items() if key in running or key[0] in unseen}
         self._taken = set(self._ids.values())
 
     def _id(self, own: hypervisor.DomainRef) -> int | None:
@@ -384,6 +422,10 @@ def _answer(question: Question[T], until: float) -> T | errors.Error:
 
 def _first_error(answers: Iterable[object]) -> errors.Error:
     return next(answer for answer in answers if isinstance(answer, errors.Error))
+
+
+def _all_of(driver: hypervisor.Driver) -> list[tuple[hypervisor.Driver, hypervisor.DomainRef]]:
+    return [(driver, ref) for ref in driver.list_domains()]
 
 
 def _lookup(driver: hypervisor.Driver, **wanted: str) -> hypervisor.DomainRef | None:
