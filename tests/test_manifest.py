@@ -232,11 +232,14 @@ def test_what_a_pull_cut_off_has_left_cannot_be_read(tmp_path: pathlib.Path) -> 
     """It may be a good backup, to which the branch has moved on."""
     first = dataclasses.replace(GOOD, number=1, branch="b")
     image, pending = tmp_path / "vda.0002.raw.partial", tmp_path / "manifest.0002.json.partial"
-    image.touch()
+    newest = tmp_path / "manifest.json.partial"
+    for file in image, newest:
+        file.touch()
     pending.symlink_to(UNREADABLE)
     with pytest.raises(virtbackup.Error, match=f"cannot read {pending}: Input/output error"):
         chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
     assert image.exists()
+    assert newest.exists()
     pending.unlink()
     pending.mkdir()  # of nobody
     with pytest.raises(virtbackup.Error, match=f"{pending}: Is a directory"):
