@@ -617,9 +617,6 @@ def test_a_pull(
     assert data[1 << 20 :] == bytes(3 << 20)
 
 
-# --- monitor-replay ---
-
-
 def test_a_pull_whose_stop_is_refused_ends_its_backup(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,6 +640,9 @@ def test_a_pull_whose_stop_is_refused_ends_its_backup(
         none = failure(only(conn).backupGetInfo)
         assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
     assert not (tmp_path / "pulled").exists()
+
+
+# --- monitor-replay ---
 
 
 @pytest.fixture
@@ -1063,7 +1063,7 @@ def test_a_scratch_image_that_cannot_be_removed(
         [ref] = own.list_domains()
         for is_kept in False, True:
             id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
-            with places.kept(image):
+            with places.mount_point(image):
                 assert own._domain.job.give_up(id, "given up, as a test said so")
                 assert warning in caplog.text
                 caplog.clear()
@@ -1205,6 +1205,7 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
         file.unlink()
 
 
+@ALONE
 def test_a_stop_while_another_thread_looks_for_the_status(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1226,6 +1227,7 @@ def test_a_stop_while_another_thread_looks_for_the_status(
         file.unlink()
 
 
+@ALONE
 def test_a_stop_of_what_began_while_it_waited(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1246,6 +1248,7 @@ def test_a_stop_of_what_began_while_it_waited(
         file.unlink()
 
 
+@ALONE
 def test_a_start_that_cannot_be_undone_ends_with_the_connection(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
