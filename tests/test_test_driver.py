@@ -947,7 +947,7 @@ def test_a_start_whose_qemu_stands_still(
     tmp_path: pathlib.Path, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For longer than it is waited for, by who would undo it, too: it says what it leaves."""
-    monkeypatch.setattr(monitor, "REPLY_TIMEOUT", 0.2)
+    monkeypatch.setattr(monitor, "REPLY_TIMEOUT", 1.0)
     monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.2)
     script(
         tmp_path,
