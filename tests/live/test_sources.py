@@ -12,6 +12,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import machines, nbdclient
+from virtbackup.tools import pull
 
 SIZE = 1 << 20
 
@@ -142,6 +143,8 @@ def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
         dom = conn.lookupByID(1)
         dom.branchCreate("b")
         disks = "".join(f'<disk name="{name}" type="incremental"/>' for name in ("vda", "vdb"))
+        made = pull.pull(dom, tmp_path / "out")
+        assert {disk.name for disk in made.disks} == {"vda", "vdb"}
         for document in xml(tmp_path), xml(tmp_path, disks, '<branch name="b"/>'):
             dom.backupStart(document)
             machine.io("vda", "write -P 1 0 64k")

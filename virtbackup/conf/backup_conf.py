@@ -171,9 +171,8 @@ class BackupDef:
 def _align(
     disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef, branch: str | None
 ) -> BackupDiskDef:
-    usable = domain_disk.has_medium and not domain_disk.readonly
     if disk is None:
-        disk = BackupDiskDef(domain_disk.target, present=usable and not domain_disk.is_part)
+        disk = BackupDiskDef(domain_disk.target, present=domain_disk.takes_part)
     present = disk.present is not False
     if present and not domain_disk.has_medium:
         raise _unsupported(f"disk '{disk.name}' has no media")

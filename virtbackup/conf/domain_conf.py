@@ -37,11 +37,16 @@ class DiskDef:
     alias: str | None = None
     """The device's id in QEMU, of a running domain."""
     is_part: bool = False
-    """Another disk is made of it, and the guest has only that. No document says so."""
+    """Another disk is made of it, and the guest has only that. No document of libvirt's says so."""
 
     @property
     def has_medium(self) -> bool:
         return self.source is not None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a backup has it that lists no disks."""
+        return self.has_medium and not self.readonly and not self.is_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +108,7 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         readonly=element.find("readonly") is not None,
         capacity=None if capacity is None else _number(capacity.text or "0", capacity),
         alias=None if alias is None else alias.get("name"),
+        is_part=element.find("part") is not None,
     )
 
 
@@ -136,6 +142,8 @@ def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
     etree.SubElement(element, "target", dev=disk.target)
     if disk.readonly:
         etree.SubElement(element, "readonly")
+    if disk.is_part:
+        etree.SubElement(element, "part")
     if disk.capacity is not None:
         etree.SubElement(element, "capacity", unit="bytes").text = str(disk.capacity)
     if disk.alias is not None:

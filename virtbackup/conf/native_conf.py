@@ -208,8 +208,8 @@ class BackupDef:
     def _align(
         self, listed: dict[str, BackupDiskDef], domain_disk: domain_conf.DiskDef
     ) -> BackupDiskDef:
-        usable = domain_disk.has_medium and not domain_disk.readonly
-        default = BackupDiskDef(domain_disk.target, backup=usable and not self.disks)
+        taken = domain_disk.takes_part and not self.disks
+        default = BackupDiskDef(domain_disk.target, backup=taken)
         disk = listed.get(domain_disk.target, default)
         if disk.backup is False:
             return BackupDiskDef(disk.name, backup=False)
