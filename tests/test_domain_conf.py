@@ -57,6 +57,21 @@ def test_what_another_disk_is_made_of_takes_part_where_it_is_listed() -> None:
     assert [disk.present for disk in listed.align_disks(domain).disks] == [True, True]
 
 
+def test_a_disk_that_should_take_part_and_has_no_image() -> None:
+    """QEMU has closed it. It is no empty drive, which a backup passes over without a word."""
+    disks = (domain_conf.DiskDef("sr0", "cdrom"), domain_conf.DiskDef("vda"), DOMAIN.disks[1])
+    domain = domain_conf.DomainDef("vm", "u", disks=disks)
+    own = backup_conf.BackupDef(backup_conf.UnixAddress("/s"))
+    native = native_conf.BackupDef.parse("<domainbackup mode='pull'/>")
+    for definition in own, native:
+        with pytest.raises(errors.Error, match="disk 'vda' has no image any more") as caught:
+            definition.align_disks(domain)
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    without = dataclasses.replace(own, disks=(backup_conf.BackupDiskDef("vda", present=False),))
+    presence = [disk.present for disk in without.align_disks(domain).disks]
+    assert presence == [False, False, True]
+
+
 def test_a_path_that_no_xml_can_hold_is_only_shown() -> None:
     disk = domain_conf.DiskDef("vda", source="/a\x1b\udcff")
     told = domain_conf.DomainDef("vm", "u", disks=(disk,)).format()

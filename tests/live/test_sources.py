@@ -218,6 +218,8 @@ def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
         for disks in "", '<disk name="vda"/>':
             with pytest.raises(virtbackup.Error, match="disk 'vda' has no image any more"):
                 dom.backupStart(xml(tmp_path, disks))
+        with pytest.raises(virtbackup.Error, match="disk 'vda' has no image any more"):
+            pull.pull(dom, tmp_path / "out")
         with pytest.raises(virtbackup.Error, match="it has closed one that it found corrupt"):
             dom.branchCreate("b")
         dom.backupStart(xml(tmp_path, '<disk name="vda" present="no"/>'))

@@ -4,8 +4,10 @@
 import dataclasses
 import re
 
+import libvirt
 from lxml import etree
 
+from virtbackup import errors
 from virtbackup.conf import xml
 
 # The attribute of <source> that names the medium, by the disk's type.
@@ -43,9 +45,15 @@ class DiskDef:
     def has_medium(self) -> bool:
         return self.source is not None
 
-    @property
     def takes_part(self) -> bool:
-        """Whether a backup has it that lists no disks."""
+        """Whether a backup has it that lists no disks. Errors: VIR_ERR_OPERATION_INVALID where it
+        should, and cannot."""
+        if not self.has_medium and self.device in ("disk", "lun"):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"disk '{self.target}' has no image any more, as QEMU closes one that it finds"
+                ' corrupt: leave it out (present="no")',
+            )
         return self.has_medium and not self.readonly and not self.is_part
 
 
