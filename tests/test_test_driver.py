@@ -617,10 +617,15 @@ def test_a_pull(
     assert data[1 << 20 :] == bytes(3 << 20)
 
 
+@pytest.mark.parametrize(
+    ("branch", "is_verdict"), [(None, False), ("b", False), ("b", True)],
+    ids=["refused", "refused-branch", "verdict-branch"],
+)  # fmt: skip
 def test_a_pull_whose_stop_is_refused_ends_its_backup(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, branch: str | None, is_verdict: bool
 ) -> None:
-    """As where a scratch image hangs, for a while: the connection may stay for long."""
+    """As where a scratch image hangs, for a while: the connection may stay for long. Of a verdict
+    there is nothing more to be ended, and what runs then is another's. No file is left."""
     from virtbackup.tools import pull
 
     refused: list[str] = []
@@ -629,16 +634,21 @@ def test_a_pull_whose_stop_is_refused_ends_its_backup(
     def hangs(session: domain.Session, left: status.Status) -> None:
         if not left.cancelled:
             refused.append(left.id)
-            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "the scratch image hangs")
+            raise errors.error(code, "the scratch image hangs")
         check(session, left)
 
+    code = libvirt.VIR_ERR_OPERATION_FAILED if is_verdict else libvirt.VIR_ERR_OPERATION_TIMEOUT
     monkeypatch.setattr(cleanup, "check_scratch", hangs)
     with virtbackup.open("test:///default") as conn:
-        words = str(failure(lambda: pull.pull(only(conn), tmp_path / "pulled", fmt="raw")))
+        pulled = tmp_path / "pulled"
+        words = str(failure(lambda: pull.pull(only(conn), pulled, fmt="raw", branch=branch)))
         assert f"the scratch image hangs (no backup was kept in {tmp_path}/pulled)" in words
         assert refused
-        none = failure(only(conn).backupGetInfo)
-        assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+        if is_verdict:
+            assert only(conn).backupGetInfo().state == "running"
+        else:
+            none = failure(only(conn).backupGetInfo)
+            assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
     assert not (tmp_path / "pulled").exists()
 
 
