@@ -2,7 +2,9 @@
 """The manifest of a pulled backup: what is written is read, what is not one is refused."""
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import time
 import typing
@@ -224,6 +226,20 @@ def test_what_a_pull_cut_off_has_left_is_of_that_alone(
     assert not pending.exists()
 
 
+def test_a_file_that_cannot_be_written_whole_is_not_there(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under a partial name is taken for whole by who gives it its own."""
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/journal.partial'"):
+        chain.write_text(tmp_path, "journal", "text")
+    assert not list(tmp_path.iterdir())
+
+
 UNREADABLE = "/proc/self/mem"
 """A file of which no first byte can be read: an input/output error."""
 
@@ -232,11 +248,14 @@ def test_what_a_pull_cut_off_has_left_cannot_be_read(tmp_path: pathlib.Path) -> 
     """It may be a good backup, to which the branch has moved on."""
     first = dataclasses.replace(GOOD, number=1, branch="b")
     image, pending = tmp_path / "vda.0002.raw.partial", tmp_path / "manifest.0002.json.partial"
-    image.touch()
+    newest = tmp_path / "manifest.json.partial"
+    for file in image, newest:
+        file.touch()
     pending.symlink_to(UNREADABLE)
     with pytest.raises(virtbackup.Error, match=f"cannot read {pending}: Input/output error"):
         chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
     assert image.exists()
+    assert newest.exists()
     pending.unlink()
     pending.mkdir()  # of nobody
     with pytest.raises(virtbackup.Error, match=f"{pending}: Is a directory"):

@@ -258,9 +258,10 @@ def test_a_close_ends_with_a_server_that_is_gone(server: rpc_server.Server, uri:
 @contextlib.contextmanager
 def taking_no_more(server: rpc_server.Server, opened: driver.RemoteDriver) -> Iterator[None]:
     """The server is busy with a call of another thread, which fails in the end."""
-    served = threading.Event()
+    busy, served = threading.Event(), threading.Event()
 
     def serve(*_: object) -> object:
+        busy.set()
         served.wait(DEADLINE)
         return rpc_server.SILENCE
 
@@ -269,6 +270,7 @@ def taking_no_more(server: rpc_server.Server, opened: driver.RemoteDriver) -> It
         target=lambda: fails(lambda: opened._call(REMOTE, "CONNECT_GET_HOSTNAME"))
     )
     other.start()
+    assert busy.wait(DEADLINE)
     yield
     other.join(DEADLINE)
     assert not other.is_alive()

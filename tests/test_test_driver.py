@@ -617,13 +617,15 @@ def test_a_pull(
     assert data[1 << 20 :] == bytes(3 << 20)
 
 
-# --- monitor-replay ---
-
-
+@pytest.mark.parametrize(
+    ("branch", "is_verdict"), [(None, False), ("b", False), ("b", True)],
+    ids=["refused", "refused-branch", "verdict-branch"],
+)  # fmt: skip
 def test_a_pull_whose_stop_is_refused_ends_its_backup(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, branch: str | None, is_verdict: bool
 ) -> None:
-    """As where a scratch image hangs, for a while: the connection may stay for long."""
+    """As where a scratch image hangs, for a while: the connection may stay for long. Of a verdict
+    there is nothing more to be ended, and what runs then is another's. No file is left."""
     from virtbackup.tools import pull
 
     refused: list[str] = []
@@ -632,17 +634,25 @@ def test_a_pull_whose_stop_is_refused_ends_its_backup(
     def hangs(session: domain.Session, left: status.Status) -> None:
         if not left.cancelled:
             refused.append(left.id)
-            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "the scratch image hangs")
+            raise errors.error(code, "the scratch image hangs")
         check(session, left)
 
+    code = libvirt.VIR_ERR_OPERATION_FAILED if is_verdict else libvirt.VIR_ERR_OPERATION_TIMEOUT
     monkeypatch.setattr(cleanup, "check_scratch", hangs)
     with virtbackup.open("test:///default") as conn:
-        words = str(failure(lambda: pull.pull(only(conn), tmp_path / "pulled", fmt="raw")))
+        pulled = tmp_path / "pulled"
+        words = str(failure(lambda: pull.pull(only(conn), pulled, fmt="raw", branch=branch)))
         assert f"the scratch image hangs (no backup was kept in {tmp_path}/pulled)" in words
         assert refused
-        none = failure(only(conn).backupGetInfo)
-        assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+        if is_verdict:
+            assert only(conn).backupGetInfo().state == "running"
+        else:
+            none = failure(only(conn).backupGetInfo)
+            assert none.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
     assert not (tmp_path / "pulled").exists()
+
+
+# --- monitor-replay ---
 
 
 @pytest.fixture
@@ -1063,7 +1073,7 @@ def test_a_scratch_image_that_cannot_be_removed(
         [ref] = own.list_domains()
         for is_kept in False, True:
             id = naming.BackupId(own.domain_backup_start(ref, xml.replace("</dom", disk), 0))
-            with places.kept(image):
+            with places.mount_point(image):
                 assert own._domain.job.give_up(id, "given up, as a test said so")
                 assert warning in caplog.text
                 caplog.clear()
@@ -1205,6 +1215,7 @@ def test_a_backup_that_is_looked_after_is_not_cleaned_up_for_want_of_a_status(
         file.unlink()
 
 
+@ALONE
 def test_a_stop_while_another_thread_looks_for_the_status(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1226,6 +1237,7 @@ def test_a_stop_while_another_thread_looks_for_the_status(
         file.unlink()
 
 
+@ALONE
 def test_a_stop_of_what_began_while_it_waited(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1246,6 +1258,7 @@ def test_a_stop_of_what_began_while_it_waited(
         file.unlink()
 
 
+@ALONE
 def test_a_start_that_cannot_be_undone_ends_with_the_connection(
     server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,14 +189,12 @@ _files = st.none() | _names.map(lambda text: f"/{text}")
 
 @st.composite
 def _domains(draw: st.DrawFn) -> domain_conf.DomainDef:
-    disks = [
-        domain_conf.DiskDef(
-            f"vd{letter}",
-            source=draw(st.sampled_from(["/images/x"] * 4 + [None])),
-            readonly=draw(st.sampled_from([False] * 4 + [True])),
-        )
-        for letter in "abcde"[: draw(st.integers(0, 5))]
-    ]
+    disks = []
+    for letter in "abcde"[: draw(st.integers(0, 5))]:
+        source = draw(st.sampled_from(["/images/x"] * 4 + [None]))
+        device = "cdrom" if source is None else "disk"
+        readonly = draw(st.sampled_from([False] * 4 + [True]))
+        disks.append(domain_conf.DiskDef(f"vd{letter}", device, source=source, readonly=readonly))
     return domain_conf.DomainDef("vm", "u", 1, tuple(disks))
 
 

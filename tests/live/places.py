@@ -36,18 +36,6 @@ def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def kept(path: pathlib.Path) -> Iterator[None]:
-    """While this lasts the file at PATH cannot be removed: it is a mount point. Skips where none
-    may be mounted."""
-    if subprocess.run(["mount", "--bind", str(path), str(path)], capture_output=True).returncode:
-        pytest.skip("not allowed to mount a file: this wants root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-@contextlib.contextmanager
 def automounted(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file system that an automounter has mounted, right below the directory of it that is at
     PATH, of which no fsync(2) is possible. Skips where none may be mounted."""
@@ -85,8 +73,8 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> set[pathlib.Path]:
 
 @contextlib.contextmanager
 def mount_point(path: pathlib.Path) -> Iterator[None]:
-    """Nothing else may take the place of the file at PATH, as what is given to a container. Skips
-    where nothing may be mounted."""
+    """While this lasts the file at PATH, as what is given to a container, cannot be removed, nor
+    another one take its place. Skips where nothing may be mounted."""
     if subprocess.run(["mount", "--bind", str(path), str(path)], capture_output=True).returncode:
         pytest.skip("not allowed to mount a file: this wants root")
     try:

@@ -259,6 +259,13 @@ def test_another_guest_branch_or_kind_of_directory(
     assert f"{out} has backups of branch 'daily', not of 'weekly'" in text
     text = refused(lambda: pull.pull(domain, out), machine, invalid)
     assert f"{out} is of the backups of a branch, as it has manifest.0001.json" in text
+    # So it is where the pull was cut off and is still to be finished by the next one.
+    for file in before:
+        (out / file).rename(out / f"{file}.partial")
+    text = refused(lambda: pull.pull(domain, out, branch="weekly"), machine, invalid)
+    assert f"{out} has backups of branch 'daily', not of 'weekly'" in text
+    for file in before:
+        (out / f"{file}.partial").rename(out / file)
     alone = tmp_path / "alone"
     pull.pull(domain, alone)
     text = refused(lambda: pull.pull(domain, alone, branch="daily"), machine, invalid)

@@ -12,6 +12,7 @@ import pytest
 import virtbackup
 from tests import waiting
 from tests.live import machines, nbdclient
+from virtbackup.tools import pull
 
 SIZE = 1 << 20
 
@@ -142,6 +143,8 @@ def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
         dom = conn.lookupByID(1)
         dom.branchCreate("b")
         disks = "".join(f'<disk name="{name}" type="incremental"/>' for name in ("vda", "vdb"))
+        made = pull.pull(dom, tmp_path / "out")
+        assert {disk.name for disk in made.disks} == {"vda", "vdb"}
         for document in xml(tmp_path), xml(tmp_path, disks, '<branch name="b"/>'):
             dom.backupStart(document)
             machine.io("vda", "write -P 1 0 64k")
@@ -215,6 +218,8 @@ def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
         for disks in "", '<disk name="vda"/>':
             with pytest.raises(virtbackup.Error, match="disk 'vda' has no image any more"):
                 dom.backupStart(xml(tmp_path, disks))
+        with pytest.raises(virtbackup.Error, match="disk 'vda' has no image any more"):
+            pull.pull(dom, tmp_path / "out")
         with pytest.raises(virtbackup.Error, match="it has closed one that it found corrupt"):
             dom.branchCreate("b")
         dom.backupStart(xml(tmp_path, '<disk name="vda" present="no"/>'))

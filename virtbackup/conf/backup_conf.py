@@ -140,7 +140,7 @@ class BackupDef:
         A disk that is not listed is present when it is writable, has a medium and is no part of
         another. Errors, by name: VIR_ERR_CONFIG_UNSUPPORTED for a listed disk that the domain does
         not have, that is listed twice, is read-only or has no medium, for two exports of one name,
-        and when no disk remains.
+        and when no disk remains; those of ``DiskDef.takes_part``.
         """
         listed = self._listed(domain)
         disks = tuple(_align(listed.get(disk.target), disk, self.branch) for disk in domain.disks)
@@ -171,9 +171,8 @@ class BackupDef:
 def _align(
     disk: BackupDiskDef | None, domain_disk: domain_conf.DiskDef, branch: str | None
 ) -> BackupDiskDef:
-    usable = domain_disk.has_medium and not domain_disk.readonly
     if disk is None:
-        disk = BackupDiskDef(domain_disk.target, present=usable and not domain_disk.is_part)
+        disk = BackupDiskDef(domain_disk.target, present=domain_disk.takes_part())
     present = disk.present is not False
     if present and not domain_disk.has_medium:
         raise _unsupported(f"disk '{disk.name}' has no media")

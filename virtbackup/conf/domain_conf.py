@@ -4,8 +4,10 @@
 import dataclasses
 import re
 
+import libvirt
 from lxml import etree
 
+from virtbackup import errors
 from virtbackup.conf import xml
 
 # The attribute of <source> that names the medium, by the disk's type.
@@ -37,11 +39,22 @@ class DiskDef:
     alias: str | None = None
     """The device's id in QEMU, of a running domain."""
     is_part: bool = False
-    """Another disk is made of it, and the guest has only that. No document says so."""
+    """Another disk is made of it, and the guest has only that. No document of libvirt's says so."""
 
     @property
     def has_medium(self) -> bool:
         return self.source is not None
+
+    def takes_part(self) -> bool:
+        """Whether a backup has it that lists no disks. Errors: VIR_ERR_OPERATION_INVALID where it
+        should, and cannot."""
+        if not self.has_medium and self.device in ("disk", "lun"):
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"disk '{self.target}' has no image any more, as QEMU closes one that it finds"
+                ' corrupt: leave it out (present="no")',
+            )
+        return self.has_medium and not self.readonly and not self.is_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +116,7 @@ def _parse_disk(element: etree._Element) -> DiskDef:
         readonly=element.find("readonly") is not None,
         capacity=None if capacity is None else _number(capacity.text or "0", capacity),
         alias=None if alias is None else alias.get("name"),
+        is_part=element.find("part") is not None,
     )
 
 
@@ -136,6 +150,8 @@ def _format_disk(disk: DiskDef, parent: etree._Element) -> None:
     etree.SubElement(element, "target", dev=disk.target)
     if disk.readonly:
         etree.SubElement(element, "readonly")
+    if disk.is_part:
+        etree.SubElement(element, "part")
     if disk.capacity is not None:
         etree.SubElement(element, "capacity", unit="bytes").text = str(disk.capacity)
     if disk.alias is not None:

@@ -184,7 +184,8 @@ class BackupDef:
         Where no disk is listed, those take part that are writable and have a medium; else those
         that are listed. Of each, ``backup``, ``backupmode`` and ``incremental`` say what is meant.
         Errors, by name: VIR_ERR_CONFIG_UNSUPPORTED for a listed disk that the domain does not have,
-        that is listed twice or has no medium, and for an incremental one without a checkpoint.
+        that is listed twice or has no medium, and for an incremental one without a checkpoint;
+        those of ``DiskDef.takes_part``.
         """
         if not domain.disks:
             raise _unsupported("domain must have at least one disk to perform backup")
@@ -208,8 +209,8 @@ class BackupDef:
     def _align(
         self, listed: dict[str, BackupDiskDef], domain_disk: domain_conf.DiskDef
     ) -> BackupDiskDef:
-        usable = domain_disk.has_medium and not domain_disk.readonly
-        default = BackupDiskDef(domain_disk.target, backup=usable and not self.disks)
+        taken = not self.disks and domain_disk.takes_part()
+        default = BackupDiskDef(domain_disk.target, backup=taken)
         disk = listed.get(domain_disk.target, default)
         if disk.backup is False:
             return BackupDiskDef(disk.name, backup=False)

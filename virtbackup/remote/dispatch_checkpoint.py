@@ -148,7 +148,7 @@ def create_xml(
         check_can(found, "create checkpoint")
         name = checkpoint.name_of(wanted, found)
         domain = definition_of(found)
-        taken = [disk.target for disk in domain.disks if disk.has_medium and not disk.readonly]
+        taken = [disk.target for disk in domain.disks if disk.takes_part()]
         checkpoint.check_disks(wanted, name, domain, taken)
         found.call(function, "domain_branch_create", name, 0)
     session.daemon.describe(found.own.uuid, name, wanted.description)

@@ -265,8 +265,8 @@ def disk_file(name: str, number: int, fmt: str) -> str:
 def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     """The backups of DOMAIN's BRANCH in DIRECTORY.
 
-    Errors: VIR_ERR_OPERATION_INVALID when it has those of another guest or branch, or a backup
-    without one; those of ``manifest.read``.
+    Errors: VIR_ERR_OPERATION_INVALID when it has those of another guest or branch, be it one that
+    the next pull of that finishes, or a backup without one; those of ``manifest.read``.
     """
     with naming("cannot read", directory):
         names = os.listdir(directory)  # noqa: PTH208  (names, not paths)
@@ -276,9 +276,12 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
     )
     if not backups and (directory / manifest.FILE).exists():
         backups = (manifest.read(directory),)
-    for backup in backups:
+    found = Chain(directory, backups)
+    with naming("cannot read", directory):
+        pending = _pending(directory, found.next_number)
+    for backup in backups if pending is None else (*backups, pending):
         _check(directory, backup, domain, branch)
-    return Chain(directory, backups)
+    return found
 
 
 def check_none(directory: pathlib.Path) -> None:
@@ -398,6 +401,7 @@ def _recover(
 ) -> bool:
     """The same. Errors: OSError, too."""
     number = known.next_number
+    pending = _pending(directory, number)
     (directory / (manifest.FILE + PARTIAL)).unlink(missing_ok=True)
     left = [
         path
@@ -406,7 +410,6 @@ def _recover(
     ]
     if not left:
         return False
-    pending = _pending(directory, number)
     if pending is not None:
         if _is_last_point(pending, found):
             finish(directory, pending)
