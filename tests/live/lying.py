@@ -44,8 +44,8 @@ def serving(path: pathlib.Path, size: int, *told: Sequence[int]) -> Iterator[Non
 
 
 def _read(file: "socket.SocketIO", form: str) -> tuple[int, ...]:
-    data = b""
-    while len(data) < struct.calcsize(form) and (more := file.read(struct.calcsize(form))):
+    data, size = b"", struct.calcsize(form)
+    while len(data) < size and (more := file.read(size - len(data))):
         data += more
     return struct.unpack(form, data)
 

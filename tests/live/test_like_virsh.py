@@ -65,7 +65,7 @@ SAME = (
     "dumpxml alpha --xpath //target --wrap", "dumpxml alpha --update-cpu --xpath //memory/text()",
     "uri", "hostname", "echo a b", "echo --shell 'a b' c", "echo --xml '<&>'",
     "echo --split a,b,,c", "echo --split --xml a", "echo a; echo b", "echo a # b", "echo \"a",
-    "pwd", "nope", "help nope", "quit 1", "exit", "echo ---- a ----",
+    "pwd", "nope", "help nope", "quit 1", "exit",
 )  # fmt: skip
 """Of what both print the same."""
 

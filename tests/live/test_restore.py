@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import resource
 import shutil
 import signal
@@ -660,42 +659,39 @@ def test_a_bad_server(
             assert said.endswith(f"(what {uri(server)} has now is not the disk)")
 
 
-# A libnbd from 1.20 or so on refuses the same before we see it.
-_NO_ALLOCATION = "cannot read allocation of URI(: Protocol error| at offset {})"
-_TOO_LARGE = (
-    "cannot (open URI: it has more bytes than a disk can have"
-    "|connect to URI: Value too large for defined data type)"
+@pytest.mark.parametrize(
+    "told",
+    [[[0, 3]], [[512, 3, 0, 3], [0, 3]], [[3 << 20, 3, 1, 3]]],
+    ids=["none", "none-behind", "past-the-end"],
 )
+def test_a_server_that_lies(
+    layered: points.Backed, tmp_path: pathlib.Path, told: list[list[int]]
+) -> None:
+    """Of what it has: it is taken for one that has something."""
+    argv = ["backup-restore", str(layered.directory), "", "--disk=vda"]
+    for force, said in ([], "has data; --force overwrites it"), (["--force"], ""):
+        argv[2] = nbdclient.uri(path := tmp_path / f"s{len(force)}", "")
+        with lying.serving(path, 3 << 20, *told):
+            status, _, err = points.run(*argv, *force)
+        assert (status, said in err, bool(err)) == (int(not force), True, not force), err
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
-@pytest.mark.parametrize(
-    ("size", "told", "text"),
-    [
-        (3 << 20, [[0, 3]], _NO_ALLOCATION.format("0: an extent of 0 bytes at 0")),
-        (3 << 20, [[512, 3, 0, 3], [0, 3]],
-         _NO_ALLOCATION.format("0: an extent of 0 bytes at 512")),
-        (3 << 20, [[3 << 20, 3, 1, 3]], _NO_ALLOCATION.format(
-            "0: an extent of 1 bytes at 3145728, past the end at 3145728")),
-        (1 << 63, [], _TOO_LARGE),
-        ((1 << 64) - 1, [], _TOO_LARGE),
-    ],
-    ids=["none", "none-behind", "past-the-end", "large", "larger"],
-)  # fmt: skip
-def test_a_server_that_lies(
-    layered: points.Backed,
-    tmp_path: pathlib.Path,
-    size: int,
-    told: list[list[int]],
-    text: str,
-    force: list[str],
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 1], ids=["large", "larger"])
+def test_a_server_that_is_too_large(
+    layered: points.Backed, tmp_path: pathlib.Path, size: int, force: list[str]
 ) -> None:
     place = nbdclient.uri(tmp_path / "s", "")
-    with lying.serving(tmp_path / "s", size, *told):
+    with lying.serving(tmp_path / "s", size):
         argv = ["backup-restore", str(layered.directory), place, "--disk=vda", *force]
         status, out, err = points.run(*argv)
     assert (status, out) == (1, "")
-    assert re.fullmatch(f"error: operation failed: {text}\n", err.replace(place, "URI"))
+    # A libnbd from 1.20 or so on refuses it before we see it.
+    refused = (
+        f"cannot open {place}: it has more bytes than a disk can have",
+        f"cannot connect to {place}: Value too large for defined data type",
+    )
+    assert err in [f"error: operation failed: {one}\n" for one in refused]
 
 
 def test_a_blank_server_needs_no_zeroes(layered: points.Backed, tmp_path: pathlib.Path) -> None:

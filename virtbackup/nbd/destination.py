@@ -114,11 +114,14 @@ class Server:
 
     def _is_blank(self) -> bool:
         """Whether all of the export is zero, by what the server says; a little data is read. Not
-        where it cannot say or read that: it may be overwritten all the same."""
+        where it cannot say or read that, or says what cannot be: it may be overwritten all the
+        same."""
         if not self._handle.can_meta_context(connection.ALLOCATION):
             return False
         try:
             return self._is_told_to_be_blank()
+        except extents.BadStatus:  # which a newer libnbd finds first
+            return False
         except nbd.Error:
             if not self._handle.aio_is_ready():  # the server is lost
                 raise
@@ -140,7 +143,7 @@ class Server:
             self._wait(lambda cookie=cookie: self._handle.aio_command_completed(cookie))  # type: ignore[misc]
             if not answers:
                 return False
-            known = self._told(answers.pop(), offset)
+            known = list(extents.parse(answers.pop(), offset, self._has))
             answers.clear()
             for one in known:
                 if one.kind is not extents.Kind.DATA:
@@ -150,12 +153,6 @@ class Server:
                     return False
             offset = known[-1].end
         return True
-
-    def _told(self, entries: list[int], offset: int) -> list[extents.Extent]:
-        try:
-            return list(extents.parse(entries, offset, self._has))
-        except extents.BadStatus as failure:
-            raise self._failed("read allocation of", str(failure), offset) from failure
 
     def _lacking(self, end: int) -> int:
         """Bytes from END, the disk's own, to where the server takes a request to end."""
