@@ -982,10 +982,11 @@ def test_a_start_whose_qemu_stands_still(
 
 
 @ALONE
+@pytest.mark.parametrize("is_lost", [False, True])
 def test_the_end_of_qemu_is_noted_without_a_status(
-    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
+    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str, is_lost: bool
 ) -> None:
-    """Where the state directory is away just then."""
+    """Where the state directory is away just then, or for good."""
     image = tmp_path / "scratch.qcow2"
     disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
@@ -996,6 +997,8 @@ def test_the_end_of_qemu_is_noted_without_a_status(
             own._domain.job.note_end(id, "the domain was destroyed")
             assert not image.exists()
         assert own._domain.job.is_over(id)
+        for file in (*state.glob("*.json"), server.path) if is_lost else ():
+            file.unlink()
         words = str(failure(lambda: own.domain_backup_stop(ref, 0)))
         assert "'vda': the domain was destroyed" in words
     for file in state.iterdir():
