@@ -590,17 +590,23 @@ def test_events_that_cannot_be_had_again_keep_no_call_from_being_made(
     assert "no events any more: access denied: not you" in caplog.text
 
 
+@pytest.mark.parametrize("when", ["it has connected", "it asks for events"])
 def test_a_signal_s_handler_closes_as_it_connects_anew(
-    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch
+    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
+    Registry(server)
     opened = driver.open(f"{uri}?reconnect=yes", False)
+    opened.event_register(print)
     opened._current.client.close()
     connect = opened._connect
     made = []
 
     def interrupted() -> Any:
         made.append(connect())
-        opened.close()
+        if when == "it has connected":
+            opened.close()
+        else:
+            monkeypatch.setattr(made[0], "register", opened.close)
         return made[0]
 
     monkeypatch.setattr(opened, "_connect", interrupted)
