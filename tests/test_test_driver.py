@@ -38,6 +38,7 @@ from virtbackup.qemu import (
     cleanup,
     domain,
     driver,
+    ending,
     monitor,
     monitor_json,
     naming,
@@ -1011,9 +1012,11 @@ NOBODY = runtime.Process(pid=(1 << 22) + 1, start=1)
 
 @ALONE
 def test_a_qemu_that_another_process_passes_on(
-    server: fake_server.Server, state: pathlib.Path, xml: str
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where that was restarted: a backup that QEMU has is one that runs."""
+    monkeypatch.setattr(ending, "GRACE", 0.0)
+    told: list[hypervisor.Event] = []
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml, 0)
@@ -1021,13 +1024,19 @@ def test_a_qemu_that_another_process_passes_on(
         assert begun is not None
         own._domain.file.save(dataclasses.replace(begun, qemu=NOBODY))
     with contextlib.closing(driver.QmpDriver(str(server.path))) as other:
+        other.event_register(told.append)
         assert other.domain_backup_get_info(ref, 0).state == "running"
+        time.sleep(3 * ending.LOOK)  # nothing tells that nothing is told
+        assert not told
         for again in (
             lambda: other.domain_backup_cleanup(ref, 0),
             lambda: other.domain_backup_start(ref, xml, 0),
         ):
             assert "running" in str(failure(again))
         other.domain_backup_stop(ref, 0)
+        [ended] = told
+        assert isinstance(ended, hypervisor.BackupEnded)
+        assert (ended.good, ended.reason) == (True, None)
         with monitor.SocketMonitor(str(server.path)) as qemu:
             refused = monitor_json.CommandFailed
             with pytest.raises(refused, match="NBD server not running"):

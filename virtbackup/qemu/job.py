@@ -175,6 +175,15 @@ class BackupJob:
             return None
         return running.qemu if runtime.is_seen(running.qemu) else None
 
+    def passed_on(self, running: status.Status) -> runtime.Process | None:
+        """As ``ending.PassedOn``."""
+        try:
+            with self._connect() as session:
+                is_other = session.restarted_since(running.qemu, running.id)
+                return None if is_other else session.process
+        except monitor.NotListening:
+            return None
+
     def guest_trouble(self, id: naming.BackupId) -> str | None:
         """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
         try:
