@@ -162,7 +162,8 @@ def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
 
 def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
     """QEMU would stand still for ever, guest and all, as soon as that writes."""
-    machines.image(tmp_path / "a", SIZE, "qcow2")
+    for name in "ab":
+        machines.image(tmp_path / name, SIZE, "qcow2")
     with (
         machines.qemu(
             tmp_path,
@@ -170,11 +171,17 @@ def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
             "-drive", f"file={tmp_path}/a,format=qcow2,if=none,id=a",
             "-drive", "driver=blkreplay,image=a,if=none,id=replay",
             "-device", "virtio-blk,drive=replay,id=vda",
+            "-object", "throttle-group,id=group",
+            "-blockdev", f"qcow2,node-name=B,file.driver=file,file.filename={tmp_path}/b",
+            "-blockdev", "blkreplay,node-name=R,image=B",
+            "-blockdev", "throttle,node-name=T,throttle-group=group,file=R",
+            "-device", "virtio-blk,drive=T,id=vdb",
         ) as machine,
         virtbackup.open(machine.uri) as conn,
     ):  # fmt: skip
         before = machine.state()
-        for disks, named in ("", "vda"), ('<disk name="vda" present="no"/><disk name="a"/>', "a"):
+        without = '<disk name="vda" present="no"/>'
+        for disks, named in ("", "vda"), (f'{without}<disk name="a"/>', "a"), (without, "vdb"):
             with pytest.raises(virtbackup.Error, match=rf"'{named}' is recorded or replayed \(rr"):
                 conn.lookupByID(1).backupStart(xml(tmp_path, disks))
         assert machine.state() == before

@@ -468,9 +468,9 @@ def _replayed(
 ) -> frozenset[str]:
     """The disks whose requests QEMU records or replays, and what those are made of."""
     disks = {
-        disk.target: disk.medium.driver == "blkreplay"
+        disk.target: disk.medium.replays
         for disk in found
-        if disk.medium and (disk.medium.driver == "blkreplay" or disk.is_part)
+        if disk.medium and (disk.medium.replays or disk.is_part)
     }
     if not any(disks.values()) or "query-replay" not in caps.commands:
         return frozenset()
