@@ -203,6 +203,26 @@ def test_an_image_that_another_disk_writes_is_refused(
             plan(strangers)
 
 
+def test_an_image_that_a_part_of_another_disk_has_open_too() -> None:
+    """The part has one node, below that disk, and this disk's is another; it is no twin of its own
+    whole, but where a device has it, too."""
+    asked = state()
+    assert asked.graph is not None
+    found = {disk.target: (disk, disk.medium) for disk in asked.disks}
+    (one, medium), (other, others) = found["sdc"], found["vda"]
+    assert medium is not None
+    assert others is not None
+    [node] = asked.graph.children_of(medium.node)
+    part = block.Disk("part", dataclasses.replace(medium, node=node), None, is_part=True)
+    assert plan(dataclasses.replace(asked, disks=(one, part)))
+    shared = one, dataclasses.replace(part, qom_path="/machine/0", is_part=False)
+    with pytest.raises(errors.Error, match="'sdc' and disk 'part' both write to"):
+        plan(dataclasses.replace(asked, disks=shared), disks=(disk("part", present=False),))
+    twin = dataclasses.replace(other, medium=dataclasses.replace(others, filename=medium.filename))
+    with pytest.raises(errors.Error, match="'vda' and disk 'part' both write to"):
+        plan(dataclasses.replace(asked, disks=(twin, part)))
+
+
 def test_what_libvirt_calls_a_lun_is_passed_through() -> None:
     disks = state().disks
     known = [domain_conf.DiskDef(one.target, "lun" if one.target == "vda" else "disk")

@@ -352,6 +352,29 @@ def test_a_signal_s_handler_closes_at_any_place_of_a_call(
     assert max(took) < 1
 
 
+def test_an_interrupt_at_any_place_of_a_call_leaves_nobody_in_the_middle(
+    server: rpc_server.Server, uri: str
+) -> None:
+    """The next call is made, or finds that the connection has ended."""
+    strikes = striking.Strikes(sys.maxsize, ("/client.py",))
+    opened = driver.open(uri, False)
+
+    def call() -> None:
+        opened._call(REMOTE, "CONNECT_GET_HOSTNAME")
+
+    while True:
+        with contextlib.suppress(KeyboardInterrupt, errors.Error):
+            strikes.strike(call)
+        if not strikes.place:
+            break
+        assert not opened._current.client._is_sending_here, strikes.place
+        if not opened._current.client.is_alive:
+            opened.close()
+            opened = driver.open(uri, False)
+    opened.close()
+    assert strikes.number > 10
+
+
 def test_a_driver_that_is_forgotten_hangs_up(server: rpc_server.Server, uri: str) -> None:
     opened = virtbackup.open(uri)
     del opened
@@ -567,17 +590,23 @@ def test_events_that_cannot_be_had_again_keep_no_call_from_being_made(
     assert "no events any more: access denied: not you" in caplog.text
 
 
+@pytest.mark.parametrize("when", ["it has connected", "it asks for events"])
 def test_a_signal_s_handler_closes_as_it_connects_anew(
-    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch
+    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
+    Registry(server)
     opened = driver.open(f"{uri}?reconnect=yes", False)
+    opened.event_register(print)
     opened._current.client.close()
     connect = opened._connect
     made = []
 
     def interrupted() -> Any:
         made.append(connect())
-        opened.close()
+        if when == "it has connected":
+            opened.close()
+        else:
+            monkeypatch.setattr(made[0], "register", opened.close)
         return made[0]
 
     monkeypatch.setattr(opened, "_connect", interrupted)

@@ -38,6 +38,7 @@ from virtbackup.qemu import (
     cleanup,
     domain,
     driver,
+    ending,
     monitor,
     monitor_json,
     naming,
@@ -982,10 +983,11 @@ def test_a_start_whose_qemu_stands_still(
 
 
 @ALONE
+@pytest.mark.parametrize("is_lost", [False, True])
 def test_the_end_of_qemu_is_noted_without_a_status(
-    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str
+    server: fake_server.Server, tmp_path: pathlib.Path, state: pathlib.Path, xml: str, is_lost: bool
 ) -> None:
-    """Where the state directory is away just then."""
+    """Where the state directory is away just then, or for good."""
     image = tmp_path / "scratch.qcow2"
     disk = f'<disks><disk name="vda"><source file="{image}"/></disk></disks></dom'
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
@@ -996,6 +998,8 @@ def test_the_end_of_qemu_is_noted_without_a_status(
             own._domain.job.note_end(id, "the domain was destroyed")
             assert not image.exists()
         assert own._domain.job.is_over(id)
+        for file in (*state.glob("*.json"), server.path) if is_lost else ():
+            file.unlink()
         words = str(failure(lambda: own.domain_backup_stop(ref, 0)))
         assert "'vda': the domain was destroyed" in words
     for file in state.iterdir():
@@ -1008,9 +1012,11 @@ NOBODY = runtime.Process(pid=(1 << 22) + 1, start=1)
 
 @ALONE
 def test_a_qemu_that_another_process_passes_on(
-    server: fake_server.Server, state: pathlib.Path, xml: str
+    server: fake_server.Server, state: pathlib.Path, xml: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where that was restarted: a backup that QEMU has is one that runs."""
+    monkeypatch.setattr(ending, "GRACE", 0.0)
+    told: list[hypervisor.Event] = []
     with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
         [ref] = own.list_domains()
         own.domain_backup_start(ref, xml, 0)
@@ -1018,13 +1024,19 @@ def test_a_qemu_that_another_process_passes_on(
         assert begun is not None
         own._domain.file.save(dataclasses.replace(begun, qemu=NOBODY))
     with contextlib.closing(driver.QmpDriver(str(server.path))) as other:
+        other.event_register(told.append)
         assert other.domain_backup_get_info(ref, 0).state == "running"
+        time.sleep(3 * ending.LOOK)  # nothing tells that nothing is told
+        assert not told
         for again in (
             lambda: other.domain_backup_cleanup(ref, 0),
             lambda: other.domain_backup_start(ref, xml, 0),
         ):
             assert "running" in str(failure(again))
         other.domain_backup_stop(ref, 0)
+        [ended] = told
+        assert isinstance(ended, hypervisor.BackupEnded)
+        assert (ended.good, ended.reason) == (True, None)
         with monitor.SocketMonitor(str(server.path)) as qemu:
             refused = monitor_json.CommandFailed
             with pytest.raises(refused, match="NBD server not running"):

@@ -283,6 +283,7 @@ REFUSALS: dict[str, tuple[dict[str, agents.Reply], str, list[str]]] = {
         ["freeze", "thaw"],
     ),
     "speaks no JSON": ({"freeze": lambda _: b"what?\n"}, "does not speak", ["freeze", "thaw"]),
+    "is no agent": ({"freeze": lambda _: b"login: "}, "qga.sock' does not", ["freeze", "thaw"]),
 }  # fmt: skip
 
 
@@ -463,8 +464,15 @@ def test_a_libvirt_that_does_not_come_back_from_its_agent(
             text = "Timed out during operation: cannot acquire state change lock"
             raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_TIMEOUT, text)
 
-    with pytest.raises(agent.Refused):  # by another's command, and ours was not sent
-        agent.LibvirtAgent(Busy, "guest").freeze(lambda: None)
+    class Frozen(Domain):
+        def fsFreeze(self) -> int:
+            text = "внутренняя ошибка: не удалось выполнить команду агента QEMU"
+            text += " «guest-fsfreeze-freeze»: the agent is in frozen state"
+            raise virtbackup.Error(libvirt.VIR_ERR_INTERNAL_ERROR, text)
+
+    for refusing in Busy, Frozen:  # by another's command, and ours was not sent; in any language
+        with pytest.raises(agent.Refused):
+            agent.LibvirtAgent(refusing, "guest").freeze(lambda: None)
     stuck = agent.LibvirtAgent(Domain, "guest")
     try:
         with pytest.raises(virtbackup.Error, match=r"no answer within 0\.1 seconds") as error:

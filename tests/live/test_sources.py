@@ -162,7 +162,8 @@ def test_a_drive_that_another_one_is_made_of(tmp_path: pathlib.Path) -> None:
 
 def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
     """QEMU would stand still for ever, guest and all, as soon as that writes."""
-    machines.image(tmp_path / "a", SIZE, "qcow2")
+    for name in "ab":
+        machines.image(tmp_path / name, SIZE, "qcow2")
     with (
         machines.qemu(
             tmp_path,
@@ -170,11 +171,17 @@ def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
             "-drive", f"file={tmp_path}/a,format=qcow2,if=none,id=a",
             "-drive", "driver=blkreplay,image=a,if=none,id=replay",
             "-device", "virtio-blk,drive=replay,id=vda",
+            "-object", "throttle-group,id=group",
+            "-blockdev", f"qcow2,node-name=B,file.driver=file,file.filename={tmp_path}/b",
+            "-blockdev", "blkreplay,node-name=R,image=B",
+            "-blockdev", "throttle,node-name=T,throttle-group=group,file=R",
+            "-device", "virtio-blk,drive=T,id=vdb",
         ) as machine,
         virtbackup.open(machine.uri) as conn,
     ):  # fmt: skip
         before = machine.state()
-        for disks, named in ("", "vda"), ('<disk name="vda" present="no"/><disk name="a"/>', "a"):
+        without = '<disk name="vda" present="no"/>'
+        for disks, named in ("", "vda"), (f'{without}<disk name="a"/>', "a"), (without, "vdb"):
             with pytest.raises(virtbackup.Error, match=rf"'{named}' is recorded or replayed \(rr"):
                 conn.lookupByID(1).backupStart(xml(tmp_path, disks))
         assert machine.state() == before
@@ -184,9 +191,11 @@ def test_a_guest_that_is_recorded(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("engine", machines.engines())
 def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
     """QEMU closes it once it sees that, and has neither an image for the disk then nor tells of
-    anybody's. What is not backed up any more is told, and the other disk's backup can be ended."""
-    for name in "ab":
-        machines.image(tmp_path / name, SIZE, "qcow2")
+    anybody's. What is not backed up any more is told, and the other disk's backup can be ended,
+    also where that has lost its backing image meanwhile."""
+    machines.image(tmp_path / "a", SIZE, "qcow2")
+    base = machines.image(tmp_path / "base", SIZE, "qcow2")
+    machines.image(tmp_path / "b", SIZE, "qcow2", backing=base)
     subprocess.run(
         ["qemu-io", "-f", "qcow2", "-c", "write -q 0 64k", str(tmp_path / "a")], check=True
     )
@@ -208,6 +217,8 @@ def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
     ):  # fmt: skip
         dom = conn.lookupByID(1)
         dom.backupStart(xml(tmp_path, branch='<branch name="b"/>'))
+        machine.probe("block-stream", **{"device": "B", "job-id": "stream"})
+        waiting.until(lambda: "stream" not in [job["id"] for job in machine.probe("query-jobs")])
         with pytest.raises(AssertionError, match="write failed"):
             machine.io("vda", "write 0 4k")
         assert dom.backupGetInfo().state == "failed"
@@ -224,6 +235,7 @@ def test_an_image_that_is_corrupt(tmp_path: pathlib.Path, engine: str) -> None:
             dom.branchCreate("b")
         dom.backupStart(xml(tmp_path, '<disk name="vda" present="no"/>'))
         assert nbdclient.read(tmp_path / "nbd.sock", "vdb") == bytes(SIZE)
+        assert dom.backupGetInfo().state == "running"
         dom.backupStop()
         assert machine.state() == before
 

@@ -92,8 +92,8 @@ class LibvirtAgent:
             # command, a freeze maybe, has not ended.
             if code == libvirt.VIR_ERR_OPERATION_TIMEOUT and not isinstance(failure, NoAnswer):
                 raise _refused(failure) from failure
-            # libvirt names the command where the agent has answered it.
-            if code == libvirt.VIR_ERR_INTERNAL_ERROR and f"'{_FREEZE}'" in str(failure):
+            # libvirt names the command where the agent has answered it, in whatever language.
+            if code == libvirt.VIR_ERR_INTERNAL_ERROR and _FREEZE in str(failure):
                 raise _refused(failure) from failure
             if code == libvirt.VIR_ERR_OPERATION_INVALID and self._is_active():
                 text = "domain is not running: it is paused or suspended, and its guest agent, too"
@@ -177,6 +177,8 @@ class SocketAgent:
             raise errors.system_error(
                 failure, f"cannot speak to guest agent '{self._path}'"
             ) from failure
+        except qmp.ProtocolError as failure:  # no line that ends, of either
+            raise _failed(f"'{self._path}' does not speak as an agent") from failure
         finally:
             opened.close()
         return replied

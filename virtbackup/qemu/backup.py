@@ -644,13 +644,16 @@ def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
     whole = state.below_parts(medium)
     for twin in (*state.disks, *state.strangers):
         other = twin.medium
-        if other is None or other.readonly or other.node == medium.node or twin.is_part:
+        if other is None or other.readonly or other.node == medium.node:
             continue
         others = state.below_parts(other)
         if others.filename != whole.filename or not whole.tells_place:
             continue
-        if state.graph and medium.node in state.graph.below([other.node]):
+        below = state.graph.below if state.graph else lambda _: ()
+        if medium.node in below([other.node]):
             continue  # what is written to that goes through this one
+        if twin.is_part and other.node in below([medium.node]):
+            continue  # and what is written to this one through that, which no device has
         if others.driver != whole.driver or medium.overlaps(other):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,

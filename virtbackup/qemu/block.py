@@ -77,6 +77,12 @@ class Medium:
         """Whether ``filename`` says where the data is: not where there is none."""
         return self.filename != "" and re.search(r"^null-|^json:.*\bnull-", self.filename) is None
 
+    @property
+    def replays(self) -> bool:
+        """Whether it is one whose requests QEMU may record, or has such a one below."""
+        of_options = re.search(r'^json:.*"driver": "blkreplay"', self.filename) is not None
+        return self.driver == "blkreplay" or of_options
+
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 

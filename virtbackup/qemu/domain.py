@@ -371,23 +371,32 @@ def _is_paused_by_error(
 def named_nodes(
     qemu: monitor.Monitor, caps: capabilities.Capabilities, flat: bool = True
 ) -> dict[naming.NodeName, block.Medium]:
+    """As ``told_nodes``. Errors: VIR_ERR_OPERATION_INVALID where they are not told."""
+    nodes = told_nodes(qemu, caps, flat)
+    if isinstance(nodes, str):
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, nodes)
+    return nodes
+
+
+def told_nodes(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, flat: bool = True
+) -> dict[naming.NodeName, block.Medium] | str:
     """Every node; FLAT, each without what the images below its own say of theirs, where QEMU can
-    leave that out. Errors: VIR_ERR_OPERATION_INVALID where asking for them would kill QEMU, or it
-    does not tell of any for one."""
+    leave that out. Else why not: asking for them would kill QEMU, or it does not tell of any for
+    one."""
     danger = danger_of_named_nodes(qemu, caps)
     if danger is not None:
-        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, danger)
+        return danger
     asked = monitor_json.query_named_block_nodes(flat and caps.flat_nodes)
     try:
         return block.parse_named_nodes(qemu.execute(asked))
     except monitor_json.CommandFailed as failure:
         if not failure.desc.endswith(EJECTED):
             raise
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_INVALID,
+        return (
             "QEMU does not tell of its images any more, as it has closed one that it found corrupt:"
-            f" {failure.desc}",
-        ) from failure
+            f" {failure.desc}"
+        )
 
 
 def named_nodes_are_safe(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> bool:
@@ -459,9 +468,9 @@ def _replayed(
 ) -> frozenset[str]:
     """The disks whose requests QEMU records or replays, and what those are made of."""
     disks = {
-        disk.target: disk.medium.driver == "blkreplay"
+        disk.target: disk.medium.replays
         for disk in found
-        if disk.medium and (disk.medium.driver == "blkreplay" or disk.is_part)
+        if disk.medium and (disk.medium.replays or disk.is_part)
     }
     if not any(disks.values()) or "query-replay" not in caps.commands:
         return frozenset()

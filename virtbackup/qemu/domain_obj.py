@@ -100,7 +100,9 @@ class DomainObj:
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
         self._closed = False
-        self._ending = ending.Ending(self.job, self._why_ended)
+        # Whoever knows more of the domain knows QEMU's own process.
+        passed_on = self.job.passed_on if host is None else ending.nobody
+        self._ending = ending.Ending(self.job, self._why_ended, passed_on)
         self._ending.listen(notify)
 
     def listen(self, notify: ending.Notify | None) -> None:

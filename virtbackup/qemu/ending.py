@@ -21,6 +21,9 @@ Notify = Callable[[bool, str | None], None]
 """(whether the backup was good, else why not)"""
 Tell = Callable[[naming.BackupId, bool, str | None], None]
 """(which backup has ended, as ``Notify``)"""
+PassedOn = Callable[[status.Status], runtime.Process | None]
+"""Who passes on what the QEMU of a backup says, where who did is gone; None: nobody. Errors:
+errors.Error, as that is not known just now."""
 
 LOOK = 0.2
 """Seconds between two looks."""
@@ -35,6 +38,10 @@ GRACE = 1.0
 CANCELLED = "the backup was cancelled"
 _ELSEWHERE = "the backup was stopped by another process, which was told whether it was good"
 GONE = "QEMU is gone"
+
+
+def nobody(running: status.Status) -> None:
+    """As ``PassedOn``, of a QEMU whose own process is known."""
 
 
 def reason_of(verdict: dict[str, str]) -> str:
@@ -53,10 +60,16 @@ class Loads(Protocol):
 class Ending:
     """The end of one domain's backup, each time that there is one."""
 
-    def __init__(self, file: Loads, why_gone: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        file: Loads,
+        why_gone: Callable[[], str | None],
+        passed_on: PassedOn = nobody,
+    ) -> None:
         """FILE has the domain's status; WHY_GONE: as ``job.BackupJob``."""
         self._file = file
         self._why_gone = why_gone
+        self._passed_on = passed_on
         self._notify: Notify | None = None
         # Taken and let go of without a line of Python, in which a signal's exception could come.
         self._lock = threading.RLock()
@@ -150,7 +163,7 @@ class Ending:
         pause, said = LOOK, ""
         while not self._is_done_within(id, pause):
             try:
-                end = following.look(self._file.load(), self._why_gone)
+                end = following.look(self._file.load(), self._why_gone, self._passed_on)
             except errors.Error as failure:
                 if str(failure) != said:
                     logger.warning("backup=%s cannot tell whether it has ended: %s", id, failure)
@@ -176,6 +189,8 @@ class _Following:
 
     def __init__(self, id: naming.BackupId) -> None:
         self._id = id
+        self._qemu: runtime.Process | None = None
+        """Who answers, where that is not who did as the backup began."""
         self._verdict: tuple[bool, str | None] | None = None
         self._gone_since: float | None = None
         self._stops_since: float | None = None
@@ -187,10 +202,13 @@ class _Following:
         return LOOK if since is None or time.monotonic() > since + STOP_TIME else LOOK_AT_STOP
 
     def look(
-        self, found: status.Status | None, why_gone: Callable[[], str | None]
+        self,
+        found: status.Status | None,
+        why_gone: Callable[[], str | None],
+        passed_on: PassedOn = nobody,
     ) -> tuple[bool, str | None] | None:
         """How the backup has ended, by what is FOUND in the status file; None: it has not, or it is
-        not known yet."""
+        not known yet. Errors: those of PASSED_ON."""
         if found is None or found.id != self._id:
             return self._verdict or (False, _ELSEWHERE)
         if (end := _known_end(found)) is not None:
@@ -198,12 +216,16 @@ class _Following:
         if found.phase == "stopping":
             self._stops_since = self._stops_since or time.monotonic()
             self._verdict = _verdict(found) or self._verdict
-        if found.qemu is None or runtime.is_alive(found.qemu):
+        qemu = self._qemu or found.qemu
+        if qemu is None or runtime.is_alive(qemu):
             return None
         reason = why_gone()
         self._gone_since = self._gone_since or time.monotonic()
         says_why = reason is not None and reason != lifecycle.UNKNOWN
         if not says_why and time.monotonic() < self._gone_since + GRACE:
+            return None
+        if not says_why and (now := passed_on(found)) is not None:
+            self._qemu, self._gone_since = now, None
             return None
         return False, reason or GONE
 

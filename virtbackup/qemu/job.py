@@ -175,6 +175,15 @@ class BackupJob:
             return None
         return running.qemu if runtime.is_seen(running.qemu) else None
 
+    def passed_on(self, running: status.Status) -> runtime.Process | None:
+        """As ``ending.PassedOn``."""
+        try:
+            with self._connect() as session:
+                is_other = session.restarted_since(running.qemu, running.id)
+                return None if is_other else session.process
+        except monitor.NotListening:
+            return None
+
     def guest_trouble(self, id: naming.BackupId) -> str | None:
         """Why the guest stands still, if it does so because of backup ID. Errors: the monitor's."""
         try:
@@ -627,6 +636,8 @@ class BackupJob:
             return known
         if known is not None:
             self._file.save(self._begun)
+        # One that was given up without a note is for our stop to tell of, and in nobody else's way.
+        if known is not None or self._begun.given_up is not None:
             return self._begun
         if session is not None:
             return self._regained(session, self._begun)
@@ -642,10 +653,7 @@ class BackupJob:
 
     def _regained(self, session: domain.Session, begun: status.Status) -> status.Status | None:
         """The backup that was BEGUN here, its status written anew, where QEMU still has it although
-        there is none; None where somebody has ended it. One that we gave up without a note is for
-        our stop to tell of, and in nobody else's way."""
-        if begun.given_up is not None:
-            return begun
+        there is none; None where somebody has ended it."""
         if begun.id not in _ask(session, begun).backups():
             self._let_go()
             return None

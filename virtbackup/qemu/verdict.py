@@ -52,7 +52,10 @@ def look(session: domain.Session, running: status.Status) -> backup_conf.BackupI
     backups_end = capabilities.NAMED_NODES_CRASH.affects(caps.version)
     told = backups_end or len(used) == len(running.disks) or sight.closed is not None
     if not told and domain.named_nodes_are_safe(session.qemu, caps):
-        nodes = session.qemu.execute(monitor_json.query_named_block_nodes(caps.flat_nodes))
+        # Of none does QEMU tell where it has closed an image, as that of a disk that is left out.
+        asked = monitor_json.query_named_block_nodes(caps.flat_nodes)
+        [told_nodes] = session.qemu.execute_each([asked])
+        nodes = [] if isinstance(told_nodes, monitor_json.CommandFailed) else told_nodes
         thresholds = block.parse_write_thresholds(nodes)
         sizes = block.parse_actual_sizes(nodes)
         used = {
@@ -91,13 +94,12 @@ def with_nodes(
     if not any(blockjob.needs_nodes(disk, sight) for disk in running.disks):
         return sight
     qemu, caps = session.qemu, session.capabilities
-    if is_last:
-        if (danger := domain.danger_of_named_nodes(qemu, caps)) is not None:
-            return dataclasses.replace(sight, nodes_untold=danger)
-    elif not domain.named_nodes_are_safe(qemu, caps):
+    if not (is_last or domain.named_nodes_are_safe(qemu, caps)):
         return sight
-    nodes = qemu.execute(monitor_json.query_named_block_nodes(caps.flat_nodes))
-    return dataclasses.replace(sight, nodes=block.parse_named_nodes(nodes))
+    nodes = domain.told_nodes(qemu, caps)
+    if isinstance(nodes, str):
+        return dataclasses.replace(sight, nodes_untold=nodes) if is_last else sight
+    return dataclasses.replace(sight, nodes=nodes)
 
 
 def _seen_by_client(

@@ -270,8 +270,9 @@ class Client:
     def _send_call(self, of: program.Program, name: str, args: Any) -> _Waiting:
         waiting = _Waiting(of, of[name].number)
         serial = next(self._serials) % _SERIALS
-        self._senders.add(threading.get_ident())
+        here = threading.get_ident()
         try:
+            self._senders.add(here)  # not before: a signal's exception may come at once (SIGINT)
             message = rpc.call(of, name, serial, args)
             with self._lock:
                 if self._ended is not None:
@@ -286,7 +287,7 @@ class Client:
             assert self._ended is not None
             waiting.outcome.put(self._ended)  # it may have ended just before this was noted
         finally:
-            self._senders.discard(threading.get_ident())
+            self._senders.discard(here)
         return waiting
 
     @property

@@ -286,9 +286,6 @@ class RemoteDriver:
             if self._current.client.is_alive or self._closed:
                 return self._current
             session = self._connect()
-            if self._closed:  # by a signal's handler, meanwhile
-                session.client.close()
-                raise client.socket_closed()
             if self._events.callbacks:
                 try:
                     session.register()
@@ -296,6 +293,9 @@ class RemoteDriver:
                     logger.warning("no events any more: %s", failure)
             self._current.client.close()
             self._current = session
+            if self._closed:  # by a signal's handler, meanwhile
+                session.client.close()
+                raise client.socket_closed()
             logger.info("server=%s connected anew", session.client.name)
             return session
 
