@@ -470,7 +470,17 @@ def test_a_libvirt_that_does_not_come_back_from_its_agent(
             text += " «guest-fsfreeze-freeze»: the agent is in frozen state"
             raise virtbackup.Error(libvirt.VIR_ERR_INTERNAL_ERROR, text)
 
-    for refusing in Busy, Frozen:  # by another's command, and ours was not sent; in any language
+    class FrozenByNewer(Domain):
+        def fsFreeze(self) -> int:
+            text = "guest agent command failed: unable to execute QEMU agent command"
+            text += " 'guest-fsfreeze-freeze': Command guest-fsfreeze-freeze has been disabled"
+            raise virtbackup.Error(113, text)
+
+    for refusing in (
+        Busy,
+        Frozen,
+        FrozenByNewer,
+    ):  # by another's command, and ours was not sent; in any language
         with pytest.raises(agent.Refused):
             agent.LibvirtAgent(refusing, "guest").freeze(lambda: None)
     stuck = agent.LibvirtAgent(Domain, "guest")

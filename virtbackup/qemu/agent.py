@@ -93,7 +93,7 @@ class LibvirtAgent:
             if code == libvirt.VIR_ERR_OPERATION_TIMEOUT and not isinstance(failure, NoAnswer):
                 raise _refused(failure) from failure
             # libvirt names the command where the agent has answered it, in whatever language.
-            if code == libvirt.VIR_ERR_INTERNAL_ERROR and _FREEZE in str(failure):
+            if code in _ANSWERED and _FREEZE in str(failure):
                 raise _refused(failure) from failure
             if code == libvirt.VIR_ERR_OPERATION_INVALID and self._is_active():
                 text = "domain is not running: it is paused or suspended, and its guest agent, too"
@@ -278,6 +278,8 @@ def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
     return True
 
 
+_ANSWERED = {libvirt.VIR_ERR_INTERNAL_ERROR, 113}
+"""The agent's own error: VIR_ERR_AGENT_COMMAND_FAILED in newer libvirts."""
 _NO_ANSWER = {
     libvirt.VIR_ERR_OPERATION_TIMEOUT,
     getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", libvirt.VIR_ERR_OPERATION_TIMEOUT),
