@@ -707,34 +707,31 @@ def _check_iothread(
     defect = capabilities.NBD_IOTHREAD_ABORT
     if engine == "hybrid" and caps.aborts_in_iothreads:
         defect = capabilities.INSERT_NODE_ABORT
-    if target in state.iothreads and defect.affects(caps.version):
-        version = capabilities.dotted(caps.version)
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-            f"disk '{target}' runs in iothread '{state.iothreads[target]}', which QEMU {version}"
-            f" would not survive: {defect.evidence}",
-        )
+    if target in state.iothreads:
+        what = f"disk '{target}' runs in iothread '{state.iothreads[target]}', which"
+        _check_survival(caps, defect, what)
 
 
 def _check_synchronous(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
-    defect = capabilities.SYNCHRONOUS_WRITER
-    if target in state.synchronous and defect.affects(caps.version):
-        version = capabilities.dotted(caps.version)
-        raise errors.error(
-            libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-            f"disk '{target}' is a floppy or an SD card, the backup of which QEMU {version} might"
-            f" not survive: {defect.evidence}",
-        )
+    if target in state.synchronous:
+        what = f"disk '{target}' is a floppy or an SD card, the backup of which"
+        _check_survival(caps, capabilities.SYNCHRONOUS_WRITER, what, "might")
 
 
 def _check_replayed(target: str, state: BlockState, caps: capabilities.Capabilities) -> None:
-    defect = capabilities.RECORD_REPLAY
-    if target in state.replayed and defect.affects(caps.version):
+    if target in state.replayed:
+        what = f"disk '{target}' is recorded or replayed (rr), which"
+        _check_survival(caps, capabilities.RECORD_REPLAY, what)
+
+
+def _check_survival(
+    caps: capabilities.Capabilities, defect: capabilities.Defect, what: str, how: str = "would"
+) -> None:
+    if defect.affects(caps.version):
         version = capabilities.dotted(caps.version)
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-            f"disk '{target}' is recorded or replayed (rr), which QEMU {version} would not survive:"
-            f" {defect.evidence}",
+            f"{what} QEMU {version} {how} not survive: {defect.evidence}",
         )
 
 
