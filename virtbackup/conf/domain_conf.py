@@ -49,12 +49,17 @@ class DiskDef:
         """Whether a backup has it that lists no disks. Errors: VIR_ERR_OPERATION_INVALID where it
         should, and cannot."""
         if not self.has_medium and self.device in ("disk", "lun"):
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID,
-                f"disk '{self.target}' has no image any more, as QEMU closes one that it finds"
-                ' corrupt: leave it out (present="no")',
-            )
+            raise no_image(self.target)
         return self.has_medium and not self.readonly and not self.is_part
+
+
+def no_image(target: str) -> errors.Error:
+    """Of the disk TARGET, which no drive is that may be empty."""
+    return errors.error(
+        libvirt.VIR_ERR_OPERATION_INVALID,
+        f"disk '{target}' has no image any more, as QEMU closes one that it finds corrupt: leave it"
+        ' out (present="no")',
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import libvirt
 import nbd
 
 from virtbackup import errors
-from virtbackup.nbd import connection, copy, device, extents
+from virtbackup.nbd import connection, copy, device, extents, polling
 
 _ZEROES = memoryview(bytes(1 << 20))
 _MOST_ZEROES = 1 << 30
@@ -197,7 +197,7 @@ class Server:
     def _wait(self, done: Callable[[], bool]) -> None:
         while not done():
             if self._unwanted:
-                raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
+                raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, polling.CANCELLED)
             if self._cancel is not None:
                 self._cancel.check()
             self._handle.poll(_POLL)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import libvirt
 
 from virtbackup import errors
-from virtbackup.nbd import checksum, target
+from virtbackup.nbd import checksum, polling, target
 
 _BLKROGET = 0x125E
 _BLKZEROOUT = 0x127F
@@ -241,7 +241,7 @@ class Device:
     def _zero(self, offset: int, length: int) -> None:
         """A range of whole sectors."""
         if self._unwanted:
-            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, "the copy was cancelled")
+            raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, polling.CANCELLED)
         while self._ways:
             try:
                 self._ways[0](offset, length)

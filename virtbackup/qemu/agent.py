@@ -278,12 +278,11 @@ def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
     return True
 
 
-_ANSWERED = {libvirt.VIR_ERR_INTERNAL_ERROR, 113}
-"""The agent's own error: VIR_ERR_AGENT_COMMAND_FAILED in newer libvirts."""
-_NO_ANSWER = {
-    libvirt.VIR_ERR_OPERATION_TIMEOUT,
-    getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", libvirt.VIR_ERR_OPERATION_TIMEOUT),
-}
+# Codes of newer libvirts, which a libvirt-python may not know that speaks to one.
+_AGENT_COMMAND_TIMEOUT, _AGENT_COMMAND_FAILED = 112, 113
+_ANSWERED = {libvirt.VIR_ERR_INTERNAL_ERROR, _AGENT_COMMAND_FAILED}
+"""The agent's own error."""
+_NO_ANSWER = {libvirt.VIR_ERR_OPERATION_TIMEOUT, _AGENT_COMMAND_TIMEOUT}
 """An agent's command was sent, and nobody knows what became of it."""
 
 

@@ -125,16 +125,13 @@ def _divided(medium: block.Medium, backup: naming.BackupId | None) -> Iterator[b
 def _nodes(session: domain.Session) -> Mapping[naming.NodeName, block.Medium]:
     """Every node; those of drives alone where QEMU does not tell of others, as it has closed an
     image."""
-    asked = monitor_json.query_named_block_nodes(session.capabilities.flat_nodes)
-    try:
-        return block.parse_named_nodes(session.qemu.execute(asked))
-    except monitor_json.CommandFailed as failure:
-        if not failure.desc.endswith(domain.EJECTED):
-            raise
-        if not session.capabilities.devices:
-            return {}
-        drives = block.parse_block(session.qemu.execute(monitor_json.query_block()))
-        return {drive.medium.node: drive.medium for drive in drives if drive.medium}
+    nodes = domain.asked_nodes(session.qemu, session.capabilities)
+    if not isinstance(nodes, str):
+        return nodes
+    if not session.capabilities.devices:
+        return {}
+    drives = block.parse_block(session.qemu.execute(monitor_json.query_block()))
+    return {drive.medium.node: drive.medium for drive in drives if drive.medium}
 
 
 def _transact(session: domain.Session, actions: list[dict[str, Any]]) -> str | None:

@@ -42,7 +42,7 @@ _PASSED_THROUGH = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = re.compile(r"(vhost-user-(blk|scsi)|vhost-scsi)(-|$)")
 """Types of devices whose disks QEMU does not read and write itself."""
 _NO_MEDIUM = os.strerror(errno.ENOMEDIUM)
-EJECTED = " is ejected"
+_EJECTED = " is ejected"
 """What QEMU says of an image that it has closed, on being asked for all."""
 _URL = bytes.fromhex("6ba7b8119dad11d180b400c04fd430c8")
 """The namespace of URLs, by RFC 4122."""
@@ -290,11 +290,7 @@ def check_known(
         )
     for drive in state.disks:
         if drive.medium is None and not drive.removable and drive.target not in left_out:
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID,
-                f"disk '{drive.target}' has no image any more, as QEMU closes one that it finds"
-                ' corrupt: leave it out (present="no")',
-            )
+            raise domain_conf.no_image(drive.target)
     for drive in state.strangers:
         if drive.target in left_out or drive.medium is None or drive.medium.readonly:
             continue
@@ -384,14 +380,18 @@ def told_nodes(
     """Every node; FLAT, each without what the images below its own say of theirs, where QEMU can
     leave that out. Else why not: asking for them would kill QEMU, or it does not tell of any for
     one."""
-    danger = danger_of_named_nodes(qemu, caps)
-    if danger is not None:
-        return danger
+    return danger_of_named_nodes(qemu, caps) or asked_nodes(qemu, caps, flat)
+
+
+def asked_nodes(
+    qemu: monitor.Monitor, caps: capabilities.Capabilities, flat: bool = True
+) -> dict[naming.NodeName, block.Medium] | str:
+    """As ``told_nodes``, where it is known to be safe to ask."""
     asked = monitor_json.query_named_block_nodes(flat and caps.flat_nodes)
     try:
         return block.parse_named_nodes(qemu.execute(asked))
     except monitor_json.CommandFailed as failure:
-        if not failure.desc.endswith(EJECTED):
+        if not failure.desc.endswith(_EJECTED):
             raise
         return (
             "QEMU does not tell of its images any more, as it has closed one that it found corrupt:"
