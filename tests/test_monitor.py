@@ -16,7 +16,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import test_qmp
+from tests import test_qmp, waiting
 from virtbackup.qemu import monitor, monitor_json, qmp
 
 DEADLINE = 20.0
@@ -179,7 +179,9 @@ def test_replies_out_of_order_and_to_nothing(tmp_path: pathlib.Path) -> None:
         assert qemu.execute_all(commands) == ["first", "second"]
 
 
-def test_what_qemu_cannot_read_is_the_eldest_command_s_failure(tmp_path: pathlib.Path) -> None:
+def test_what_qemu_cannot_read_is_the_eldest_command_s_failure(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It does not know the id then, either."""
     unread = {"error": {"class": "GenericError", "desc": "JSON parse error, invalid Unicode"}}
 
@@ -201,6 +203,7 @@ def test_what_qemu_cannot_read_is_the_eldest_command_s_failure(tmp_path: pathlib
         assert isinstance(failed, monitor_json.CommandFailed)
         assert "JSON parse error, invalid Unicode" in str(failed)
         assert read == []
+        waiting.until(lambda: "reply to nothing" in caplog.text)
         assert qemu.execute(monitor_json.query_jobs()) == "third"
 
 
