@@ -13,7 +13,6 @@ import pathlib
 import pwd
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import libvirt
 
@@ -213,7 +212,7 @@ class Run:
         if not self.session.capabilities.devices:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
-        drives = self._drives(self.qemu.execute(monitor_json.query_block()))
+        drives = self._drives()
         there = {disk.target for disk, _, _ in drives}
         for disk in self.plan.disks:
             if disk.device and disk.target not in there:
@@ -235,10 +234,10 @@ class Run:
                     " the backup began",
                 ) from refusal
 
-    def _drives(self, reply: Any) -> list[tuple[backup.DiskPlan, block.Disk, block.Medium]]:
-        """Of each disk its drive, and what is in it, by the REPLY to ``query-block``. Those that
-        were unplugged, or whose medium was removed, are not there: the stop tells of them."""
-        found = block.parse_block(reply)
+    def _drives(self) -> list[tuple[backup.DiskPlan, block.Disk, block.Medium]]:
+        """Of each disk its drive, and what is in it. Those that were unplugged, or whose medium was
+        removed, are not there: the stop tells of them."""
+        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
         drives = {drive.qom_path: drive for drive in found}
         return [
             (disk, dataclasses.replace(drive, target=disk.target), drive.medium)
@@ -261,13 +260,8 @@ class Run:
         if not self.session.capabilities.devices:
             self._check_nodes()
             return
-        queries = [monitor_json.query_block()]
-        # A job's filter without a name of ours is told from another's by the graph alone.
-        if self.plan.engine == "classic" and self.session.capabilities.block_graph:
-            queries.append(monitor_json.query_block_graph())
-        drives, *graphs = self.qemu.execute_all(queries)
         filtered = []
-        for disk, drive, medium in self._drives(drives):
+        for disk, drive, medium in self._drives():
             backup.check_owned(drive, None)
             # The job's filter may be shown for the image.
             if medium.node in (disk.node, disk.filter):
@@ -275,16 +269,16 @@ class Run:
             if medium.driver not in block.FILTERS:
                 raise _other_image(disk, medium.node)
             filtered.append((disk, drive, medium.node))
-        if filtered and self.session.capabilities.block_graph:
-            self._check_filters(filtered, block.parse_graph(*graphs) if graphs else self._graph())
+        self._check_filters(filtered)
 
     def _check_filters(
-        self,
-        filtered: list[tuple[backup.DiskPlan, block.Disk, naming.NodeName]],
-        graph: block.Graph,
+        self, filtered: list[tuple[backup.DiskPlan, block.Disk, naming.NodeName]]
     ) -> None:
         """Of disks with a filter at the root that need not be our job's, or not that alone: whether
         there are only filters over what was frozen."""
+        if not filtered or not self.session.capabilities.block_graph:
+            return
+        graph = self._graph()
         for disk, drive, root in filtered:
             if not graph.is_filtered(root, disk.node):
                 raise _other_image(disk, root)
