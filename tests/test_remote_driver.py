@@ -925,6 +925,19 @@ def test_autodestroy_is_ours_to_see_to(daemon: Libvirtd, uri: str) -> None:
     assert daemon.aborted == 1
 
 
+def test_autodestroy_of_a_backup_whose_stop_is_refused(
+    daemon: Libvirtd, theirs: rpc_server.Server, uri: str
+) -> None:
+    opened = driver.open(uri, False)
+    opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
+    abort = theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"]
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = refuse
+    assert "not you" in str(fails(lambda: opened.domain_backup_stop(REF, 0)))
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = abort
+    opened.close()
+    assert daemon.aborted == 1
+
+
 def test_a_backup_that_cannot_be_ended_on_close_is_said(
     daemon: Libvirtd, theirs: rpc_server.Server, uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
