@@ -415,6 +415,22 @@ def test_closed_or_not_its_backup_ends(tmp_path: pathlib.Path) -> None:
         assert code == libvirt.VIR_ERR_INTERNAL_ERROR
 
 
+def test_what_is_opened_again_begins_anew(tmp_path: pathlib.Path) -> None:
+    with (
+        daemon_scene.serving(tmp_path, daemon_scene.Driver(A)) as served,
+        served.connect() as client,
+    ):
+        client.call(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")
+        client.call(REMOTE, "CONNECT_CLOSE")
+        client.call(REMOTE, "CONNECT_OPEN", "", 0)
+        client.call(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")
+        code, text = daemon_scene.code_of(
+            lambda: client.call(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")
+        )
+        assert code == libvirt.VIR_ERR_INTERNAL_ERROR
+        assert "already registered" in text
+
+
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
 def test_a_backup_ends_after_its_client_once_it_can(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
