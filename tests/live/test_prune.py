@@ -669,6 +669,23 @@ def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
     assert points.verified(backed.directory).good
 
 
+def test_a_signal_after_the_work(layered: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = prune._remove_old
+
+    def remove_and_signal(directory: pathlib.Path) -> None:
+        remove(directory)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(prune, "_remove_old", remove_and_signal)
+    assert points.call("backup-prune", str(layered.directory), "--keep=3") == (
+        130,
+        "",
+        f"warning: operation aborted: that was too late: {layered.directory} is pruned\n"
+        "error: interrupted\n",
+    )
+    assert check(layered) == [2, 3, 4]
+
+
 def test_cancel_between(layered: points.Backed) -> None:
     cancel = copy.Cancel()
     cancel.set()

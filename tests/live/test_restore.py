@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from xml.sax import saxutils
 
 import libvirt
@@ -958,3 +958,26 @@ def test_signals(large: points.Backed, tmp_path: pathlib.Path, number: signal.Si
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 assert own not in (entry / "cmdline").read_bytes(), entry
+
+
+def test_a_signal_after_the_work(
+    layered: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there by then has taken another's place, perhaps: that is said."""
+    finish = restore._finish
+
+    def finish_and_signal(outputs: Sequence[restore.Output]) -> None:
+        finish(outputs)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(restore, "_finish", finish_and_signal)
+    out = tmp_path / "out.raw"
+    out.write_text("another")
+    argv = ("backup-restore", str(layered.directory), str(out), "--disk=vda", "--force")
+    assert points.call(*argv) == (
+        130,
+        "",
+        f"warning: operation aborted: that was too late: all is whole, in {out}\n"
+        "error: interrupted\n",
+    )
+    assert out.read_bytes() == layered.shown[3]["vda"]

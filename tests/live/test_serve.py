@@ -313,6 +313,11 @@ def test_what_cannot_be_served(whole: points.Backed, tmp_path: pathlib.Path) -> 
     status, _, err = points.call("backup-serve", str(whole.directory), f"--unix=/{'x' * 200}")
     assert status == 1
     assert err.count("\n") == 1
+    path = backed.directory / "manifest.0004.json"
+    points.flip(path, path.read_bytes().index(b"<domain "))
+    status, _, err = points.call("backup-serve", str(backed.directory))
+    assert status == 1
+    assert err.startswith("warning: manifest.0004.json: it is not as it was written: its own")
 
 
 def test_the_file_that_cannot_be_opened_is_told(tmp_path: pathlib.Path) -> None:

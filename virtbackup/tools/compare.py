@@ -19,7 +19,7 @@ import libvirt
 from virtbackup import api, errors
 from virtbackup.conf import backup_conf, dialects, domain_conf
 from virtbackup.nbd import connection, copy
-from virtbackup.tools import exports, interrupt
+from virtbackup.tools import exports, interrupt, pull
 
 ENGINES = ("virtbackup", "libvirt")
 
@@ -148,7 +148,7 @@ def _run(
         found = [connection.Export(server, disk.exportname or disk.name, tls) for disk in present]
         results = copy.copy([copy.Job(export, None) for export in found], cancel=cancel)
     except BaseException:
-        domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
+        pull.give_up(domain)
         raise
     read = time.perf_counter()
     domain.backupStop()

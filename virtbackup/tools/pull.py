@@ -28,7 +28,7 @@ from typing import cast
 
 import libvirt
 
-from virtbackup import api, errors, runtime
+from virtbackup import api, config, errors
 from virtbackup.conf import backup_conf, dialects, domain_conf
 from virtbackup.nbd import checksum, connection, copy
 from virtbackup.tools import chain, exports, interrupt, manifest
@@ -130,7 +130,7 @@ def pull(
             files.pop_all()  # the branch has moved on: it is kept, if not now by the next pull
         chain.finish(directory, made)
         files.pop_all()
-        _tell_of_lateness(cancel, directory)
+        interrupt.check_late(cancel, f"the backup is whole, and kept in {directory}")
     return made
 
 
@@ -139,12 +139,7 @@ def pull(
 
 def _private_document(undo: contextlib.ExitStack) -> str:
     """A document for all disks and a socket that only this user reaches; UNDO removes it."""
-    try:
-        directory = undo.enter_context(runtime.private_directory())
-    except OSError as failure:
-        place = runtime.directory()
-        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure
-    socket = directory / "nbd.sock"
+    socket = config.private_directory(undo) / "nbd.sock"
     return backup_conf.BackupDef(backup_conf.UnixAddress(str(socket))).format()
 
 
@@ -408,7 +403,7 @@ class _Running:
             self._is_over = True
             # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
             self.reasons = _reasons(self._domain, failure)
-            _cancel(self._domain)
+            give_up(self._domain)
 
 
 @contextlib.contextmanager
@@ -466,7 +461,8 @@ def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
     return [f"disk '{disk.name}': {disk.reason}" for disk in disks if disk.reason is not None]
 
 
-def _cancel(domain: api.Domain) -> None:
+def give_up(domain: api.Domain) -> None:
+    """Cancel a backup. That it cannot be is logged: there is an error already that is told."""
     try:
         domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
     except libvirt.libvirtError as failure:
@@ -483,15 +479,6 @@ def _stop(domain: api.Domain, directory: pathlib.Path) -> None:
             f"{failure.get_error_message()} (no backup was kept in {directory})",
             domain=failure.get_error_domain(),
         ) from failure
-
-
-def _tell_of_lateness(cancel: copy.Cancel, directory: pathlib.Path) -> None:
-    """Errors: cancelled, when there was nothing to undo any more."""
-    try:
-        cancel.check()
-    except errors.Error as failure:
-        text = f"that was too late: the backup is whole, and kept in {directory}"
-        raise errors.error(failure.get_error_code(), text) from failure
 
 
 def _jobs(
