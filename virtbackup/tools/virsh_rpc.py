@@ -19,8 +19,9 @@ GROUP = vsh.Group("rpc", "Wire protocol")
 
 
 def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    from virtbackup import runtime
+    from virtbackup import config
     from virtbackup.remote import transport
+    from virtbackup.tools import interrupt
 
     try:
         server = transport.parse_address(args.text("server"))
@@ -37,7 +38,7 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         raise vsh.UsageError("--clients is how many, one or more")
     with contextlib.ExitStack() as stack:
         if address is None:
-            directory = stack.enter_context(runtime.private_directory())
+            directory = config.private_directory(stack)
             address = transport.Address("unix", path=str(directory / "libvirt-sock"))
         try:
             listening = stack.enter_context(transport.listen(address))
@@ -47,7 +48,7 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             stack.callback(os.unlink, address.path)
         else:
             address = dataclasses.replace(address, port=listening.getsockname()[1])
-        stack.enter_context(vsh.until_interrupted())
+        stack.enter_context(interrupt.is_the_end())
         telling = _Lines(shell) if args.flag("json") else _Text(shell)
         telling.listening(address)
         Proxy(telling, server).serve(listening, clients or 0)
