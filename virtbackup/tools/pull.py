@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import itertools
 import logging
 import os
 import pathlib
@@ -84,18 +83,11 @@ def pull(
         contextlib.ExitStack() as files,
     ):
         wanted = _wanted(_private_document(undo) if xml is None else xml, domain_xml, branch, kind)
-        devices: Mapping[str, pathlib.Path] = {}
-        if targets:
-            from virtbackup.tools import devices as checked  # few need it
-
-            devices = checked.usable(targets, wanted, domain_xml)
+        devices = _devices(targets, wanted, domain_xml)
         tls = exports.tls(wanted.address)
         _make(directory, files)
         undo.enter_context(chain.locked(directory))
-        if wanted.branch is None:
-            plan = _plan_alone(directory, wanted, fmt or "qcow2", devices)
-        else:
-            plan = _plan_next(domain, directory, wanted, fmt)
+        plan = _plan(domain, directory, wanted, fmt, devices)
         _claim(directory, plan, files)
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
@@ -116,9 +108,9 @@ def pull(
             if check:
                 _check(jobs, results, cancel, bandwidth)
             of = manifest.Domain(domain.name(), domain.UUIDString())
-            tables = [_tables(directory, disk, result.size, cancel)
-                      for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
-            made = _manifest(of, plan, directory, running, results, tables, domain_xml)
+            told = [_describe(directory, disk, result, cancel)
+                    for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
+            made = _manifest(of, plan, running, told, domain_xml)
             _write_manifest(directory, plan, made)
             if not early:
                 stop()
@@ -231,8 +223,32 @@ def _wanted(
     return dataclasses.replace(aligned, disks=disks)
 
 
+def _devices(
+    targets: Mapping[str, pathlib.Path] | None, wanted: backup_conf.BackupDef, domain_xml: str
+) -> Mapping[str, pathlib.Path]:
+    """As ``devices.usable``."""
+    if not targets:
+        return {}
+    from virtbackup.tools import devices  # few need it
+
+    return devices.usable(targets, wanted, domain_xml)
+
+
 def _invalid(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+
+def _plan(
+    domain: api.Domain,
+    directory: pathlib.Path,
+    wanted: backup_conf.BackupDef,
+    fmt: copy.Format | None,
+    devices: Mapping[str, pathlib.Path],
+) -> _Plan:
+    """What is to be pulled into DIRECTORY, which is locked."""
+    if wanted.branch is None:
+        return _plan_alone(directory, wanted, fmt or "qcow2", devices)
+    return _plan_next(domain, directory, wanted, wanted.branch, fmt)
 
 
 def _plan_alone(
@@ -241,7 +257,7 @@ def _plan_alone(
     fmt: copy.Format,
     devices: Mapping[str, pathlib.Path],
 ) -> _Plan:
-    """A backup without a branch in DIRECTORY, which is locked."""
+    """A backup without a branch."""
     chain.check_none(directory)
     for disk in wanted.disks:
         if disk.present and disk.type != "full":
@@ -261,14 +277,14 @@ def _plan_next(
     domain: api.Domain,
     directory: pathlib.Path,
     wanted: backup_conf.BackupDef,
+    branch: str,
     fmt: copy.Format | None,
 ) -> _Plan:
-    """The next backup of a branch in DIRECTORY, which is locked."""
-    assert wanted.branch is not None
-    known = chain.read(directory, domain, wanted.branch)
-    found = chain.lines(domain, wanted.branch)
+    """The next backup of a BRANCH."""
+    known = chain.read(directory, domain, branch)
+    found = chain.lines(domain, branch)
     if chain.recover(directory, found, known):
-        known = chain.read(directory, domain, wanted.branch)
+        known = chain.read(directory, domain, branch)
     gaps = {
         disk.name: known.gap(disk.name, found.get(disk.name))
         for disk in wanted.disks
@@ -560,10 +576,8 @@ def _backing(disk: _Disk) -> copy.Backing | None:
 def _manifest(
     domain: manifest.Domain,
     plan: _Plan,
-    directory: pathlib.Path,
     running: _Running,
-    results: Iterable[copy.Result],
-    tables: Iterable[manifest.Checksum | None],
+    disks: Iterable[manifest.Disk],
     domain_xml: str,
 ) -> manifest.Manifest:
     info = running.info
@@ -573,7 +587,7 @@ def _manifest(
         domain=domain,
         kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
         time=started.isoformat(),
-        disks=tuple(map(_describe, plan.disks, itertools.repeat(directory), results, tables)),
+        disks=tuple(disks),
         backup_xml=running.xml,
         domain_xml=domain_xml,
         id=info.id,
@@ -582,20 +596,12 @@ def _manifest(
     )
 
 
-def _tables(
-    directory: pathlib.Path, disk: _Disk, size: int, cancel: copy.Cancel
-) -> manifest.Checksum | None:
-    """Of a file that is still called partial. Errors: it cannot be read, or is not as a copy makes
-    it."""
-    if disk.format != "qcow2":
-        return None
-    return manifest.tables_of(disk.path(directory), size, cancel)
-
-
 def _describe(
-    disk: _Disk, directory: pathlib.Path, result: copy.Result, tables: manifest.Checksum | None
+    directory: pathlib.Path, disk: _Disk, result: copy.Result, cancel: copy.Cancel
 ) -> manifest.Disk:
-    """What is told of a file that is still called partial. Errors: VIR_ERR_SYSTEM_ERROR."""
+    """What is told of a file that is still called partial. Errors: it cannot be read, or is not as
+    a copy makes it; VIR_ERR_OPERATION_ABORTED when cancelled."""
+    path, is_qcow2 = disk.path(directory), disk.format == "qcow2"
     return manifest.Disk(
         name=disk.name,
         file=disk.file,
@@ -607,9 +613,9 @@ def _describe(
         backing=disk.backing.file if disk.backing else None,
         since=disk.since,
         reason=disk.reason,
-        tables=tables,
+        tables=manifest.tables_of(path, result.size, cancel) if is_qcow2 else None,
         type=disk.type,
-        length=manifest.length_of(disk.path(directory)) if disk.format == "qcow2" else None,
+        length=manifest.length_of(path) if is_qcow2 else None,
     )
 
 
