@@ -29,7 +29,7 @@ import libvirt
 
 from virtbackup import api, config, errors
 from virtbackup.conf import backup_conf, dialects, domain_conf
-from virtbackup.nbd import checksum, connection, copy
+from virtbackup.nbd import checksum, copy
 from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def pull(
     ):
         wanted = _wanted(_private_document(undo) if xml is None else xml, domain_xml, branch, kind)
         devices = _devices(targets, wanted, domain_xml)
-        tls = exports.tls(wanted.address)
+        exports.tls(wanted.address)  # what is missing for it is known before the guest is touched
         _make(directory, files)
         undo.enter_context(chain.locked(directory))
         plan = _plan(domain, directory, wanted, fmt, devices)
@@ -95,7 +95,7 @@ def pull(
             if plan.number is not None:
                 plan = plan.as_started(running.info)
             live = backup_conf.BackupDef.parse(running.xml)
-            jobs = _jobs(live, directory, plan, tls, compress)
+            jobs = _jobs(live, directory, plan, compress)
             cancel.check()
             written.update(devices)
             stop = functools.partial(running.stop, cancel)
@@ -501,19 +501,16 @@ def _jobs(
     live: backup_conf.BackupDef,
     directory: pathlib.Path,
     plan: _Plan,
-    tls: connection.Tls | None,
     compress: bool,
 ) -> dict[str, copy.Job]:
     """What to copy, by the disk's name."""
-    server = exports.server(live.address)
-    names = {disk.name: disk.exportname or disk.name for disk in live.disks}
-    changes = {disk.name: disk.exportbitmap or live.branch for disk in live.disks}
+    found = exports.of(live)
     return {
         disk.name: copy.Job(
-            connection.Export(server, names[disk.name], tls),
+            found[disk.name],
             disk.path(directory),
             disk.format,
-            dirty=f"qemu:dirty-bitmap:{changes[disk.name]}" if disk.backing else None,
+            dirty=exports.changes(live, disk.name) if disk.backing else None,
             backing=_backing(disk),
             compression="zstd" if compress and disk.format == "qcow2" else None,
         )
