@@ -669,12 +669,34 @@ def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
     assert points.verified(backed.directory).good
 
 
+def test_what_a_killed_one_had_yet_to_remove_is_told(
+    layered: points.Backed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("backup-prune", str(layered.directory), "--keep=3", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "_remove_old", _killed)
+        with pytest.raises(SystemExit):
+            cut(layered.directory, 3)
+    before = names(layered.directory)
+    foretold = json.loads(points.call(*argv, "--dry-run")[1])
+    facts = json.loads(points.call(*argv)[1])
+    assert [point["number"] for point in facts["removed"]] == [1]
+    assert {**facts, "dry_run": True} == foretold
+    assert {*facts["files"], "prune.json"} == before - names(layered.directory)
+    assert json.loads(points.call(*argv)[1])["removed"] == []
+
+
+def _killed(*_: object) -> None:
+    raise SystemExit
+
+
 def test_a_signal_after_the_work(layered: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
     remove = prune._remove_old
 
-    def remove_and_signal(directory: pathlib.Path) -> None:
-        remove(directory)
+    def remove_and_signal(directory: pathlib.Path) -> prune.Plan:
+        done = remove(directory)
         os.kill(os.getpid(), signal.SIGINT)
+        return done
 
     monkeypatch.setattr(prune, "_remove_old", remove_and_signal)
     assert points.call("backup-prune", str(layered.directory), "--keep=3") == (

@@ -112,7 +112,8 @@ def prune(
     progress: copy.Progress | None = None,
     cancel: copy.Cancel,
 ) -> Plan:
-    """Keep the KEEP newest points of DIRECTORY alone; what was done.
+    """Keep the KEEP newest points of DIRECTORY alone; what was done, with what a killed prune had
+    yet to remove.
 
     Errors: those of ``plan``; VIR_ERR_OPERATION_INVALID while a backup is pulled there or was cut
     off; VIR_ERR_OPERATION_FAILED for a file that is needed and not as it was backed up;
@@ -121,7 +122,7 @@ def prune(
     assert keep > 0
     verify.need("qemu-nbd", "qemu-img")
     with chain.naming("cannot prune", directory), chain.locked(directory):
-        finish(directory)
+        earlier = finish(directory)
         backups = listing.read(directory)
         wanted = plan(backups, keep)
         _check_unfinished(directory, backups)
@@ -132,7 +133,10 @@ def prune(
         if wanted.dropped:
             _write_json(directory, JOURNAL, {"manifests": wanted.manifests, "files": wanted.files})
             _remove_old(directory)
-    return wanted
+    if earlier is None:
+        return wanted
+    dropped, files = earlier.dropped + wanted.dropped, earlier.files + wanted.files
+    return dataclasses.replace(wanted, dropped=dropped, files=files)
 
 
 def _invalid(text: str) -> errors.Error:
@@ -263,8 +267,8 @@ def _write_json(directory: pathlib.Path, file: str, value: object) -> None:
     chain.sync_directory(directory)
 
 
-def _remove_old(directory: pathlib.Path) -> None:
-    """Remove what the journal tells. Errors: it tells of what is needed."""
+def _remove_old(directory: pathlib.Path) -> Plan:
+    """Remove what the journal tells; what that is. Errors: it tells of what is needed."""
     manifests, files = _read_journal(directory)
     points = listing.read(directory).points
     dropped = tuple(point for point in points if point.file in manifests)
@@ -279,6 +283,7 @@ def _remove_old(directory: pathlib.Path) -> None:
         chain.sync_directory(directory)
     (directory / JOURNAL).unlink()
     chain.sync_directory(directory)
+    return Plan(kept, dropped, (), tuple(files))
 
 
 def _read_journal(directory: pathlib.Path) -> tuple[list[str], list[str]]:
@@ -301,8 +306,9 @@ def _remove_quietly(path: pathlib.Path) -> None:
 # --- after a crash --------------------------------------------------------------------------------
 
 
-def finish(directory: pathlib.Path) -> None:
-    """Finish what a killed prune has announced, remove what it has not; DIRECTORY is locked.
+def finish(directory: pathlib.Path) -> Plan | None:
+    """Finish what a killed prune has announced, remove what it has not; what it had yet to remove,
+    if anything. DIRECTORY is locked.
 
     Errors: OSError; VIR_ERR_OPERATION_INVALID for what no prune can have left.
     """
@@ -319,8 +325,7 @@ def finish(directory: pathlib.Path) -> None:
             _take_places(directory, match[1])
     for name in _leftovers(names):
         (directory / name).unlink(missing_ok=True)
-    if JOURNAL in names:
-        _remove_old(directory)
+    return _remove_old(directory) if JOURNAL in names else None
 
 
 def _leftovers(names: Iterable[str]) -> list[str]:
