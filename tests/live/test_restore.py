@@ -153,6 +153,12 @@ def test_define(
     assert (status, said) == (1, "")
     assert "a name or a path holds characters that XML cannot carry" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out.img"]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    given = points.call("backup-restore", str(whole.directory), "out", "--define")
+    assert given == (1, "", "error: cannot make out: No such file or directory\n")
 
 
 @pytest.mark.needs("libvirtd", "virsh", "unshare")

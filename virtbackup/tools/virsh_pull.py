@@ -107,7 +107,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import pull
 
     xml, targets = args.optional("xml"), devices(args, "target")
-    kind, bandwidth = _kind(args), _bandwidth(args)
+    wanted, bandwidth = _kind(args), _bandwidth(args)
     document = None if xml is None else virsh_connection.read_document(xml)
     directory = virsh_connection.local_path(args.text("directory"))
     domain = virsh_connection.domain(shell, args)
@@ -128,7 +128,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             quiesce=args.flag("quiesce"),
             progress=progress,
             branch=args.optional("branch"),
-            kind=kind,
+            kind=wanted,
             compress=args.flag("compress"),
             bandwidth=bandwidth,
             check=args.flag("check"),
