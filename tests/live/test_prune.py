@@ -582,7 +582,13 @@ def test_directories_that_are_not_sound(
 def test_of_a_pull_cut_off(backed: points.Backed) -> None:
     partial = backed.directory / "manifest.0005.json.partial"
     partial.touch()
-    assert "was cut off: the next one has to finish it first" in refused(backed.directory)
+    text = "was cut off: the next one has to finish it first"
+    assert text in refused(backed.directory)
+    argv = ("backup-prune", str(backed.directory), "--keep=2", "--dry-run")
+    status, out, err = points.call(*argv)
+    assert (status, out, text in err) == (1, "", True)
+    with chain.locked(backed.directory):  # it runs
+        assert points.call(*argv)[0] == 0
     partial.unlink()
     (backed.directory / "vda.0005.qcow2.partial").touch()
     cut(backed.directory, 2)

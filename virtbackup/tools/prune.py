@@ -105,6 +105,15 @@ def _check_kept(backups: listing.Backups, kept: Sequence[listing.Point]) -> None
                 )
 
 
+def foretold(backups: listing.Backups, keep: int) -> Plan:
+    """As ``plan``, for what is not going to be done now. Errors: also what a pull that was cut off
+    has left; one that runs is going to be done by then."""
+    made = plan(backups, keep)
+    if not chain.is_locked(backups.directory):
+        _check_unfinished(backups)
+    return made
+
+
 def prune(
     directory: pathlib.Path,
     keep: int,
@@ -125,7 +134,7 @@ def prune(
         earlier = finish(directory)
         backups = listing.read(directory)
         wanted = plan(backups, keep)
-        _check_unfinished(directory, backups)
+        _check_unfinished(backups)
         if any(one.file == manifest.FILE for one in backups.unfinished):
             _write(directory, manifest.FILE, backups.points[-1].made)
         _merge_all(directory, wanted, progress, cancel)
@@ -143,12 +152,14 @@ def _invalid(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
 
 
-def _check_unfinished(directory: pathlib.Path, backups: listing.Backups) -> None:
+def _check_unfinished(backups: listing.Backups) -> None:
     """What a pull will finish when it comes again may need any of the files."""
     number = 1 + (backups.points[-1].made.number or 0)
     pending = chain.manifest_file(number) + chain.PARTIAL
-    if (directory / pending).exists():
-        raise _invalid(f"a pull into {directory} was cut off: the next one has to finish it first")
+    if (backups.directory / pending).exists():
+        raise _invalid(
+            f"a pull into {backups.directory} was cut off: the next one has to finish it first"
+        )
 
 
 # --- merging --------------------------------------------------------------------------------------

@@ -465,7 +465,7 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     if not keep:
         raise vsh.UsageError("--keep is the number of points to keep, one or more")
     if args.flag("dry-run"):
-        plan = prune.plan(_read(args), keep)
+        plan = prune.foretold(_read(args), keep)
     else:
         directory = virsh_connection.local_path(args.text("directory"))
         _read(args)  # or it says that something is wrong with the lock
