@@ -45,7 +45,7 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         except OSError as error:
             raise vsh.Failure(f"cannot listen on '{address}': {error.strerror}") from error
         if address.kind == "unix":
-            stack.callback(os.unlink, address.path)
+            stack.callback(transport.remove, address.path, os.lstat(address.path))
         else:
             address = dataclasses.replace(address, port=listening.getsockname()[1])
         stack.enter_context(interrupt.is_the_end())
