@@ -5,6 +5,7 @@ So that one program can use, and compare, both engines.
 """
 
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import libvirt
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_job
 from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
+
+logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN = 0.01
 
@@ -32,10 +35,15 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         """By uuid: the domains whose backup is to end with us."""
 
     def close(self) -> None:
-        """End the backups that were started to end with us."""
-        for ref in self._owned.values():
-            with contextlib.suppress(libvirt.libvirtError):
-                self._end(self._host.lookup(ref))
+        """End the backups that were started to end with us; a failure to is logged."""
+        owned, self._owned = self._owned, {}
+        for ref in owned.values():
+            try:
+                found = self._host.lookup(ref)
+                if self._runs(found):  # or what is aborted is another job of the domain's
+                    self._end(found)
+            except libvirt.libvirtError as failure:
+                logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
         self._host.close()
 
     def get_type(self) -> str:
@@ -76,7 +84,7 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         quiesce = bool(flags & hypervisor.START_QUIESCE)
         native = native_job.begin(xml, quiesce, lambda: self._definition(ref), _image)
         found = self._host.lookup(ref)
-        if self._is_running(found):
+        if self._runs(found):
             raise native_job.another_runs()
         found.backupBegin(native.format(), None, 0)
         if flags & hypervisor.START_AUTODESTROY:
@@ -84,9 +92,11 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
-        self._running(found)
-        self._owned.pop(ref.uuid, None)
+        if not self._runs(found):
+            self._owned.pop(ref.uuid, None)
+            raise native_job.none_runs()
         self._end(found)
+        self._owned.pop(ref.uuid, None)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()
 
@@ -123,10 +133,12 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         document = self._running(self._host.lookup(ref))
         return native_job.running(document, lambda: self._definition(ref))
 
-    def _is_running(self, found: "libvirt.virDomain") -> bool:
+    def _runs(self, found: "libvirt.virDomain") -> bool:
         try:
             self._running(found)
-        except libvirt.libvirtError:
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                raise
             return False
         return True
 
