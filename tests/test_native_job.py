@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The proposed calls on libvirt's own backup job: what is begun, what is told, what is refused."""
 
+import types
 from collections.abc import Callable
+from typing import Any
 
 import libvirt
 import pytest
 
 from tests.test_backup_conf import DOMAIN
-from virtbackup import errors
+from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
+from virtbackup.qemu import libvirt_native
+from virtbackup.remote import native
 
 PROPOSAL = """<domainbackup>
   <address type="unix" path="/x"/>
@@ -143,3 +147,152 @@ def test_an_export_without_a_name_has_the_disks() -> None:
 )
 def test_errors(made: Callable[[], errors.Error], code: int, text: str) -> None:
     assert (made().get_error_code(), str(made())) == (code, text)
+
+
+# --- somebody else's job --------------------------------------------------------------------------
+
+REF = hypervisor.DomainRef("vm", "c0ffee00-0000-4000-8000-000000000001", 1)
+THEIRS = """<domainbackup mode='pull'>
+  <server transport='unix' socket='/theirs'/>
+  <disks>
+    <disk name='vda' backup='yes' type='file' backupmode='full' exportname='vda' index='4'>
+      <driver type='qcow2'/>
+      <scratch file='/a.qcow2.1700000000'/>
+    </disk>
+  </disks>
+</domainbackup>"""
+PUSH = """<domainbackup mode='push'>
+  <disks>
+    <disk name='vda' backup='yes' type='file' backupmode='full' index='4'>
+      <driver type='qcow2'/>
+      <target file='/push'/>
+    </disk>
+  </disks>
+</domainbackup>"""
+
+
+class Theirs:
+    """A libvirt of one domain, which runs, and may have the backup that DOCUMENT tells: as the
+    driver's host, as libvirt-python's domain, and as what a server answers."""
+
+    def __init__(self) -> None:
+        self.document: str | None = None
+        self.aborted: list[str | None] = []
+
+    def lookup(self, ref: hypervisor.DomainRef) -> "Theirs":
+        return self
+
+    def close(self) -> None:
+        pass
+
+    def backupBegin(self, document: str, checkpoint: str | None, flags: int) -> None:
+        self.document = document
+
+    def backupGetXMLDesc(self, flags: int) -> str:
+        if self.document is None:
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
+        return self.document
+
+    def abortJob(self) -> None:
+        self.aborted.append(self.document)
+        self.document = None
+
+    def isActive(self) -> int:
+        return 1
+
+    def jobInfo(self) -> list[int]:
+        return [libvirt.VIR_DOMAIN_JOB_NONE]
+
+    def call(self, program: object, name: str, args: Any) -> Any:
+        match name:
+            case "DOMAIN_BACKUP_BEGIN":
+                self.backupBegin(args.backup_xml, None, 0)
+            case "DOMAIN_BACKUP_GET_XML_DESC":
+                return types.SimpleNamespace(xml=self.backupGetXMLDesc(0))
+            case "DOMAIN_ABORT_JOB":
+                self.abortJob()
+            case "DOMAIN_GET_JOB_STATS":
+                return types.SimpleNamespace(type=libvirt.VIR_DOMAIN_JOB_NONE)
+            case "DOMAIN_IS_ACTIVE":
+                return types.SimpleNamespace(active=1)
+        return None
+
+
+@pytest.fixture(params=["libvirt", "a server"])
+def doors(request: pytest.FixtureRequest) -> tuple[Theirs, Any, Any, Callable[[], None]]:
+    """A libvirt, and what starts, stops and closes on it."""
+    theirs = Theirs()
+    if request.param == "libvirt":
+        driver = libvirt_native.NativeDriver(theirs)  # type: ignore[arg-type]
+        return theirs, driver.domain_backup_start, driver.domain_backup_stop, driver.close
+    jobs = native.NativeJobs(theirs.call)
+    return theirs, jobs.start, jobs.stop, jobs.close
+
+
+OURS = "<domainbackup><address type='unix' path='/x'/></domainbackup>"
+
+
+def test_a_push_is_not_stopped(doors: tuple[Theirs, Any, Any, Callable[[], None]]) -> None:
+    theirs, _, stop, _ = doors
+    theirs.document = PUSH
+    with pytest.raises(errors.Error, match="that pulls: libvirt's own pushes") as caught:
+        stop(REF, 0)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+    assert theirs.aborted == []
+    theirs.document = THEIRS
+    stop(REF, 0)
+    assert theirs.aborted == [THEIRS]
+
+
+@pytest.mark.parametrize("then", [None, PUSH, THEIRS])
+def test_only_the_backup_that_was_started_ends_with_its_connection(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], then: str | None
+) -> None:
+    """Somebody has ended it, and another one runs, or none."""
+    theirs, start, _, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = then
+    close()
+    assert theirs.aborted == []
+    theirs.document = None
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    begun = theirs.document
+    close()
+    assert theirs.aborted == [begun]
+
+
+def test_who_had_a_backup_that_ends_with_the_connection_stops_no_other(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+) -> None:
+    theirs, start, stop, _ = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = THEIRS
+    with pytest.raises(errors.Error, match="ended by somebody else, and another one runs"):
+        stop(REF, hypervisor.STOP_CANCEL)
+    assert theirs.aborted == []
+
+
+def test_a_backup_that_has_ended_is_none_that_is_to_end_with_the_connection(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+) -> None:
+    theirs, start, stop, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = None
+    with pytest.raises(errors.Error, match="no domain backup job present"):
+        stop(REF, 0)
+    start(REF, OURS.replace("/x", "/y"), 0)
+    close()
+    assert theirs.aborted == []
+    stop(REF, 0)
+    assert len(theirs.aborted) == 1
+
+
+def test_a_backup_is_known_by_its_server_and_the_scratch_images_that_it_names() -> None:
+    """A libvirt that was started again has forgotten what the exports are called."""
+    begun = native_conf.BackupDef.parse(THEIRS)
+    bare = native_conf.BackupDef(mode="pull", server=native_conf.UnixServer("/theirs", tls=False))
+    assert native_job.is_of(THEIRS.replace(" exportname='vda'", ""), begun)
+    assert native_job.is_of(THEIRS, bare)
+    assert not native_job.is_of(THEIRS.replace("/theirs", "/ours"), bare)
+    assert not native_job.is_of(THEIRS.replace(".1700000000", ".1700000001"), begun)
+    assert not native_job.is_of(PUSH, bare)

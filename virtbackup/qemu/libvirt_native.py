@@ -13,7 +13,7 @@ from typing import TextIO
 import libvirt
 
 from virtbackup import hypervisor
-from virtbackup.conf import backup_conf, domain_conf, native_job
+from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
 from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
 
 _LOOK_AGAIN = 0.01
@@ -28,14 +28,16 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
         self._host = host
-        self._owned: dict[str, hypervisor.DomainRef] = {}
-        """By uuid: the domains whose backup is to end with us."""
+        self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
+        """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
         """End the backups that were started to end with us."""
-        for ref in self._owned.values():
+        for ref, begun in self._owned.values():
             with contextlib.suppress(libvirt.libvirtError):
-                self._end(self._host.lookup(ref))
+                found = self._host.lookup(ref)
+                if native_job.is_of(self._running(found), begun):
+                    self._end(found)
         self._host.close()
 
     def get_type(self) -> str:
@@ -79,13 +81,14 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         if self._is_running(found):
             raise native_job.another_runs()
         found.backupBegin(native.format(), None, 0)
+        self._owned.pop(ref.uuid, None)
         if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref
+            self._owned[ref.uuid] = ref, native
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
-        self._running(found)
-        self._owned.pop(ref.uuid, None)
+        document, (_, begun) = self._running(found), self._owned.pop(ref.uuid, (None, None))
+        native_job.check_ends(document, begun)
         self._end(found)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()

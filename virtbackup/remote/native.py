@@ -11,7 +11,7 @@ from typing import Any
 import libvirt
 
 from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf, domain_conf, native_job
+from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
 from virtbackup.remote import program, protocol, wire_conf
 from virtbackup.remote import remote_structs as structs
 
@@ -40,16 +40,16 @@ class NativeJobs:
 
     def __init__(self, call: Call) -> None:
         self._call_program = call
-        self._owned: dict[str, hypervisor.DomainRef] = {}
-        """By uuid: the domains whose backup is to end with us."""
+        self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
+        """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
         """End the backups that were started to end with us; a failure to is logged."""
         owned, self._owned = self._owned, {}
-        for ref in list(owned.values()):
+        for ref, begun in list(owned.values()):
             try:
-                self._running(ref)
-                self._end(ref)
+                if native_job.is_of(self._running(ref), begun):
+                    self._end(ref)
             except libvirt.libvirtError as failure:
                 if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
                     logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
@@ -65,12 +65,13 @@ class NativeJobs:
         self._call(
             "DOMAIN_BACKUP_BEGIN", structs.DomainBackupBeginArgs(dom, native.format(), None, 0)
         )
+        self._owned.pop(ref.uuid, None)
         if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref
+            self._owned[ref.uuid] = ref, native
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        self._running(ref)
-        self._owned.pop(ref.uuid, None)
+        document, (_, begun) = self._running(ref), self._owned.pop(ref.uuid, (None, None))
+        native_job.check_ends(document, begun)
         self._end(ref)
         if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()
