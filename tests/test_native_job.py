@@ -13,6 +13,7 @@ from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
 from virtbackup.qemu import libvirt_native
 from virtbackup.remote import native
+from virtbackup.tools import virsh_connection
 
 PROPOSAL = """<domainbackup>
   <address type="unix" path="/x"/>
@@ -177,6 +178,8 @@ class Theirs:
 
     def __init__(self) -> None:
         self.document: str | None = None
+        self.failure: errors.Error | None = None
+        """Of every call."""
         self.aborted: list[str | None] = []
 
     def lookup(self, ref: hypervisor.DomainRef) -> "Theirs":
@@ -189,6 +192,8 @@ class Theirs:
         self.document = document
 
     def backupGetXMLDesc(self, flags: int) -> str:
+        if self.failure is not None:
+            raise self.failure
         if self.document is None:
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
         return self.document
@@ -285,6 +290,27 @@ def test_a_backup_that_has_ended_is_none_that_is_to_end_with_the_connection(
     assert theirs.aborted == []
     stop(REF, 0)
     assert len(theirs.aborted) == 1
+
+
+LEFT = "the backup of domain 'vm' runs on until virsh domjobabort ends it: x"
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(libvirt.VIR_ERR_RPC, [LEFT]), (libvirt.VIR_ERR_NO_DOMAIN, [])]
+)
+def test_what_cannot_be_ended_with_its_connection_is_told(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    told: list[str],
+) -> None:
+    theirs, start, _, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.failure = errors.Error(code, "x")
+    close()
+    left = [record for record in caplog.records if record.name.endswith(".left")]
+    assert [record.getMessage() for record in left] == told
+    assert {record.name for record in left} <= set(virsh_connection._OF_WHAT_IS_LEFT)
 
 
 def test_a_backup_is_known_by_its_server_and_the_scratch_images_that_it_names() -> None:

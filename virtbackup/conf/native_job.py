@@ -120,6 +120,14 @@ def info(
     )
 
 
+def left(name: str, failure: libvirt.libvirtError) -> str | None:
+    """What is told of the backup of the domain called NAME, as FAILURE kept it from ending with its
+    connection; None: it is not there any more."""
+    if failure.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_DOMAIN):
+        return None
+    return f"the backup of domain '{name}' runs on until virsh domjobabort ends it: {failure}"
+
+
 def another_runs() -> errors.Error:
     """For a start while libvirt has a backup job: it would wait half a minute for its end."""
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running")

@@ -14,7 +14,7 @@ import libvirt
 
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
-from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
+from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status, sweep
 
 _LOOK_AGAIN = 0.01
 
@@ -32,12 +32,15 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
-        """End the backups that were started to end with us."""
+        """End the backups that were started to end with us. It is warned of one that cannot be."""
         for ref, begun in self._owned.values():
-            with contextlib.suppress(libvirt.libvirtError):
+            try:
                 found = self._host.lookup(ref)
                 if native_job.is_of(self._running(found), begun):
                     self._end(found)
+            except libvirt.libvirtError as failure:
+                if (text := native_job.left(ref.name, failure)) is not None:
+                    sweep.left_logger.warning("%s", text)
         self._host.close()
 
     def get_type(self) -> str:

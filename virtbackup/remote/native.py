@@ -15,7 +15,8 @@ from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
 from virtbackup.remote import program, protocol, wire_conf
 from virtbackup.remote import remote_structs as structs
 
-logger = logging.getLogger(__name__)
+left_logger = logging.getLogger(f"{__name__}.left")
+"""What no error tells: that a backup is left."""
 
 SCRATCH_DIRECTORY = "/var/tmp"
 """On the server's host, for scratch images for which nobody named a place."""
@@ -44,15 +45,15 @@ class NativeJobs:
         """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
-        """End the backups that were started to end with us; a failure to is logged."""
+        """End the backups that were started to end with us. It is warned of one that cannot be."""
         owned, self._owned = self._owned, {}
         for ref, begun in list(owned.values()):
             try:
                 if native_job.is_of(self._running(ref), begun):
                     self._end(ref)
             except libvirt.libvirtError as failure:
-                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                    logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
+                if (text := native_job.left(ref.name, failure)) is not None:
+                    left_logger.warning("%s", text)
 
     def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, the server's."""
