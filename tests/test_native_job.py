@@ -180,6 +180,8 @@ class Theirs:
         self.document: str | None = None
         self.failure: errors.Error | None = None
         """Of every call."""
+        self.behind: str | None = None
+        """The backup that somebody waits to begin."""
         self.aborted: list[str | None] = []
 
     def lookup(self, ref: hypervisor.DomainRef) -> "Theirs":
@@ -200,13 +202,14 @@ class Theirs:
 
     def abortJob(self) -> None:
         self.aborted.append(self.document)
-        self.document = None
+        self.document = self.behind
 
     def isActive(self) -> int:
         return 1
 
     def jobInfo(self) -> list[int]:
-        return [libvirt.VIR_DOMAIN_JOB_NONE]
+        none, some = libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        return [none if self.document is None else some]
 
     def call(self, program: object, name: str, args: Any) -> Any:
         match name:
@@ -217,7 +220,7 @@ class Theirs:
             case "DOMAIN_ABORT_JOB":
                 self.abortJob()
             case "DOMAIN_GET_JOB_STATS":
-                return types.SimpleNamespace(type=libvirt.VIR_DOMAIN_JOB_NONE)
+                return types.SimpleNamespace(type=self.jobInfo()[0])
             case "DOMAIN_IS_ACTIVE":
                 return types.SimpleNamespace(active=1)
         return None
@@ -288,6 +291,18 @@ def test_a_backup_that_has_ended_is_none_that_is_to_end_with_the_connection(
     start(REF, OURS.replace("/x", "/y"), 0)
     close()
     assert theirs.aborted == []
+    stop(REF, 0)
+    assert len(theirs.aborted) == 1
+
+
+def test_a_backup_that_begins_right_behind_is_not_waited_for(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libvirt lets one begin that has waited for this one's end."""
+    monkeypatch.setattr(native_job, "END_TIMEOUT", 0.1)
+    theirs, start, stop, _ = doors
+    start(REF, OURS, 0)
+    theirs.behind = THEIRS
     stop(REF, 0)
     assert len(theirs.aborted) == 1
 

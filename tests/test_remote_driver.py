@@ -817,6 +817,10 @@ class Libvirtd:
         self.begun = rpc.args(message)
 
     def xml(self, *_: object) -> structs.XmlRet:
+        if self.aborted:
+            self.ends_after -= 1
+            if self.ends_after <= 0:
+                self.begun = None
         if self.begun is None:
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
         return structs.XmlRet(self.begun.backup_xml)
@@ -825,10 +829,6 @@ class Libvirtd:
         self.aborted += 1
 
     def stats(self, *_: object) -> structs.DomainGetJobStatsRet:
-        if self.aborted:
-            self.ends_after -= 1
-            if self.ends_after <= 0:
-                self.begun = None
         if self.begun is None:
             return NO_JOB
         return structs.DomainGetJobStatsRet(2, params(operation=(1, 9), time_elapsed=(4, 5000)))
@@ -896,9 +896,14 @@ def test_a_domain_that_ended_had_no_good_backup(
     failure = fails(lambda: opened.domain_backup_stop(REF, 0))
     assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
     daemon.begun = structs.DomainBackupBeginArgs(VM, "<domainbackup mode='pull'/>", None, 0)
+    daemon.aborted = 0
     no_domain = raises(errors.error(libvirt.VIR_ERR_NO_DOMAIN, "vm"))
     theirs.handlers["REMOTE.DOMAIN_IS_ACTIVE"] = no_domain
-    theirs.handlers["REMOTE.DOMAIN_GET_JOB_STATS"] = no_domain
+
+    def end(*_: object) -> None:
+        theirs.handlers["REMOTE.DOMAIN_BACKUP_GET_XML_DESC"] = no_domain
+
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = end
     opened.domain_backup_stop(REF, hypervisor.STOP_CANCEL)
 
 

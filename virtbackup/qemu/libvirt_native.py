@@ -12,7 +12,7 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import hypervisor
+from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
 from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status, sweep
 
@@ -36,8 +36,9 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         for ref, begun in self._owned.values():
             try:
                 found = self._host.lookup(ref)
-                if native_job.is_of(self._running(found), begun):
-                    self._end(found)
+                document = self._running(found)
+                if native_job.is_of(document, begun):
+                    self._end(found, document)
             except libvirt.libvirtError as failure:
                 if (text := native_job.left(ref.name, failure)) is not None:
                     sweep.left_logger.warning("%s", text)
@@ -92,17 +93,26 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         found = self._host.lookup(ref)
         document, (_, begun) = self._running(found), self._owned.pop(ref.uuid, (None, None))
         native_job.check_ends(document, begun)
-        self._end(found)
+        self._end(found, document)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()
 
-    def _end(self, found: "libvirt.virDomain") -> None:
+    def _end(self, found: "libvirt.virDomain", document: str) -> None:
+        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
+        begins one waits for half a minute until there is no job."""
+        ended = native_conf.BackupDef.parse(document)
         found.abortJob()
         end = time.monotonic() + native_job.END_TIMEOUT
-        while found.isActive() and found.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+        while found.isActive() and self._still_runs(found, ended):
             if time.monotonic() > end:
                 raise native_job.does_not_end()
             time.sleep(_LOOK_AGAIN)
+
+    def _still_runs(self, found: "libvirt.virDomain", ended: native_conf.BackupDef) -> bool:
+        try:
+            return native_job.is_of(self._running(found), ended)
+        except errors.Error:
+            return False
 
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return self._proposal(ref).format()

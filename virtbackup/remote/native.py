@@ -49,8 +49,9 @@ class NativeJobs:
         owned, self._owned = self._owned, {}
         for ref, begun in list(owned.values()):
             try:
-                if native_job.is_of(self._running(ref), begun):
-                    self._end(ref)
+                document = self._running(ref)
+                if native_job.is_of(document, begun):
+                    self._end(ref, document)
             except libvirt.libvirtError as failure:
                 if (text := native_job.left(ref.name, failure)) is not None:
                     left_logger.warning("%s", text)
@@ -73,7 +74,7 @@ class NativeJobs:
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         document, (_, begun) = self._running(ref), self._owned.pop(ref.uuid, (None, None))
         native_job.check_ends(document, begun)
-        self._end(ref)
+        self._end(ref, document)
         if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()
 
@@ -92,20 +93,23 @@ class NativeJobs:
         args = structs.DomainPathFlagsArgs(wire_conf.domain_to_wire(ref), disk, 0)
         return int(self._call("DOMAIN_GET_BLOCK_INFO", args).capacity)
 
-    def _end(self, ref: hypervisor.DomainRef) -> None:
+    def _end(self, ref: hypervisor.DomainRef, document: str) -> None:
+        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
+        begins one waits for half a minute until there is no job."""
+        ended = native_conf.BackupDef.parse(document)
         self._call("DOMAIN_ABORT_JOB", structs.DomainArgs(wire_conf.domain_to_wire(ref)))
         end = time.monotonic() + native_job.END_TIMEOUT
-        while self._is_busy(ref):
+        while self._still_runs(ref, ended):
             if time.monotonic() > end:
                 raise native_job.does_not_end()
             time.sleep(_LOOK_AGAIN)
 
-    def _is_busy(self, ref: hypervisor.DomainRef) -> bool:
-        """Whether a job runs; on a domain that runs."""
+    def _still_runs(self, ref: hypervisor.DomainRef, ended: native_conf.BackupDef) -> bool:
         try:
-            return bool(self._job_stats(ref).type != libvirt.VIR_DOMAIN_JOB_NONE)
-        except libvirt.libvirtError:
-            if self._is_active(ref):
+            return native_job.is_of(self._running(ref), ended)
+        except libvirt.libvirtError as failure:
+            gone = failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+            if not gone and self._is_active(ref):
                 raise
             return False
 
