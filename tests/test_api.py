@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import libvirt
@@ -360,6 +360,19 @@ def test_install_on_real_libvirt_and_uninstall() -> None:
     finally:
         extend.uninstall(libvirt)
     assert (dict(vars(libvirt.virDomain)), dict(vars(libvirt))) == before
+
+
+def test_a_read_only_connection_of_libvirts() -> None:
+    """What changes something comes to no driver, which might do it without asking libvirt."""
+    hypervisor.register("test", BackupRecorder)
+    dom = extend.domain(libvirt.openReadOnly("test:///default").lookupByName("test"))
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: dom.backupStart("<x/>"), dom.backupStop, dom.backupCleanup,
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(libvirt.libvirtError, match="read only access prevents virDomainBackup"):
+            call()
+    assert [(driver.readonly, driver.calls) for driver in opened] == [(True, [])]
 
 
 def test_a_signal_s_handler_calls_while_a_connection_is_taken_up() -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The proposed calls on libvirt's own backup job: what is begun, what is told, what is refused."""
 
+import types
 from collections.abc import Callable
+from typing import Any
 
 import libvirt
 import pytest
@@ -10,6 +12,8 @@ from tests.test_backup_conf import DOMAIN
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
 from virtbackup.qemu import libvirt_native
+from virtbackup.remote import native
+from virtbackup.tools import virsh_connection
 
 PROPOSAL = """<domainbackup>
   <address type="unix" path="/x"/>
@@ -146,78 +150,209 @@ def test_errors(made: Callable[[], errors.Error], code: int, text: str) -> None:
     assert (made().get_error_code(), str(made())) == (code, text)
 
 
-class Job:
-    """A domain of libvirt's with a job, be it a backup, and its connection."""
+# --- somebody else's job --------------------------------------------------------------------------
+
+REF = hypervisor.DomainRef("vm", "c0ffee00-0000-4000-8000-000000000001", 1)
+THEIRS = """<domainbackup mode='pull'>
+  <server transport='unix' socket='/theirs'/>
+  <disks>
+    <disk name='vda' backup='yes' type='file' backupmode='full' exportname='vda' index='4'>
+      <driver type='qcow2'/>
+      <scratch file='/a.qcow2.1700000000'/>
+    </disk>
+  </disks>
+</domainbackup>"""
+PUSH = """<domainbackup mode='push'>
+  <disks>
+    <disk name='vda' backup='yes' type='file' backupmode='full' index='4'>
+      <driver type='qcow2'/>
+      <target file='/push'/>
+    </disk>
+  </disks>
+</domainbackup>"""
+
+
+class Theirs:
+    """A libvirt of one domain, which runs, and may have the backup that DOCUMENT tells: as the
+    driver's host, as libvirt-python's domain, and as what a server answers."""
 
     def __init__(self) -> None:
         self.document: str | None = None
-        self.aborted = 0
-        self.refuses = False
+        self.failure: errors.Error | None = None
+        """Of every question."""
+        self.refusal: errors.Error | None = None
+        """To abort a job."""
+        self.behind: str | None = None
+        """The backup that somebody waits to begin."""
+        self.aborted: list[str | None] = []
 
-    def lookup(self, ref: hypervisor.DomainRef) -> "Job":
+    def lookup(self, ref: hypervisor.DomainRef) -> "Theirs":
         return self
 
-    def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return DOMAIN_XML
-
     def close(self) -> None:
-        """The connection."""
+        pass
 
-    def backupBegin(self, document: str, checkpoint: None, flags: int) -> None:
+    def backupBegin(self, document: str, checkpoint: str | None, flags: int) -> None:
         self.document = document
 
     def backupGetXMLDesc(self, flags: int) -> str:
+        if self.failure is not None:
+            raise self.failure
         if self.document is None:
-            raise native_job.none_runs()
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
         return self.document
 
     def abortJob(self) -> None:
-        if self.refuses:
-            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "cannot acquire a lock")
-        self.aborted += 1
-        self.document = None
+        if self.refusal is not None:
+            raise self.refusal
+        self.aborted.append(self.document)
+        self.document = self.behind
 
     def isActive(self) -> int:
         return 1
 
     def jobInfo(self) -> list[int]:
-        return [libvirt.VIR_DOMAIN_JOB_NONE]
+        none, some = libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        return [none if self.document is None else some]
+
+    def call(self, program: object, name: str, args: Any) -> Any:
+        match name:
+            case "DOMAIN_BACKUP_BEGIN":
+                self.backupBegin(args.backup_xml, None, 0)
+            case "DOMAIN_BACKUP_GET_XML_DESC":
+                return types.SimpleNamespace(xml=self.backupGetXMLDesc(0))
+            case "DOMAIN_ABORT_JOB":
+                self.abortJob()
+            case "DOMAIN_GET_JOB_STATS":
+                return types.SimpleNamespace(type=self.jobInfo()[0])
+            case "DOMAIN_IS_ACTIVE":
+                return types.SimpleNamespace(active=1)
+        return None
 
 
-DOMAIN_XML = """<domain type="kvm"><name>vm</name><devices>
-  <disk type="file" device="disk"><source file="/a"/><target dev="vda"/></disk>
-</devices></domain>"""
-ALONE = '<domainbackup><address type="unix" path="/x"/></domainbackup>'
-REF = hypervisor.DomainRef("vm", "6a1b5b0c-0000-4000-8000-000000000001", 1)
+@pytest.fixture(params=["libvirt", "a server"])
+def doors(request: pytest.FixtureRequest) -> tuple[Theirs, Any, Any, Callable[[], None]]:
+    """A libvirt, and what starts, stops and closes on it."""
+    theirs = Theirs()
+    if request.param == "libvirt":
+        driver = libvirt_native.NativeDriver(theirs)  # type: ignore[arg-type]
+        return theirs, driver.domain_backup_start, driver.domain_backup_stop, driver.close
+    jobs = native.NativeJobs(theirs.call)
+    return theirs, jobs.start, jobs.stop, jobs.close
 
 
-def _owned(job: Job) -> libvirt_native.NativeDriver:
-    """With a backup that is to end with it."""
-    made = libvirt_native.NativeDriver(job)  # type: ignore[arg-type]
-    made.domain_backup_start(REF, ALONE, hypervisor.START_AUTODESTROY)
-    return made
+OURS = "<domainbackup><address type='unix' path='/x'/></domainbackup>"
 
 
-def test_what_is_to_end_with_us_does_though_its_stop_was_refused() -> None:
-    job = Job()
-    made = _owned(job)
-    job.refuses = True
+def test_a_push_is_not_stopped(doors: tuple[Theirs, Any, Any, Callable[[], None]]) -> None:
+    theirs, _, stop, _ = doors
+    theirs.document = PUSH
+    with pytest.raises(errors.Error, match="that pulls: libvirt's own pushes") as caught:
+        stop(REF, 0)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+    assert theirs.aborted == []
+    theirs.document = THEIRS
+    stop(REF, 0)
+    assert theirs.aborted == [THEIRS]
+
+
+@pytest.mark.parametrize("then", [None, PUSH, THEIRS])
+def test_only_the_backup_that_was_started_ends_with_its_connection(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], then: str | None
+) -> None:
+    """Somebody has ended it, and another one runs, or none."""
+    theirs, start, _, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = then
+    close()
+    assert theirs.aborted == []
+    theirs.document = None
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    begun = theirs.document
+    close()
+    assert theirs.aborted == [begun]
+
+
+def test_who_had_a_backup_that_ends_with_the_connection_stops_no_other(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+) -> None:
+    theirs, start, stop, _ = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = THEIRS
+    with pytest.raises(errors.Error, match="ended by somebody else, and another one runs"):
+        stop(REF, hypervisor.STOP_CANCEL)
+    assert theirs.aborted == []
+
+
+def test_a_backup_that_has_ended_is_none_that_is_to_end_with_the_connection(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+) -> None:
+    theirs, start, stop, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = None
+    with pytest.raises(errors.Error, match="no domain backup job present"):
+        stop(REF, 0)
+    start(REF, OURS.replace("/x", "/y"), 0)
+    close()
+    assert theirs.aborted == []
+    stop(REF, 0)
+    assert len(theirs.aborted) == 1
+
+
+def test_a_backup_that_begins_right_behind_is_not_waited_for(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libvirt lets one begin that has waited for this one's end."""
+    monkeypatch.setattr(native_job, "END_TIMEOUT", 0.1)
+    theirs, start, stop, _ = doors
+    start(REF, OURS, 0)
+    theirs.behind = THEIRS
+    stop(REF, 0)
+    assert len(theirs.aborted) == 1
+
+
+@pytest.mark.parametrize("of", ["failure", "refusal"])
+def test_what_is_to_end_with_us_does_though_its_stop_was_refused(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], of: str
+) -> None:
+    theirs, start, stop, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    begun = theirs.document
+    setattr(theirs, of, errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "cannot acquire a lock"))
     with pytest.raises(errors.Error, match="cannot acquire a lock"):
-        made.domain_backup_stop(REF, 0)
-    job.refuses = False
-    made.close()
-    assert job.aborted == 1
+        stop(REF, 0)
+    setattr(theirs, of, None)
+    close()
+    assert theirs.aborted == [begun]
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["close", "stop"])
-def test_no_other_job_is_aborted_for_ours(asked: bool) -> None:
-    """Ours has ended; a migration runs, or where a stop was told so another backup, too."""
-    job = Job()
-    made = _owned(job)
-    job.document = None
-    if asked:
-        with pytest.raises(errors.Error, match="no domain backup job present"):
-            made.domain_backup_stop(REF, 0)
-        job.document = NATIVE
-    made.close()
-    assert job.aborted == 0
+LEFT = "the backup of domain 'vm' runs on until virsh domjobabort ends it: x"
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(libvirt.VIR_ERR_RPC, [LEFT]), (libvirt.VIR_ERR_NO_DOMAIN, [])]
+)
+def test_what_cannot_be_ended_with_its_connection_is_told(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    told: list[str],
+) -> None:
+    theirs, start, _, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.failure = errors.Error(code, "x")
+    close()
+    left = [record for record in caplog.records if record.name.endswith(".left")]
+    assert [record.getMessage() for record in left] == told
+    assert {record.name for record in left} <= set(virsh_connection._OF_WHAT_IS_LEFT)
+
+
+def test_a_backup_is_known_by_its_server_and_the_scratch_images_that_it_names() -> None:
+    """A libvirt that was started again has forgotten what the exports are called."""
+    begun = native_conf.BackupDef.parse(THEIRS)
+    bare = native_conf.BackupDef(mode="pull", server=native_conf.UnixServer("/theirs", tls=False))
+    assert native_job.is_of(THEIRS.replace(" exportname='vda'", ""), begun)
+    assert native_job.is_of(THEIRS, bare)
+    assert not native_job.is_of(THEIRS.replace("/theirs", "/ours"), bare)
+    assert not native_job.is_of(THEIRS.replace(".1700000000", ".1700000001"), begun)
+    assert not native_job.is_of(PUSH, bare)

@@ -842,6 +842,10 @@ class Libvirtd:
         self.begun = rpc.args(message)
 
     def xml(self, *_: object) -> structs.XmlRet:
+        if self.aborted:
+            self.ends_after -= 1
+            if self.ends_after <= 0:
+                self.begun = None
         if self.begun is None:
             raise errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
         return structs.XmlRet(self.begun.backup_xml)
@@ -850,10 +854,6 @@ class Libvirtd:
         self.aborted += 1
 
     def stats(self, *_: object) -> structs.DomainGetJobStatsRet:
-        if self.aborted:
-            self.ends_after -= 1
-            if self.ends_after <= 0:
-                self.begun = None
         if self.begun is None:
             return NO_JOB
         return structs.DomainGetJobStatsRet(2, params(operation=(1, 9), time_elapsed=(4, 5000)))
@@ -921,9 +921,14 @@ def test_a_domain_that_ended_had_no_good_backup(
     failure = fails(lambda: opened.domain_backup_stop(REF, 0))
     assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
     daemon.begun = structs.DomainBackupBeginArgs(VM, "<domainbackup mode='pull'/>", None, 0)
+    daemon.aborted = 0
     no_domain = raises(errors.error(libvirt.VIR_ERR_NO_DOMAIN, "vm"))
     theirs.handlers["REMOTE.DOMAIN_IS_ACTIVE"] = no_domain
-    theirs.handlers["REMOTE.DOMAIN_GET_JOB_STATS"] = no_domain
+
+    def end(*_: object) -> None:
+        theirs.handlers["REMOTE.DOMAIN_BACKUP_GET_XML_DESC"] = no_domain
+
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = end
     opened.domain_backup_stop(REF, hypervisor.STOP_CANCEL)
 
 
@@ -970,14 +975,16 @@ def test_a_backup_that_cannot_be_ended_on_close_is_said(
     opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = refuse
     opened.close()
-    assert "domain=vm backup not ended on close: access denied: not you" in caplog.text
+    assert (
+        "domain 'vm' runs on until virsh domjobabort ends it: access denied: not you" in caplog.text
+    )
     opened = driver.open(uri, False)
     daemon.begun = None
     opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
     daemon.begun = None  # somebody else has ended it
     caplog.clear()
     opened.close()
-    assert "not ended" not in caplog.text
+    assert "runs on" not in caplog.text
 
 
 @pytest.mark.parametrize(

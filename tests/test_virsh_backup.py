@@ -783,7 +783,10 @@ def test_translate_over_a_connection_that_fails(run: Run, tmp_path: pathlib.Path
 
 def test_stop_without_backup(run: Run) -> None:
     message = "error: Domain backup job id not found: no domain backup job present\n"
-    hint = "'backup-start' begins one; what another user began is that user's to see and to stop\n"
+    hint = (
+        "'backup-start' begins one; another user's is that user's to see and to stop, and libvirt's"
+        " own is virsh's: domjobinfo\n"
+    )
     assert run("backup-stop", "vm1") == (1, "", message + hint)
     assert run("-q", "backup-stop", "vm1") == (1, "", message)
 

@@ -163,13 +163,13 @@ def _domain(domain: Any, function: str) -> api.Domain:
 
 def _connect(connection: Any, domain: Any, function: str) -> api.Connection:
     """Ours: on the virConnect itself, or by its URI."""
-    uri = connection.getURI()
+    uri, readonly = connection.getURI(), _is_read_only(domain)
     try:
         adopted = hypervisor.adopt_driver(connection)
         if adopted is not None:
             vars(connection)[_LEAVE] = getattr(adopted, "leave", None)
-            return api.Connection(uri, adopted, readonly=False)
-        ours = api.open(uri)
+            return api.Connection(uri, adopted, readonly)
+        ours = api.open(uri, readonly)
     except errors.Error as failure:
         if failure.get_error_code() != libvirt.VIR_ERR_NO_CONNECT:
             raise
@@ -183,6 +183,15 @@ def _connect(connection: Any, domain: Any, function: str) -> api.Connection:
             raise
         raise _unsupported(function) from failure
     return ours
+
+
+def _is_read_only(domain: Any) -> bool:
+    """Whether the connection of DOMAIN is: libvirt does not tell, but for what it refuses there."""
+    try:
+        domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)
+    except libvirt.libvirtError as failure:
+        return bool(failure.get_error_code() == libvirt.VIR_ERR_OPERATION_DENIED)
+    return False
 
 
 def _end_with(connection: Any, ours: api.Connection) -> None:

@@ -61,6 +61,40 @@ def running(document: str, domain: dialects.Domain) -> backup_conf.BackupDef:
     return translate.to_proposal(native, domain).align_disks(domain())
 
 
+def is_of(document: str, begun: native_conf.BackupDef) -> bool:
+    """Whether the backup that libvirt tells by DOCUMENT is the one that was BEGUN, and no other
+    that somebody has begun since: it has its server, and the scratch images that it names."""
+    told = native_conf.BackupDef.parse(document)
+    images = {disk.name: disk.image.path for disk in told.disks if disk.image is not None}
+    named = {disk.name: disk.image.path for disk in begun.disks if disk.image is not None}
+    return _place(told) == _place(begun) and named.items() <= images.items()
+
+
+def _place(definition: native_conf.BackupDef) -> native_conf.Server | None:
+    server = definition.server
+    return None if server is None else dataclasses.replace(server, tls=None)
+
+
+def check_ends(document: str, begun: native_conf.BackupDef | None) -> None:
+    """Refuse to end the backup that libvirt tells by DOCUMENT where it is somebody else's: not the
+    one that was BEGUN to end with the connection that ends it, or a push. It would be lost, and
+    called good.
+
+    Errors: VIR_ERR_NO_DOMAIN_BACKUP.
+    """
+    if begun is not None and not is_of(document, begun):
+        raise errors.error(
+            libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
+            "the backup that was started here was ended by somebody else, and another one runs",
+        )
+    if native_conf.BackupDef.parse(document).mode == "push":
+        raise errors.error(
+            libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
+            "no domain backup job present that pulls: libvirt's own pushes (virsh domjobabort ends"
+            " it)",
+        )
+
+
 def info(
     definition: backup_conf.BackupDef, started: float, capacity: Callable[[str], int]
 ) -> backup_conf.BackupInfo:
@@ -84,6 +118,14 @@ def info(
             if disk.present
         ),
     )
+
+
+def left(name: str, failure: libvirt.libvirtError) -> str | None:
+    """What is told of the backup of the domain called NAME, as FAILURE kept it from ending with its
+    connection; None: it is not there any more."""
+    if failure.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_DOMAIN):
+        return None
+    return f"the backup of domain '{name}' runs on until virsh domjobabort ends it: {failure}"
 
 
 def another_runs() -> errors.Error:

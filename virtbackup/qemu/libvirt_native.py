@@ -5,7 +5,6 @@ So that one program can use, and compare, both engines.
 """
 
 import contextlib
-import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +12,9 @@ from typing import TextIO
 
 import libvirt
 
-from virtbackup import hypervisor
-from virtbackup.conf import backup_conf, domain_conf, native_job
-from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
-
-logger = logging.getLogger(__name__)
+from virtbackup import errors, hypervisor
+from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
+from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status, sweep
 
 _LOOK_AGAIN = 0.01
 
@@ -31,19 +28,20 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
         self._host = host
-        self._owned: dict[str, hypervisor.DomainRef] = {}
-        """By uuid: the domains whose backup is to end with us."""
+        self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
+        """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
-        """End the backups that were started to end with us; a failure to is logged."""
-        owned, self._owned = self._owned, {}
-        for ref in owned.values():
+        """End the backups that were started to end with us. It is warned of one that cannot be."""
+        for ref, begun in self._owned.values():
             try:
                 found = self._host.lookup(ref)
-                if self._runs(found):  # or what is aborted is another job of the domain's
-                    self._end(found)
+                document = self._running(found)
+                if native_job.is_of(document, begun):
+                    self._end(found, document)
             except libvirt.libvirtError as failure:
-                logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
+                if (text := native_job.left(ref.name, failure)) is not None:
+                    sweep.left_logger.warning("%s", text)
         self._host.close()
 
     def get_type(self) -> str:
@@ -87,26 +85,41 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         if self._runs(found):
             raise native_job.another_runs()
         found.backupBegin(native.format(), None, 0)
+        self._owned.pop(ref.uuid, None)
         if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref
+            self._owned[ref.uuid] = ref, native
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
-        if not self._runs(found):
-            self._owned.pop(ref.uuid, None)
-            raise native_job.none_runs()
-        self._end(found)
+        _, begun = self._owned.get(ref.uuid, (None, None))
+        try:
+            document = self._running(found)
+            native_job.check_ends(document, begun)
+            self._end(found, document)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                self._owned.pop(ref.uuid, None)
+            raise
         self._owned.pop(ref.uuid, None)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()
 
-    def _end(self, found: "libvirt.virDomain") -> None:
+    def _end(self, found: "libvirt.virDomain", document: str) -> None:
+        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
+        begins one waits for half a minute until there is no job."""
+        ended = native_conf.BackupDef.parse(document)
         found.abortJob()
         end = time.monotonic() + native_job.END_TIMEOUT
-        while found.isActive() and found.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+        while found.isActive() and self._still_runs(found, ended):
             if time.monotonic() > end:
                 raise native_job.does_not_end()
             time.sleep(_LOOK_AGAIN)
+
+    def _still_runs(self, found: "libvirt.virDomain", ended: native_conf.BackupDef) -> bool:
+        try:
+            return native_job.is_of(self._running(found), ended)
+        except errors.Error:
+            return False
 
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return self._proposal(ref).format()

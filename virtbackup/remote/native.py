@@ -11,11 +11,12 @@ from typing import Any
 import libvirt
 
 from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf, domain_conf, native_job
+from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
 from virtbackup.remote import program, protocol, wire_conf
 from virtbackup.remote import remote_structs as structs
 
-logger = logging.getLogger(__name__)
+left_logger = logging.getLogger(f"{__name__}.left")
+"""What no error tells: that a backup is left."""
 
 SCRATCH_DIRECTORY = "/var/tmp"
 """On the server's host, for scratch images for which nobody named a place."""
@@ -40,18 +41,20 @@ class NativeJobs:
 
     def __init__(self, call: Call) -> None:
         self._call_program = call
-        self._owned: dict[str, hypervisor.DomainRef] = {}
-        """By uuid: the domains whose backup is to end with us."""
+        self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
+        """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
-        """End the backups that were started to end with us; a failure to is logged."""
+        """End the backups that were started to end with us. It is warned of one that cannot be."""
         owned, self._owned = self._owned, {}
-        for ref in list(owned.values()):
+        for ref, begun in list(owned.values()):
             try:
-                if self._runs(ref):  # or what is aborted is another job of the domain's
-                    self._end(ref)
+                document = self._running(ref)
+                if native_job.is_of(document, begun):
+                    self._end(ref, document)
             except libvirt.libvirtError as failure:
-                logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
+                if (text := native_job.left(ref.name, failure)) is not None:
+                    left_logger.warning("%s", text)
 
     def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, the server's."""
@@ -64,14 +67,20 @@ class NativeJobs:
         self._call(
             "DOMAIN_BACKUP_BEGIN", structs.DomainBackupBeginArgs(dom, native.format(), None, 0)
         )
+        self._owned.pop(ref.uuid, None)
         if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref
+            self._owned[ref.uuid] = ref, native
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        if not self._runs(ref):
-            self._owned.pop(ref.uuid, None)
-            raise native_job.none_runs()
-        self._end(ref)
+        _, begun = self._owned.get(ref.uuid, (None, None))
+        try:
+            document = self._running(ref)
+            native_job.check_ends(document, begun)
+            self._end(ref, document)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                self._owned.pop(ref.uuid, None)
+            raise
         self._owned.pop(ref.uuid, None)
         if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()
@@ -91,20 +100,23 @@ class NativeJobs:
         args = structs.DomainPathFlagsArgs(wire_conf.domain_to_wire(ref), disk, 0)
         return int(self._call("DOMAIN_GET_BLOCK_INFO", args).capacity)
 
-    def _end(self, ref: hypervisor.DomainRef) -> None:
+    def _end(self, ref: hypervisor.DomainRef, document: str) -> None:
+        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
+        begins one waits for half a minute until there is no job."""
+        ended = native_conf.BackupDef.parse(document)
         self._call("DOMAIN_ABORT_JOB", structs.DomainArgs(wire_conf.domain_to_wire(ref)))
         end = time.monotonic() + native_job.END_TIMEOUT
-        while self._is_busy(ref):
+        while self._still_runs(ref, ended):
             if time.monotonic() > end:
                 raise native_job.does_not_end()
             time.sleep(_LOOK_AGAIN)
 
-    def _is_busy(self, ref: hypervisor.DomainRef) -> bool:
-        """Whether a job runs; on a domain that runs."""
+    def _still_runs(self, ref: hypervisor.DomainRef, ended: native_conf.BackupDef) -> bool:
         try:
-            return bool(self._job_stats(ref).type != libvirt.VIR_DOMAIN_JOB_NONE)
-        except libvirt.libvirtError:
-            if self._is_active(ref):
+            return native_job.is_of(self._running(ref), ended)
+        except libvirt.libvirtError as failure:
+            gone = failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+            if not gone and self._is_active(ref):
                 raise
             return False
 

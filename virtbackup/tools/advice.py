@@ -124,7 +124,8 @@ KNOWN = (
     ),
     Known(
         libvirt.VIR_ERR_NO_DOMAIN_BACKUP, ("no domain backup job present",),
-        "'backup-start' begins one; what another user began is that user's to see and to stop",
+        "'backup-start' begins one; another user's is that user's to see and to stop, and libvirt's"
+        " own is virsh's: domjobinfo",
     ),
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("backup-cleanup ends it",),

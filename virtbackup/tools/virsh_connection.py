@@ -165,6 +165,8 @@ class _Warnings(logging.Handler):
 
 
 _WARNINGS = _Warnings()
+_OF_WHAT_IS_LEFT = ("virtbackup.qemu.sweep.left", "virtbackup.remote.native.left")
+"""The loggers of what is left of a backup."""
 
 
 def set_logging(level: int | None, path: str | None = None) -> None:
@@ -175,10 +177,11 @@ def set_logging(level: int | None, path: str | None = None) -> None:
     alone: all from 0 on. Where standard error has no log, it is warned there of what is left of a
     backup that was ended, which no error tells. Errors: Failure when the file cannot be written.
     """
-    left = logging.getLogger("virtbackup.qemu.sweep.left")
-    left.setLevel(logging.WARNING)  # however little else is logged
-    if level is None or path is not None:
-        left.addHandler(_WARNINGS)
+    for name in _OF_WHAT_IS_LEFT:
+        left = logging.getLogger(name)
+        left.setLevel(logging.WARNING)  # however little else is logged
+        if level is None or path is not None:
+            left.addHandler(_WARNINGS)
     if level is None and path is None:
         logging.getLogger("virtbackup").addHandler(logging.NullHandler())
         return
