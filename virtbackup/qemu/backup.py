@@ -657,7 +657,7 @@ def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
         if others.driver != whole.driver or medium.overlaps(other):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-                f"disk '{target}' and disk '{twin.target}' both write to '{whole.filename}', each"
+                f"disk '{target}' and disk '{twin.target}' both write to '{whole.shown}', each"
                 " by a block node of its own: what is written by the one would be missing in a"
                 " backup of the other",
             )
