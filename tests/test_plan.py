@@ -945,6 +945,8 @@ def test_an_empty_image_is_consistent(size: int) -> None:
     assert l1_size * (qcow2.CLUSTER**2 // 8) >= size
     assert clusters * qcow2.CLUSTER == qcow2.file_size(size) >= l1_offset + 8 * l1_size
     assert set(struct.unpack(f">{clusters}H", parts[block_offset])) == {1}
+    marked = dict(qcow2.empty_image(size, "a mark"))[0]
+    assert marked == parts[0] + b"vbmk\0\0\0\6a mark\0\0" + bytes(8)
 
 
 def _disk_status() -> status.DiskStatus:
