@@ -417,6 +417,33 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"filename": "https://host/a.img"}, True),
+        ({"filename": 'json:{"driver": "raw", "file": {"driver": "http", "url": "u"}}'}, True),
+        ({"backing_files": ("/base", None, "ftp://host/c")}, True),
+        ({"backing_files": (None, "/http://host/c")}, False),
+    ],
+)
+def test_an_image_on_a_web_server_is_refused(changes: Any, refused: bool) -> None:
+    asked = state()
+    disks = tuple(
+        dataclasses.replace(one, medium=dataclasses.replace(one.medium, **changes))
+        if one.target == "sdc" and one.medium else one
+        for one in asked.disks
+    )  # fmt: skip
+    asked = dataclasses.replace(asked, disks=disks)
+    if not refused:
+        assert plan(asked)
+        return
+    assert refusal(asked, CAPS) == (
+        "disk 'sdc' is, or has below it, an image on a web or FTP server, the reading of which QEMU"
+        f" {capabilities.dotted(CAPS.version)} might not survive: {capabilities.CURL_HANG.evidence}"
+    )
+    assert plan(asked, disks=(disk("sdc", present=False),))
+
+
 # --- branches: what is decided and sent is in plandata ---
 
 PLANNED = pathlib.Path(__file__).parent / "plandata"

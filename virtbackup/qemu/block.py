@@ -25,6 +25,7 @@ FILTERS = frozenset(
 """Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
 FILTERED = ("file", "image", "raw")
 """As what they have that image: blkdebug and blkreplay as the second, blkverify as the last."""
+_FETCHED = re.compile(r'(https?|ftps?)://|json:.*"driver": "(https?|ftps?)"', re.DOTALL)
 _SECRETS = (
     (r'("(?:[^"\\]*\.)?(?:password|cookie|=keyvalue-pairs)": )"(?:[^"\\]|\\.)*"', r'\1"***"'),
     (r"^(rbd:.*?:(?:key|password)=)(?:[^:\\]|\\.)*", r"\1***"),
@@ -98,6 +99,11 @@ class Medium:
         """Whether it is one whose requests QEMU may record, or has such a one below."""
         of_options = re.search(r'^json:.*"driver": "blkreplay"', self.filename) is not None
         return self.driver == "blkreplay" or of_options
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether QEMU has it, or an image below it, from a web or FTP server."""
+        return any(name and _FETCHED.match(name) for name in (self.filename, *self.backing_files))
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
