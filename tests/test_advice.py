@@ -13,8 +13,9 @@ from virtbackup.tools import advice, virsh_backup
 
 PACKAGE = pathlib.Path(errors.__file__).parent
 SYSTEMS = {"No such file or directory", "Connection refused", "Permission denied",
-           "Address already in use", "No space left on device",
-           "Cannot assign requested address", "address resolution failed"}  # fmt: skip
+           "Address already in use", "No space left on device", "Disk quota exceeded",
+           "File too large", "Cannot assign requested address",
+           "address resolution failed"}  # fmt: skip
 """Words of the operating system's and of QEMU's, which stand nowhere in the package."""
 
 
@@ -84,6 +85,11 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             "Requested operation is not valid: another backup job is already running: libvirt's"
             " own (virsh domjobabort ends it)",
             "'virsh domjobinfo' shows how far it is",  # our commands know nothing of it
+        ),
+        (
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+            "cannot write /b/vda.raw.partial: Disk quota exceeded",
+            "Make room there, or take another place",
         ),
         (
             libvirt.VIR_ERR_OPERATION_FAILED,

@@ -31,6 +31,23 @@ def recorded(version: str, state: str, command: str) -> Any:
         ("iscsi://10.0.0.1/iqn.2013-07.com.example:x/1", "network", "iqn.2013-07.com.example:x/1"),
         ("https://host/a/b.img", "network", "a/b.img"),
         ('json:{"driver": "null-co"}', "file", 'json:{"driver": "null-co"}'),
+        ("https://hans:a%40b@host/a/b.img", "network", "a/b.img"),
+        (
+            'json:{"driver": "raw", "file": {"user": "hans", "password": "a\\"b", "lun": "1"}}',
+            "file",
+            'json:{"driver": "raw", "file": {"user": "hans", "password": "***", "lun": "1"}}',
+        ),
+        (
+            'json:{"url": "http://hans:a@b@host/x", "cookie": "c=d", "password-secret": "sec0"}',
+            "file",
+            'json:{"url": "http://hans@host/x", "cookie": "***", "password-secret": "sec0"}',
+        ),
+        (
+            'json:{"file.password": "", "=keyvalue-pairs": "[\\"key\\", \\"a\\"]"}',
+            "file",
+            'json:{"file.password": "***", "=keyvalue-pairs": "***"}',
+        ),
+        ("/images/a:b@c://d:e", "file", "/images/a:b@c://d:e"),
     ],
 )
 def test_what_a_medium_is_in_libvirts_words(filename: str, type: str, source: str) -> None:
@@ -39,6 +56,22 @@ def test_what_a_medium_is_in_libvirts_words(filename: str, type: str, source: st
     assert (told.type, told.source) == (type, source)
     again = domain_conf.DomainDef("vm", "uuid", None, (told,))
     assert domain_conf.DomainDef.parse(again.format()) == again
+
+
+@pytest.mark.parametrize(
+    ("filename", "shown"),
+    [
+        ("iscsi://hans%geheim@10.0.0.1/iqn.x:t/1", "iscsi://hans@10.0.0.1/iqn.x:t/1"),
+        (
+            "rbd:pool/image:id=admin:key=a\\:b=:mon_host=c",
+            "rbd:pool/image:id=admin:key=***:mon_host=c",
+        ),
+        ("nbd+unix:///x?socket=/a:b@c", "nbd+unix:///x?socket=/a:b@c"),
+    ],
+)
+def test_a_name_is_told_without_passwords(filename: str, shown: str) -> None:
+    medium = block.Medium(naming.NodeName("A"), "raw", filename, 512, readonly=False)
+    assert medium.shown == shown
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -417,6 +417,33 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     assert plan(asked, caps, disks=(disk("sdc", present=False),))
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"filename": "https://host/a.img"}, True),
+        ({"filename": 'json:{"driver": "raw", "file": {"driver": "http", "url": "u"}}'}, True),
+        ({"backing_files": ("/base", None, "ftp://host/c")}, True),
+        ({"backing_files": (None, "/http://host/c")}, False),
+    ],
+)
+def test_an_image_on_a_web_server_is_refused(changes: Any, refused: bool) -> None:
+    asked = state()
+    disks = tuple(
+        dataclasses.replace(one, medium=dataclasses.replace(one.medium, **changes))
+        if one.target == "sdc" and one.medium else one
+        for one in asked.disks
+    )  # fmt: skip
+    asked = dataclasses.replace(asked, disks=disks)
+    if not refused:
+        assert plan(asked)
+        return
+    assert refusal(asked, CAPS) == (
+        "disk 'sdc' is, or has below it, an image on a web or FTP server, the reading of which QEMU"
+        f" {capabilities.dotted(CAPS.version)} might not survive: {capabilities.CURL_HANG.evidence}"
+    )
+    assert plan(asked, disks=(disk("sdc", present=False),))
+
+
 # --- branches: what is decided and sent is in plandata ---
 
 PLANNED = pathlib.Path(__file__).parent / "plandata"
@@ -945,6 +972,8 @@ def test_an_empty_image_is_consistent(size: int) -> None:
     assert l1_size * (qcow2.CLUSTER**2 // 8) >= size
     assert clusters * qcow2.CLUSTER == qcow2.file_size(size) >= l1_offset + 8 * l1_size
     assert set(struct.unpack(f">{clusters}H", parts[block_offset])) == {1}
+    marked = dict(qcow2.empty_image(size, "a mark"))[0]
+    assert marked == parts[0] + b"vbmk\0\0\0\6a mark\0\0" + bytes(8)
 
 
 def _disk_status() -> status.DiskStatus:

@@ -56,6 +56,23 @@ def test_a_file() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fmt", "kept", "gone"),
+    [
+        ("raw", ["shareable"], ["metadata_cache", "discard_no_unref"]),
+        ("qcow2", ["metadata_cache", "discard_no_unref"], ["shareable"]),
+    ],
+)
+def test_what_libvirt_takes_of_one_format_alone(fmt: str, kept: list[str], gone: list[str]) -> None:
+    document = DOCUMENT.replace(
+        "<driver name='qemu' type='qcow2' cache='none'/>",
+        "<driver name='qemu' type='qcow2' discard_no_unref='on'>"
+        "<metadata_cache><max_size>1</max_size></metadata_cache></driver><shareable/>",
+    )
+    made, _ = redefine.redefine(document, {"vda": redefine.Medium("file", "/new", fmt)})
+    assert [word in made for word in (*kept, *gone)] == [True] * len(kept) + [False] * len(gone)
+
+
+@pytest.mark.parametrize(
     ("place", "source"),
     [
         ("nbd://h:7/a%20b", '<source protocol="nbd" name="a b"><host name="h" port="7"/></source>'),

@@ -312,6 +312,20 @@ def test_a_file_of_somebody_else_s_by_the_number_of_our_image(tmp_path: pathlib.
     assert remove_it() == [f"scratch image '{path}'"]
 
 
+def test_an_image_of_ours_by_another_number(tmp_path: pathlib.Path) -> None:
+    """As a FUSE file system may give it, once it has forgotten the file. Another backup's is not
+    touched."""
+    path = tmp_path / "scratch.qcow2"
+    [disk, *_] = status.parse(STATUSES[-1].read_text()).disks
+    own = dataclasses.replace(disk, path=str(path), inode=1)
+    for mark, removed in ("x" + disk.scratch_file[1:], []), (disk.scratch_file, [str(path)]):
+        with path.open("wb") as file:
+            scratch.format(file.fileno(), disk.size, disk.target, mark=mark)
+        assert cleanup.remove_files(having(disks=(own,))) == [
+            f"scratch image '{path}'" for path in removed
+        ]
+
+
 @pytest.mark.parametrize("path", STATUSES, ids=lambda path: path.stem)
 def test_a_status_of_an_older_version(path: pathlib.Path) -> None:
     """What was not noted then is not known, or taken so that nothing is good for it."""

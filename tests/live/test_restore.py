@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -942,6 +943,24 @@ def test_another_is_faster(
     assert (done.returncode, done.stderr) == (1, f"error: cannot create {partial}: File exists\n")
     assert partial.read_text() == "theirs\n"
     assert not out.exists()
+
+
+def test_what_only_holds_a_file_has_nothing_to_tell(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a server under it goes, close(2) fails as well: the write has told, and by its name."""
+    path = tmp_path / "out"
+    path.touch()
+    close = os.close
+
+    def cut_off(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    with monkeypatch.context() as patch, contextlib.ExitStack() as held:
+        restore._hold(path, held)
+        patch.setattr(os, "close", cut_off)
+        held.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -5,6 +5,7 @@ How a copy's file looks is in test_copy and test_incremental.
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -283,6 +284,22 @@ def test_a_full_file_system(tmp_path: pathlib.Path, program: str) -> None:
         assert raised.value.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
         assert f"cannot write {tiny}/out: No space left on device" in str(raised.value)
         assert list(tiny.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_looked_at(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a server that is cut off: whatever meets it first names the file."""
+
+    def cut_off(_: int) -> os.stat_result:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    made = begun(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", cut_off)
+        with pytest.raises(virtbackup.Error, match=f"cannot write {tmp_path}/out: Transport endp"):
+            fill(made)
+    made.discard()
 
 
 def test_our_end_is_its_end(tmp_path: pathlib.Path, program: str) -> None:

@@ -55,11 +55,7 @@ def redefine(document: str, media: Mapping[str, Medium], here: str = "") -> tupl
 
 def _move(disk: etree._Element, medium: Medium, here: str) -> None:
     for name in _OF_OLD_MEDIUM:
-        for old in disk.findall(name):
-            before = old.getprevious()
-            if old.getnext() is None and before is not None:
-                before.tail = old.tail  # where the line of the closing tag begins
-            disk.remove(old)
+        _drop(disk, name)
     disk.set("type", medium.type)
     _forget(disk, "snapshot")
     driver = disk.find("driver")
@@ -67,6 +63,12 @@ def _move(disk: etree._Element, medium: Medium, here: str) -> None:
         driver = etree.Element("driver", name="qemu")
         disk.insert(0, driver)
     driver.set("type", medium.format)
+    # libvirt takes no definition that has these with another format.
+    if medium.format != "qcow2":
+        _drop(driver, "metadata_cache")
+        _forget(driver, "discard_no_unref")
+    if medium.format != "raw":
+        _drop(disk, "shareable")
     source = etree.Element("source")
     match medium.type:
         case "network":
@@ -77,6 +79,14 @@ def _move(disk: etree._Element, medium: Medium, here: str) -> None:
             source.set("file", medium.place)
     disk.insert(disk.index(driver) + 1, source)
     source.tail = driver.tail
+
+
+def _drop(element: etree._Element, name: str) -> None:
+    for old in element.findall(name):
+        before = old.getprevious()
+        if old.getnext() is None and before is not None:
+            before.tail = old.tail  # where the line of the closing tag begins
+        element.remove(old)
 
 
 def _forget(element: etree._Element, attribute: str) -> None:

@@ -381,11 +381,10 @@ class QemuWriter(target.Asynchronous):
     def _write_back(self) -> None:
         """Have the disk begin with what is new in the file, and drop of it what is there by now."""
         assert self._fd is not None
-        end = os.fstat(self._fd).st_size
         start = max(0, self._file_end - target.WINDOW)
         with contextlib.suppress(OSError):  # a hint, which a file system may refuse
-            os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
-        self._file_end = end
+            self._file_end = os.fstat(self._fd).st_size
+            os.posix_fadvise(self._fd, start, self._file_end - start, os.POSIX_FADV_DONTNEED)
 
     def _pwrite(self, data: bytes) -> None:
         """Write over the start of the header."""

@@ -602,6 +602,7 @@ def _check_disk(
     _check_iothread(wanted.name, state, caps, engine)
     _check_synchronous(wanted.name, state, caps)
     _check_replayed(wanted.name, state, caps)
+    _check_fetched(wanted.name, medium, caps)
     _check_export_name(wanted, caps)
 
 
@@ -657,7 +658,7 @@ def _check_twins(target: str, medium: block.Medium, state: BlockState) -> None:
         if others.driver != whole.driver or medium.overlaps(other):
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-                f"disk '{target}' and disk '{twin.target}' both write to '{whole.filename}', each"
+                f"disk '{target}' and disk '{twin.target}' both write to '{whole.shown}', each"
                 " by a block node of its own: what is written by the one would be missing in a"
                 " backup of the other",
             )
@@ -722,6 +723,12 @@ def _check_replayed(target: str, state: BlockState, caps: capabilities.Capabilit
     if target in state.replayed:
         what = f"disk '{target}' is recorded or replayed (rr), which"
         _check_survival(caps, capabilities.RECORD_REPLAY, what)
+
+
+def _check_fetched(target: str, medium: block.Medium, caps: capabilities.Capabilities) -> None:
+    if medium.is_fetched:
+        what = f"disk '{target}' is, or has below it, an image on a web or FTP server, the reading"
+        _check_survival(caps, capabilities.CURL_HANG, f"{what} of which", "might")
 
 
 def _check_survival(

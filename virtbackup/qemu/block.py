@@ -25,6 +25,14 @@ FILTERS = frozenset(
 """Nodes over an image that hold no data, and no persistent bitmaps, themselves."""
 FILTERED = ("file", "image", "raw")
 """As what they have that image: blkdebug and blkreplay as the second, blkverify as the last."""
+_FETCHED = re.compile(r'(https?|ftps?)://|json:.*"driver": "(https?|ftps?)"', re.DOTALL)
+_SECRETS = (
+    (r'("(?:[^"\\]*\.)?(?:password|cookie|=keyvalue-pairs)": )"(?:[^"\\]|\\.)*"', r'\1"***"'),
+    (r"^(rbd:.*?:(?:key|password)=)(?:[^:\\]|\\.)*", r"\1***"),
+    (r"(\b[a-z][a-z+]*://[^/@:%\s\"]*)[:%][^/\s\"]*@", r"\1@"),
+)
+"""What a file's name has of them, and what is shown in its place: in QEMU's options, in rbd's, and
+in a URL behind the user's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Medium:
     node: naming.NodeName
     driver: str
     filename: str
+    """As QEMU has it: with the password of a server, where it was given in that."""
     size: int
     """Guest-visible, bytes; a multiple of 512."""
     readonly: bool
@@ -62,6 +71,14 @@ class Medium:
     """Not given away, to a migration or a save; told since QEMU 10.0."""
     backing_files: tuple[str | None, ...] = ()
     """What the image itself says its backing image is, then what that says, and so on."""
+
+    @property
+    def shown(self) -> str:
+        """``filename`` as it may be told: without passwords."""
+        shown = self.filename
+        for secret, instead in _SECRETS:
+            shown = re.sub(secret, instead, shown)
+        return shown
 
     @property
     def offset(self) -> int:
@@ -82,6 +99,11 @@ class Medium:
         """Whether it is one whose requests QEMU may record, or has such a one below."""
         of_options = re.search(r'^json:.*"driver": "blkreplay"', self.filename) is not None
         return self.driver == "blkreplay" or of_options
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether QEMU has it, or an image below it, from a web or FTP server."""
+        return any(name and _FETCHED.match(name) for name in (self.filename, *self.backing_files))
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -108,7 +130,7 @@ class Disk:
         device = "cdrom" if self.removable and (not self.medium or self.medium.readonly) else "disk"
         if self.medium is None:
             return domain_conf.DiskDef(self.target, device)
-        protocol, source = _place(self.medium.filename)
+        protocol, source = _place(self.medium.shown)
         return domain_conf.DiskDef(
             self.target,
             device,

@@ -178,6 +178,18 @@ RECORD_REPLAY = Defect(
 (``blockdev-add``), with ``-icount rr=record`` and a guest that writes. Before 5.2 it cannot be
 asked for."""
 
+CURL_HANG = Defect(
+    (0, 0, 0),
+    None,
+    "its curl driver may lose a request where more than eight are asked of an image at once, as who"
+    " reads a disk does, and whoever waits for it, the guest too, waits for ever",
+    "a disk with such an image is refused by name",
+)
+"""Seen on 7.2.22 with two servers and a plain export of the guest's disk, no backup: nbdcopy hung
+with 16 requests and more in 8 of 8 runs, within five reads of 8 MiB, and then the guest's own reads
+did; with one in none of 60 reads. A backup-pull of 8 MiB hung three times in a dozen. On 11.1.3
+nbdcopy hung in one of two runs; before 7.2 untried."""
+
 NAMED_NODES_CRASH = Defect(
     (0, 0, 0),
     (7, 2, 0),

@@ -249,6 +249,9 @@ def _is_image_of(disk: status.DiskStatus) -> bool:
     path = pathlib.Path(str(disk.path))
     if naming.backup_of(path.stem):
         return True
+    # The number does not tell: a FUSE file system may give the file another one.
+    if scratch.has_mark(str(path), disk.scratch_file):
+        return True
     if disk.inode is None:  # the start did not come to note it
         return scratch.is_unused_image(str(path), disk.size)
     try:

@@ -296,7 +296,7 @@ def check_known(
             continue
         raise errors.error(
             libvirt.VIR_ERR_OPERATION_UNSUPPORTED,
-            f"device '{drive.target}' of QEMU writes '{drive.medium.filename}' and is no disk of"
+            f"device '{drive.target}' of QEMU writes '{drive.medium.shown}' and is no disk of"
             ' the domain\'s XML: leave it out by that name (present="no")',
         )
     for name, type in state.elsewhere.items():

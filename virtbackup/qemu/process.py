@@ -395,7 +395,7 @@ class Run:
                 raise
         try:
             self.inodes[disk.target] = os.fstat(fd).st_ino
-            scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve))
+            scratch.format(fd, disk.size, disk.target, bool(disk.source.reserve), disk.scratch_file)
             if not disk.source.reserve:
                 worst_case = qcow2.full_size(disk.size)
                 own = scratch.duplicate(fd, disk.target)

@@ -16,14 +16,18 @@ MAX_SIZE = 1 << 51
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 FIXED = 32
 """Bytes of the header that stay as they are made: up to the size."""
+_EXTENSION = struct.Struct(">II")
+_MARK = 0x7662_6D6B
+"""The type of a header extension that QEMU does not know: it passes over it, and keeps it."""
 _MAPPED_BY_L1_ENTRY = CLUSTER * (CLUSTER // 8)
 _REFCOUNTS_IN_BLOCK = CLUSTER // 2
 
 
-def empty_image(size: int) -> list[tuple[int, bytes]]:
+def empty_image(size: int, mark: str = "") -> list[tuple[int, bytes]]:
     """The (offset, bytes) to be written into an empty file; all else of it is holes.
 
-    SIZE is the guest-visible size in bytes, up to 2 PiB (QEMU's limit for the L1 table).
+    SIZE is the guest-visible size in bytes, up to 2 PiB (QEMU's limit for the L1 table). MARK is
+    to be found in the header, for as long as there is the image.
     """
     l1_entries = -(-size // _MAPPED_BY_L1_ENTRY)
     l1_clusters = -(-l1_entries * 8 // CLUSTER)
@@ -51,10 +55,18 @@ def empty_image(size: int) -> list[tuple[int, bytes]]:
         _HEADER.size,
     )
     return [
-        (0, header),
+        (0, header + _extension(mark.encode())),
         (table, struct.pack(">Q", block)),
         (block, struct.pack(f">{clusters}H", *[1] * clusters)),
     ]
+
+
+def _extension(mark: bytes) -> bytes:
+    """A header extension that has MARK, and the end of them; nothing for none."""
+    if not mark:
+        return b""
+    padded = mark.ljust(-(-len(mark) // 8) * 8, b"\0")
+    return _EXTENSION.pack(_MARK, len(mark)) + padded + _EXTENSION.pack(0, 0)
 
 
 def full_size(size: int) -> int:

@@ -290,7 +290,7 @@ def _find(disks: Sequence[block.Disk], path: str, otherwise: str) -> block.Disk:
         if path == disk.target:
             return disk
     for disk in disks:
-        if disk.medium is not None and path == disk.medium.filename:
+        if disk.medium is not None and path in (disk.medium.filename, disk.medium.shown):
             return disk
     raise _invalid(otherwise)
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 LEAST_FREE = 1 << 20
 """Bytes for each image that must be free, or a start is refused: the guest would stand at once."""
+_HEADER = 4096
+"""Bytes within which an image has its mark, wherever QEMU has put that."""
 PATIENCE = 10.0
 """Seconds within which a file system must answer before an image is made there."""
 
@@ -191,13 +193,14 @@ def create_nameless(directory: str, target: str) -> int | None:
         raise _cannot(failure, directory, target) from failure
 
 
-def format(fd: int, size: int, target: str, reserve: bool = False) -> None:
-    """Write an empty image of SIZE guest-visible bytes; RESERVE allocates all it can grow to.
+def format(fd: int, size: int, target: str, reserve: bool = False, mark: str = "") -> None:
+    """Write an empty image of SIZE guest-visible bytes; RESERVE allocates all it can grow to, MARK
+    is what it is known by.
 
     Errors: VIR_ERR_SYSTEM_ERROR.
     """
     try:
-        for offset, data in qcow2.empty_image(size):
+        for offset, data in qcow2.empty_image(size, mark):
             os.pwrite(fd, data, offset)
         os.ftruncate(fd, qcow2.file_size(size))
         if reserve:
@@ -225,6 +228,14 @@ def is_image(path: str, size: int) -> bool:
     begins = header[: qcow2.FIXED]
     try:
         return runtime.read_file(path, len(begins)) == begins or is_unused_image(path, size)
+    except OSError:
+        return False
+
+
+def has_mark(path: str, mark: str) -> bool:
+    """Whether what is at PATH is the image that ``format`` gave MARK."""
+    try:
+        return mark.encode() in runtime.read_file(path, _HEADER)
     except OSError:
         return False
 

@@ -222,6 +222,12 @@ KNOWN = (
         "It has ended: throw away what was read of it, see to the reason, and take another one",
     ),
     Known(None, (_FULL,), "Make room there, or take another place"),
+    Known(None, ("cannot write", "Disk quota exceeded"), "Make room there, or take another place"),
+    Known(
+        None, ("cannot write", "File too large"),
+        "Its file system, or a limit, has no file as large: take another place, or qcow2 for a raw"
+        " one",
+    ),
     # --- directories of backups ---
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("as what a killed pull leaves",),

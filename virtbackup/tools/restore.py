@@ -283,7 +283,8 @@ def _opened(path: pathlib.Path) -> Iterator[int | None]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        with contextlib.suppress(OSError):  # a FUSE file system that is gone; nothing was written
+            os.close(fd)
 
 
 def _is_locked(fd: int, part: tuple[int, int]) -> bool:
