@@ -427,7 +427,11 @@ def test_cleanup_leaves_what_runs_by_another_monitor(tmp_path: pathlib.Path) -> 
         before = machine.state()
         dom.backupStart(unix(tmp_path))
         running = machine.state()
-        for refused in (same.backupCleanup, lambda: same.backupStart(unix(tmp_path))):
+        for refused in (
+            same.backupCleanup,
+            lambda: same.backupStart(unix(tmp_path)),
+            lambda: same.branchDelete("nightly"),
+        ):
             with pytest.raises(virtbackup.Error, match="runs by another monitor") as caught:
                 refused()
             assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID

@@ -398,8 +398,8 @@ class BackupJob:
             left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
             self._check_no_backup_of(name, session, state, left)
-            if (left is None and state.traces()) or (left and self._is_stale(session, state, left)):
-                state = self._clear(session, left, bitmaps=True)
+            if left is None or self._is_stale(session, state, left):
+                state = self._cleared(session, state, left, bitmaps=True)
             branches.delete(session, state, name)
 
     def disks(self, session: domain.Session) -> tuple[block.Disk, ...]:
@@ -463,20 +463,10 @@ class BackupJob:
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
         for line in runtime.sweep():
             logger.info("left by a process that is gone, removed: %s", line)
-        if left is not None:
-            state = self._clear(session, left, bitmaps)
-        self._check_no_other(state)
-        if jobs := state.running_jobs():
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID,
-                f"another backup job is already running ('{jobs[0]}'), but there is no status of"
-                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
-            )
-        if state.traces():
-            return self._clear(session, None, bitmaps)
-        if unsafe is not None and left is None:
+        cleared = self._cleared(session, state, left, bitmaps)
+        if unsafe is not None and cleared is state:
             raise unsafe
-        return state
+        return cleared
 
     def _check_no_backup_of(
         self,
@@ -529,6 +519,27 @@ class BackupJob:
                     f" that one ends it; where there is no such monitor any more, remove '{file}'"
                     " first",
                 )
+
+    def _cleared(
+        self,
+        session: domain.Session,
+        state: backup.BlockState,
+        left: status.Status | None,
+        bitmaps: bool,
+    ) -> backup.BlockState:
+        """What QEMU has once all that a crash left is cleared away, of LEFT and without a status;
+        STATE where there is nothing. Errors: VIR_ERR_OPERATION_INVALID while a backup runs that is
+        none of ours, or whose status is lost."""
+        if left is not None:
+            state = self._clear(session, left, bitmaps)
+        self._check_no_other(state)
+        if jobs := state.running_jobs():
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"another backup job is already running ('{jobs[0]}'), but there is no status of"
+                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
+            )
+        return self._clear(session, None, bitmaps) if state.traces() else state
 
     def _clear(
         self, session: domain.Session, left: status.Status | None, bitmaps: bool
