@@ -59,5 +59,32 @@ def test_where_a_process_listens(tmp_path: pathlib.Path) -> None:
     assert set(nbdserver.listening(os.getpid())) == before
 
 
+@pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::1%1"])
+def test_an_address_that_can_be_written_in_another_way(host: str) -> None:
+    """The kernel tells of neither that it is of IPv4, nor of which interface it is."""
+    family, kind, protocol, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as server:
+        server.bind(place)
+        server.listen()
+        address = backup_conf.IpAddress(host, server.getsockname()[1])
+        with socket.create_connection(server.getsockname()[:2]), server.accept()[0]:
+            assert nbdserver.listens(os.getpid(), address)
+            assert nbdserver.clients(os.getpid(), address) == 1
+
+
+def test_a_server_that_takes_nobody_on_is_there(tmp_path: pathlib.Path) -> None:
+    """As many clients wait as may: nobody's socket is to be put in its place."""
+    path = str(tmp_path / "busy.sock")
+    address = backup_conf.UnixAddress(path)
+    with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
+        server.bind(path)
+        assert not nbdserver.answers(address)
+        server.listen(0)
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(path)
+        assert nbdserver.answers(address)
+    assert not nbdserver.answers(address)
+
+
 def test_nobody_listens_where_there_is_no_process() -> None:
     assert nbdserver.listening(1 << 30) == ()

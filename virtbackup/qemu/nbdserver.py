@@ -213,6 +213,8 @@ def answers(address: backup_conf.Address) -> bool:
                 with socket.socket(socket.AF_UNIX) as probe:
                     probe.settimeout(2)
                     probe.connect(path)
+    except BlockingIOError:
+        return True  # and as many wait to be taken on as may
     except OSError:
         return False
     return True
@@ -290,9 +292,9 @@ def _tcp_inodes(lines: list[str], host: IpNumber | None, port: int) -> tuple[lis
 
 
 def _number(host: str) -> IpNumber | None:
-    """The address that HOST is, if it is no name."""
+    """The address that HOST is, of whichever interface, if it is no name."""
     try:
-        return ipaddress.ip_address(host)
+        return _plain(ipaddress.ip_address(host.partition("%")[0]))
     except ValueError:
         return None
 
@@ -304,9 +306,14 @@ def _parse_place(text: str) -> backup_conf.IpAddress:
 
 
 def _parse_number(text: str) -> IpNumber:
-    """An address as proc(5) has it: words in the machine's byte order. What is IPv4 is told so."""
+    """An address as proc(5) has it: words in the machine's byte order."""
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
-    number = ipaddress.ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+    number = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+    return _plain(ipaddress.ip_address(number))
+
+
+def _plain(number: IpNumber) -> IpNumber:
+    """What is IPv4 is told so."""
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
     return mapped or number
 
