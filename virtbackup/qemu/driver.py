@@ -93,8 +93,9 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
             with self._session():
                 pass
         except monitor.NotListening:
-            if self._file.load() is None:
+            if (left := self._left()) is None:
                 raise
+            self._gone = left
 
     # --- the connection ---
 
@@ -142,8 +143,13 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
             with self._session() as session:
                 return [session.ref]
         except monitor.NotListening:
-            left = self._file.load()
-            return [] if left is None else [hypervisor.DomainRef(left.name, left.uuid, None)]
+            left = self._left()
+            return [] if left is None else [left]
+
+    def _left(self) -> hypervisor.DomainRef | None:
+        """The domain, by its backup's status file."""
+        left = self._file.load()
+        return None if left is None else hypervisor.DomainRef(left.name, left.uuid, None)
 
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
         try:
