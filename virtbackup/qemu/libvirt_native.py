@@ -28,14 +28,17 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
         self._host = host
-        self._owned: dict[str, hypervisor.DomainRef] = {}
-        """By uuid: the domains whose backup is to end with us."""
+        self._owned: dict[str, tuple[hypervisor.DomainRef, frozenset[str]]] = {}
+        """By uuid: the domains whose backup is to end with us, and that one's scratch images."""
 
     def close(self) -> None:
         """End the backups that were started to end with us."""
-        for ref in self._owned.values():
+        for ref, images in self._owned.values():
             with contextlib.suppress(libvirt.libvirtError):
-                self._end(self._host.lookup(ref))
+                found = self._host.lookup(ref)
+                # Else somebody has ended it, and has another job run by now.
+                if native_job.images(self._running(found)) == images:
+                    self._end(found)
         self._host.close()
 
     def get_type(self) -> str:
@@ -80,13 +83,13 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
             raise native_job.another_runs()
         found.backupBegin(native.format(), None, 0)
         if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref
+            self._owned[ref.uuid] = ref, native_job.images(self._running(found))
 
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
         self._running(found)
-        self._owned.pop(ref.uuid, None)
         self._end(found)
+        self._owned.pop(ref.uuid, None)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()
 
