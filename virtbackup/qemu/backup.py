@@ -155,10 +155,10 @@ class BackupPlan:
 
     def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
         """Open the new image: over the live disk where it is going to be exported itself."""
-        names = disk.scratch, disk.scratch_file, filename
-        if disk.access is not None:
-            return monitor_json.blockdev_add_scratch(*names)
-        return self.dialect.blockdev_add(monitor_json.blockdev_add_overlay(*names, disk.node))
+        over = disk.node if disk.access is None else None
+        return self.dialect.blockdev_add(
+            monitor_json.blockdev_add_scratch(disk.scratch, disk.scratch_file, filename, over)
+        )
 
     def transaction(self) -> monitor_json.Command:
         """The instant: all jobs begin, or none. The bitmaps that record from then on begin before
