@@ -38,6 +38,8 @@ _STREAM_POLL = 0.02
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
 """Where QEMU has its devices, those with an id and those without."""
+_OBJECTS = "/objects"
+"""Where it has what else its user has made."""
 _PASSED_THROUGH = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = re.compile(r"(vhost-user-(blk|scsi)|vhost-scsi)(-|$)")
 """Types of devices whose disks QEMU does not read and write itself."""
@@ -187,12 +189,13 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
-    # Whoever gives the disks their names tells of these devices, too.
-    lists = []
-    if caps.devices and "qom-list" in caps.commands and session.known is None:
-        lists = list(map(monitor_json.qom_list, _DEVICES))
-    told = qemu.execute_each([*queries, *lists])
-    types = _types(told[len(queries) :])
+    places: list[str] = []
+    if caps.devices and "qom-list" in caps.commands:
+        # Whoever gives the disks their names tells of the devices, too.
+        places += _DEVICES if session.known is None else ()
+        places += [_OBJECTS] if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version) else []
+    told = qemu.execute_each([*queries, *map(monitor_json.qom_list, places)])
+    types = _types(places, told[len(queries) :])
     replies = iter(monitor.all_done(told[: len(queries)]))
     running = spoken.parse_jobs(next(replies))
     exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
@@ -212,9 +215,7 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     else:
         disks = block.disks_of_nodes(named_nodes(qemu, caps, flat=False), graph)
         runs = io_error = False
-    iothreads = {}
-    if caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
-        iothreads = _iothreads(qemu, caps, disks)
+    iothreads = _iothreads(qemu, caps, disks, types)
     synchronous: frozenset[str] = frozenset()
     if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
         synchronous = _synchronous(qemu, disks)
@@ -232,13 +233,13 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
     )  # fmt: skip
 
 
-def _types(lists: Iterable[Any]) -> dict[str, str]:
-    """A device's place in QEMU's object tree -> its type. LISTS are of ``_DEVICES``."""
+def _types(places: Iterable[str], lists: Iterable[Any]) -> dict[str, str]:
+    """A device's or an object's place in QEMU's object tree -> its type. LISTS are of PLACES."""
     types: dict[str, str] = {}
-    for place, told in zip(_DEVICES, lists, strict=False):
+    for place, told in zip(places, lists, strict=True):
         match told:
             case monitor_json.CommandFailed(error_class="DeviceNotFound"):
-                pass  # no such device was ever made
+                pass  # nothing of the kind was ever made
             case monitor_json.CommandFailed():
                 raise told
             case _:
@@ -479,13 +480,18 @@ def _replayed(
 
 
 def _iothreads(
-    qemu: monitor.Monitor, caps: capabilities.Capabilities, found: Iterable[block.Disk]
+    qemu: monitor.Monitor,
+    caps: capabilities.Capabilities,
+    found: Iterable[block.Disk],
+    types: Mapping[str, str],
 ) -> dict[str, str]:
-    """Disk -> its iothread. Of a node without a device QEMU does not say where it runs: where an
-    iothread exists at all, such a node is taken to be in it."""
-    if "qom-list" not in caps.commands:
-        return {}
-    iothreads = _iothread_objects(qemu)
+    """Disk -> its iothread, where that matters; TYPES of a guest's objects by their places. Of a
+    node without a device QEMU does not say where it runs: where an iothread exists at all, such a
+    node is taken to be in it."""
+    matters = caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version)
+    if not caps.devices and matters and "qom-list" in caps.commands:
+        types = _types([_OBJECTS], qemu.execute_each([monitor_json.qom_list(_OBJECTS)]))
+    iothreads = [path.rpartition("/")[2] for path, type in types.items() if type == "iothread"]
     if not iothreads:
         return {}
     if not caps.devices:
@@ -495,16 +501,6 @@ def _iothreads(
         for disk in found
         if disk.qom_path and (iothread := _iothread_of(qemu, disk.qom_path))
     }
-
-
-def _iothread_objects(qemu: monitor.Monitor) -> tuple[str, ...]:
-    try:
-        reply = qemu.execute(monitor_json.qom_list("/objects"))
-    except monitor_json.CommandFailed as failure:
-        if failure.error_class != "DeviceNotFound":
-            raise
-        return ()  # no object was ever made
-    return monitor_json.parse_iothread_objects(reply)
 
 
 def _iothread_of(qemu: monitor.Monitor, path: str) -> str | None:

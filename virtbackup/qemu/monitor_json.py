@@ -246,11 +246,6 @@ def parse_children(reply: Any) -> dict[str, str]:
     }
 
 
-def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
-    """The ids of the iothreads in a ``qom-list`` of ``/objects``."""
-    return tuple(name for name, type in parse_children(reply).items() if type == "iothread")
-
-
 def object_add(kind: str, id: str, wrapped: bool, **properties: Any) -> Command:
     """Make an object; WRAPPED: its properties are one argument. None is left out."""
     given = {k.replace("_", "-"): value for k, value in properties.items() if value is not None}
