@@ -110,7 +110,11 @@ class BackupDef:
         VIR_ERR_INTERNAL_ERROR (where the patch used it), with line and element; the texts are the
         patch's where it had one.
         """
-        root = xml.parse(document, "domainbackup")
+        return cls.parse_node(xml.parse(document, "domainbackup"))
+
+    @classmethod
+    def parse_node(cls, root: etree._Element) -> "BackupDef":
+        """As ``parse``, of a document that is read already."""
         if not xml.is_valid(root, SCHEMA):
             _refuse_with_the_patchs_text(root)
             raise xml.explain(root, SCHEMA)

@@ -186,18 +186,23 @@ def is_qemu(pid: int) -> bool:
 
 
 def is_taken(address: backup_conf.Address) -> bool:
-    """Whether somebody listens on ADDRESS, a port of an address by its number, here: by trying to.
-    The kernel's table of TCP sockets, which tells of all, takes milliseconds to be read."""
-    if isinstance(address, backup_conf.UnixAddress) or _number(address.host) is None:
-        return False
-    host, port = address.endpoint
+    """Whether somebody has ADDRESS, a path or a port of an address by its number, here: by trying
+    to. The kernel's tables, which tell of all sockets, may take milliseconds to be read."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over ended connections
-            probe.bind(found[0][4])
+        match address:
+            case backup_conf.UnixAddress(path):
+                # One of another type finds the server's, and is no client of it.
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                    probe.connect(path)
+            case backup_conf.IpAddress() if _number(address.host) is not None:
+                host, port = address.endpoint
+                numeric = socket.AI_NUMERICHOST
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=numeric)
+                with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over ended ones
+                    probe.bind(found[0][4])
     except OSError as failure:
-        return failure.errno == errno.EADDRINUSE
+        return failure.errno in (errno.EADDRINUSE, errno.EPROTOTYPE)
     return False
 
 
