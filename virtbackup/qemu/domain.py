@@ -175,20 +175,49 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
     return _STATES.get(now.status, (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER))
 
 
-def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
-    """Everything a plan needs to know of QEMU's block layer; BITMAPS: of every image, too.
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the block layer shows at one moment; None is what cannot be asked for."""
 
-    Errors: ``named_nodes``'s.
-    """
-    qemu, caps = session.qemu, session.capabilities
-    spoken = dialect.Dialect(caps)
-    queries = [spoken.query_jobs()]
+    jobs: Mapping[naming.JobId, monitor_json.Job]
+    exports: Mapping[naming.ExportId, monitor_json.Export] | None
+    graph: block.Graph | None
+    drives: Any
+    """The reply to ``query-block``."""
+    state: monitor_json.RunState | None
+
+
+def _queries(caps: capabilities.Capabilities) -> list[monitor_json.Command]:
+    """What is asked to see it."""
+    queries = [dialect.Dialect(caps).query_jobs()]
     if caps.block_exports:
         queries.append(monitor_json.query_block_exports())
     if caps.block_graph:
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
+    return queries
+
+
+def _seen(caps: capabilities.Capabilities, told: list[Any]) -> _Seen:
+    """What was TOLD to ``_queries``. Errors: the first CommandFailed in it."""
+    replies = iter(monitor.all_done(told))
+    return _Seen(
+        dialect.Dialect(caps).parse_jobs(next(replies)),
+        monitor_json.parse_exports(next(replies)) if caps.block_exports else None,
+        block.parse_graph(next(replies)) if caps.block_graph else None,
+        next(replies) if caps.devices else None,
+        monitor_json.parse_status(next(replies)) if caps.devices else None,
+    )
+
+
+def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
+    """Everything a plan needs to know of QEMU's block layer; BITMAPS: of every image, too.
+
+    Errors: ``named_nodes``'s.
+    """
+    qemu, caps = session.qemu, session.capabilities
+    queries = _queries(caps)
     places: list[str] = []
     if caps.devices and "qom-list" in caps.commands:
         # Whoever gives the disks their names tells of the devices, too.
@@ -196,41 +225,39 @@ def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
         places += [_OBJECTS] if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version) else []
     told = qemu.execute_each([*queries, *map(monitor_json.qom_list, places)])
     types = _types(places, told[len(queries) :])
-    replies = iter(monitor.all_done(told[: len(queries)]))
-    running = spoken.parse_jobs(next(replies))
-    exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
-    graph = block.parse_graph(next(replies)) if caps.block_graph else None
+    seen = _seen(caps, told[: len(queries)])
     strangers: tuple[block.Disk, ...] = ()
-    if caps.devices:
-        drives = next(replies)
-        disks = block.with_parts(block.parse_block(drives, session.targets), graph)
-        if session.known is not None:
-            known = {disk.qom_path for disk in disks}
-            strangers = tuple(
-                disk for disk in block.parse_block(drives)
-                if disk.qom_path and disk.qom_path not in known
-            )  # fmt: skip
-        run_state = monitor_json.parse_status(next(replies))
-        runs, io_error = run_state.running, _is_paused_by_error(qemu, run_state, disks)
-    else:
-        disks = block.disks_of_nodes(named_nodes(qemu, caps, flat=False), graph)
+    if seen.state is None:
+        disks = block.disks_of_nodes(named_nodes(qemu, caps, flat=False), seen.graph)
         runs = io_error = False
+    else:
+        disks, strangers = _drives(session, seen)
+        runs, io_error = seen.state.running, _is_paused_by_error(qemu, seen.state, disks)
     iothreads = _iothreads(qemu, caps, disks, types)
     synchronous: frozenset[str] = frozenset()
     if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
         synchronous = _synchronous(qemu, disks)
     nodes: dict[naming.NodeName, block.Medium] = {}
     filtered = any(disk.medium and disk.medium.driver in block.FILTERS for disk in disks)
-    wanted = (
-        graph is None or (filtered and caps.guards(filtered)) or _may_be_twins(disks, strangers)
-    )
+    wanted = seen.graph is None or (filtered and caps.guards(filtered))
+    wanted = wanted or _may_be_twins(disks, strangers)
     if bitmaps or (wanted and named_nodes_are_safe(qemu, caps)):
         nodes = named_nodes(qemu, caps)
     return backup.BlockState(
-        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers,
-        passed_through(disks, session.known, types), _replayed(qemu, caps, disks),
+        disks, seen.jobs, seen.exports or {}, seen.graph, runs, iothreads, io_error, synchronous,
+        nodes, strangers, passed_through(disks, session.known, types), _replayed(qemu, caps, disks),
         {path.rpartition("/")[2]: type for path, type in types.items() if _ELSEWHERE.match(type)},
     )  # fmt: skip
+
+
+def _drives(session: Session, seen: _Seen) -> tuple[tuple[block.Disk, ...], tuple[block.Disk, ...]]:
+    """(The guest's disks, those that are known to nobody who gives them their names)."""
+    disks = block.with_parts(block.parse_block(seen.drives, session.targets), seen.graph)
+    if session.known is None:
+        return disks, ()
+    known = {disk.qom_path for disk in disks}
+    every = block.parse_block(seen.drives)
+    return disks, tuple(d for d in every if d.qom_path and d.qom_path not in known)
 
 
 def _types(places: Iterable[str], lists: Iterable[Any]) -> dict[str, str]:
@@ -316,31 +343,22 @@ def check_known(
 
 def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:
     """What has become of a backup, the reading of frozen disks not tried."""
-    spoken = dialect.Dialect(caps)
-    queries = [spoken.query_jobs()]
-    if caps.block_exports:
-        queries.append(monitor_json.query_block_exports())
-    if caps.block_graph:
-        queries.append(monitor_json.query_block_graph())
-    if caps.devices:
-        queries += [monitor_json.query_block(), monitor_json.query_status()]
-    told = qemu.execute_each(queries)
+    told = qemu.execute_each(_queries(caps))
     closed = _closed_image(told[-2]) if caps.devices else None
     if closed is not None:
         told[-2] = []
-    replies = iter(monitor.all_done(told))
-    running = spoken.parse_jobs(next(replies))
-    exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else None
-    graph = block.parse_graph(next(replies)) if caps.block_graph else None
-    if not caps.devices:
-        return blockjob.Sight(running, exports, None, io_error=False, graph=graph)
-    disks = block.parse_block(next(replies))
-    if closed is not None:
-        return blockjob.Sight(running, exports, None, io_error=False, graph=graph, closed=closed)
-    drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
-    now = monitor_json.parse_status(next(replies))
-    io_error = _is_paused_by_error(qemu, now, disks)
-    return blockjob.Sight(running, exports, drives, io_error=io_error, graph=graph)
+    seen = _seen(caps, told)
+    sight = blockjob.Sight(
+        seen.jobs, seen.exports, None, io_error=False, graph=seen.graph, closed=closed
+    )
+    if seen.state is None or closed is not None:
+        return sight
+    disks = block.parse_block(seen.drives)
+    return dataclasses.replace(
+        sight,
+        drives={disk.qom_path: disk for disk in disks if disk.qom_path},
+        io_error=_is_paused_by_error(qemu, seen.state, disks),
+    )
 
 
 def _closed_image(reply: Any) -> str | None:

@@ -101,7 +101,7 @@ class DiskStatus:
     threshold: int | None
     """Bytes of the scratch image beyond which QEMU took a note; None: no need to."""
     path: str | None
-    """A file of ours that has a name for now; None once it has none."""
+    """What the scratch image is called while it has a name; None: it has, or will have, none."""
     inode: int | None
     """The scratch image's, once it is made."""
     type: backup_conf.DiskType
