@@ -8,6 +8,7 @@ import socket
 
 import pytest
 
+from virtbackup import runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import nbdserver
 
@@ -84,6 +85,22 @@ def test_a_server_that_takes_nobody_on_is_there(tmp_path: pathlib.Path) -> None:
         client.connect(path)
         assert nbdserver.answers(address)
     assert not nbdserver.answers(address)
+
+
+def test_a_descriptor_that_is_another_sockets_by_now(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where QEMU has closed a client's since it was looked for, and opened something else."""
+    address = backup_conf.UnixAddress(str(tmp_path / "nbd.sock"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as server:
+        server.bind(address.path)
+        server.listen()
+        of_server = os.fstat(server.fileno()).st_ino
+        monkeypatch.setattr(runtime, "sockets_of", lambda pid: {ours.fileno(): of_server})
+        assert nbdserver.send_clients_away(os.getpid(), address, lambda: None) == 0
+        ours.sendall(b"alive")
+        assert theirs.recv(5) == b"alive"
 
 
 def test_nobody_listens_where_there_is_no_process() -> None:

@@ -132,7 +132,7 @@ def clients(pid: int, address: backup_conf.Address) -> int:
 
 def listening(pid: int) -> tuple[backup_conf.Address, ...]:
     """Every address on which process PID listens; none where we may not look."""
-    own = set(runtime.sockets_of(pid).values())
+    own = _own(pid)
     unix = (line.split(maxsplit=7) for line in _lines(pid, "unix"))
     paths = {
         fields[7]
@@ -174,7 +174,7 @@ def is_reached(pid: int | None, address: backup_conf.Address) -> bool:
                 return False
     except OSError:
         return False
-    return any(_descriptors(pid, inode) for inode in _inodes(pid, address)[0])
+    return not _own(pid).isdisjoint(_inodes(pid, address)[0])
 
 
 def is_qemu(pid: int) -> bool:
@@ -233,23 +233,26 @@ def _duplicates(pid: int, address: backup_conf.Address) -> Iterator[socket.socke
     import ctypes  # several milliseconds to load, and only a stop needs it
 
     syscall = ctypes.CDLL(None, use_errno=True).syscall
+    sockets = runtime.sockets_of(pid).items()
     with contextlib.suppress(OSError):
         process = os.pidfd_open(pid)
         try:
             for inode in (*listening, *connected):
-                for number in _descriptors(pid, inode):
+                for number in [number for number, found in sockets if found == inode]:
                     fd = syscall(_PIDFD_GETFD, process, number, 0)
-                    if fd >= 0:
-                        yield socket.socket(fileno=fd)
-                    else:
+                    if fd < 0:
                         logger.debug("pidfd_getfd fd=%d errno=%d", number, ctypes.get_errno())
+                    elif os.fstat(fd).st_ino == inode:
+                        yield socket.socket(fileno=fd)
+                    else:  # it was closed meanwhile, and the number is another file's
+                        os.close(fd)
         finally:
             os.close(process)
 
 
-def _descriptors(pid: int, inode: int) -> list[int]:
-    """The numbers by which process PID knows a socket; none where we may not look."""
-    return [number for number, found in runtime.sockets_of(pid).items() if found == inode]
+def _own(pid: int) -> set[int]:
+    """The sockets of process PID, by inode; none where we may not look."""
+    return set(runtime.sockets_of(pid).values())
 
 
 def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int]]:
@@ -261,9 +264,10 @@ def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int
             host, port = address.endpoint
             lines = [*_lines(pid, "tcp"), *_lines(pid, "tcp6")]
             listening, connected = _tcp_inodes(lines, _number(host), port)
-            if any(_descriptors(pid, inode) for inode in listening):
+            own = _own(pid)
+            if not own.isdisjoint(listening):
                 # Others may serve the same port of other addresses.
-                connected = [inode for inode in connected if _descriptors(pid, inode)]
+                connected = [inode for inode in connected if inode in own]
             return listening, connected
 
 
