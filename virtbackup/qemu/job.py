@@ -388,7 +388,7 @@ class BackupJob:
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch from every disk. Errors: those of ``branches.delete``, and
-        VIR_ERR_OPERATION_INVALID while a backup of it runs."""
+        VIR_ERR_OPERATION_INVALID while a backup of it runs, or one that is not ours to end."""
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
             left = self._load_known(session)
