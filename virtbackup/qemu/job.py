@@ -494,10 +494,10 @@ class BackupJob:
         )
 
     def _check_no_other(self, state: backup.BlockState) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU that was started over
-        another monitor of it, or over libvirt."""
-        shown = state.backups()
-        if not shown:
+        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU, or is just started or
+        ended, over another monitor of it, or over libvirt."""
+        shown, traces = state.backups(), state.traces()
+        if not traces:
             return
         for file, kept in status.of_other_versions_in(self._file.path.parent):
             if file != self._file.path and kept.id in shown:
@@ -507,8 +507,11 @@ class BackupJob:
                     f" there is no such monitor any more, remove '{file}' first",
                 )
         for file, other in status.all_in(self._file.path.parent):
-            runs = other.phase == "running" and other.id in shown
-            if file != self._file.path and runs and status.has_owner(file, other.owner):
+            if other.phase == "running":
+                is_theirs = other.id in shown and status.has_owner(file, other.owner)
+            else:
+                is_theirs = other.id in traces and status.is_locked(file)
+            if file != self._file.path and is_theirs:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
