@@ -17,6 +17,7 @@ from virtbackup.conf import backup_conf, domain_conf, native_job
 from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
 
 _LOOK_AGAIN = 0.01
+_own_errors = libvirt_queries.own_errors
 
 
 def _image(disk: str) -> str:
@@ -74,6 +75,7 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     # --- backup ---
 
+    @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, libvirt's own."""
         quiesce = bool(flags & hypervisor.START_QUIESCE)
@@ -85,6 +87,7 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         if flags & hypervisor.START_AUTODESTROY:
             self._owned[ref.uuid] = ref, native_job.images(self._running(found))
 
+    @_own_errors()
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
         self._running(found)
@@ -101,9 +104,11 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
                 raise native_job.does_not_end()
             time.sleep(_LOOK_AGAIN)
 
+    @_own_errors()
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return self._proposal(ref).format()
 
+    @_own_errors()
     def domain_backup_get_info(
         self, ref: hypervisor.DomainRef, flags: int
     ) -> backup_conf.BackupInfo:
