@@ -88,7 +88,7 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         self._trace: TextIO | None = None
         self._identity: domain.Identity | None = None
         self._file = file or status.StatusFile(os.path.realpath(path))
-        self._domain = domain_obj.DomainObj(self._file, self._session, engine, quiesce)
+        self._domain = domain_obj.DomainObj(self._file, self._connect, engine, quiesce)
         try:
             with self._session():
                 pass
@@ -119,6 +119,8 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         try:
             with self._session():
                 return True
+        except status.Interrupted:
+            return True
         except errors.Error:
             return False
 
@@ -127,7 +129,16 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[domain.Session]:
-        """QEMU, for one call. Who it is is asked again only when another process answers."""
+        """QEMU, for one call. Errors, too: status.Interrupted, as the monitor serves the call that
+        a signal's handler is in the middle of."""
+        if self._file.is_taken_here():
+            raise status.Interrupted
+        with self._connect() as session:
+            yield session
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[domain.Session]:
+        """QEMU. Who it is is asked again only when another process answers."""
         with _qmp_border(), monitor.SocketMonitor(self._path, self._trace) as qemu:
             process = domain.process_of(qemu)
             if self._identity is None or process is None or process != self._identity.process:
