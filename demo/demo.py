@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from demo import guest, judge, kernel, records
 
 MIB = 1 << 20
-WARM_UP = 3000
+WARM_UP = records.DISKS[0].slots + 64
 """Writes to wait for, so that every slot of vda has been overwritten when we begin."""
 DOCUMENT = """\
 <domainbackup>

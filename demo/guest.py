@@ -219,7 +219,7 @@ def _argv(directory: pathlib.Path, within: Sequence[str]) -> list[str]:
         "qemu-system-x86_64", "-name", NAME, "-machine", "q35,accel=tcg", "-m", "256",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-kernel", f"{directory}/vmlinuz", "-initrd", f"{directory}/initrd",
-        "-append", "console=ttyS0 quiet loglevel=3 panic=-1",
+        "-append", kernel.COMMAND_LINE,
         "-serial", "stdio",
         "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
         "-qmp", f"unix:{directory}/own.sock,server=on,wait=off",

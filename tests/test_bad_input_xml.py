@@ -69,9 +69,9 @@ def _many_disks(count: int, last: str = "") -> str:
 
 LARGE: dict[str, tuple[str, str | None]] = {
     "many disks": (_many_disks(10_000), None),
-    "many disks, the last one wrong": (_many_disks(10_000, '<disk name="x" wrong="1"/>'), "wrong"),
-    "many disks, the last one nameless": (_many_disks(10_000, "<disk/>"), "missing name"),
-    "many addresses": (f"<domainbackup>{ADDRESS * 10_000}</domainbackup>", "address"),
+    "many disks, the last one wrong": (_many_disks(2_000, '<disk name="x" wrong="1"/>'), "wrong"),
+    "many disks, the last one nameless": (_many_disks(2_000, "<disk/>"), "missing name"),
+    "many addresses": (f"<domainbackup>{ADDRESS * 2_000}</domainbackup>", "address"),
     "deep": ("<domainbackup>" * 50_000, "depth"),
     "deep and closed": ("<a>" * 100_000 + "</a>" * 100_000, "depth"),
     "long attribute": (
@@ -111,10 +111,10 @@ def test_large(case: str) -> None:
 def test_many_disks_are_aligned_in_time() -> None:
     disks = tuple(domain_conf.DiskDef(f"d{n}", source="/x") for n in range(10_000))
     domain = domain_conf.DomainDef("vm", "u", 1, disks)
-    began = time.monotonic()
+    began = time.process_time()
     aligned = backup_conf.BackupDef.parse(_many_disks(10_000)).align_disks(domain)
     assert len(aligned.disks) == 10_000
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # --- what a document may not reach ----------------------------------------------------------------

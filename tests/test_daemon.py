@@ -415,6 +415,36 @@ def test_closed_or_not_its_backup_ends(tmp_path: pathlib.Path) -> None:
         assert code == libvirt.VIR_ERR_INTERNAL_ERROR
 
 
+def test_a_backup_of_which_nothing_can_be_asked_ends_with_its_client(
+    tmp_path: pathlib.Path,
+) -> None:
+    """It runs all the same."""
+    driver = daemon_scene.Driver(A)
+    with daemon_scene.serving(tmp_path, driver) as served:
+        with served.connect() as client:
+            busy = errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "cannot acquire a lock")
+            driver.failures["domain_backup_get_info"] = busy
+            start(client, A, AUTODESTROY)
+            assert driver.running
+        daemon_scene.wait_for(lambda: not driver.running)
+
+
+def test_what_is_opened_again_begins_anew(tmp_path: pathlib.Path) -> None:
+    with (
+        daemon_scene.serving(tmp_path, daemon_scene.Driver(A)) as served,
+        served.connect() as client,
+    ):
+        client.call(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")
+        client.call(REMOTE, "CONNECT_CLOSE")
+        client.call(REMOTE, "CONNECT_OPEN", "", 0)
+        client.call(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")
+        code, text = daemon_scene.code_of(
+            lambda: client.call(REMOTE, "CONNECT_REGISTER_CLOSE_CALLBACK")
+        )
+        assert code == libvirt.VIR_ERR_INTERNAL_ERROR
+        assert "already registered" in text
+
+
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
 def test_a_backup_ends_after_its_client_once_it_can(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str

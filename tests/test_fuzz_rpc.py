@@ -69,14 +69,14 @@ DENSE = [
     # As many values as fit into a few bytes each.
     remote_structs.ConnectListDomainsRet(tuple(range(500, 16884))),
     remote_structs.ConnectListDefinedDomainsRet(("\u0101\u0102",) * 16384),
-    remote_structs.ConnectListAllDomainsRet((DOMAIN,) * 16384, 0),
+    remote_structs.ConnectListAllDomainsRet((DOMAIN,) * 4096, 0),
     remote_structs.ConnectGetAllDomainStatsRet(
-        (remote_structs.DomainStatsRecord(DOMAIN, (PARAM,) * 50_000),) * 2
+        (remote_structs.DomainStatsRecord(DOMAIN, (PARAM,) * 10_000),) * 2
     ),
-    remote_structs.ConnectGetAllDomainStatsArgs((DOMAIN,) * 16384, 0, 0),
+    remote_structs.ConnectGetAllDomainStatsArgs((DOMAIN,) * 4096, 0, 0),
     remote_structs.AuthSaslRet(0, 0, bytes(65536)),
     virtbackup_protocol.DomainBranchListRet(
-        (virtbackup_protocol.Branch("", False, (DISK,) * 4000),) * 10
+        (virtbackup_protocol.Branch("", False, (DISK,) * 1000),) * 10
     ),
     virtbackup_protocol.DomainBackupCleanupRet(("\u0101",) * 65536),
 ]

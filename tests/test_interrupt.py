@@ -5,14 +5,15 @@ of commands has to agree with the tables here."""
 import pathlib
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 
 from tests import shell_driver, test_virsh_backup
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.tools import virsh_backup
+from virtbackup.tools import interrupt, virsh_backup
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -99,6 +100,15 @@ def as_in_a_program() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("until", [interrupt.at_once, interrupt.held, interrupt.is_the_end])
+def test_what_is_ignored_stays_so(until: Callable[[], AbstractContextManager[object]]) -> None:
+    """As by nohup, or of a job in the background."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with until():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -112,6 +112,21 @@ def test_what_fails_at_once_prints_nothing(
     assert err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--bandwidth=x"], ["--full", "--auto"], ["--target=vda"]],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("uri", ["nowhere:///", "fake:///two"])
+def test_a_pull_that_makes_no_sense_prints_nothing(
+    words: list[str], uri: str, run: Run, tmp_path: pathlib.Path
+) -> None:
+    """And connects to nobody for it."""
+    given = run("backup-pull", "vm1", str(tmp_path / "out"), *words, "--json", uri=uri)
+    assert given[:2] == (2, "")
+    assert given[2].startswith(("error: invalid", "error: 'x'", "error: Options"))
+
+
 # --- one value ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 """Imports go down only, and the pure layers do no I/O: read from the source by ``ast``."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -58,6 +59,7 @@ def layer(path: pathlib.Path) -> str:
     return parts[0]
 
 
+@functools.cache
 def imported(path: pathlib.Path) -> set[str]:
     """Full dotted names of the modules that a source file imports, wherever in it."""
     names: set[str] = set()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import struct
 import time
 import typing
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import virtbackup
+from virtbackup.conf import backup_conf
 from virtbackup.tools import chain, listing, manifest, prune
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1).filter(
@@ -224,6 +226,24 @@ def test_what_a_pull_cut_off_has_left_is_of_that_alone(
     assert not chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
     assert image.exists()
     assert not pending.exists()
+
+
+@pytest.mark.timeout(20)
+def test_no_increment_goes_over_images_that_are_behind_one_another(tmp_path: pathlib.Path) -> None:
+    """As nobody makes them, but who means harm."""
+    files = ("vda.0001.qcow2", "vda.0002.qcow2")
+    backups = []
+    for number, (file, other) in enumerate(zip(files, reversed(files), strict=True), 1):
+        fixed = struct.pack(">4sIQIIQI", b"QFI\xfb", 2, 72, len(other), 16, 1024, 0)
+        (tmp_path / file).write_bytes(fixed.ljust(72, b"\0") + other.encode())
+        disk = dataclasses.replace(
+            GOOD.disks[0], file=file, format="qcow2", kind="incremental", backing=other
+        )
+        backups.append(dataclasses.replace(GOOD, id=f"i{number}", number=number, disks=(disk,)))
+    point = backup_conf.Point("i2", 1.0)
+    line = backup_conf.BranchDisk("vda", 65536, 0, True, None, point)
+    gap = chain.Chain(tmp_path, tuple(backups)).gap("vda", line)
+    assert gap == f"{tmp_path}/vda.0002.qcow2 is behind itself"
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_there(

@@ -155,10 +155,10 @@ def test_many_disks_are_read_and_aligned_in_time() -> None:
     domain = domain_conf.DomainDef(
         "vm", "u", 1, tuple(domain_conf.DiskDef(f"d{n}", source="/x") for n in range(10_000))
     )
-    began = time.monotonic()
+    began = time.process_time()
     aligned = native_conf.BackupDef.parse(document).align_disks(domain)
     assert len(aligned.disks) == 10_000
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 _pieces = st.recursive(

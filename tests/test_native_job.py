@@ -7,8 +7,9 @@ import libvirt
 import pytest
 
 from tests.test_backup_conf import DOMAIN
-from virtbackup import errors
+from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
+from virtbackup.qemu import libvirt_native
 
 PROPOSAL = """<domainbackup>
   <address type="unix" path="/x"/>
@@ -143,3 +144,80 @@ def test_an_export_without_a_name_has_the_disks() -> None:
 )
 def test_errors(made: Callable[[], errors.Error], code: int, text: str) -> None:
     assert (made().get_error_code(), str(made())) == (code, text)
+
+
+class Job:
+    """A domain of libvirt's with a job, be it a backup, and its connection."""
+
+    def __init__(self) -> None:
+        self.document: str | None = None
+        self.aborted = 0
+        self.refuses = False
+
+    def lookup(self, ref: hypervisor.DomainRef) -> "Job":
+        return self
+
+    def domain_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
+        return DOMAIN_XML
+
+    def close(self) -> None:
+        """The connection."""
+
+    def backupBegin(self, document: str, checkpoint: None, flags: int) -> None:
+        self.document = document
+
+    def backupGetXMLDesc(self, flags: int) -> str:
+        if self.document is None:
+            raise native_job.none_runs()
+        return self.document
+
+    def abortJob(self) -> None:
+        if self.refuses:
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "cannot acquire a lock")
+        self.aborted += 1
+        self.document = None
+
+    def isActive(self) -> int:
+        return 1
+
+    def jobInfo(self) -> list[int]:
+        return [libvirt.VIR_DOMAIN_JOB_NONE]
+
+
+DOMAIN_XML = """<domain type="kvm"><name>vm</name><devices>
+  <disk type="file" device="disk"><source file="/a"/><target dev="vda"/></disk>
+</devices></domain>"""
+ALONE = '<domainbackup><address type="unix" path="/x"/></domainbackup>'
+REF = hypervisor.DomainRef("vm", "6a1b5b0c-0000-4000-8000-000000000001", 1)
+
+
+def _owned(job: Job) -> libvirt_native.NativeDriver:
+    """With a backup that is to end with it."""
+    made = libvirt_native.NativeDriver(job)  # type: ignore[arg-type]
+    made.domain_backup_start(REF, ALONE, hypervisor.START_AUTODESTROY)
+    return made
+
+
+def test_what_is_to_end_with_us_does_though_its_stop_was_refused() -> None:
+    job = Job()
+    made = _owned(job)
+    job.refuses = True
+    with pytest.raises(errors.Error, match="cannot acquire a lock"):
+        made.domain_backup_stop(REF, 0)
+    job.refuses = False
+    made.close()
+    assert job.aborted == 1
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["close", "stop"])
+def test_no_other_job_is_aborted_for_ours(asked: bool) -> None:
+    """Ours has ended; a migration runs, or where a stop was told so another backup, too."""
+    job = Job()
+    made = _owned(job)
+    job.document = None
+    if asked:
+        with pytest.raises(errors.Error, match="no domain backup job present"):
+            made.domain_backup_stop(REF, 0)
+        job.document = NATIVE
+    made.close()
+    assert job.aborted == 0

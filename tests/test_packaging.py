@@ -85,7 +85,7 @@ def installed(wheel: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
     run(base, "-m", "venv", "--system-site-packages", "--without-pip", prefix, cwd=work)
     python = prefix / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python)
-    run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=work)
+    run(*pip, "install", "--no-index", "--no-deps", "--no-compile", wheel, cwd=work)
     return prefix
 
 

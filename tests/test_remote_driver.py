@@ -26,8 +26,10 @@ from tests.live import striking
 from virtbackup import errors, hypervisor
 from virtbackup.conf import native_conf, native_job
 from virtbackup.remote import (
+    client,
     connect,
     driver,
+    program,
     remote_types,
     rpc,
     rpc_error,
@@ -505,6 +507,29 @@ def test_events_that_cannot_be_had(server: rpc_server.Server, uri: str) -> None:
         assert opened._events.callbacks == ()
 
 
+def test_a_registration_that_is_interrupted(
+    server: rpc_server.Server, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is told of all events, too."""
+    registry = Registry(server)
+    call = client.Client.call
+
+    def interrupted(self: client.Client, of: program.Program, name: str, *args: Any) -> Any:
+        if name == "BACKUP_EVENT_REGISTER":
+            raise KeyboardInterrupt
+        return call(self, of, name, *args)
+
+    with contextlib.closing(driver.open(uri, False)) as opened:
+        with monkeypatch.context() as patch:
+            patch.setattr(client.Client, "call", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                opened.event_register(print)
+        ends = opened.event_register(print)
+        assert [event for event, _ in registry.registered] == ["0", "ended"]
+        ends()
+        assert registry.registered == []
+
+
 def test_a_callback_that_fails_and_an_event_that_is_none(
     server: rpc_server.Server, uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -922,6 +947,19 @@ def test_autodestroy_is_ours_to_see_to(daemon: Libvirtd, uri: str) -> None:
     third = driver.open(uri, False)
     third.domain_backup_start(REF, PROPOSAL, 0)
     third.close()
+    assert daemon.aborted == 1
+
+
+def test_autodestroy_of_a_backup_whose_stop_is_refused(
+    daemon: Libvirtd, theirs: rpc_server.Server, uri: str
+) -> None:
+    opened = driver.open(uri, False)
+    opened.domain_backup_start(REF, PROPOSAL, hypervisor.START_AUTODESTROY)
+    abort = theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"]
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = refuse
+    assert "not you" in str(fails(lambda: opened.domain_backup_stop(REF, 0)))
+    theirs.handlers["REMOTE.DOMAIN_ABORT_JOB"] = abort
+    opened.close()
     assert daemon.aborted == 1
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a trace shows of messages, and what it does not."""
 
+import concurrent.futures
 import datetime
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import libvirt
 import pytest
 
-from tests import daemon_scene, rpc_server, strict_json
+from tests import daemon_scene, rpc_server, strict_json, waiting
 from virtbackup import errors
 from virtbackup.remote import (
     dump,
@@ -29,7 +30,7 @@ from virtbackup.remote import (
 from virtbackup.remote import remote_structs as structs
 from virtbackup.remote.program import MessageType
 from virtbackup.remote.protocol import QEMU, REMOTE, VIRTBACKUP
-from virtbackup.tools import virsh_rpc
+from virtbackup.tools import virsh_backup, virsh_rpc
 
 VM = rpc_server.VM
 LOOKUP = rpc.call(REMOTE, "DOMAIN_LOOKUP_BY_NAME", 5, structs.DomainLookupByNameArgs("v\nm"))
@@ -329,3 +330,22 @@ def test_half_a_message_is_told(tmp_path: pathlib.Path) -> None:
         "1 connected", f"1 -> {len(LOOKUP.payload)}",
         "1 -> no message: 11 bytes of one that did not come whole", "1 closed",
     ]  # fmt: skip
+
+
+def test_what_has_taken_its_sockets_place_stays(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    server = transport.listen(transport.Address("unix", path=str(tmp_path / "server")))
+
+    def come() -> None:
+        with server, socket.socket(socket.AF_UNIX) as client:
+            waiting.until(lambda: client.connect_ex(str(path)) == 0)
+            server.accept()[0].close()
+            path.unlink()
+            path.write_text("theirs")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        comes = pool.submit(come)
+        argv = ["rpc-dump", f"unix:{tmp_path}/server", f"--listen=unix:{path}", "--clients=1"]
+        assert virsh_backup.main(argv) == 0
+        comes.result()
+    assert path.read_text() == "theirs"

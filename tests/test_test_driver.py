@@ -907,6 +907,23 @@ def test_monitor_replay_that_cannot(
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["monitor-replay", str(RECORDINGS / "qemu-7.2.22.jsonl")], ["rpc-dump", "unix:/x"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_no_private_directory(
+    words: list[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "file"))
+    assert virsh_backup.main(words) == 1
+    text = f"error: cannot make a directory in {tmp_path}/file: Not a directory\n"
+    assert capsys.readouterr().err == text
+
+
 def test_a_socket_that_nobody_listens_on_is_replaced(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "qmp.sock"
     recorded = recording.parse((RECORDINGS / "qemu-7.2.22.jsonl").read_text())

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the settings of ``virtbackup.conf`` come from: $VIRTBACKUP_CONF, which stands for all other
-places, else the machine's and then the user's own, which may say otherwise."""
+places, else the machine's and then the user's own, which may say otherwise. And where a private
+directory is made."""
 
+import contextlib
 import os
 import pathlib
 from typing import TYPE_CHECKING
@@ -41,3 +43,13 @@ def load() -> "virtbackup_conf.Settings":
             reason = OSError(0, "it is not UTF-8 text")
             raise errors.system_error(reason, f"cannot read '{path}'") from failure
     return virtbackup_conf.Settings.parse(texts, map(str, found))
+
+
+def private_directory(undo: contextlib.ExitStack) -> pathlib.Path:
+    """As ``runtime.private_directory``, for a socket, say; UNDO removes it. Errors:
+    VIR_ERR_SYSTEM_ERROR."""
+    try:
+        return undo.enter_context(runtime.private_directory())
+    except OSError as failure:
+        place = runtime.directory()
+        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure

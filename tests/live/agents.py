@@ -30,6 +30,7 @@ number=0
 while :; do
     number=$((number + 1))
     busybox dd if=/dev/zero of=/mnt/$((number % 50)) bs=4k count=3 conv=fsync 2>/dev/null
+    busybox usleep 2000
 done
 """
 
@@ -53,8 +54,6 @@ class Boot:
         subprocess.run(["mkfs.ext4", "-q", "-F", str(self.disk)], check=True)
         self.console = directory / "console.log"
 
-    command_line = "console=ttyS0 quiet loglevel=3 panic=-1"
-
 
 @contextlib.contextmanager
 def domain(host: libvirtd.Host, name: str, boot: Boot) -> Iterator[libvirtd.Domain]:
@@ -65,7 +64,7 @@ def domain(host: libvirtd.Host, name: str, boot: Boot) -> Iterator[libvirtd.Doma
     )
     os_xml = (
         f"<kernel>{boot.kernel}</kernel><initrd>{boot.initrd}</initrd>"
-        f"<cmdline>{boot.command_line}</cmdline>"
+        f"<cmdline>{kernel.COMMAND_LINE}</cmdline>"
     )
     # Without ACPI a guest of QEMU 11.1 finds no virtio device behind a PCI Express port.
     acpi = "<features><acpi/></features>"

@@ -238,6 +238,7 @@ timeout 20 sh -c 'until [ -S qmp.sock ] && [ -S virtbackup/virtbackup-sock ]; do
 @pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-io")
 def test_what_is_installed_backs_up(machine: Machine) -> None:
     """A guest by its socket, and by the daemon."""
+    machine.compile_nothing()
     machine.install()
     for uri in ("qmp:///run/qmp.sock", "virtbackup+unix:///run/virtbackup/virtbackup-sock"):
         machine.run(
@@ -342,6 +343,7 @@ def test_on_a_debian_that_is_too_old(machine: Machine) -> None:
 @pytest.mark.needs("apt", "man")
 def test_what_the_page_about_it_shows(machine: Machine) -> None:
     """With the packages that are there: apt and pip know of no other."""
+    machine.compile_nothing()
     (build, _), *commands = pages.session(pages.DOCS / "install.md")
     assert build == "./dev deb"  # which made the one that is tested
     machine.run("rm -rf /run/tree/dist; mkdir /run/tree/dist; cp /run/package/*.deb /run/tree/dist")

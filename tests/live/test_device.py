@@ -347,13 +347,20 @@ def test_a_restore_over_the_backup(guest: points.Guest, tmp_path: pathlib.Path) 
             assert whole.read_bytes() == before
 
 
-def test_what_is_no_device(guest: points.Guest, tmp_path: pathlib.Path) -> None:
+def test_what_is_no_device(
+    guest: points.Guest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path, pathlib.Path("/dev/null")):
         text = refused(guest, tmp_path, f"--target=vda={path}")
         assert f"disk 'vda': {path} is not a block device\n" in text
     text = refused(guest, tmp_path, f"--target=vda={tmp_path / 'none'}")
     assert f"disk 'vda': cannot open {tmp_path / 'none'} for writing: No such file" in text
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    text = refused(guest, tmp_path, "--target=vda=none")
+    assert "disk 'vda': cannot open none for writing: No such file" in text
 
 
 def test_devices_that_cannot_be(

@@ -582,7 +582,13 @@ def test_directories_that_are_not_sound(
 def test_of_a_pull_cut_off(backed: points.Backed) -> None:
     partial = backed.directory / "manifest.0005.json.partial"
     partial.touch()
-    assert "was cut off: the next one has to finish it first" in refused(backed.directory)
+    text = "was cut off: the next one has to finish it first"
+    assert text in refused(backed.directory)
+    argv = ("backup-prune", str(backed.directory), "--keep=2", "--dry-run")
+    status, out, err = points.call(*argv)
+    assert (status, out, text in err) == (1, "", True)
+    with chain.locked(backed.directory):  # it runs
+        assert points.call(*argv)[0] == 0
     partial.unlink()
     (backed.directory / "vda.0005.qcow2.partial").touch()
     cut(backed.directory, 2)
@@ -667,6 +673,45 @@ def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
         assert one.returncode == (130 if number == signal.SIGINT else 143)
     assert names(backed.directory) == before
     assert points.verified(backed.directory).good
+
+
+def test_what_a_killed_one_had_yet_to_remove_is_told(
+    layered: points.Backed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("backup-prune", str(layered.directory), "--keep=3", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "_remove_old", _killed)
+        with pytest.raises(SystemExit):
+            cut(layered.directory, 3)
+    before = names(layered.directory)
+    foretold = json.loads(points.call(*argv, "--dry-run")[1])
+    facts = json.loads(points.call(*argv)[1])
+    assert [point["number"] for point in facts["removed"]] == [1]
+    assert {**facts, "dry_run": True} == foretold
+    assert {*facts["files"], "prune.json"} == before - names(layered.directory)
+    assert json.loads(points.call(*argv)[1])["removed"] == []
+
+
+def _killed(*_: object) -> None:
+    raise SystemExit
+
+
+def test_a_signal_after_the_work(layered: points.Backed, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = prune._remove_old
+
+    def remove_and_signal(directory: pathlib.Path) -> prune.Plan:
+        done = remove(directory)
+        os.kill(os.getpid(), signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(prune, "_remove_old", remove_and_signal)
+    assert points.call("backup-prune", str(layered.directory), "--keep=3") == (
+        130,
+        "",
+        f"warning: operation aborted: that was too late: {layered.directory} is pruned\n"
+        "error: interrupted\n",
+    )
+    assert check(layered) == [2, 3, 4]
 
 
 def test_cancel_between(layered: points.Backed) -> None:

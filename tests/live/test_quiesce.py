@@ -20,6 +20,7 @@ import libvirt_qemu
 import pytest
 
 import virtbackup
+from demo import kernel
 from tests import conftest, waiting
 from tests.live import agents, libvirtd, machines, striking
 from virtbackup.qemu import agent, process
@@ -144,7 +145,7 @@ def test_a_real_agent_by_its_own_socket(
         machines.qemu(
             tmp_path, "-m", "256", "-no-reboot", *machines.BOOTING,
             "-kernel", str(boot.kernel), "-initrd", str(boot.initrd),
-            "-append", boot.command_line, "-serial", f"file:{tmp_path}/console",
+            "-append", kernel.COMMAND_LINE, "-serial", f"file:{tmp_path}/console",
             "-blockdev", f"raw,node-name=disk,file.driver=file,file.filename={boot.disk}",
             "-device", "virtio-blk-pci,drive=disk,id=vda", "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=qga,path={path},server=on,wait=off",

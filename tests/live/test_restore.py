@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from xml.sax import saxutils
 
 import libvirt
@@ -153,6 +153,12 @@ def test_define(
     assert (status, said) == (1, "")
     assert "a name or a path holds characters that XML cannot carry" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out.img"]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    given = points.call("backup-restore", str(whole.directory), "out", "--define")
+    assert given == (1, "", "error: cannot make out: No such file or directory\n")
 
 
 @pytest.mark.needs("libvirtd", "virsh", "unshare")
@@ -958,3 +964,26 @@ def test_signals(large: points.Backed, tmp_path: pathlib.Path, number: signal.Si
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 assert own not in (entry / "cmdline").read_bytes(), entry
+
+
+def test_a_signal_after_the_work(
+    layered: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there by then has taken another's place, perhaps: that is said."""
+    finish = restore._finish
+
+    def finish_and_signal(outputs: Sequence[restore.Output]) -> None:
+        finish(outputs)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(restore, "_finish", finish_and_signal)
+    out = tmp_path / "out.raw"
+    out.write_text("another")
+    argv = ("backup-restore", str(layered.directory), str(out), "--disk=vda", "--force")
+    assert points.call(*argv) == (
+        130,
+        "",
+        f"warning: operation aborted: that was too late: all is whole, in {out}\n"
+        "error: interrupted\n",
+    )
+    assert out.read_bytes() == layered.shown[3]["vda"]

@@ -259,10 +259,11 @@ def put_first(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, script: 
 def test_a_server_that_ends_as_it_begins(
     whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = 'for last; do :; done; touch "$last"; echo "no more" >&2; exit 3'
-    put_first(tmp_path / "bin", monkeypatch, script)
-    done = points.run("backup-serve", str(whole.directory))
-    assert done == (1, "", f"error: operation failed: {serve.PROGRAM}: no more\n")
+    # By one program, which is hardly there once the file is: no shell between the two.
+    put_first(tmp_path / "bin", monkeypatch, 'for last; do :; done; exec touch "$last" /nope/x')
+    status, out, err = points.run("backup-serve", str(whole.directory))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: operation failed: {serve.PROGRAM}: touch: ")
 
 
 def test_tcp(whole: points.Backed) -> None:
@@ -313,6 +314,11 @@ def test_what_cannot_be_served(whole: points.Backed, tmp_path: pathlib.Path) -> 
     status, _, err = points.call("backup-serve", str(whole.directory), f"--unix=/{'x' * 200}")
     assert status == 1
     assert err.count("\n") == 1
+    path = backed.directory / "manifest.0004.json"
+    points.flip(path, path.read_bytes().index(b"<domain "))
+    status, _, err = points.call("backup-serve", str(backed.directory))
+    assert status == 1
+    assert err.startswith("warning: manifest.0004.json: it is not as it was written: its own")
 
 
 def test_the_file_that_cannot_be_opened_is_told(tmp_path: pathlib.Path) -> None:

@@ -7,13 +7,16 @@ import os
 import pathlib
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import points
 from virtbackup.nbd import checksum, copy, header, image, layers
 from virtbackup.tools import chain, interrupt, listing, manifest, pull, verify, virsh_connection
@@ -799,6 +802,23 @@ def test_cancel(whole: points.Backed) -> None:
         verify.verify(listing.read(whole.directory), cancel=cancel)
     assert raised.value.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
     cancel.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_look_through_tables_can_be_ended(
+    whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes minutes of an image of terabytes."""
+    script, pid = tmp_path / "qemu-img", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\necho $$ > '{pid}.new'; mv '{pid}.new' '{pid}'; exec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "backup-verify"]
+    with subprocess.Popen([*argv, str(whole.directory)], stderr=subprocess.DEVNULL) as process:
+        waiting.until(pid.exists, process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+    assert not pathlib.Path(f"/proc/{pid.read_text().strip()}").exists()
 
 
 @pytest.mark.timeout(30)

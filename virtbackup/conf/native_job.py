@@ -55,13 +55,6 @@ def image_path(directory: str, disk: str, token: str) -> str:
     return f"{directory}/virtbackup-libvirt-{token}.{disk}"
 
 
-def images(document: str) -> frozenset[str]:
-    """The paths of the scratch images of a running backup, which libvirt tells by DOCUMENT, and by
-    which it is known again: those that libvirt names itself are called by the second."""
-    disks = native_conf.BackupDef.parse(document).disks
-    return frozenset(disk.image.path for disk in disks if disk.image)
-
-
 def running(document: str, domain: dialects.Domain) -> backup_conf.BackupDef:
     """A running backup, which libvirt tells by DOCUMENT, in the proposal's dialect."""
     native = native_conf.BackupDef.parse(document)

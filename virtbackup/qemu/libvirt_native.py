@@ -5,6 +5,7 @@ So that one program can use, and compare, both engines.
 """
 
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import libvirt
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf, domain_conf, native_job
 from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
+
+logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN = 0.01
 _own_errors = libvirt_queries.own_errors
@@ -29,17 +32,19 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
         self._host = host
-        self._owned: dict[str, tuple[hypervisor.DomainRef, frozenset[str]]] = {}
-        """By uuid: the domains whose backup is to end with us, and that one's scratch images."""
+        self._owned: dict[str, hypervisor.DomainRef] = {}
+        """By uuid: the domains whose backup is to end with us."""
 
     def close(self) -> None:
-        """End the backups that were started to end with us."""
-        for ref, images in self._owned.values():
-            with contextlib.suppress(libvirt.libvirtError):
+        """End the backups that were started to end with us; a failure to is logged."""
+        owned, self._owned = self._owned, {}
+        for ref in owned.values():
+            try:
                 found = self._host.lookup(ref)
-                # Else somebody has ended it, and has another job run by now.
-                if native_job.images(self._running(found)) == images:
+                if self._runs(found):  # or what is aborted is another job of the domain's
                     self._end(found)
+            except libvirt.libvirtError as failure:
+                logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
         self._host.close()
 
     def get_type(self) -> str:
@@ -81,16 +86,18 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         quiesce = bool(flags & hypervisor.START_QUIESCE)
         native = native_job.begin(xml, quiesce, lambda: self._definition(ref), _image)
         found = self._host.lookup(ref)
-        if self._is_running(found):
+        if self._runs(found):
             raise native_job.another_runs()
         found.backupBegin(native.format(), None, 0)
         if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref, native_job.images(self._running(found))
+            self._owned[ref.uuid] = ref
 
     @_own_errors()
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
-        self._running(found)
+        if not self._runs(found):
+            self._owned.pop(ref.uuid, None)
+            raise native_job.none_runs()
         self._end(found)
         self._owned.pop(ref.uuid, None)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
@@ -131,10 +138,12 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         document = self._running(self._host.lookup(ref))
         return native_job.running(document, lambda: self._definition(ref))
 
-    def _is_running(self, found: "libvirt.virDomain") -> bool:
+    def _runs(self, found: "libvirt.virDomain") -> bool:
         try:
             self._running(found)
-        except libvirt.libvirtError:
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+                raise
             return False
         return True
 

@@ -10,13 +10,12 @@ import dataclasses
 import io
 import logging
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 import libvirt
 
-from virtbackup import errors, runtime
+from virtbackup import config, errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     capabilities,
@@ -97,7 +96,7 @@ class Recorder:
         with self._session() as session:
             _ask_everything(session)
         with contextlib.ExitStack() as undo:
-            sockets = _private_directory(undo)
+            sockets = config.private_directory(undo)
             self._back_up(backup_conf.BackupDef(backup_conf.UnixAddress(f"{sockets}/nbd.sock")))
         ours = f"/{naming.PREFIX}"
         prefixes = {
@@ -135,15 +134,6 @@ class Recorder:
             if self._identity is None:
                 self._identity = domain.identify(qemu)
             yield domain.Session(qemu, self._identity)
-
-
-def _private_directory(undo: contextlib.ExitStack) -> pathlib.Path:
-    """For the backup's socket; UNDO removes it."""
-    try:
-        return undo.enter_context(runtime.private_directory())
-    except OSError as failure:
-        place = runtime.directory()
-        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure
 
 
 @contextlib.contextmanager

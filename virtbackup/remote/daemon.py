@@ -149,9 +149,7 @@ class Daemon:
     def close(self) -> None:
         """Remove the sockets, and let go of drivers."""
         for path, made in self._paths:
-            with contextlib.suppress(OSError):  # it is gone
-                if os.path.samestat(os.lstat(path), made):
-                    os.unlink(path)  # noqa: PTH108
+            transport.remove(path, made)
         self._paths.clear()
         self.server.close()
         self._shared.closed.set()

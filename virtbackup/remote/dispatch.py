@@ -120,7 +120,7 @@ class Session:
     def end(self) -> None:
         """Nothing is told any more, and the backups end that are to end with the connection."""
         with self._lock:
-            self.opened = False
+            self.opened = self.wants_close_event = False
             self.subscriptions.clear()
             ends, self.ends_with = self.ends_with, {}
         for uuid, id in ends.items():

@@ -77,7 +77,10 @@ def start(session: Session, found: domains.Found, document: str, flags: int) -> 
     id = found.call("virDomainBackupStart", "domain_backup_start", document, flags)
     session.daemon.ended.begin(found.own.uuid, before)
     if flags & hypervisor.START_AUTODESTROY:
-        session.end_with(found.own.uuid, id or backup_id(found))
+        session.end_with(found.own.uuid, id)
+        if id is None:
+            with contextlib.suppress(libvirt.libvirtError):  # it runs, whatever is told of it
+                session.end_with(found.own.uuid, backup_id(found))
     else:
         session.has_ended(found.own.uuid, own)
 

@@ -8,6 +8,7 @@ the connection is lost, but for one that was to end with it.
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import sys
@@ -190,11 +191,12 @@ class _Session:
         return True
 
     def register(self) -> None:
-        """Be told of events, where that is not so yet. Errors: the server's."""
-        if self._registered:
-            return
+        """Be told of events, of those that it is not so of yet. Errors: the server's."""
+        known = len(self._registered)  # some alone, where a KeyboardInterrupt came in between
         try:
-            for of, name, args, deregister in _registrations(self.is_ours):
+            for of, name, args, deregister in itertools.islice(
+                _registrations(self.is_ours), known, None
+            ):
                 id = self.client.call(of, name, args).callbackID
                 self._registered.append((of, deregister, id))
         except errors.Error:

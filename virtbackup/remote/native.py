@@ -48,11 +48,10 @@ class NativeJobs:
         owned, self._owned = self._owned, {}
         for ref in list(owned.values()):
             try:
-                self._running(ref)
-                self._end(ref)
+                if self._runs(ref):  # or what is aborted is another job of the domain's
+                    self._end(ref)
             except libvirt.libvirtError as failure:
-                if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                    logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
+                logger.warning("domain=%s backup not ended on close: %s", ref.name, failure)
 
     def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, the server's."""
@@ -69,9 +68,11 @@ class NativeJobs:
             self._owned[ref.uuid] = ref
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        self._running(ref)
-        self._owned.pop(ref.uuid, None)
+        if not self._runs(ref):
+            self._owned.pop(ref.uuid, None)
+            raise native_job.none_runs()
         self._end(ref)
+        self._owned.pop(ref.uuid, None)
         if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()
 

@@ -128,6 +128,13 @@ def _set_mode(path: str, mode: int) -> None:
         os.close(fd)
 
 
+def remove(path: str, made: os.stat_result) -> None:
+    """Remove a unix socket that was MADE at PATH; not what somebody has put there since."""
+    with contextlib.suppress(OSError):  # it is gone
+        if os.path.samestat(os.lstat(path), made):
+            os.unlink(path)  # noqa: PTH108
+
+
 def refuse_descriptors(listening: socket.socket) -> None:
     """Have the kernel (Linux 6.16) refuse descriptors that clients pass: some take their owner's
     time to close, which is ours once we have them."""

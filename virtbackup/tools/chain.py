@@ -80,9 +80,13 @@ class Chain:
         by_file = {found.file: (backup, found) for backup in self.backups for found in backup.disks}
         above: manifest.Disk | None = None
         file: str | None = disk.file
+        seen: set[str] = set()
         while file is not None:
             if file not in by_file:
                 return f"{self.directory} has no manifest of {file}"
+            if file in seen:
+                return f"{self.directory / file} is behind itself"
+            seen.add(file)
             backup, found = by_file[file]
             if own := file_problem(self.directory / file, found):
                 return f"{self.directory / file}: {own}"

@@ -18,8 +18,8 @@ import libvirt
 
 from virtbackup import api, errors
 from virtbackup.conf import backup_conf, dialects, domain_conf
-from virtbackup.nbd import connection, copy
-from virtbackup.tools import exports, interrupt
+from virtbackup.nbd import copy
+from virtbackup.tools import exports, interrupt, pull
 
 ENGINES = ("virtbackup", "libvirt")
 
@@ -143,12 +143,10 @@ def _run(
     started = time.perf_counter()
     try:
         live = backup_conf.BackupDef.parse(domain.backupGetXMLDesc())
-        present = [disk for disk in live.disks if disk.present]
-        server, tls = exports.server(live.address), exports.tls(live.address)
-        found = [connection.Export(server, disk.exportname or disk.name, tls) for disk in present]
-        results = copy.copy([copy.Job(export, None) for export in found], cancel=cancel)
+        found = exports.of(live)
+        results = copy.copy([copy.Job(export, None) for export in found.values()], cancel=cancel)
     except BaseException:
-        domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
+        pull.give_up(domain)
         raise
     read = time.perf_counter()
     domain.backupStop()
@@ -160,9 +158,7 @@ def _run(
         stop=stopped - read,
         before=before,
         during=_writes(guest).since(before),
-        checksums={
-            disk.name: result.checksum for disk, result in zip(present, results, strict=True)
-        },
+        checksums={name: result.checksum for name, result in zip(found, results, strict=True)},
         commands=commands,
         bytes_said=size,
     )

@@ -32,7 +32,9 @@ def usable(
     numbers: dict[int, str] = {}
     devices = {}
     for name, given in targets.items():
-        path = pathlib.Path(os.path.abspath(given))  # noqa: PTH100  (a link stays one)
+        path = given
+        with contextlib.suppress(OSError):  # nothing is in a directory that was removed
+            path = pathlib.Path(os.path.abspath(given))  # noqa: PTH100  (a link stays one)
         if name not in chosen:
             raise _invalid(f"disk '{name}' is not in the backup, so {path} cannot take it")
         if wanted.branch is not None:

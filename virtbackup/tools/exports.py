@@ -23,7 +23,23 @@ def tls(address: backup_conf.Address) -> connection.Tls | None:
             return connection.Tls(psk_file=psk.file, username=psk.username)
 
 
-def server(address: backup_conf.Address) -> str | tuple[str, int]:
+def of(live: backup_conf.BackupDef) -> dict[str, connection.Export]:
+    """Disk -> its export in the backup that runs as LIVE. Errors: those of ``tls``."""
+    where, secrets = _server(live.address), tls(live.address)
+    return {
+        disk.name: connection.Export(where, disk.exportname or disk.name, secrets)
+        for disk in live.disks if disk.present
+    }  # fmt: skip
+
+
+def changes(live: backup_conf.BackupDef, name: str) -> str | None:
+    """The context that tells what has changed on disk NAME; None: nobody tells."""
+    bitmaps = (disk.exportbitmap or live.branch for disk in live.disks if disk.name == name)
+    bitmap = next(bitmaps, None)
+    return None if bitmap is None else f"qemu:dirty-bitmap:{bitmap}"
+
+
+def _server(address: backup_conf.Address) -> str | tuple[str, int]:
     """Where to connect to."""
     if isinstance(address, backup_conf.UnixAddress):
         return address.path

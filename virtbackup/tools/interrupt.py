@@ -46,6 +46,14 @@ def deferred() -> "Iterator[copy.Cancel]":
         raise _exception_of(caught[0])
 
 
+def check_late(cancel: "copy.Cancel", done: str) -> None:
+    """Errors: cancelled, when there is nothing to undo any more; it says what is DONE."""
+    try:
+        cancel.check()
+    except errors.Error as failure:
+        raise errors.error(failure.get_error_code(), f"that was too late: {done}") from failure
+
+
 class Undo(contextlib.ExitStack):
     """What is to be done where a signal comes."""
 
@@ -91,6 +99,13 @@ def at_once() -> Iterator[None]:
         raise _exception_of(number)
 
     with _handled(end):
+        yield
+
+
+@contextlib.contextmanager
+def is_the_end() -> Iterator[None]:
+    """A signal ends the block, work that knows no other end, and is no error."""
+    with contextlib.suppress(KeyboardInterrupt, SystemExit), at_once():
         yield
 
 

@@ -105,6 +105,15 @@ def _check_kept(backups: listing.Backups, kept: Sequence[listing.Point]) -> None
                 )
 
 
+def foretold(backups: listing.Backups, keep: int) -> Plan:
+    """As ``plan``, for what is not going to be done now. Errors: also what a pull that was cut off
+    has left; one that runs is going to be done by then."""
+    made = plan(backups, keep)
+    if not chain.is_locked(backups.directory):
+        _check_unfinished(backups)
+    return made
+
+
 def prune(
     directory: pathlib.Path,
     keep: int,
@@ -112,7 +121,8 @@ def prune(
     progress: copy.Progress | None = None,
     cancel: copy.Cancel,
 ) -> Plan:
-    """Keep the KEEP newest points of DIRECTORY alone; what was done.
+    """Keep the KEEP newest points of DIRECTORY alone; what was done, with what a killed prune had
+    yet to remove.
 
     Errors: those of ``plan``; VIR_ERR_OPERATION_INVALID while a backup is pulled there or was cut
     off; VIR_ERR_OPERATION_FAILED for a file that is needed and not as it was backed up;
@@ -121,10 +131,10 @@ def prune(
     assert keep > 0
     verify.need("qemu-nbd", "qemu-img")
     with chain.naming("cannot prune", directory), chain.locked(directory):
-        finish(directory)
+        earlier = finish(directory)
         backups = listing.read(directory)
         wanted = plan(backups, keep)
-        _check_unfinished(directory, backups)
+        _check_unfinished(backups)
         if any(one.file == manifest.FILE for one in backups.unfinished):
             _write(directory, manifest.FILE, backups.points[-1].made)
         _merge_all(directory, wanted, progress, cancel)
@@ -132,19 +142,24 @@ def prune(
         if wanted.dropped:
             _write_json(directory, JOURNAL, {"manifests": wanted.manifests, "files": wanted.files})
             _remove_old(directory)
-    return wanted
+    if earlier is None:
+        return wanted
+    dropped, files = earlier.dropped + wanted.dropped, earlier.files + wanted.files
+    return dataclasses.replace(wanted, dropped=dropped, files=files)
 
 
 def _invalid(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
 
 
-def _check_unfinished(directory: pathlib.Path, backups: listing.Backups) -> None:
+def _check_unfinished(backups: listing.Backups) -> None:
     """What a pull will finish when it comes again may need any of the files."""
     number = 1 + (backups.points[-1].made.number or 0)
     pending = chain.manifest_file(number) + chain.PARTIAL
-    if (directory / pending).exists():
-        raise _invalid(f"a pull into {directory} was cut off: the next one has to finish it first")
+    if (backups.directory / pending).exists():
+        raise _invalid(
+            f"a pull into {backups.directory} was cut off: the next one has to finish it first"
+        )
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -263,8 +278,8 @@ def _write_json(directory: pathlib.Path, file: str, value: object) -> None:
     chain.sync_directory(directory)
 
 
-def _remove_old(directory: pathlib.Path) -> None:
-    """Remove what the journal tells. Errors: it tells of what is needed."""
+def _remove_old(directory: pathlib.Path) -> Plan:
+    """Remove what the journal tells; what that is. Errors: it tells of what is needed."""
     manifests, files = _read_journal(directory)
     points = listing.read(directory).points
     dropped = tuple(point for point in points if point.file in manifests)
@@ -279,6 +294,7 @@ def _remove_old(directory: pathlib.Path) -> None:
         chain.sync_directory(directory)
     (directory / JOURNAL).unlink()
     chain.sync_directory(directory)
+    return Plan(kept, dropped, (), tuple(files))
 
 
 def _read_journal(directory: pathlib.Path) -> tuple[list[str], list[str]]:
@@ -301,8 +317,9 @@ def _remove_quietly(path: pathlib.Path) -> None:
 # --- after a crash --------------------------------------------------------------------------------
 
 
-def finish(directory: pathlib.Path) -> None:
-    """Finish what a killed prune has announced, remove what it has not; DIRECTORY is locked.
+def finish(directory: pathlib.Path) -> Plan | None:
+    """Finish what a killed prune has announced, remove what it has not; what it had yet to remove,
+    if anything. DIRECTORY is locked.
 
     Errors: OSError; VIR_ERR_OPERATION_INVALID for what no prune can have left.
     """
@@ -319,8 +336,7 @@ def finish(directory: pathlib.Path) -> None:
             _take_places(directory, match[1])
     for name in _leftovers(names):
         (directory / name).unlink(missing_ok=True)
-    if JOURNAL in names:
-        _remove_old(directory)
+    return _remove_old(directory) if JOURNAL in names else None
 
 
 def _leftovers(names: Iterable[str]) -> list[str]:

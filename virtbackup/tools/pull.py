@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import itertools
 import logging
 import os
 import pathlib
@@ -28,9 +27,9 @@ from typing import cast
 
 import libvirt
 
-from virtbackup import api, errors, runtime
+from virtbackup import api, config, errors
 from virtbackup.conf import backup_conf, dialects, domain_conf
-from virtbackup.nbd import checksum, connection, copy
+from virtbackup.nbd import checksum, copy
 from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
@@ -84,18 +83,11 @@ def pull(
         contextlib.ExitStack() as files,
     ):
         wanted = _wanted(_private_document(undo) if xml is None else xml, domain_xml, branch, kind)
-        devices: Mapping[str, pathlib.Path] = {}
-        if targets:
-            from virtbackup.tools import devices as checked  # few need it
-
-            devices = checked.usable(targets, wanted, domain_xml)
-        tls = exports.tls(wanted.address)
+        devices = _devices(targets, wanted, domain_xml)
+        exports.tls(wanted.address)  # what is missing for it is known before the guest is touched
         _make(directory, files)
         undo.enter_context(chain.locked(directory))
-        if wanted.branch is None:
-            plan = _plan_alone(directory, wanted, fmt or "qcow2", devices)
-        else:
-            plan = _plan_next(domain, directory, wanted, fmt)
+        plan = _plan(domain, directory, wanted, fmt, devices)
         _claim(directory, plan, files)
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
@@ -103,7 +95,7 @@ def pull(
             if plan.number is not None:
                 plan = plan.as_started(running.info)
             live = backup_conf.BackupDef.parse(running.xml)
-            jobs = _jobs(live, directory, plan, tls, compress)
+            jobs = _jobs(live, directory, plan, compress)
             cancel.check()
             written.update(devices)
             stop = functools.partial(running.stop, cancel)
@@ -116,9 +108,9 @@ def pull(
             if check:
                 _check(jobs, results, cancel, bandwidth)
             of = manifest.Domain(domain.name(), domain.UUIDString())
-            tables = [_tables(directory, disk, result.size, cancel)
-                      for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
-            made = _manifest(of, plan, directory, running, results, tables, domain_xml)
+            told = [_describe(directory, disk, result, cancel)
+                    for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
+            made = _manifest(of, plan, running, told, domain_xml)
             _write_manifest(directory, plan, made)
             if not early:
                 stop()
@@ -130,7 +122,7 @@ def pull(
             files.pop_all()  # the branch has moved on: it is kept, if not now by the next pull
         chain.finish(directory, made)
         files.pop_all()
-        _tell_of_lateness(cancel, directory)
+        interrupt.check_late(cancel, f"the backup is whole, and kept in {directory}")
     return made
 
 
@@ -139,12 +131,7 @@ def pull(
 
 def _private_document(undo: contextlib.ExitStack) -> str:
     """A document for all disks and a socket that only this user reaches; UNDO removes it."""
-    try:
-        directory = undo.enter_context(runtime.private_directory())
-    except OSError as failure:
-        place = runtime.directory()
-        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure
-    socket = directory / "nbd.sock"
+    socket = config.private_directory(undo) / "nbd.sock"
     return backup_conf.BackupDef(backup_conf.UnixAddress(str(socket))).format()
 
 
@@ -236,8 +223,32 @@ def _wanted(
     return dataclasses.replace(aligned, disks=disks)
 
 
+def _devices(
+    targets: Mapping[str, pathlib.Path] | None, wanted: backup_conf.BackupDef, domain_xml: str
+) -> Mapping[str, pathlib.Path]:
+    """As ``devices.usable``."""
+    if not targets:
+        return {}
+    from virtbackup.tools import devices  # few need it
+
+    return devices.usable(targets, wanted, domain_xml)
+
+
 def _invalid(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+
+def _plan(
+    domain: api.Domain,
+    directory: pathlib.Path,
+    wanted: backup_conf.BackupDef,
+    fmt: copy.Format | None,
+    devices: Mapping[str, pathlib.Path],
+) -> _Plan:
+    """What is to be pulled into DIRECTORY, which is locked."""
+    if wanted.branch is None:
+        return _plan_alone(directory, wanted, fmt or "qcow2", devices)
+    return _plan_next(domain, directory, wanted, wanted.branch, fmt)
 
 
 def _plan_alone(
@@ -246,7 +257,7 @@ def _plan_alone(
     fmt: copy.Format,
     devices: Mapping[str, pathlib.Path],
 ) -> _Plan:
-    """A backup without a branch in DIRECTORY, which is locked."""
+    """A backup without a branch."""
     chain.check_none(directory)
     for disk in wanted.disks:
         if disk.present and disk.type != "full":
@@ -266,14 +277,14 @@ def _plan_next(
     domain: api.Domain,
     directory: pathlib.Path,
     wanted: backup_conf.BackupDef,
+    branch: str,
     fmt: copy.Format | None,
 ) -> _Plan:
-    """The next backup of a branch in DIRECTORY, which is locked."""
-    assert wanted.branch is not None
-    known = chain.read(directory, domain, wanted.branch)
-    found = chain.lines(domain, wanted.branch)
+    """The next backup of a BRANCH."""
+    known = chain.read(directory, domain, branch)
+    found = chain.lines(domain, branch)
     if chain.recover(directory, found, known):
-        known = chain.read(directory, domain, wanted.branch)
+        known = chain.read(directory, domain, branch)
     gaps = {
         disk.name: known.gap(disk.name, found.get(disk.name))
         for disk in wanted.disks
@@ -408,7 +419,7 @@ class _Running:
             self._is_over = True
             # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
             self.reasons = _reasons(self._domain, failure)
-            _cancel(self._domain)
+            give_up(self._domain)
 
 
 @contextlib.contextmanager
@@ -466,7 +477,8 @@ def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
     return [f"disk '{disk.name}': {disk.reason}" for disk in disks if disk.reason is not None]
 
 
-def _cancel(domain: api.Domain) -> None:
+def give_up(domain: api.Domain) -> None:
+    """Cancel a backup. That it cannot be is logged: there is an error already that is told."""
     try:
         domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
     except libvirt.libvirtError as failure:
@@ -485,32 +497,20 @@ def _stop(domain: api.Domain, directory: pathlib.Path) -> None:
         ) from failure
 
 
-def _tell_of_lateness(cancel: copy.Cancel, directory: pathlib.Path) -> None:
-    """Errors: cancelled, when there was nothing to undo any more."""
-    try:
-        cancel.check()
-    except errors.Error as failure:
-        text = f"that was too late: the backup is whole, and kept in {directory}"
-        raise errors.error(failure.get_error_code(), text) from failure
-
-
 def _jobs(
     live: backup_conf.BackupDef,
     directory: pathlib.Path,
     plan: _Plan,
-    tls: connection.Tls | None,
     compress: bool,
 ) -> dict[str, copy.Job]:
     """What to copy, by the disk's name."""
-    server = exports.server(live.address)
-    names = {disk.name: disk.exportname or disk.name for disk in live.disks}
-    changes = {disk.name: disk.exportbitmap or live.branch for disk in live.disks}
+    found = exports.of(live)
     return {
         disk.name: copy.Job(
-            connection.Export(server, names[disk.name], tls),
+            found[disk.name],
             disk.path(directory),
             disk.format,
-            dirty=f"qemu:dirty-bitmap:{changes[disk.name]}" if disk.backing else None,
+            dirty=exports.changes(live, disk.name) if disk.backing else None,
             backing=_backing(disk),
             compression="zstd" if compress and disk.format == "qcow2" else None,
         )
@@ -573,10 +573,8 @@ def _backing(disk: _Disk) -> copy.Backing | None:
 def _manifest(
     domain: manifest.Domain,
     plan: _Plan,
-    directory: pathlib.Path,
     running: _Running,
-    results: Iterable[copy.Result],
-    tables: Iterable[manifest.Checksum | None],
+    disks: Iterable[manifest.Disk],
     domain_xml: str,
 ) -> manifest.Manifest:
     info = running.info
@@ -586,7 +584,7 @@ def _manifest(
         domain=domain,
         kind="full" if all(disk.backing is None for disk in plan.disks) else "incremental",
         time=started.isoformat(),
-        disks=tuple(map(_describe, plan.disks, itertools.repeat(directory), results, tables)),
+        disks=tuple(disks),
         backup_xml=running.xml,
         domain_xml=domain_xml,
         id=info.id,
@@ -595,20 +593,12 @@ def _manifest(
     )
 
 
-def _tables(
-    directory: pathlib.Path, disk: _Disk, size: int, cancel: copy.Cancel
-) -> manifest.Checksum | None:
-    """Of a file that is still called partial. Errors: it cannot be read, or is not as a copy makes
-    it."""
-    if disk.format != "qcow2":
-        return None
-    return manifest.tables_of(disk.path(directory), size, cancel)
-
-
 def _describe(
-    disk: _Disk, directory: pathlib.Path, result: copy.Result, tables: manifest.Checksum | None
+    directory: pathlib.Path, disk: _Disk, result: copy.Result, cancel: copy.Cancel
 ) -> manifest.Disk:
-    """What is told of a file that is still called partial. Errors: VIR_ERR_SYSTEM_ERROR."""
+    """What is told of a file that is still called partial. Errors: it cannot be read, or is not as
+    a copy makes it; VIR_ERR_OPERATION_ABORTED when cancelled."""
+    path, is_qcow2 = disk.path(directory), disk.format == "qcow2"
     return manifest.Disk(
         name=disk.name,
         file=disk.file,
@@ -620,9 +610,9 @@ def _describe(
         backing=disk.backing.file if disk.backing else None,
         since=disk.since,
         reason=disk.reason,
-        tables=tables,
+        tables=manifest.tables_of(path, result.size, cancel) if is_qcow2 else None,
         type=disk.type,
-        length=manifest.length_of(disk.path(directory)) if disk.format == "qcow2" else None,
+        length=manifest.length_of(path) if is_qcow2 else None,
     )
 
 

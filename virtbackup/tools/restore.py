@@ -159,15 +159,17 @@ def domain_xml(point: listing.Point, outputs: Sequence[Output]) -> tuple[str, li
     """
     if not point.made.domain_xml.strip():
         raise listing.bad(f"point {point.label} has no domain XML")
-    media = {
-        one.disk: redefine.Medium(
-            one.type, one.place if one.type == "network" else str(one.path.absolute()), one.format
-        )
-        for one in outputs
-    }
     here = ""
     with contextlib.suppress(OSError):  # it was removed: nothing is in it
         here = os.getcwd()  # noqa: PTH109  (a string)
+    media = {
+        one.disk: redefine.Medium(
+            one.type,
+            one.place if one.type == "network" else str(pathlib.Path(here, one.place)),
+            one.format,
+        )
+        for one in outputs
+    }
     return redefine.redefine(point.made.domain_xml, media, here)
 
 

@@ -22,7 +22,7 @@ from typing import IO
 
 import libvirt
 
-from virtbackup import errors, runtime
+from virtbackup import config, errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import copy
 from virtbackup.tools import listing, verify
@@ -123,7 +123,7 @@ def _serve(
         files += links
         argv += ["--blockdev", json.dumps({**tree(links), "node-name": f"disk{index}"})]
         argv += ["--export", json.dumps(_export(index, name))]
-    private = _private_directory(undo)
+    private = config.private_directory(undo)
     where = address or backup_conf.UnixAddress(str(private / "nbd.sock"))
     ready = private / "pid"
     argv[1:1] = ["--nbd-server", _address(where)]
@@ -194,14 +194,6 @@ def _make_room(path: pathlib.Path) -> None:
         raise errors.system_error(failure, f"cannot listen at {path}") from failure
     if os.path.lexists(path):
         raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, f"{path} exists already")
-
-
-def _private_directory(undo: contextlib.ExitStack) -> pathlib.Path:
-    try:
-        return undo.enter_context(runtime.private_directory())
-    except OSError as failure:
-        place = runtime.directory()
-        raise errors.system_error(failure, f"cannot make a directory in {place}") from failure
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ tell of all the bytes, and looks through the tables of every image.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import json
@@ -36,6 +37,8 @@ _DAMAGED = (2, 3)
 """How qemu-img check ends where the tables are wrong, or clusters are lost: all else is an error of
 its own."""
 _CANNOT_LOOK = "qemu-img cannot look through its tables"
+_LOOK = 0.1
+"""Seconds after which it is seen whether that is still wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +252,7 @@ def _examine(
     read += content.read
     if content.checksum != disk.checksum.value:
         return Look(_joined(beside, differs(content.checksum, disk)), read, False)
-    if beside := beside or _bad_tables(link):
+    if beside := beside or _bad_tables(link, cancel):
         beside = _joined(beside, "all that it has of the disk is as it was backed up")
     return Look(beside, read, True)
 
@@ -356,13 +359,14 @@ def reason(failure: errors.Error) -> str:
     return str(failure.get_str2() or failure)
 
 
-def _bad_tables(link: listing.Link) -> str | None:
-    """What QEMU finds wrong with a qcow2 image that is read right all the same."""
+def _bad_tables(link: listing.Link, cancel: copy.Cancel | None) -> str | None:
+    """What QEMU finds wrong with a qcow2 image that is read right all the same. Errors:
+    VIR_ERR_OPERATION_ABORTED when cancelled."""
     if link.disk.format != "qcow2":
         return None
     argv = ["qemu-img", "check", "-q", "-U", "--output=json", f"json:{json.dumps(node(link))}"]
     try:
-        done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        done = _run(argv, cancel)
     except OSError as failure:
         return f"{_CANNOT_LOOK}: {failure.strerror}"
     if done.returncode == 0:
@@ -372,6 +376,23 @@ def _bad_tables(link: listing.Link) -> str | None:
         return f"its tables are damaged{f': {said[0]}' if said else _counts(done.stdout)}"
     why = said[-1].removeprefix("qemu-img: ") if said else f"it ended with status {done.returncode}"
     return f"{_CANNOT_LOOK}: {why}"
+
+
+def _run(argv: Sequence[str], cancel: copy.Cancel | None) -> "subprocess.CompletedProcess[bytes]":
+    """As ``subprocess.run``, of a program that may take minutes. Errors: OSError;
+    VIR_ERR_OPERATION_ABORTED when cancelled."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as program:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    told = program.communicate(timeout=_LOOK)
+                    return subprocess.CompletedProcess(argv, program.returncode, *told)
+                if cancel is not None:
+                    cancel.check()
+        except BaseException:
+            program.kill()
+            raise
 
 
 def _counts(output: bytes) -> str:

@@ -113,22 +113,17 @@ def _sources_of_domain(
     shell: virsh_connection.Shell, args: vsh.Args
 ) -> tuple[dict[str, object], list[_MapSource]]:
     from virtbackup.conf import backup_conf
-    from virtbackup.nbd import connection
     from virtbackup.tools import blockmap, exports
 
     what = vsh.Args({**args.values, "domain": args.values["what"]})
     domain = virsh_connection.domain(shell, what)
     info = domain.backupGetInfo()
     live = backup_conf.BackupDef.parse(domain.backupGetXMLDesc())
-    server, tls = exports.server(live.address), exports.tls(live.address)
-    bitmaps = {disk.name: disk.exportbitmap or live.branch for disk in live.disks}
+    found = exports.of(live)
     sources = []
     for disk in info.disks:
-        context = None
-        if disk.type == "incremental" and bitmaps.get(disk.name):
-            context = f"qemu:dirty-bitmap:{bitmaps[disk.name]}"
-        export = connection.Export(server, disk.export, tls)
-        ranges = functools.partial(blockmap.of_export, export, context)
+        context = exports.changes(live, disk.name) if disk.type == "incremental" else None
+        ranges = functools.partial(blockmap.of_export, found[disk.name], context)
         sources.append(_MapSource(disk.name, disk.capacity or 0, context is not None, ranges))
     title = f"{domain.name()}, running backup"
     return {"title": title, "directory": None, "point": None, "domain": domain.name()}, sources

@@ -63,38 +63,40 @@ def _write_new(path: str, text: Callable[[], str]) -> None:
         with file:
             file.write(text())
     except BaseException as error:
-        pathlib.Path(path).unlink()
+        pathlib.Path(path).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise vsh.Failure(f"Failed to write file '{path}': {error.strerror}") from error
         raise
 
 
 def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    from virtbackup import runtime
+    from virtbackup import config
     from virtbackup.test import fake_server, test_driver
+    from virtbackup.tools import interrupt
 
     given, faults = args.optional("socket"), args.optional("faults")
-    path = virsh_connection.local_path(given or "").absolute()
+    path = None if given is None else virsh_connection.local_path(given)
     script = test_driver.load(
         virsh_connection.local_path(args.text("file")),
         None if faults is None else virsh_connection.local_path(faults),
     )
     with contextlib.ExitStack() as stack:
+        if path is None:
+            path = config.private_directory(stack) / "qmp.sock"
         try:
-            if given is None:
-                path = stack.enter_context(runtime.private_directory()) / "qmp.sock"
-            server = fake_server.Server(path, script.recorded, script.rules)
+            server = fake_server.Server(path.absolute(), script.recorded, script.rules)
         except OSError as error:
             raise vsh.Failure(f"cannot listen on '{path}': {error.strerror or error}") from error
         except ValueError as error:
             raise vsh.Failure(f"'{args.text('file')}': {error}") from error
         stack.enter_context(server)
-        stack.enter_context(vsh.until_interrupted())
+        stack.enter_context(interrupt.is_the_end())
         if args.flag("json"):
-            uri = "qmp://" + urllib.parse.quote(os.fsencode(path))
-            shell.print_json({"address": virsh_connection.unix_facts(str(path)), "uri": uri})
+            uri = "qmp://" + urllib.parse.quote(os.fsencode(server.path))
+            address = virsh_connection.unix_facts(str(server.path))
+            shell.print_json({"address": address, "uri": uri})
         else:
-            shell.print(str(path))
+            shell.print(str(server.path))
         vsh.flush()
         server.ended.wait()
 

@@ -107,6 +107,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     from virtbackup.tools import pull
 
     xml, targets = args.optional("xml"), devices(args, "target")
+    wanted, bandwidth = _kind(args), _bandwidth(args)
     document = None if xml is None else virsh_connection.read_document(xml)
     directory = virsh_connection.local_path(args.text("directory"))
     domain = virsh_connection.domain(shell, args)
@@ -127,9 +128,9 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             quiesce=args.flag("quiesce"),
             progress=progress,
             branch=args.optional("branch"),
-            kind=_kind(args),
+            kind=wanted,
             compress=args.flag("compress"),
-            bandwidth=_bandwidth(args),
+            bandwidth=bandwidth,
             check=args.flag("check"),
             targets=targets,
         )

@@ -25,6 +25,17 @@ def _read_with_devices(args: vsh.Args) -> "listing.Backups":
     return _read(args).with_devices(devices)
 
 
+def _wanted(
+    shell: virsh_connection.Shell, args: vsh.Args, backups: "listing.Backups"
+) -> "listing.Point":
+    """The point that is asked for; it is warned of what is wrong with its manifest."""
+    point = backups.find(args.optional("point"))
+    for problem in backups.problems:
+        if problem.file == point.file:
+            shell.warn(str(problem))
+    return point
+
+
 def _complete_points(shell: virsh_connection.Shell, args: vsh.Args, text: str) -> Iterable[str]:
     """The points of the directory."""
     if not args.flag("directory"):
@@ -251,10 +262,7 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 
     args.exclusive("json", "define")
     backups = _read_with_devices(args)
-    point = backups.find(args.optional("point"))
-    for problem in backups.problems:
-        if problem.file == point.file:
-            shell.warn(str(problem))
+    point = _wanted(shell, args, backups)
     out, disk = args.text("out"), args.optional("disk")
     fmt = cast("copy.Format | None", args.optional("format"))
     document, left = "", list[str]()
@@ -275,6 +283,7 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             progress=progress,
             cancel=cancel,
         )
+        interrupt.check_late(cancel, f"all is whole, in {out}")
     if args.flag("json"):
         shell.print_json(_restored_facts(backups, point, done))
         return
@@ -357,7 +366,7 @@ def _serve(shell: virsh_connection.Shell, args: vsh.Args) -> int:
     for other in ("host", "port"):
         args.exclusive("unix", other)
     backups = _read_with_devices(args)
-    point = backups.find(args.optional("point"))
+    point = _wanted(shell, args, backups)
     disk = args.optional("disk")
     names = [one.name for one in point.made.disks] if disk is None else [disk]
     with contextlib.ExitStack() as undo:
@@ -456,12 +465,17 @@ def _prune(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     if not keep:
         raise vsh.UsageError("--keep is the number of points to keep, one or more")
     if args.flag("dry-run"):
-        plan = prune.plan(_read(args), keep)
+        plan = prune.foretold(_read(args), keep)
     else:
         directory = virsh_connection.local_path(args.text("directory"))
         _read(args)  # or it says that something is wrong with the lock
-        with virsh_pull.bar(shell) as progress, interrupt.deferred() as cancel:
+        with (
+            virsh_pull.bar(shell) as progress,
+            virsh_pull.telling_what_is_left(shell),
+            interrupt.deferred() as cancel,
+        ):
             plan = prune.prune(directory, keep, progress=progress, cancel=cancel)
+            interrupt.check_late(cancel, f"{directory} is pruned")
     if args.flag("json"):
         facts = _prune_facts(plan, args.flag("dry-run"))
         shell.print_json({"directory": args.text("directory"), **facts})

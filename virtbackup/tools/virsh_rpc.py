@@ -19,8 +19,9 @@ GROUP = vsh.Group("rpc", "Wire protocol")
 
 
 def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
-    from virtbackup import runtime
+    from virtbackup import config
     from virtbackup.remote import transport
+    from virtbackup.tools import interrupt
 
     try:
         server = transport.parse_address(args.text("server"))
@@ -37,17 +38,17 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         raise vsh.UsageError("--clients is how many, one or more")
     with contextlib.ExitStack() as stack:
         if address is None:
-            directory = stack.enter_context(runtime.private_directory())
+            directory = config.private_directory(stack)
             address = transport.Address("unix", path=str(directory / "libvirt-sock"))
         try:
             listening = stack.enter_context(transport.listen(address))
         except OSError as error:
             raise vsh.Failure(f"cannot listen on '{address}': {error.strerror}") from error
         if address.kind == "unix":
-            stack.callback(os.unlink, address.path)
+            stack.callback(transport.remove, address.path, os.lstat(address.path))
         else:
             address = dataclasses.replace(address, port=listening.getsockname()[1])
-        stack.enter_context(vsh.until_interrupted())
+        stack.enter_context(interrupt.is_the_end())
         telling = _Lines(shell) if args.flag("json") else _Text(shell)
         telling.listening(address)
         Proxy(telling, server).serve(listening, clients or 0)

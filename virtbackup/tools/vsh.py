@@ -15,9 +15,7 @@ import math
 import os
 import pathlib
 import re
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -801,18 +799,6 @@ def _width(text: str) -> int:
 _WIDTHLESS = ("Mn", "Me", "Cf")
 """Categories of characters that take no column (wcwidth(3)): accents and vowels over or below
 others, joiners, marks of direction. But the soft hyphen does."""
-
-
-@contextlib.contextmanager
-def until_interrupted() -> Iterator[None]:
-    """Go on until SIGINT, SIGTERM or SIGHUP comes, for work that knows no other end."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
-        if threading.current_thread() is threading.main_thread():
-            for ending in (signal.SIGTERM, signal.SIGHUP):
-                before = signal.signal(ending, signal.default_int_handler)
-                stack.callback(signal.signal, ending, before)
-        yield
 
 
 # --- the commands of every shell ------------------------------------------------------------------
