@@ -242,7 +242,6 @@ PARSERS: dict[str, tuple[Parser, list[Any]]] = {
     "parse_replay": (monitor_json.parse_replay, [{"mode": "record", "icount": 1}]),
     "parse_migration": (monitor_json.parse_migration, [{"status": "failed", "error-desc": "no"}]),
     "parse_children": (monitor_json.parse_children, _recorded("qom-list")),
-    "parse_iothread_objects": (monitor_json.parse_iothread_objects, _recorded("qom-list")),
     "parse_credentials": (monitor_json.parse_credentials, _recorded("qom-list")),
     "parse_property": (monitor_json.parse_property, ["/machine/peripheral/scsi0/scsi0.0"]),
     "parse_add_fd": (monitor_json.parse_add_fd, _recorded("add-fd")),

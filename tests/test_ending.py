@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests import waiting
-from virtbackup import runtime
-from virtbackup.qemu import ending, events, libvirt_events, lifecycle, naming, status
+from virtbackup import hypervisor, runtime
+from virtbackup.qemu import driver, ending, events, libvirt_events, lifecycle, naming, status
 
 PATIENCE = 20.0
 FIRST, SECOND = naming.BackupId("00000001"), naming.BackupId("00000002")
@@ -135,6 +135,19 @@ def test_the_end_of_qemu(dead: runtime.Process) -> None:
     assert following.look(gone, lambda: None) is None
     following._gone_since = -ending.GRACE
     assert following.look(gone, lambda: None) == (False, "QEMU is gone")
+
+
+def test_the_end_of_a_qemu_that_was_gone_already(
+    dead: runtime.Process, file: status.StatusFile, tmp_path: pathlib.Path
+) -> None:
+    """Whoever connects then knows its domain by the status alone."""
+    file.save(having(qemu=dead))
+    told: queue.SimpleQueue[hypervisor.Event] = queue.SimpleQueue()
+    opened = driver.QmpDriver(str(tmp_path / "gone.sock"), file=file)
+    opened.event_register(told.put)
+    ref = hypervisor.DomainRef("vm", "u", None)
+    assert told.get(timeout=PATIENCE) == hypervisor.BackupEnded(ref, False, "QEMU is gone")
+    opened.close()
 
 
 def test_the_end_of_a_domain_that_is_known_no_more(dead: runtime.Process) -> None:

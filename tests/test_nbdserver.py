@@ -8,6 +8,7 @@ import socket
 
 import pytest
 
+from virtbackup import runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import nbdserver
 
@@ -57,6 +58,49 @@ def test_where_a_process_listens(tmp_path: pathlib.Path) -> None:
         assert nbdserver.clients(os.getpid(), backup_conf.UnixAddress(path)) == 0
         assert client.getsockname() == peer.getpeername()
     assert set(nbdserver.listening(os.getpid())) == before
+
+
+@pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::1%1"])
+def test_an_address_that_can_be_written_in_another_way(host: str) -> None:
+    """The kernel tells of neither that it is of IPv4, nor of which interface it is."""
+    family, kind, protocol, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as server:
+        server.bind(place)
+        server.listen()
+        address = backup_conf.IpAddress(host, server.getsockname()[1])
+        with socket.create_connection(server.getsockname()[:2]), server.accept()[0]:
+            assert nbdserver.listens(os.getpid(), address)
+            assert nbdserver.clients(os.getpid(), address) == 1
+
+
+def test_a_server_that_takes_nobody_on_is_there(tmp_path: pathlib.Path) -> None:
+    """As many clients wait as may: nobody's socket is to be put in its place."""
+    path = str(tmp_path / "busy.sock")
+    address = backup_conf.UnixAddress(path)
+    with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
+        server.bind(path)
+        assert not nbdserver.answers(address)
+        server.listen(0)
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(path)
+        assert nbdserver.answers(address)
+    assert not nbdserver.answers(address)
+
+
+def test_a_descriptor_that_is_another_sockets_by_now(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where QEMU has closed a client's since it was looked for, and opened something else."""
+    address = backup_conf.UnixAddress(str(tmp_path / "nbd.sock"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as server:
+        server.bind(address.path)
+        server.listen()
+        of_server = os.fstat(server.fileno()).st_ino
+        monkeypatch.setattr(runtime, "sockets_of", lambda pid: {ours.fileno(): of_server})
+        assert nbdserver.send_clients_away(os.getpid(), address, lambda: None) == 0
+        ours.sendall(b"alive")
+        assert theirs.recv(5) == b"alive"
 
 
 def test_nobody_listens_where_there_is_no_process() -> None:

@@ -955,7 +955,7 @@ def test_judgement_is_by_disk() -> None:
 def test_only_words_known_to_mean_it_say_that_a_frozen_disk_was_read(
     desc: str, reason: str | None
 ) -> None:
-    command = monitor_json.blockdev_add_probe("bochs", naming.NodeName("p"), naming.NodeName("f"))
+    command = monitor_json.blockdev_add_probe(naming.NodeName("p"), naming.NodeName("f"))
     failure = monitor_json.CommandFailed(command, "GenericError", desc)
     assert monitor_json.parse_probe(failure) == reason
 

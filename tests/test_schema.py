@@ -31,6 +31,7 @@ from virtbackup.qemu import (
     nbdserver,
     queries,
     recording,
+    starting,
     status,
     sweep,
     watch,
@@ -391,7 +392,7 @@ def test_it_is_told_what_becomes_of_a_save(
     """Where QEMU does not give way, by its own words or by ours."""
     bench = Bench(RECORDINGS / f"{name}.jsonl", tmp_path, None)
     if refused != "as it is":
-        monkeypatch.setattr(job, "_keeps", lambda *_: None)
+        monkeypatch.setattr(starting, "why_kept", lambda *_: None)
     bench.qemu.refuse = lambda command: command.execute == refused and "-yield" in str(command)
     bench.start()
     info = bench.job.info()

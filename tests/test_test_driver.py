@@ -42,6 +42,7 @@ from virtbackup.qemu import (
     monitor,
     monitor_json,
     naming,
+    process,
     recording,
     status,
     sweep,
@@ -1308,3 +1309,27 @@ def test_a_signal_s_handler_that_closes_waits_for_no_watch(
     ours = ("virtbackup-watch", "virtbackup-end")
     waiting.until(lambda: not any(one.name in ours for one in threading.enumerate()))
     assert not list(state.glob("*.json"))
+
+
+def test_a_signal_s_handler_that_looks_breaks_no_call(
+    server: fake_server.Server, xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A monitor serves one client at a time, which the call is that the handler is in the middle
+    of."""
+    freeze = process.Run.freeze
+    told: list[object] = []
+
+    def interrupted(run: process.Run) -> None:
+        told.append(own.is_alive())
+        for look in (own.list_domains, lambda: own.domain_get_state(ref)):
+            with pytest.raises(status.Interrupted):
+                look()
+        freeze(run)
+
+    with contextlib.closing(driver.QmpDriver(str(server.path))) as own:
+        [ref] = own.list_domains()
+        monkeypatch.setattr(process.Run, "freeze", interrupted)
+        own.domain_backup_start(ref, xml, 0)
+        assert told == [True]
+        own.domain_backup_stop(ref, 0)
+        assert own.list_domains() == [ref]

@@ -23,7 +23,7 @@ from tests import waiting
 from tests.live import branched, machines, places, scene, steps
 from tests.live.branched import CLUSTER, SIZE, Client
 from virtbackup.conf import backup_conf
-from virtbackup.qemu import block, branch, capabilities, domain, job, naming, process, verdict
+from virtbackup.qemu import block, branch, capabilities, domain, naming, process, starting, verdict
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
@@ -1082,7 +1082,7 @@ def test_a_stop_that_comes_once_the_disks_are_given_away(
 ) -> None:
     """QEMU is let do that, as otherwise only by libvirt, and is there yet: as in a migration whose
     other side runs already. It tells of it where another QEMU may write to the disk by then."""
-    monkeypatch.setattr(job, "_keeps", lambda *_: None)
+    monkeypatch.setattr(starting, "why_kept", lambda *_: None)
     one = client(tmp_path, ENGINES[-1])  # its own
     one.start(type="full")
     machine.probe("migrate", uri="exec:cat >/dev/null")

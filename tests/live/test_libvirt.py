@@ -1374,6 +1374,8 @@ def test_the_same_calls_on_libvirts_own_engine(
 ) -> None:
     with virtbackup.open(f"{host.daemon.uri}&native=yes") as native:
         domain = native.lookupByName("two")
+        with pytest.raises(virtbackup.Error, match="No such file or directory"):
+            domain.backupStart(document(host).replace(f"{socket(host)}", "/nowhere/nbd.sock"))
         domain.backupStart(document(host))
         assert two.libvirt.jobStats()["operation"] == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
         assert right(host)

@@ -263,8 +263,21 @@ def test_a_port_that_is_listened_on_is_taken(host: str) -> None:
             accepted.close()
             assert client.recv(1) == b""
     assert not nbdserver.is_taken(address)
-    for other in (backup_conf.IpAddress("localhost", address.port), backup_conf.UnixAddress("/x")):
-        assert not nbdserver.is_taken(other)
+    assert not nbdserver.is_taken(backup_conf.IpAddress("localhost", address.port))
+
+
+def test_a_path_that_is_listened_at_is_taken(tmp_path: pathlib.Path) -> None:
+    """Who asks is no client of the server."""
+    address = backup_conf.UnixAddress(str(tmp_path / "socket"))
+    assert not nbdserver.is_taken(address)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address.path)
+        server.listen()
+        assert nbdserver.is_taken(address)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert not nbdserver.is_taken(address)
 
 
 @pytest.mark.parametrize("kind", ["unix", "ip"])

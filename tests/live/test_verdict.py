@@ -2,7 +2,9 @@
 """Stop tells the truth, and what runs outlives the process that started it."""
 
 import contextlib
+import dataclasses
 import gc
+import itertools
 import json
 import pathlib
 import signal
@@ -427,10 +429,22 @@ def test_cleanup_leaves_what_runs_by_another_monitor(tmp_path: pathlib.Path) -> 
         before = machine.state()
         dom.backupStart(unix(tmp_path))
         running = machine.state()
-        for refused in (same.backupCleanup, lambda: same.backupStart(unix(tmp_path))):
-            with pytest.raises(virtbackup.Error, match="runs by another monitor") as caught:
-                refused()
+        file = status.StatusFile(str(machine.qmp))
+        found = file.load()
+        assert found is not None
+        calls: tuple[Callable[[], object], ...] = (
+            same.backupCleanup,
+            lambda: same.backupStart(unix(tmp_path)),
+            lambda: same.branchDelete("nightly"),
+        )
+        ending = dataclasses.replace(found, phase="stopping")
+        for now, call in itertools.product((found, ending), calls):
+            with file.locked():
+                file.save(now)
+                with pytest.raises(virtbackup.Error, match="runs by another monitor") as caught:
+                    call()
             assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        file.save(found)
         assert machine.state() == running
         dom.backupStop()
         assert machine.state() == before

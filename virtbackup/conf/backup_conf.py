@@ -110,7 +110,11 @@ class BackupDef:
         VIR_ERR_INTERNAL_ERROR (where the patch used it), with line and element; the texts are the
         patch's where it had one.
         """
-        root = xml.parse(document, "domainbackup")
+        return cls.parse_node(xml.parse(document, "domainbackup"))
+
+    @classmethod
+    def parse_node(cls, root: etree._Element) -> "BackupDef":
+        """As ``parse``, of a document that is read already."""
         if not xml.is_valid(root, SCHEMA):
             _refuse_with_the_patchs_text(root)
             raise xml.explain(root, SCHEMA)
@@ -127,9 +131,9 @@ class BackupDef:
         with xml.writing():
             _format_address(self.address, root)
             if self.branch is not None:
-                _format_branch(self, root)
+                xml.append(root, "branch", name=self.branch, advance=self.advance, fork=self.fork)
             if self.disks:
-                disks = etree.SubElement(root, "disks")
+                disks = xml.append(root, "disks")
                 for disk in self.disks:
                     _format_disk(disk, disks)
         return xml.indented(root)
@@ -205,7 +209,7 @@ def _child(element: etree._Element, name: str) -> etree._Element:
 
 def _parse_address(element: etree._Element) -> Address:
     host, port, path = (element.get(name) for name in ("host", "port", "path"))
-    tls, autoport = _yes(element.get("tls")), _yes(element.get("autoport"))
+    tls, autoport = xml.yes(element.get("tls")), xml.yes(element.get("autoport"))
     if element.get("type") == "ip":
         if host is None or (port is None and not autoport):
             raise xml.xml_error("both host and port must be specified for ip address type", element)
@@ -226,10 +230,6 @@ def _parse_address(element: etree._Element) -> Address:
     return UnixAddress(path, tls)
 
 
-def _yes(text: str | None) -> bool | None:
-    return None if text is None else text == "yes"
-
-
 def _bad_port(text: str, element: etree._Element) -> errors.Error:
     return xml.report(
         libvirt.VIR_ERR_INTERNAL_ERROR,
@@ -247,7 +247,7 @@ def unbracketed(host: str) -> str:
 def _parse_branch(element: etree._Element) -> dict[str, typing.Any]:
     """The fields of a ``BackupDef`` that its branch says."""
     name, fork = _branch_name(str(element.get("name")), element), element.get("fork")
-    advance = None if element.get("advance") is None else element.get("advance") == "yes"
+    advance = xml.yes(element.get("advance"))
     if fork is not None:
         if fork == name:
             raise xml.xml_error(f"branch '{name}' cannot be its own fork", element)
@@ -284,7 +284,6 @@ def _wrong_in_branch_name(name: str) -> str | None:
 
 def _parse_disk(element: etree._Element) -> BackupDiskDef:
     name = str(element.get("name"))
-    present = element.get("present")
     source = element.find("source")
     bitmap = element.find("bitmap")
     exportname, exportbitmap = element.get("exportname"), element.get("exportbitmap")
@@ -303,7 +302,7 @@ def _parse_disk(element: etree._Element) -> BackupDiskDef:
         )
     return BackupDiskDef(
         name=name,
-        present=None if present is None else present == "yes",
+        present=xml.yes(element.get("present")),
         type=typing.cast("DiskType | None", element.get("type")),
         source=None if source is None else storage_conf.Source.parse(source),
         granularity=None if bitmap is None else _parse_granularity(bitmap, name),
@@ -387,50 +386,29 @@ def _refuse_disk(disk: etree._Element) -> None:
 
 
 def _format_address(address: Address, parent: etree._Element) -> None:
-    values: dict[str, str | None]
     match address:
-        case IpAddress(host, port, _, autoport):
-            number = None if port is None else str(port)
-            picks = autoport if number else True
-            values = {"type": "ip", "host": host, "port": number, "autoport": _yesno(picks)}
-        case UnixAddress(path):
-            values = {"type": "unix", "path": path}
-    values["tls"] = _yesno(address.tls)
-    given = {name: value for name, value in values.items() if value is not None}
-    etree.SubElement(parent, "address", given)
-
-
-def _yesno(value: bool | None) -> str | None:
-    return None if value is None else "yes" if value else "no"
-
-
-def _format_branch(definition: BackupDef, parent: etree._Element) -> None:
-    values = {
-        "name": definition.branch,
-        "advance": _yesno(definition.advance),
-        "fork": definition.fork,
-    }
-    given = {name: value for name, value in values.items() if value is not None}
-    etree.SubElement(parent, "branch", given)
+        case IpAddress(host, port, tls, autoport):
+            picks = True if port is None else autoport
+            xml.append(parent, "address", type="ip", host=host, port=port, autoport=picks, tls=tls)
+        case UnixAddress(path, tls):
+            xml.append(parent, "address", type="unix", path=path, tls=tls)
 
 
 def _format_disk(disk: BackupDiskDef, parent: etree._Element) -> None:
-    element = etree.SubElement(parent, "disk", name=disk.name)
-    if disk.present is not None:
-        element.set("present", "yes" if disk.present else "no")
-    if disk.type is not None:
-        element.set("type", disk.type)
-    if disk.reason is not None:
-        element.set("reason", disk.reason)
-    if disk.exportname is not None:
-        element.set("exportname", disk.exportname)
-    if disk.exportbitmap is not None:
-        element.set("exportbitmap", disk.exportbitmap)
+    element = xml.append(
+        parent,
+        "disk",
+        name=disk.name,
+        present=disk.present,
+        type=disk.type,
+        reason=disk.reason,
+        exportname=disk.exportname,
+        exportbitmap=disk.exportbitmap,
+    )
     if disk.source is not None:
         disk.source.format(element)
     if disk.granularity is not None:
-        size = storage_conf.format_size(disk.granularity)
-        etree.SubElement(element, "bitmap", granularity=size)
+        xml.append(element, "bitmap", granularity=storage_conf.format_size(disk.granularity))
 
 
 # --- the running backup, as backupGetInfo tells it ---

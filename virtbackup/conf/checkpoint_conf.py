@@ -96,11 +96,11 @@ def _parse_disk(element: etree._Element) -> CheckpointDiskDef:
 
 
 def _format_disk(disk: CheckpointDiskDef, parent: etree._Element) -> None:
-    values = {
-        "name": disk.name,
-        "checkpoint": disk.checkpoint,
-        "bitmap": disk.bitmap,
-        "size": None if disk.size is None else str(disk.size),
-    }
-    given = {name: value for name, value in values.items() if value is not None}
-    etree.SubElement(parent, "disk", given)
+    xml.append(
+        parent,
+        "disk",
+        name=disk.name,
+        checkpoint=disk.checkpoint,
+        bitmap=disk.bitmap,
+        size=disk.size,
+    )

@@ -46,7 +46,10 @@ def dialect(document: str) -> Dialect:
 
     Errors: VIR_ERR_XML_ERROR for a document that is none (``xml.parse``), or is in both.
     """
-    root = xml.parse(document, "domainbackup")
+    return _dialect(xml.parse(document, "domainbackup"))
+
+
+def _dialect(root: etree._Element) -> Dialect:
     proposal, native = _mark(root, "proposal"), _mark(root, "native")
     if proposal is not None and native is not None:
         (ours, element), (theirs, other) = proposal, native
@@ -71,8 +74,9 @@ def _mark(root: etree._Element, of: Dialect) -> tuple[str, etree._Element] | Non
 
 def read(document: str, domain: Domain) -> backup_conf.BackupDef:
     """What a document in either dialect asks for. Errors: as ``translate.translate``."""
-    if dialect(document) == "proposal":
-        return backup_conf.BackupDef.parse(document)
+    root = xml.parse(document, "domainbackup")
+    if _dialect(root) == "proposal":
+        return backup_conf.BackupDef.parse_node(root)
     from virtbackup.conf import translate
 
     return translate.read_native(document, domain)

@@ -297,7 +297,7 @@ def _refuse_port(server: etree._Element) -> None:
 
 
 def _parse_server(element: etree._Element) -> Server:
-    tls = _yes(element.get("tls"))
+    tls = xml.yes(element.get("tls"))
     match element.get("transport"):
         case "unix":
             socket = str(element.get("socket"))
@@ -310,10 +310,6 @@ def _parse_server(element: etree._Element) -> Server:
         case _:
             name = backup_conf.unbracketed(str(element.get("name")))
             return TcpServer(name, int(element.get("port", "0")) or None, tls)
-
-
-def _yes(text: str | None) -> bool | None:
-    return None if text is None else text == "yes"
 
 
 def _parse_incremental(element: etree._Element) -> str:
@@ -338,7 +334,7 @@ def _parse_disk(element: etree._Element, mode: Mode) -> BackupDiskDef:
     index = element.get("index")
     disk = BackupDiskDef(
         name=name,
-        backup=_yes(element.get("backup")),
+        backup=xml.yes(element.get("backup")),
         type=typing.cast("DiskType | None", element.get("type")),
         backupmode=typing.cast("BackupMode | None", element.get("backupmode")),
         incremental=element.get("incremental"),
@@ -409,40 +405,29 @@ def _parse_image(disk: etree._Element, mode: Mode) -> Image | None:
 
 
 def _format_server(server: Server, parent: etree._Element) -> None:
-    values: dict[str, str | None]
-    tls = _yesno(server.tls)
     match server:
-        case TcpServer(name, port):
-            shown = None if port is None else str(port)
-            values = {"transport": "tcp", "tls": tls, "name": name, "port": shown}
-        case UnixServer(socket):
-            values = {"transport": "unix", "tls": tls, "socket": socket}
-        case FdServer(fdgroup):
-            values = {"transport": "fd", "tls": tls, "fdgroup": fdgroup}
-    etree.SubElement(parent, "server", _given(values))
-
-
-def _yesno(value: bool | None) -> str | None:
-    return None if value is None else "yes" if value else "no"
-
-
-def _given(values: dict[str, str | None]) -> dict[str, str]:
-    return {name: value for name, value in values.items() if value is not None}
+        case TcpServer(name, port, tls):
+            xml.append(parent, "server", transport="tcp", tls=tls, name=name, port=port)
+        case UnixServer(socket, tls):
+            xml.append(parent, "server", transport="unix", tls=tls, socket=socket)
+        case FdServer(fdgroup, tls):
+            xml.append(parent, "server", transport="fd", tls=tls, fdgroup=fdgroup)
 
 
 def _format_disk(disk: BackupDiskDef, mode: Mode, parent: etree._Element) -> None:
-    values = {
-        "name": disk.name,
-        "backup": _yesno(disk.backup),
-        "state": disk.state,
-        "type": disk.type,
-        "backupmode": disk.backupmode,
-        "incremental": disk.incremental,
-        "exportname": disk.exportname,
-        "exportbitmap": disk.exportbitmap,
-        "index": None if disk.index is None else str(disk.index),
-    }
-    element = etree.SubElement(parent, "disk", _given(values))
+    element = xml.append(
+        parent,
+        "disk",
+        name=disk.name,
+        backup=disk.backup,
+        state=disk.state,
+        type=disk.type,
+        backupmode=disk.backupmode,
+        incremental=disk.incremental,
+        exportname=disk.exportname,
+        exportbitmap=disk.exportbitmap,
+        index=disk.index,
+    )
     if disk.driver is not None:
         etree.SubElement(element, "driver", type=disk.driver)
     if disk.image is not None:

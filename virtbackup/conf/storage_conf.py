@@ -28,9 +28,7 @@ class Source:
     def parse(cls, element: etree._Element) -> "Source":
         """Read a ``<source>`` that the schema found well-shaped."""
         reserve = element.get("reserve")
-        source = cls(
-            element.get("file"), element.get("dir"), None if reserve is None else reserve == "yes"
-        )
+        source = cls(element.get("file"), element.get("dir"), xml.yes(reserve))
         both = source.file is not None and source.dir is not None
         neither = source.file is None and source.dir is None and reserve is None
         if both or neither:
@@ -45,13 +43,7 @@ class Source:
 
     def format(self, parent: etree._Element) -> None:
         """Append the ``<source>`` to PARENT."""
-        element = etree.SubElement(parent, "source")
-        if self.file is not None:
-            element.set("file", self.file)
-        if self.dir is not None:
-            element.set("dir", self.dir)
-        if self.reserve is not None:
-            element.set("reserve", "yes" if self.reserve else "no")
+        xml.append(parent, "source", file=self.file, dir=self.dir, reserve=self.reserve)
 
 
 SIZE = r"[0-9]{1,19} *([bB]|bytes|[kKmMgGtT]([iI]?[bB])?)?"

@@ -166,6 +166,23 @@ def writing() -> Iterator[None]:
         raise xml_error("a name or a path holds characters that XML cannot carry") from failure
 
 
+def yes(text: str | None) -> bool | None:
+    """What an attribute says that is ``yes`` or ``no``; None: it is left out."""
+    return None if text is None else text == "yes"
+
+
+def append(parent: etree._Element, tag: str, /, **attributes: str | int | None) -> etree._Element:
+    """Append an element to PARENT, with those of ATTRIBUTES that are not None: ``yes`` and ``no``
+    for the two truths."""
+    element = etree.SubElement(parent, tag)
+    for name, value in attributes.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        if value is not None:
+            element.set(name, str(value))
+    return element
+
+
 def is_carried(text: str) -> bool:
     """Whether a document can hold TEXT."""
     return not _NOT_XML.search(text)

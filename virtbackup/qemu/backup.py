@@ -155,10 +155,10 @@ class BackupPlan:
 
     def scratch_command(self, disk: DiskPlan, filename: str) -> monitor_json.Command:
         """Open the new image: over the live disk where it is going to be exported itself."""
-        names = disk.scratch, disk.scratch_file, filename
-        if disk.access is not None:
-            return monitor_json.blockdev_add_scratch(*names)
-        return self.dialect.blockdev_add(monitor_json.blockdev_add_overlay(*names, disk.node))
+        over = disk.node if disk.access is None else None
+        return self.dialect.blockdev_add(
+            monitor_json.blockdev_add_scratch(disk.scratch, disk.scratch_file, filename, over)
+        )
 
     def transaction(self) -> monitor_json.Command:
         """The instant: all jobs begin, or none. The bitmaps that record from then on begin before
@@ -325,7 +325,8 @@ def plan(
         assert medium is not None
         _check_disk(wanted, found[wanted.name], medium, state, caps, engine)
         assert wanted.exportname is not None
-        scratch = naming.scratch_node(backup, len(disks))
+        number = len(disks)
+        scratch = naming.scratch_node(backup, number)
         wanted = dataclasses.replace(
             wanted,
             source=(wanted.source or storage_conf.Source()).placed(scratch_dir),
@@ -335,12 +336,11 @@ def plan(
         if line is not None:
             wanted = _choose(wanted, line)
         placed.append(wanted)
-        number = len(disks)
         plan = _disk(wanted, found[wanted.name], engine, caps, backup, number, state)
         if line is not None:
             assert definition.branch is not None
             copies = gives_way or capabilities.BUSY_BITMAP_ABORT.affects(caps.version)
-            plan = _with_branch(plan, definition.branch, wanted, line, backup, number, copies)
+            plan = _with_branch(plan, definition.branch, wanted, line, backup, copies)
         disks.append(dataclasses.replace(plan, guards=_guards(plan, caps, state.graph)))
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials, gives_way)
@@ -413,12 +413,12 @@ def _with_branch(
     wanted: backup_conf.BackupDiskDef,
     line: branch.Line,
     backup: naming.BackupId,
-    number: int,
     copies: bool,
 ) -> DiskPlan:
     """PLAN with a branch; COPIES: the branch's own bitmap is not exported, but a copy of it."""
     assert wanted.granularity is not None
-    step = branch.step(name, line, naming.next_bitmap(backup, number, name), wanted.granularity)
+    next = naming.next_bitmap(backup, plan.number, name)
+    step = branch.step(name, line, next, wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
     copied = wanted.exportbitmap
     if copies:

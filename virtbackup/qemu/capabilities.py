@@ -287,13 +287,8 @@ class Capabilities:
     @property
     def breaks_snapshot(self) -> bool:
         """A scratch image that fails can be made to break the backup instead of the guest: QEMU
-        has the option, and a way to find out afterwards that it happened (``probe_driver``)."""
-        return {"on-cbw-error", self.probe_driver} <= self.features
-
-    @property
-    def probe_driver(self) -> str:
-        """A format without backing files that reads its node's first sector when it is opened."""
-        return "bochs"
+        has the option, and a way to find out afterwards that it happened (``probe``)."""
+        return {"on-cbw-error", monitor_json.PROBE_DRIVER} <= self.features
 
     @property
     def write_threshold(self) -> bool:

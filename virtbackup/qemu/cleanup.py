@@ -217,8 +217,7 @@ def remove_outside(left: status.Status) -> list[str]:
 def remove_files(left: status.Status) -> list[str]:
     """Remove the scratch images that have a name; a line for each. It is warned of those that
     cannot be."""
-    paths = [disk.path for disk in left.disks if disk.path is not None and _is_image_of(disk)]
-    removed = [f"scratch image '{path}'" for path in paths if scratch.remove(path)]
+    removed = [f"scratch image '{path}'" for path in _paths(left) if scratch.remove(path)]
     for path in _paths(left):
         sweep.left_logger.warning(
             "scratch image '%s' of backup %s cannot be removed, and is left", path, left.id

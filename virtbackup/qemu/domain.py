@@ -38,6 +38,8 @@ _STREAM_POLL = 0.02
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
 """Where QEMU has its devices, those with an id and those without."""
+_OBJECTS = "/objects"
+"""Where it has what else its user has made."""
 _PASSED_THROUGH = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = re.compile(r"(vhost-user-(blk|scsi)|vhost-scsi)(-|$)")
 """Types of devices whose disks QEMU does not read and write itself."""
@@ -173,72 +175,98 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
     return _STATES.get(now.status, (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER))
 
 
-def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
-    """Everything a plan needs to know of QEMU's block layer; BITMAPS: of every image, too.
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the block layer shows at one moment; None is what cannot be asked for."""
 
-    Errors: ``named_nodes``'s.
-    """
-    qemu, caps = session.qemu, session.capabilities
-    spoken = dialect.Dialect(caps)
-    queries = [spoken.query_jobs()]
+    jobs: Mapping[naming.JobId, monitor_json.Job]
+    exports: Mapping[naming.ExportId, monitor_json.Export] | None
+    graph: block.Graph | None
+    drives: Any
+    """The reply to ``query-block``."""
+    state: monitor_json.RunState | None
+
+
+def _queries(caps: capabilities.Capabilities) -> list[monitor_json.Command]:
+    """What is asked to see it."""
+    queries = [dialect.Dialect(caps).query_jobs()]
     if caps.block_exports:
         queries.append(monitor_json.query_block_exports())
     if caps.block_graph:
         queries.append(monitor_json.query_block_graph())
     if caps.devices:
         queries += [monitor_json.query_block(), monitor_json.query_status()]
-    # Whoever gives the disks their names tells of these devices, too.
-    lists = []
-    if caps.devices and "qom-list" in caps.commands and session.known is None:
-        lists = list(map(monitor_json.qom_list, _DEVICES))
-    told = qemu.execute_each([*queries, *lists])
-    types = _types(told[len(queries) :])
-    replies = iter(monitor.all_done(told[: len(queries)]))
-    running = spoken.parse_jobs(next(replies))
-    exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else {}
-    graph = block.parse_graph(next(replies)) if caps.block_graph else None
+    return queries
+
+
+def _seen(caps: capabilities.Capabilities, told: list[Any]) -> _Seen:
+    """What was TOLD to ``_queries``. Errors: the first CommandFailed in it."""
+    replies = iter(monitor.all_done(told))
+    return _Seen(
+        dialect.Dialect(caps).parse_jobs(next(replies)),
+        monitor_json.parse_exports(next(replies)) if caps.block_exports else None,
+        block.parse_graph(next(replies)) if caps.block_graph else None,
+        next(replies) if caps.devices else None,
+        monitor_json.parse_status(next(replies)) if caps.devices else None,
+    )
+
+
+def ask(session: Session, bitmaps: bool = False) -> backup.BlockState:
+    """Everything a plan needs to know of QEMU's block layer; BITMAPS: of every image, too.
+
+    Errors: ``named_nodes``'s.
+    """
+    qemu, caps = session.qemu, session.capabilities
+    queries = _queries(caps)
+    places: list[str] = []
+    if caps.devices and "qom-list" in caps.commands:
+        # Whoever gives the disks their names tells of the devices, too.
+        places += _DEVICES if session.known is None else ()
+        places += [_OBJECTS] if capabilities.NBD_IOTHREAD_ABORT.affects(caps.version) else []
+    told = qemu.execute_each([*queries, *map(monitor_json.qom_list, places)])
+    types = _types(places, told[len(queries) :])
+    seen = _seen(caps, told[: len(queries)])
     strangers: tuple[block.Disk, ...] = ()
-    if caps.devices:
-        drives = next(replies)
-        disks = block.with_parts(block.parse_block(drives, session.targets), graph)
-        if session.known is not None:
-            known = {disk.qom_path for disk in disks}
-            strangers = tuple(
-                disk for disk in block.parse_block(drives)
-                if disk.qom_path and disk.qom_path not in known
-            )  # fmt: skip
-        run_state = monitor_json.parse_status(next(replies))
-        runs, io_error = run_state.running, _is_paused_by_error(qemu, run_state, disks)
-    else:
-        disks = block.disks_of_nodes(named_nodes(qemu, caps, flat=False), graph)
+    if seen.state is None:
+        disks = block.disks_of_nodes(named_nodes(qemu, caps, flat=False), seen.graph)
         runs = io_error = False
-    iothreads = {}
-    if caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version):
-        iothreads = _iothreads(qemu, caps, disks)
+    else:
+        disks, strangers = _drives(session, seen)
+        runs, io_error = seen.state.running, _is_paused_by_error(qemu, seen.state, disks)
+    iothreads = _iothreads(qemu, caps, disks, types)
     synchronous: frozenset[str] = frozenset()
     if capabilities.SYNCHRONOUS_WRITER.affects(caps.version):
         synchronous = _synchronous(qemu, disks)
     nodes: dict[naming.NodeName, block.Medium] = {}
     filtered = any(disk.medium and disk.medium.driver in block.FILTERS for disk in disks)
-    wanted = (
-        graph is None or (filtered and caps.guards(filtered)) or _may_be_twins(disks, strangers)
-    )
+    wanted = seen.graph is None or (filtered and caps.guards(filtered))
+    wanted = wanted or _may_be_twins(disks, strangers)
     if bitmaps or (wanted and named_nodes_are_safe(qemu, caps)):
         nodes = named_nodes(qemu, caps)
     return backup.BlockState(
-        disks, running, exports, graph, runs, iothreads, io_error, synchronous, nodes, strangers,
-        passed_through(disks, session.known, types), _replayed(qemu, caps, disks),
+        disks, seen.jobs, seen.exports or {}, seen.graph, runs, iothreads, io_error, synchronous,
+        nodes, strangers, passed_through(disks, session.known, types), _replayed(qemu, caps, disks),
         {path.rpartition("/")[2]: type for path, type in types.items() if _ELSEWHERE.match(type)},
     )  # fmt: skip
 
 
-def _types(lists: Iterable[Any]) -> dict[str, str]:
-    """A device's place in QEMU's object tree -> its type. LISTS are of ``_DEVICES``."""
+def _drives(session: Session, seen: _Seen) -> tuple[tuple[block.Disk, ...], tuple[block.Disk, ...]]:
+    """(The guest's disks, those that are known to nobody who gives them their names)."""
+    disks = block.with_parts(block.parse_block(seen.drives, session.targets), seen.graph)
+    if session.known is None:
+        return disks, ()
+    known = {disk.qom_path for disk in disks}
+    every = block.parse_block(seen.drives)
+    return disks, tuple(d for d in every if d.qom_path and d.qom_path not in known)
+
+
+def _types(places: Iterable[str], lists: Iterable[Any]) -> dict[str, str]:
+    """A device's or an object's place in QEMU's object tree -> its type. LISTS are of PLACES."""
     types: dict[str, str] = {}
-    for place, told in zip(_DEVICES, lists, strict=False):
+    for place, told in zip(places, lists, strict=True):
         match told:
             case monitor_json.CommandFailed(error_class="DeviceNotFound"):
-                pass  # no such device was ever made
+                pass  # nothing of the kind was ever made
             case monitor_json.CommandFailed():
                 raise told
             case _:
@@ -315,31 +343,22 @@ def check_known(
 
 def look(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> blockjob.Sight:
     """What has become of a backup, the reading of frozen disks not tried."""
-    spoken = dialect.Dialect(caps)
-    queries = [spoken.query_jobs()]
-    if caps.block_exports:
-        queries.append(monitor_json.query_block_exports())
-    if caps.block_graph:
-        queries.append(monitor_json.query_block_graph())
-    if caps.devices:
-        queries += [monitor_json.query_block(), monitor_json.query_status()]
-    told = qemu.execute_each(queries)
+    told = qemu.execute_each(_queries(caps))
     closed = _closed_image(told[-2]) if caps.devices else None
     if closed is not None:
         told[-2] = []
-    replies = iter(monitor.all_done(told))
-    running = spoken.parse_jobs(next(replies))
-    exports = monitor_json.parse_exports(next(replies)) if caps.block_exports else None
-    graph = block.parse_graph(next(replies)) if caps.block_graph else None
-    if not caps.devices:
-        return blockjob.Sight(running, exports, None, io_error=False, graph=graph)
-    disks = block.parse_block(next(replies))
-    if closed is not None:
-        return blockjob.Sight(running, exports, None, io_error=False, graph=graph, closed=closed)
-    drives = {disk.qom_path: disk for disk in disks if disk.qom_path}
-    now = monitor_json.parse_status(next(replies))
-    io_error = _is_paused_by_error(qemu, now, disks)
-    return blockjob.Sight(running, exports, drives, io_error=io_error, graph=graph)
+    seen = _seen(caps, told)
+    sight = blockjob.Sight(
+        seen.jobs, seen.exports, None, io_error=False, graph=seen.graph, closed=closed
+    )
+    if seen.state is None or closed is not None:
+        return sight
+    disks = block.parse_block(seen.drives)
+    return dataclasses.replace(
+        sight,
+        drives={disk.qom_path: disk for disk in disks if disk.qom_path},
+        io_error=_is_paused_by_error(qemu, seen.state, disks),
+    )
 
 
 def _closed_image(reply: Any) -> str | None:
@@ -479,13 +498,18 @@ def _replayed(
 
 
 def _iothreads(
-    qemu: monitor.Monitor, caps: capabilities.Capabilities, found: Iterable[block.Disk]
+    qemu: monitor.Monitor,
+    caps: capabilities.Capabilities,
+    found: Iterable[block.Disk],
+    types: Mapping[str, str],
 ) -> dict[str, str]:
-    """Disk -> its iothread. Of a node without a device QEMU does not say where it runs: where an
-    iothread exists at all, such a node is taken to be in it."""
-    if "qom-list" not in caps.commands:
-        return {}
-    iothreads = _iothread_objects(qemu)
+    """Disk -> its iothread, where that matters; TYPES of a guest's objects by their places. Of a
+    node without a device QEMU does not say where it runs: where an iothread exists at all, such a
+    node is taken to be in it."""
+    matters = caps.aborts_in_iothreads or capabilities.NBD_IOTHREAD_ABORT.affects(caps.version)
+    if not caps.devices and matters and "qom-list" in caps.commands:
+        types = _types([_OBJECTS], qemu.execute_each([monitor_json.qom_list(_OBJECTS)]))
+    iothreads = [path.rpartition("/")[2] for path, type in types.items() if type == "iothread"]
     if not iothreads:
         return {}
     if not caps.devices:
@@ -495,16 +519,6 @@ def _iothreads(
         for disk in found
         if disk.qom_path and (iothread := _iothread_of(qemu, disk.qom_path))
     }
-
-
-def _iothread_objects(qemu: monitor.Monitor) -> tuple[str, ...]:
-    try:
-        reply = qemu.execute(monitor_json.qom_list("/objects"))
-    except monitor_json.CommandFailed as failure:
-        if failure.error_class != "DeviceNotFound":
-            raise
-        return ()  # no object was ever made
-    return monitor_json.parse_iothread_objects(reply)
 
 
 def _iothread_of(qemu: monitor.Monitor, path: str) -> str | None:

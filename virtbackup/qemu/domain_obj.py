@@ -413,7 +413,7 @@ class _Watched:
         self._job = backup
         self.id = id
         self._host = host
-        self._qemu = backup.qemu_of(id)
+        self._qemu = None if host is None else backup.qemu_of(id)
         self._gone_since: float | None = None
         self._hearing = lifecycle.Hearing()
 

@@ -88,13 +88,14 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         self._trace: TextIO | None = None
         self._identity: domain.Identity | None = None
         self._file = file or status.StatusFile(os.path.realpath(path))
-        self._domain = domain_obj.DomainObj(self._file, self._session, engine, quiesce)
+        self._domain = domain_obj.DomainObj(self._file, self._connect, engine, quiesce)
         try:
             with self._session():
                 pass
         except monitor.NotListening:
-            if self._file.load() is None:
+            if (left := self._left()) is None:
                 raise
+            self._gone = left
 
     # --- the connection ---
 
@@ -118,6 +119,8 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
         try:
             with self._session():
                 return True
+        except status.Interrupted:
+            return True
         except errors.Error:
             return False
 
@@ -126,7 +129,16 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[domain.Session]:
-        """QEMU, for one call. Who it is is asked again only when another process answers."""
+        """QEMU, for one call. Errors, too: status.Interrupted, as the monitor serves the call that
+        a signal's handler is in the middle of."""
+        if self._file.is_taken_here():
+            raise status.Interrupted
+        with self._connect() as session:
+            yield session
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[domain.Session]:
+        """QEMU. Who it is is asked again only when another process answers."""
         with _qmp_border(), monitor.SocketMonitor(self._path, self._trace) as qemu:
             process = domain.process_of(qemu)
             if self._identity is None or process is None or process != self._identity.process:
@@ -142,8 +154,13 @@ class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):
             with self._session() as session:
                 return [session.ref]
         except monitor.NotListening:
-            left = self._file.load()
-            return [] if left is None else [hypervisor.DomainRef(left.name, left.uuid, None)]
+            left = self._left()
+            return [] if left is None else [left]
+
+    def _left(self) -> hypervisor.DomainRef | None:
+        """The domain, by its backup's status file."""
+        left = self._file.load()
+        return None if left is None else hypervisor.DomainRef(left.name, left.uuid, None)
 
     def domain_get_state(self, ref: hypervisor.DomainRef) -> tuple[int, int]:
         try:

@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import libvirt
 
@@ -27,7 +27,6 @@ from virtbackup.qemu import (
     cleanup,
     domain,
     ending,
-    image_lock,
     listener,
     monitor,
     naming,
@@ -35,6 +34,7 @@ from virtbackup.qemu import (
     process,
     qmp,
     scratch,
+    starting,
     status,
     verdict,
     watch,
@@ -104,31 +104,27 @@ class BackupJob:
             aligned = definition.align_disks(domain.definition(session.ref, state.disks))
             place = scratch.default_directory()
             caps = session.capabilities
-            keeps = _keeps(session, engine or caps.engine, aligned, state)
-            plan = backup.plan(aligned, state, caps, id, place, engine, tls, keeps is None)
+            kept = starting.why_kept(session, engine or caps.engine, aligned, state)
+            plan = backup.plan(aligned, state, caps, id, place, engine, tls, kept is None)
             process.check_address(plan.address)
             wanted = [scratch.Wanted(disk.target, disk.source, disk.size) for disk in plan.disks]
             scratch.check(wanted, asked)
             thresholds = _thresholds(wanted)
             if not caps.write_threshold:
                 thresholds = {}
-            starting = _starting(plan, thresholds, session, owner, state.io_error, keeps)
             fdsets = caps.fdsets and session.qemu.passes_files
             by_fd = fdsets and state.vcpus_run
-            tries = listener.TRIES
-            while True:
-                tries -= 1
-                takes = _takes_listener(session, plan)
-                uid = session.qemu.peer_uid()
+            takes, uid = _takes_listener(session, plan), session.qemu.peer_uid()
+            for more in reversed(range(listener.TRIES)):
                 with listener.reserve(plan.address, takes, uid) as where:
-                    run = process.Run(
-                        session, plan.listening_on(where.address), where, by_fd, thresholds, images
-                    )
+                    placed = plan.listening_on(where.address)
+                    run = process.Run(session, placed, where, by_fd, thresholds, images)
+                    noted = starting.status_of(run, owner, state.io_error, kept)
                     try:
-                        self._run(run, starting, quiesce)
+                        self._run(run, noted, quiesce)
                         return
                     except process.PortTaken:
-                        if not tries:
+                        if not more:
                             raise
 
     def look_after(self, running: status.Status) -> None:
@@ -392,14 +388,14 @@ class BackupJob:
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch from every disk. Errors: those of ``branches.delete``, and
-        VIR_ERR_OPERATION_INVALID while a backup of it runs."""
+        VIR_ERR_OPERATION_INVALID while a backup of it runs, or one that is not ours to end."""
         with self._file.locked(), self._connect() as session:
             _check_branches(session)
             left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
             self._check_no_backup_of(name, session, state, left)
-            if (left is None and state.traces()) or (left and self._is_stale(session, state, left)):
-                state = self._clear(session, left, bitmaps=True)
+            if left is None or self._is_stale(session, state, left):
+                state = self._cleared(session, state, left, bitmaps=True)
             branches.delete(session, state, name)
 
     def disks(self, session: domain.Session) -> tuple[block.Disk, ...]:
@@ -463,20 +459,10 @@ class BackupJob:
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
         for line in runtime.sweep():
             logger.info("left by a process that is gone, removed: %s", line)
-        if left is not None:
-            state = self._clear(session, left, bitmaps)
-        self._check_no_other(state)
-        if jobs := state.running_jobs():
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID,
-                f"another backup job is already running ('{jobs[0]}'), but there is no status of"
-                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
-            )
-        if state.traces():
-            return self._clear(session, None, bitmaps)
-        if unsafe is not None and left is None:
+        cleared = self._cleared(session, state, left, bitmaps)
+        if unsafe is not None and cleared is state:
             raise unsafe
-        return state
+        return cleared
 
     def _check_no_backup_of(
         self,
@@ -508,10 +494,10 @@ class BackupJob:
         )
 
     def _check_no_other(self, state: backup.BlockState) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU that was started over
-        another monitor of it, or over libvirt."""
-        shown = state.backups()
-        if not shown:
+        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU, or is just started or
+        ended, over another monitor of it, or over libvirt."""
+        shown, traces = state.backups(), state.traces()
+        if not traces:
             return
         for file, kept in status.of_other_versions_in(self._file.path.parent):
             if file != self._file.path and kept.id in shown:
@@ -521,14 +507,38 @@ class BackupJob:
                     f" there is no such monitor any more, remove '{file}' first",
                 )
         for file, other in status.all_in(self._file.path.parent):
-            runs = other.phase == "running" and other.id in shown
-            if file != self._file.path and runs and status.has_owner(file, other.owner):
+            if other.phase == "running":
+                is_theirs = other.id in shown and status.has_owner(file, other.owner)
+            else:
+                is_theirs = other.id in traces and status.is_locked(file)
+            if file != self._file.path and is_theirs:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
                     f" that one ends it; where there is no such monitor any more, remove '{file}'"
                     " first",
                 )
+
+    def _cleared(
+        self,
+        session: domain.Session,
+        state: backup.BlockState,
+        left: status.Status | None,
+        bitmaps: bool,
+    ) -> backup.BlockState:
+        """What QEMU has once all that a crash left is cleared away, of LEFT and without a status;
+        STATE where there is nothing. Errors: VIR_ERR_OPERATION_INVALID while a backup runs that is
+        none of ours, or whose status is lost."""
+        if left is not None:
+            state = self._clear(session, left, bitmaps)
+        self._check_no_other(state)
+        if jobs := state.running_jobs():
+            raise errors.error(
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                f"another backup job is already running ('{jobs[0]}'), but there is no status of"
+                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
+            )
+        return self._clear(session, None, bitmaps) if state.traces() else state
 
     def _clear(
         self, session: domain.Session, left: status.Status | None, bitmaps: bool
@@ -554,24 +564,18 @@ class BackupJob:
             )
         return untold + removed
 
-    def _run(
-        self,
-        run: process.Run,
-        starting: status.Status,
-        quiesce: agent.Agent | None,
-    ) -> None:
-        """Do the plan, or undo all of it."""
-        starting = dataclasses.replace(starting, definition=run.plan.definition.format())
+    def _run(self, run: process.Run, noted: status.Status, quiesce: agent.Agent | None) -> None:
+        """Do the plan, or undo all of it. NOTED is what is on disk of it."""
         try:
-            if starting.owner is not None:
+            if noted.owner is not None:
                 self._owning = self._file.owned()
-            self._file.save(starting)
+            self._file.save(noted)
             run.server()
             socket = cleanup.socket_inode(run.plan.address)
-            starting = dataclasses.replace(starting, server=True, socket=socket)
+            noted = dataclasses.replace(noted, server=True, socket=socket)
             run.scratch_images()
-            starting = _with_inodes(starting, run.inodes)
-            self._file.save(starting)
+            noted = starting.with_inodes(noted, run.inodes)
+            self._file.save(noted)
             if quiesce is None:
                 run.freeze()
             else:
@@ -580,38 +584,38 @@ class BackupJob:
             run.exports()
             run.check_server()
             if (refusal := run.give_way()) is not None:
-                starting = _keeping(starting, run.session, refusal)
-            starting = _with_changed(starting, run.changed())
-            running = dataclasses.replace(starting, phase="running")
+                noted = starting.keeping(noted, run.session, refusal)
+            noted = starting.with_changed(noted, run.changed())
+            running = dataclasses.replace(noted, phase="running")
             self._file.save(running)
             self._begun = running
         except BaseException as failure:
             watch.close_all(run.images)
             self._let_go()
             if isinstance(failure, process.ServerRefused):
-                starting = dataclasses.replace(starting, server=False)
-            starting = _with_inodes(starting, run.inodes)
-            self._undo(run.session, _without_others_files(starting, run.created))
+                noted = dataclasses.replace(noted, server=False)
+            noted = starting.with_inodes(noted, run.inodes)
+            self._undo(run.session, starting.without_others_files(noted, run.created))
             raise
-        logger.info("backup=%s started disks=%d", starting.id, len(starting.disks))
+        logger.info("backup=%s started disks=%d", noted.id, len(noted.disks))
 
-    def _undo(self, session: domain.Session, starting: status.Status) -> None:
+    def _undo(self, session: domain.Session, noted: status.Status) -> None:
         """After a failed start. Where the monitor broke, by a new one; else the next call will."""
         try:
-            cleanup.clean(session, starting, self._file)
+            cleanup.clean(session, noted, self._file)
         except (errors.Error, qmp.ProtocolError) as failure:
-            logger.warning("backup=%s undo: %s; trying again", starting.id, failure)
+            logger.warning("backup=%s undo: %s; trying again", noted.id, failure)
             session.qemu.close()  # a monitor serves one client at a time
             try:
                 with self._connect() as again:
-                    cleanup.clean(again, starting, self._file)
+                    cleanup.clean(again, noted, self._file)
             except monitor.NotListening:
-                cleanup.forget(starting, self._file)
+                cleanup.forget(noted, self._file)
             except errors.Error as lasting:
-                if _is_dead(starting.qemu):
-                    cleanup.forget(starting, self._file)
+                if _is_dead(noted.qemu):
+                    cleanup.forget(noted, self._file)
                 else:
-                    logger.warning("backup=%s left for backup-cleanup: %s", starting.id, lasting)
+                    logger.warning("backup=%s left for backup-cleanup: %s", noted.id, lasting)
 
     # --- stop and info ---
 
@@ -866,142 +870,11 @@ def _thresholds(wanted: Iterable[scratch.Wanted]) -> dict[str, int]:
     return thresholds
 
 
-def _starting(
-    plan: backup.BackupPlan,
-    thresholds: Mapping[str, int],
-    session: domain.Session,
-    owner: runtime.Process | None,
-    was_stopped: bool,
-    keeps: str | None,
-) -> status.Status:
-    """What is on disk while PLAN is being carried out; KEEPS: as ``_keeps``."""
-    wanted = {disk.name: disk for disk in plan.definition.disks}
-    starting = status.Status(
-        id=plan.id,
-        phase="starting",
-        name=session.ref.name,
-        uuid=session.ref.uuid,
-        definition=plan.definition.format(),
-        engine=plan.engine,
-        started=time.time(),
-        server=None,
-        socket=None,
-        qemu=session.process,
-        owner=owner,
-        given_up=None,
-        was_stopped=was_stopped,
-        cancelled=False,
-        advanced=False,
-        verdict=None,
-        told=False,
-        save_failure="backup",
-        save_reason=None,
-        branch=plan.definition.branch,
-        advances=plan.definition.advances,
-        disks=tuple(
-            status.DiskStatus(
-                target=disk.target,
-                size=disk.size,
-                node=disk.node,
-                device=disk.device,
-                image=disk.image,
-                stores=tuple(sorted(disk.stores)),
-                offset=disk.offset,
-                backing=disk.backing,
-                guards=disk.guards,
-                export=disk.export,
-                exportname=disk.exportname,
-                job=disk.job,
-                scratch_file=disk.scratch_file,
-                access=disk.access,
-                breaks_snapshot=disk.breaks_snapshot,
-                directory=os.path.realpath(scratch.place(disk.source)),
-                threshold=thresholds.get(disk.target),
-                path=scratch.name(disk.source, disk.opaque),
-                inode=None,
-                type=wanted[disk.target].type or "full",
-                type_reason=wanted[disk.target].reason,
-                branch=_branch(disk),
-            )
-            for disk in plan.disks
-        ),
-    )
-    return starting if keeps is None else _keeping(starting, session, keeps)
-
-
-def _keeping(starting: status.Status, session: domain.Session, reason: str) -> status.Status:
-    """The status of a backup whose disks QEMU is not made to give away, for REASON."""
-    refuses = session.capabilities.refuses_saves
-    if not refuses:
-        return dataclasses.replace(starting, save_failure=None if refuses is None else "backup")
-    return dataclasses.replace(starting, save_failure="save", save_reason=reason)
-
-
-def _keeps(
-    session: domain.Session,
-    engine: capabilities.Engine,
-    aligned: backup_conf.BackupDef,
-    state: backup.BlockState,
-) -> str | None:
-    """Why QEMU is not to be made to give its disks away in the middle of the backup; None: it is,
-    as somebody knows the domain who migrates and saves it. With the classic engine QEMU then keeps
-    the disks all the same, so whoever takes them over must be kept from them until it has ended."""
-    if session.known is None:
-        return "QEMU gives its disks away during a backup only where that was started over libvirt"
-    if not session.capabilities.gives_way(engine):
-        version = capabilities.dotted(session.capabilities.version)
-        return f"QEMU {version} cannot give its disks away during a backup (engine {engine})"
-    if engine == "hybrid":
-        return None
-    if session.pid is None:
-        return "the process of QEMU cannot be seen, nor who else is kept from its disks"
-    chosen = {disk.name for disk in aligned.disks if disk.present}
-    for disk in state.disks:
-        if disk.target not in chosen:
-            continue
-        if not disk.medium or not image_lock.is_kept(session.pid, disk.medium.filename):
-            return f"disk '{disk.target}' is no local file that only this QEMU can write to"
-    return None
-
-
 def _takes_listener(session: domain.Session, plan: backup.BackupPlan) -> bool:
     """Whether QEMU can be handed the NBD server's socket, and is in our network with it."""
     caps = session.capabilities
     takes = caps.takes_listener_for_tls if plan.credentials else caps.takes_listener
     return takes and session.qemu.passes_files and listener.same_network(session.pid)
-
-
-def _with_inodes(starting: status.Status, inodes: Mapping[str, int]) -> status.Status:
-    disks = (dataclasses.replace(disk, inode=inodes.get(disk.target)) for disk in starting.disks)
-    return dataclasses.replace(starting, disks=tuple(disks))
-
-
-def _branch(disk: backup.DiskPlan) -> status.BranchStatus | None:
-    if disk.step is None:
-        return None
-    return status.BranchStatus(disk.step.node, disk.step.keeps, disk.since, dirty=None)
-
-
-def _with_changed(starting: status.Status, changed: Mapping[str, int]) -> status.Status:
-    """Noted how many bytes of a disk have changed since its branch's last point."""
-    disks = tuple(
-        dataclasses.replace(
-            disk, branch=dataclasses.replace(disk.branch, dirty=changed[disk.target])
-        )
-        if disk.branch and disk.target in changed
-        else disk
-        for disk in starting.disks
-    )
-    return dataclasses.replace(starting, disks=disks)
-
-
-def _without_others_files(starting: status.Status, created: list[str]) -> status.Status:
-    """The status of a start that failed: files it did not come to create are not its own."""
-    disks = (
-        disk if disk.path in created else dataclasses.replace(disk, path=None)
-        for disk in starting.disks
-    )
-    return dataclasses.replace(starting, disks=tuple(disks))
 
 
 def _serves(running: status.Status) -> bool:

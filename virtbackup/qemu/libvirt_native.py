@@ -17,6 +17,7 @@ from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
 from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status, sweep
 
 _LOOK_AGAIN = 0.01
+_own_errors = libvirt_queries.own_errors
 
 
 def _image(disk: str) -> str:
@@ -77,6 +78,7 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     # --- backup ---
 
+    @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
         """Errors: those of ``native_job.begin``, libvirt's own."""
         quiesce = bool(flags & hypervisor.START_QUIESCE)
@@ -89,6 +91,7 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         if flags & hypervisor.START_AUTODESTROY:
             self._owned[ref.uuid] = ref, native
 
+    @_own_errors()
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
         _, begun = self._owned.get(ref.uuid, (None, None))
@@ -121,9 +124,11 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
         except errors.Error:
             return False
 
+    @_own_errors()
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         return self._proposal(ref).format()
 
+    @_own_errors()
     def domain_backup_get_info(
         self, ref: hypervisor.DomainRef, flags: int
     ) -> backup_conf.BackupInfo:

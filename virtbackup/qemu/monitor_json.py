@@ -246,11 +246,6 @@ def parse_children(reply: Any) -> dict[str, str]:
     }
 
 
-def parse_iothread_objects(reply: Any) -> tuple[str, ...]:
-    """The ids of the iothreads in a ``qom-list`` of ``/objects``."""
-    return tuple(name for name, type in parse_children(reply).items() if type == "iothread")
-
-
 def object_add(kind: str, id: str, wrapped: bool, **properties: Any) -> Command:
     """Make an object; WRAPPED: its properties are one argument. None is left out."""
     given = {k.replace("_", "-"): value for k, value in properties.items() if value is not None}
@@ -332,23 +327,14 @@ def parse_chardevs(reply: Any) -> tuple[str, ...]:
 # --- nodes ---
 
 
-def blockdev_add_overlay(
-    node: naming.NodeName, file: naming.NodeName, filename: str, backing: naming.NodeName
-) -> Command:
-    """Open the qcow2 image in FILENAME as NODE, its file as FILE, over the node BACKING."""
-    return _blockdev_add_scratch(node, file, filename, backing)
-
-
-def blockdev_add_scratch(node: naming.NodeName, file: naming.NodeName, filename: str) -> Command:
-    """Open the qcow2 image in FILENAME as NODE, its file as FILE, over nothing."""
-    return _blockdev_add_scratch(node, file, filename, None)
-
-
-def _blockdev_add_scratch(
+def blockdev_add_scratch(
     node: naming.NodeName, file: naming.NodeName, filename: str, backing: naming.NodeName | None
 ) -> Command:
-    """Never flushed: a scratch image need not outlive QEMU, and to delete one would wait for the
-    disk it is on, and the guest with it."""
+    """Open the qcow2 image in FILENAME as NODE, its file as FILE, over the node BACKING or nothing.
+
+    Never flushed: a scratch image need not outlive QEMU, and to delete one would wait for the disk
+    it is on, and the guest with it.
+    """
     protocol = {"driver": "file", "node-name": file, "filename": filename}
     cache = {"no-flush": True}  # its file's, too
     plain = _command("blockdev-add", driver="qcow2", node_name=node, file=protocol, cache=cache)
@@ -375,10 +361,16 @@ def blockdev_mirror(job: naming.JobId, node: naming.NodeName, target: naming.Nod
     return _command("blockdev-mirror", job_id=job, device=node, target=target, sync="none")
 
 
-def blockdev_add_probe(driver: str, node: naming.NodeName, file: naming.NodeName) -> Command:
-    """Open FILE, read-only, as an image of format DRIVER; see ``parse_probe``."""
+PROBE_DRIVER = "bochs"
+"""A format without backing files that reads its node's first sector when it is opened."""
+
+
+def blockdev_add_probe(node: naming.NodeName, file: naming.NodeName) -> Command:
+    """Open FILE, read-only, as an image that it is not; see ``parse_probe``."""
     sector = {"driver": "raw", "file": file, "size": 512}
-    return _command("blockdev-add", driver=driver, node_name=node, file=sector, read_only=True)
+    return _command(
+        "blockdev-add", driver=PROBE_DRIVER, node_name=node, file=sector, read_only=True
+    )
 
 
 _PROBE_WAS_READ = ("Image not in Bochs format", "Catalog size is too", "Extent size")
@@ -635,8 +627,9 @@ def nbd_server_add(device: str, name: str | None, bitmap: str | None = None) -> 
     return _command("nbd-server-add", device=device, name=name, bitmap=bitmap)
 
 
-def block_export_del(id: naming.ExportId, mode: Literal["safe", "hard"]) -> Command:
-    return _command("block-export-del", id=id, mode=mode)
+def block_export_del(id: naming.ExportId) -> Command:
+    """Also of one that a client reads."""
+    return _command("block-export-del", id=id, mode="hard")
 
 
 def query_block_exports() -> Command:

@@ -132,7 +132,7 @@ def clients(pid: int, address: backup_conf.Address) -> int:
 
 def listening(pid: int) -> tuple[backup_conf.Address, ...]:
     """Every address on which process PID listens; none where we may not look."""
-    own = set(runtime.sockets_of(pid).values())
+    own = _own(pid)
     unix = (line.split(maxsplit=7) for line in _lines(pid, "unix"))
     paths = {
         fields[7]
@@ -174,7 +174,7 @@ def is_reached(pid: int | None, address: backup_conf.Address) -> bool:
                 return False
     except OSError:
         return False
-    return any(_descriptors(pid, inode) for inode in _inodes(pid, address)[0])
+    return not _own(pid).isdisjoint(_inodes(pid, address)[0])
 
 
 def is_qemu(pid: int) -> bool:
@@ -186,18 +186,23 @@ def is_qemu(pid: int) -> bool:
 
 
 def is_taken(address: backup_conf.Address) -> bool:
-    """Whether somebody listens on ADDRESS, a port of an address by its number, here: by trying to.
-    The kernel's table of TCP sockets, which tells of all, takes milliseconds to be read."""
-    if isinstance(address, backup_conf.UnixAddress) or _number(address.host) is None:
-        return False
-    host, port = address.endpoint
+    """Whether somebody has ADDRESS, a path or a port of an address by its number, here: by trying
+    to. The kernel's tables, which tell of all sockets, may take milliseconds to be read."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over ended connections
-            probe.bind(found[0][4])
+        match address:
+            case backup_conf.UnixAddress(path):
+                # One of another type finds the server's, and is no client of it.
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                    probe.connect(path)
+            case backup_conf.IpAddress() if _number(address.host) is not None:
+                host, port = address.endpoint
+                numeric = socket.AI_NUMERICHOST
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=numeric)
+                with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over ended ones
+                    probe.bind(found[0][4])
     except OSError as failure:
-        return failure.errno == errno.EADDRINUSE
+        return failure.errno in (errno.EADDRINUSE, errno.EPROTOTYPE)
     return False
 
 
@@ -213,6 +218,8 @@ def answers(address: backup_conf.Address) -> bool:
                 with socket.socket(socket.AF_UNIX) as probe:
                     probe.settimeout(2)
                     probe.connect(path)
+    except BlockingIOError:
+        return True  # and as many wait to be taken on as may
     except OSError:
         return False
     return True
@@ -226,23 +233,26 @@ def _duplicates(pid: int, address: backup_conf.Address) -> Iterator[socket.socke
     import ctypes  # several milliseconds to load, and only a stop needs it
 
     syscall = ctypes.CDLL(None, use_errno=True).syscall
+    sockets = runtime.sockets_of(pid).items()
     with contextlib.suppress(OSError):
         process = os.pidfd_open(pid)
         try:
             for inode in (*listening, *connected):
-                for number in _descriptors(pid, inode):
+                for number in [number for number, found in sockets if found == inode]:
                     fd = syscall(_PIDFD_GETFD, process, number, 0)
-                    if fd >= 0:
-                        yield socket.socket(fileno=fd)
-                    else:
+                    if fd < 0:
                         logger.debug("pidfd_getfd fd=%d errno=%d", number, ctypes.get_errno())
+                    elif os.fstat(fd).st_ino == inode:
+                        yield socket.socket(fileno=fd)
+                    else:  # it was closed meanwhile, and the number is another file's
+                        os.close(fd)
         finally:
             os.close(process)
 
 
-def _descriptors(pid: int, inode: int) -> list[int]:
-    """The numbers by which process PID knows a socket; none where we may not look."""
-    return [number for number, found in runtime.sockets_of(pid).items() if found == inode]
+def _own(pid: int) -> set[int]:
+    """The sockets of process PID, by inode; none where we may not look."""
+    return set(runtime.sockets_of(pid).values())
 
 
 def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int]]:
@@ -254,9 +264,10 @@ def _inodes(pid: int, address: backup_conf.Address) -> tuple[list[int], list[int
             host, port = address.endpoint
             lines = [*_lines(pid, "tcp"), *_lines(pid, "tcp6")]
             listening, connected = _tcp_inodes(lines, _number(host), port)
-            if any(_descriptors(pid, inode) for inode in listening):
+            own = _own(pid)
+            if not own.isdisjoint(listening):
                 # Others may serve the same port of other addresses.
-                connected = [inode for inode in connected if _descriptors(pid, inode)]
+                connected = [inode for inode in connected if inode in own]
             return listening, connected
 
 
@@ -290,9 +301,9 @@ def _tcp_inodes(lines: list[str], host: IpNumber | None, port: int) -> tuple[lis
 
 
 def _number(host: str) -> IpNumber | None:
-    """The address that HOST is, if it is no name."""
+    """The address that HOST is, of whichever interface, if it is no name."""
     try:
-        return ipaddress.ip_address(host)
+        return _plain(ipaddress.ip_address(host.partition("%")[0]))
     except ValueError:
         return None
 
@@ -304,9 +315,14 @@ def _parse_place(text: str) -> backup_conf.IpAddress:
 
 
 def _parse_number(text: str) -> IpNumber:
-    """An address as proc(5) has it: words in the machine's byte order. What is IPv4 is told so."""
+    """An address as proc(5) has it: words in the machine's byte order."""
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
-    number = ipaddress.ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+    number = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+    return _plain(ipaddress.ip_address(number))
+
+
+def _plain(number: IpNumber) -> IpNumber:
+    """What is IPv4 is told so."""
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
     return mapped or number
 

@@ -7,26 +7,21 @@ refusal says whether it came to see the sector. The node is read-only, sees that
 gone at once should the sector happen to be such an image's.
 """
 
-from virtbackup.qemu import capabilities, monitor, monitor_json, naming
+from virtbackup.qemu import monitor, monitor_json, naming
 
 
-def read(
-    qemu: monitor.Monitor,
-    caps: capabilities.Capabilities,
-    frozen: naming.NodeName,
-    node: naming.NodeName,
-) -> str | None:
+def read(qemu: monitor.Monitor, frozen: naming.NodeName, node: naming.NodeName) -> str | None:
     """Why FROZEN cannot be read, None when it can; NODE is the probe's name.
 
     Errors: monitor.MonitorLost, VIR_ERR_OPERATION_TIMEOUT.
     """
     try:
-        qemu.execute(monitor_json.blockdev_add_probe(caps.probe_driver, node, frozen))
+        qemu.execute(monitor_json.blockdev_add_probe(node, frozen))
     except monitor_json.CommandFailed as failure:
         if not failure.desc.startswith("Duplicate nodes"):
             return monitor_json.parse_probe(failure)
         # Somebody died over the same question.
         qemu.execute(monitor_json.blockdev_del(node))
-        return read(qemu, caps, frozen, node)
+        return read(qemu, frozen, node)
     qemu.execute(monitor_json.blockdev_del(node))
     return None

@@ -13,6 +13,7 @@ import pathlib
 import pwd
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import libvirt
 
@@ -212,7 +213,7 @@ class Run:
         if not self.session.capabilities.devices:
             return
         graph = self._graph() if self.session.capabilities.block_graph else None
-        drives = self._drives()
+        drives = self._drives(self.qemu.execute(monitor_json.query_block()))
         there = {disk.target for disk, _, _ in drives}
         for disk in self.plan.disks:
             if disk.device and disk.target not in there:
@@ -234,11 +235,10 @@ class Run:
                     " the backup began",
                 ) from refusal
 
-    def _drives(self) -> list[tuple[backup.DiskPlan, block.Disk, block.Medium]]:
-        """Of each disk its drive, and what is in it. Those that were unplugged, or whose medium was
-        removed, are not there: the stop tells of them."""
-        found = block.parse_block(self.qemu.execute(monitor_json.query_block()))
-        drives = {drive.qom_path: drive for drive in found}
+    def _drives(self, told: Any) -> list[tuple[backup.DiskPlan, block.Disk, block.Medium]]:
+        """Of each disk its drive, by what was TOLD of all, and what is in it. Those that were
+        unplugged, or whose medium was removed, are not there: the stop tells of them."""
+        drives = {drive.qom_path: drive for drive in block.parse_block(told)}
         return [
             (disk, dataclasses.replace(drive, target=disk.target), drive.medium)
             for disk in self.plan.disks
@@ -257,28 +257,28 @@ class Run:
         Errors: VIR_ERR_OPERATION_FAILED, those of ``backup.check_owned``.
         """
         self._check_below()
-        if not self.session.capabilities.devices:
+        caps = self.session.capabilities
+        if not caps.devices:
             self._check_nodes()
             return
+        queries = [monitor_json.query_block()]
+        if caps.block_graph and any(disk.filter is None for disk in self.plan.disks):
+            # By its name the job's filter, which may be shown for the image, is not known.
+            queries.append(monitor_json.query_block_graph())
+        told = self.qemu.execute_all(queries)
         filtered = []
-        for disk, drive, medium in self._drives():
+        for disk, drive, medium in self._drives(told[0]):
             backup.check_owned(drive, None)
-            # The job's filter may be shown for the image.
             if medium.node in (disk.node, disk.filter):
                 continue
             if medium.driver not in block.FILTERS:
                 raise _other_image(disk, medium.node)
             filtered.append((disk, drive, medium.node))
-        self._check_filters(filtered)
-
-    def _check_filters(
-        self, filtered: list[tuple[backup.DiskPlan, block.Disk, naming.NodeName]]
-    ) -> None:
-        """Of disks with a filter at the root that need not be our job's, or not that alone: whether
-        there are only filters over what was frozen."""
-        if not filtered or not self.session.capabilities.block_graph:
+        # Of those with a filter that need not be our job's, or not that alone: whether there are
+        # only filters over what was frozen.
+        if not filtered or not caps.block_graph:
             return
-        graph = self._graph()
+        graph = block.parse_graph(told[1]) if told[1:] else self._graph()
         for disk, drive, root in filtered:
             if not graph.is_filtered(root, disk.node):
                 raise _other_image(disk, root)

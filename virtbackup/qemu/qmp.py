@@ -68,7 +68,7 @@ def encode(execute: str, arguments: Mapping[str, Any] | None, id: int) -> bytes:
     if arguments:
         message["arguments"] = arguments
     message["id"] = id
-    return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
+    return _ENCODER.encode(message).encode() + b"\r\n"
 
 
 class Parser:
@@ -193,6 +193,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _BEGINNINGS = (b"", b"{", b" ", b"\t", b"\r")
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a character, as JSON writes it: QEMU sends both halves."""

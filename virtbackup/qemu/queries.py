@@ -45,6 +45,8 @@ class QmpQueries:
 
     _domain: domain_obj.DomainObj
     _identity: domain.Identity | None
+    _gone: hypervisor.DomainRef | None = None
+    """The domain where there has been no QEMU of it yet, but in its backup's status file."""
 
     def __init__(self) -> None:
         self._events = events.Events(self._begin, self._end)
@@ -247,7 +249,9 @@ class QmpQueries:
 
     def _ref_now(self) -> hypervisor.DomainRef:
         """The domain; without an id where its QEMU is seen to have ended."""
-        assert self._identity is not None
+        if self._identity is None:
+            assert self._gone is not None
+            return self._gone
         ref, process = self._identity.ref, self._identity.process
         gone = process is not None and not runtime.is_alive(process)
         return dataclasses.replace(ref, id=None) if gone else ref

@@ -101,7 +101,7 @@ class DiskStatus:
     threshold: int | None
     """Bytes of the scratch image beyond which QEMU took a note; None: no need to."""
     path: str | None
-    """A file of ours that has a name for now; None once it has none."""
+    """What the scratch image is called while it has a name; None: it has, or will have, none."""
     inode: int | None
     """The scratch image's, once it is made."""
     type: backup_conf.DiskType
@@ -292,7 +292,7 @@ class StatusFile:
     def __init__(self, key: str, directory: pathlib.Path | None = None) -> None:
         stem = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
         self.path = (directory or runtime.directory()) / f"{stem}.json"
-        self._lock_path = self.path.with_suffix(".lock")
+        self._lock_path = _lock_path(self.path)
         self._partial = self.path.with_suffix(".partial")
         self._owner_path = _owner_path(self.path)
 
@@ -411,6 +411,15 @@ def has_owner(path: pathlib.Path, owner: runtime.Process | None) -> bool:
     if runtime.is_seen(owner):
         return runtime.is_alive(owner)
     return runtime.is_held(_owner_path(path))
+
+
+def is_locked(path: pathlib.Path) -> bool:
+    """Whether somebody has the lock of the domain whose status is at PATH."""
+    return runtime.is_held(_lock_path(path))
+
+
+def _lock_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".lock")
 
 
 def _owner_path(path: pathlib.Path) -> pathlib.Path:

@@ -100,7 +100,7 @@ class Sweeper:
                 self._wait("BLOCK_EXPORT_DELETED")
             ended = [] if attempt else [each for each in exports if not each.shutting_down]
             done, told = self._execute_each(
-                [monitor_json.block_export_del(export.id, "hard") for export in ended],
+                [monitor_json.block_export_del(export.id) for export in ended],
                 monitor_json.query_block_exports(),
             )
             removed += [f"export '{one.id}'" for one, gone in zip(ended, done, strict=True) if gone]
@@ -259,7 +259,7 @@ class Sweeper:
             if not self.caps.frees_beside_stuck_clients:
                 raise
         commands = [
-            *(monitor_json.block_export_del(e.id, "hard") for e in self._own_exports()),
+            *(monitor_json.block_export_del(e.id) for e in self._own_exports()),
             *(self._dialect.job_cancel(job) for job in self._own_jobs()),
         ]
         try:

@@ -169,7 +169,7 @@ def unreadable(
     for number, disk in _may_have_broken(running, sight):
         assert disk.access is not None
         node = naming.probe_node(running.id, number)
-        if reason := probe.read(session.qemu, session.capabilities, disk.access, node):
+        if reason := probe.read(session.qemu, disk.access, node):
             broken[disk.access] = reason
     return broken
 
