@@ -293,10 +293,19 @@ def test_an_interrupt_before_the_reader_begins(
     """It finds its socket closed then, which is no failure of the monitor's."""
     main = threading.get_ident()
     closed, read = threading.Event(), threading.Event()
+    struck: list[int] = []
+
+    def strike(number: int, frame: object) -> None:
+        if not struck:
+            struck.append(number)
+            raise KeyboardInterrupt
 
     class Late(threading.Thread):
         def _bootstrap(self) -> None:
-            signal.pthread_kill(main, signal.SIGINT)
+            # It does not wake a thread that is about to wait for a lock, and not yet asleep.
+            while not struck:
+                signal.pthread_kill(main, signal.SIGINT)
+                closed.wait(0.1)
             assert closed.wait(DEADLINE)
             super()._bootstrap()  # type: ignore[misc]
 
@@ -306,10 +315,14 @@ def test_an_interrupt_before_the_reader_begins(
 
     caplog.set_level(logging.DEBUG)
     with served(tmp_path, until_closed) as path:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading, "Thread", Late)
-            with pytest.raises(KeyboardInterrupt):
-                monitor.SocketMonitor(path)
+        handler = signal.signal(signal.SIGINT, strike)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading, "Thread", Late)
+                with pytest.raises(KeyboardInterrupt):
+                    monitor.SocketMonitor(path)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         closed.set()
         assert read.wait(DEADLINE)
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []

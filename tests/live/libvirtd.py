@@ -70,7 +70,7 @@ log_filters = "3:remote 4:event 3:util 3:rpc"
 
 # The parent of the daemon, and of the QEMUs that it leaves to themselves: libvirt waits until a
 # QEMU that has ended is gone, and who takes them away else, in a container, may take its time.
-_PARENT = """
+PARENT = """
 import ctypes, os, sys
 PR_SET_CHILD_SUBREAPER = 36
 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -128,7 +128,7 @@ class Libvirtd:
         script = _INSIDE.format(hidden=" ".join(HIDDEN))
         with (self.directory / "output").open("ab") as output:
             parent = subprocess.Popen(
-                [sys.executable, "-c", _PARENT,
+                [sys.executable, "-c", PARENT,
                  "unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-ec", script,
                  "sh", str(self.directory), self._hostname or socket.gethostname()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output,

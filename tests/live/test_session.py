@@ -6,6 +6,7 @@ import os
 import pathlib
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,28 +65,35 @@ def session() -> Iterator[Session]:
         pytest.skip("another user's session wants root")
     with tempfile.TemporaryDirectory(prefix="vb-session-", dir="/var/tmp") as name:
         one = Session(pathlib.Path(name))
-        for path in (one.directory, one.directory / "run"):
+        settings = one.directory / ".config" / "libvirt"
+        for path in (one.directory, one.directory / "run", settings.parent, settings):
             path.mkdir(exist_ok=True)
             path.chmod(0o700)
             shutil.chown(path, USER)
+        # No virtlogd, which would outlive all the rest by half a minute.
+        (settings / "qemu.conf").write_text('stdio_handler = "file"\n')
         try:
             done = one.run(sys.executable, "-c", "import virtbackup, libvirt_qemu, lxml, nbd")
         except PermissionError as error:
             pytest.skip(f"user '{USER}' may not run what is to be tested: {error}")
         if done.returncode != 0:
             pytest.skip(f"user '{USER}' may not read what is to be tested: {done.stderr}")
-        with subprocess.Popen(
-            ["libvirtd"], user=USER, group=pwd.getpwnam(USER).pw_gid, extra_groups=[],
-            env=one.environment, cwd=name, stderr=subprocess.DEVNULL,
-        ) as daemon:  # fmt: skip
-            try:
-                sockets = one.directory / "run" / "libvirt"
-                libvirtd.wait_for(lambda: (sockets / "libvirt-sock").is_socket())
-                yield one
-            finally:
-                for domain in one.virsh("list", "--name").split():
-                    one.virsh("destroy", domain)
-                daemon.terminate()
+        parent = subprocess.Popen(
+            [sys.executable, "-c", libvirtd.PARENT, "libvirtd"],
+            user=USER, group=pwd.getpwnam(USER).pw_gid, extra_groups=[],
+            env=one.environment, cwd=name, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert parent.stdout is not None
+        daemon = int(parent.stdout.readline())
+        try:
+            sockets = one.directory / "run" / "libvirt"
+            libvirtd.wait_for(lambda: (sockets / "libvirt-sock").is_socket())
+            yield one
+            for domain in one.virsh("list", "--name").split():
+                one.virsh("destroy", domain)
+        finally:
+            os.kill(daemon, signal.SIGTERM)
+            parent.communicate(timeout=libvirtd.DEADLINE)
 
 
 def test_backups_of_a_users_own_domain(session: Session) -> None:
