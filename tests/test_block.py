@@ -244,3 +244,16 @@ def test_what_images_say_of_theirs_is_the_same_told_flat() -> None:
     assert graph.backing_of(drive, {}) == expected
     assert graph.backing_of(flat[names[0]], flat) == expected
     assert graph.backing_of(medium(names[0], "m.qcow2"), {}) == expected[:1]
+
+
+def test_what_an_image_has_below_it_in_fact() -> None:
+    """QEMU may be given other images than those that the image itself names."""
+    [base, *_] = [one for one in recorded(VERSIONS[-1], "rest", "query-block") if "inserted" in one]
+    image = base["inserted"]["image"]
+    middle = {**image, "filename": "/m", "backing-filename": "https://b", "backing-image": image}
+    image = {**image, "backing-filename": "https://m", "backing-image": middle}
+    [disk] = block.parse_block([{**base, "inserted": {**base["inserted"], "image": image}}])
+    assert disk.medium
+    assert disk.medium.backing_files[:2] == ("https://m", "https://b")
+    assert disk.medium.below == ("/m", middle["backing-image"]["filename"])
+    assert not disk.medium.is_fetched

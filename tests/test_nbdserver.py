@@ -87,6 +87,15 @@ def test_a_server_that_takes_nobody_on_is_there(tmp_path: pathlib.Path) -> None:
     assert not nbdserver.answers(address)
 
 
+def test_a_server_of_datagrams_is_there(tmp_path: pathlib.Path) -> None:
+    """As that of a system's log, which QEMU would put its own socket in place of."""
+    address = backup_conf.UnixAddress(str(tmp_path / "log"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(address.path)
+        assert nbdserver.answers(address)
+    assert not nbdserver.answers(address)
+
+
 def test_a_descriptor_that_is_another_sockets_by_now(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

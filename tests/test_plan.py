@@ -422,8 +422,9 @@ def test_floppies_are_refused_where_qemu_would_stand_still(version: Any, dies: b
     [
         ({"filename": "https://host/a.img"}, True),
         ({"filename": 'json:{"driver": "raw", "file": {"driver": "http", "url": "u"}}'}, True),
-        ({"backing_files": ("/base", None, "ftp://host/c")}, True),
-        ({"backing_files": (None, "/http://host/c")}, False),
+        ({"below": ("/base", "", "ftp://host/c")}, True),
+        ({"below": ("/base", "/http://host/c")}, False),
+        ({"backing_files": ("https://host/a.img",), "below": ("nbd+unix:///?socket=a",)}, False),
     ],
 )
 def test_an_image_on_a_web_server_is_refused(changes: Any, refused: bool) -> None:

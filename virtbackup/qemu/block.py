@@ -71,6 +71,8 @@ class Medium:
     """Not given away, to a migration or a save; told since QEMU 10.0."""
     backing_files: tuple[str | None, ...] = ()
     """What the image itself says its backing image is, then what that says, and so on."""
+    below: tuple[str, ...] = ()
+    """The names of the images that it has below it in fact, which may be others."""
 
     @property
     def shown(self) -> str:
@@ -103,7 +105,7 @@ class Medium:
     @property
     def is_fetched(self) -> bool:
         """Whether QEMU has it, or an image below it, from a web or FTP server."""
-        return any(name and _FETCHED.match(name) for name in (self.filename, *self.backing_files))
+        return any(map(_FETCHED.match, (self.filename, *self.below)))
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -303,6 +305,7 @@ def _parse_medium(inserted: Any) -> Medium:
                 allocation if _is_size(allocation := image.get("actual-size")) else None,
                 inserted.get("active") is not False,
                 tuple(_backing_files(image)),
+                tuple(_below(image)),
             )
     raise _unexpected("info", inserted)
 
@@ -312,6 +315,12 @@ def _backing_files(image: Any) -> Iterator[str | None]:
         told = image.get("backing-filename")
         yield told if isinstance(told, str) else None
         image = image.get("backing-image")
+
+
+def _below(image: Any) -> Iterator[str]:
+    while isinstance(image := image.get("backing-image"), dict):
+        if isinstance(told := image.get("filename"), str):
+            yield told
 
 
 def _offset(filename: str) -> int:

@@ -218,10 +218,9 @@ def answers(address: backup_conf.Address) -> bool:
                 with socket.socket(socket.AF_UNIX) as probe:
                     probe.settimeout(2)
                     probe.connect(path)
-    except BlockingIOError:
-        return True  # and as many wait to be taken on as may
-    except OSError:
-        return False
+    except OSError as failure:
+        # As many wait to be taken on as may, or it is one of another kind, as of datagrams.
+        return failure.errno in (errno.EAGAIN, errno.EPROTOTYPE)
     return True
 
 
