@@ -417,8 +417,8 @@ def _with_branch(
 ) -> DiskPlan:
     """PLAN with a branch; COPIES: the branch's own bitmap is not exported, but a copy of it."""
     assert wanted.granularity is not None
-    next = naming.next_bitmap(backup, plan.number, name)
-    step = branch.step(name, line, next, wanted.granularity)
+    recording = naming.next_bitmap(backup, plan.number, name)
+    step = branch.step(name, line, recording, wanted.granularity)
     since = line.point if wanted.type == "incremental" else None
     copied = wanted.exportbitmap
     if copies:
