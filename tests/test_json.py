@@ -224,6 +224,14 @@ def test_a_picture_is_no_json(run: Run, tmp_path: pathlib.Path) -> None:
     assert not picture.exists()
 
 
+def test_a_map_of_a_backup_that_another_has_followed(run: Run) -> None:
+    """What was told of the first has a disk that the second has left out."""
+    start = "backup-start-as vm1 --unix=/nope/x.sock --disk=vda,present=yes"
+    status, out, err = run(f"{start}; backup-map vm1 --json")
+    assert (status, out) == (1, "Domain backup started\n")
+    assert "error: operation failed: cannot connect to export 'vda': " in err
+
+
 def test_a_pull_that_fails_by_our_own_fault_says_so(run: Run, tmp_path: pathlib.Path) -> None:
     made = tmp_path / "made"
     status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///bug")

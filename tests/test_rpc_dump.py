@@ -349,3 +349,20 @@ def test_what_has_taken_its_sockets_place_stays(tmp_path: pathlib.Path) -> None:
         assert virsh_backup.main(argv) == 0
         comes.result()
     assert path.read_text() == "theirs"
+
+
+def test_a_socket_that_is_gone_at_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s"
+    listen = transport.listen
+
+    def listen_and_lose(address: transport.Address) -> socket.socket:
+        made = listen(address)
+        path.unlink()
+        return made
+
+    monkeypatch.setattr(transport, "listen", listen_and_lose)
+    assert virsh_backup.main(["rpc-dump", "unix:/nope", f"--listen=unix:{path}"]) == 1
+    said = f"error: cannot listen on 'unix:{path}': No such file or directory\n"
+    assert capsys.readouterr().err == said

@@ -1006,3 +1006,13 @@ def test_a_signal_after_the_work(
         "error: interrupted\n",
     )
     assert out.read_bytes() == layered.shown[3]["vda"]
+
+    def written(links: Sequence[listing.Link], output: restore.Output, *_: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)  # while it is flushed, say
+        return restore.Restored(output, links[0].disk.size, 0, 0, "")
+
+    monkeypatch.setattr(restore, "_restore", written)
+    uri = f"nbd+unix:///?socket={tmp_path}/s"
+    told = points.call("backup-restore", str(layered.directory), uri, "--disk=vda")
+    assert told[0] == 130
+    assert f"that was too late: all is whole, in {uri}\n" in told[2]

@@ -122,6 +122,8 @@ def _sources_of_domain(
     found = exports.of(live)
     sources = []
     for disk in info.disks:
+        if disk.name not in found:  # another backup has followed the one that was asked of
+            continue
         context = exports.changes(live, disk.name) if disk.type == "incremental" else None
         ranges = functools.partial(blockmap.of_export, found[disk.name], context)
         sources.append(_MapSource(disk.name, disk.capacity or 0, context is not None, ranges))

@@ -42,11 +42,11 @@ def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             address = transport.Address("unix", path=str(directory / "libvirt-sock"))
         try:
             listening = stack.enter_context(transport.listen(address))
+            if address.kind == "unix":
+                stack.callback(transport.remove, address.path, os.lstat(address.path))
         except OSError as error:
             raise vsh.Failure(f"cannot listen on '{address}': {error.strerror}") from error
-        if address.kind == "unix":
-            stack.callback(transport.remove, address.path, os.lstat(address.path))
-        else:
+        if address.kind != "unix":
             address = dataclasses.replace(address, port=listening.getsockname()[1])
         stack.enter_context(interrupt.is_the_end())
         telling = _Lines(shell) if args.flag("json") else _Text(shell)
