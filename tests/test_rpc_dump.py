@@ -339,9 +339,9 @@ def test_what_has_taken_its_sockets_place_stays(tmp_path: pathlib.Path) -> None:
     def come() -> None:
         with server, socket.socket(socket.AF_UNIX) as client:
             waiting.until(lambda: client.connect_ex(str(path)) == 0)
-            path.unlink()
-            path.write_text("theirs")
-            server.accept()[0].close()  # with which it ends
+            with server.accept()[0]:  # it has looked at its socket by then, and ends with this one
+                path.unlink()
+                path.write_text("theirs")
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         comes = pool.submit(come)
