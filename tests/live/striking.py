@@ -22,6 +22,8 @@ _ALSO = frozenset({contextlib.__file__})
 """What runs between two lines of ours and holds what they have opened."""
 _PURE = ("/conf/", "/block.py", "/errors.py", "/monitor_json.py", "/naming.py", "/qmp.py")
 """What opens nothing and has nothing to let go of."""
+_NO_CALL = "CALL_INTRINSIC"
+"""The interpreter's own, as at the end of a generator: it does not look for signals there."""
 HOLD = ("/domain_obj.py", "/monitor.py", "/status.py")
 """What holds what others wait for."""
 
@@ -95,7 +97,7 @@ def _looks(code: CodeType) -> frozenset[int]:
     found = set()
     last = ""
     for instruction in dis.get_instructions(code):
-        if last == "RESUME" or last.startswith("CALL"):
+        if last == "RESUME" or (last.startswith("CALL") and not last.startswith(_NO_CALL)):
             found.add(instruction.offset)
         last = instruction.opname
     return frozenset(found)
