@@ -5,6 +5,9 @@ of commands has to agree with the tables here."""
 import pathlib
 import re
 import signal
+import subprocess
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -13,7 +16,7 @@ import pytest
 from tests import shell_driver, test_virsh_backup
 from virtbackup import hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.tools import interrupt, virsh_backup
+from virtbackup.tools import interrupt, serve, virsh_backup
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -122,3 +125,25 @@ def test_no_signal_comes_into_a_change(name: str, tmp_path: pathlib.Path) -> Non
     assert Driver.handlers, "no change was asked for"
     assert not set(map(id, at_first)) & set(map(id, Driver.handlers))
     assert [signal.getsignal(number) for number in SIGNALS] == at_first
+
+
+def test_a_signal_that_does_not_break_the_wait_ends_it() -> None:
+    """One that another thread gets; one that comes just before the wait is as one that does."""
+
+    def tell() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    with subprocess.Popen(["sleep", "5"]) as process, tempfile.TemporaryFile() as log:
+        server = serve.Server(process, log, backup_conf.UnixAddress("/x"))
+        telling = threading.Timer(0.1, tell)
+
+        def wait() -> None:
+            with interrupt.deferred() as cancel:
+                telling.start()
+                server.wait(cancel)
+
+        with pytest.raises(SystemExit):
+            wait()
+        assert process.poll() is None
+        process.kill()
+        telling.join()

@@ -3,6 +3,7 @@
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,23 @@ def is_the_end() -> Iterator[None]:
     """A signal ends the block, work that knows no other end, and is no error."""
     with contextlib.suppress(KeyboardInterrupt, SystemExit), at_once():
         yield
+
+
+@contextlib.contextmanager
+def woken() -> Iterator[socket.socket]:
+    """What is readable once a signal has come, for who waits for it as well: Python's own handler
+    runs only when that wait ends, which a signal that comes just before it does not end."""
+    out, into = socket.socketpair()
+    with out, into:
+        into.setblocking(False)
+        if threading.current_thread() is not threading.main_thread():
+            yield out
+            return
+        before = signal.set_wakeup_fd(into.fileno(), warn_on_full_buffer=False)
+        try:
+            yield out
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import libvirt
 from virtbackup import config, errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.nbd import copy
-from virtbackup.tools import listing, verify
+from virtbackup.tools import interrupt, listing, verify
 
 PROGRAM = "qemu-storage-daemon"
 
@@ -53,8 +53,11 @@ class Server:
         poll.register(cancel, select.POLLIN)
         fd = os.pidfd_open(self.process.pid)
         try:
-            poll.register(fd, select.POLLIN)
-            ready = {found for found, _ in poll.poll()}
+            with interrupt.woken() as woken:
+                poll.register(fd, select.POLLIN)
+                poll.register(woken, select.POLLIN)
+                while not (ready := {found for found, _ in poll.poll()} - {woken.fileno()}):
+                    woken.recv(1 << 12)
         finally:
             os.close(fd)
         if cancel.fileno() not in ready:

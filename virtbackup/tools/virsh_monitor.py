@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 GROUP = vsh.Group("qmp", "QEMU monitor")
 MAX_FILE = 256 << 20
 """Bytes of what is compared."""
+_LOOK_AGAIN = 0.5
+"""Seconds after which a signal is seen that came just before a wait, which it does not end then."""
 
 
 def _record(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -98,7 +100,8 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         else:
             shell.print(str(server.path))
         vsh.flush()
-        server.ended.wait()
+        while not server.ended.wait(_LOOK_AGAIN):
+            pass
 
 
 def _diff(shell: virsh_connection.Shell, args: vsh.Args) -> int:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from virtbackup.remote import dump, rpc, transport
 
 GROUP = vsh.Group("rpc", "Wire protocol")
+_LOOK_AGAIN = 0.5
+"""Seconds after which a signal is seen that came just before a wait, which it does not end then."""
 
 
 def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -147,9 +149,10 @@ class Proxy:
     def serve(self, listening: socket.socket, clients: int) -> None:
         """Until that many CLIENTS have come and gone; 0: for ever. Errors: those of telling, which
         end it."""
+        listening.settimeout(_LOOK_AGAIN)
         for number in itertools.count(1):
             try:
-                client, _ = listening.accept()
+                client = self._accepted(listening)
             except OSError:
                 self._check()
                 raise
@@ -158,8 +161,15 @@ class Proxy:
             if number == clients:
                 break
         for _ in range(clients):
-            self._gone.acquire()
+            while not self._gone.acquire(timeout=_LOOK_AGAIN):
+                pass
             self._check()
+
+    def _accepted(self, listening: socket.socket) -> socket.socket:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return listening.accept()[0]
+            self._check()  # a socket that was shut down times out, too
 
     def _check(self) -> None:
         if self._failure is not None:
