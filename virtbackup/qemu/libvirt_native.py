@@ -95,14 +95,9 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         found = self._host.lookup(ref)
         _, begun = self._owned.get(ref.uuid, (None, None))
-        try:
-            document = self._running(found)
-            native_job.check_ends(document, begun)
-            self._end(found, document)
-        except libvirt.libvirtError as failure:
-            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                self._owned.pop(ref.uuid, None)
-            raise
+        document = self._running(found)
+        native_job.check_ends(document, begun)
+        self._end(found, document)
         self._owned.pop(ref.uuid, None)
         if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
             raise native_job.not_good()

@@ -73,14 +73,9 @@ class NativeJobs:
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
         _, begun = self._owned.get(ref.uuid, (None, None))
-        try:
-            document = self._running(ref)
-            native_job.check_ends(document, begun)
-            self._end(ref, document)
-        except libvirt.libvirtError as failure:
-            if failure.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                self._owned.pop(ref.uuid, None)
-            raise
+        document = self._running(ref)
+        native_job.check_ends(document, begun)
+        self._end(ref, document)
         self._owned.pop(ref.uuid, None)
         if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
             raise native_job.not_good()

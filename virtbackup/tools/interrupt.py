@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # at run time where it is used: it brings libnbd with it
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The last one is a terminal that was closed, or a connection to it that broke."""
+LOOK_AGAIN = 0.5
+"""Seconds after which who cannot wait for ``woken`` sees a signal that came just before that."""
 
 
 @contextlib.contextmanager

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 GROUP = vsh.Group("qmp", "QEMU monitor")
 MAX_FILE = 256 << 20
 """Bytes of what is compared."""
-_LOOK_AGAIN = 0.5
-"""Seconds after which a signal is seen that came just before a wait, which it does not end then."""
 
 
 def _record(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -100,7 +98,7 @@ def _replay(shell: virsh_connection.Shell, args: vsh.Args) -> None:
         else:
             shell.print(str(server.path))
         vsh.flush()
-        while not server.ended.wait(_LOOK_AGAIN):
+        while not server.ended.wait(interrupt.LOOK_AGAIN):
             pass
 
 

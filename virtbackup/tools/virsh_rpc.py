@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from virtbackup.remote import dump, rpc, transport
 
 GROUP = vsh.Group("rpc", "Wire protocol")
-_LOOK_AGAIN = 0.5
-"""Seconds after which a signal is seen that came just before a wait, which it does not end then."""
 
 
 def _dump(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -149,7 +147,9 @@ class Proxy:
     def serve(self, listening: socket.socket, clients: int) -> None:
         """Until that many CLIENTS have come and gone; 0: for ever. Errors: those of telling, which
         end it."""
-        listening.settimeout(_LOOK_AGAIN)
+        from virtbackup.tools import interrupt
+
+        listening.settimeout(interrupt.LOOK_AGAIN)
         for number in itertools.count(1):
             try:
                 client = self._accepted(listening)
@@ -161,7 +161,7 @@ class Proxy:
             if number == clients:
                 break
         for _ in range(clients):
-            while not self._gone.acquire(timeout=_LOOK_AGAIN):
+            while not self._gone.acquire(timeout=interrupt.LOOK_AGAIN):
                 pass
             self._check()
 
