@@ -17,12 +17,13 @@ MAY_IMPORT = {
     "hypervisor": {"errors", "conf"},
     "api": {"errors", "conf", "hypervisor", "access"},
     "extend": {"errors", "conf", "hypervisor", "access", "api"},
+    "native": {"errors", "conf", "hypervisor"},
     "runtime": set(),
     "config": {"errors", "conf", "runtime"},
-    "qemu": {"errors", "conf", "hypervisor", "nbd", "runtime", "config", "qemu"},
+    "qemu": {"errors", "conf", "hypervisor", "native", "nbd", "runtime", "config", "qemu"},
     "test": {"errors", "hypervisor", "runtime", "qemu", "test"},
     # conf: its dataclasses are the values of the driver interface.
-    "remote": {"errors", "conf", "hypervisor", "access", "runtime", "remote"},
+    "remote": {"errors", "conf", "hypervisor", "native", "access", "runtime", "remote"},
     "tools": {"api", "conf", "nbd", "errors", "runtime", "config", "tools"},
     "__init__": {"api", "errors", "extend"},
 }

@@ -165,7 +165,7 @@ class _Warnings(logging.Handler):
 
 
 _WARNINGS = _Warnings()
-_OF_WHAT_IS_LEFT = ("virtbackup.qemu.sweep.left", "virtbackup.remote.native.left")
+_OF_WHAT_IS_LEFT = ("virtbackup.qemu.sweep.left", "virtbackup.native.left")
 """The loggers of what is left of a backup."""
 
 
