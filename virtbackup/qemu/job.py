@@ -10,8 +10,9 @@ import dataclasses
 import io
 import logging
 import os
+import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import libvirt
 
@@ -381,8 +382,12 @@ class BackupJob:
             left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
             known = {each.name for each in branches.told(state)}
-            if left is not None and left.advances == name and name not in known:
-                self._check_no_backup_of(name, session, state, left)
+            if name not in known:
+                if left is not None and left.advances == name:
+                    self._check_no_backup_of(name, session, state, left)
+                for file, other in self._of_others(state):
+                    if other.advances == name:
+                        raise _runs_elsewhere(file, other)
             now = naming.Point(new_id(), int(time.time()), 0)
             branches.create(session, state, name, now)
 
@@ -494,30 +499,29 @@ class BackupJob:
         )
 
     def _check_no_other(self, state: backup.BlockState) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU, or is just started or
-        ended, over another monitor of it, or over libvirt."""
-        shown, traces = state.backups(), state.traces()
-        if not traces:
-            return
-        for file, kept in status.of_other_versions_in(self._file.path.parent):
+        """Raise VIR_ERR_OPERATION_INVALID while a backup is ``_of_others``."""
+        shown = state.backups()
+        for file, kept in status.of_other_versions_in(self._file.path.parent) if shown else ():
             if file != self._file.path and kept.id in shown:
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_INVALID,
                     f"{kept}: it is of another monitor of this QEMU, over which it is ended; where"
                     f" there is no such monitor any more, remove '{file}' first",
                 )
-        for file, other in status.all_in(self._file.path.parent):
+        for file, other in self._of_others(state):
+            raise _runs_elsewhere(file, other)
+
+    def _of_others(self, state: backup.BlockState) -> Iterator[tuple[pathlib.Path, status.Status]]:
+        """The backups that run in this QEMU, or are just started or ended, over another monitor of
+        it, or over libvirt: each behind its status file."""
+        shown, traces = state.backups(), state.traces()
+        for file, other in status.all_in(self._file.path.parent) if traces else ():
             if other.phase == "running":
                 is_theirs = other.id in shown and status.has_owner(file, other.owner)
             else:
                 is_theirs = other.id in traces and status.is_locked(file)
             if file != self._file.path and is_theirs:
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_INVALID,
-                    f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
-                    f" that one ends it; where there is no such monitor any more, remove '{file}'"
-                    " first",
-                )
+                yield file, other
 
     def _cleared(
         self,
@@ -533,10 +537,13 @@ class BackupJob:
             state = self._clear(session, left, bitmaps)
         self._check_no_other(state)
         if jobs := state.running_jobs():
+            id, place = naming.backup_of(jobs[0]), self._file.path.parent
+            why = f"but there is no status of it in '{place}'; if nobody owns it, backup-cleanup"
+            if any(other.id == id for _, other in status.all_in(place)):
+                why = "and who was at it over another monitor of this QEMU is gone: backup-cleanup"
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
-                f"another backup job is already running ('{jobs[0]}'), but there is no status of"
-                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
+                f"another backup job is already running ('{jobs[0]}'), {why} ends it",
             )
         return self._clear(session, None, bitmaps) if state.traces() else state
 
@@ -810,6 +817,15 @@ def _untold(
 
 def _no_backup() -> errors.Error:
     return errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
+
+
+def _runs_elsewhere(file: pathlib.Path, other: status.Status) -> errors.Error:
+    """For what is not to be done beside the backup OTHER, whose status is in FILE."""
+    return errors.error(
+        libvirt.VIR_ERR_OPERATION_INVALID,
+        f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over that one"
+        f" ends it; where there is no such monitor any more, remove '{file}' first",
+    )
 
 
 def _check_is(running: status.Status, only: naming.BackupId | None) -> None:
