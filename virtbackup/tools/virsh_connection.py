@@ -101,9 +101,9 @@ class Control:
 
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
         if uri.startswith(_WITH_EVENTS):
-            from virtbackup.tools import virsh_events
+            from virtbackup import event_loop
 
-            virsh_events.run()
+            event_loop.start()
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:
