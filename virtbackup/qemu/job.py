@@ -10,9 +10,8 @@ import dataclasses
 import io
 import logging
 import os
-import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import libvirt
 
@@ -27,6 +26,7 @@ from virtbackup.qemu import (
     capabilities,
     cleanup,
     domain,
+    elsewhere,
     ending,
     listener,
     monitor,
@@ -385,9 +385,7 @@ class BackupJob:
             if name not in known:
                 if left is not None and left.advances == name:
                     self._check_no_backup_of(name, session, state, left)
-                for file, other in self._of_others(state):
-                    if other.advances == name:
-                        raise _runs_elsewhere(file, other)
+                elsewhere.check_none_begins(self._file.path, state, name)
             now = naming.Point(new_id(), int(time.time()), 0)
             branches.create(session, state, name, now)
 
@@ -425,7 +423,7 @@ class BackupJob:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
-                    self._check_no_other(state)
+                    elsewhere.check_none(self._file.path, state)
                     removed = self._clean(session, left)
             except monitor.NotListening:
                 if left is not None and _serves(left):
@@ -498,31 +496,6 @@ class BackupJob:
             or (left.given_up is None and left.id not in state.backups())
         )
 
-    def _check_no_other(self, state: backup.BlockState) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID while a backup is ``_of_others``."""
-        shown = state.backups()
-        for file, kept in status.of_other_versions_in(self._file.path.parent) if shown else ():
-            if file != self._file.path and kept.id in shown:
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_INVALID,
-                    f"{kept}: it is of another monitor of this QEMU, over which it is ended; where"
-                    f" there is no such monitor any more, remove '{file}' first",
-                )
-        for file, other in self._of_others(state):
-            raise _runs_elsewhere(file, other)
-
-    def _of_others(self, state: backup.BlockState) -> Iterator[tuple[pathlib.Path, status.Status]]:
-        """The backups that run in this QEMU, or are just started or ended, over another monitor of
-        it, or over libvirt: each behind its status file."""
-        shown, traces = state.backups(), state.traces()
-        for file, other in status.all_in(self._file.path.parent) if traces else ():
-            if other.phase == "running":
-                is_theirs = other.id in shown and status.has_owner(file, other.owner)
-            else:
-                is_theirs = other.id in traces and status.is_locked(file)
-            if file != self._file.path and is_theirs:
-                yield file, other
-
     def _cleared(
         self,
         session: domain.Session,
@@ -535,11 +508,11 @@ class BackupJob:
         none of ours, or whose status is lost."""
         if left is not None:
             state = self._clear(session, left, bitmaps)
-        self._check_no_other(state)
+        elsewhere.check_none(self._file.path, state)
         if jobs := state.running_jobs():
-            id, place = naming.backup_of(jobs[0]), self._file.path.parent
+            place = self._file.path.parent
             why = f"but there is no status of it in '{place}'; if nobody owns it, backup-cleanup"
-            if any(other.id == id for _, other in status.all_in(place)):
+            if elsewhere.has_status_of(place, naming.backup_of(jobs[0])):
                 why = "and who was at it over another monitor of this QEMU is gone: backup-cleanup"
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
@@ -817,15 +790,6 @@ def _untold(
 
 def _no_backup() -> errors.Error:
     return errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
-
-
-def _runs_elsewhere(file: pathlib.Path, other: status.Status) -> errors.Error:
-    """For what is not to be done beside the backup OTHER, whose status is in FILE."""
-    return errors.error(
-        libvirt.VIR_ERR_OPERATION_INVALID,
-        f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over that one"
-        f" ends it; where there is no such monitor any more, remove '{file}' first",
-    )
 
 
 def _check_is(running: status.Status, only: naming.BackupId | None) -> None:
