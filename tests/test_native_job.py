@@ -9,10 +9,10 @@ import libvirt
 import pytest
 
 from tests.test_backup_conf import DOMAIN
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, native
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
-from virtbackup.qemu import libvirt_native
-from virtbackup.remote import native
+from virtbackup.qemu import libvirt_native as qemu_native
+from virtbackup.remote import libvirt_native
 from virtbackup.tools import virsh_connection
 
 PROPOSAL = """<domainbackup>
@@ -121,35 +121,6 @@ def test_an_export_without_a_name_has_the_disks() -> None:
     assert vda.export == "vda"
 
 
-@pytest.mark.parametrize(
-    ("made", "code", "text"),
-    [
-        (
-            native_job.another_runs,
-            libvirt.VIR_ERR_OPERATION_INVALID,
-            "Requested operation is not valid: another backup job is already running",
-        ),
-        (
-            native_job.none_runs,
-            libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
-            "Domain backup job id not found: no domain backup job present",
-        ),
-        (
-            native_job.not_good,
-            libvirt.VIR_ERR_OPERATION_FAILED,
-            "operation failed: the backup is not good: the domain ended",
-        ),
-        (
-            native_job.does_not_end,
-            libvirt.VIR_ERR_OPERATION_TIMEOUT,
-            "Timed out during operation: libvirt's backup job does not end",
-        ),
-    ],
-)
-def test_errors(made: Callable[[], errors.Error], code: int, text: str) -> None:
-    assert (made().get_error_code(), str(made())) == (code, text)
-
-
 # --- somebody else's job --------------------------------------------------------------------------
 
 REF = hypervisor.DomainRef("vm", "c0ffee00-0000-4000-8000-000000000001", 1)
@@ -184,10 +155,18 @@ class Theirs:
         """To abort a job."""
         self.behind: str | None = None
         """The backup that somebody waits to begin."""
+        self.ends = False
+        """The domain, as its job is aborted; it is transient."""
+        self.gone = False
         self.aborted: list[str | None] = []
 
     def lookup(self, ref: hypervisor.DomainRef) -> "Theirs":
+        self.check()
         return self
+
+    def check(self) -> None:
+        if self.gone:
+            raise errors.error(libvirt.VIR_ERR_NO_DOMAIN, REF.name)
 
     def close(self) -> None:
         pass
@@ -196,6 +175,7 @@ class Theirs:
         self.document = document
 
     def backupGetXMLDesc(self, flags: int) -> str:
+        self.check()
         if self.failure is not None:
             raise self.failure
         if self.document is None:
@@ -207,26 +187,22 @@ class Theirs:
             raise self.refusal
         self.aborted.append(self.document)
         self.document = self.behind
+        self.gone = self.ends
 
     def isActive(self) -> int:
+        self.check()
         return 1
 
-    def jobInfo(self) -> list[int]:
-        none, some = libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        return [none if self.document is None else some]
-
-    def call(self, program: object, name: str, args: Any) -> Any:
+    def of(self, ref: hypervisor.DomainRef, name: str, *args: Any) -> Any:
         match name:
             case "DOMAIN_BACKUP_BEGIN":
-                self.backupBegin(args.backup_xml, None, 0)
+                self.backupBegin(*args)
             case "DOMAIN_BACKUP_GET_XML_DESC":
-                return types.SimpleNamespace(xml=self.backupGetXMLDesc(0))
+                return types.SimpleNamespace(xml=self.backupGetXMLDesc(*args))
             case "DOMAIN_ABORT_JOB":
                 self.abortJob()
-            case "DOMAIN_GET_JOB_STATS":
-                return types.SimpleNamespace(type=self.jobInfo()[0])
             case "DOMAIN_IS_ACTIVE":
-                return types.SimpleNamespace(active=1)
+                return types.SimpleNamespace(active=self.isActive())
         return None
 
 
@@ -235,9 +211,9 @@ def doors(request: pytest.FixtureRequest) -> tuple[Theirs, Any, Any, Callable[[]
     """A libvirt, and what starts, stops and closes on it."""
     theirs = Theirs()
     if request.param == "libvirt":
-        driver = libvirt_native.NativeDriver(theirs)  # type: ignore[arg-type]
+        driver = qemu_native.NativeDriver(theirs)  # type: ignore[arg-type]
         return theirs, driver.domain_backup_start, driver.domain_backup_stop, driver.close
-    jobs = native.NativeJobs(theirs.call)
+    jobs = native.NativeJobs(libvirt_native.Calls(theirs.of))
     return theirs, jobs.start, jobs.stop, jobs.close
 
 
@@ -303,12 +279,25 @@ def test_a_backup_that_begins_right_behind_is_not_waited_for(
     doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As libvirt lets one begin that has waited for this one's end."""
-    monkeypatch.setattr(native_job, "END_TIMEOUT", 0.1)
+    monkeypatch.setattr(native, "END_TIMEOUT", 0.1)
     theirs, start, stop, _ = doors
     start(REF, OURS, 0)
     theirs.behind = THEIRS
     stop(REF, 0)
     assert len(theirs.aborted) == 1
+
+
+def test_a_domain_that_is_gone_as_its_job_ends_had_no_good_backup(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+) -> None:
+    theirs, start, stop, _ = doors
+    theirs.ends = True
+    start(REF, OURS, 0)
+    with pytest.raises(errors.Error, match="the backup is not good: the domain ended"):
+        stop(REF, 0)
+    theirs.gone, theirs.document = False, None
+    start(REF, OURS, 0)
+    stop(REF, hypervisor.STOP_CANCEL)
 
 
 @pytest.mark.parametrize("of", ["failure", "refusal"])

@@ -23,8 +23,8 @@ import pytest
 import virtbackup
 from tests import daemon_scene, daemons, rpc_server
 from tests.live import striking
-from virtbackup import errors, hypervisor
-from virtbackup.conf import native_conf, native_job
+from virtbackup import errors, hypervisor, native
+from virtbackup.conf import native_conf
 from virtbackup.remote import (
     client,
     connect,
@@ -900,6 +900,7 @@ def test_a_backup_by_the_merged_calls(daemon: Libvirtd, opened: driver.RemoteDri
     assert image.path.endswith(".vda")
     again = fails(lambda: opened.domain_backup_start(REF, PROPOSAL, 0))
     assert again.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+    assert str(again).endswith("another backup job is already running")
     document = opened.domain_backup_get_xml_desc(REF, 0)
     assert '<address type="unix" path="/x.sock"/>' in document
     info = opened.domain_backup_get_info(REF, 0)
@@ -935,7 +936,7 @@ def test_a_domain_that_ended_had_no_good_backup(
 def test_a_job_that_does_not_end(
     daemon: Libvirtd, opened: driver.RemoteDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_job, "END_TIMEOUT", 0.1)
+    monkeypatch.setattr(native, "END_TIMEOUT", 0.1)
     daemon.ends_after = 10**6
     opened.domain_backup_start(REF, PROPOSAL, 0)
     failure = fails(lambda: opened.domain_backup_stop(REF, 0))

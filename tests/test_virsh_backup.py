@@ -8,7 +8,6 @@ import os
 import pathlib
 import pty
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import shell_driver, waiting
+from tests import shell_driver, terminals, waiting
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup, virsh_connection, virsh_pull, vsh, vsh_readline
@@ -1381,8 +1380,8 @@ def test_a_plain_pull_loads_nothing_that_few_need(tmp_path: pathlib.Path) -> Non
 # --- on a terminal --------------------------------------------------------------------------------
 
 
-class Terminal:
-    """The shell on a pseudo-terminal, typed into."""
+class Terminal(terminals.Terminal):
+    """The shell."""
 
     def __init__(
         self,
@@ -1391,50 +1390,8 @@ class Terminal:
         kind: str = "dumb",
         program: tuple[str, ...] = PROGRAM,
     ) -> None:
-        self.master, slave = pty.openpty()
-        environment = {
-            **os.environ,
-            "HOME": str(home),
-            "TERM": kind,
-            "INPUTRC": "/dev/null",
-            "COLUMNS": "200",
-        }
-        environment.pop("XDG_CACHE_HOME", None)
-        self.process = subprocess.Popen(
-            [*program, *argv],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            cwd=home,
-            start_new_session=True,
-            preexec_fn=_take_terminal,
-        )
-        os.close(slave)
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def wait_for(self, text: str) -> str:
-        """What comes up to TEXT and with it."""
-        end = time.monotonic() + DEADLINE
-        while text not in self.seen:
-            left = end - time.monotonic()
-            if left < 0 or not select.select([self.master], [], [], left)[0]:
-                raise AssertionError(f"no {text!r} in {self.seen!r}")
-            self.seen += os.read(self.master, 4096).decode().replace("\r\n", "\n")
-        before, self.seen = self.seen.split(text, 1)
-        return before + text
-
-    def insist(self, key: str, text: str) -> None:
-        """Press KEY until TEXT comes: twice at once may be once, for a signal."""
-        end = time.monotonic() + DEADLINE
-        while text not in self.seen and time.monotonic() < end:
-            self.type(key)
-            while select.select([self.master], [], [], 0.05)[0]:
-                self.seen += os.read(self.master, 4096).decode().replace("\r\n", "\n")
-        self.wait_for(text)
+        own = {"TERM": kind, "XDG_CACHE_HOME": str(home / ".cache")}
+        super().__init__([*program, *argv], home, own)
 
     def line(self, text: str) -> str:
         """Type a line and wait for the next prompt; what came between."""
@@ -1457,14 +1414,6 @@ class Terminal:
                 self.process.kill()
                 self.process.wait()
             os.close(self.master)
-
-
-def _take_terminal() -> None:
-    """Make standard input the controlling terminal, for Ctrl-C."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ import threading
 
 import libvirt
 
-from virtbackup import hypervisor
-from virtbackup.qemu import libvirt_events
+from virtbackup import event_loop, hypervisor
 
 
 def told(event: hypervisor.Event) -> list[object]:
@@ -33,8 +32,8 @@ def run_loop() -> None:
 def main(uri: str, *options: str) -> None:
     libvirt.registerErrorHandler(lambda *_: None, None)
     if "loop" in options:
-        libvirt_events.start_loop()
-        libvirt_events.start_loop()
+        event_loop.start()
+        event_loop.start()
     if "own" in options:
         libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=run_loop, daemon=True).start()

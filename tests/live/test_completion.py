@@ -4,16 +4,14 @@
 import contextlib
 import os
 import pathlib
-import pty
-import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from manual import __main__ as manual
+from tests import terminals
 from virtbackup.tools import virsh_backup
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,40 +41,13 @@ bindkey '^T' show
 """
 
 
-class Terminal:
-    """A shell that is typed into."""
+class Terminal(terminals.Terminal):
+    """A shell."""
 
     def __init__(self, home: pathlib.Path, *argv: str) -> None:
-        self.master, slave = pty.openpty()
-        environment = {
-            **os.environ,
-            "HOME": str(home),
-            "ZDOTDIR": str(home),
-            "TERM": "dumb",
-            "INPUTRC": "/dev/null",
-            "COLUMNS": "200",
-            "PATH": f"{home}/bin:{os.environ['PATH']}",
-        }
-        self.process = subprocess.Popen(
-            argv, stdin=slave, stdout=slave, stderr=slave, cwd=home, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        os.close(slave)
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def wait_for(self, text: str) -> str:
-        """What comes up to TEXT and with it."""
-        end = time.monotonic() + DEADLINE
-        while text not in self.seen:
-            left = end - time.monotonic()
-            if left < 0 or not select.select([self.master], [], [], left)[0]:
-                raise AssertionError(f"no {text!r} in {self.seen!r}")
-            self.seen += os.read(self.master, 4096).decode(errors="replace")
-        before, self.seen = self.seen.split(text, 1)
-        return before + text
+        super().__init__(
+            argv, home, {"ZDOTDIR": str(home), "PATH": f"{home}/bin:{os.environ['PATH']}"}
+        )
 
     def completed(self, line: str) -> tuple[str, str]:
         """LINE after a TAB, and what was printed meanwhile."""

@@ -328,6 +328,13 @@ def test_a_file_that_is_too_short_or_absent(tmp_path: pathlib.Path) -> None:
         copy.checksum_of_file(tmp_path / "absent.raw", "raw")
 
 
+def test_a_reading_program_that_ends_without_a_word() -> None:
+    """As one that the kernel kills does: that is not the image's trouble."""
+    export = connection.Export(connection.Program(("true",), "image x"), "")
+    with pytest.raises(virtbackup.Error, match="image x: the program that reads it has ended"):
+        copy.copy([copy.Job(export, None)])
+
+
 # --- what goes wrong is said ----------------------------------------------------------------------
 
 

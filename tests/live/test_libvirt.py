@@ -1536,6 +1536,6 @@ def test_the_shells_event_loop_outlives_its_connections(libvirt_host: libvirtd.H
     control.close()
     control.connection()
     control.close()
-    loops = [one for one in threading.enumerate() if one.name == "virsh-events"]
+    loops = [one for one in threading.enumerate() if one.name == "virtbackup-event-loop"]
     assert len(loops) == 1
     assert loops[0].is_alive()

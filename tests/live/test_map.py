@@ -11,7 +11,8 @@ import pytest
 from lxml import etree
 
 import virtbackup
-from tests.live import places, points, terminals
+from tests import terminals
+from tests.live import places, points
 from virtbackup.nbd import checksum
 
 pytestmark = [

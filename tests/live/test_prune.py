@@ -356,6 +356,29 @@ def test_an_announced_image_is_cut(announced: points.Backed, tmp_path: pathlib.P
     assert check(backed) == [3, 4]
 
 
+def test_a_merged_image_is_removed_by_somebody_else(
+    layered: points.Backed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By who tidies up, as it was going to take its place: there is no journal then of what is
+    needed, which would be in the way of every prune."""
+    announce = prune._announce
+
+    def announce_and_remove(
+        directory: pathlib.Path, point: listing.Point, disks: tuple[manifest.Disk, ...]
+    ) -> None:
+        announce(directory, point, disks)
+        (directory / "vda.0003.qcow2.merged").unlink()
+
+    before = names(layered.directory)
+    with monkeypatch.context() as patched:
+        patched.setattr(prune, "_announce", announce_and_remove)
+        assert "was removed or cut by somebody else" in refused(layered.directory)
+    assert names(layered.directory) == before
+    assert check(layered) == [1, 2, 3, 4]
+    cut(layered.directory, 2)
+    assert check(layered) == [3, 4]
+
+
 def test_what_is_not_of_a_prune_stays(layered: points.Backed) -> None:
     """Whatever it is called."""
     ours = ["vda.0004.qcow2.merged", "manifest.0004.json.merged.partial", "prune.json.partial"]

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from tests.live import pages, points, terminals
+from tests import terminals
+from tests.live import pages, points
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = [

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import pytest
 
-from tests import conftest, waiting
-from tests.live import machines, places, terminals
+from tests import conftest, terminals, waiting
+from tests.live import machines, places
 from virtbackup.conf import backup_conf
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
 

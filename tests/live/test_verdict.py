@@ -444,6 +444,12 @@ def test_cleanup_leaves_what_runs_by_another_monitor(tmp_path: pathlib.Path) -> 
                 with pytest.raises(virtbackup.Error, match="runs by another monitor") as caught:
                     call()
             assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        file.save(dataclasses.replace(found, phase="starting"))
+        with pytest.raises(virtbackup.Error, match="who was at it over another monitor of this"):
+            same.backupStart(unix(tmp_path))
+        file.save(dataclasses.replace(found, advances="nightly"))
+        with pytest.raises(virtbackup.Error, match="runs by another monitor"):
+            same.branchCreate("nightly")
         file.save(found)
         assert machine.state() == running
         dom.backupStop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The proposed calls on libvirt's own backup job (virDomainBackupBegin), whoever calls it.
+"""The proposed calls on libvirt's own backup job (virDomainBackupBegin): what is begun and told.
 
 What libvirt's own cannot say or do is refused: branches (it has checkpoints), quiescing, and what
 ``translate`` names.
@@ -12,9 +12,6 @@ import libvirt
 
 from virtbackup import errors
 from virtbackup.conf import backup_conf, dialects, native_conf, translate
-
-END_TIMEOUT = 60.0
-"""Seconds for libvirt to end a backup job that was aborted."""
 
 
 def begin(
@@ -118,33 +115,3 @@ def info(
             if disk.present
         ),
     )
-
-
-def left(name: str, failure: libvirt.libvirtError) -> str | None:
-    """What is told of the backup of the domain called NAME, as FAILURE kept it from ending with its
-    connection; None: it is not there any more."""
-    if failure.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_DOMAIN):
-        return None
-    return f"the backup of domain '{name}' runs on until virsh domjobabort ends it: {failure}"
-
-
-def another_runs() -> errors.Error:
-    """For a start while libvirt has a backup job: it would wait half a minute for its end."""
-    return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running")
-
-
-def none_runs() -> errors.Error:
-    """In the words of our own engine."""
-    return errors.error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present")
-
-
-def not_good() -> errors.Error:
-    """libvirt tells no more of a pull than that the job ran until it was aborted."""
-    return errors.error(
-        libvirt.VIR_ERR_OPERATION_FAILED, "the backup is not good: the domain ended"
-    )
-
-
-def does_not_end() -> errors.Error:
-    """For a job that was aborted ``END_TIMEOUT`` ago."""
-    return errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "libvirt's backup job does not end")

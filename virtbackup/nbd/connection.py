@@ -175,7 +175,7 @@ class Connection:
         """Errors: what became of the connection, which was lost."""
         for _ in self.completed():
             pass
-        raise self._error(self._doing, self._said() or "the server closed the connection")
+        raise self._error(self._doing, self._why_ended() or "the server closed the connection")
 
     def check_accepted(self) -> None:
         """Errors: the server cannot take the connection, and has not, as far as can be seen."""
@@ -249,14 +249,16 @@ class Connection:
         if "mkdtemp" in (failure.string or ""):  # nobody would look for the image's trouble there
             reason += " (in /tmp, where libnbd makes its socket)"
         if failure.errnum in _OF_CONNECTION:
-            reason = self._said() or reason
+            reason = self._why_ended() or reason
         if offset is None and self._in_flight:
             offset = min(request.offset for request in self._in_flight.values())
         return self._error(what, reason, offset)
 
-    def _said(self) -> str:
-        """Why a program of our own has hung up before it served, as far as it has said that."""
-        return "" if self._words is None else self._words.said()
+    def _why_ended(self) -> str:
+        """Why a program of our own has hung up: what it has said, as far as it had not served."""
+        if self._words is None:
+            return ""
+        return self._words.said() or ("" if self.mask() else "the program that reads it has ended")
 
     def _error(self, what: str, reason: str, offset: int | None = None) -> errors.Error:
         return failed(self._export, what, reason, offset)

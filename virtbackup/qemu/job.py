@@ -26,6 +26,7 @@ from virtbackup.qemu import (
     capabilities,
     cleanup,
     domain,
+    elsewhere,
     ending,
     listener,
     monitor,
@@ -381,8 +382,10 @@ class BackupJob:
             left = self._load_known(session)
             state = _ask(session, left, bitmaps=True)
             known = {each.name for each in branches.told(state)}
-            if left is not None and left.advances == name and name not in known:
-                self._check_no_backup_of(name, session, state, left)
+            if name not in known:
+                if left is not None and left.advances == name:
+                    self._check_no_backup_of(name, session, state, left)
+                elsewhere.check_none_begins(self._file.path, state, name)
             now = naming.Point(new_id(), int(time.time()), 0)
             branches.create(session, state, name, now)
 
@@ -420,7 +423,7 @@ class BackupJob:
                             libvirt.VIR_ERR_OPERATION_INVALID,
                             f"backup {left.id} is {now}: backup-stop ends it",
                         )
-                    self._check_no_other(state)
+                    elsewhere.check_none(self._file.path, state)
                     removed = self._clean(session, left)
             except monitor.NotListening:
                 if left is not None and _serves(left):
@@ -493,32 +496,6 @@ class BackupJob:
             or (left.given_up is None and left.id not in state.backups())
         )
 
-    def _check_no_other(self, state: backup.BlockState) -> None:
-        """Raise VIR_ERR_OPERATION_INVALID while a backup runs in this QEMU, or is just started or
-        ended, over another monitor of it, or over libvirt."""
-        shown, traces = state.backups(), state.traces()
-        if not traces:
-            return
-        for file, kept in status.of_other_versions_in(self._file.path.parent):
-            if file != self._file.path and kept.id in shown:
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_INVALID,
-                    f"{kept}: it is of another monitor of this QEMU, over which it is ended; where"
-                    f" there is no such monitor any more, remove '{file}' first",
-                )
-        for file, other in status.all_in(self._file.path.parent):
-            if other.phase == "running":
-                is_theirs = other.id in shown and status.has_owner(file, other.owner)
-            else:
-                is_theirs = other.id in traces and status.is_locked(file)
-            if file != self._file.path and is_theirs:
-                raise errors.error(
-                    libvirt.VIR_ERR_OPERATION_INVALID,
-                    f"backup {other.id} runs by another monitor of this QEMU, and backup-stop over"
-                    f" that one ends it; where there is no such monitor any more, remove '{file}'"
-                    " first",
-                )
-
     def _cleared(
         self,
         session: domain.Session,
@@ -531,12 +508,15 @@ class BackupJob:
         none of ours, or whose status is lost."""
         if left is not None:
             state = self._clear(session, left, bitmaps)
-        self._check_no_other(state)
+        elsewhere.check_none(self._file.path, state)
         if jobs := state.running_jobs():
+            place = self._file.path.parent
+            why = f"but there is no status of it in '{place}'; if nobody owns it, backup-cleanup"
+            if elsewhere.has_status_of(place, naming.backup_of(jobs[0])):
+                why = "and who was at it over another monitor of this QEMU is gone: backup-cleanup"
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID,
-                f"another backup job is already running ('{jobs[0]}'), but there is no status of"
-                f" it in '{runtime.directory()}'; if nobody owns it, backup-cleanup ends it",
+                f"another backup job is already running ('{jobs[0]}'), {why} ends it",
             )
         return self._clear(session, None, bitmaps) if state.traces() else state
 

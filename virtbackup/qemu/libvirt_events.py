@@ -2,14 +2,13 @@
 """Events of libvirt's domains: libvirt's own, and the ends of backups that are made beside it.
 
 libvirt hands out events in a program with an event loop, which has to be there before a connection
-is opened: the program's own, or ``start_loop``. Without one, only what this process knows itself is
+is opened: the program's own, or ``event_loop``. Without one, only what this process knows itself is
 told.
 """
 
 import contextlib
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,32 +22,6 @@ logger = logging.getLogger(__name__)
 
 RECONNECT = 0.5
 """Seconds between two tries to reach a libvirt that went away."""
-
-_starting = threading.Lock()
-_loop_of: int | None = None
-"""The process that runs the loop: a forked one has no threads of its parent's."""
-
-
-def start_loop() -> None:
-    """Run libvirt's event loop, in a thread of its own, from now to the end of the process. To be
-    called before the first connection is opened; twice is as once. Errors: libvirt's own."""
-    global _loop_of
-    with _starting:
-        if _loop_of == os.getpid():
-            return
-        with libvirt_queries.own_errors():
-            libvirt.virEventRegisterDefaultImpl()
-        threading.Thread(target=_run, name="virtbackup-libvirt-events", daemon=True).start()
-        _loop_of = os.getpid()
-
-
-def _run() -> None:
-    while True:
-        try:
-            libvirt.virEventRunDefaultImpl()
-        except libvirt.libvirtError as failure:
-            logger.warning("libvirt's event loop: %s", failure)
-            time.sleep(RECONNECT)  # not to turn round and round
 
 
 class Lifecycle:

@@ -1,27 +1,51 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The proposed calls on libvirt's own backup job (virDomainBackupBegin): ``?native=yes``.
+"""A libvirt URI whose backups are libvirt's own: ``?native=yes``.
 
 So that one program can use, and compare, both engines.
 """
 
-import contextlib
-import secrets
-import time
-from collections.abc import Callable, Sequence
-from typing import TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job
-from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status, sweep
+from virtbackup import hypervisor, native
+from virtbackup.conf import backup_conf, domain_conf
+from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
 
-_LOOK_AGAIN = 0.01
 _own_errors = libvirt_queries.own_errors
 
 
-def _image(disk: str) -> str:
-    return native_job.image_path(scratch.default_directory(), disk, secrets.token_hex(4))
+class _Calls:
+    """As libvirt-python has them."""
+
+    def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
+        self._host = host
+
+    def scratch_directory(self) -> str:
+        return scratch.default_directory()
+
+    def definition(self, ref: hypervisor.DomainRef) -> domain_conf.DomainDef:
+        return domain_conf.DomainDef.parse(self._host.domain_get_xml_desc(ref, 0))
+
+    def is_active(self, ref: hypervisor.DomainRef) -> bool:
+        return bool(self._host.lookup(ref).isActive())
+
+    def begin(self, ref: hypervisor.DomainRef, document: str) -> None:
+        self._host.lookup(ref).backupBegin(document, None, 0)
+
+    def running(self, ref: hypervisor.DomainRef) -> str:
+        return str(self._host.lookup(ref).backupGetXMLDesc(0))
+
+    def abort(self, ref: hypervisor.DomainRef) -> None:
+        self._host.lookup(ref).abortJob()
+
+    def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
+        stats: Mapping[str, Any] = self._host.lookup(ref).jobStats()
+        return stats
+
+    def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
+        return int(self._host.lookup(ref).blockInfo(disk)[0])
 
 
 class NativeDriver(libvirt_queries.LibvirtQueries):
@@ -29,20 +53,10 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     def __init__(self, host: libvirt_driver.LibvirtDriver) -> None:
         self._host = host
-        self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
-        """By uuid: a domain whose backup is to end with us, and what was begun."""
+        self._jobs = native.NativeJobs(_Calls(host))
 
     def close(self) -> None:
-        """End the backups that were started to end with us. It is warned of one that cannot be."""
-        for ref, begun in self._owned.values():
-            try:
-                found = self._host.lookup(ref)
-                document = self._running(found)
-                if native_job.is_of(document, begun):
-                    self._end(found, document)
-            except libvirt.libvirtError as failure:
-                if (text := native_job.left(ref.name, failure)) is not None:
-                    sweep.left_logger.warning("%s", text)
+        self._jobs.close()
         self._host.close()
 
     def get_type(self) -> str:
@@ -80,89 +94,25 @@ class NativeDriver(libvirt_queries.LibvirtQueries):
 
     @_own_errors()
     def domain_backup_start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        """Errors: those of ``native_job.begin``, libvirt's own."""
-        quiesce = bool(flags & hypervisor.START_QUIESCE)
-        native = native_job.begin(xml, quiesce, lambda: self._definition(ref), _image)
-        found = self._host.lookup(ref)
-        if self._runs(found):
-            raise native_job.another_runs()
-        found.backupBegin(native.format(), None, 0)
-        self._owned.pop(ref.uuid, None)
-        if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref, native
+        self._jobs.start(ref, xml, flags)
 
     @_own_errors()
     def domain_backup_stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        found = self._host.lookup(ref)
-        _, begun = self._owned.get(ref.uuid, (None, None))
-        document = self._running(found)
-        native_job.check_ends(document, begun)
-        self._end(found, document)
-        self._owned.pop(ref.uuid, None)
-        if not found.isActive() and not flags & hypervisor.STOP_CANCEL:
-            raise native_job.not_good()
-
-    def _end(self, found: "libvirt.virDomain", document: str) -> None:
-        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
-        begins one waits for half a minute until there is no job."""
-        ended = native_conf.BackupDef.parse(document)
-        found.abortJob()
-        end = time.monotonic() + native_job.END_TIMEOUT
-        while found.isActive() and self._still_runs(found, ended):
-            if time.monotonic() > end:
-                raise native_job.does_not_end()
-            time.sleep(_LOOK_AGAIN)
-
-    def _still_runs(self, found: "libvirt.virDomain", ended: native_conf.BackupDef) -> bool:
-        try:
-            return native_job.is_of(self._running(found), ended)
-        except errors.Error:
-            return False
+        self._jobs.stop(ref, flags)
 
     @_own_errors()
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
-        return self._proposal(ref).format()
+        return self._jobs.get_xml_desc(ref)
 
     @_own_errors()
     def domain_backup_get_info(
         self, ref: hypervisor.DomainRef, flags: int
     ) -> backup_conf.BackupInfo:
-        definition = self._proposal(ref)
-        found = self._host.lookup(ref)
-        began = 0.0
-        with contextlib.suppress(libvirt.libvirtError):
-            began = time.time() - found.jobStats().get("time_elapsed", 0) / 1000
-        return native_job.info(definition, began, lambda disk: int(found.blockInfo(disk)[0]))
+        return self._jobs.get_info(ref)
 
     def domain_backup_cleanup(self, ref: hypervisor.DomainRef, flags: int) -> Sequence[str]:
         """libvirt cleans up by itself."""
         return []
-
-    def _definition(self, ref: hypervisor.DomainRef) -> domain_conf.DomainDef:
-        return domain_conf.DomainDef.parse(self.domain_get_xml_desc(ref, 0))
-
-    def _proposal(self, ref: hypervisor.DomainRef) -> backup_conf.BackupDef:
-        """The running backup, in the proposal's dialect."""
-        document = self._running(self._host.lookup(ref))
-        return native_job.running(document, lambda: self._definition(ref))
-
-    def _runs(self, found: "libvirt.virDomain") -> bool:
-        try:
-            self._running(found)
-        except libvirt.libvirtError as failure:
-            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                raise
-            return False
-        return True
-
-    def _running(self, found: "libvirt.virDomain") -> str:
-        """libvirt's document of the backup that runs. Errors: VIR_ERR_NO_DOMAIN_BACKUP."""
-        try:
-            return str(found.backupGetXMLDesc(0))
-        except libvirt.libvirtError as failure:
-            if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
-                raise
-            raise native_job.none_runs() from failure
 
 
 _: Callable[[libvirt_driver.LibvirtDriver], hypervisor.QueryDriver] = NativeDriver

@@ -18,13 +18,13 @@ from typing import Any, TextIO
 
 import libvirt
 
-from virtbackup import errors, hypervisor
+from virtbackup import errors, hypervisor, native
 from virtbackup.conf import backup_conf
 from virtbackup.conf import xml as conf_xml
 from virtbackup.remote import (
     client,
     connect,
-    native,
+    libvirt_native,
     program,
     remote_types,
     rpc,
@@ -235,7 +235,7 @@ class RemoteDriver:
         self._pid = os.getpid()
         self._trace = client.Trace()
         self._events = _Events()
-        self._jobs = native.NativeJobs(self._call)
+        self._jobs = native.NativeJobs(libvirt_native.Calls(self._of))
         self._closed = False
         self._warned = False
         self._connecting = threading.RLock()
@@ -388,14 +388,14 @@ class RemoteDriver:
 
     def domain_backup_get_xml_desc(self, ref: hypervisor.DomainRef, flags: int) -> str:
         if not self._session().is_ours:
-            return self._jobs.xml_desc(ref)
+            return self._jobs.get_xml_desc(ref)
         return str(self._of(ref, "DOMAIN_BACKUP_GET_XML_DESC", flags, of=VIRTBACKUP).xml)
 
     def domain_backup_get_info(
         self, ref: hypervisor.DomainRef, flags: int
     ) -> backup_conf.BackupInfo:
         if not self._session().is_ours:
-            return self._jobs.info(ref)
+            return self._jobs.get_info(ref)
         info = self._of(ref, "DOMAIN_BACKUP_GET_INFO", flags, of=VIRTBACKUP)
         with _readable():
             return wire_conf.info_from_wire(info)
@@ -422,7 +422,7 @@ class RemoteDriver:
 
     def _check_is_ours(self, function: str) -> None:
         if not self._session().is_ours:
-            raise native.unsupported(function)
+            raise libvirt_native.unsupported(function)
 
     # --- events ---
 

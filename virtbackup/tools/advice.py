@@ -128,7 +128,7 @@ KNOWN = (
         " own is virsh's: domjobinfo",
     ),
     Known(
-        libvirt.VIR_ERR_OPERATION_INVALID, ("backup-cleanup ends it",),
+        libvirt.VIR_ERR_OPERATION_INVALID, ("if nobody owns it, backup-cleanup",),
         "It may be another user's, who then has to stop it",
     ),
     Known(

@@ -186,7 +186,11 @@ def _merge_all(
             disks = tuple(made.get(disk.file, disk) for disk in point.made.disks)
             _announce(directory, point, disks)
             undo.pop_all()
-        _take_places(directory, point.file)
+        if not _take_places(directory, point.file):
+            raise listing.bad(
+                f"what was merged for point {point.label} was removed or cut by somebody else, and"
+                f" all points of {directory} are as they were: prune it again"
+            )
 
 
 def _aside(path: pathlib.Path) -> pathlib.Path:
@@ -236,8 +240,9 @@ def _announce(
     _write(directory, point.file + MERGED, dataclasses.replace(point.made, kind=kind, disks=disks))
 
 
-def _take_places(directory: pathlib.Path, file: str) -> None:
-    """Put the images that the announced manifest FILE tells of in their places, then it.
+def _take_places(directory: pathlib.Path, file: str) -> bool:
+    """Put the images that the announced manifest FILE tells of in their places, then it; whether
+    all of them are there.
 
     Where one of them is not there any more, or is cut, as in a copy of the directory that was made
     meanwhile, the manifest goes on to tell of the increment that is in its place. Errors: one of
@@ -257,6 +262,7 @@ def _take_places(directory: pathlib.Path, file: str) -> None:
         _write(directory, manifest.FILE, made)
     (directory / (file + MERGED)).rename(directory / file)
     chain.sync_directory(directory)
+    return made == coming
 
 
 def _write(directory: pathlib.Path, file: str, made: manifest.Manifest) -> None:

@@ -101,9 +101,9 @@ class Control:
 
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
         if uri.startswith(_WITH_EVENTS):
-            from virtbackup.tools import virsh_events
+            from virtbackup import event_loop
 
-            virsh_events.run()
+            event_loop.start()
         try:
             connection = virtbackup.open(uri, readonly=readonly)
         except libvirt.libvirtError as error:
@@ -165,7 +165,7 @@ class _Warnings(logging.Handler):
 
 
 _WARNINGS = _Warnings()
-_OF_WHAT_IS_LEFT = ("virtbackup.qemu.sweep.left", "virtbackup.remote.native.left")
+_OF_WHAT_IS_LEFT = ("virtbackup.qemu.sweep.left", "virtbackup.native.left")
 """The loggers of what is left of a backup."""
 
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import libvirt
 
-from virtbackup import api, config, errors, hypervisor
+from virtbackup import api, config, errors, event_loop, hypervisor
 from virtbackup.conf import virtbackup_conf
-from virtbackup.qemu import libvirt_events
 from virtbackup.remote import daemon, domains, transport
 from virtbackup.tools import virsh_host, virtbackupd_options
 
@@ -137,7 +136,7 @@ def _run(settings: virtbackup_conf.Settings) -> int:
     ]
     _allow_descriptors(settings)
     if any(uri.startswith("qemu") for uri in settings.uris):
-        libvirt_events.start_loop()
+        event_loop.start()
     served = daemon.Daemon(hosts, settings)
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The shell's event loop, by which it hears from libvirt of the domains it backs up (virsh.c)."""
+"""The event loop of libvirt's that our programs run, to hear from it of domains (virsh.c)."""
 
 import logging
 import os
@@ -8,24 +8,30 @@ import time
 
 import libvirt
 
+from virtbackup import errors
+
 logger = logging.getLogger(__name__)
 
-_lock = threading.Lock()
+_starting = threading.Lock()
 _process: int | None = None
 """That which runs the loop: a forked one has no threads of its parent's."""
 _TRY_AGAIN = 0.5
 """Seconds, where the loop fails."""
 
 
-def run() -> None:
+def start() -> None:
     """Run libvirt's own event loop, in a thread, from before the first connection to the end of the
-    process: libvirt's daemon lets go of who has a loop, and does not answer its pings by it."""
+    process: libvirt's daemon lets go of who has a loop, and does not answer its pings by it. Twice
+    is as once. Errors: libvirt's own."""
     global _process
-    with _lock:
+    with _starting:
         if _process == os.getpid():
             return
-        libvirt.virEventRegisterDefaultImpl()
-        threading.Thread(target=_run, name="virsh-events", daemon=True).start()
+        try:
+            libvirt.virEventRegisterDefaultImpl()
+        except libvirt.libvirtError as failure:
+            raise errors.of_libvirt(failure) from failure
+        threading.Thread(target=_run, name="virtbackup-event-loop", daemon=True).start()
         _process = os.getpid()
 
 
