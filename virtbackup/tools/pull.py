@@ -22,7 +22,7 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import libvirt
@@ -52,6 +52,7 @@ def pull(
     bandwidth: int | None = None,
     check: bool = False,
     targets: Mapping[str, pathlib.Path] | None = None,
+    named: Callable[[Sequence[str]], None] | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
@@ -60,7 +61,8 @@ def pull(
     take the place of what XML says; an ``auto`` disk is pulled whole where DIRECTORY or the guest
     has not what an increment needs, and the manifest says why. COMPRESS: by zstd, qcow2 only.
     BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
-    TARGETS: disk -> the block device that it goes to, of a backup without a branch.
+    TARGETS: disk -> the block device that it goes to, of a backup without a branch. NAMED is given
+    the disks' names before PROGRESS is told of the first, in the order of its numbers.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
     branch, an increment that would leave a gap, a device that is in use, is the guest's or is one
@@ -98,6 +100,8 @@ def pull(
             jobs = _jobs(live, directory, plan, compress)
             cancel.check()
             written.update(devices)
+            if named is not None:
+                named(list(jobs))
             stop = functools.partial(running.stop, cancel)
             # Where neither the files nor a second look need the backup, it does not last for them.
             early = plan.number is None and not check
