@@ -218,8 +218,7 @@ def _wanted(
     given = backup_conf.BackupDef.parse(given.format())
     aligned = given.align_disks(domain)
     disks = tuple(
-        dataclasses.replace(disk, type=kind) if kind is not None and disk.present else disk
-        for disk in aligned.disks
+        disk.of_type(kind) if kind is not None and disk.present else disk for disk in aligned.disks
     )
     for disk in disks:
         if disk.present and (problem := manifest.file_name_problem(disk.name)):
@@ -301,7 +300,7 @@ def _plan_next(
         if disk.present:
             disks.append(_next_disk(disk, known, gaps.get(disk.name, ""), fmt))
             if disks[-1].backing is None:  # else it is as asked for: the guest has a word in it
-                disk = dataclasses.replace(disk, type="full")
+                disk = disk.of_type("full")
         definition.append(disk)
     return _Plan(
         dataclasses.replace(wanted, disks=tuple(definition)), tuple(disks), known.next_number
