@@ -547,6 +547,7 @@ def test_a_branch(name: str) -> None:
     planned = branched_plan(asked, **how)
     [one] = planned.disks
     [told] = [found for found in planned.definition.disks if found.present]
+    assert backup_conf.BackupDef.parse(planned.definition.format()) == planned.definition
     commands = [
         planned.scratch_command(one, "/dev/fdset/0"),
         planned.transaction(),
@@ -562,6 +563,18 @@ def test_a_branch(name: str) -> None:
     sent = [{"execute": sent.execute, "arguments": dict(sent.arguments)} for sent in commands]
     text = "".join(f"{json.dumps(line)}\n" for line in [decided, *sent])
     datacases.check(PLANNED / f"{name}.jsonl", text)
+
+
+def test_a_disk_that_is_whole_after_all_has_no_changes_to_be_called_anything() -> None:
+    """Its running backup is a document that the stop can read."""
+    planned = branched_plan(branched_state(), type="auto", exportbitmap="c")
+    assert backup_conf.BackupDef.parse(planned.definition.format()) == planned.definition
+
+
+def test_a_backup_of_which_the_document_could_not_be_read_is_refused() -> None:
+    """It is what its stop begins with."""
+    with pytest.raises(errors.Error, match=r"dir='/scr\\natch': expected an absolute path"):
+        backup.plan(definition(state()), state(), CAPS, ID, "/scr\natch")
 
 
 GRAPH = {"x-debug-query-block-graph"}

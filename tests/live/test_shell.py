@@ -328,6 +328,8 @@ def test_pull_shows_its_progress_on_a_terminal(
     shown, out = terminals.shown(argv, "stderr")
     assert out.endswith(b"Domain backup pulled\n")
     assert b"128M" in shown
+    for name in (b"vda", b"sdb"):  # a bar for each disk, below the one for both
+        assert re.search(name + rb":[^\r\n]*64.0M", shown), shown
     assert b"error" not in shown
 
 

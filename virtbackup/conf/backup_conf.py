@@ -84,6 +84,11 @@ class BackupDiskDef:
     reason: str | None = None
     """Of a running backup: why an ``auto`` disk has the type it has. A start takes no notice."""
 
+    def of_type(self, type: DiskType, reason: str | None = None) -> "BackupDiskDef":
+        """The disk with TYPE, for REASON; whole, it has no changes to be called anything."""
+        exportbitmap = None if type == "full" else self.exportbitmap
+        return dataclasses.replace(self, type=type, reason=reason, exportbitmap=exportbitmap)
+
 
 @dataclasses.dataclass(frozen=True)
 class BackupDef:

@@ -292,9 +292,10 @@ def plan(
     """Plan the backup of an aligned DEFINITION; images without a place go to SCRATCH_DIR. TLS, if
     it is wanted, goes by CREDENTIALS. GIVES_WAY: as ``BackupPlan``, which QEMU has to be made for.
 
-    ENGINE None is the safest that this QEMU has. Errors, by disk: VIR_ERR_CONFIG_UNSUPPORTED for
-    what is not offered, VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one
-    whose export would kill this QEMU, VIR_ERR_OPERATION_INVALID for one that was given away.
+    ENGINE None is the safest that this QEMU has. Errors: those of ``BackupDef.parse`` for what a
+    document cannot tell; by disk, VIR_ERR_CONFIG_UNSUPPORTED for what is not offered,
+    VIR_ERR_OPERATION_UNSUPPORTED for a disk with a block job of its own or one whose export would
+    kill this QEMU, VIR_ERR_OPERATION_INVALID for one that was given away.
     """
     caps.check_backup()
     engine = engine or caps.engine_beside_iothreads(bool(state.iothreads))
@@ -343,6 +344,8 @@ def plan(
             plan = _with_branch(plan, definition.branch, wanted, line, backup, copies)
         disks.append(dataclasses.replace(plan, guards=_guards(plan, caps, state.graph)))
     placed_all = dataclasses.replace(definition, disks=tuple(placed))
+    # The status has the document, and a backup of which it cannot be read could not be ended.
+    backup_conf.BackupDef.parse(placed_all.format())
     return BackupPlan(backup, engine, placed_all, tuple(disks), spoken, credentials, gives_way)
 
 
@@ -436,10 +439,10 @@ def _choose(wanted: backup_conf.BackupDiskDef, line: branch.Line) -> backup_conf
     if wanted.type != "auto":
         return wanted
     if line.unsound is not None:
-        return dataclasses.replace(wanted, type="full", reason=line.unsound)
+        return wanted.of_type("full", line.unsound)
     assert line.point is not None
     reason = f"its changes since the backup '{line.point.backup}' are known"
-    return dataclasses.replace(wanted, type="incremental", reason=reason)
+    return wanted.of_type("incremental", reason)
 
 
 def _lines(

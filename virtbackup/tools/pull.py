@@ -22,7 +22,7 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import libvirt
@@ -52,6 +52,7 @@ def pull(
     bandwidth: int | None = None,
     check: bool = False,
     targets: Mapping[str, pathlib.Path] | None = None,
+    named: Callable[[Sequence[str]], None] | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
@@ -60,7 +61,8 @@ def pull(
     take the place of what XML says; an ``auto`` disk is pulled whole where DIRECTORY or the guest
     has not what an increment needs, and the manifest says why. COMPRESS: by zstd, qcow2 only.
     BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
-    TARGETS: disk -> the block device that it goes to, of a backup without a branch.
+    TARGETS: disk -> the block device that it goes to, of a backup without a branch. NAMED is given
+    the disks' names before PROGRESS is told of the first, in the order of its numbers.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
     branch, an increment that would leave a gap, a device that is in use, is the guest's or is one
@@ -98,6 +100,8 @@ def pull(
             jobs = _jobs(live, directory, plan, compress)
             cancel.check()
             written.update(devices)
+            if named is not None:
+                named(list(jobs))
             stop = functools.partial(running.stop, cancel)
             # Where neither the files nor a second look need the backup, it does not last for them.
             early = plan.number is None and not check
@@ -214,8 +218,7 @@ def _wanted(
     given = backup_conf.BackupDef.parse(given.format())
     aligned = given.align_disks(domain)
     disks = tuple(
-        dataclasses.replace(disk, type=kind) if kind is not None and disk.present else disk
-        for disk in aligned.disks
+        disk.of_type(kind) if kind is not None and disk.present else disk for disk in aligned.disks
     )
     for disk in disks:
         if disk.present and (problem := manifest.file_name_problem(disk.name)):
@@ -297,7 +300,7 @@ def _plan_next(
         if disk.present:
             disks.append(_next_disk(disk, known, gaps.get(disk.name, ""), fmt))
             if disks[-1].backing is None:  # else it is as asked for: the guest has a word in it
-                disk = dataclasses.replace(disk, type="full")
+                disk = disk.of_type("full")
         definition.append(disk)
     return _Plan(
         dataclasses.replace(wanted, disks=tuple(definition)), tuple(disks), known.next_number

@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from virtbackup.tools import virsh_branch, virsh_connection, vsh
@@ -17,20 +17,32 @@ if TYPE_CHECKING:  # at run time where they are used: they bring libnbd with the
 
 
 class Bar:
-    """A progress bar for all disks together (``virtbackup.nbd.copy.Progress``)."""
+    """A progress bar for all disks together and, where they are several and have names, one more
+    below it for each (``virtbackup.nbd.copy.Progress``)."""
 
-    def __init__(self, bar: Any) -> None:
-        """BAR is a tqdm that counts bytes, its total zero as yet."""
-        self._bar = bar
+    def __init__(self, more: Callable[..., Any]) -> None:
+        """MORE makes a tqdm that counts bytes, of a total, and for a disk of a name and a line."""
+        self._more, self._bar = more, more(0)
+        self._names: Sequence[str] = ()
+        self._disks: dict[int, Any] = {}
+
+    def name(self, names: Sequence[str]) -> None:
+        """The disks are called NAMES, in the order of their numbers."""
+        self._names = [vsh.visible(name) for name in names]
 
     def start(self, index: int, size: int) -> None:
         """The disk was opened and has SIZE bytes."""
         self._bar.total += size
+        if len(self._names) > 1:
+            width = max(map(len, self._names))
+            self._disks[index] = self._more(size, self._names[index].ljust(width), index + 1)
         self._bar.refresh()
 
     def advance(self, index: int, count: int) -> None:
         """COUNT more bytes are done."""
         self._bar.update(count)
+        if index in self._disks:
+            self._disks[index].update(count)
 
 
 class Lines:
@@ -93,14 +105,23 @@ def _lines(shell: virsh_connection.Shell) -> Iterator[Lines]:
 
 @contextlib.contextmanager
 def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
-    """A bar on standard error where people look at it."""
+    """Bars on standard error where people look at it."""
     if shell.quiet or not sys.stderr.isatty():
         yield None
         return
     import tqdm
 
-    with tqdm.tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as shown:
-        yield Bar(shown)
+    with contextlib.ExitStack() as shown:
+
+        def more(total: int, name: str | None = None, line: int = 0) -> Any:
+            return shown.enter_context(
+                tqdm.tqdm(
+                    total=total, desc=name, position=line,
+                    unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                )
+            )  # fmt: skip
+
+        yield Bar(more)
 
 
 def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -133,6 +154,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             bandwidth=bandwidth,
             check=args.flag("check"),
             targets=targets,
+            named=progress.name if isinstance(progress, Bar) else None,
         )
         if isinstance(progress, Lines):
             progress.tell("finished", **made.facts())
