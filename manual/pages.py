@@ -60,6 +60,8 @@ _ENVIRONMENT = (
     ("`VIRTBACKUP_STATE_DIR`",
      "Where running backups are noted. Else `/run/virtbackup` for root, and a directory in"
      " `$XDG_RUNTIME_DIR` for others."),
+    ("`XDG_CONFIG_HOME`, `XDG_CACHE_HOME`", "Directories in place of `~/.config` and `~/.cache`."),
+    ("`NO_COLOR`", "Where it is set, errors have no colour. On a terminal alone they have any."),
 )  # fmt: skip
 
 _STATUS = (
@@ -250,8 +252,9 @@ def virtbackup_conf_page() -> str:
         )),
         roff.section("DESCRIPTION", roff.text(
             "Settings that are not of one backup. The machine's file is read first, and then the"
-            " user's, whose settings take the place of the machine's. The environment variable"
-            " `VIRTBACKUP_CONF` names a file that is read in place of both.",
+            " user's, whose settings take the place of the machine's; that is in `$XDG_CONFIG_HOME`"
+            " where it is set. The environment variable `VIRTBACKUP_CONF` names a file that is read"
+            " in place of both.",
             "A line is `name = value`: a text in double or single quotes, a number, `yes` or `no`,"
             " or a list of texts in brackets, which may go on over several lines. `#` begins a"
             " comment. A setting that nobody knows is an error.",

@@ -57,9 +57,10 @@ def test_every_group_and_every_option_of_the_program() -> None:
 
 def test_every_variable_of_the_environment() -> None:
     sources = (path.read_text() for path in (ROOT / "virtbackup").rglob("*.py"))
-    used = {name for source in sources for name in re.findall(r'"(VIRTBACKUP_\w+)"', source)}
+    ours = r"(?:VIRTBACKUP|XDG|NO)_\w+"
+    used = {name for source in sources for name in re.findall(f'"({ours})"', source)}
     assert used
-    assert used <= set(re.findall(r"VIRTBACKUP_\w+", VIRSH_BACKUP))
+    assert used <= set(re.findall(ours, VIRSH_BACKUP))
 
 
 def test_every_setting_with_its_default() -> None:

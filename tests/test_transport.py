@@ -296,6 +296,8 @@ def test_addresses(text: str, address: transport.Address) -> None:
         ("unix:", "is absolute"),
         ("unix:x", "is absolute"),
         ("unix:/\0", "is absolute"),
+        ("unix:/" + "x" * 107, "longer than 107 bytes"),
+        ("unix:/" + "\u2603" * 36, "longer than 107 bytes"),
         ("tcp:7000", "is none of"),
         ("udp:a:1", "is none of"),
         ("tcp:a:", "'' is no port"),

@@ -91,6 +91,7 @@ def test_lookups(host: libvirtd.Host, domain: libvirtd.Domain, driver: Any) -> N
     assert driver.domain_lookup(id=ref.id) == ref
     assert driver.domain_lookup(uuid=ref.uuid.replace("-", "")) == ref
     assert driver.domain_lookup(name="another") is None
+    assert driver.domain_lookup(name="not UTF-8: \udcff") is None
     assert driver.domain_lookup(id=4711) is None
     assert driver.domain_lookup(uuid="6695eb01-f6a4-8304-79aa-97f2502e193f") is None
     with pytest.raises(virtbackup.Error, match="Invalid UUID"):
@@ -213,6 +214,21 @@ def test_refused_as_libvirt_refuses(domain: libvirtd.Domain, driver: Any) -> Non
         with pytest.raises(errors.Error) as caught:
             ours()
         assert caught.value.err == of_libvirt.value.err
+
+
+def test_what_is_not_utf_8_is_refused(domain: libvirtd.Domain, driver: Any) -> None:
+    ref, other = ref_of(domain), "\udcff"  # as the byte 0xff comes
+    calls: list[Callable[[], Any]] = [
+        lambda: driver.domain_get_block_info(ref, other, 0),
+        lambda: driver.domain_block_stats_flags(ref, other, 0),
+        lambda: driver.domain_get_block_job_info(ref, other, 0),
+        lambda: driver.domain_monitor_command(ref, other, 0),
+        lambda: virtbackup.open(f"qemu:///system?socket=/{other}"),
+    ]
+    for call in calls:
+        with pytest.raises(errors.Error, match="is not UTF-8") as caught:
+            call()
+        assert caught.value.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
 
 
 # --- events ---------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from virtbackup.qemu import status
 
 
 class own_errors(contextlib.ContextDecorator):
-    """libvirt's errors are errors of ours: the same, but of the type that callers look for."""
+    """libvirt's errors are errors of ours: the same, but of the type that callers look for; so is
+    what libvirt-python cannot hand on, as clients say it in any bytes."""
 
     # No generator: its frame and the error would hold each other, and the error libvirt's
     # connection, which would stay open after its close until garbage is collected.
@@ -24,6 +25,9 @@ class own_errors(contextlib.ContextDecorator):
     def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
         if isinstance(failure, libvirt.libvirtError) and not isinstance(failure, errors.Error):
             raise errors.of_libvirt(failure) from failure
+        if isinstance(failure, UnicodeEncodeError):
+            text = "a name, a path or a command is not UTF-8"
+            raise errors.error(libvirt.VIR_ERR_INVALID_ARG, text) from failure
 
 
 def ref_of(found: "libvirt.virDomain") -> hypervisor.DomainRef:
@@ -60,6 +64,8 @@ class LibvirtQueries:
         """libvirt's; or a transient one that is gone, while its backup's status file is not."""
         try:
             return ref_of(_find(self._connection, uuid, name, id))
+        except UnicodeEncodeError:
+            return None  # no document can have given a domain such a name
         except libvirt.libvirtError as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise

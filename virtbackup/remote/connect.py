@@ -151,8 +151,10 @@ def connect(target: Target, timeout: float = CONNECT_TIMEOUT) -> transport.Trans
             domain=libvirt.VIR_FROM_RPC,
         ) from failure
     except transport.NotAccepted as failure:
+        certificate = _files(target)[1]
+        missing = "" if pathlib.Path(certificate).exists() else ", which is not there"
         raise rpc_error.rpc_error(
-            f"server verification (of our certificate '{_files(target)[1]}') failed:"
+            f"server verification (of our certificate '{certificate}'{missing}) failed:"
             f" '{place(address)}': {failure.strerror}"
         ) from failure
     except OSError as failure:

@@ -28,6 +28,7 @@ T = TypeVar("T")
 CHUNK = 1 << 16
 """Bytes that are read or written at once."""
 BACKLOG = 128
+MAX_SUN_PATH = 107
 SO_PASSRIGHTS = 83
 """asm-generic/socket.h."""
 SCM_MAX_FD = 253
@@ -73,6 +74,8 @@ def parse_address(text: str) -> Address:
     if kind == "unix":
         if not rest.startswith("/") or "\0" in rest:
             raise ValueError(f"'{text}': the path of a unix socket is absolute")
+        if len(os.fsencode(rest)) > MAX_SUN_PATH:
+            raise ValueError(f"'{text}': the path is longer than {MAX_SUN_PATH} bytes")
         return Address("unix", path=rest)
     host, colon, port = rest.rpartition(":")
     if kind not in ("tcp", "tls") or not colon:
