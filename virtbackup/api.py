@@ -33,7 +33,9 @@ VIR_DOMAIN_BACKUP_STOP_CANCEL = hypervisor.STOP_CANCEL
 """Give the backup up: the branch stays where it was and no verdict is asked for."""
 
 VIR_DOMAIN_EVENT_ID_BACKUP_ENDED = 1 << 16
-"""Of domainEventRegisterAny: a backup has ended, whoever ended it."""
+"""Of domainEventRegisterAny: a backup has ended, whoever ended it. Told are those that are started
+or asked for by the connection, and those that run as its first callback is registered; by a
+virtbackupd, all that its clients start."""
 
 EventCallback = Callable[..., object]
 """(connection, domain, event, detail, opaque) for VIR_DOMAIN_EVENT_ID_LIFECYCLE; (connection,

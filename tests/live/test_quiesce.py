@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,7 @@ virtbackup.open(sys.argv[1]).listAllDomains()[0].backupStart(sys.argv[2], 1)
 
 _KILLED_AFTER_LIBVIRTD = f"""
 import signal
+import socket
 def kill(self):
     os.kill(int(sys.argv[3]), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -409,17 +411,69 @@ def test_killed_while_another_process_holds_its_files(scene: Scene) -> None:
         connection.listAllDomains()[0].backupCleanup()
 
 
-def test_a_thaw_that_fails_at_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frozen", [agents.returns(2), hangs_up])
+def test_a_thaw_that_fails_at_first(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, frozen: agents.Reply
+) -> None:
+    """Also after a freeze of which nobody knows what became of it."""
     monkeypatch.setattr(agent, "_PAUSE", 0.0)
     refused, real = agents.refuses("not now"), agents.returns(2)
 
     def second(message: dict[str, Any]) -> bytes | None:
         return real(message) if scene.agent.commands.count("thaw") == 2 else refused(message)
 
-    scene.agent.on(thaw=second)
-    scene.start()
-    scene.agent.wait_for("freeze", "thaw", "thaw")
-    scene.stop()
+    scene.agent.on(freeze=frozen, thaw=second)
+    if frozen is hangs_up:
+        with pytest.raises(virtbackup.Error, match="it hung up"):
+            scene.start()
+        scene.agent.wait_for("freeze", "thaw", "thaw")
+    else:
+        scene.start()
+        scene.agent.wait_for("freeze", "thaw", "thaw")
+        scene.stop()
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts"),
+    [
+        # libvirtd ended, or its connection: the agent may have been told, and freeze.
+        (libvirt.VIR_ERR_SYSTEM_ERROR, agent.ATTEMPTS),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, agent.ATTEMPTS),
+        (libvirt.VIR_ERR_RPC, agent.ATTEMPTS),
+        # No agent was told anything, and there is none that could thaw.
+        (libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, 1),
+        (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, 1),
+    ],
+)
+def test_a_freeze_by_libvirt_of_which_nobody_knows(
+    code: int, attempts: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(agent, "_PAUSE", 0.0)
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def nobody(_: agent.Agent) -> Iterator[agent._Guard]:
+        with contextlib.closing(socket.socket()) as unconnected:
+            guard = agent._Guard(unconnected)
+            monkeypatch.setattr(guard, "arm", lambda: setattr(guard, "is_done", False))
+            try:
+                yield guard
+            finally:
+                told.append("done" if guard.is_done else "goes on")
+
+    class Domain:
+        def fsFreeze(self) -> int:
+            raise virtbackup.Error(code, "cannot write data")
+
+        def fsThaw(self) -> int:
+            told.append("thaw")
+            return self.fsFreeze()
+
+    monkeypatch.setattr(agent, "_guard", nobody)
+    with pytest.raises(virtbackup.Error, match="cannot write data"):
+        agent.standing_still(agent.LibvirtAgent(Domain, "guest"), lambda: None)
+    assert told == ["thaw"] * attempts + ["goes on" if attempts > 1 else "done"]
+    assert ("may be FROZEN (agent guest)" in capfd.readouterr().err) == (attempts > 1)
 
 
 def test_a_thaw_that_keeps_failing_is_said_aloud_and_tried_on(

@@ -268,10 +268,11 @@ def standing_still(agent: Agent, do: Callable[[], None]) -> None:
 
 def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
     """Whether nothing of ours is frozen after a freeze that failed: some file systems may be, all
-    the same, but where the agent refused, and one that did not answer may yet freeze."""
+    the same, but where the agent refused, and one that did not answer may yet freeze, as may one
+    with whom the connection was lost, to it or to libvirtd."""
     if isinstance(failure, Refused):
         return True
-    if failure.get_error_code() in _NO_ANSWER:
+    if failure.get_error_code() not in _NO_AGENT:
         return thaw(agent)
     with contextlib.suppress(libvirt.libvirtError):
         agent.thaw()
@@ -279,11 +280,17 @@ def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
 
 
 # Codes of newer libvirts, which a libvirt-python may not know that speaks to one.
-_AGENT_COMMAND_TIMEOUT, _AGENT_COMMAND_FAILED = 112, 113
+_AGENT_COMMAND_FAILED = 113
 _ANSWERED = {libvirt.VIR_ERR_INTERNAL_ERROR, _AGENT_COMMAND_FAILED}
 """The agent's own error."""
-_NO_ANSWER = {libvirt.VIR_ERR_OPERATION_TIMEOUT, _AGENT_COMMAND_TIMEOUT}
-"""An agent's command was sent, and nobody knows what became of it."""
+_NO_AGENT = {
+    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+    libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_NO_SUPPORT,
+    libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_OPERATION_INVALID,
+    libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_ACCESS_DENIED, libvirt.VIR_ERR_NO_DOMAIN,
+}  # fmt: skip
+"""There is no agent that could be told, or none that listens. Of any other failure nobody knows
+whether the command was sent, and what became of it."""
 
 
 def thaw(

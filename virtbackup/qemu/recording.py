@@ -78,7 +78,11 @@ class Recording:
 
 def parse(text: str) -> Recording:
     """Read a recording. Errors: ValueError, naming the line."""
-    lines = tuple(_lines(text))
+    return _whole(tuple(_lines(text)))
+
+
+def _whole(lines: tuple[Line, ...]) -> Recording:
+    """A recording of LINES. Errors: ValueError."""
     if not lines or lines[0].direction != "<-" or "QMP" not in lines[0].message:
         raise ValueError("line 1: a recording begins with QEMU's greeting")
     return Recording(lines)
@@ -104,7 +108,13 @@ def _lines(text: str) -> Iterator[Line]:
 
 
 def parse_trace(text: str) -> Recording:
-    """Read what ``--trace`` writes: a line a message, behind its time and its direction.
+    """Read a trace that is a recording, as that of a QMP socket is. Errors: as trace_lines."""
+    return _whole(trace_lines(text))
+
+
+def trace_lines(text: str) -> tuple[Line, ...]:
+    """Read what ``--trace`` writes: a line a message, behind its time and its direction. By libvirt
+    there is no greeting: that was said to libvirt.
 
     Errors: ValueError, naming the line.
     """
@@ -118,7 +128,7 @@ def parse_trace(text: str) -> Recording:
                 lines.append(f'{{"{direction}": {message}}}')
             case _:
                 raise ValueError(f"line {number}: expected TIME -> COMMAND or TIME <- MESSAGE")
-    return parse("\n".join(lines))
+    return tuple(_lines("\n".join(lines)))
 
 
 def format(lines: Iterable[Line]) -> str:
