@@ -21,7 +21,8 @@ PATIENCE = 20.0
 FIRST, SECOND = naming.BackupId("00000001"), naming.BackupId("00000002")
 
 RUNNING = status.Status(
-    id=FIRST, phase="running", name="vm", uuid="u", definition="<domainbackup/>", engine="classic",
+    id=FIRST, phase="running", name="vm", uuid="u",
+    definition="<domainbackup><address type='unix' path='/s'/></domainbackup>", engine="classic",
     started=1.0, server=True, socket=None, qemu=None, owner=None, given_up=None, was_stopped=False,
     cancelled=False, advanced=False, verdict=None, told=False, save_failure=None,
     save_reason=None, branch=None, advances=None, disks=(),

@@ -1007,7 +1007,8 @@ def _disk_status() -> status.DiskStatus:
 
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
-        id=ID, phase="running", name="vm", uuid="u", definition="<x/>", engine="classic",
+        id=ID, phase="running", name="vm", uuid="u",
+        definition="<domainbackup><address type='unix' path='/s'/></domainbackup>", engine="classic",
         started=1.5, server=True, socket=None, qemu=runtime.Process(1, 2), owner=None,
         given_up=None,
         was_stopped=False, cancelled=False, advanced=False, verdict=None, told=False,

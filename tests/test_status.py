@@ -163,7 +163,7 @@ def full(tmp_path: pathlib.Path) -> Iterator[status.StatusFile]:
     """A status in a file system that has no room for anything else."""
     with places.small_file_system(tmp_path / "full", 128 << 10) as path:
         file = status.StatusFile("key", path)
-        file.save(having(definition="old" * 3000))
+        file.save(having(name="old" * 3000))
         places.fill_up(path)
         yield file
 
@@ -179,7 +179,7 @@ def test_a_status_without_room_is_the_old_or_the_new_one(
     """Wherever who writes it is killed, as before each call of a function of the system's."""
     old = full.load()
     assert old is not None
-    new = dataclasses.replace(old, definition="new" * 2900, phase="stopping")
+    new = dataclasses.replace(old, name="new" * 2900, phase="stopping")
     found, steps = [], itertools.count(1, 1 if conftest.long() else 3)
     for step in steps:
         full.save(old)
@@ -223,7 +223,7 @@ def test_who_reads_a_status_without_room_finds_one(
     takes its room yet, so that a write may be refused meanwhile."""
     old = full.load()
     assert old is not None
-    new = dataclasses.replace(old, definition="new" * 2900, phase="stopping")
+    new = dataclasses.replace(old, name="new" * 2900, phase="stopping")
     if (child := os.fork()) == 0:
         refused: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not exchanges:
@@ -371,8 +371,9 @@ def _no_monitor() -> contextlib.AbstractContextManager[domain.Session]:
 @pytest.mark.parametrize(
     "text",
     ["", "{}", '{"version": "9"}', '{"version": true, "id": ""}', "[" * 100_000,
-     status.format(having(qemu=runtime.Process(7, 7))).replace("[7, 7,", "[1e999, 7,")],
-    ids=["empty", "nothing", "text", "yes", "deep", "endless"],
+     status.format(having(qemu=runtime.Process(7, 7))).replace("[7, 7,", "[1e999, 7,"),
+     status.format(having(definition="<domainbackup><disk/></domainbackup>"))],
+    ids=["empty", "nothing", "text", "yes", "deep", "endless", "document"],
 )  # fmt: skip
 def test_what_is_no_status_is_of_no_version(text: str, file: status.StatusFile) -> None:
     file.path.write_text(text)

@@ -221,6 +221,7 @@ def parse(text: str) -> Status:
         fields["disks"] = [_complete(disk) for disk in fields["disks"]]
         disks = tuple(_parse_disk(disk) for disk in fields.pop("disks"))
         qemu, owner = (fields.pop(key) for key in ("qemu", "owner"))
+        _address(fields["definition"])
         return Status(
             disks=disks,
             qemu=None if qemu is None else _parse_process(qemu),
@@ -228,7 +229,7 @@ def parse(text: str) -> Status:
             **fields,
         )
     except (
-        KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError
+        KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, errors.Error
     ) as failure:  # fmt: skip
         raise ValueError(f"not a status: {failure!r}") from failure
 
