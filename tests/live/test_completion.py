@@ -14,10 +14,11 @@ from collections.abc import Iterator
 import pytest
 
 from manual import __main__ as manual
+from tests import waiting
 from virtbackup.tools import virsh_backup
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEADLINE = 30.0
+DEADLINE = waiting.DEADLINE
 FAKE = "fake:///two"
 SHOW = "\x14"
 """Ctrl-T, which prints the line that is being typed."""

@@ -394,8 +394,8 @@ def test_a_read_that_has_its_turn_by_the_time_of_the_wait() -> None:
         assert not loop.may_read()
         waiting.until(lambda: rate.delay() == 0)
         began = time.monotonic()
-        loop.wait(10)
-        assert time.monotonic() - began < 5
+        loop.wait(60)
+        assert time.monotonic() - began < 50
         assert loop.may_read()
     finally:
         loop.close()
@@ -561,7 +561,7 @@ def test_cancel_wakes_a_copy_that_waits(tmp_path: pathlib.Path) -> None:
     thread.join()
     cancel.close()
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50
 
 
 def test_cancel_in_the_middle(tmp_path: pathlib.Path) -> None:

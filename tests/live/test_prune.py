@@ -669,7 +669,7 @@ def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
         aside = backed.directory / "vda.0002.qcow2.merged"
         waiting.until(lambda: aside.exists() and aside.stat().st_blocks > 0, process=one)
         one.send_signal(number)
-        one.wait(20)
+        one.wait(waiting.DEADLINE)
         assert one.returncode == (130 if number == signal.SIGINT else 143)
     assert names(backed.directory) == before
     assert points.verified(backed.directory).good
