@@ -793,7 +793,7 @@ def test_who_shakes_no_hands_keeps_nobody_out(tmp_path: pathlib.Path, pki: pathl
         limits=limits,
     )  # fmt: skip
     with serving as served:
-        silent = [daemon_scene.Raw.tcp(served.port("tls")) for _ in range(9)]
+        silent = [daemon_scene.Raw.tcp(served.port("tls")) for _ in range(7)]
         begin = time.monotonic()
         with daemon_scene.Raw.tcp(served.port("tls"), client_context(pki)) as client:
             assert client.open().names() == ["a"]
