@@ -42,11 +42,18 @@ pytest.register_assert_rewrite(
     "tests.live", *(f"tests.{path.stem}" for path in HERE.glob("[!_]*.py") if path != THIS)
 )
 
-hypothesis.settings.register_profile("short", deadline=None, print_blob=True, max_examples=50)
-hypothesis.settings.register_profile("long", parent=None, deadline=None, max_examples=5000)
+# How long it takes to make an example is told by the machine, too.
+HOWEVER_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "short", deadline=None, print_blob=True, max_examples=50, suppress_health_check=HOWEVER_SLOW
+)
+hypothesis.settings.register_profile(
+    "long", parent=None, deadline=None, max_examples=5000, suppress_health_check=HOWEVER_SLOW
+)
 hypothesis.settings.register_profile(
     "mutant",
     deadline=None,
+    suppress_health_check=HOWEVER_SLOW,
     max_examples=25,
     derandomize=True,
     database=None,

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests import hostile_monitor, measured_shell, shell_driver
+from tests import conftest, hostile_monitor, measured_shell, shell_driver
 from tests import test_bad_input_monitor as spoilers
 from virtbackup.qemu import qmp
 from virtbackup.tools import virsh_backup, vsh
@@ -88,7 +88,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 _NOT_OURS = re.compile(r"-\w*[cl]|--[clt]")
 """Options that would lead the program elsewhere, or have it write files: -c, --log, --trace."""
 
-quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    suppress_health_check=[*conftest.HOWEVER_SLOW, HealthCheck.function_scoped_fixture]
+)
 
 
 @quick

@@ -21,7 +21,7 @@ from xml.sax import saxutils
 
 import libvirt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
@@ -361,7 +361,7 @@ SIZES = st.sampled_from([0, 1, 511, 512, 513, BLOCK - 1, BLOCK, BLOCK + 1]) | st
 )
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(
     SIZES, st.lists(LAYER, min_size=1, max_size=4),
     st.sampled_from(FORMATS), st.sampled_from(FORMATS), st.data(),
