@@ -335,8 +335,9 @@ def test_a_qemu_of_another_user_needs_no_path(
     assert not left_over(confined, scratch_dir, state_dir)
     assert not socket(host).exists()
     taken = host.path("other.sock")
+    loopback = "::1" if places.has_ipv6() else "127.0.0.1"
     confined.monitor(
-        "nbd-server-start", addr={"type": "inet", "data": {"host": "::1", "port": "0"}}
+        "nbd-server-start", addr={"type": "inet", "data": {"host": loopback, "port": "0"}}
     )
     with pytest.raises(virtbackup.Error, match="already in use by another job"):
         dom.backupStart(document(host).replace(str(socket(host)), str(taken)))
