@@ -36,6 +36,9 @@ ROOM = 8 << 30
 # that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# What they are run with says neither what others may read of them, nor that there is no home.
+os.umask(0o022)
+os.environ.setdefault("HOME", tempfile.gettempdir())
 
 # An assertion that fails in what tests share tells what it saw, as one in a test does.
 pytest.register_assert_rewrite(

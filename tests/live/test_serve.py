@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -259,7 +260,14 @@ def put_first(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, script: 
 def test_a_server_that_ends_as_it_begins(
     whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By one program, which is hardly there once the file is: no shell between the two.
+    """Once its file is there, before it is looked at."""
+    wait = serve._wait_until_it_listens
+
+    def wait_for_its_end(server: serve.Server, *more: Any) -> None:
+        wait(server, *more)
+        os.waitid(os.P_PID, server.process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(serve, "_wait_until_it_listens", wait_for_its_end)
     put_first(tmp_path / "bin", monkeypatch, 'for last; do :; done; exec touch "$last" /nope/x')
     status, out, err = points.run("backup-serve", str(whole.directory))
     assert (status, out) == (1, "")
