@@ -31,6 +31,8 @@ MEMORY = pathlib.Path("/dev/shm")
 MEMINFO = pathlib.Path("/proc/meminfo")
 ROOM = 8 << 30
 """Bytes that have to be free in it, for files are to go there; a run takes some hundred MiB."""
+LONGEST = 16
+"""Characters that a TMPDIR may have: the path of a socket ends with the 107th."""
 
 # A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP; and so would all
 # that tests start.
@@ -111,14 +113,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "may_skip: may skip even where a live test must not")
     hypothesis.settings.load_profile(profile())
     os.environ["VIRTBACKUP_CONF"] = os.devnull  # not this machine's settings
-    if not hasattr(config, "workerinput") and "TMPDIR" not in os.environ and has_memory():
-        # What is tested syncs all that it makes: on a disk that is a sixth of the time.
-        directory = tempfile.mkdtemp(prefix="vb-", dir=MEMORY)
+    place = _place_for_files()
+    if not hasattr(config, "workerinput") and place is not None:
+        directory = tempfile.mkdtemp(prefix="vb-", dir=place)
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
         os.environ["TMPDIR"] = directory
         tempfile.tempdir = None  # it may have been looked up
         if config.option.basetemp is None:
             config.option.basetemp = f"{directory}/t"  # short, for the sockets in it
+
+
+def _place_for_files() -> pathlib.Path | None:
+    """Where the files of tests go; None: where pytest has them."""
+    if "TMPDIR" not in os.environ and has_memory():
+        # What is tested syncs all that it makes: on a disk that is a sixth of the time.
+        return MEMORY
+    return pathlib.Path("/tmp") if len(tempfile.gettempdir()) > LONGEST else None
 
 
 @pytest.hookimpl(wrapper=True)
