@@ -543,6 +543,16 @@ def test_who_has_no_rights_keeps_nobody_out(
             client.close()
 
 
+def _names(client: daemon_scene.Raw) -> list[str]:
+    """None where there is no descriptor just then for a way to the guest: one of those who never
+    open may have it, for a while."""
+    try:
+        return client.names()
+    except libvirt.libvirtError as failure:
+        assert "Too many open files" in str(failure)
+        return []
+
+
 def test_who_never_opens_keeps_nobody_out_for_want_of_descriptors(tmp_path: pathlib.Path) -> None:
     """A daemon that may have fewer than max_clients takes."""
     command = ["prlimit", "--nofile=33", sys.executable, "-m", "virtbackup.tools.virtbackupd"]
@@ -552,7 +562,7 @@ def test_who_never_opens_keeps_nobody_out_for_want_of_descriptors(tmp_path: path
             idle = [program.raw() for _ in range(40)]
             waiting.until(lambda: "cannot be accepted" in program.log.read_text())
             with program.connect() as other:
-                assert other.names() == ["vm"]
+                waiting.until(lambda: _names(other) == ["vm"])
             assert first.is_served()
         for client in idle:
             client.close()
