@@ -45,7 +45,7 @@ class Report:
 class Monitor:
     """A plain QMP client that knows nothing of the package it helps to judge."""
 
-    def __init__(self, path: pathlib.Path, deadline: float = 20.0) -> None:
+    def __init__(self, path: pathlib.Path, deadline: float = 60.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(deadline)
         self._socket.connect(str(path))
@@ -99,11 +99,11 @@ class Guest:
             self._check()
             return self._report
 
-    def wait_for_number(self, number: int, deadline: float = 120.0) -> Report:
+    def wait_for_number(self, number: int, deadline: float = 240.0) -> Report:
         """Wait until write NUMBER is done on all disks."""
         return self._wait(lambda report: report.number >= number, deadline)
 
-    def wait_for_report(self, deadline: float = 20.0) -> Report:
+    def wait_for_report(self, deadline: float = 60.0) -> Report:
         """Wait for a report that was made after this call: two, as the first may be on its way."""
         count = self.report.count
         return self._wait(lambda report: report.count >= count + 2, deadline)

@@ -31,22 +31,34 @@ MEMORY = pathlib.Path("/dev/shm")
 MEMINFO = pathlib.Path("/proc/meminfo")
 ROOM = 8 << 30
 """Bytes that have to be free in it, for files are to go there; a run takes some hundred MiB."""
+LONGEST = 16
+"""Characters that a TMPDIR may have: the path of a socket ends with the 107th."""
 
 # A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP; and so would all
 # that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# What they are run with says neither what others may read of them, nor that there is no home.
+os.umask(0o022)
+os.environ.setdefault("HOME", tempfile.gettempdir())
 
 # An assertion that fails in what tests share tells what it saw, as one in a test does.
 pytest.register_assert_rewrite(
     "tests.live", *(f"tests.{path.stem}" for path in HERE.glob("[!_]*.py") if path != THIS)
 )
 
-hypothesis.settings.register_profile("short", deadline=None, print_blob=True, max_examples=50)
-hypothesis.settings.register_profile("long", parent=None, deadline=None, max_examples=5000)
+# How long it takes to make an example is told by the machine, too.
+HOWEVER_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "short", deadline=None, print_blob=True, max_examples=50, suppress_health_check=HOWEVER_SLOW
+)
+hypothesis.settings.register_profile(
+    "long", parent=None, deadline=None, max_examples=5000, suppress_health_check=HOWEVER_SLOW
+)
 hypothesis.settings.register_profile(
     "mutant",
     deadline=None,
+    suppress_health_check=HOWEVER_SLOW,
     max_examples=25,
     derandomize=True,
     database=None,
@@ -101,14 +113,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "may_skip: may skip even where a live test must not")
     hypothesis.settings.load_profile(profile())
     os.environ["VIRTBACKUP_CONF"] = os.devnull  # not this machine's settings
-    if not hasattr(config, "workerinput") and "TMPDIR" not in os.environ and has_memory():
-        # What is tested syncs all that it makes: on a disk that is a sixth of the time.
-        directory = tempfile.mkdtemp(prefix="vb-", dir=MEMORY)
+    place = _place_for_files()
+    if not hasattr(config, "workerinput") and place is not None:
+        directory = tempfile.mkdtemp(prefix="vb-", dir=place)
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
         os.environ["TMPDIR"] = directory
         tempfile.tempdir = None  # it may have been looked up
         if config.option.basetemp is None:
             config.option.basetemp = f"{directory}/t"  # short, for the sockets in it
+
+
+def _place_for_files() -> pathlib.Path | None:
+    """Where the files of tests go; None: where pytest has them."""
+    if "TMPDIR" not in os.environ and has_memory():
+        # What is tested syncs all that it makes: on a disk that is a sixth of the time.
+        return MEMORY
+    return pathlib.Path("/tmp") if len(tempfile.gettempdir()) > LONGEST else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,7 +37,7 @@ from virtbackup.remote import (
     wire_conf,
 )
 
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 REMOTE, VIRTBACKUP, QEMU = protocol.REMOTE, protocol.VIRTBACKUP, protocol.QEMU
 wait_for = waiting.until
 PING = rpc.Message(0x6B656570, 1, 1, 2, 0)

@@ -8,11 +8,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from tests import waiting
 from virtbackup import hypervisor
 from virtbackup.conf import virtbackup_conf
 from virtbackup.remote import connect, daemon, domains, driver, transport
 
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 
 Open = Callable[[], hypervisor.Driver]
 
@@ -21,7 +22,7 @@ def threads_left(*names: str) -> list[str]:
     """The threads whose names begin with one of NAMES and that do not come to an end."""
     found = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
     for thread in found:
-        thread.join(5)
+        thread.join(DEADLINE)
     return [thread.name for thread in found if thread.is_alive()]
 
 

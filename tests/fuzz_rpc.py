@@ -149,10 +149,10 @@ def by_mutation(count: int, seed: int) -> float:
     slowest = 0.0
     for _ in range(count):
         data = mutated(chance, seeds)
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             one_input(data)
         except Exception as failure:
             raise AssertionError(f"one_input(bytes.fromhex('{data.hex()}'))") from failure
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.thread_time() - start)
     return slowest

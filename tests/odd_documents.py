@@ -67,7 +67,7 @@ def check_large(refused: Refused, document: str, reason: str | None) -> None:
     """REFUSED tells the REASON, and soon, however busy the machine is; None: it is not refused."""
     began = time.process_time()
     found = refused(document)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20
     assert (found is None) == (reason is None), found
     assert reason is None or reason in str(found)
 

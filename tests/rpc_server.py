@@ -13,6 +13,7 @@ from typing import Any
 
 import libvirt
 
+from tests import waiting
 from virtbackup.remote import (
     keepalive,
     program,
@@ -25,7 +26,7 @@ from virtbackup.remote import (
 )
 from virtbackup.remote import remote_structs as structs
 
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 UUID = "c9be7d13-0000-4000-8000-00000000002a"
 VM = remote_types.NonnullDomain("vm", bytes.fromhex(UUID.replace("-", "")), 2)
 

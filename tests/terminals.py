@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-DEADLINE = 30.0
+from tests import waiting
 
 
 def shown(
@@ -63,7 +63,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> str:
         """What comes up to TEXT and with it."""
-        end = time.monotonic() + DEADLINE
+        end = time.monotonic() + waiting.DEADLINE
         while text not in self.seen:
             if not self.comes_within(end - time.monotonic()):
                 raise AssertionError(f"no {text!r} in {self.seen!r}")
@@ -80,7 +80,7 @@ class Terminal:
 
     def insist(self, key: str, text: str) -> None:
         """Press KEY until TEXT comes: twice at once may be once, for a signal."""
-        end = time.monotonic() + DEADLINE
+        end = time.monotonic() + waiting.DEADLINE
         while text not in self.seen and time.monotonic() < end:
             self.type(key)
             while self.comes_within(0.05):

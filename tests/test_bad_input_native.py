@@ -157,7 +157,7 @@ def test_many_disks_are_translated_in_time() -> None:
     proposal = translate.translate(_many_disks(10_000), "proposal", lambda: many)
     back = translate.translate(proposal, "native", lambda: many)
     assert back.count("backup='yes'".replace("'", '"')) == 10_000
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 20
 
 
 # --- what a document may not reach ----------------------------------------------------------------

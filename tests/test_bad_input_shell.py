@@ -18,13 +18,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests import hostile_monitor, measured_shell, shell_driver
+from tests import conftest, hostile_monitor, measured_shell, shell_driver
 from tests import test_bad_input_monitor as spoilers
 from virtbackup.qemu import qmp
 from virtbackup.tools import virsh_backup, vsh
 
-DEADLINE = 20.0
-"""Seconds that a program may take on a machine that does other things too."""
+DEADLINE = 50.0
+"""Seconds that a program may take on a machine that does other things too: fewer than it waits for
+a reply where nobody says otherwise."""
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -87,7 +88,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 _NOT_OURS = re.compile(r"-\w*[cl]|--[clt]")
 """Options that would lead the program elsewhere, or have it write files: -c, --log, --trace."""
 
-quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    suppress_health_check=[*conftest.HOWEVER_SLOW, HealthCheck.function_scoped_fixture]
+)
 
 
 @quick

@@ -114,7 +114,7 @@ def test_many_disks_are_aligned_in_time() -> None:
     began = time.process_time()
     aligned = backup_conf.BackupDef.parse(_many_disks(10_000)).align_disks(domain)
     assert len(aligned.disks) == 10_000
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20
 
 
 # --- what a document may not reach ----------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import shell_driver
+from tests import shell_driver, waiting
 from virtbackup.tools import virsh_backup, virsh_complete
 
 URI = "fake:///two"
@@ -110,10 +110,14 @@ def test_a_hypervisor_that_hangs_is_not_waited_for() -> None:
     )
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=waiting.DEADLINE,
+        check=True,
     )
     assert (done.stdout, done.stderr) == ("values\n", "") or (done.stdout, done.stderr) == ("", "")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
     assert 0 < virsh_complete.TIMEOUT <= 2
 
 

@@ -793,7 +793,7 @@ def test_who_shakes_no_hands_keeps_nobody_out(tmp_path: pathlib.Path, pki: pathl
         limits=limits,
     )  # fmt: skip
     with serving as served:
-        silent = [daemon_scene.Raw.tcp(served.port("tls")) for _ in range(9)]
+        silent = [daemon_scene.Raw.tcp(served.port("tls")) for _ in range(7)]
         begin = time.monotonic()
         with daemon_scene.Raw.tcp(served.port("tls"), client_context(pki)) as client:
             assert client.open().names() == ["a"]
@@ -924,6 +924,7 @@ def test_another_s_socket_is_not_removed(tmp_path: pathlib.Path) -> None:
     other.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="to give a socket to a group takes root")
 def test_a_group_that_may_connect(tmp_path: pathlib.Path) -> None:
     settings = {"unix_sock_group": "nogroup", "unix_sock_mode": "0660"}
     with daemon_scene.serving(tmp_path, daemon_scene.Driver(A), settings=settings) as served:
@@ -932,6 +933,7 @@ def test_a_group_that_may_connect(tmp_path: pathlib.Path) -> None:
         assert found.st_gid == 65534
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="to give a socket to a group takes root")
 def test_a_link_in_the_place_of_the_socket(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from tests import waiting
 from virtbackup import hypervisor, runtime
 from virtbackup.qemu import driver, ending, events, libvirt_events, lifecycle, naming, status
 
-PATIENCE = 20.0
+PATIENCE = waiting.DEADLINE
 FIRST, SECOND = naming.BackupId("00000001"), naming.BackupId("00000002")
 
 RUNNING = status.Status(

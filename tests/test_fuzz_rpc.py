@@ -25,7 +25,7 @@ from virtbackup.remote import (
 
 COUNT = 1_000_000 if conftest.long() else 10_000
 SLOW = 2.0
-"""Seconds for one input, on a machine that does much else."""
+"""Seconds of the processor for one input, of a slow one."""
 
 
 @given(st.binary(max_size=fuzz_rpc.MAX_SIZE))

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import virtbackup
-from tests import shell_driver, strict_json, test_traffic
+from tests import shell_driver, strict_json, test_traffic, waiting
 from virtbackup.tools import virsh_backup, vsh
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORDING = ROOT / "virtbackup" / "recordings" / "qemu-7.2.22.jsonl"
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 
 WITHOUT = {
     "backup-dumpxml": "it prints XML",

@@ -207,7 +207,7 @@ def test_as_many_disks_as_the_file_has_room_for() -> None:
     point = listing.Point("manifest.json", read)
     links = {listing.Link(point, point.disk(name), pathlib.Path(name)) for name in names}
     assert len(links) == len(names)
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])

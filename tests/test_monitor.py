@@ -19,7 +19,7 @@ import virtbackup
 from tests import test_qmp, waiting
 from virtbackup.qemu import monitor, monitor_json, qmp
 
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 Script = Callable[[socket.socket], None]
 
 
@@ -102,7 +102,7 @@ def test_silence_is_bounded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
     ):
         monitor.SocketMonitor(path)
     assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9  # of the ten otherwise
 
 
 def test_a_command_without_a_reply(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

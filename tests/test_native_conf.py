@@ -158,7 +158,7 @@ def test_many_disks_are_read_and_aligned_in_time() -> None:
     began = time.process_time()
     aligned = native_conf.BackupDef.parse(document).align_disks(domain)
     assert len(aligned.disks) == 10_000
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20
 
 
 _pieces = st.recursive(

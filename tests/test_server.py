@@ -268,7 +268,7 @@ def test_a_descriptor_that_takes_long_to_close(
         assert bad.is_dropped()
         bad.close()
         with served.raw() as other:
-            other.socket.settimeout(5.0)
+            other.socket.settimeout(daemon_scene.DEADLINE)
             assert other.is_served()
 
 
@@ -543,6 +543,16 @@ def test_who_has_no_rights_keeps_nobody_out(
             client.close()
 
 
+def _names(client: daemon_scene.Raw) -> list[str]:
+    """None where there is no descriptor just then for a way to the guest: one of those who never
+    open may have it, for a while."""
+    try:
+        return client.names()
+    except libvirt.libvirtError as failure:
+        assert "Too many open files" in str(failure)
+        return []
+
+
 def test_who_never_opens_keeps_nobody_out_for_want_of_descriptors(tmp_path: pathlib.Path) -> None:
     """A daemon that may have fewer than max_clients takes."""
     command = ["prlimit", "--nofile=33", sys.executable, "-m", "virtbackup.tools.virtbackupd"]
@@ -552,7 +562,7 @@ def test_who_never_opens_keeps_nobody_out_for_want_of_descriptors(tmp_path: path
             idle = [program.raw() for _ in range(40)]
             waiting.until(lambda: "cannot be accepted" in program.log.read_text())
             with program.connect() as other:
-                assert other.names() == ["vm"]
+                waiting.until(lambda: _names(other) == ["vm"])
             assert first.is_served()
         for client in idle:
             client.close()
@@ -665,12 +675,12 @@ def test_who_answers_no_pings_is_let_go(
 
 
 def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
-    settings = {"keepalive_count": 1}
+    settings = {"keepalive_count": 4}
     limits = {"keepalive_interval": 0.05}
     serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
     with serving as served, served.raw() as client:
         client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10)
-        for _ in range(3):
+        for _ in range(5):
             assert client.receive() == daemon_scene.PING
             client.send(raw(0x6B656570, 1, 2, type=2, serial=0))
         assert client.is_served()
@@ -717,7 +727,7 @@ def test_stopped_twice_it_does_not_wait(
         served.daemon.stop()
         served.daemon.stop()
         assert client.receive() is None
-        served.thread.join(2.0)
+        served.thread.join(8.0)  # of the ten that it waits otherwise
         assert not served.thread.is_alive()
     held.set()
 

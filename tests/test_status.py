@@ -65,7 +65,7 @@ def test_a_lock_that_the_same_thread_holds(file: status.StatusFile) -> None:
             file.locked()
         waits = threading.Thread(target=lambda: file.locked().close())
         waits.start()
-    waits.join(10)
+    waits.join(waiting.DEADLINE)
     assert not waits.is_alive()
     file.locked()
     file.locked().close()

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import rpc_server, test_rpc
+from tests import rpc_server, test_rpc, waiting
 from virtbackup.remote import keepalive, program, rpc, transport
 
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 BIG = dataclasses.replace(test_rpc.LOOKUP, payload=os.urandom(1 << 22))
 
 Ends = tuple[transport.Transport, transport.Transport]

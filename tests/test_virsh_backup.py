@@ -26,7 +26,7 @@ from virtbackup.conf import backup_conf, domain_conf
 from virtbackup.tools import virsh_backup, virsh_connection, virsh_pull, vsh, vsh_readline
 
 URI = "fake:///two"
-DEADLINE = 20.0
+DEADLINE = waiting.DEADLINE
 """Seconds that a program may take to say what it is waited for."""
 
 HEAVY = {

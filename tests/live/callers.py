@@ -20,6 +20,7 @@ import tempfile
 import traceback
 
 import virtbackup
+from tests import waiting
 from tests.live import proxy
 from virtbackup.tools import virsh_backup
 
@@ -69,7 +70,7 @@ class Caller:
         with self._said:
             if self._begun is not None:
                 os.kill(self._begun, signal.SIGKILL)
-            self._process.communicate(timeout=30)
+            self._process.communicate(timeout=waiting.DEADLINE)
             self._said.seek(0)
             said = self._said.read()
         assert "Traceback" not in said, said

@@ -11,6 +11,7 @@ import pytest
 
 from demo import guest, kernel, records
 from tests.live import agents, libvirtd, machines
+from virtbackup.qemu import watch
 
 if "VIRTBACKUP_QEMU_ROOT" in os.environ:
     # These run what is installed, whatever QEMU is under test: ./dev test --matrix has it once.
@@ -91,11 +92,20 @@ def libvirt_host() -> Iterator[libvirtd.Host]:
 
 @pytest.fixture
 def host(libvirt_host: libvirtd.Host) -> Iterator[libvirtd.Host]:
-    """That libvirtd; the test's images are gone afterwards."""
+    """That libvirtd, started again where one of an earlier test has died; the test's images are
+    gone afterwards."""
+    libvirt_host.revive()
     yield libvirt_host
     for path in libvirt_host.directory.iterdir():
         if not path.is_dir():
             path.unlink()
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at the guest while a backup runs: where a ``backup-begin`` is refused just then,
+    libvirt 9.0 dies (docs/libvirt.md)."""
+    monkeypatch.setattr(watch, "LOOK", 3600.0)
 
 
 @pytest.fixture(scope="module")

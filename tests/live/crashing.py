@@ -17,7 +17,7 @@ from virtbackup.tools import virsh_backup
 
 SIZE = 4 << 20
 Call = Literal["start", "stop", "pull"]
-LONGEST = 15.0
+LONGEST = 50.0
 """Seconds that a call may take whose QEMU has died."""
 KEPT = (".lock", ".capabilities")
 """What stays in the state directory: the lock of a monitor, and what is known of a running QEMU."""

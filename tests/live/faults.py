@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import nbd
 
+from tests import waiting
 from tests.live import machines, scene
 from tests.live.scene import Scene
 
@@ -332,7 +333,7 @@ def _switch_off(one: Scene) -> None:
 @during(MACHINE, "the guest shuts itself down, and QEMU ends with it", ends_qemu=True)
 def guest_shuts_down(one: Scene) -> None:
     _switch_off(one)
-    one.machine.process.wait(20)
+    one.machine.process.wait(waiting.DEADLINE)
 
 
 @during(MACHINE, "the guest shuts itself down, and QEMU stays", extra=("-no-shutdown",))

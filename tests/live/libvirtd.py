@@ -29,7 +29,7 @@ from tests.live import machines, nbdclient
 from virtbackup.qemu import lifecycle, passthrough
 
 HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
-DEADLINE = 30.0
+DEADLINE = waiting.DEADLINE
 wait_for = waiting.until
 read = nbdclient.read
 MIB = 1 << 20
@@ -104,7 +104,7 @@ class Libvirtd:
         try:
             self.start()
         except BaseException:
-            if self._runs():
+            if self.runs():
                 self.kill()
             raise
 
@@ -140,7 +140,7 @@ class Libvirtd:
         wait_for(self._answers)
 
     def _answers(self) -> bool:
-        assert self._runs(), (self.directory / "output").read_text()
+        assert self.runs(), (self.directory / "output").read_text()
         if not self.socket.is_socket():
             return False
         try:
@@ -149,7 +149,7 @@ class Libvirtd:
             return False
         return True
 
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
         return self._daemon is not None and pathlib.Path(f"/proc/{self._daemon}").exists()
 
     def kill(self) -> None:
@@ -159,12 +159,12 @@ class Libvirtd:
     def _end(self, by: signal.Signals) -> None:
         assert self._daemon is not None
         os.kill(self._daemon, by)
-        wait_for(lambda: not self._runs())
+        wait_for(lambda: not self.runs())
         self._daemon = None
 
     def close(self) -> None:
         """End all domains and the daemon."""
-        if not self._runs():
+        if not self.runs():
             self.start()
         with contextlib.closing(libvirt.open(self.uri)) as connection:
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
@@ -309,6 +309,12 @@ class Host:
 
     def path(self, name: str) -> pathlib.Path:
         return self.directory / name
+
+    def revive(self) -> None:
+        """Start a daemon that has died."""
+        if not self.daemon.runs():
+            self.daemon.start()
+            self.connection = libvirt.open(self.daemon.uri)
 
     def again(self, name: str) -> Domain:
         """The domain, by a new connection: the daemon was started again."""

@@ -10,7 +10,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-DEADLINE = 20.0
+from tests import waiting
+
+DEADLINE = waiting.DEADLINE
 
 
 class Listener:

@@ -8,6 +8,8 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 
+from tests import waiting
+
 _MAGIC, _OPTION_MAGIC = 0x4E42444D41474943, 0x49484156454F5054
 _OPTION_REPLY, _STRUCTURED_REPLY = 0x3E889045565A9, 0x668E33EF
 _GO, _STRUCTURED, _SET_META_CONTEXT = 7, 8, 10
@@ -40,7 +42,7 @@ def serving(path: pathlib.Path, size: int, *told: Sequence[int]) -> Iterator[Non
         try:
             yield
         finally:
-            thread.join(20)
+            thread.join(waiting.DEADLINE)
 
 
 def _read(file: "socket.SocketIO", form: str) -> tuple[int, ...]:

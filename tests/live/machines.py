@@ -71,7 +71,7 @@ def engines() -> list[str]:
 class Probe:
     """A second, independent QMP client: plain, synchronous, knows nothing of the package."""
 
-    def __init__(self, path: pathlib.Path, deadline: float = 20.0) -> None:
+    def __init__(self, path: pathlib.Path, deadline: float = waiting.DEADLINE) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(deadline)
         self._socket.connect(str(path))
@@ -205,7 +205,7 @@ class Machine:
         if "failed" in said or "Error" in said or "Permission" in said:
             raise AssertionError(f"qemu-io {device} {command}: {said}")
 
-    def _wait_until_written(self, start: int, deadline: float = 20.0) -> None:
+    def _wait_until_written(self, start: int, deadline: float = waiting.DEADLINE) -> None:
         """Wait for what a write in the background says when it is done.
 
         ``write`` itself makes an old QEMU hang, as a guest's virtio or SCSI disk does not: the

@@ -19,6 +19,19 @@ FF = b"\xff"
 _BLKPG, _BLKPG_ADD_PARTITION = 0x1269, 1
 
 
+def has_ipv6() -> bool:
+    """Whether there is a loopback of it, which a kernel or a container may be without."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = (pytest.mark.may_skip, pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))
+"""The marks of a case that takes it."""
+
+
 @contextlib.contextmanager
 def small_file_system(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
     """A file system of SIZE bytes at PATH, which is made where it is not there, for as long as this

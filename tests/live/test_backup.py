@@ -71,7 +71,11 @@ def test_exports_show_the_instant_of_the_start(
 
 @pytest.mark.parametrize(
     ("host", "family"),
-    [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6), ("localhost", socket.AF_INET)],
+    [
+        ("127.0.0.1", socket.AF_INET),
+        pytest.param("::1", socket.AF_INET6, marks=places.IPV6),
+        ("localhost", socket.AF_INET),
+    ],
 )
 def test_tcp(tmp_path: pathlib.Path, host: str, family: socket.AddressFamily) -> None:
     port = places.free_port(host, family)

@@ -51,7 +51,7 @@ def quit(machine: machines.Machine) -> None:
     """As when the guest has shut down."""
     if machine.process.poll() is None:
         machine.probe("quit")
-        machine.process.wait(20)
+        machine.process.wait(waiting.DEADLINE)
 
 
 def client(directory: pathlib.Path, engine: str = ENGINES[0]) -> Client:

@@ -16,7 +16,7 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import branched, callers, machines, proxy
 from tests.live.branched import SIZE, Client
 
@@ -224,7 +224,7 @@ def new_qemu(
 
         def end() -> None:
             machine.probe.reply("quit")
-            machine.process.wait(20)
+            machine.process.wait(waiting.DEADLINE)
 
         if how == "quit":
             between.kill_qemu = end
@@ -315,7 +315,7 @@ def end_qemu(
         else:
             good = True
     where = f"{spoil[1]} {spoil[0]} {between.spoilt}, then {then}"
-    machine.process.wait(20)
+    machine.process.wait(waiting.DEADLINE)
     if good and call == "stop":
         one.copies.update(one.pending)
     one.pending.clear()

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from manual import __main__ as manual
-from tests import terminals
+from tests import terminals, waiting
 from virtbackup.tools import virsh_backup
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEADLINE = 30.0
 FAKE = "fake:///two"
 SHOW = "\x14"
 """Ctrl-T, which prints the line that is being typed."""
@@ -165,7 +164,7 @@ def test_fish(line: str, words: list[str], home: pathlib.Path) -> None:
     done = subprocess.run(
         ["fish", "--no-config", "-c", 'for f in share/fish/vendor_completions.d/*; source $f; end\n'
          "complete -C $argv[1]", line],
-        cwd=home, capture_output=True, text=True, timeout=DEADLINE,
+        cwd=home, capture_output=True, text=True, timeout=waiting.DEADLINE,
         env={**os.environ, "HOME": str(home), "PATH": f"{home}/bin:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.stderr == ""

@@ -315,7 +315,9 @@ def test_the_checksum_is_the_same_however_it_is_read(tmp_path: pathlib.Path) -> 
     assert copy.checksum_of_file(path, "raw", size) == wanted
     with path.open("r+b") as file:
         file.seek(size - 1)
-        file.write(b"\1")
+        [last] = file.read(1)
+        file.seek(size - 1)
+        file.write(bytes([last ^ 1]))  # whatever it is
     assert copy.checksum_of_file(path, "raw", size) != wanted
 
 
@@ -401,8 +403,8 @@ def test_a_read_that_has_its_turn_by_the_time_of_the_wait() -> None:
         assert not loop.may_read()
         waiting.until(lambda: rate.delay() == 0)
         began = time.monotonic()
-        loop.wait(10)
-        assert time.monotonic() - began < 5
+        loop.wait(60)
+        assert time.monotonic() - began < 50
         assert loop.may_read()
     finally:
         loop.close()
@@ -568,7 +570,7 @@ def test_cancel_wakes_a_copy_that_waits(tmp_path: pathlib.Path) -> None:
     thread.join()
     cancel.close()
     assert error.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50
 
 
 def test_cancel_in_the_middle(tmp_path: pathlib.Path) -> None:

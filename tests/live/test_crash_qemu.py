@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import crashing, foreign, machines, proxy
 from virtbackup.tools import manifest
 
@@ -38,7 +38,7 @@ def test_qemu_killed_at_every_command(
                 # A started backup may lose its QEMU while the program still looks at it.
                 assert status == 0, said
                 break
-            machine.process.wait(10)
+            machine.process.wait(waiting.DEADLINE)
         if status == 0:
             wrong.append(f"called good: {where}")
         # A stop that never came to see the status leaves it to the next start.

@@ -509,7 +509,7 @@ def test_wild_clients_and_a_backup(scene: Scene) -> None:
                 rounds += 1
         assert [failure for one in wild for failure in one.failures] == []
         assert sum(one.rounds for one in wild) > 10
-        assert slowest < 10.0
+        assert slowest < 50.0
         assert scene.read("vda") == b"\7" * SIZE
         assert scene.read("sdb") == b"\7" * SIZE
         steady.call(VIRTBACKUP, "DOMAIN_BACKUP_STOP", dom, 0)

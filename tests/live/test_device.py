@@ -536,7 +536,7 @@ def test_a_signal(
             if json.loads(line)["event"] == "progress":
                 break
         one.send_signal(number)
-        _, err = one.communicate(timeout=30)
+        _, err = one.communicate(timeout=waiting.DEADLINE)
     assert one.returncode == 128 + number
     assert f"(what {disk} has now is not a backup)\n" in err
     assert not (tmp_path / "out").exists()

@@ -116,7 +116,7 @@ def test_rpc_dump(tmp_path: pathlib.Path, machine: machines.Machine, socket: pat
         assert done.stdout.strip() == "running"
         with virtbackup.open(f"virtbackup+unix://{proxy}") as connection:
             assert connection.listAllDomains()
-        assert dumping.wait(20) == 0
+        assert dumping.wait(waiting.DEADLINE) == 0
     said = output.read_text().splitlines()
     assert said[0] == f"unix:{proxy}"
     assert said[1] == "1 connected"
@@ -140,7 +140,9 @@ def test_rpc_dump(tmp_path: pathlib.Path, machine: machines.Machine, socket: pat
 )
 def test_rpc_dump_of_what_makes_no_sense(words: list[str], text: str) -> None:
     argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "rpc-dump", *words]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        argv, check=False, capture_output=True, text=True, timeout=waiting.DEADLINE
+    )
     assert done.returncode in (1, 2)
     assert text in done.stderr
 
@@ -158,6 +160,6 @@ def test_the_settings_are_valid(tmp_path: pathlib.Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "virtbackup.tools.virtbackupd", "--check-config",
              "--config", str(path), "--uri", "test:///default"],
-            check=False, capture_output=True, text=True, timeout=20,
+            check=False, capture_output=True, text=True, timeout=waiting.DEADLINE,
         )  # fmt: skip
         assert (done.stdout, done.stderr) == ("configuration is good\n", "")

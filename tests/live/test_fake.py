@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import virtbackup
-from tests import recordings, replayed
+from tests import recordings, replayed, waiting
 from tests.live import certificates, machines
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import recorder, recording, traffic
@@ -56,7 +56,7 @@ class Client:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(20)
+        self._socket.settimeout(waiting.DEADLINE)
         self._socket.connect(str(path))
         self._file = self._socket.makefile("rb")
         self.lines = [recording.Line("<-", json.loads(self._file.readline()))]
@@ -240,7 +240,7 @@ def test_with_tls_nobody_is_let_in(tmp_path: pathlib.Path, monkeypatch: pytest.M
 def test_a_stop_cuts_clients_off(started: tuple[virtbackup.Domain, str]) -> None:
     domain, address = started
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
+        client.settimeout(waiting.DEADLINE)
         client.connect(address)
         assert client.recv(18, socket.MSG_WAITALL).startswith(b"NBDMAGIC")
         assert domain.backupStop() == 0

@@ -407,7 +407,7 @@ def waits() -> bool:
     return machines.version() >= (6, 0, 0)
 
 
-def answers(machine: machines.Machine, within: float = 1.0) -> bool:
+def answers(machine: machines.Machine, within: float) -> bool:
     """Whether QEMU replies to the probe's last command; the reply stays to be received."""
     end = time.monotonic() + within
     while time.monotonic() < end:
@@ -443,7 +443,8 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
         action = {"type": "block-dirty-bitmap-add", "data": bitmap}
         booted.probe.send(what, **{"actions": [action]} if what == "transaction" else {})
         if by == "stop" or not waits():
-            assert answers(booted) == (not waits())
+            within = 1.0 if waits() else waiting.DEADLINE
+            assert answers(booted, within) == (not waits())
             dom.backupStop()
             assert booted.probe.receive() == {"return": {}}
         else:

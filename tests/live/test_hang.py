@@ -34,7 +34,7 @@ pytestmark = [
 
 QUICK = 0.5
 """Seconds of patience in these tests."""
-AT_ONCE = 5.0
+AT_ONCE = 30.0
 """Seconds in which a guest's write is done that waits for nothing, on a machine that does other
 things too. What hangs in these tests hangs until it is told to go on."""
 
@@ -180,7 +180,7 @@ def test_a_guest_waits_as_long_as_its_scratch_images_and_no_longer(
         storage.go_on()
         linux.wait_for_report()
         assert QUICK < linux.report.slowest < waited + AT_ONCE
-        assert not any(disk.scratch_hangs for disk in dom.backupGetInfo().disks)
+        waiting.until(lambda: not any(disk.scratch_hangs for disk in dom.backupGetInfo().disks))
         dom.backupStop()
         assert linux.monitor.command("query-jobs") == []
         assert scene.damage(linux) == ()

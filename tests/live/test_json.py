@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import virtbackup
-from tests import daemon_scene, strict_json
+from tests import daemon_scene, strict_json, waiting
 from tests.live import machines, pages, points
 from virtbackup.tools import listing, virsh_backup, virsh_connection, vsh
 
@@ -29,7 +29,7 @@ COMMANDS = {one.name for one in virsh_backup.TABLE.commands if one.option("json"
 ELSEWHERE = {"compare": "test_libvirt.py"}
 """Wants a libvirtd."""
 LINES = {"backup-pull", "rpc-dump"}
-DEADLINE = 30.0
+DEADLINE = waiting.DEADLINE
 
 
 def blocks() -> list[tuple[list[str], str]]:

@@ -96,7 +96,7 @@ def test_clients_in_the_handshake(machine: machines.Machine, address: str) -> No
     lose_status()
     assert "NBD server" in clean_up(machine)
     for client in clients:
-        client.settimeout(5)
+        client.settimeout(waiting.DEADLINE)
         assert client.recv(1) == b""
         client.close()
     assert goes_on(machine)

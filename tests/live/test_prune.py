@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import virtbackup
@@ -448,7 +448,7 @@ def _pull(one: points.Guest, backed: points.Backed) -> None:
     pull.pull(one.domain, backed.directory, branch="daily", kind="auto")
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6)
 @given(
     st.lists(test_restore.LAYER, min_size=2, max_size=5), st.integers(1, 4), st.integers(1, 18),
     test_restore.SIZES, st.sampled_from(test_restore.FORMATS),
@@ -692,7 +692,7 @@ def test_signals(tmp_path: pathlib.Path, number: signal.Signals) -> None:
         aside = backed.directory / "vda.0002.qcow2.merged"
         waiting.until(lambda: aside.exists() and aside.stat().st_blocks > 0, process=one)
         one.send_signal(number)
-        one.wait(20)
+        one.wait(waiting.DEADLINE)
         assert one.returncode == (130 if number == signal.SIGINT else 143)
     assert names(backed.directory) == before
     assert points.verified(backed.directory).good

@@ -626,7 +626,7 @@ def test_signals_to_a_process_at_any_moment(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(random.uniform(0, 0.12))
             child.send_signal(number)
-            said = child.communicate(timeout=30)[1].decode()
+            said = child.communicate(timeout=waiting.DEADLINE)[1].decode()
         assert child.returncode in statuses, said
         assert machine.state() == state, said
         if not is_empty(out):

@@ -23,7 +23,7 @@ from virtbackup.qemu import driver as qmp_driver
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
 
 SIZE = 64 << 20
-PATIENCE = 20.0
+PATIENCE = waiting.DEADLINE
 
 
 @pytest.fixture

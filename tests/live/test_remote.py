@@ -15,14 +15,14 @@ import libvirt
 import pytest
 
 import virtbackup
-from tests import daemon_scene
+from tests import daemon_scene, waiting
 from tests.live import libvirtd
 from virtbackup import hypervisor
 from virtbackup.remote import driver
 
 pytestmark = pytest.mark.needs("libvirtd", "virsh", "qemu-system-x86_64", "nbdcopy", "unshare")
 
-DEADLINE = 60.0
+DEADLINE = waiting.DEADLINE
 BACKUP_ENDED = virtbackup.VIR_DOMAIN_EVENT_ID_BACKUP_ENDED
 LIFECYCLE = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
 

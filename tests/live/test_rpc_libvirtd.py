@@ -9,6 +9,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from tests import waiting
 from tests.live import libvirtd
 from virtbackup.remote import (
     keepalive,
@@ -23,7 +24,7 @@ from virtbackup.remote import (
 )
 
 REMOTE = protocol.REMOTE
-DEADLINE = 30.0
+DEADLINE = waiting.DEADLINE
 
 pytestmark = pytest.mark.needs("libvirtd")
 

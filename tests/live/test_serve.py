@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_a_point(whole: points.Backed, state_dir: pathlib.Path, number: signal.S
         assert subprocess.run(argv, capture_output=True).returncode
         assert {path.stat().st_mode & 0o777 for path in state_dir.iterdir()} == {0o700}
         one.process.send_signal(number)
-        _, err = one.process.communicate(timeout=20)
+        _, err = one.process.communicate(timeout=waiting.DEADLINE)
         assert (one.process.returncode, err) == (0, "")
     assert gone(daemon)
     assert list(state_dir.iterdir()) == []
@@ -114,7 +115,7 @@ def test_one_disk_at_a_path(whole: points.Backed, tmp_path: pathlib.Path, name: 
         assert again[:2] == (1, "")
         assert again[2].endswith(" exists already\n")
         one.process.send_signal(signal.SIGINT)
-        one.process.communicate(timeout=20)
+        one.process.communicate(timeout=waiting.DEADLINE)
     assert not path.exists()
 
 
@@ -126,7 +127,7 @@ def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path
         waiting.stop(one.process)  # who would clear up after the other
         os.kill(daemon, signal.SIGKILL)
         one.process.kill()
-        one.process.communicate(timeout=20)
+        one.process.communicate(timeout=waiting.DEADLINE)
         waiting.until(lambda: gone(daemon))
     assert path.is_socket()
     with chain.locked(tmp_path):
@@ -137,7 +138,7 @@ def test_a_socket_that_is_left_over(whole: points.Backed, tmp_path: pathlib.Path
     with served(whole, "--disk=sdb", f"--unix={path}") as one:
         assert nbdclient.read_uri(one.exports["sdb"]) == whole.shown[4]["sdb"]
         one.process.send_signal(signal.SIGINT)
-        one.process.communicate(timeout=20)
+        one.process.communicate(timeout=waiting.DEADLINE)
     path.write_text("mine")
     status, out, err = points.run("backup-serve", str(whole.directory), f"--unix={path}")
     assert (status, out, path.read_text()) == (1, "", "mine")
@@ -173,7 +174,7 @@ def test_a_server_that_takes_its_time_to_come_up(
     ) as process:  # fmt: skip
         waiting.until(pid.exists)
         process.send_signal(number)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=50)
     assert (process.returncode, out, err) == (0, "", "")
     assert gone(int(pid.read_text()))
     assert list(state_dir.iterdir()) == []
@@ -188,7 +189,7 @@ def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pa
     with served(backed) as one:
         assert nbdclient.read_uri(one.exports["vda"]) == whole.shown[4]["vda"]
         one.process.send_signal(signal.SIGINT)
-        _, err = one.process.communicate(timeout=20)
+        _, err = one.process.communicate(timeout=waiting.DEADLINE)
     assert err == f"warning: {path} is not in the directory and is checked first\n"
     points.flip(away, points.find_data(away, 9))
     status, out, err = points.run("backup-serve", str(backed.directory))
@@ -201,7 +202,7 @@ def test_links_that_lead_out_of_the_directory(whole: points.Backed, tmp_path: pa
     with served(points.Backed(link), "--disk=vda") as one:
         assert nbdclient.read_uri(one.exports["vda"]) == whole.shown[4]["vda"]
         one.process.send_signal(signal.SIGINT)
-        assert one.process.communicate(timeout=20)[1] == ""
+        assert one.process.communicate(timeout=waiting.DEADLINE)[1] == ""
 
 
 def _daemon() -> str:
@@ -259,7 +260,14 @@ def put_first(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch, script: 
 def test_a_server_that_ends_as_it_begins(
     whole: points.Backed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By one program, which is hardly there once the file is: no shell between the two.
+    """Once its file is there, before it is looked at."""
+    wait = serve._wait_until_it_listens
+
+    def wait_for_its_end(server: serve.Server, *more: Any) -> None:
+        wait(server, *more)
+        os.waitid(os.P_PID, server.process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(serve, "_wait_until_it_listens", wait_for_its_end)
     put_first(tmp_path / "bin", monkeypatch, 'for last; do :; done; exec touch "$last" /nope/x')
     status, out, err = points.run("backup-serve", str(whole.directory))
     assert (status, out) == (1, "")
@@ -299,7 +307,7 @@ def test_the_server_ends_with_a_killed_process(whole: points.Backed) -> None:
 def test_a_killed_server_is_told(whole: points.Backed) -> None:
     with served(whole) as one:
         os.kill(one.daemon(), signal.SIGKILL)
-        _, err = one.process.communicate(timeout=20)
+        _, err = one.process.communicate(timeout=waiting.DEADLINE)
         assert one.process.returncode == 1
         assert err == "error: operation failed: qemu-storage-daemon: it ended with status -9\n"
 

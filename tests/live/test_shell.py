@@ -23,7 +23,7 @@ from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
-DEADLINE = 30.0
+DEADLINE = waiting.DEADLINE
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 PROGRAM = (sys.executable, "-m", "virtbackup.tools.virsh_backup")
 VIRSH = ("virsh", "-c", "test:///default")

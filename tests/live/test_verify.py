@@ -817,7 +817,7 @@ def test_a_look_through_tables_can_be_ended(
     with subprocess.Popen([*argv, str(whole.directory)], stderr=subprocess.DEVNULL) as process:
         waiting.until(pid.exists, process=process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        assert process.wait(waiting.DEADLINE) == 143
     assert not pathlib.Path(f"/proc/{pid.read_text().strip()}").exists()
 
 

@@ -149,6 +149,7 @@ def test_each_goes_on_through_the_others_backups(
     assert [domain.libvirt.XMLDesc(flag) for flag in flags] == before
 
 
+@pytest.mark.usefixtures("unasked")
 def test_neither_starts_while_the_other_is_at_it(
     host: libvirtd.Host,
     domain: libvirtd.Domain,
@@ -190,6 +191,7 @@ def test_neither_starts_while_the_other_is_at_it(
     assert theirs.restored(tmp_path / "chain") == last
 
 
+@pytest.mark.usefixtures("unasked")
 def test_a_full_one_of_theirs_that_is_refused(
     host: libvirtd.Host, domain: libvirtd.Domain, theirs: Theirs, tmp_path: pathlib.Path
 ) -> None:

@@ -322,7 +322,7 @@ signal.pause()
     process.kill()
     process.wait()
     process.stdout.close()
-    assert select.select([writing], [], [], 20)[0], "it goes on without us"
+    assert select.select([writing], [], [], waiting.DEADLINE)[0], "it goes on without us"
     os.close(writing)
 
 
