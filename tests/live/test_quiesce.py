@@ -485,6 +485,18 @@ def test_a_freeze_by_libvirt_of_which_nobody_knows(
     assert ("may be FROZEN (agent guest)" in capfd.readouterr().err) == (attempts > 1)
 
 
+def test_a_connection_that_is_lost_before_the_freeze() -> None:
+    """Nothing of ours can be frozen: what is, is somebody else's."""
+    begun: list[str] = []
+
+    def lost() -> libvirt.virDomain:
+        raise virtbackup.Error(libvirt.VIR_ERR_INTERNAL_ERROR, "client socket is closed")
+
+    with pytest.raises(virtbackup.Error, match="client socket is closed"):
+        agent.LibvirtAgent(lost, "guest").freeze(lambda: begun.append("armed"))
+    assert begun == []
+
+
 def test_a_thaw_that_keeps_failing_is_said_aloud_and_tried_on(
     scene: Scene,
     monkeypatch: pytest.MonkeyPatch,

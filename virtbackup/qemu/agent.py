@@ -83,9 +83,10 @@ class LibvirtAgent:
         return "libvirt", domain.connect().getURI(), domain.UUIDString()
 
     def freeze(self, begin: Callable[[], None]) -> int:
+        domain = _in_time(self._lookup, TIMEOUT)  # nothing is asked of who is not found
         begin()
         try:
-            return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
+            return int(_in_time(domain.fsFreeze, FREEZE_TIMEOUT))
         except errors.Error as failure:
             code = failure.get_error_code()
             # Of a command that was sent libvirt has another code for that: somebody else's agent
