@@ -22,10 +22,14 @@ def write(directory: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) != 1:
+    if len(argv) != 1 or argv[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2
-    write(pathlib.Path(argv[0]))
+    try:
+        write(pathlib.Path(argv[0]))
+    except OSError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -126,3 +126,13 @@ def test_the_manual_is_made_without_libvirt(tmp_path: pathlib.Path) -> None:
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert manual.main([]) == 2
     assert "python -m manual DIRECTORY" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert manual.main(["--help"]) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert manual.main(["/proc/nope"]) == 1
+    assert capsys.readouterr().err.endswith("No such file or directory: '/proc/nope'\n")

@@ -1008,10 +1008,10 @@ def _disk_status() -> status.DiskStatus:
 def test_status_round_trip_and_garbage() -> None:
     whole = status.Status(
         id=ID, phase="running", name="vm", uuid="u",
-        definition="<domainbackup><address type='unix' path='/s'/></domainbackup>", engine="classic",
-        started=1.5, server=True, socket=None, qemu=runtime.Process(1, 2), owner=None,
-        given_up=None,
-        was_stopped=False, cancelled=False, advanced=False, verdict=None, told=False,
+        definition="<domainbackup><address type='unix' path='/s'/></domainbackup>",
+        engine="classic", started=1.5, server=True, socket=None,
+        qemu=runtime.Process(1, 2), owner=None, given_up=None, was_stopped=False,
+        cancelled=False, advanced=False, verdict=None, told=False,
         save_failure="backup", save_reason=None, branch="b",
         advances="c", disks=(_disk_status(),),
     )  # fmt: skip

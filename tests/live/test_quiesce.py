@@ -433,20 +433,29 @@ def test_a_thaw_that_fails_at_first(
         scene.stop()
 
 
+GONE = "Guest agent is not responding: Guest agent disappeared while executing command"
+
+
 @pytest.mark.parametrize(
-    ("code", "attempts"),
+    ("code", "text", "attempts"),
     [
         # libvirtd ended, or its connection: the agent may have been told, and freeze.
-        (libvirt.VIR_ERR_SYSTEM_ERROR, agent.ATTEMPTS),
-        (libvirt.VIR_ERR_INTERNAL_ERROR, agent.ATTEMPTS),
-        (libvirt.VIR_ERR_RPC, agent.ATTEMPTS),
+        (libvirt.VIR_ERR_SYSTEM_ERROR, "cannot write data", agent.ATTEMPTS),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, "cannot write data", agent.ATTEMPTS),
+        (libvirt.VIR_ERR_RPC, "cannot write data", agent.ATTEMPTS),
+        # So may have been one that ended, which comes back and finds the guest frozen.
+        (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, GONE, agent.ATTEMPTS),
         # No agent was told anything, and there is none that could thaw.
-        (libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, 1),
-        (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, 1),
+        (libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, "not configured", 1),
+        (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, "not connected", 1),
     ],
 )
 def test_a_freeze_by_libvirt_of_which_nobody_knows(
-    code: int, attempts: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    code: int,
+    text: str,
+    attempts: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(agent, "_PAUSE", 0.0)
     told: list[str] = []
@@ -463,17 +472,29 @@ def test_a_freeze_by_libvirt_of_which_nobody_knows(
 
     class Domain:
         def fsFreeze(self) -> int:
-            raise virtbackup.Error(code, "cannot write data")
+            raise virtbackup.Error(code, text)
 
         def fsThaw(self) -> int:
             told.append("thaw")
             return self.fsFreeze()
 
     monkeypatch.setattr(agent, "_guard", nobody)
-    with pytest.raises(virtbackup.Error, match="cannot write data"):
+    with pytest.raises(virtbackup.Error, match=text):
         agent.standing_still(agent.LibvirtAgent(Domain, "guest"), lambda: None)
     assert told == ["thaw"] * attempts + ["goes on" if attempts > 1 else "done"]
     assert ("may be FROZEN (agent guest)" in capfd.readouterr().err) == (attempts > 1)
+
+
+def test_a_connection_that_is_lost_before_the_freeze() -> None:
+    """Nothing of ours can be frozen: what is, is somebody else's."""
+    begun: list[str] = []
+
+    def lost() -> libvirt.virDomain:
+        raise virtbackup.Error(libvirt.VIR_ERR_INTERNAL_ERROR, "client socket is closed")
+
+    with pytest.raises(virtbackup.Error, match="client socket is closed"):
+        agent.LibvirtAgent(lost, "guest").freeze(lambda: begun.append("armed"))
+    assert begun == []
 
 
 def test_a_thaw_that_keeps_failing_is_said_aloud_and_tried_on(

@@ -83,9 +83,10 @@ class LibvirtAgent:
         return "libvirt", domain.connect().getURI(), domain.UUIDString()
 
     def freeze(self, begin: Callable[[], None]) -> int:
+        domain = _in_time(self._lookup, TIMEOUT)  # nothing is asked of who is not found
         begin()
         try:
-            return int(_in_time(lambda: self._lookup().fsFreeze(), FREEZE_TIMEOUT))
+            return int(_in_time(domain.fsFreeze, FREEZE_TIMEOUT))
         except errors.Error as failure:
             code = failure.get_error_code()
             # Of a command that was sent libvirt has another code for that: somebody else's agent
@@ -269,10 +270,10 @@ def standing_still(agent: Agent, do: Callable[[], None]) -> None:
 def _thawed_after(failure: "libvirt.libvirtError", agent: Agent) -> bool:
     """Whether nothing of ours is frozen after a freeze that failed: some file systems may be, all
     the same, but where the agent refused, and one that did not answer may yet freeze, as may one
-    with whom the connection was lost, to it or to libvirtd."""
+    with whom the connection was lost, to it or to libvirtd, or that was lost to the guest."""
     if isinstance(failure, Refused):
         return True
-    if failure.get_error_code() not in _NO_AGENT:
+    if failure.get_error_code() not in _NO_AGENT or _DISAPPEARED in str(failure):
         return thaw(agent)
     with contextlib.suppress(libvirt.libvirtError):
         agent.thaw()
@@ -291,6 +292,9 @@ _NO_AGENT = {
 }  # fmt: skip
 """There is no agent that could be told, or none that listens. Of any other failure nobody knows
 whether the command was sent, and what became of it."""
+_DISAPPEARED = "Guest agent disappeared"
+"""libvirt's words for an agent that ended as it was asked: of the code of one that does not listen,
+VIR_ERR_AGENT_UNRESPONSIVE, but it may have frozen before."""
 
 
 def thaw(
