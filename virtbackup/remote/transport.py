@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
 from virtbackup import runtime
+from virtbackup.conf import backup_conf
 from virtbackup.remote import rpc
 
 T = TypeVar("T")
 CHUNK = 1 << 16
 """Bytes that are read or written at once."""
 BACKLOG = 128
-MAX_SUN_PATH = 107
 SO_PASSRIGHTS = 83
 """asm-generic/socket.h."""
 SCM_MAX_FD = 253
@@ -74,8 +74,8 @@ def parse_address(text: str) -> Address:
     if kind == "unix":
         if not rest.startswith("/") or "\0" in rest:
             raise ValueError(f"'{text}': the path of a unix socket is absolute")
-        if len(os.fsencode(rest)) > MAX_SUN_PATH:
-            raise ValueError(f"'{text}': the path is longer than {MAX_SUN_PATH} bytes")
+        if len(os.fsencode(rest)) > backup_conf.MAX_SUN_PATH:
+            raise ValueError(f"'{text}': the path is longer than {backup_conf.MAX_SUN_PATH} bytes")
         return Address("unix", path=rest)
     host, colon, port = rest.rpartition(":")
     if kind not in ("tcp", "tls") or not colon:
