@@ -548,6 +548,10 @@ def test_the_newest_manifest_is_missing(backed: points.Backed) -> None:
     assert told(verdict) == [("manifest.0004.json", None, None)]
     assert labels(verdict) == []
     assert listing.read(backed.directory).find("4").made == backed.made[4]
+    (backed.directory / "manifest.0004.json").write_text("{")
+    _, _, err = points.call("backup-verify", str(backed.directory))
+    assert "; every point listed can be restored\n" in err
+    assert listing.read(backed.directory).find("4").made == backed.made[4]
     shutil.copy(backed.directory / "manifest.json", backed.directory / "manifest.0004.json")
     assert points.verified(backed.directory).good
     (backed.directory / "manifest.json").unlink()

@@ -129,7 +129,10 @@ def explain(element: etree._Element, schema: str, texts: Collection[str] = ()) -
             return report(libvirt.VIR_ERR_XML_INVALID_SCHEMA, text)
     tree: Any = element  # of lxml, which not every version's types know
     for found in xmlschema.XMLSchema10(_text(schema)).iter_errors(tree):
-        line = found.sourceline or element.sourceline
+        at: Any = found.elem
+        if (index := getattr(found, "index", None)) is not None and index < len(at):
+            at = at[index]  # the child that is not expected
+        line = at.sourceline or element.sourceline
         reason = " ".join((found.reason or found.message).split()).rstrip(".")
         if expected := _documentation(found.validator):
             reason = f"{reason.partition(': value')[0]}: expected {expected}"

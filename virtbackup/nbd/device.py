@@ -14,7 +14,7 @@ import os
 import pathlib
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import libvirt
 
@@ -133,19 +133,25 @@ def _whole(number: int) -> int:
 def _user_of(number: int) -> str | None:
     """A QEMU that has a device open, or the whole that it is a part of, or a part: its lock is on
     the name that it has the device by, of which a guest of libvirt's has one of its own."""
+    for who, entry in in_qemus():
+        with contextlib.suppress(OSError):
+            if not str(entry.readlink()).startswith("/dev/"):
+                continue
+            found = entry.stat()
+            if stat.S_ISBLK(found.st_mode) and meets(found.st_rdev, number):
+                return who
+    return None
+
+
+def in_qemus() -> Iterator[tuple[str, pathlib.Path]]:
+    """What the QEMUs of this host have open, as far as this process may see: who, and the name
+    below /proc that leads to it."""
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             name = (process / "comm").read_text().strip()
-            if not name.startswith("qemu-") or int(process.name) == os.getpid():
-                continue
-            for entry in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if not str(entry.readlink()).startswith("/dev/"):
-                        continue
-                    found = entry.stat()
-                    if stat.S_ISBLK(found.st_mode) and meets(found.st_rdev, number):
-                        return f"{process.name} ({name})"
-    return None
+            if name.startswith("qemu-") and int(process.name) != os.getpid():
+                for entry in (process / "fd").iterdir():
+                    yield f"{process.name} ({name})", entry
 
 
 def _invalid(text: str) -> errors.Error:

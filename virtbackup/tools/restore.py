@@ -253,7 +253,7 @@ def _check_output(output: Output, backups: listing.Backups, force: bool) -> None
         if not os.path.isfile(path):  # noqa: PTH113  (nor what it leads to where that is not seen)
             raise _invalid(f"{path} is not a file")
         with _opened(path) as fd:
-            if fd is not None and _is_locked(fd, _QEMUS):
+            if fd is not None and (_is_locked(fd, _QEMUS) or _is_open_in_a_qemu(fd)):
                 raise _invalid(f"{path} is in use by a QEMU")
 
 
@@ -297,6 +297,20 @@ def _is_locked(fd: int, part: tuple[int, int]) -> bool:
     except OSError:
         return False
     return bool(struct.unpack(_FLOCK, told)[0] != fcntl.F_UNLCK)
+
+
+def _is_open_in_a_qemu(fd: int) -> bool:
+    """Whether a QEMU has the file open, with no lock on it: it was told to have none
+    (``file.locking=off``), or the file system has none. By its number first, which asks no other
+    file system, as one that hangs."""
+    own = os.fstat(fd)
+    number = f"\nino:\t{own.st_ino}\n"
+    for _, entry in device.in_qemus():
+        with contextlib.suppress(OSError):
+            told = (entry.parents[1] / "fdinfo" / entry.name).read_text()
+            if number in told and os.path.samestat(entry.stat(), own):
+                return True
+    return False
 
 
 def _hold(path: pathlib.Path, held: contextlib.ExitStack) -> None:

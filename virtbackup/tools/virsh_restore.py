@@ -209,6 +209,7 @@ def _summary(verdict: "verify.Verdict", only: "listing.Point | None") -> str:
     if more:
         text += f" (and {more} more)"
     lost = {one.point for one in verdict.problems if one.disk is None and one.point is not None}
+    lost -= {point.label for point in verdict.backups.points}  # the newest, by ``manifest.json``
     if bad := lost | {point.label for point in verdict.bad_points}:
         in_order = sorted(bad, key=lambda label: (len(label), label))  # as numbers, as times
         return f"{text}; not to be restored: {', '.join(in_order)}"
