@@ -87,6 +87,17 @@ def test_no_advice_is_hidden_by_one_before_it(known: advice.Known) -> None:
             "'virsh domjobinfo' shows how far it is",  # our commands know nothing of it
         ),
         (
+            libvirt.VIR_ERR_OPERATION_INVALID,
+            "Requested operation is not valid: domain is not running",
+            "Start the domain, which may stay paused: what does not run can be copied as it is",
+        ),
+        (
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            "unsupported configuration: export address must be specifed: expected an <address>"
+            " element (line 1, element <domainbackup>)",
+            "'backup-start-as' with --print-xml prints a document to begin with",
+        ),
+        (
             libvirt.VIR_ERR_SYSTEM_ERROR,
             "cannot write /b/vda.raw.partial: Disk quota exceeded",
             "Make room there, or take another place",

@@ -146,3 +146,30 @@ def test_a_device_and_what_is_refused() -> None:
         redefine.redefine(DOCUMENT, {"vdb": redefine.Medium("file", "/\x01", "raw")})
     with pytest.raises(virtbackup.Error, match="XML error"):
         redefine.redefine("no document", {})
+
+
+RUNS = "<domain>\n  <cpu mode='{}' check='full'>\n    <model>m</model>\n  </cpu>\n</domain>\n"
+
+
+@pytest.mark.parametrize(
+    "defined",
+    [
+        RUNS.format("custom"),
+        "<domain><cpu mode='host-passthrough'/></domain>",
+        "<domain/>",
+    ],
+)
+def test_a_cpu_that_is_no_hosts_stays(defined: str) -> None:
+    running = RUNS.format("custom")
+    assert redefine.on_any_host(running, lambda: defined) == running
+
+
+def test_a_hosts_model_is_asked_for_again() -> None:
+    defined = "<domain><cpu mode='host-model'><topology cores='2'/></cpu><x/></domain>"
+    made = redefine.on_any_host(RUNS.format("custom"), lambda: defined)
+    assert made == ('<domain>\n  <cpu mode="host-model"><topology cores="2"/></cpu>\n</domain>\n')
+
+
+@pytest.mark.parametrize("document", ["<domain/>", RUNS.format("host-passthrough")])
+def test_the_definition_is_asked_for_where_it_may_tell_more(document: str) -> None:
+    assert redefine.on_any_host(document, lambda: pytest.fail("asked")) == document

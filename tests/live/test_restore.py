@@ -177,7 +177,8 @@ def test_libvirt_defines_what_is_printed(
         libvirtd.disk_xml("sdb", saxutils.escape(str(over)), inside="<serial>S</serial>"),
         "<disk type='file' device='cdrom'><target dev='sdd' bus='sata'/></disk>",
     )
-    with host.domain("restored", "".join(disks), persistent=True) as domain:
+    cpu = "<cpu mode='host-model'/>"  # as libvirt tells it of a running domain, it is this host's
+    with host.domain("restored", "".join(disks), persistent=True, more=cpu) as domain:
         domain.write("sdb", 5)
         run = ("-c", host.daemon.uri, "backup-pull", "restored", str(tmp_path / "backup"))
         assert points.call(*run)[0] == 0
@@ -192,6 +193,7 @@ def test_libvirt_defines_what_is_printed(
         virsh = ["virsh", "-q", "-c", host.daemon.uri, "define", "--validate"]
         subprocess.run([*virsh, str(tmp_path / "restored.xml")], check=True, capture_output=True)
         again = libvirtd.Domain(host.connection.lookupByName("restored"))
+        assert "<cpu mode='host-model'" in again.libvirt.XMLDesc()
         for path in out.iterdir():
             path.chmod(0o666)  # libvirt here gives no image to its user
         again.libvirt.create()

@@ -4,7 +4,7 @@
 import dataclasses
 import posixpath
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import libvirt
 from lxml import etree
@@ -51,6 +51,25 @@ def redefine(document: str, media: Mapping[str, Medium], here: str = "") -> tupl
     if missing := sorted(set(media) - found):
         raise xml.xml_error(f"the domain has no disk '{missing[0]}'", root)
     return xml.indented(root), left
+
+
+def on_any_host(document: str, defined: Callable[[], str]) -> str:
+    """DOCUMENT, of a running domain, with the CPU that its definition, which DEFINED tells, asks
+    for, where that is the host's: what runs has that of this host, with which it may not start on
+    another.
+
+    Errors: VIR_ERR_XML_ERROR, those of DEFINED.
+    """
+    root = xml.parse(document, "domain")
+    cpu = root.find("cpu")
+    if cpu is None or cpu.get("mode") != "custom":
+        return document
+    wanted = xml.parse(defined(), "domain").find("cpu")
+    if wanted is None or wanted.get("mode") != "host-model":
+        return document
+    wanted.tail = cpu.tail
+    root.replace(cpu, wanted)
+    return xml.indented(root)
 
 
 def _move(disk: etree._Element, medium: Medium, here: str) -> None:

@@ -120,7 +120,7 @@ KNOWN = (
     ),
     Known(
         libvirt.VIR_ERR_OPERATION_INVALID, ("domain is not running",),
-        "Start the domain: what does not run can be copied as it is",
+        "Start the domain, which may stay paused: what does not run can be copied as it is",
     ),
     Known(
         libvirt.VIR_ERR_NO_DOMAIN_BACKUP, ("no domain backup job present",),
@@ -162,6 +162,7 @@ KNOWN = (
         "Take names and paths in UTF-8 without control characters",
     ),
     Known(libvirt.VIR_ERR_XML_ERROR, (), _DOCUMENT),
+    Known(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, ("export address must be specifed",), _DOCUMENT),
     Known(
         libvirt.VIR_ERR_CONFIG_UNSUPPORTED, ("no disk named",),
         "'domblklist' shows the disks",

@@ -28,7 +28,7 @@ from typing import cast
 import libvirt
 
 from virtbackup import api, config, errors
-from virtbackup.conf import backup_conf, dialects, domain_conf
+from virtbackup.conf import backup_conf, dialects, domain_conf, redefine
 from virtbackup.nbd import checksum, copy
 from virtbackup.tools import chain, exports, interrupt, manifest
 
@@ -79,6 +79,9 @@ def pull(
     if bandwidth is not None and bandwidth <= 0:
         raise errors.invalid_arg("backupPull", "bandwidth", "the bandwidth must be at least 1")
     domain_xml = domain.XMLDesc()
+    kept_xml = redefine.on_any_host(
+        domain_xml, lambda: domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    )
     with (
         interrupt.deferred() as cancel,
         contextlib.ExitStack() as undo,
@@ -114,7 +117,7 @@ def pull(
             of = manifest.Domain(domain.name(), domain.UUIDString())
             told = [_describe(directory, disk, result, cancel)
                     for disk, result in zip(plan.disks, results, strict=True)]  # fmt: skip
-            made = _manifest(of, plan, running, told, domain_xml)
+            made = _manifest(of, plan, running, told, kept_xml)
             _write_manifest(directory, plan, made)
             if not early:
                 stop()

@@ -47,7 +47,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
 def _when(point: "backup_conf.Point | None") -> str:
     if point is None:
         return "-"
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(point.time))
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(point.time))
 
 
 def _state(branch: "backup_conf.Branch", disk: "backup_conf.BranchDisk") -> str:

@@ -254,7 +254,7 @@ PULL = vsh.Command(
         ),
         vsh.Option(
             "xml", vsh.Kind.STRING,
-            "domainbackup XML; - is standard input (default: all writable disks)",
+            "file of domainbackup XML; - is standard input (default: all writable disks)",
             completer=vsh.complete_files,
         ),
         virsh_branch.BRANCH,
