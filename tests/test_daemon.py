@@ -212,6 +212,23 @@ def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
         daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
 
+def test_a_host_whose_driver_gives_up_is_waited_for_once(tmp_path: pathlib.Path) -> None:
+    """As that of a QMP socket does, after as long as a host is waited for; it is asked again."""
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    given_up = errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "monitor socket did not answer")
+    hangs.failures["list_domains"] = given_up
+    serving = daemon_scene.serving(tmp_path, hangs, lives, patience=5.0)
+    with serving as served, served.connect() as client:
+        assert client.names() == ["b"]
+        held = hangs.hold("list_domains")
+        begin = time.monotonic()
+        assert [client.names(), client.names()] == [["b"], ["b"]]
+        assert time.monotonic() - begin < 5.0
+        del hangs.failures["list_domains"]
+        held.set()
+        daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
+
+
 def test_a_host_that_hangs_when_it_is_opened(tmp_path: pathlib.Path) -> None:
     go = threading.Event()
 
