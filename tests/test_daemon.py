@@ -197,11 +197,14 @@ def test_no_host_at_all(tmp_path: pathlib.Path) -> None:
 
 def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
     """It is waited for once, for a while, and until it answers not again."""
-    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B, host="second")
     held = hangs.hold("list_domains")
     serving = daemon_scene.serving(tmp_path, hangs, lives, patience=0.2)
     with serving as served, served.connect() as client:
         assert client.names() == ["b"]
+        hostname = hangs.hold("get_hostname")
+        assert client.call(REMOTE, "CONNECT_GET_HOSTNAME").hostname == "second"
+        hostname.set()
         for _ in range(200):
             assert client.names() == ["b"]
             assert client.lookup("b").name == "b"

@@ -217,10 +217,10 @@ class Domains:
                 self._ask(host, lambda driver: None, "open")
 
     def first(self) -> hypervisor.Driver:
-        """The first driver, which answers for all where a hypervisor is asked. Errors: those of
-        opening it, where none can be opened."""
+        """The first driver, which answers for all where a hypervisor is asked; not that of a host
+        that is known to hang. Errors: those of opening it, where none can be opened."""
         for host in self.hosts:
-            if host.is_open:
+            if host.is_open and not self._hangs(host):
                 return host.driver()
         answers = self._asked(lambda driver: driver, "driver")
         for answer in answers.values():
@@ -366,6 +366,12 @@ class Domains:
         with self._lock:
             asked = self._hanging.get(host)
         return asked is not None and not asked.is_answered
+
+    def _hangs(self, host: Host) -> bool:
+        """Whether HOST is known to hang."""
+        with self._lock:
+            asked = self._hanging.get(host)
+        return asked is not None and asked.hangs(self.patience)
 
     def _search(self, described: str, **wanted: str) -> list[Found]:
         """The domain, at every host that has it, in their order. Errors: VIR_ERR_NO_DOMAIN, which
