@@ -61,7 +61,9 @@ _ENVIRONMENT = (
      "Where running backups are noted. Else `/run/virtbackup` for root, and a directory in"
      " `$XDG_RUNTIME_DIR` for others."),
     ("`XDG_CONFIG_HOME`, `XDG_CACHE_HOME`", "Directories in place of `~/.config` and `~/.cache`."),
-    ("`NO_COLOR`", "Where it is set, errors have no colour. On a terminal alone they have any."),
+    ("`NO_COLOR`",
+     "Where it is set to anything, errors and maps have no colour. On a terminal alone they have"
+     " any."),
 )  # fmt: skip
 
 _STATUS = (

@@ -24,7 +24,15 @@ from tests.live import certificates
 from tests.test_access import me
 from virtbackup import errors, hypervisor
 from virtbackup.conf import backup_conf
-from virtbackup.remote import dispatch, domains, protocol, remote_types, transport, wire_conf
+from virtbackup.remote import (
+    daemon,
+    dispatch,
+    domains,
+    protocol,
+    remote_types,
+    transport,
+    wire_conf,
+)
 
 REMOTE, VIRTBACKUP = protocol.REMOTE, protocol.VIRTBACKUP
 A, B, C = daemon_scene.ref("a", 1), daemon_scene.ref("b", 2), daemon_scene.ref("c", None)
@@ -189,17 +197,37 @@ def test_no_host_at_all(tmp_path: pathlib.Path) -> None:
 
 def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
     """It is waited for once, for a while, and until it answers not again."""
-    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B, host="second")
     held = hangs.hold("list_domains")
     serving = daemon_scene.serving(tmp_path, hangs, lives, patience=0.2)
     with serving as served, served.connect() as client:
         assert client.names() == ["b"]
+        hostname = hangs.hold("get_hostname")
+        assert client.call(REMOTE, "CONNECT_GET_HOSTNAME").hostname == "second"
+        hostname.set()
         for _ in range(200):
             assert client.names() == ["b"]
             assert client.lookup("b").name == "b"
         assert len([call for call in hangs.calls if call[0] == "list_domains"]) < 5
         _, text = daemon_scene.code_of(client.lookup, "a")
         assert "(not to be asked: fake0:///)" in text
+        held.set()
+        daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
+
+
+def test_a_host_whose_driver_gives_up_is_waited_for_once(tmp_path: pathlib.Path) -> None:
+    """As that of a QMP socket does, after as long as a host is waited for; it is asked again."""
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    given_up = errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "monitor socket did not answer")
+    hangs.failures["list_domains"] = given_up
+    serving = daemon_scene.serving(tmp_path, hangs, lives, patience=5.0)
+    with serving as served, served.connect() as client:
+        assert client.names() == ["b"]
+        held = hangs.hold("list_domains")
+        begin = time.monotonic()
+        assert [client.names(), client.names()] == [["b"], ["b"]]
+        assert time.monotonic() - begin < 5.0
+        del hangs.failures["list_domains"]
         held.set()
         daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
@@ -1014,6 +1042,7 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
         ("max_clients = -1", ":3: expected NAME = VALUE"),
         ("max_clents = 1", ":3: there is no setting 'max_clents'"),
         ('uris = ["foo:///x"]', ":3: uris: no connection driver available for foo:///x"),
+        ('listen = ["unix:/x", "unix:/x"]', ":3: listen: 'unix:/x' is there twice"),
         ('access = [\n"unix:root * read",\n"x"\n]', ":3: access: 'x': expected WHO DOMAINS PERMI"),
     ]
     for text, message in bad:
@@ -1028,6 +1057,14 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
     status, said = check('uris = ["test:///default"]\ntls_x509_cert_dir = "/nowhere"\n'
                          'listen = ["tls:127.0.0.1:0"]')  # fmt: skip
     assert (status, "cannot read '/nowhere/ca-cert.pem': No such" in said) == (1, True)
+    for path, reason in ((conf / "x", "Not a directory"), (conf, "what is there is no socket"),
+                         (tmp_path / "no" / "x", "No such file or directory")):  # fmt: skip
+        said = f"error: cannot listen on 'unix:{path}': {reason}\n"
+        assert check(good + f'listen = ["unix:{path}"]') == (1, said)
+    with socket.socket(socket.AF_UNIX) as served:  # as the daemon itself, for which it is checked
+        served.bind(str(tmp_path / "s"))
+        assert check(good, "--listen", f"unix:{tmp_path / 's'}")[0] == 0
+    assert check(good + 'listen = ["tcp:localhost:0", "tcp:localhost:0"]')[0] == 0
     # What the command line says is not the file's fault.
     status, said = check(good + 'listen = ["unix:x"]', "--listen", "bad")
     assert said == "error: invalid argument: listen: 'bad' is none of unix:PATH, tcp:HOST:PORT, " \
@@ -1036,6 +1073,25 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
     assert said == "error: no connection driver available for bar:///\n"
     status, said = check("")
     assert "nothing to serve: give --uri, or set uris" in said
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_default_s_directory_is_made(
+    tmp_path: pathlib.Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is named, as the documentation does: /run is empty when a host comes up."""
+    from virtbackup.tools import virtbackupd
+
+    default = f"unix:{tmp_path}/run/sock"
+    monkeypatch.setattr(virtbackupd, "DEFAULT_LISTEN", default)
+    argv = ["--uri", "test:///default", *(["--listen", default] if named else [])]
+    status, said = run_main(virtbackupd.main, *argv, "--check-config")
+    assert (status, said) == (0, "configuration is good\n")
+    monkeypatch.setattr(virtbackupd, "_allow_descriptors", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(daemon.Daemon, "run", lambda served, **_: served.close())
+    status, said = run_main(virtbackupd.main, *argv)
+    assert (status, said) == (0, f"virtbackupd: listening on {default}\n")
 
 
 def run_main(main: Callable[[list[str]], int], *argv: str) -> tuple[int, str]:

@@ -118,6 +118,19 @@ SECRETS = {
     "qmp secret": monitor('{"arguments":{"qom-type":"secret","id":"s","data":"hunter2"}}'),
     "hmp password": monitor("set_password vnc hunter2"),
     "hmp change": monitor("change vnc password hunter2"),
+    "hmp change, in short": monitor("change vnc passwd hunter2"),
+    "hmp secret": monitor("object_add secret,id=s,data=hunter2"),
+    "hmp secret, by its type": monitor("object_add qom-type=secret,data=,,hunter2,id=s"),
+    "qmp in single quotes": monitor("{'execute':'x','arguments':{'password':'hunter2'}}"),
+    "qmp within qmp": monitor(json.dumps({"command-line": 'object_add {"data": "hunter2"}'})),
+    "cookie": rpc.reply(
+        rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
+        structs.XmlRet("<cookies><cookie name='c'>hunter2</cookie></cookies>"),
+    ),
+    "secret for the command line": rpc.reply(
+        rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
+        structs.XmlRet("<qemu:arg value='{&quot;data&quot;:&quot;hunter2&quot;}'/>"),
+    ),
 }
 
 

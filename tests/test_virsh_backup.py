@@ -1053,6 +1053,7 @@ WARNING = (
     "warning: whoever reaches 0.0.0.0 can read the exports, which have no TLS: see tls= of"
     " <address>, and --insecure\n"
 )
+NO_SETTING = "warning: configuration file syntax error: %s:2: there is no setting 'x'\n"
 
 
 @pytest.mark.parametrize(
@@ -1061,6 +1062,7 @@ WARNING = (
         (["--host", "0.0.0.0", "--port", "1"], "", WARNING),
         (["--host", "0.0.0.0", "--port", "1"], "insecure = 0", WARNING),
         (["--host", "0.0.0.0", "--port", "1"], "insecure = yes", ""),
+        (["--host", "0.0.0.0", "--port", "1"], "insecure = yes\nx = 1", f"{NO_SETTING}{WARNING}"),
         (["--host", "0.0.0.0", "--port", "1", "--insecure"], "", ""),
         (["--host", "0.0.0.0", "--port", "1", "--tls"], "", ""),
         (["--host", "h.example", "--port", "1"], "", WARNING.replace("0.0.0.0", "h.example")),
@@ -1083,10 +1085,11 @@ def test_who_may_read_without_tls(
     path = tmp_path / "virtbackup.conf"
     path.write_text(conf)
     monkeypatch.setenv("VIRTBACKUP_CONF", str(path))
+    warning = warning.replace("%s", str(path))
     status, out, err = run("backup-start-as", "vm1", *words)
     assert (status, out, err) == (0, "Domain backup started\n", f"flags=0\n{warning}")
     logged = [r.getMessage() for r in caplog.records if r.name.startswith("virtbackup.tools")]
-    assert [f"warning: {text}\n" for text in logged] == ([warning] if warning else [])
+    assert "".join(f"warning: {text}\n" for text in logged) == warning
 
 
 def test_start_as_starts(run: Run) -> None:

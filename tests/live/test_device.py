@@ -379,6 +379,10 @@ def test_devices_that_cannot_be(
     link.symlink_to(disk)
     text = refused(guest, tmp_path, target, f"--target=sdb={link}")
     assert f"disk 'sdb': {link} takes disk 'vda' already" in text
+    with places.loop_device(tmp_path / "device") as again:
+        for one, two in ((disk, again), (again, disk)):
+            text = refused(guest, tmp_path, f"--target=vda={one}", f"--target=sdb={two}")
+            assert f"disk 'sdb': {two} takes disk 'vda' already" in text
     document = tmp_path / "without.xml"
     document.write_text(
         f'<domainbackup><address type="unix" path="{tmp_path}/s"/>'
@@ -459,7 +463,7 @@ def test_a_device_that_a_qemu_has_by_another_name(
                 qemu.kill()
     finally:
         other.unlink()
-    assert device.look(disk)[0] == number
+    assert device.look(disk) == SIZE
 
 
 @pytest.mark.needs("qemu-storage-daemon")

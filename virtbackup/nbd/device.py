@@ -97,6 +97,15 @@ def has_bytes_of(path: pathlib.Path, medium: pathlib.Path) -> bool:
         return False
 
 
+def share(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether two block devices have bytes in common, as two loop devices over one file do."""
+    first, second = _number(one), _number(other)
+    if first is not None and second is not None and _whole(first) == _whole(second):
+        return meets(first, second)  # two parts of one have not
+    behind = _behind(other)
+    return has_bytes_of(one, other) or (behind is not None and has_bytes_of(one, behind))
+
+
 def _number(path: pathlib.Path) -> int | None:
     """Of the block device at PATH; None of anything else."""
     try:
@@ -158,11 +167,11 @@ def _invalid(text: str) -> errors.Error:
     return errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
 
 
-def look(path: pathlib.Path) -> tuple[int, int]:
-    """(device number, bytes) of a block device that can be written. Errors: as ``held``."""
+def look(path: pathlib.Path) -> int:
+    """The bytes of a block device that can be written. Errors: as ``held``."""
     fd = held(path)
     try:
-        return os.fstat(fd).st_rdev, os.lseek(fd, 0, os.SEEK_END)
+        return os.lseek(fd, 0, os.SEEK_END)
     except OSError as failure:
         raise errors.system_error(failure, f"cannot read the size of {path}") from failure
     finally:

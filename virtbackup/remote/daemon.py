@@ -73,8 +73,7 @@ class Daemon:
         try:
             made = transport.listen(address, mode(self.settings))
         except OSError as failure:
-            reason = _in_words(failure, address)
-            raise errors.system_error(reason, f"cannot listen on '{address}'") from failure
+            raise _cannot_listen(failure, address) from failure
         with _closed_on_error(made):
             if address.kind == "unix":
                 self._paths.append((address.path, os.lstat(address.path)))
@@ -243,14 +242,25 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _in_words(failure: OSError, address: transport.Address) -> OSError:
-    """A FAILURE to listen at an ADDRESS."""
-    if failure.errno != errno.EADDRINUSE:
-        return failure
-    with contextlib.suppress(OSError):  # it has gone since
-        if address.kind == "unix" and not stat.S_ISSOCK(os.lstat(address.path).st_mode):
-            return OSError(failure.errno, "what is there is no socket")
-    return OSError(failure.errno, "somebody listens there already")
+def check_place(address: transport.Address) -> None:
+    """Refuse a unix ADDRESS at which no socket can be made. Errors: VIR_ERR_SYSTEM_ERROR."""
+    try:
+        os.close(os.open(os.path.dirname(address.path), os.O_PATH | os.O_DIRECTORY))  # noqa: PTH120
+        if os.path.lexists(address.path) and not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+            raise OSError(errno.EADDRINUSE, "")
+    except OSError as failure:
+        raise _cannot_listen(failure, address) from failure
+
+
+def _cannot_listen(failure: OSError, address: transport.Address) -> errors.Error:
+    """A FAILURE to listen at an ADDRESS, in words."""
+    if failure.errno == errno.EADDRINUSE:
+        reason = "somebody listens there already"
+        with contextlib.suppress(OSError):  # it has gone since
+            if address.kind == "unix" and not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+                reason = "what is there is no socket"
+        failure = OSError(failure.errno, reason)
+    return errors.system_error(failure, f"cannot listen on '{address}'")
 
 
 def tls_context(settings: virtbackup_conf.Settings) -> ssl.SSLContext:

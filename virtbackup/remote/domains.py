@@ -34,6 +34,8 @@ class Host:
 
     def __init__(self, uri: str, open: Open) -> None:
         self.uri = uri
+        self.gave_up = False
+        """Whether the last that was asked is answered so: it did not come to answer in time."""
         self._open = open
         self._driver: hypervisor.Driver | None = None
         self._opening = threading.Lock()
@@ -126,6 +128,10 @@ class Question(Generic[T]):
         except Exception as failure:
             logger.exception("uri=%s cannot be asked", self.host.uri)
             self._answer = _as_error(failure)
+        self.host.gave_up = (
+            isinstance(self._answer, errors.Error)
+            and self._answer.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+        )
         self._answered.set()
 
     @property
@@ -211,10 +217,10 @@ class Domains:
                 self._ask(host, lambda driver: None, "open")
 
     def first(self) -> hypervisor.Driver:
-        """The first driver, which answers for all where a hypervisor is asked. Errors: those of
-        opening it, where none can be opened."""
+        """The first driver, which answers for all where a hypervisor is asked; not that of a host
+        that is known to hang. Errors: those of opening it, where none can be opened."""
         for host in self.hosts:
-            if host.is_open:
+            if host.is_open and not self._hangs(host):
                 return host.driver()
         answers = self._asked(lambda driver: driver, "driver")
         for answer in answers.values():
@@ -312,34 +318,36 @@ class Domains:
             question.ask()
             return {self.hosts[0]: _answer(question, 0.0)}
         questions = {host: self._ask(host, what, key) for host in self.hosts}
-        until = time.monotonic() + self.patience
+        begin = time.monotonic()
         return {
-            host: _answer(question, until) if fresh else _answer(question, 0.0)
-            for host, (question, fresh) in questions.items()
+            host: _answer(question, begin + patience)
+            for host, (question, patience) in questions.items()
         }
 
     def _ask(
         self, host: Host, what: Callable[[hypervisor.Driver], T], key: object
-    ) -> tuple[Question[T], bool]:
-        """A question to HOST, be it one that somebody else is going to ask; or, and False, one that
-        it has not answered for long."""
+    ) -> tuple[Question[T], float]:
+        """A question to HOST, be it one that somebody else is going to ask, or one that it has not
+        answered for long; and how long to wait for the answer. Whose driver gave up the last time
+        is waited for a little, as one that is there again answers at once."""
         with self._lock:
+            patience = self.patience / 10 if host.gave_up else self.patience
             asked = self._hanging.get(host)
             if asked is not None and asked.hangs(self.patience):
-                return asked, False
+                return asked, 0.0
             following = self._asked_next.get(host)
             for other in following or ():
                 if other.key == key:
-                    return other, True
+                    return other, patience
             question = Question(host, what, key)
             if asked is None or asked.is_answered:
                 self._hanging[host] = question
             if following is not None:
                 following.append(question)
-                return question, True
+                return question, patience
             self._asked_next[host] = collections.deque([question])
         self._workers.do(functools.partial(self._ask_on, host), urgent=True)
-        return question, True
+        return question, patience
 
     def _ask_on(self, host: Host) -> None:
         """Ask HOST until there is nothing more to ask."""
@@ -358,6 +366,12 @@ class Domains:
         with self._lock:
             asked = self._hanging.get(host)
         return asked is not None and not asked.is_answered
+
+    def _hangs(self, host: Host) -> bool:
+        """Whether HOST is known to hang."""
+        with self._lock:
+            asked = self._hanging.get(host)
+        return asked is not None and asked.hangs(self.patience)
 
     def _search(self, described: str, **wanted: str) -> list[Found]:
         """The domain, at every host that has it, in their order. Errors: VIR_ERR_NO_DOMAIN, which

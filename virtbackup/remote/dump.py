@@ -23,13 +23,23 @@ _SECRET = frozenset({"AUTH_SASL_START", "AUTH_SASL_STEP"})
 """Procedures of which neither arguments nor answer are shown."""
 
 _HIDDEN = "(hidden)"
+_QUOTE = r"""\\?["']|&quot;|&apos;"""
+"""One of JSON's, which QEMU takes single ones for; within a string, or an attribute."""
+
 _PASSWORDS = (
     # <graphics passwd='...'>
     re.compile(r"""(\bpasswd\s*=\s*(["']))(?:(?!\2).)*""", re.DOTALL),
+    # <cookie name='...'>...</cookie>
+    re.compile(r"(<cookie\b[^<>]*>)[^<]*"),
     # {"password": "..."}, {"qom-type": "secret", "data": "..."}
-    re.compile(r'("(?:password|passwd|data)"\s*:\s*")(?:[^"\\]|\\.)*'),
+    re.compile(
+        rf"(({_QUOTE})(?:password|passwd|data)\2\s*:\s*({_QUOTE}))(?:(?!\3)(?:[^\\]|\\.))*",
+        re.DOTALL,
+    ),
     # set_password vnc ..., change vnc password ...
-    re.compile(r"(\b(?:set_password\s+\w+|change\s+\w+\s+password)\s+)\S+"),
+    re.compile(r"(\b(?:set_password\s+\w+|change\s+\w+\s+passw(?:or)?d)\s+)\S+"),
+    # object_add secret,id=...,data=..., and as an argument of QEMU's
+    re.compile(r"""(\bdata=)(?:[^,\s"'<>]|,,)+"""),
 )
 
 

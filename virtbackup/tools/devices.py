@@ -29,8 +29,7 @@ def usable(
     domain = domain_conf.DomainDef.parse(domain_xml)
     capacity = {disk.target: disk.capacity for disk in domain.disks}
     chosen = {disk.name for disk in wanted.disks if disk.present}
-    numbers: dict[int, str] = {}
-    devices = {}
+    devices: dict[str, pathlib.Path] = {}
     for name, given in targets.items():
         path = given
         with contextlib.suppress(OSError):  # nothing is in a directory that was removed
@@ -48,14 +47,14 @@ def usable(
             if device.has_bytes_of(path, pathlib.Path(disk.source)):
                 raise _invalid(f"disk '{name}': {path} is the guest's own disk '{disk.target}'")
         with _naming_disk(name):
-            number, size = device.look(path)
-        for other, of in numbers.items():
-            if device.meets(number, other):
+            size = device.look(path)
+        for of, other in devices.items():
+            if device.share(path, other):
                 raise _invalid(f"disk '{name}': {path} takes disk '{of}' already")
         if size < (needs := capacity[name] or 0):
             with _naming_disk(name):
                 raise device.too_small(str(path), size, needs)
-        numbers[number], devices[name] = name, path
+        devices[name] = path
     return devices
 
 

@@ -264,7 +264,8 @@ INSECURE = vsh.Option(
 
 
 def warn_of_listener(shell: Shell, args: vsh.Args, document: str) -> None:
-    """Tell where the backup of DOCUMENT can be read from other hosts, by everybody there."""
+    """Tell where the backup of DOCUMENT can be read from other hosts, by everybody there; so too
+    where no setting can be read that might say not to."""
     import libvirt
 
     from virtbackup import config
@@ -274,18 +275,23 @@ def warn_of_listener(shell: Shell, args: vsh.Args, document: str) -> None:
         return
     try:
         address = dialects.address(document)
-        if address.tls or isinstance(address, backup_conf.UnixAddress):
-            return
-        if is_loopback(address.host) or config.load().insecure:
-            return
     except libvirt.libvirtError:
         return  # the start says it
-    message = (
+    if address.tls or isinstance(address, backup_conf.UnixAddress) or is_loopback(address.host):
+        return
+    messages = []
+    try:
+        if config.load().insecure:
+            return
+    except libvirt.libvirtError as failure:
+        messages.append(str(failure))
+    messages.append(
         f"whoever reaches {address.host} can read the exports, which have no TLS: see tls= of"
         " <address>, and --insecure"
     )
-    logger.warning("%s", message)
-    shell.warn(message)
+    for message in messages:
+        logger.warning("%s", message)
+        shell.warn(message)
 
 
 def is_loopback(host: str) -> bool:

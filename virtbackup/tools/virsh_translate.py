@@ -25,7 +25,8 @@ TRANSLATE = vsh.Command(
     "Print a document in the proposal's dialect or in libvirt's own (6.0 and newer, pull mode).\n"
     "What cannot be said in the other one is an error, never left out. Of disks that are not\n"
     "listed the proposal includes all and libvirt none, so a document that lists disks takes the\n"
-    "domain whose disks they are; any other needs no connection.",
+    "domain whose disks they are, and so does one that makes all incremental without a list; any\n"
+    "other needs no connection.",
     (
         vsh.Option(
             "file", vsh.Kind.DATA, "domainbackup XML; - is standard input",

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check_config:
             _check(settings)
             _check_certificates(settings)
+            _check_places(settings)
             print("configuration is good")
             return 0
         return _run(settings)
@@ -97,7 +98,11 @@ def _settings(options: argparse.Namespace) -> virtbackup_conf.Settings:
 def _addresses(settings: virtbackup_conf.Settings) -> list[transport.Address]:
     """Errors: VIR_ERR_INVALID_ARG; VIR_ERR_CONF_SYNTAX where a file says so."""
     try:
-        return [transport.parse_address(text) for text in settings.listen]
+        addresses = [transport.parse_address(text) for text in settings.listen]
+        for address in addresses:
+            if addresses.count(address) > 1 and (address.kind == "unix" or address.port):
+                raise ValueError(f"'{address}' is there twice")
+        return addresses
     except ValueError as failure:
         if "listen" in settings.places:
             raise settings.wrong("listen", str(failure)) from failure
@@ -128,6 +133,14 @@ def _check_certificates(settings: virtbackup_conf.Settings) -> None:
         raise errors.error(libvirt.VIR_ERR_CONFIG_UNSUPPORTED, refused)
 
 
+def _check_places(settings: virtbackup_conf.Settings) -> None:
+    """Raise where no socket can be made, as a start finds out when it makes one; that somebody
+    listens there is no fault, as that may be the daemon. The default's directory a start makes."""
+    for address in _addresses(settings):
+        if address.kind == "unix" and str(address) != DEFAULT_LISTEN:
+            daemon.check_place(address)
+
+
 def _run(settings: virtbackup_conf.Settings) -> int:
     _check(settings)
     hosts = [
@@ -147,7 +160,11 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         places = [served.adopt(fd) for fd in _handed_over()]
         wanted = _addresses(settings)
         if not places and not wanted:
-            wanted = [_default()]
+            wanted = [transport.parse_address(DEFAULT_LISTEN)]
+        for address in wanted:
+            if str(address) == DEFAULT_LISTEN:  # /run is empty when a host comes up
+                with contextlib.suppress(OSError):
+                    pathlib.Path(address.path).parent.mkdir(mode=0o755, parents=True)
         places += [served.listen(address) for address in wanted]
     except BaseException:
         served.close()
@@ -195,13 +212,6 @@ def _allow_descriptors(settings: virtbackup_conf.Settings) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def _default() -> transport.Address:
-    address = transport.parse_address(DEFAULT_LISTEN)
-    with contextlib.suppress(OSError):
-        pathlib.Path(address.path).parent.mkdir(mode=0o755, parents=True)
-    return address
 
 
 def _handed_over() -> list[int]:
