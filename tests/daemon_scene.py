@@ -232,6 +232,8 @@ class Driver:
             raise failure
 
     def close(self) -> None:
+        if "close" in self._held:  # else it is no call that tests count
+            self._enter("close")
         self.closed = True
 
     def get_type(self) -> str:

@@ -15,8 +15,10 @@ PACKAGE = pathlib.Path(errors.__file__).parent
 SYSTEMS = {"No such file or directory", "Connection refused", "Permission denied",
            "Address already in use", "No space left on device", "Disk quota exceeded",
            "File too large", "Cannot assign requested address",
-           "address resolution failed"}  # fmt: skip
-"""Words of the operating system's and of QEMU's, which stand nowhere in the package."""
+           "address resolution failed",
+           "fd passing is not supported by this connection"}  # fmt: skip
+"""Words of the operating system's, of QEMU's and of libvirt's, which stand nowhere in the
+package."""
 
 
 @functools.cache

@@ -251,6 +251,20 @@ def test_a_host_that_hangs_when_it_is_opened(tmp_path: pathlib.Path) -> None:
         daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
 
+def test_a_host_that_hangs_when_it_is_let_go(tmp_path: pathlib.Path) -> None:
+    """As libvirt's library does, while a libvirtd stands still: the daemon ends all the same."""
+    hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
+    held = hangs.hold("close")
+    try:
+        with daemon_scene.serving(tmp_path, hangs, lives, patience=0.2) as served:
+            with served.connect() as client:
+                assert client.names() == ["a", "b"]
+            served.stop()
+        assert [hangs.closed, lives.closed] == [False, True]
+    finally:
+        held.set()
+
+
 def test_who_asks_for_events_of_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
     """As often as it likes: it is one thread that waits for the host to be opened."""
     go = threading.Event()

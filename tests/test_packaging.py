@@ -93,7 +93,7 @@ def test_the_sdist_has_everything(sdist: pathlib.Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     not_kept = {name for name in sources(ROOT) if name.startswith(".") and "/" not in name}
-    assert sources(ROOT) - not_kept <= names
+    assert sources(ROOT) - not_kept | {".gitignore"} <= names
 
 
 def test_the_wheel_has_all_that_is_used(wheel: pathlib.Path) -> None:

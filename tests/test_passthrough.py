@@ -2,6 +2,8 @@
 """Calls that may never return, made by a thread of their own."""
 
 import contextlib
+import os
+import pathlib
 import signal
 import threading
 import time
@@ -10,7 +12,10 @@ from collections.abc import Iterator
 import libvirt
 import pytest
 
-from virtbackup.qemu import passthrough
+from tests import daemon_scene
+from virtbackup import errors, hypervisor
+from virtbackup.qemu import monitor_json, passthrough
+from virtbackup.tools import advice
 
 LONG = 20.0
 
@@ -73,6 +78,26 @@ def test_a_domain_that_does_not_run_is_not_asked(capfd: pytest.CaptureFixture[st
         assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
         found.undefine()
     assert capfd.readouterr() == ("", "")
+
+
+class Qemu(daemon_scene.Driver):
+    """One that answers whoever asks for its version."""
+
+    def domain_monitor_command(self, domain: hypervisor.DomainRef, command: str, flags: int) -> str:
+        return '{"return": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}}'
+
+
+def test_a_daemon_that_passes_no_descriptors_on(tmp_path: pathlib.Path) -> None:
+    """As virtbackupd: nothing was lost, and the shell says by which URI it is reached."""
+    running = daemon_scene.serving(tmp_path, Qemu(daemon_scene.ref("vm")))
+    with running as served, open(os.devnull, "rb") as file:  # noqa: PTH123  (for its number)
+        uri = f"qemu:///system?socket={served.path}"
+        with contextlib.closing(libvirt.open(uri)) as connection:
+            qemu = passthrough.LibvirtMonitor(connection.lookupByName("vm"))
+            with pytest.raises(errors.Error, match=r"^argument unsupported: ") as caught:
+                qemu.execute(monitor_json.add_fd(file.fileno(), ""))
+            qemu.close()
+    assert "virtbackup+unix:///" in (advice.advice(caught.value) or "")
 
 
 def test_what_a_call_returns_and_raises() -> None:

@@ -38,9 +38,15 @@ _GONE = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN}
 _PASSES_FILES = 8_002_000
 """libvirt's first version with virDomainQemuMonitorCommandWithFiles."""
 
-_REFUSED = frozenset({libvirt.VIR_ERR_OPERATION_DENIED, libvirt.VIR_ERR_OPERATION_TIMEOUT})
-"""What libvirt says of a command that it did not pass on: the connection is read-only, or another
-job of its own on the domain does not end."""
+_REFUSED = frozenset(
+    {
+        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+        libvirt.VIR_ERR_OPERATION_DENIED,
+        libvirt.VIR_ERR_OPERATION_TIMEOUT,
+    }
+)
+"""What libvirt says of a command that it did not pass on: its daemon takes no descriptors, as
+virtbackupd; the connection is read-only; or another job of its own on the domain does not end."""
 
 
 class NotRunning(monitor.NotListening):

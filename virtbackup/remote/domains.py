@@ -86,16 +86,10 @@ class Host:
         except (OSError, libvirt.libvirtError) as failure:
             logger.warning("uri=%s backups that run are not watched: %s", self.uri, failure)
 
-    def close(self, timeout: float = PATIENCE) -> None:
-        """Let go of the driver; backups that are to end with us end. One that is being opened for
-        longer than TIMEOUT seconds is left to itself."""
-        if not self._opening.acquire(timeout=timeout):
-            logger.warning("uri=%s is still being opened", self.uri)
-            return
-        try:
+    def close(self) -> None:
+        """Let go of the driver, once it is opened; backups that are to end with us end."""
+        with self._opening:
             driver, self._driver = self._driver, None
-        finally:
-            self._opening.release()
         if driver is not None:
             driver.close()
 
@@ -299,11 +293,19 @@ class Domains:
             return self._public(own)
 
     def close(self) -> None:
-        """Let go of every driver."""
-        until = time.monotonic() + self.patience
+        """Let go of every driver, but of one that hangs: libvirt's library waits for a libvirtd
+        that stands still, whatever signals come."""
+        held = set(self.hosts)
+
+        def let_go(host: Host) -> None:
+            host.close()
+            held.discard(host)
+
         for host in self.hosts:
-            host.close(max(0.0, until - time.monotonic()))
-        self._workers.close(max(0.0, until - time.monotonic()))
+            self._workers.do(functools.partial(let_go, host))
+        self._workers.close(self.patience)
+        for uri in sorted(host.uri for host in list(held)):
+            logger.warning("uri=%s hangs, and is left to itself", uri)
 
     # --- asking hosts ---
 

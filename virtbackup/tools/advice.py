@@ -71,6 +71,10 @@ KNOWN = (
         None, ("No file descriptor supplied",),
         "What passes the monitor on, as socat does, passes no descriptors: take QEMU's own socket",
     ),
+    Known(
+        libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, ("fd passing is not supported by this connection",),
+        "A virtbackupd passes no descriptors on to QEMU: it is reached by virtbackup+unix:///PATH",
+    ),
     Known(None, ("Failed to connect socket to", _ABSENT), _START_DAEMON),
     Known(None, ("Failed to connect socket to", _REFUSED), _START_DAEMON),
     Known(
