@@ -8,6 +8,7 @@ The guest is Linux and writes all the time. The storage is a server that is stop
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import virtbackup
 from demo import guest, records
 from tests import waiting
-from tests.live import machines, scene
+from tests.live import branched, machines, scene
 from virtbackup.nbd import copy
 from virtbackup.qemu import cleanup, hang, scratch, verdict
 from virtbackup.tools import pull
@@ -71,15 +72,18 @@ def file_server(directory: pathlib.Path, size: int) -> Iterator[Storage]:
 
 
 @contextlib.contextmanager
-def block_server(directory: pathlib.Path, size: int) -> Iterator[Storage]:
+def block_server(
+    directory: pathlib.Path, size: int, broken: pathlib.Path = pathlib.Path("/nowhere")
+) -> Iterator[Storage]:
     """A file system of SIZE bytes on a disk behind nbdkit: when that hangs, the page cache still
-    takes writes for a while."""
+    takes writes for a while. While there is a file BROKEN, nothing can be written to the disk."""
     image, path, disk = _image(directory, size), directory / "mnt", directory / "disk"
     path.mkdir()
     disk.touch()
     socket = directory / "nbdkit.sock"
     with contextlib.ExitStack() as stack:
-        argv = ["nbdkit", "-f", "-U", str(socket), "file", str(image)]
+        argv = ["nbdkit", "-f", "-U", str(socket), "--filter=error", "file", str(image)]
+        argv += ["error-pwrite-rate=100%", "error-zero-rate=100%", f"error-file={broken}"]
         server = stack.enter_context(_process(argv))
         _wait_for(socket.is_socket, server)
         fuse = stack.enter_context(_process(["nbdfuse", str(disk), "--unix", str(socket)]))
@@ -254,6 +258,45 @@ class _Ends:
     def advance(self, index: int, count: int) -> None:
         self._storage.hang()
         raise virtbackup.Error(libvirt.VIR_ERR_OPERATION_ABORTED, "it is not wanted any more")
+
+
+def test_what_never_came_to_the_disk_of_a_scratch_image_is_told_by_the_stop(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Where the page cache has let go of it, clients read what the disk has there, without an
+    error; and QEMU, whose writes were taken, knows of none."""
+    broken, socket = tmp_path / "broken", tmp_path / "nbd.sock"
+    document = (
+        f'<domainbackup><address type="unix" path="{socket}"/><disks><disk name="vda">'
+        f'<source dir="{tmp_path}/mnt"/></disk><disk name="sdb"/></disks></domainbackup>'
+    )
+    with (
+        block_server(tmp_path, 24 << 20, broken) as storage,
+        machines.two_disks(tmp_path, size=4 << 20) as machine,
+        virtbackup.open(machine.uri) as connection,
+    ):
+        [dom] = connection.listAllDomains()
+        for disk in ("vda", "sdb"):
+            machine.io(disk, "write -P 1 0 4M")
+        dom.backupStart(document)
+        subprocess.run(["sync", "-f", str(storage.path)], check=True)
+        broken.touch()
+        for disk in ("vda", "sdb"):
+            machine.io(disk, "write -P 2 0 1M")
+        assert subprocess.run(["sync", "-f", str(storage.path)], capture_output=True).returncode
+        for file in pathlib.Path(f"/proc/{machine.process.pid}/fd").iterdir():
+            if str(file.readlink()).startswith(str(storage.path)):
+                with file.open("rb") as scratch_image:
+                    os.posix_fadvise(scratch_image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        broken.unlink()
+        assert branched.whole(socket, "vda") != b"\1" * (4 << 20)  # nobody told the client
+        assert branched.whole(socket, "sdb") == b"\1" * (4 << 20)
+        with pytest.raises(libvirt.libvirtError) as raised:
+            dom.backupStop()
+    assert str(raised.value) == (
+        f"operation failed: the backup is not good: disk 'vda': its scratch image in"
+        f" '{storage.path}' has lost data on the way to disk: Input/output error"
+    )
 
 
 @pytest.mark.parametrize("fmt", pull.FORMATS)

@@ -31,6 +31,9 @@ class Sight:
     """The guest is paused since a drive met an error, and was not so at the start already."""
     unreadable: Mapping[naming.NodeName, str] = dataclasses.field(default_factory=dict)
     """Frozen disks that were tried and cannot be read, with the reason."""
+    unwritten: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Disk -> why the kernel could not write what it had taken for its scratch image, where it was
+    asked for that."""
     lasting: frozenset[naming.ExportId] = frozenset()
     """Exports that are there after they were to end."""
     graph: block.Graph | None = None
@@ -209,6 +212,8 @@ def _frozen_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
 
 
 def _scratch_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
+    if (reason := sight.unwritten.get(disk.target)) is not None:
+        return f"its scratch image in '{disk.directory}' has lost data on the way to disk: {reason}"
     if disk.breaks_snapshot:
         return None  # its scratch image cannot be why
     drive = _drive(disk, sight)

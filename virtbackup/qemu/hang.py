@@ -9,7 +9,9 @@ is asked, from outside, and what a close waits for is left to others.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import errno
 import io
 import os
 import pathlib
@@ -27,6 +29,13 @@ _ALL = 0.1
 """Seconds within which all file systems answer as a rule."""
 _CLOSING = 2.0
 """Seconds to wait for a file to be closed."""
+_NOT_TOLD = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ESPIPE}
+"""What ``sync_file_range`` says of itself, or who forbids it."""
+_WAIT_BEFORE = 1
+"""SYNC_FILE_RANGE_WAIT_BEFORE of linux/fs.h."""
+_BEYOND = 1 << 62
+"""An offset at which no file has a page to wait for."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _INODE = re.compile(r"^ino:\s*(\d+)$", re.MULTILINE)
 
 _pending: dict[str, subprocess.Popen[bytes]] = {}
@@ -140,6 +149,36 @@ def used(images: Mapping[str, Image], pid: int | None) -> dict[str, int]:
             with contextlib.suppress(OSError):
                 sizes[key] = pathlib.Path(f"/proc/{pid}/fd/{fd}").stat().st_blocks * 512
     return sizes
+
+
+def unwritten(images: Mapping[str, Image], pid: int | None) -> dict[str, str]:
+    """Key -> why the kernel could not write what it had taken for an image, whose file system must
+    answer; only those that process PID is seen to have open.
+
+    Nothing else tells: such data is right while it is in the page cache, and what is read later is
+    what the disk has there. The kernel tells each error once, so this is for the last to ask.
+    """
+    told = {}
+    for key, fds in _descriptors(pid, images).items():
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    if number := _write_error(file):
+                        told[key] = os.strerror(number)
+                finally:
+                    os.close(file)
+    return told
+
+
+def _write_error(fd: int) -> int:
+    """Why data of the file that FD is of was not written, as errno has it; 0: it was, or there was
+    no need yet. Nothing is written nor waited for: fsync(2) would do both."""
+    begin, length = ctypes.c_int64(_BEYOND), ctypes.c_int64(1)
+    if not _LIBC.sync_file_range(ctypes.c_int(fd), begin, length, ctypes.c_uint(_WAIT_BEFORE)):
+        return 0
+    number = ctypes.get_errno()
+    return 0 if number in _NOT_TOLD else number
 
 
 def _pending_for(path: str) -> "subprocess.Popen[bytes] | None":

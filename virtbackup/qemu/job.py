@@ -679,6 +679,7 @@ class BackupJob:
             lasting=frozenset(after.exports or ()),
             io_error=before.io_error or after.io_error,
             unreadable=verdict.unreadable(session, running, after),
+            unwritten=verdict.unwritten(session, running),
         )
         reasons = verdict.judge(session, running, sight)
         self._file.save(dataclasses.replace(running, phase="stopping", verdict=reasons))

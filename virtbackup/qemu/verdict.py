@@ -174,6 +174,13 @@ def unreadable(
     return broken
 
 
+def unwritten(session: domain.Session, running: status.Status) -> dict[str, str]:
+    """Disk -> why its scratch image has lost data, now that nobody reads it any more."""
+    if session.restarted_since(running.qemu, running.id):
+        return {}
+    return hang.unwritten(_images(running), session.pid)
+
+
 def judge(session: domain.Session, running: status.Status, sight: blockjob.Sight) -> dict[str, str]:
     """Disk -> why its data is not good."""
     if running.given_up is not None:

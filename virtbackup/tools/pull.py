@@ -33,6 +33,8 @@ from virtbackup.nbd import checksum, copy
 from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
+left_logger = logging.getLogger(f"{__name__}.left")
+"""Of what is told even where nothing is logged, as no error tells it."""
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
@@ -488,6 +490,10 @@ def give_up(domain: api.Domain) -> None:
     try:
         domain.backupStop(api.VIR_DOMAIN_BACKUP_STOP_CANCEL)
     except libvirt.libvirtError as failure:
+        if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT:  # it runs on
+            text = "the backup of domain '%s' could not be ended: %s"
+            left_logger.warning(text, domain.name(), failure)
+            return
         logger.warning("event=cancel-failed domain=%s error=%s", domain.name(), failure)
 
 

@@ -165,7 +165,11 @@ class _Warnings(logging.Handler):
 
 
 _WARNINGS = _Warnings()
-_OF_WHAT_IS_LEFT = ("virtbackup.qemu.sweep.left", "virtbackup.native.left")
+_OF_WHAT_IS_LEFT = (
+    "virtbackup.qemu.sweep.left",
+    "virtbackup.native.left",
+    "virtbackup.tools.pull.left",
+)
 """The loggers of what is left of a backup."""
 
 
