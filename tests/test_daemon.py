@@ -1014,6 +1014,10 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
         ("max_clients = -1", ":3: expected NAME = VALUE"),
         ("max_clents = 1", ":3: there is no setting 'max_clents'"),
         ('uris = ["foo:///x"]', ":3: uris: no connection driver available for foo:///x"),
+        ('uris = ["qmp://rel"]', ":3: uris: 'qmp://rel': expected qmp:///absolute/path"),
+        ('uris = ["test://x/"]', ":3: uris: 'test://x/': expected test:///default"),
+        ('uris = ["virtbackup+unix://x"]', ":3: uris: 'virtbackup+unix://x': a unix socket"),
+        ('uris = ["qemu:///?engine=x"]', ":3: uris: 'qemu:///?engine=x': expected engine=c"),
         ('access = [\n"unix:root * read",\n"x"\n]', ":3: access: 'x': expected WHO DOMAINS PERMI"),
     ]
     for text, message in bad:

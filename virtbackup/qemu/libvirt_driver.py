@@ -64,6 +64,10 @@ class Opener:
 
         return libvirt_native.NativeDriver(host)
 
+    def check(self, uri: str) -> None:
+        """Errors: as to open it, for what is ours to say of a URI."""
+        _split(uri)
+
     def adopt(self, connection: "libvirt.virConnect") -> hypervisor.Driver:
         """Serve the domains of a CONNECTION that stays its owner's to close.
 
