@@ -2,6 +2,7 @@
 """The commands about backups in a directory; ``virtbackup.tools.pull`` does the work."""
 
 import contextlib
+import functools
 import pathlib
 import re
 import sys
@@ -111,7 +112,8 @@ def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
         return
     import tqdm
 
-    with contextlib.ExitStack() as shown:
+    clearing = functools.partial(tqdm.tqdm.external_write_mode, sys.stderr)
+    with vsh.standing(clearing), contextlib.ExitStack() as shown:
 
         def more(total: int, name: str | None = None, line: int = 0) -> Any:
             return shown.enter_context(

@@ -720,8 +720,25 @@ def warn(message: str) -> None:
 
 def _write_error(text: str) -> None:
     """Write to standard error; where nobody can read it, nobody is told."""
-    with contextlib.suppress(Failure):
+    with contextlib.suppress(Failure), _clearing() if text else contextlib.nullcontext():
         _write(sys.stderr, text)
+
+
+_clearing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def standing(
+    clearing: Callable[[], contextlib.AbstractContextManager[object]],
+) -> Iterator[None]:
+    """For the time that something stands on standard error, such as a progress bar, which CLEARING
+    takes away for as long as a line is written."""
+    global _clearing
+    before, _clearing = _clearing, clearing
+    try:
+        yield
+    finally:
+        _clearing = before
 
 
 MAX_ERROR = 4000
