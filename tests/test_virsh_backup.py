@@ -1632,6 +1632,23 @@ def test_a_copy_does_not_wait_for_who_reads_how_far_it_is(
         assert json.loads(os.read(reading, 1 << 20))["done"] == 3
 
 
+def test_a_terminal_that_only_types_has_one_bar(
+    shell: virsh_connection.Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the disks are below the first one, and the way up again is none of its."""
+    screen = _Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for term in ("xterm", "dumb"):
+        monkeypatch.setenv("TERM", term)
+        with virsh_pull.bar(shell) as bar:
+            assert bar is not None
+            bar.name(["vda", "vdb"])
+            bar.start(0, 100)
+            bar.advance(0, 100)
+            assert ("\x1b" in screen.getvalue()) == (term == "xterm")
+        screen.truncate(0)
+
+
 class _Screen(io.StringIO):
     """A terminal, as far as what is written to it can tell."""
 
@@ -1645,6 +1662,7 @@ def test_a_warning_beside_bars_has_a_line_of_its_own(
     """It stood behind the first bar, and the bars' ends were left on other lines than their own."""
     screen = _Screen()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
     with virsh_pull.bar(shell) as bar:
         assert bar is not None
         bar.name(["vda", "vdb"])

@@ -28,7 +28,10 @@ class Bar:
         self._disks: dict[int, Any] = {}
 
     def name(self, names: Sequence[str]) -> None:
-        """The disks are called NAMES, in the order of their numbers."""
+        """The disks are called NAMES, in the order of their numbers. Not where the terminal has no
+        way up, from their bars to the first one."""
+        if vsh.is_dumb():
+            return
         self._names = [vsh.visible(name) for name in names]
 
     def start(self, index: int, size: int) -> None:
@@ -120,6 +123,7 @@ def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
                 tqdm.tqdm(
                     total=total, desc=name, position=line,
                     unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                    dynamic_ncols=True,
                 )
             )  # fmt: skip
 

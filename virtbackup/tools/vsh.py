@@ -673,8 +673,13 @@ _RED, _YELLOW = "1;31", "1;33"
 
 def shows_colours(stream: TextIO) -> bool:
     """Whether people look at STREAM, a terminal that has colours, and want any (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    plain = os.environ.get("NO_COLOR") or is_dumb()
     return not plain and stream.isatty()
+
+
+def is_dumb() -> bool:
+    """Whether the terminal, if there is one, has neither colours nor another line than the last."""
+    return os.environ.get("TERM", "dumb") == "dumb"
 
 
 def _marked(word: str, colour: str) -> str:
