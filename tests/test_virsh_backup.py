@@ -1677,3 +1677,14 @@ def test_a_warning_beside_bars_has_a_line_of_its_own(
     assert re.fullmatch(
         r"(\x1b\[1;33m)?warning:(\x1b\[0m)? all\n", screen.getvalue()[len(written) :]
     )
+
+
+@pytest.mark.parametrize("command", [("list", "--name"), ("domname", "1")])
+def test_a_name_leaves_the_terminal_alone_and_is_whole_for_programs(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    odd = shell_driver.ODD
+    for stdout, shown in ((io.StringIO(), odd), (_Screen(), vsh.visible(odd))):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert shell_driver.main("-c", "fake:///odd", *command) == 0
+        assert stdout.getvalue() == shown + "\n"

@@ -611,6 +611,11 @@ class Shell(Generic[Control]):
         """Print TEXT, a newline added. Errors: OutputClosed; Failure when it cannot be written."""
         _write(sys.stdout, text + "\n")
 
+    def print_value(self, text: str) -> None:
+        """Print TEXT of any origin: for a program as it is, on a terminal without what controls
+        that."""
+        self.print(visible(text) if sys.stdout.isatty() else text)
+
     def print_document(self, text: str) -> None:
         """Print TEXT that ends in its own newline."""
         _write(sys.stdout, text if text.endswith("\n") else text + "\n")
