@@ -38,8 +38,9 @@ class Bar:
         """The disk was opened and has SIZE bytes."""
         self._bar.total += size
         if len(self._names) > 1:
-            width = max(map(len, self._names))
-            self._disks[index] = self._more(size, self._names[index].ljust(width), index + 1)
+            name, widths = self._names[index], [vsh.width_of(name) for name in self._names]
+            padded = name + " " * (max(widths) - widths[index])
+            self._disks[index] = self._more(size, padded, index + 1)
         self._bar.refresh()
 
     def advance(self, index: int, count: int) -> None:

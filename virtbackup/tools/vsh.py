@@ -798,11 +798,11 @@ def give_up(stream: TextIO) -> None:
 def table_lines(header: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> list[str]:
     """HEADER, if any, a rule, and ROWS, each a line with its columns aligned (vsh-table.c)."""
     cells = [*([] if header is None else [header]), *rows]
-    widths = [max(_width(cell) for cell in column) for column in zip(*cells, strict=True)]
+    widths = [max(width_of(cell) for cell in column) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [
-            " " + cell + " " * (width - _width(cell) + 2)
+            " " + cell + " " * (width - width_of(cell) + 2)
             for cell, width in zip(row, widths, strict=True)
         ]
         lines.append("".join(padded).rstrip(" "))
@@ -811,21 +811,25 @@ def table_lines(header: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> 
     return lines
 
 
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
     """Columns that TEXT takes on a terminal."""
     if text.isascii():
         return len(text)
     import unicodedata  # a table of its own, loaded when there is need of it
 
     shown = (
-        char for char in text if char == "\xad" or unicodedata.category(char) not in _WIDTHLESS
+        char
+        for char in text
+        if char == "\xad"
+        or (unicodedata.category(char) not in _WIDTHLESS and not "\u1160" <= char <= "\u11ff")
     )
     return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)
 
 
 _WIDTHLESS = ("Mn", "Me", "Cf")
 """Categories of characters that take no column (wcwidth(3)): accents and vowels over or below
-others, joiners, marks of direction. But the soft hyphen does."""
+others, joiners, marks of direction. But the soft hyphen does, and what follows in a Korean syllable
+that is written in its parts (U+1160 to U+11FF) does not."""
 
 
 # --- the commands of every shell ------------------------------------------------------------------
