@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import libvirt
 import pytest
 
+import virtbackup
 from tests import daemon_scene, waiting
 from tests.live import certificates
 from tests.test_access import me
@@ -61,6 +62,19 @@ def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
         listed = client.call(REMOTE, "CONNECT_LIST_ALL_DOMAINS", 1, 0).domains
         assert [dom.id for dom in listed] == [1, -1, -1, 3]
         assert client.lookup("e").id == 3
+
+
+def test_a_guest_without_libvirt_is_none_of_libvirts(tmp_path: pathlib.Path) -> None:
+    """By the passthrough, its disks would be none of QEMU's, and its branches none."""
+    fake = hypervisor.open_driver("test:///default", False)
+    with daemon_scene.serving(tmp_path, fake) as served:
+        uri = f"qemu+unix:///system?socket={served.path}"
+        with virtbackup.open(uri) as connection:
+            dom = connection.lookupByName("vm")
+            for call in (dom.branchList, lambda: dom.backupStart(XML)):
+                with pytest.raises(errors.Error, match="'vm' is no guest of libvirt's") as caught:
+                    call()
+                assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
 
 
 @pytest.mark.parametrize(
@@ -1057,6 +1071,10 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
         ("max_clents = 1", ":3: there is no setting 'max_clents'"),
         ('uris = ["foo:///x"]', ":3: uris: no connection driver available for foo:///x"),
         ('listen = ["unix:/x", "unix:/x"]', ":3: listen: 'unix:/x' is there twice"),
+        ('uris = ["qmp://rel"]', ":3: uris: 'qmp://rel': expected qmp:///absolute/path"),
+        ('uris = ["test://x/"]', ":3: uris: 'test://x/': expected test:///default"),
+        ('uris = ["virtbackup+unix://x"]', ":3: uris: 'virtbackup+unix://x': a unix socket"),
+        ('uris = ["qemu:///?engine=x"]', ":3: uris: 'qemu:///?engine=x': expected engine=c"),
         ('access = [\n"unix:root * read",\n"x"\n]', ":3: access: 'x': expected WHO DOMAINS PERMI"),
     ]
     for text, message in bad:

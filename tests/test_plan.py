@@ -5,15 +5,17 @@ import dataclasses
 import json
 import pathlib
 import struct
+import types
+from collections.abc import Sequence
 from typing import Any
 
 import libvirt
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests import datacases, record_conversations, test_block
-from virtbackup import errors, runtime
+from tests import datacases, odd_documents, record_conversations, test_block
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf, domain_conf, storage_conf, virtbackup_conf
 from virtbackup.qemu import (
     backup,
@@ -26,6 +28,7 @@ from virtbackup.qemu import (
     naming,
     qcow2,
     recording,
+    starting,
     status,
 )
 
@@ -1040,3 +1043,65 @@ def test_nodes_are_not_asked_for_where_that_kills_qemu(
     caps = dataclasses.replace(CAPS, version=version)
     job = monitor_json.Job(naming.JobId("theirs"), job_type, job_status, None)
     assert (caps.jobs_against_named_nodes([job]) == []) is safe
+
+
+_CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufffe\uffff")
+_TEXTS = st.text(_CHARACTERS | st.sampled_from("\t\n\r\x7f\x85\x9b"), min_size=1, max_size=6)
+_ANY = _TEXTS | st.sampled_from(
+    ["yes", "no", "/a b", "/é\u2028", "\u0085", " x ", "64KiB", "0", "]]>"]
+)
+
+
+def _with(
+    names: Sequence[str], values: st.SearchStrategy[str]
+) -> st.SearchStrategy[dict[str, str]]:
+    return st.dictionaries(st.sampled_from(names), values, max_size=3)
+
+
+@st.composite
+def _documents(draw: st.DrawFn, targets: Sequence[str]) -> str:
+    """Mostly one that can be backed up, of any text in it."""
+    element = odd_documents.element
+    address = {"type": "unix", "path": "/" + draw(_ANY)} if draw(st.booleans()) else {
+        "type": "ip", "host": draw(st.sampled_from(["::1", "fe80::1%eth0", "h"])),
+        "port": draw(st.sampled_from(["0", "00010809", "65535", " 7000"])),
+    }  # fmt: skip
+    address |= draw(_with(["tls"], st.sampled_from(["yes", "no"])))
+    disks = ""
+    for target in targets:
+        inner = ""
+        if draw(st.booleans()):
+            where = draw(st.sampled_from(["file", "dir"]))
+            inner = element("source", {where: f"/{draw(_ANY)}"})
+        more = draw(_with(["exportname", "reason"], _ANY))
+        disks += element("disk", {"name": target} | more, inner)
+    branch = draw(st.just("") | _ANY.map(lambda name: element("branch", {"name": name})))
+    return element("domainbackup", {}, element("address", address) + branch
+                   + element("disks", {}, disks))  # fmt: skip
+
+
+@given(st.data(), st.lists(_TEXTS, min_size=2, max_size=2, unique=True))
+def test_whatever_is_planned_can_be_noted_and_read_again(
+    data: st.DataObject, targets: list[str]
+) -> None:
+    """Else a backup would run of which the next process could not tell."""
+    asked = state()
+    disks = [
+        dataclasses.replace(disk, target=target)
+        for disk, target in zip(asked.disks, targets, strict=False)
+    ]
+    asked = dataclasses.replace(asked, disks=(*disks, *asked.disks[2:]))
+    domain = domain_conf.DomainDef("vm", "", 1, tuple(d.definition() for d in asked.disks))
+    try:
+        wanted = backup_conf.BackupDef.parse(data.draw(_documents(targets))).align_disks(domain)
+        planned = backup.plan(wanted, asked, CAPS, ID, "/scratch")
+    except errors.Error as failure:
+        event(failure.get_str2() or "")
+        return
+    event("planned")
+    ref = hypervisor.DomainRef(targets[0], "", 1)
+    session = types.SimpleNamespace(ref=ref, process=None)
+    run: Any = types.SimpleNamespace(plan=planned, session=session, thresholds={})
+    noted = starting.status_of(run, None, False, None)
+    assert status.parse(status.format(noted)) == noted
+    assert backup_conf.BackupDef.parse(noted.definition) == planned.definition

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The beginning of the programs, before there is a shell or a daemon that could tell anything."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -63,3 +64,24 @@ def test_help_needs_nothing_that_is_installed() -> None:
 def test_interrupt_while_a_program_is_loaded(name: str, module: str) -> None:
     program = INTERRUPT.format(module=module) + BEGIN.format(name=name)
     assert _run(program, "help") == (130, "", "error: interrupted\n")
+
+
+LOSE = """\
+import contextlib, os, signal, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "lxml":
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_interrupt_that_a_module_being_loaded_would_lose() -> None:
+    """As lxml does, of some versions."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOSE + BEGIN.format(name="virsh_backup"), "-c", "test:///default",
+         "list"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")

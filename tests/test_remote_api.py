@@ -24,6 +24,7 @@ from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.qemu import domain_obj
 from virtbackup.remote import transport
 from virtbackup.test import test_driver
+from virtbackup.tools import pull
 
 DEFAULT = "test:///default"
 RECORDINGS = test_driver.RECORDINGS
@@ -281,6 +282,27 @@ def test_tcp(tmp_path: pathlib.Path) -> None:
 
 def is_lost(connection: virtbackup.Connection) -> bool:
     return connection.isAlive() == 0
+
+
+def test_a_daemon_that_stops_in_the_middle_of_a_pull(tmp_path: pathlib.Path) -> None:
+    """It was told as the export's end alone, as if that were QEMU's."""
+    open = functools.partial(test_driver.open, DEFAULT, False)
+    address = transport.Address("unix", path=str(tmp_path / "sock"))
+    with contextlib.ExitStack() as daemon:
+        served = daemon.enter_context(daemons.serving([(DEFAULT, open)], address))
+
+        class Progress:
+            def start(self, index: int, size: int) -> None:
+                daemon.close()
+
+            def advance(self, index: int, count: int) -> None: ...
+
+        with (
+            virtbackup.open(served.uri) as connection,
+            pytest.raises(virtbackup.Error, match="the connection that began the backup is lost"),
+        ):
+            pull.pull(vm(connection), tmp_path / "out", progress=Progress())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_daemon_that_stops_and_comes_back(tmp_path: pathlib.Path) -> None:

@@ -88,3 +88,12 @@ def test_several_monitors_of_which_none_is_meant() -> None:
         traffic.parse(SEVERAL.replace("nbd-server-start", "cont"))
     with pytest.raises(ValueError, match="no monitor 0xc, only 0xa, 0xb"):
         traffic.parse(SEVERAL, "0xc")
+
+
+def test_a_trace_behind_a_log_is_not_passed_over() -> None:
+    """Whatever wrote both to one file: what the trace tells would be missing in a comparison."""
+    text = f'{SEVERAL}2026-01-01T00:00:00.000Z -> {{"execute":"stop"}}\n'
+    with pytest.raises(
+        ValueError, match=rf"line {text.count(chr(10))}: a line of a trace in a log"
+    ):
+        traffic.parse(text)

@@ -1633,3 +1633,61 @@ def test_a_copy_does_not_wait_for_who_reads_how_far_it_is(
         os.read(reading, 1 << 20)
         lines.advance(0, 2)
         assert json.loads(os.read(reading, 1 << 20))["done"] == 3
+
+
+def test_a_terminal_that_only_types_has_one_bar(
+    shell: virsh_connection.Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the disks are below the first one, and the way up again is none of its."""
+    screen = _Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for term in ("xterm", "dumb"):
+        monkeypatch.setenv("TERM", term)
+        with virsh_pull.bar(shell) as bar:
+            assert bar is not None
+            bar.name(["vda", "vdb"])
+            bar.start(0, 100)
+            bar.advance(0, 100)
+            assert ("\x1b" in screen.getvalue()) == (term == "xterm")
+        screen.truncate(0)
+
+
+class _Screen(io.StringIO):
+    """A terminal, as far as what is written to it can tell."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_warning_beside_bars_has_a_line_of_its_own(
+    shell: virsh_connection.Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood behind the first bar, and the bars' ends were left on other lines than their own."""
+    screen = _Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with virsh_pull.bar(shell) as bar:
+        assert bar is not None
+        bar.name(["vda", "vdb"])
+        for index in range(2):
+            bar.start(index, 100)
+        shell.warn("something is left")
+    written = screen.getvalue()
+    assert re.search(
+        r"\r\x1b\[A\x1b\[A(\x1b\[1;33m)?warning:(\x1b\[0m)? something is left\n", written
+    )
+    shell.warn("all")
+    assert re.fullmatch(
+        r"(\x1b\[1;33m)?warning:(\x1b\[0m)? all\n", screen.getvalue()[len(written) :]
+    )
+
+
+@pytest.mark.parametrize("command", [("list", "--name"), ("domname", "1")])
+def test_a_name_leaves_the_terminal_alone_and_is_whole_for_programs(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    odd = shell_driver.ODD
+    for stdout, shown in ((io.StringIO(), odd), (_Screen(), vsh.visible(odd))):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert shell_driver.main("-c", "fake:///odd", *command) == 0
+        assert stdout.getvalue() == shown + "\n"

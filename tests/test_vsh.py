@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import unicodedata
 from typing import Any
 
 import hypothesis
@@ -182,6 +183,9 @@ def test_table(rows: list[tuple[str, str]], expected: list[str]) -> None:
 def test_cells_behind_wide_characters_are_aligned() -> None:
     lines = vsh.table_lines(("Name", "X"), [("日本語", "1"), ("abcdef", "2")])
     assert lines == [" Name     X", "-------------", " 日本語   1", " abcdef   2"]
+    in_parts = unicodedata.normalize("NFD", "한국")
+    lines = vsh.table_lines(None, [(in_parts, "1"), ("abcd", "2")])
+    assert lines == [f" {in_parts}   1", " abcd   2"]
 
 
 class _Boom(Exception):

@@ -3,10 +3,11 @@
 
 import libvirt
 import pytest
+import xmlschema
 from lxml import etree
 
 from virtbackup import errors
-from virtbackup.conf import native_conf, xml
+from virtbackup.conf import backup_conf, native_conf, xml
 
 
 def _of_size(size: int) -> str:
@@ -92,6 +93,16 @@ def test_text_between_elements_is_told_behind_elements_that_hold_text() -> None:
         "XML document failed to validate against schema: line 4: /domainbackup/disks/disk: text"
         " between elements: expected elements only"
     )
+
+
+def test_what_one_engine_alone_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No document is known that the other one takes."""
+    monkeypatch.setattr(xmlschema.XMLSchema10, "iter_errors", lambda *_: iter(()))
+    with pytest.raises(errors.Error, match="line 2: /domainbackup/address: ") as caught:
+        backup_conf.BackupDef.parse(
+            "<domainbackup>\n<address type='unix' path='/x' a=''/></domainbackup>"
+        )
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_XML_INVALID_SCHEMA
 
 
 def test_characters_that_xml_cannot_carry_are_shown_as_one_each() -> None:

@@ -11,7 +11,7 @@ import importlib
 import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar, runtime_checkable
 
 import libvirt
 
@@ -261,8 +261,24 @@ def open_driver(uri: str, readonly: bool) -> Driver:
 
 
 def check_uri(uri: str) -> None:
-    """Raise where no driver serves URI. Errors: as ``open_driver``, without opening it."""
-    _opener(uri)
+    """Raise where no driver serves URI, or where its own does not by what the URI says. Errors: as
+    ``open_driver``, without opening it."""
+    opener = _opener(uri)
+    if (check := getattr(opener, "check", None)) is not None:
+        check(uri)
+
+
+_AnyOpener = TypeVar("_AnyOpener", bound=Opener)
+
+
+def checked_by(check: Callable[[str], object]) -> Callable[[_AnyOpener], _AnyOpener]:
+    """Marks an opener whose URIs CHECK raises for as opening them does, without doing so."""
+
+    def mark(opener: _AnyOpener) -> _AnyOpener:
+        opener.check = check  # type: ignore[attr-defined]
+        return opener
+
+    return mark
 
 
 class Adopter(Protocol):

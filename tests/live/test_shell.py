@@ -325,7 +325,7 @@ def test_pull_shows_its_progress_on_a_terminal(
     machine: machines.Machine, tmp_path: pathlib.Path
 ) -> None:
     argv = [*PROGRAM, "-c", machine.uri, "backup-pull", "1", str(tmp_path / "made")]
-    shown, out = terminals.shown(argv, "stderr")
+    shown, out = terminals.shown(argv, "stderr", os.environ | {"TERM": "xterm"})
     assert out.endswith(b"Domain backup pulled\n")
     assert b"128M" in shown
     for name in (b"vda", b"sdb"):  # a bar for each disk, below the one for both

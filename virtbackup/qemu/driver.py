@@ -29,17 +29,6 @@ from virtbackup.qemu import (
 )
 
 
-def open(uri: str, readonly: bool) -> "QmpDriver":
-    """Serve ``qmp:///path[?engine=classic|hybrid][&agent=/path]``: without an engine, the safest
-    that QEMU has; the agent's socket is for quiescing.
-
-    Errors: those of ``parse_uri``; those of ``monitor.Monitor``, unless nobody listens and a status
-    file says that a backup ran there.
-    """
-    path, engine, socket = parse_uri(uri)
-    return QmpDriver(path, engine, quiesce=agent.SocketAgent(socket) if socket else None)
-
-
 def parse_uri(uri: str) -> tuple[str, capabilities.Engine | None, str | None]:
     """(monitor's path, engine asked for, agent's path). Errors: VIR_ERR_INVALID_ARG."""
     parts = urllib.parse.urlsplit(uri)
@@ -66,6 +55,18 @@ def _is_absolute(path: str) -> bool:
         return os.fsencode(path).startswith(b"/") and "\0" not in path
     except UnicodeEncodeError:
         return False
+
+
+@hypervisor.checked_by(parse_uri)
+def open(uri: str, readonly: bool) -> "QmpDriver":
+    """Serve ``qmp:///path[?engine=classic|hybrid][&agent=/path]``: without an engine, the safest
+    that QEMU has; the agent's socket is for quiescing.
+
+    Errors: those of ``parse_uri``; those of ``monitor.Monitor``, unless nobody listens and a status
+    file says that a backup ran there.
+    """
+    path, engine, socket = parse_uri(uri)
+    return QmpDriver(path, engine, quiesce=agent.SocketAgent(socket) if socket else None)
 
 
 class QmpDriver(domain_obj.BackupHooks, queries.QmpQueries):

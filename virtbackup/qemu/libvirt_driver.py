@@ -64,6 +64,10 @@ class Opener:
 
         return libvirt_native.NativeDriver(host)
 
+    def check(self, uri: str) -> None:
+        """Errors: as to open it, for what is ours to say of a URI."""
+        _split(uri)
+
     def adopt(self, connection: "libvirt.virConnect") -> hypervisor.Driver:
         """Serve the domains of a CONNECTION that stays its owner's to close.
 
@@ -98,6 +102,15 @@ def _split(uri: str) -> tuple[str, capabilities.Engine | None, bool]:
         raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': expected native=yes or no")
     rest = (pair for pair in parts.query.split("&") if pair.partition("=")[0] not in _OURS)
     return urllib.parse.urlunsplit(parts._replace(query="&".join(rest))), engine, native == "yes"
+
+
+def _is_none_of_libvirts(ref: hypervisor.DomainRef) -> errors.Error:
+    """Of a guest that runs and has disks, by none of which QEMU has a device."""
+    return errors.error(
+        libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+        f"'{ref.name}' is no guest of libvirt's, but one that a virtbackupd serves by its QMP"
+        " socket: open the daemon's own URI, virtbackup+unix:///path/to/socket or the like",
+    )
 
 
 class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
@@ -248,7 +261,10 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
             with _own_errors(), passthrough.LibvirtMonitor(found, self._trace) as qemu:
                 identity = self._identify(found, qemu)
                 xml = _not_running_where_gone(ref, found.XMLDesc)
-                yield domain.Session(qemu, identity, domain_conf.DomainDef.parse(xml).disks)
+                disks = domain_conf.DomainDef.parse(xml).disks
+                if disks and not any(disk.alias for disk in disks):
+                    raise _is_none_of_libvirts(ref)
+                yield domain.Session(qemu, identity, disks)
         except qmp.ProtocolError as failure:
             raise errors.error(
                 libvirt.VIR_ERR_INTERNAL_ERROR, f"QEMU monitor: {failure}"

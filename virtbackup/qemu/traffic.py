@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from virtbackup.qemu import naming, recording
 
-_TRACE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z (->|<-) ")
+_TRACE = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z (->|<-) ", re.MULTILINE)
 _PROBE = re.compile(
     r"QEMU_MONITOR_(SEND_MSG|IO_WRITE|RECV_REPLY|RECV_EVENT): mon=(\S+) (?:msg|buf|reply|event)="
 )
@@ -33,6 +33,9 @@ def parse(text: str, monitor: str | None = None) -> tuple[recording.Line, ...]:
     if _TRACE.match(first):
         return recording.trace_lines(text)
     if "QEMU_MONITOR_" in text:
+        if (trace := _TRACE.search(text)) is not None:
+            number = text.count("\n", 0, trace.start()) + 1
+            raise ValueError(f"line {number}: a line of a trace in a log of libvirtd's monitor")
         return _chosen(list(_logged(text)), monitor)
     if first.startswith("{"):
         return recording.parse(text).lines

@@ -50,6 +50,7 @@ _ALL_NEEDED = 1
 Callback = Callable[[hypervisor.Event], None]
 
 
+@hypervisor.checked_by(connect.parse_uri)
 def open(uri: str, readonly: bool) -> "RemoteDriver":
     """Errors: VIR_ERR_INVALID_ARG for a URI that makes no sense; those of ``connect.connect``;
     VIR_ERR_AUTH_FAILED; the server's."""

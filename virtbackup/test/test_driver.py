@@ -49,24 +49,32 @@ class Script:
     rules: tuple[faults.Rule, ...] = ()
 
 
-def open(uri: str, readonly: bool) -> "TestDriver":
-    """Serve ``test:///default``, ``test:///NAME``, ``test:///absolute/directory``, each with
-    ``[?engine=classic|hybrid]``.
-
-    Errors: VIR_ERR_INVALID_ARG for another shape of URI, VIR_ERR_SYSTEM_ERROR for files that cannot
-    be read, VIR_ERR_CONFIG_UNSUPPORTED for what they hold, by file and line.
-    """
+def parse_uri(uri: str) -> tuple[str, capabilities.Engine | None]:
+    """(path, engine asked for). Errors: VIR_ERR_INVALID_ARG for another shape of URI."""
     parts = urllib.parse.urlsplit(uri)
     pairs = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     options = dict(pairs)
     twice = len(options) < len(pairs)
     engine = options.pop("engine", None)
     path = urllib.parse.unquote(parts.path, errors="surrogateescape")
+    engines: tuple[capabilities.Engine | None, ...] = (None, "classic", "hybrid")
     bad = bool(parts.netloc or parts.fragment or options or twice)
     bad = bad or not path.strip("/") or "\0" in path
-    if bad or engine not in (None, "classic", "hybrid"):
+    if bad or engine not in engines:
         raise errors.invalid_arg("virConnectOpen", "uri", f"'{uri}': {_SHAPE}")
-    return TestDriver(_share(path), engine)  # type: ignore[arg-type]  # one of these
+    return path, engine
+
+
+@hypervisor.checked_by(parse_uri)
+def open(uri: str, readonly: bool) -> "TestDriver":
+    """Serve ``test:///default``, ``test:///NAME``, ``test:///absolute/directory``, each with
+    ``[?engine=classic|hybrid]``.
+
+    Errors: those of ``parse_uri``, VIR_ERR_SYSTEM_ERROR for files that cannot be read,
+    VIR_ERR_CONFIG_UNSUPPORTED for what they hold, by file and line.
+    """
+    path, engine = parse_uri(uri)
+    return TestDriver(_share(path), engine)
 
 
 def load(path: pathlib.Path, faults_path: pathlib.Path | None = None) -> Script:

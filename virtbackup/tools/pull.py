@@ -399,6 +399,8 @@ class _Running:
         """Or is to be."""
         self.reasons: list[str] = []
         """Why it is not good, disk by disk, where that ended it."""
+        self.is_lost = False
+        """Nothing can be said of it any more, by the connection that began it."""
 
     @functools.cached_property
     def xml(self) -> str:
@@ -426,8 +428,10 @@ class _Running:
         if not self._is_over:
             self._is_over = True
             # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
-            self.reasons = _reasons(self._domain, failure)
+            reasons = _reasons(self._domain, failure)
             give_up(self._domain)
+            self.reasons = reasons or []
+            self.is_lost = reasons is None and not self._domain.connect().isAlive()
 
 
 @contextlib.contextmanager
@@ -448,7 +452,19 @@ def _started(
         if running.reasons:
             text = f"the backup is not good: {'; '.join(running.reasons)}"
             raise errors.error(libvirt.VIR_ERR_OPERATION_FAILED, text) from failure
+        if running.is_lost:
+            assert isinstance(failure, errors.Error)
+            raise _lost(failure) from failure
         raise
+
+
+def _lost(failure: errors.Error) -> errors.Error:
+    """FAILURE of a backup that ended with its connection, as when a daemon is stopped: the exports
+    end just before or after that."""
+    code, domain = failure.get_error_code(), failure.get_error_domain()
+    detail = failure.get_str2() or failure.get_error_message()
+    text = f"the connection that began the backup is lost: {detail}"
+    return errors.error(code, text, domain=domain)
 
 
 @contextlib.contextmanager
@@ -471,8 +487,9 @@ def _telling_what_devices_have() -> Iterator[dict[str, pathlib.Path]]:
         raise errors.error(code, f"{disk}{detail} {what}", domain=domain) from failure
 
 
-def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
-    """Why the backup that FAILURE ended is not good, disk by disk; none where that is not why."""
+def _reasons(domain: api.Domain, failure: BaseException) -> list[str] | None:
+    """Why the backup that FAILURE ended is not good, disk by disk; none where that is not why, and
+    None where nobody answers that at once."""
     if not isinstance(failure, errors.Error):
         return []
     if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED:
@@ -481,7 +498,7 @@ def _reasons(domain: api.Domain, failure: BaseException) -> list[str]:
         disks = domain.backupGetInfo().disks
     except libvirt.libvirtError as unknown:
         logger.warning("event=info-failed domain=%s error=%s", domain.name(), unknown)
-        return []
+        return [] if unknown.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT else None
     return [f"disk '{disk.name}': {disk.reason}" for disk in disks if disk.reason is not None]
 
 

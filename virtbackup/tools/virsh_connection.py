@@ -97,15 +97,19 @@ class Control:
             connection.close()
 
     def _open(self, uri: str, readonly: bool) -> "virtbackup.Connection":
-        import libvirt  # here, or help would wait for it
+        from virtbackup.tools import interrupt
 
+        with interrupt.held():  # lxml, as it is loaded, can lose a KeyboardInterrupt
+            import libvirt  # here, or help would wait for it
+
+            opener = virtbackup.open
         libvirt.registerErrorHandler(_ignore, None)  # it would print what is about to be raised
         if uri.startswith(_WITH_EVENTS):
             from virtbackup import event_loop
 
             event_loop.start()
         try:
-            connection = virtbackup.open(uri, readonly=readonly)
+            connection = opener(uri, readonly=readonly)
         except libvirt.libvirtError as error:
             from virtbackup.tools import advice
 

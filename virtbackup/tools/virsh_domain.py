@@ -141,7 +141,7 @@ def _list(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     elif columns:
         for domain in domains:
             if columns != ["id"] or domain.isActive():
-                shell.print(" ".join(_COLUMNS[name](domain) for name in columns))
+                shell.print_value(" ".join(_COLUMNS[name](domain) for name in columns))
     else:
         _print_table(shell, args, domains)
 
@@ -321,7 +321,7 @@ def _print_one(key: str) -> Callable[[virsh_connection.Shell, vsh.Args], None]:
         if args.flag("json"):
             shell.print_json({"domain": domain.name(), key: value})
         else:
-            shell.print("-" if value is None else str(value))
+            shell.print_value("-" if value is None else str(value))
 
     return handler
 

@@ -23,7 +23,7 @@ def _print_one(shell: virsh_connection.Shell, args: vsh.Args, key: str, value: s
     if args.flag("json"):
         shell.print_json({key: value})
     else:
-        shell.print(value)
+        shell.print_value(value)
 
 
 def _version(shell: virsh_connection.Shell, args: vsh.Args) -> None:

@@ -2,6 +2,7 @@
 """The commands about backups in a directory; ``virtbackup.tools.pull`` does the work."""
 
 import contextlib
+import functools
 import pathlib
 import re
 import sys
@@ -27,15 +28,19 @@ class Bar:
         self._disks: dict[int, Any] = {}
 
     def name(self, names: Sequence[str]) -> None:
-        """The disks are called NAMES, in the order of their numbers."""
+        """The disks are called NAMES, in the order of their numbers. Not where the terminal has no
+        way up, from their bars to the first one."""
+        if vsh.is_dumb():
+            return
         self._names = [vsh.visible(name) for name in names]
 
     def start(self, index: int, size: int) -> None:
         """The disk was opened and has SIZE bytes."""
         self._bar.total += size
         if len(self._names) > 1:
-            width = max(map(len, self._names))
-            self._disks[index] = self._more(size, self._names[index].ljust(width), index + 1)
+            name, widths = self._names[index], [vsh.width_of(name) for name in self._names]
+            padded = name + " " * (max(widths) - widths[index])
+            self._disks[index] = self._more(size, padded, index + 1)
         self._bar.refresh()
 
     def advance(self, index: int, count: int) -> None:
@@ -111,13 +116,15 @@ def bar(shell: virsh_connection.Shell) -> Iterator[Bar | None]:
         return
     import tqdm
 
-    with contextlib.ExitStack() as shown:
+    clearing = functools.partial(tqdm.tqdm.external_write_mode, sys.stderr)
+    with vsh.standing(clearing), contextlib.ExitStack() as shown:
 
         def more(total: int, name: str | None = None, line: int = 0) -> Any:
             return shown.enter_context(
                 tqdm.tqdm(
                     total=total, desc=name, position=line,
                     unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                    dynamic_ncols=True,
                 )
             )  # fmt: skip
 

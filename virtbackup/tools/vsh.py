@@ -611,6 +611,11 @@ class Shell(Generic[Control]):
         """Print TEXT, a newline added. Errors: OutputClosed; Failure when it cannot be written."""
         _write(sys.stdout, text + "\n")
 
+    def print_value(self, text: str) -> None:
+        """Print TEXT of any origin: for a program as it is, on a terminal without what controls
+        that."""
+        self.print(visible(text) if sys.stdout.isatty() else text)
+
     def print_document(self, text: str) -> None:
         """Print TEXT that ends in its own newline."""
         _write(sys.stdout, text if text.endswith("\n") else text + "\n")
@@ -673,8 +678,13 @@ _RED, _YELLOW = "1;31", "1;33"
 
 def shows_colours(stream: TextIO) -> bool:
     """Whether people look at STREAM, a terminal that has colours, and want any (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    plain = os.environ.get("NO_COLOR") or is_dumb()
     return not plain and stream.isatty()
+
+
+def is_dumb() -> bool:
+    """Whether the terminal, if there is one, has neither colours nor another line than the last."""
+    return os.environ.get("TERM", "dumb") == "dumb"
 
 
 def _marked(word: str, colour: str) -> str:
@@ -720,8 +730,25 @@ def warn(message: str) -> None:
 
 def _write_error(text: str) -> None:
     """Write to standard error; where nobody can read it, nobody is told."""
-    with contextlib.suppress(Failure):
+    with contextlib.suppress(Failure), _clearing() if text else contextlib.nullcontext():
         _write(sys.stderr, text)
+
+
+_clearing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def standing(
+    clearing: Callable[[], contextlib.AbstractContextManager[object]],
+) -> Iterator[None]:
+    """For the time that something stands on standard error, such as a progress bar, which CLEARING
+    takes away for as long as a line is written."""
+    global _clearing
+    before, _clearing = _clearing, clearing
+    try:
+        yield
+    finally:
+        _clearing = before
 
 
 MAX_ERROR = 4000
@@ -771,11 +798,11 @@ def give_up(stream: TextIO) -> None:
 def table_lines(header: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> list[str]:
     """HEADER, if any, a rule, and ROWS, each a line with its columns aligned (vsh-table.c)."""
     cells = [*([] if header is None else [header]), *rows]
-    widths = [max(_width(cell) for cell in column) for column in zip(*cells, strict=True)]
+    widths = [max(width_of(cell) for cell in column) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [
-            " " + cell + " " * (width - _width(cell) + 2)
+            " " + cell + " " * (width - width_of(cell) + 2)
             for cell, width in zip(row, widths, strict=True)
         ]
         lines.append("".join(padded).rstrip(" "))
@@ -784,21 +811,25 @@ def table_lines(header: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> 
     return lines
 
 
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
     """Columns that TEXT takes on a terminal."""
     if text.isascii():
         return len(text)
     import unicodedata  # a table of its own, loaded when there is need of it
 
     shown = (
-        char for char in text if char == "\xad" or unicodedata.category(char) not in _WIDTHLESS
+        char
+        for char in text
+        if char == "\xad"
+        or (unicodedata.category(char) not in _WIDTHLESS and not "\u1160" <= char <= "\u11ff")
     )
     return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)
 
 
 _WIDTHLESS = ("Mn", "Me", "Cf")
 """Categories of characters that take no column (wcwidth(3)): accents and vowels over or below
-others, joiners, marks of direction. But the soft hyphen does."""
+others, joiners, marks of direction. But the soft hyphen does, and what follows in a Korean syllable
+that is written in its parts (U+1160 to U+11FF) does not."""
 
 
 # --- the commands of every shell ------------------------------------------------------------------
