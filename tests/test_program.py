@@ -85,3 +85,35 @@ def test_interrupt_that_a_module_being_loaded_would_lose() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+LATE = """
+import os, signal, sys, threading, time
+from virtbackup.tools import virsh_backup
+
+class Late(threading.Thread):
+    def _bootstrap(self):  # where it begins to run
+        time.sleep(0.2)
+        os.write(1, b"begun")
+        super()._bootstrap()
+
+def interrupted(argv):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        Late(daemon=True).start()
+    except KeyboardInterrupt:
+        return 130
+
+virsh_backup._main = interrupted
+sys.exit(virsh_backup.main())
+"""
+
+
+def test_a_thread_whose_start_was_interrupted_begins_before_the_end() -> None:
+    """Python crashes else, where it has not come to run by then."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "begun", "")

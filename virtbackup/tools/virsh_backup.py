@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -526,6 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             # All is done and told: nothing is left that a Ctrl-C could end.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _let_threads_begin()
             # Or the interpreter looks through all of it for garbage, 20 ms long, before it ends.
             gc.freeze()
 
@@ -552,6 +554,14 @@ def _main(argv: Sequence[str]) -> int:
         raise
     except vsh.OutputClosed:
         return vsh.FAILED
+
+
+def _let_threads_begin() -> None:
+    """A signal can interrupt the start of a thread, and Python crashes where such a one has not
+    come to run before the interpreter ends."""
+    until = time.monotonic() + 1
+    while any(one.ident is None for one in threading.enumerate()) and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def _allow_files() -> None:
