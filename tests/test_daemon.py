@@ -4,6 +4,7 @@
 import errno
 import functools
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -29,8 +30,10 @@ from virtbackup.remote import (
     daemon,
     dispatch,
     domains,
+    program,
     protocol,
     remote_types,
+    rpc,
     transport,
     wire_conf,
 )
@@ -229,6 +232,27 @@ def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
         daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
 
+def test_a_host_that_hangs_answers_nobody_else_s_question(tmp_path: pathlib.Path) -> None:
+    """It may come back while another host is waited for: with what it was asked long ago."""
+    slow, hangs = daemon_scene.Driver(B), daemon_scene.Driver(A, daemon_scene.ref("d"))
+    held = hangs.hold("list_domains")
+    serving = daemon_scene.serving(tmp_path, slow, hangs, patience=0.2)
+    with serving as served, served.connect() as client:
+        with pytest.raises(errors.Error, match="no domain with matching name 'd'"):
+            client.lookup("d")
+        served.daemon.domains._hanging[served.daemon.domains.hosts[1]]._since = -math.inf
+        served.daemon.domains.patience = daemon_scene.DEADLINE
+        first = slow.hold("list_domains")
+        serial = client.post(REMOTE, "DOMAIN_LOOKUP_BY_NAME", "b")
+        slow.wait_entered("list_domains")
+        held.set()  # 'd' is found there, which was asked for long ago
+        time.sleep(0.05)
+        first.set()
+        reply = client.reply(serial)
+        assert reply.status == program.MessageStatus.OK
+        assert rpc.ret(reply).dom.name == "b"
+
+
 def test_a_host_whose_driver_gives_up_is_waited_for_once(tmp_path: pathlib.Path) -> None:
     """As that of a QMP socket does, after as long as a host is waited for; it is asked again."""
     hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
@@ -277,6 +301,33 @@ def test_a_host_that_hangs_when_it_is_let_go(tmp_path: pathlib.Path) -> None:
         assert [hangs.closed, lives.closed] == [False, True]
     finally:
         held.set()
+
+
+def test_many_hosts_hang_when_they_are_let_go(tmp_path: pathlib.Path) -> None:
+    """All others are let go of, whose backups end with a client, say."""
+    some = [daemon_scene.Driver(daemon_scene.ref(f"h{n}")) for n in range(25)]
+    held = [driver.hold("close") for driver in some]
+    lives = daemon_scene.Driver(B)
+    try:
+        with daemon_scene.serving(tmp_path, *some, lives, patience=0.5) as served:
+            with served.connect() as client:
+                assert len(client.names()) == 26
+            served.stop()
+        assert lives.closed
+    finally:
+        for one in held:
+            one.set()
+
+
+def test_a_host_that_cannot_be_let_go_does_not_hang(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fails = daemon_scene.Driver(A)
+    fails.hold("close").set()
+    fails.failures["close"] = OSError("no")
+    with daemon_scene.serving(tmp_path, fails) as served, served.connect() as client:
+        assert client.names() == ["a"]
+    assert "hangs" not in caplog.text
 
 
 def test_who_asks_for_events_of_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
