@@ -25,7 +25,7 @@ from tests import daemon_scene, waiting
 from tests.live import certificates
 from tests.test_access import me
 from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.remote import (
     daemon,
     dispatch,
@@ -1173,8 +1173,33 @@ def test_the_default_s_directory_is_made(
     monkeypatch.setattr(virtbackupd, "_allow_descriptors", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(daemon.Daemon, "run", lambda served, **_: served.close())
-    status, said = run_main(virtbackupd.main, *argv)
+    umask = os.umask(0o077)
+    try:
+        status, said = run_main(virtbackupd.main, *argv)
+    finally:
+        os.umask(umask)
     assert (status, said) == (0, f"virtbackupd: listening on {default}\n")
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+    (tmp_path / "run" / "sock").touch()
+    status, said = run_main(virtbackupd.main, *argv, "--check-config")
+    assert (status, "what is there is no socket" in said) == (int(named), named)
+
+
+def test_a_place_where_only_others_may_make_a_socket() -> None:
+    """By --check-config as by a start."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        for call in (daemon.check_place, _listen):
+            with pytest.raises(errors.Error, match="on 'unix:/no-such': Permission denied"):
+                call(transport.parse_address("unix:/no-such"))
+    finally:
+        os.seteuid(was)
+
+
+def _listen(address: transport.Address) -> None:
+    daemon.Daemon([], virtbackup_conf.Settings()).listen(address)
 
 
 def run_main(main: Callable[[list[str]], int], *argv: str) -> tuple[int, str]:
