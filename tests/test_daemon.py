@@ -1103,7 +1103,8 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
         return run_main(virtbackupd.main, "--config", str(conf), "--check-config", *argv)
 
     assert check(good) == (0, "configuration is good\n")
-    assert check(good + 'listen = ["tls:127.0.0.1:0", "unix:/x"]') == (0, "configuration is good\n")
+    listen = f'listen = ["tls:127.0.0.1:0", "unix:{tmp_path}/x"]'
+    assert check(good + listen) == (0, "configuration is good\n")
     bad = [
         ('access = ["unix:me"]', ":3: access: 'unix:me': expected WHO DOMAINS PERMISSIONS"),
         ('access = ["me * read"]', ":3: access: 'me': expected unix:USER, unix:@GROUP,"),
@@ -1191,14 +1192,14 @@ def test_a_place_where_only_others_may_make_a_socket() -> None:
     if was == 0:
         os.seteuid(65534)
     try:
-        for call in (daemon.check_place, _listen):
+        for call in (daemon.check_place, _listen_at):
             with pytest.raises(errors.Error, match="on 'unix:/no-such': Permission denied"):
                 call(transport.parse_address("unix:/no-such"))
     finally:
         os.seteuid(was)
 
 
-def _listen(address: transport.Address) -> None:
+def _listen_at(address: transport.Address) -> None:
     daemon.Daemon([], virtbackup_conf.Settings()).listen(address)
 
 
