@@ -4,6 +4,7 @@
 import errno
 import functools
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -24,13 +25,15 @@ from tests import daemon_scene, waiting
 from tests.live import certificates
 from tests.test_access import me
 from virtbackup import errors, hypervisor
-from virtbackup.conf import backup_conf
+from virtbackup.conf import backup_conf, virtbackup_conf
 from virtbackup.remote import (
     daemon,
     dispatch,
     domains,
+    program,
     protocol,
     remote_types,
+    rpc,
     transport,
     wire_conf,
 )
@@ -229,6 +232,27 @@ def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
         daemon_scene.wait_for(lambda: client.names() == ["a", "b"])
 
 
+def test_a_host_that_hangs_answers_nobody_else_s_question(tmp_path: pathlib.Path) -> None:
+    """It may come back while another host is waited for: with what it was asked long ago."""
+    slow, hangs = daemon_scene.Driver(B), daemon_scene.Driver(A, daemon_scene.ref("d"))
+    held = hangs.hold("list_domains")
+    serving = daemon_scene.serving(tmp_path, slow, hangs, patience=0.2)
+    with serving as served, served.connect() as client:
+        with pytest.raises(errors.Error, match="no domain with matching name 'd'"):
+            client.lookup("d")
+        served.daemon.domains._hanging[served.daemon.domains.hosts[1]]._since = -math.inf
+        served.daemon.domains.patience = daemon_scene.DEADLINE
+        first = slow.hold("list_domains")
+        serial = client.post(REMOTE, "DOMAIN_LOOKUP_BY_NAME", "b")
+        slow.wait_entered("list_domains")
+        held.set()  # 'd' is found there, which was asked for long ago
+        time.sleep(0.05)
+        first.set()
+        reply = client.reply(serial)
+        assert reply.status == program.MessageStatus.OK
+        assert rpc.ret(reply).dom.name == "b"
+
+
 def test_a_host_whose_driver_gives_up_is_waited_for_once(tmp_path: pathlib.Path) -> None:
     """As that of a QMP socket does, after as long as a host is waited for; it is asked again."""
     hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
@@ -277,6 +301,33 @@ def test_a_host_that_hangs_when_it_is_let_go(tmp_path: pathlib.Path) -> None:
         assert [hangs.closed, lives.closed] == [False, True]
     finally:
         held.set()
+
+
+def test_many_hosts_hang_when_they_are_let_go(tmp_path: pathlib.Path) -> None:
+    """All others are let go of, whose backups end with a client, say."""
+    some = [daemon_scene.Driver(daemon_scene.ref(f"h{n}")) for n in range(25)]
+    held = [driver.hold("close") for driver in some]
+    lives = daemon_scene.Driver(B)
+    try:
+        with daemon_scene.serving(tmp_path, *some, lives, patience=0.5) as served:
+            with served.connect() as client:
+                assert len(client.names()) == 26
+            served.stop()
+        assert lives.closed
+    finally:
+        for one in held:
+            one.set()
+
+
+def test_a_host_that_cannot_be_let_go_does_not_hang(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fails = daemon_scene.Driver(A)
+    fails.hold("close").set()
+    fails.failures["close"] = OSError("no")
+    with daemon_scene.serving(tmp_path, fails) as served, served.connect() as client:
+        assert client.names() == ["a"]
+    assert "hangs" not in caplog.text
 
 
 def test_who_asks_for_events_of_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
@@ -1052,7 +1103,8 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
         return run_main(virtbackupd.main, "--config", str(conf), "--check-config", *argv)
 
     assert check(good) == (0, "configuration is good\n")
-    assert check(good + 'listen = ["tls:127.0.0.1:0", "unix:/x"]') == (0, "configuration is good\n")
+    listen = f'listen = ["tls:127.0.0.1:0", "unix:{tmp_path}/x"]'
+    assert check(good + listen) == (0, "configuration is good\n")
     bad = [
         ('access = ["unix:me"]', ":3: access: 'unix:me': expected WHO DOMAINS PERMISSIONS"),
         ('access = ["me * read"]', ":3: access: 'me': expected unix:USER, unix:@GROUP,"),
@@ -1122,8 +1174,33 @@ def test_the_default_s_directory_is_made(
     monkeypatch.setattr(virtbackupd, "_allow_descriptors", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(daemon.Daemon, "run", lambda served, **_: served.close())
-    status, said = run_main(virtbackupd.main, *argv)
+    umask = os.umask(0o077)
+    try:
+        status, said = run_main(virtbackupd.main, *argv)
+    finally:
+        os.umask(umask)
     assert (status, said) == (0, f"virtbackupd: listening on {default}\n")
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+    (tmp_path / "run" / "sock").touch()
+    status, said = run_main(virtbackupd.main, *argv, "--check-config")
+    assert (status, "what is there is no socket" in said) == (int(named), named)
+
+
+def test_a_place_where_only_others_may_make_a_socket() -> None:
+    """By --check-config as by a start."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        for call in (daemon.check_place, _listen_at):
+            with pytest.raises(errors.Error, match="on 'unix:/no-such': Permission denied"):
+                call(transport.parse_address("unix:/no-such"))
+    finally:
+        os.seteuid(was)
+
+
+def _listen_at(address: transport.Address) -> None:
+    daemon.Daemon([], virtbackup_conf.Settings()).listen(address)
 
 
 def run_main(main: Callable[[list[str]], int], *argv: str) -> tuple[int, str]:

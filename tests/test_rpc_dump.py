@@ -10,6 +10,7 @@ import pathlib
 import resource
 import socket
 import threading
+import tracemalloc
 from typing import Any
 
 import libvirt
@@ -121,6 +122,14 @@ SECRETS = {
     "hmp change, in short": monitor("change vnc passwd hunter2"),
     "hmp secret": monitor("object_add secret,id=s,data=hunter2"),
     "hmp secret, by its type": monitor("object_add qom-type=secret,data=,,hunter2,id=s"),
+    "hmp, quoted": monitor('set_password vnc "hunter 2hunter2"'),
+    "hmp, quoted in qmp": monitor(r'{"command-line":"set_password vnc \"hunter 2hunter2\""}'),
+    "option": monitor("drive_add 0 file.driver=https,file.url=x,file.password=hunter2"),
+    "a quote within qmp within qmp": monitor(json.dumps({"a": json.dumps({"data": 'x"hunter2'})})),
+    "a cookie": monitor('{"driver":"https","cookie":"a=b; c=hunter2"}'),
+    "qmp within qmp within qmp": monitor(
+        json.dumps({"a": json.dumps({"b": json.dumps({"password": 'x"hunter2'})})})
+    ),
     "qmp in single quotes": monitor("{'execute':'x','arguments':{'password':'hunter2'}}"),
     "qmp within qmp": monitor(json.dumps({"command-line": 'object_add {"data": "hunter2"}'})),
     "cookie": rpc.reply(
@@ -132,6 +141,18 @@ SECRETS = {
         structs.XmlRet("<qemu:arg value='{&quot;data&quot;:&quot;hunter2&quot;}'/>"),
     ),
 }
+
+
+@pytest.mark.parametrize("before", ['{"data":"', "passwd='", "data=", 'set_password vnc "'])
+def test_a_long_secret_takes_little_memory(before: str) -> None:
+    tracemalloc.start()
+    try:
+        shown = dump.describe(monitor(before + "x" * 200_000))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "xx" not in shown
+    assert peak < 10_000_000
 
 
 @pytest.mark.parametrize("message", SECRETS.values(), ids=SECRETS)

@@ -244,8 +244,11 @@ def _is_loopback(host: str) -> bool:
 
 def check_place(address: transport.Address) -> None:
     """Refuse a unix ADDRESS at which no socket can be made. Errors: VIR_ERR_SYSTEM_ERROR."""
+    directory = os.path.dirname(address.path)  # noqa: PTH120
     try:
-        os.close(os.open(os.path.dirname(address.path), os.O_PATH | os.O_DIRECTORY))  # noqa: PTH120
+        os.close(os.open(directory, os.O_PATH | os.O_DIRECTORY))
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if os.path.lexists(address.path) and not stat.S_ISSOCK(os.lstat(address.path).st_mode):
             raise OSError(errno.EADDRINUSE, "")
     except OSError as failure:

@@ -298,11 +298,13 @@ class Domains:
         held = set(self.hosts)
 
         def let_go(host: Host) -> None:
-            host.close()
-            held.discard(host)
+            try:
+                host.close()
+            finally:
+                held.discard(host)
 
-        for host in self.hosts:
-            self._workers.do(functools.partial(let_go, host))
+        for host in self.hosts:  # none waits for those that hang
+            self._workers.do(functools.partial(let_go, host), urgent=True)
         self._workers.close(self.patience)
         for uri in sorted(host.uri for host in list(held)):
             logger.warning("uri=%s hangs, and is left to itself", uri)
@@ -329,14 +331,14 @@ class Domains:
     def _ask(
         self, host: Host, what: Callable[[hypervisor.Driver], T], key: object
     ) -> tuple[Question[T], float]:
-        """A question to HOST, be it one that somebody else is going to ask, or one that it has not
-        answered for long; and how long to wait for the answer. Whose driver gave up the last time
-        is waited for a little, as one that is there again answers at once."""
+        """A question to HOST, be it one that somebody else is going to ask, or that nobody is, as
+        HOST has not answered for long; and how long to wait for the answer. Whose driver gave up
+        the last time is waited for a little, as one that is there again answers at once."""
         with self._lock:
             patience = self.patience / 10 if host.gave_up else self.patience
             asked = self._hanging.get(host)
             if asked is not None and asked.hangs(self.patience):
-                return asked, 0.0
+                return Question(host, what, key), 0.0
             following = self._asked_next.get(host)
             for other in following or ():
                 if other.key == key:

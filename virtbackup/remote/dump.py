@@ -23,24 +23,28 @@ _SECRET = frozenset({"AUTH_SASL_START", "AUTH_SASL_STEP"})
 """Procedures of which neither arguments nor answer are shown."""
 
 _HIDDEN = "(hidden)"
-_QUOTE = r"""\\?["']|&quot;|&apos;"""
-"""One of JSON's, which QEMU takes single ones for; within a string, or an attribute."""
+_QUOTE = r"""\\{0,7}["']|&quot;|&apos;"""
+"""One of JSON's, which QEMU takes single ones for; within strings, or an attribute."""
 
 _PASSWORDS = (
     # <graphics passwd='...'>
-    re.compile(r"""(\bpasswd\s*=\s*(["']))(?:(?!\2).)*""", re.DOTALL),
+    re.compile(r"""(\bpasswd\s*=\s*(["'])).*?(?=\2|\Z)""", re.DOTALL),
     # <cookie name='...'>...</cookie>
     re.compile(r"(<cookie\b[^<>]*>)[^<]*"),
     # {"password": "..."}, {"qom-type": "secret", "data": "..."}
     re.compile(
-        rf"(({_QUOTE})(?:password|passwd|data)\2\s*:\s*({_QUOTE}))(?:(?!\3)(?:[^\\]|\\.))*",
+        rf"(({_QUOTE})(?:password|passwd|data|cookie)\2\s*:\s*({_QUOTE})).*?(?=(?<!\\)\3|\Z)",
         re.DOTALL,
     ),
     # set_password vnc ..., change vnc password ...
-    re.compile(r"(\b(?:set_password\s+\w+|change\s+\w+\s+passw(?:or)?d)\s+)\S+"),
-    # object_add secret,id=...,data=..., and as an argument of QEMU's
-    re.compile(r"""(\bdata=)(?:[^,\s"'<>]|,,)+"""),
+    re.compile(
+        r"(\b(?:set_password\s+\w+|change\s+\w+\s+passw(?:or)?d)\s+)"
+        rf"(?:({_QUOTE}).*?(?=\2|$)|\S+)"
+    ),
+    # object_add secret,id=...,data=..., and as an argument of QEMU's; drive_add ...password=...
+    re.compile(r"""(\b(?:data|password)=)(?!,(?!,))[^\s"'<>]+?(?=(?<!,),(?!,)|[\s"'<>]|\Z)"""),
 )
+"""No group is repeated for each character: for a long text that would take gigabytes."""
 
 
 def line(when: datetime.datetime, direction: Direction, message: rpc.Message) -> str:

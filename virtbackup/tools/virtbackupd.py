@@ -137,7 +137,8 @@ def _check_places(settings: virtbackup_conf.Settings) -> None:
     """Raise where no socket can be made, as a start finds out when it makes one; that somebody
     listens there is no fault, as that may be the daemon. The default's directory a start makes."""
     for address in _addresses(settings):
-        if address.kind == "unix" and str(address) != DEFAULT_LISTEN:
+        is_made = str(address) == DEFAULT_LISTEN and not pathlib.Path(address.path).parent.exists()
+        if address.kind == "unix" and not is_made:
             daemon.check_place(address)
 
 
@@ -164,7 +165,9 @@ def _run(settings: virtbackup_conf.Settings) -> int:
         for address in wanted:
             if str(address) == DEFAULT_LISTEN:  # /run is empty when a host comes up
                 with contextlib.suppress(OSError):
-                    pathlib.Path(address.path).parent.mkdir(mode=0o755, parents=True)
+                    directory = pathlib.Path(address.path).parent
+                    directory.mkdir(parents=True)
+                    directory.chmod(0o755)  # by whatever umask
         places += [served.listen(address) for address in wanted]
     except BaseException:
         served.close()
