@@ -67,8 +67,11 @@ def test_two_hosts_are_one(tmp_path: pathlib.Path) -> None:
         assert client.lookup("e").id == 3
 
 
-def test_a_guest_without_libvirt_is_none_of_libvirts(tmp_path: pathlib.Path) -> None:
-    """By the passthrough, its disks would be none of QEMU's, and its branches none."""
+def test_a_guest_without_libvirt_is_none_of_libvirts(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the passthrough, its disks would be none of QEMU's, and its branches none. So are those of
+    libvirt's own that has just ended, which is told of as any."""
     fake = hypervisor.open_driver("test:///default", False)
     with daemon_scene.serving(tmp_path, fake) as served:
         uri = f"qemu+unix:///system?socket={served.path}"
@@ -78,6 +81,10 @@ def test_a_guest_without_libvirt_is_none_of_libvirts(tmp_path: pathlib.Path) -> 
                 with pytest.raises(errors.Error, match="'vm' is no guest of libvirt's") as caught:
                     call()
                 assert caught.value.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+            monkeypatch.setattr(libvirt.virDomain, "isActive", lambda _: 0)
+            with pytest.raises(errors.Error, match="domain is not running") as caught:
+                dom.branchList()
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
 
 
 @pytest.mark.parametrize(

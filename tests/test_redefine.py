@@ -165,9 +165,17 @@ def test_a_cpu_that_is_no_hosts_stays(defined: str) -> None:
 
 
 def test_a_hosts_model_is_asked_for_again() -> None:
-    defined = "<domain><cpu mode='host-model'><topology cores='2'/></cpu><x/></domain>"
+    defined = "<domain><cpu mode='host-model'><cache mode='disable'/></cpu><x/></domain>"
     made = redefine.on_any_host(RUNS.format("custom"), lambda: defined)
-    assert made == ('<domain>\n  <cpu mode="host-model"><topology cores="2"/></cpu>\n</domain>\n')
+    assert made == ('<domain>\n  <cpu mode="host-model"><cache mode="disable"/></cpu>\n</domain>\n')
+
+
+def test_what_the_other_elements_have_to_fit_is_of_what_runs() -> None:
+    """The definition may be of another number of processors by now, for the next start."""
+    runs = RUNS.format("custom").replace("<model>", "<topology cores='2'/><numa/><model>")
+    defined = "<domain><cpu mode='host-model'><topology cores='4'/>\n</cpu></domain>"
+    made = redefine.on_any_host(runs, lambda: defined)
+    assert '<cpu mode="host-model"><topology cores="2"/><numa/></cpu>' in made
 
 
 @pytest.mark.parametrize("document", ["<domain/>", RUNS.format("host-passthrough")])

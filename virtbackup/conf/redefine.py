@@ -56,7 +56,8 @@ def redefine(document: str, media: Mapping[str, Medium], here: str = "") -> tupl
 def on_any_host(document: str, defined: Callable[[], str]) -> str:
     """DOCUMENT, of a running domain, with the CPU that its definition, which DEFINED tells, asks
     for, where that is the host's: what runs has that of this host, with which it may not start on
-    another.
+    another. What the domain's processors and memory have to fit is as it runs: the definition may
+    be of others by now.
 
     Errors: VIR_ERR_XML_ERROR, those of DEFINED.
     """
@@ -67,6 +68,9 @@ def on_any_host(document: str, defined: Callable[[], str]) -> str:
     wanted = xml.parse(defined(), "domain").find("cpu")
     if wanted is None or wanted.get("mode") != "host-model":
         return document
+    for name in ("topology", "numa"):
+        _drop(wanted, name)
+        wanted.extend(cpu.findall(name))
     wanted.tail = cpu.tail
     root.replace(cpu, wanted)
     return xml.indented(root)

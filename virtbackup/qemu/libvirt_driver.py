@@ -263,6 +263,9 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
                 xml = _not_running_where_gone(ref, found.XMLDesc)
                 disks = domain_conf.DomainDef.parse(xml).disks
                 if disks and not any(disk.alias for disk in disks):
+                    # Or it has ended since its monitor answered: what is defined has none.
+                    if not _not_running_where_gone(ref, found.isActive):
+                        raise passthrough.not_running(qemu.path)
                     raise _is_none_of_libvirts(ref)
                 yield domain.Session(qemu, identity, disks)
         except qmp.ProtocolError as failure:

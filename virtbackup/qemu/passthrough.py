@@ -58,6 +58,15 @@ class NotRunning(monitor.NotListening):
         self.err = failure.err
 
 
+def not_running(path: str) -> NotRunning:
+    """Of a domain that libvirt knows."""
+    detail = "domain is not running"
+    failure = errors.error(
+        libvirt.VIR_ERR_OPERATION_INVALID, detail, domain=libvirt.VIR_FROM_DOMAIN
+    )
+    return NotRunning(failure, path)
+
+
 class LibvirtMonitor:
     """A ``monitor.Monitor`` of a domain of libvirt's."""
 
@@ -77,11 +86,7 @@ class LibvirtMonitor:
         if domain.ID() < 0:
             # A command would fail likewise, and libvirt tell its error handler, which prints that:
             # of a domain that has ended there is something to tell all the same.
-            detail = "domain is not running"
-            failure = errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID, detail, domain=libvirt.VIR_FROM_DOMAIN
-            )
-            raise NotRunning(failure, self.path)
+            raise not_running(self.path)
         self._lines = monitor.Lines(self.path, trace)
         self._calls = _Calls(f"libvirt {domain.name()}")
         try:
