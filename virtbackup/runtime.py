@@ -32,6 +32,7 @@ _UCRED = struct.Struct("iII")
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
 _HELD = "held"
+_PIDFD_GETFD = 438
 """What a private directory's owner has locked; not itself, in which he may want to listen alone."""
 
 
@@ -217,6 +218,18 @@ def sockets_of(pid: int) -> dict[int, int]:
             if match := _SOCKET.fullmatch(name):
                 found[int(number)] = int(match[1])
     return found
+
+
+def duplicate(process: int, number: int) -> int:
+    """Another descriptor of what the process that the pidfd PROCESS is of has open as NUMBER, for
+    the caller to close: of the same open file (pidfd_getfd(2), Linux 5.6). Errors: OSError, where
+    we may not trace it."""
+    import ctypes  # a millisecond to load, and only a stop needs it
+
+    fd: int = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, number, 0)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
 
 
 def _numbers(directory: str) -> list[str]:

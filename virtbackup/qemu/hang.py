@@ -9,7 +9,6 @@ is asked, from outside, and what a close waits for is left to others.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import io
@@ -24,6 +23,8 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from virtbackup import runtime
+
 _LOOK_AGAIN = 0.002
 _ALL = 0.1
 """Seconds within which all file systems answer as a rule."""
@@ -35,7 +36,6 @@ _WAIT_BEFORE = 1
 """SYNC_FILE_RANGE_WAIT_BEFORE of linux/fs.h."""
 _BEYOND = 1 << 62
 """An offset at which no file has a page to wait for."""
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _INODE = re.compile(r"^ino:\s*(\d+)$", re.MULTILINE)
 
 _pending: dict[str, subprocess.Popen[bytes]] = {}
@@ -156,26 +156,40 @@ def unwritten(images: Mapping[str, Image], pid: int | None) -> dict[str, str]:
     answer; only those that process PID is seen to have open.
 
     Nothing else tells: such data is right while it is in the page cache, and what is read later is
-    what the disk has there. The kernel tells each error once, so this is for the last to ask.
+    what the disk has there. The kernel tells each error once to whoever opens the file, and once
+    more by what PID has open since before it; so this is for the last to ask, and a second time
+    finds what a first one did not live to tell, or another program has asked for.
     """
     told = {}
     for key, fds in _descriptors(pid, images).items():
         for fd in fds:
-            with contextlib.suppress(OSError):
-                file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    if number := _write_error(file):
+            for opened in (_opened_anew, _opened_by):
+                with contextlib.suppress(OSError), opened(pid, fd) as file:
+                    if number := _write_error(file.fileno()):
                         told[key] = os.strerror(number)
-                finally:
-                    os.close(file)
+                        break
     return told
+
+
+def _opened_anew(pid: int | None, fd: int) -> io.FileIO:
+    """The file that process PID has open as FD. Errors: OSError."""
+    return io.FileIO(os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _opened_by(pid: int | None, fd: int) -> io.FileIO:
+    """Process PID's own open file. Errors: OSError, as of ``runtime.duplicate``."""
+    with io.FileIO(os.pidfd_open(pid or 0)) as process:
+        return io.FileIO(runtime.duplicate(process.fileno(), fd))
 
 
 def _write_error(fd: int) -> int:
     """Why data of the file that FD is of was not written, as errno has it; 0: it was, or there was
     no need yet. Nothing is written nor waited for: fsync(2) would do both."""
+    import ctypes  # a millisecond to load, and only a stop needs it
+
     begin, length = ctypes.c_int64(_BEYOND), ctypes.c_int64(1)
-    if not _LIBC.sync_file_range(ctypes.c_int(fd), begin, length, ctypes.c_uint(_WAIT_BEFORE)):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not libc.sync_file_range(ctypes.c_int(fd), begin, length, ctypes.c_uint(_WAIT_BEFORE)):
         return 0
     number = ctypes.get_errno()
     return 0 if number in _NOT_TOLD else number

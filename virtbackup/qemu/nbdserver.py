@@ -31,7 +31,6 @@ TIMEOUT = 3.0
 
 IpNumber = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_PIDFD_GETFD = 438
 _SO_SNDBUFFORCE = 32
 _MUCH_ROOM = 1 << 30
 _STUCK = 0.5
@@ -229,19 +228,18 @@ def _duplicates(pid: int, address: backup_conf.Address) -> Iterator[socket.socke
     listening, connected = _inodes(pid, address)
     if not listening and not connected:
         return
-    import ctypes  # several milliseconds to load, and only a stop needs it
-
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
     sockets = runtime.sockets_of(pid).items()
     with contextlib.suppress(OSError):
         process = os.pidfd_open(pid)
         try:
             for inode in (*listening, *connected):
                 for number in [number for number, found in sockets if found == inode]:
-                    fd = syscall(_PIDFD_GETFD, process, number, 0)
-                    if fd < 0:
-                        logger.debug("pidfd_getfd fd=%d errno=%d", number, ctypes.get_errno())
-                    elif os.fstat(fd).st_ino == inode:
+                    try:
+                        fd = runtime.duplicate(process, number)
+                    except OSError as failure:
+                        logger.debug("pidfd_getfd fd=%d reason=%s", number, failure)
+                        continue
+                    if os.fstat(fd).st_ino == inode:
                         yield socket.socket(fileno=fd)
                     else:  # it was closed meanwhile, and the number is another file's
                         os.close(fd)
