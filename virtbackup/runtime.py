@@ -31,8 +31,8 @@ _TCP_LISTEN = "0A"
 _UCRED = struct.Struct("iII")
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _PRIVATE = re.compile(r"private-(\d+)-(\d+)-\w+")
-_HELD = "held"
 _PIDFD_GETFD = 438
+_HELD = "held"
 """What a private directory's owner has locked; not itself, in which he may want to listen alone."""
 
 
