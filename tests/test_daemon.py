@@ -806,7 +806,7 @@ def test_one_user_s_subscriptions_are_not_without_end(
             code, text = daemon_scene.code_of(client.call, REMOTE, register, 0, None)
             assert code == libvirt.VIR_ERR_INTERNAL_ERROR
             assert text == f"internal error: more than 10 event callbacks of unix client '{me()}'"
-        daemon_scene.wait_for(lambda: len(served.daemon.server.clients) == 1)
+        daemon_scene.wait_for(lambda: len(served.daemon._shared.sessions()) == 1)
         for _ in range(5):
             client.call(REMOTE, register, 0, None)
 
