@@ -3,12 +3,12 @@
 of file.
 
 Ours is the whole command: ``virsh-backup backup-pull`` from the start of its process to its exit,
-as an installed script runs it, with connecting, start, checksum, fsync, stop and manifest. The
-peers only copy, each with its own defaults, from the same export of a backup that was started for
-them outside the time; they are timed from the start of their process to its exit, too. To qcow2,
-nbdcopy writes through a qemu-nbd, and the image is created within the time. What of ours does no
-more than they, ``virtbackup.nbd.copy.copy`` called in a process that has loaded it, with checksum
-and fsync still, has a line of its own.
+as an installed script runs it, with connecting, start, checksum, fsync, stop and manifest. The same
+in a shell that has loaded all it needs has a line of its own, and so has what does no more than the
+peers: ``virtbackup.nbd.copy.copy``, with checksum and fsync still. The peers only copy, each with
+its own defaults, from the same export of a backup that was started for them outside the time; they
+are timed from the start of their process to its exit. To qcow2, nbdcopy writes through a qemu-nbd,
+and the image is created within the time.
 
 What the peers leave in the page cache is told apart from what they leave on the disk, as ours does:
 ``nbdcopy`` to raw and ``qemu-img convert`` do not sync. ``nbdcopy --flush`` and ``qemu-img convert
@@ -41,11 +41,14 @@ from collections.abc import Callable, Sequence
 import virtbackup
 from tests.live import machines
 from virtbackup.nbd import connection, copy
+from virtbackup.tools import pull
 
 GIB = 1 << 30
 MIB = 1 << 20
 OURS = "backup-pull"
+LOADED = "backup-pull, all loaded"
 COPY = "its copy alone"
+ALL_OURS = (OURS, LOADED, COPY)
 UNSYNCED = ("nbdcopy", "qemu-img convert")
 SYNCED = ("nbdcopy --flush", "qemu-img convert -t writeback")
 PEERS = (*UNSYNCED, *SYNCED)
@@ -160,7 +163,7 @@ def _measure(
     directory: pathlib.Path, fmt: copy.Format, rounds: int, data: int
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of each program, round by round, and ours' peak memory in bytes."""
-    names = [OURS, COPY, *PEERS]
+    names = [*ALL_OURS, *PEERS]
     if fmt == "raw" and data == (directory / "disk.raw").stat().st_size:
         names.append(MEMORY)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -178,6 +181,8 @@ def _measure(
                 if name == OURS:
                     seconds, peak = _ours(one.uri, directory, fmt)
                     peaks.append(peak)
+                elif name == LOADED:
+                    seconds = _loaded(domain, directory, fmt)
                 else:
                     seconds = _from_export(domain, directory, _copy_by(name, directory, fmt))
                 if number:  # the first round only warms up
@@ -205,10 +210,22 @@ def _ours(uri: str, directory: pathlib.Path, fmt: copy.Format) -> tuple[float, i
     begin = time.perf_counter()
     done = subprocess.run([*argv, "--format", fmt], check=True, capture_output=True, text=True)
     took = time.perf_counter() - begin
+    _remove(out)
+    return took, int(done.stdout.split()[-1]) << 10
+
+
+def _loaded(domain: virtbackup.Domain, directory: pathlib.Path, fmt: copy.Format) -> float:
+    begin = time.perf_counter()
+    pull.pull(domain, directory / "out", fmt=fmt)
+    took = time.perf_counter() - begin
+    _remove(directory / "out")
+    return took
+
+
+def _remove(out: pathlib.Path) -> None:
     for path in out.iterdir():
         path.unlink()
     out.rmdir()
-    return took, int(done.stdout.split()[-1]) << 10
 
 
 def _from_export(
@@ -258,18 +275,18 @@ def _argv(name: str, directory: pathlib.Path, fmt: copy.Format) -> list[list[str
 
 
 def _print(times: dict[str, list[float]], peak: int) -> None:
-    ours = (OURS, COPY)
-    print(f"  {'':29} {'seconds':27}" + "".join(f"{name + '/it':>20}" for name in ours))
+    titles = "".join(f"{name + '/it':>28}" for name in ALL_OURS)
+    print(f"  {'':29} {'seconds':27}{titles}")
     for name, seconds in times.items():
         low, high = min(seconds), max(seconds)
         line = f"  {name:29} median {statistics.median(seconds):6.2f}  {low:5.2f} to {high:5.2f}"
-        ratios = [_ratio(times[one], seconds) for one in ours] if name not in ours else []
-        print(line + "".join(f"{ratio:20.2f}" for ratio in ratios))
+        ours = ALL_OURS if name not in ALL_OURS else ()
+        print(line + "".join(f"{_ratio(times[one], seconds):28.2f}" for one in ours))
     for which, names in (("do not sync", UNSYNCED), ("sync", SYNCED)):
         better = min(names, key=lambda name: statistics.median(times[name]))
-        ratios = [_ratio(times[one], times[better]) for one in ours]
+        ratios = [_ratio(times[one], times[better]) for one in ALL_OURS]
         title = f"against the better of those that {which}"
-        print(f"  {title:54}" + "".join(f"{ratio:20.2f}" for ratio in ratios))
+        print(f"  {title:57}" + "".join(f"{ratio:28.2f}" for ratio in ratios))
     print(f"  peak memory of backup-pull: {peak / MIB:.0f} MiB")
 
 

@@ -166,7 +166,8 @@ def _writers_that_stand_still(
             seen.append("free")
         finally:
             for pid in stopped:
-                os.kill(pid, then)
+                with contextlib.suppress(ProcessLookupError):  # it ended as it was stopped
+                    os.kill(pid, then)
 
     stopped: list[int] = []
     seen: list[str] = []
