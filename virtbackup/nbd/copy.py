@@ -33,9 +33,10 @@ Cancel = polling.Cancel
 MEMORY = 32 << 20
 """Bytes of all disks' buffers together, but one buffer for each disk at least."""
 _RAW = (CHUNK, 8)
-_QCOW2 = (2 * CHUNK, 6)
+_QCOW2 = (768 << 10, 8)
 """(bytes of a buffer, buffers of a disk), where MEMORY allows it. QEMU, which writes qcow2, is told
-less often with large ones; with more of them, or with larger ones, a copy took longer."""
+less often with large ones; with more of them, or with larger ones, a copy took longer, and most of
+all with those of a whole MiB."""
 _FEW = 4
 """Buffers below which they are better small."""
 CONNECTIONS = 2
