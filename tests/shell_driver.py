@@ -109,7 +109,7 @@ class Driver:
         self._running()
         self.backup = None
         if self.trouble == "interrupt-lost":
-            raise errors.error(libvirt.VIR_ERR_RPC, "not now")
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "not now")
         if self.trouble == "interrupt":
             print(f"stopped, flags={flags}", file=sys.stderr)
         if self.trouble == "bad" and not flags:

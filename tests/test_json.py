@@ -236,7 +236,18 @@ def test_a_pull_that_fails_by_our_own_fault_says_so(run: Run, tmp_path: pathlib.
     made = tmp_path / "made"
     status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///bug")
     assert (status, err) == (1, "error: internal error: RuntimeError: two; lines\n")
-    assert strict_json.lines(out) == [{"event": "failed", "code": 1, "error": "two\nlines"}]
+    told = {"event": "failed", "code": 1, "error": "two\nlines", "left": []}
+    assert strict_json.lines(out) == [told]
+
+
+def test_a_pull_whose_backup_runs_on_says_so(run: Run, tmp_path: pathlib.Path) -> None:
+    argv = ("backup-pull", "vm1", str(tmp_path / "made"), "--json")
+    status, out, err = run(*argv, uri="fake:///interrupt-lost")
+    left = "the backup of domain 'vm1' could not be ended: Timed out during operation: not now"
+    assert (status, err) == (130, f"flags=2\nwarning: {left}\nerror: interrupted\n")
+    assert strict_json.lines(out) == [
+        {"event": "failed", "code": 78, "error": "interrupted", "left": [left]}
+    ]
 
 
 # --- monitor-diff ---------------------------------------------------------------------------------
