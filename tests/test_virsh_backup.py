@@ -677,8 +677,9 @@ def test_pull_tells_a_program_of_every_failure(run: Run, tmp_path: pathlib.Path)
     made = tmp_path / "made"
     status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///theirs")
     assert (status, err) == (1, "error: said by libvirt itself\n")
-    told = {"event": "failed", "code": None, "error": "said by libvirt itself", "left": []}
-    assert json.loads(out) == told
+    assert json.loads(out) == {
+        "event": "failed", "code": None, "error": "said by libvirt itself", "left": [],
+    }  # fmt: skip
     assert not made.exists()
 
 

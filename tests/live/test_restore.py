@@ -807,6 +807,23 @@ def test_an_image_that_a_qemu_has(
     assert points.call(*argv)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["kvm", "qemu-kvm"])
+def test_an_image_that_a_qemu_of_another_name_has(
+    layered: points.Backed, tmp_path: pathlib.Path, name: str
+) -> None:
+    """As Debian and Red Hat call it; another process has a name that was cut within a letter."""
+    image = machines.image(tmp_path / "a.raw", 1 << 20, "raw")
+    argv = ("backup-restore", str(layered.directory), str(image), "--disk=vda", "--force")
+    with contextlib.ExitStack() as ended, image.open("rb") as opened:
+        for called in (name, "of 14 letters \u00fc"):
+            (tmp_path / called).symlink_to("/bin/sleep")
+            sleep = [str(tmp_path / called), "60"]
+            running = ended.enter_context(subprocess.Popen(sleep, stdin=opened))
+            ended.callback(running.kill)
+        status, _, err = points.call(*argv)
+    assert (status, err.endswith(f": {image} is in use by a QEMU\n")) == (1, True), err
+
+
 def test_a_device_that_is_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(virtbackup.Error) as raised:
         device.Device(tmp_path / "none", 1)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.nbd import checksum, polling, target
 
 _BLKROGET = 0x125E
@@ -157,8 +157,8 @@ def in_qemus() -> Iterator[tuple[str, pathlib.Path]]:
     below /proc that leads to it."""
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            name = (process / "comm").read_text().strip()
-            if name.startswith("qemu-") and int(process.name) != os.getpid():
+            name = runtime.name_of_qemu(int(process.name))
+            if name is not None and int(process.name) != os.getpid():
                 for entry in (process / "fd").iterdir():
                     yield f"{process.name} ({name})", entry
 
