@@ -14,7 +14,7 @@ import pytest
 
 from tests import hostile_monitor, waiting
 from tests.test_ending import RUNNING, having
-from virtbackup import errors, runtime
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     domain,
@@ -225,6 +225,42 @@ def test_why_a_domain_ended_is_asked_for_as_its_watch_ends(
     forgotten = property(lambda self: next(looks, None))
     monkeypatch.setattr(domain_obj.DomainObj, "_watched", forgotten, raising=False)
     assert found._why_ended() is None
+
+
+@pytest.mark.parametrize(
+    "failure", [monitor.NoAnswer("no reply"), KeyboardInterrupt()], ids=["no answer", "signal"]
+)
+def test_a_stop_that_was_in_vain_does_not_hold_up_the_close(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    """It is tried once more all the same, and goes on where it takes long."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(domain_obj, "_HASTE", 0.01)
+    file = status.StatusFile("key", tmp_path)
+    file.save(having())
+
+    def nowhere() -> contextlib.AbstractContextManager[domain.Session]:
+        raise AssertionError("nobody is to be asked")
+
+    found = domain_obj.DomainObj(file, nowhere, host=Interrupted())
+    found._autodestroy = RUNNING.id
+    goes_on, ended = threading.Event(), threading.Event()
+    tries = iter([failure])
+
+    def stop(only: object, cancel: bool) -> tuple[str, dict[str, str]]:
+        if (first := next(tries, None)) is not None:
+            raise first
+        goes_on.wait(20)
+        ended.set()
+        return RUNNING.id, {}
+
+    monkeypatch.setattr(found.job, "stop", stop)
+    with pytest.raises(type(failure)):
+        found.backup_stop(hypervisor.STOP_CANCEL, RUNNING.id)
+    found.close()
+    assert not ended.is_set()
+    goes_on.set()
+    assert ended.wait(20)
 
 
 class Libvirt:

@@ -88,9 +88,11 @@ class LibvirtMonitor:
             # of a domain that has ended there is something to tell all the same.
             raise not_running(self.path)
         self._lines = monitor.Lines(self.path, trace)
+        self._negotiated = False
         self._calls = _Calls(f"libvirt {domain.name()}")
         try:
             self.greeting = self._ask_version()
+            self._negotiated = True
         except BaseException:
             self.close()
             raise
@@ -143,11 +145,15 @@ class LibvirtMonitor:
         line = json.dumps({"execute": command.execute, "arguments": dict(command.arguments)})
         self._lines.note("->", line)
         try:
-            reply = self._calls.call(lambda: self._pass_on(line, command.fds), PATIENCE)
+            reply = self._calls.call(
+                lambda: self._pass_on(line, command.fds), PATIENCE, self._is_in_vain
+            )
         except TimeoutError as failure:
-            raise monitor.NoAnswer(
-                f"no reply to '{command.execute}' within {PATIENCE:g} seconds"
-            ) from failure
+            patience = monitor.CONNECT_TIMEOUT if self._is_in_vain() else PATIENCE
+            text = f"no reply to '{command.execute}' within {patience:g} seconds"
+            if (why := monitor.why_stopped(self.peer_pid())) is not None:
+                text = f"{text}: {why}"
+            raise monitor.NoAnswer(text) from failure
         except libvirt.libvirtError as failure:
             raise self._lost(failure) from failure
         self._lines.note("<-", reply)
@@ -155,6 +161,11 @@ class LibvirtMonitor:
         if isinstance(message, qmp.Success | qmp.Failure):
             return message
         raise qmp.ProtocolError(f"unexpected reply: {qmp.shown(reply)}")
+
+    def _is_in_vain(self) -> bool:
+        """Whether QEMU is not waited for any longer: one that was made to stand still and has not
+        answered at all, as by a socket."""
+        return not self._negotiated and monitor.why_stopped(self.peer_pid()) is not None
 
     def _pass_on(self, line: str, fds: Sequence[int]) -> str:
         if not fds:
@@ -256,13 +267,21 @@ class _Calls:
         )
         self._thread.start()
 
-    def call(self, what: Callable[[], str], timeout: float) -> str:
-        """What WHAT returns or raises. Errors: TimeoutError, from then on at once."""
+    def call(
+        self,
+        what: Callable[[], str],
+        timeout: float,
+        is_in_vain: Callable[[], bool] = lambda: False,
+    ) -> str:
+        """What WHAT returns or raises. IS_IN_VAIN is asked, once that has taken as long as a socket
+        may take to greet, whether to wait no longer. Errors: TimeoutError, from then on at once."""
         if self._stuck:
             raise TimeoutError
         answer = _Answer()
         self._todo.put((what, answer))
-        if not answer.done.wait(timeout):
+        soon = min(timeout, monitor.CONNECT_TIMEOUT)
+        is_done = answer.done.wait(soon)
+        if not is_done and (is_in_vain() or not answer.done.wait(timeout - soon)):
             self._stuck = True
             raise TimeoutError
         if answer.failure is not None:
