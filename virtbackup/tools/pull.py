@@ -59,6 +59,7 @@ def pull(
     check: bool = False,
     targets: Mapping[str, pathlib.Path] | None = None,
     named: Callable[[Sequence[str]], None] | None = None,
+    warned: Callable[[str], None] | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
@@ -68,7 +69,8 @@ def pull(
     has not what an increment needs, and the manifest says why. COMPRESS: by zstd, qcow2 only.
     BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
     TARGETS: disk -> the block device that it goes to, of a backup without a branch. NAMED is given
-    the disks' names before PROGRESS is told of the first, in the order of its numbers.
+    the disks' names before PROGRESS is told of the first, in the order of its numbers. WARNED is
+    given what may go wrong with a scratch image, by disk.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
     branch, an increment that would leave a gap, a device that is in use, is the guest's or is one
@@ -103,6 +105,8 @@ def pull(
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
         with _started(domain, directory, plan.definition.format(), quiesce, cancel) as running:
+            if warned is not None:
+                _warn(running.info, warned)
             if plan.number is not None:
                 plan = plan.as_started(running.info)
             live = backup_conf.BackupDef.parse(running.xml)
@@ -414,7 +418,7 @@ class _Running:
 
     @functools.cached_property
     def info(self) -> backup_conf.BackupInfo:
-        """What is told of it, before the stop."""
+        """What was told of it first, before the stop."""
         return self._domain.backupGetInfo()
 
     def stop(self, cancel: copy.Cancel) -> None:
@@ -468,6 +472,12 @@ def _started(
             assert isinstance(failure, errors.Error)
             raise _lost(failure) from failure
         raise
+
+
+def _warn(info: backup_conf.BackupInfo, warned: Callable[[str], None]) -> None:
+    for disk in info.disks:
+        if disk.warning is not None:
+            warned(f"disk '{disk.name}': {disk.warning}")
 
 
 def _lost(failure: errors.Error) -> errors.Error:

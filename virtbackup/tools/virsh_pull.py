@@ -164,6 +164,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             check=args.flag("check"),
             targets=targets,
             named=progress.name if isinstance(progress, Bar) else None,
+            warned=None if shell.quiet else shell.warn,
         )
         if isinstance(progress, Lines):
             progress.tell("finished", **made.facts())
