@@ -35,7 +35,7 @@ _LOOK_AGAIN = 0.02
 PATIENCE = 10.0
 """Seconds for a daemon of libvirt's that is restarted to be there again."""
 _TRY_AGAIN = 0.2
-_HASTE = 2.0
+HASTE = 2.0
 """Seconds for what somebody has waited for in vain already."""
 
 
@@ -133,7 +133,7 @@ class DomainObj:
                 target=self._end_patiently, args=(id, until), name="virtbackup-end", daemon=True
             )
             end.start()
-            end.join(_HASTE)
+            end.join(HASTE)
         else:
             self._end_patiently(id, until)
 

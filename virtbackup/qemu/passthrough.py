@@ -17,13 +17,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import libvirt
 import libvirt_qemu
 
 from virtbackup import errors, runtime
 from virtbackup.qemu import monitor, monitor_json, qmp
+
+_T = TypeVar("_T")
 
 PATIENCE = 60.0
 """Seconds until a command must be answered: libvirt itself waits for as long as it takes."""
@@ -250,11 +252,25 @@ def _with_id(reply: str) -> bytes:
     return json.dumps({**message, "id": 0}).encode()
 
 
+def patiently(what: Callable[[], _T], patience: float | None = None) -> _T:
+    """What WHAT, a call of libvirt's that may never return, returns or raises. PATIENCE None: the
+    one that a command has. Errors: monitor.NoAnswer."""
+    patience = PATIENCE if patience is None else patience
+    calls = _Calls("libvirt")
+    try:
+        return calls.call(what, patience)
+    except TimeoutError as failure:
+        text = f"libvirt does not answer within {patience:g} seconds"
+        raise monitor.NoAnswer(text) from failure
+    finally:
+        calls.close()
+
+
 class _Calls:
     """A thread for calls that may never return, which is then left to itself."""
 
     def __init__(self, name: str) -> None:
-        self._todo: queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None] = (
+        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = (
             queue.SimpleQueue()
         )
         self._stuck = False
@@ -269,10 +285,10 @@ class _Calls:
 
     def call(
         self,
-        what: Callable[[], str],
+        what: Callable[[], _T],
         timeout: float,
         is_in_vain: Callable[[], bool] = lambda: False,
-    ) -> str:
+    ) -> _T:
         """What WHAT returns or raises. IS_IN_VAIN is asked, once that has taken as long as a socket
         may take to greet, whether to wait no longer. Errors: TimeoutError, from then on at once."""
         if self._stuck:
@@ -285,8 +301,12 @@ class _Calls:
             self._stuck = True
             raise TimeoutError
         if answer.failure is not None:
-            raise answer.failure
-        return answer.value
+            try:
+                raise answer.failure
+            finally:
+                del answer  # or it, this frame and the error would hold each other
+        value: _T = answer.value
+        return value
 
     def close(self) -> None:
         self._todo.put(None)
@@ -296,7 +316,7 @@ class _Calls:
             self._thread.join(_JOIN)
 
 
-def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None]") -> None:
+def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None]") -> None:
     while (todo := calls.get()) is not None:
         what, answer = todo
         try:
@@ -310,5 +330,5 @@ def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], str], _Answer] | Non
 class _Answer:
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.value = ""
+        self.value: Any = None
         self.failure: BaseException | None = None
