@@ -76,7 +76,8 @@ _STATUS = (
     ("`2`", "What was typed makes no sense."),
     ("`130`, `143`, `129`",
      "Interrupted by SIGINT, SIGTERM or SIGHUP. A backup that was being pulled or started is given"
-     " up; one that was being stopped is stopped. A second signal ends a start or a stop at once."),
+     " up; one that was being stopped is stopped. A second signal ends a start or a stop at once,"
+     " and a pull's wait for QEMU to end its backup where that takes 2 seconds or more."),
 )  # fmt: skip
 
 EXAMPLES = (

@@ -5,9 +5,10 @@
 inactive ``off``. A backup lives as long as the connection. NAME asks for trouble: ``bad`` fails
 every backup, ``hang`` and ``bug`` do so in every start, ``dies`` is dead after the first call,
 ``mute`` tells nothing of a backup that runs, ``theirs`` fails a start by libvirt-python's own
-error, ``interrupt`` has a Ctrl-C in the middle of every change, and ``interrupt-lost`` cannot end
-a backup either. ``odd`` has one domain, ``ODD``, and nothing else is called otherwise there; its
-backups began at no time. ``none`` has no domain.
+error, ``interrupt`` has a Ctrl-C in the middle of every change, ``interrupt-lost`` cannot end a
+backup either, and ``interrupt-hang`` does not come to its end, and has another Ctrl-C in that.
+``odd`` has one domain, ``ODD``, and nothing else is called otherwise there; its backups began at no
+time. ``none`` has no domain.
 """
 
 import dataclasses
@@ -107,9 +108,12 @@ class Driver:
 
     def domain_backup_stop(self, domain: hypervisor.DomainRef, flags: int) -> None:
         self._running()
+        if self.trouble == "interrupt-hang":
+            self._interrupt()
+            threading.Event().wait(60)
         self.backup = None
         if self.trouble == "interrupt-lost":
-            raise errors.error(libvirt.VIR_ERR_RPC, "not now")
+            raise errors.error(libvirt.VIR_ERR_OPERATION_TIMEOUT, "not now")
         if self.trouble == "interrupt":
             print(f"stopped, flags={flags}", file=sys.stderr)
         if self.trouble == "bad" and not flags:

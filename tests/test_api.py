@@ -5,6 +5,7 @@ The driver here is a third party's: a class that the registry was told of, no pa
 """
 
 import configparser
+import contextlib
 import copy
 import ctypes
 import pathlib
@@ -20,7 +21,7 @@ import pytest
 
 import virtbackup
 from virtbackup import access, api, errors, extend, hypervisor
-from virtbackup.qemu import monitor, monitor_json
+from virtbackup.qemu import libvirt_driver, monitor, monitor_json
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 
@@ -220,6 +221,15 @@ def test_what_is_no_id(value: Any) -> None:
     """It is not told that there is no such domain, as there may be."""
     with virtbackup.open("recorder:///") as conn, pytest.raises(TypeError, match="integer"):
         conn.lookupByID(value)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"id": 1 << 31}, {"id": 1 << 70}, {"name": "a\0b"}, {"name": "\udcff"}], ids=repr
+)
+def test_what_no_domain_of_libvirts_can_have(wanted: dict[str, Any]) -> None:
+    """libvirt-python cannot hand it on, and has errors of Python's own for that."""
+    with contextlib.closing(libvirt.open("test:///default")) as connection:
+        assert libvirt_driver.LibvirtDriver(connection).domain_lookup(**wanted) is None
 
 
 @pytest.mark.parametrize("uri", [None, ""])

@@ -1130,12 +1130,17 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
         ("max_clents = 1", ":3: there is no setting 'max_clents'"),
         ('uris = ["foo:///x"]', ":3: uris: no connection driver available for foo:///x"),
         ('listen = ["unix:/x", "unix:/x"]', ":3: listen: 'unix:/x' is there twice"),
+        (f'listen = ["unix:{tmp_path}/s", "unix:{tmp_path}/./s"]',
+         f":3: listen: 'unix:{tmp_path}/./s' is 'unix:{tmp_path}/s' once more"),
+        (f'listen = ["unix:{tmp_path}/link/s", "unix:{tmp_path}/s"]',
+         f":3: listen: 'unix:{tmp_path}/s' is 'unix:{tmp_path}/link/s' once more"),
         ('uris = ["qmp://rel"]', ":3: uris: 'qmp://rel': expected qmp:///absolute/path"),
         ('uris = ["test://x/"]', ":3: uris: 'test://x/': expected test:///default"),
         ('uris = ["virtbackup+unix://x"]', ":3: uris: 'virtbackup+unix://x': a unix socket"),
         ('uris = ["qemu:///?engine=x"]', ":3: uris: 'qemu:///?engine=x': expected engine=c"),
         ('access = [\n"unix:root * read",\n"x"\n]', ":3: access: 'x': expected WHO DOMAINS PERMI"),
-    ]
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to(tmp_path)
     for text, message in bad:
         status, said = check(good + text)
         assert (status, said[:6]) == (1, "error:"), text
@@ -1152,6 +1157,10 @@ def test_check_config(tmp_path: pathlib.Path, pki: pathlib.Path) -> None:
                          (tmp_path / "no" / "x", "No such file or directory")):  # fmt: skip
         said = f"error: cannot listen on 'unix:{path}': {reason}\n"
         assert check(good + f'listen = ["unix:{path}"]') == (1, said)
+    for kind in ("tcp", "tls"):
+        status, said = check(good + f'listen = ["{kind}:[::1%nope]:0"]')
+        told = f"error: cannot listen on '{kind}:[::1%nope]:0': "
+        assert (status, said.startswith(told)) == (1, True), said
     with socket.socket(socket.AF_UNIX) as served:  # as the daemon itself, for which it is checked
         served.bind(str(tmp_path / "s"))
         assert check(good, "--listen", f"unix:{tmp_path / 's'}")[0] == 0

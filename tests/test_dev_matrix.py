@@ -36,6 +36,8 @@ echo "QEMU emulator version 1.2.3 (${1##*/})\"""",
 }
 PYTHON = """
 case "$*" in
+*--collect-only*--bogus*) echo "error: unrecognized arguments: --bogus" >&2; exit 4 ;;
+*--collect-only*) exit 0 ;;
 *pytest*) echo "pytest ${VIRTBACKUP_QEMU_ROOT##*/}: ${*##*testpaths=tests/live}" >>"$CALLS" ;;
 *tests.recordings*) echo "record ${VIRTBACKUP_QEMU_ROOT##*/}: ${*##*--qemu }" >>"$CALLS" ;;
 *) exit 0 ;;
@@ -180,6 +182,13 @@ def test_no_mirror(tree: Tree) -> None:
     assert done.stderr.splitlines()[-1] == "dev: apt knows no mirror of Debian here"
 
 
+def test_what_pytest_does_not_take_is_told_at_once(tree: Tree) -> None:
+    """And not once for each QEMU that was fetched before."""
+    done = tree.run("--bogus")
+    assert (done.returncode, tree.called("debootstrap"), tree.called("pytest")) == (4, [], [])
+    assert done.stderr.splitlines()[-1] == "error: unrecognized arguments: --bogus"
+
+
 def test_every_qemu_is_recorded_by_both_programs(tree: Tree) -> None:
     done = tree.dev("record", "--all")
     assert done.returncode == 0, done.stderr
@@ -189,6 +198,12 @@ def test_every_qemu_is_recorded_by_both_programs(tree: Tree) -> None:
         for suite in SUITES
         for program in ("qemu-system-x86_64", "qemu-storage-daemon")
     ]
+
+
+def test_what_is_more_than_all_is_refused(tree: Tree) -> None:
+    done = tree.dev("record", "--all", "x")
+    assert (done.returncode, tree.called("record")) == (1, [])
+    assert done.stderr.splitlines()[-1] == "dev: record: unknown argument: x"
 
 
 def test_one_qemu_is_recorded_by_its_path(tree: Tree) -> None:

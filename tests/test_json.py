@@ -16,7 +16,7 @@ import pytest
 
 import virtbackup
 from tests import shell_driver, strict_json, test_traffic, waiting
-from virtbackup.tools import virsh_backup, vsh
+from virtbackup.tools import interrupt, virsh_backup, vsh
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORDING = ROOT / "virtbackup" / "recordings" / "qemu-7.2.22.jsonl"
@@ -236,7 +236,35 @@ def test_a_pull_that_fails_by_our_own_fault_says_so(run: Run, tmp_path: pathlib.
     made = tmp_path / "made"
     status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///bug")
     assert (status, err) == (1, "error: internal error: RuntimeError: two; lines\n")
-    assert strict_json.lines(out) == [{"event": "failed", "code": 1, "error": "two\nlines"}]
+    told = {"event": "failed", "code": 1, "error": "two\nlines", "left": []}
+    assert strict_json.lines(out) == [told]
+
+
+def test_a_pull_whose_backup_runs_on_says_so(run: Run, tmp_path: pathlib.Path) -> None:
+    argv = ("backup-pull", "vm1", str(tmp_path / "made"), "--json")
+    status, out, err = run(*argv, uri="fake:///interrupt-lost")
+    left = "the backup of domain 'vm1' could not be ended: Timed out during operation: not now"
+    assert (status, err) == (130, f"flags=2\nwarning: {left}\nerror: interrupted\n")
+    assert strict_json.lines(out) == [
+        {"event": "failed", "code": 78, "error": "interrupted", "left": [left]}
+    ]
+
+
+def test_a_pull_whose_end_nobody_waits_for_says_so(
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a second Ctrl-C, once that takes long."""
+    monkeypatch.setattr(interrupt, "GOES_WELL", 0.0)
+    made = tmp_path / "made"
+    status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///interrupt-hang")
+    left = (
+        "nobody waits for the end of the backup of domain 'vm1': it ends with the connection, else"
+        " with the next start, or backup-cleanup"
+    )
+    assert (status, err) == (130, f"flags=2\nwarning: {left}\nerror: interrupted\n")
+    [told] = strict_json.lines(out)
+    assert (told["error"], told["left"]) == ("interrupted", [left])
+    assert not made.exists()
 
 
 # --- monitor-diff ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from collections.abc import Iterator
 import libvirt
 import pytest
 
-from tests import daemon_scene
+from tests import daemon_scene, waiting
 from virtbackup import errors, hypervisor
-from virtbackup.qemu import monitor_json, passthrough
+from virtbackup.qemu import monitor, monitor_json, passthrough
 from virtbackup.tools import advice
 
 LONG = 20.0
@@ -63,6 +64,36 @@ def test_a_call_that_hangs_is_left_to_itself(hanging: threading.Event) -> None:
             calls.call(lambda: str(hanging.wait(LONG)), 0.01)
     calls.close()
     assert time.monotonic() - begin < LONG / 2
+
+
+def test_a_qemu_that_stands_still_is_not_waited_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, hanging: threading.Event
+) -> None:
+    """No longer than by its socket, and it is told why it does not answer."""
+
+    class Stopped(daemon_scene.Driver):
+        def domain_monitor_command(self, *_: object) -> str:
+            return str(hanging.wait(LONG))
+
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.1)
+    with contextlib.ExitStack() as ended:
+        process = ended.enter_context(subprocess.Popen(["sleep", "60"]))
+        ended.callback(process.kill)
+        waiting.stop(process)
+        monkeypatch.setattr(passthrough, "pid_of", lambda _: process.pid)
+        served = ended.enter_context(
+            daemon_scene.serving(tmp_path, Stopped(daemon_scene.ref("vm")))
+        )
+        ended.callback(hanging.set)
+        connection = libvirt.open(f"qemu:///system?socket={served.path}")
+        begin = time.monotonic()
+        with pytest.raises(monitor.NoAnswer) as caught:
+            passthrough.LibvirtMonitor(connection.lookupByName("vm"))
+    assert time.monotonic() - begin < LONG / 2
+    assert str(caught.value) == (
+        "Timed out during operation: no reply to 'query-version' within 0.1 seconds: its process"
+        f" {process.pid} is stopped, by a signal (SIGSTOP) or a debugger"
+    )
 
 
 def test_a_domain_that_does_not_run_is_not_asked(capfd: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,15 @@ SECRETS = {
         rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
         structs.XmlRet("<cookies><cookie name='c'>hunter2</cookie></cookies>"),
     ),
+    "value of a secret": rpc.reply(
+        rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
+        structs.XmlRet("<secret uuid='u'> <value>hunter2</value><usage type='x'/></secret>"),
+    ),
+    "value of a secret, last": rpc.reply(
+        rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
+        structs.XmlRet("<secret><usage type='x'/><value>hunter2</value>\n</secret>"),
+    ),
+    "a launch secret": monitor('{"arguments":{"packet-header":"x","secret":"hunter2"}}'),
     "secret for the command line": rpc.reply(
         rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1)),
         structs.XmlRet("<qemu:arg value='{&quot;data&quot;:&quot;hunter2&quot;}'/>"),
@@ -172,6 +181,9 @@ def test_what_stands_beside_a_secret_is_shown() -> None:
     assert "type='vnc'" in shown.replace("\\", "")
     assert 'autoport="yes"' in shown.replace("\\", "")
     assert '"qom-type":"secret"' in dump.describe(SECRETS["qmp secret"])
+    reply = rpc.call(REMOTE, "DOMAIN_GET_XML_DESC", 1, structs.DomainFlagsArgs(VM, 1))
+    others = "<secret type='passphrase' uuid='u'/></encryption><enum><value>ovmf</value></enum>"
+    assert facts(rpc.reply(reply, structs.XmlRet(others)))["fields"]["xml"] == others
 
 
 def test_any_payload_can_be_shown() -> None:

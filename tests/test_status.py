@@ -118,6 +118,29 @@ def test_a_process_that_was_forked_has_no_lock(
         os.waitpid(child, 0)
 
 
+def test_a_lock_that_another_thread_holds(
+    file: status.StatusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the watch of our own backup: no other process is blamed for it."""
+    monkeypatch.setattr(status, "LOCK_TIMEOUT", 0.0)
+
+    def hold() -> None:
+        with file.locked():
+            held.set()
+            let_go.wait(30)
+
+    held, let_go = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        with pytest.raises(errors.Error, match="another process, or another call of this one,"):
+            file.locked()
+    finally:
+        let_go.set()
+        holder.join()
+
+
 @pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
 def test_a_lock_that_is_removed_meanwhile(
     file: status.StatusFile, monkeypatch: pytest.MonkeyPatch, times: int

@@ -677,7 +677,9 @@ def test_pull_tells_a_program_of_every_failure(run: Run, tmp_path: pathlib.Path)
     made = tmp_path / "made"
     status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///theirs")
     assert (status, err) == (1, "error: said by libvirt itself\n")
-    assert json.loads(out) == {"event": "failed", "code": None, "error": "said by libvirt itself"}
+    assert json.loads(out) == {
+        "event": "failed", "code": None, "error": "said by libvirt itself", "left": [],
+    }  # fmt: skip
     assert not made.exists()
 
 
@@ -890,6 +892,16 @@ def test_info_as_json(run: Run, xmlfile: str) -> None:
             },
         ],
     }
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_pull_tells_of_a_scratch_place_that_is_too_small(
+    run: Run, tmp_path: pathlib.Path, quiet: bool
+) -> None:
+    """As a start does. There is no server here to pull from."""
+    argv = [*(["-q"] if quiet else []), "backup-pull", "vm1", str(tmp_path / "made")]
+    status, _, err = run(*argv, uri="fake:///bad")
+    assert (status, "warning: disk 'vda': does not; fit\n" in err) == (1, not quiet)
 
 
 def test_start_as_json_tells_what_runs(run: Run, xmlfile: str) -> None:

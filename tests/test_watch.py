@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests import hostile_monitor, waiting
 from tests.test_ending import RUNNING, having
-from virtbackup import errors, runtime
+from virtbackup import errors, hypervisor, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     domain,
@@ -23,6 +24,7 @@ from virtbackup.qemu import (
     libvirt_driver,
     lifecycle,
     monitor,
+    passthrough,
     status,
     watch,
 )
@@ -227,6 +229,42 @@ def test_why_a_domain_ended_is_asked_for_as_its_watch_ends(
     assert found._why_ended() is None
 
 
+@pytest.mark.parametrize(
+    "failure", [monitor.NoAnswer("no reply"), KeyboardInterrupt()], ids=["no answer", "signal"]
+)
+def test_a_stop_that_was_in_vain_does_not_hold_up_the_close(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    """It is tried once more all the same, and goes on where it takes long."""
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(domain_obj, "HASTE", 0.01)
+    file = status.StatusFile("key", tmp_path)
+    file.save(having())
+
+    def nowhere() -> contextlib.AbstractContextManager[domain.Session]:
+        raise AssertionError("nobody is to be asked")
+
+    found = domain_obj.DomainObj(file, nowhere, host=Interrupted())
+    found._autodestroy = RUNNING.id
+    goes_on, ended = threading.Event(), threading.Event()
+    tries = iter([failure])
+
+    def stop(only: object, cancel: bool) -> tuple[str, dict[str, str]]:
+        if (first := next(tries, None)) is not None:
+            raise first
+        goes_on.wait(20)
+        ended.set()
+        return RUNNING.id, {}
+
+    monkeypatch.setattr(found.job, "stop", stop)
+    with pytest.raises(type(failure)):
+        found.backup_stop(hypervisor.STOP_CANCEL, RUNNING.id)
+    found.close()
+    assert not ended.is_set()
+    goes_on.set()
+    assert ended.wait(20)
+
+
 class Libvirt:
     """A libvirt's connection, by which no domain can be asked for."""
 
@@ -269,3 +307,34 @@ def test_a_backup_that_cannot_be_adopted_keeps_no_other_from_being_watched(
         file.remove()
     for one in own._domains.values():
         one.close()
+
+
+def test_a_libvirt_that_stands_still_is_not_waited_for_for_ever(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in C, where no signal is seen to: each call by a thread of its own."""
+    goes_on = threading.Event()
+
+    class Hangs(Libvirt):
+        def getLibVersion(self) -> int:
+            goes_on.wait(20)
+            return 9000000
+
+        def lookupByUUIDString(self, uuid: str) -> None:
+            goes_on.wait(20)
+
+        def close(self) -> None:
+            goes_on.wait(20)
+
+    monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(passthrough, "PATIENCE", 0.1)
+    monkeypatch.setattr(domain_obj, "HASTE", 0.1)
+    own = libvirt_driver.LibvirtDriver(Hangs())
+    own._file(RUNNING.uuid).save(having(uuid=RUNNING.uuid))
+    ref = hypervisor.DomainRef("vm", RUNNING.uuid, 1)
+    begin = time.monotonic()
+    with pytest.raises(monitor.NoAnswer, match="libvirt does not answer within"):
+        own.domain_backup_stop(ref, hypervisor.STOP_CANCEL)
+    own.close()
+    assert time.monotonic() - begin < 10
+    goes_on.set()

@@ -114,6 +114,16 @@ def process_start(pid: int) -> int | None:
     return int(fields[19])
 
 
+def name_of_qemu(pid: int) -> str | None:
+    """What process PID goes by: the name of a QEMU (``kvm`` is Debian's) or qemu-storage-daemon;
+    None of another one."""
+    try:
+        name = pathlib.Path(f"/proc/{pid}/comm").read_text(errors="replace").removesuffix("\n")
+    except OSError:
+        return None
+    return name if name.startswith("qemu-") or name == "kvm" else None
+
+
 def is_stopped(pid: int) -> bool:
     """Whether process PID stands still, as a signal or a debugger has made it to."""
     return stat_of(pid)[:1] in ([b"T"], [b"t"])

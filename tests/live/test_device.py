@@ -393,6 +393,19 @@ def test_devices_that_cannot_be(
     assert disk.read_bytes() == places.FF * SIZE
 
 
+def test_loop_devices_over_parts_of_a_file(disk: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """They have bytes in common where the parts meet."""
+    file, half = tmp_path / "device", SIZE // 2
+    with (
+        places.loop_device(file, f"--sizelimit={half}") as first,
+        places.loop_device(file, f"--offset={half}") as second,
+        places.loop_device(file, f"--offset={half - 512}", "--sizelimit=1024") as both,
+    ):
+        made = [disk, first, second, both]
+        apart = [(a, b) for a in made for b in made if not device.share(a, b)]
+    assert apart == [(first, second), (second, first)]
+
+
 @pytest.mark.parametrize("given", ["vda", "vda=", "=/dev/x"])
 def test_targets_that_are_none(given: str, tmp_path: pathlib.Path) -> None:
     argv = ["-c", "qmp:///none", "backup-pull", "vm", str(tmp_path), f"--target={given}"]

@@ -573,6 +573,28 @@ def test_a_server(layered: points.Backed, tmp_path: pathlib.Path, kit: list[str]
             assert server.contents() == want + bytes((3 << 20) - len(want))
 
 
+@pytest.mark.parametrize("fua", ["none", "native"])
+def test_a_server_that_cannot_flush(
+    layered: points.Backed, tmp_path: pathlib.Path, fua: str
+) -> None:
+    """It is asked for durable writes one by one, or it is told that nobody knows."""
+    image, flags = tmp_path / "image", tmp_path / "flags"
+    image.write_bytes(b"\1" * (3 << 20))
+    write = f'echo "$5" >> {flags}; dd of={image} oflag=seek_bytes conv=notrunc seek=$4 status=none'
+    kit = ["eval", "get_size=echo 3M", f"can_fua=echo {fua}", "can_flush=exit 3",
+           "can_write=exit 0", f"pwrite={write}",
+           f"pread=dd if={image} iflag=skip_bytes,count_bytes skip=$4 count=$3"]  # fmt: skip
+    with copies.nbdkit(tmp_path, *kit) as server:
+        place = uri(server)
+        argv = ["backup-restore", str(layered.directory), place, "--disk=vda", "--force"]
+        status, _, err = points.call(*argv)
+    want = layered.shown[3]["vda"]
+    assert image.read_bytes() == want + b"\1" * ((3 << 20) - len(want))
+    told = "cannot be told to flush: when the disk is on its medium, only its host knows"
+    expected = ({"fua"}, (0, "")) if fua == "native" else ({""}, (0, f"warning: {place} {told}\n"))
+    assert (set(flags.read_text().splitlines()), (status, err)) == expected
+
+
 @pytest.mark.parametrize("more", [[], ["--filter=nozero"]], ids=["zero", "nozero"])
 @pytest.mark.parametrize("number", ["1", "3"])
 def test_a_server_has_more_behind_the_disk(
@@ -783,6 +805,23 @@ def test_an_image_that_a_qemu_has(
         assert (status, err.splitlines()[0].endswith(f"{image} is in use by a QEMU")) == (1, True)
         assert not list(tmp_path.glob("*.partial"))
     assert points.call(*argv)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["kvm", "qemu-kvm"])
+def test_an_image_that_a_qemu_of_another_name_has(
+    layered: points.Backed, tmp_path: pathlib.Path, name: str
+) -> None:
+    """As Debian and Red Hat call it; another process has a name that was cut within a letter."""
+    image = machines.image(tmp_path / "a.raw", 1 << 20, "raw")
+    argv = ("backup-restore", str(layered.directory), str(image), "--disk=vda", "--force")
+    with contextlib.ExitStack() as ended, image.open("rb") as opened:
+        for called in (name, "of 14 letters \u00fc"):
+            (tmp_path / called).symlink_to("/bin/sleep")
+            sleep = [str(tmp_path / called), "60"]
+            running = ended.enter_context(subprocess.Popen(sleep, stdin=opened))
+            ended.callback(running.kill)
+        status, _, err = points.call(*argv)
+    assert (status, err.endswith(f": {image} is in use by a QEMU\n")) == (1, True), err
 
 
 def test_a_device_that_is_not_there(tmp_path: pathlib.Path) -> None:

@@ -43,6 +43,8 @@ class Server:
         self._handle: Any = nbd.NBD()
         self._in_flight: dict[int, tuple[int, memoryview | None]] = {}
         """Cookie -> (offset, data, which stays as it is until it is written)."""
+        self._flags = 0
+        """Of each write."""
         with self._naming("connect to"):
             self._handle.set_pread_initialize(False)
             self._handle.add_meta_context(connection.ALLOCATION)
@@ -56,7 +58,9 @@ class Server:
                     libvirt.VIR_ERR_OPERATION_FAILED, f"cannot write {uri}: it is read-only"
                 )
             self._can_zero = self._handle.can_zero()
-            self._can_flush = self._handle.can_flush()
+            self._can_flush: bool = self._handle.can_flush()
+            if not self._can_flush and self._handle.can_fua():
+                self._flags = nbd.CMD_FLAG_FUA
             self._least = max(1, self._handle.get_block_size(nbd.SIZE_MINIMUM))
             most = self._handle.get_block_size(nbd.SIZE_MAXIMUM) or _MOST_DATA
             self._most = max(self._least, min(most, _MOST_DATA) // self._least * self._least)
@@ -69,6 +73,11 @@ class Server:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID, f"{uri} has data; --force overwrites it"
             )
+
+    @property
+    def makes_durable(self) -> bool:
+        """Whether the server can be told to put what it gets on its medium."""
+        return self._can_flush or self._flags != 0
 
     def write(self, offset: int, data: memoryview) -> None:
         # The caller uses DATA for something else after this.
@@ -92,7 +101,7 @@ class Server:
                 self._write(offset + start, _ZEROES[:count])
                 continue
             with self._naming("write", offset + start):
-                cookie = self._handle.aio_zero(count, offset + start)
+                cookie = self._handle.aio_zero(count, offset + start, flags=self._flags)
             self._under_way(cookie, offset + start, None)
 
     def finish(self) -> int:
@@ -176,7 +185,7 @@ class Server:
 
     def _write(self, offset: int, data: memoryview) -> None:
         with self._naming("write", offset):
-            cookie = self._handle.aio_pwrite(data, offset)
+            cookie = self._handle.aio_pwrite(data, offset, flags=self._flags)
         self._under_way(cookie, offset, data)
 
     def _under_way(self, cookie: int, offset: int, data: memoryview | None) -> None:

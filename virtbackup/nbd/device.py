@@ -15,10 +15,11 @@ import pathlib
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.nbd import checksum, polling, target
 
 _BLKROGET = 0x125E
@@ -32,6 +33,8 @@ _FLOCK = struct.Struct("hhqqi4x")
 _ZEROES = memoryview(bytes(1 << 20))
 _MOST_ZEROES = 64 << 20
 """Bytes of a request, during which nothing can end it."""
+_SYS_SECTOR = 512
+"""Bytes of what the kernel counts a device's size in, whatever its own sectors."""
 _WINDOW = 16 << 20
 """Bytes written before the device is told to begin with them."""
 
@@ -102,8 +105,34 @@ def share(one: pathlib.Path, other: pathlib.Path) -> bool:
     first, second = _number(one), _number(other)
     if first is not None and second is not None and _whole(first) == _whole(second):
         return meets(first, second)  # two parts of one have not
-    behind = _behind(other)
+    behind, mine, theirs = _behind(other), _part(one), _part(other)
+    if mine is not None and theirs is not None and mine.file == theirs.file:
+        return mine.start < theirs.end and theirs.start < mine.end
     return has_bytes_of(one, other) or (behind is not None and has_bytes_of(one, behind))
+
+
+class _Part(NamedTuple):
+    """Of a file, in bytes."""
+
+    file: tuple[int, int]
+    """Its device and inode."""
+    start: int
+    end: int
+
+
+def _part(path: pathlib.Path) -> _Part | None:
+    """What the loop device at PATH, or the one that it is a part of, has of the file behind it;
+    None of anything else."""
+    if (behind := _behind(path)) is None:
+        return None
+    try:
+        found = behind.stat()
+        place = _in_sys(_whole(path.stat().st_rdev))
+        start = int((place / "loop" / "offset").read_text())
+        length = int((place / "size").read_text()) * _SYS_SECTOR
+    except (OSError, ValueError):
+        return None
+    return _Part((found.st_dev, found.st_ino), start, start + length)
 
 
 def _number(path: pathlib.Path) -> int | None:
@@ -119,17 +148,20 @@ def _behind(path: pathlib.Path) -> pathlib.Path | None:
     """What has the bytes of the loop device at PATH, or of the one that it is a part of; None of
     anything else."""
     try:
-        number = _whole(path.stat().st_rdev)
-        place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file"
-        behind = pathlib.Path(place).read_bytes().removesuffix(b"\n")
+        place = _in_sys(_whole(path.stat().st_rdev)) / "loop" / "backing_file"
+        behind = place.read_bytes().removesuffix(b"\n")
         return pathlib.Path(os.fsdecode(behind))
     except (OSError, ValueError):
         return None
 
 
+def _in_sys(number: int) -> pathlib.Path:
+    return pathlib.Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+
+
 def _whole(number: int) -> int:
     """The device that another one is a partition of; else itself."""
-    place = pathlib.Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    place = _in_sys(number)
     try:
         if (place / "partition").exists():
             major, minor = (place.resolve().parent / "dev").read_text().split(":")
@@ -157,8 +189,8 @@ def in_qemus() -> Iterator[tuple[str, pathlib.Path]]:
     below /proc that leads to it."""
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            name = (process / "comm").read_text().strip()
-            if name.startswith("qemu-") and int(process.name) != os.getpid():
+            name = runtime.name_of_qemu(int(process.name))
+            if name is not None and int(process.name) != os.getpid():
                 for entry in (process / "fd").iterdir():
                     yield f"{process.name} ({name})", entry
 

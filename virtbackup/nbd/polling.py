@@ -24,16 +24,16 @@ class Cancel:
 
     def __init__(self) -> None:
         self._wake = store.Wake()
-        self._is_set = False
+        self.is_set = False
 
     def set(self) -> None:
         """From now on ``check`` raises, and a copy that waits wakes up."""
-        self._is_set = True
+        self.is_set = True
         self._wake.set()
 
     def check(self) -> None:
         """Raise VIR_ERR_OPERATION_ABORTED once ``set`` was called."""
-        if self._is_set:
+        if self.is_set:
             raise errors.error(libvirt.VIR_ERR_OPERATION_ABORTED, CANCELLED)
 
     def fileno(self) -> int:

@@ -16,7 +16,7 @@ import pathlib
 import re
 
 from virtbackup import runtime
-from virtbackup.qemu import capabilities, nbdserver, qmp
+from virtbackup.qemu import capabilities, qmp
 
 _SUFFIX = ".capabilities"
 _KEPT = 8
@@ -47,7 +47,7 @@ class Program:
 def program_of(process: runtime.Process | None) -> Program | None:
     """What runs in PROCESS now, and for as long as its monitor's connection does; None of one that
     is not seen to be QEMU: another one may stand behind it tomorrow."""
-    if process is None or not nbdserver.is_qemu(process[0]):
+    if process is None or runtime.name_of_qemu(process[0]) is None:
         return None
     proc = pathlib.Path(f"/proc/{process[0]}")
     try:

@@ -35,6 +35,8 @@ _LOOK_AGAIN = 0.02
 PATIENCE = 10.0
 """Seconds for a daemon of libvirt's that is restarted to be there again."""
 _TRY_AGAIN = 0.2
+HASTE = 2.0
+"""Seconds for what somebody has waited for in vain already."""
 
 
 class Host(Protocol):
@@ -99,6 +101,8 @@ class DomainObj:
         self._watch: watch.Watch | None = None
         self._watched: _Watched | None = None
         self._autodestroy: naming.BackupId | None = None
+        self._unended: naming.BackupId | None = None
+        """The one whose stop QEMU did not answer, or which was not waited for."""
         self._closed = False
         # Whoever knows more of the domain knows QEMU's own process.
         passed_on = self.job.passed_on if host is None else ending.nobody
@@ -114,13 +118,24 @@ class DomainObj:
     def close(self, until: float | None = None) -> None:
         """End the backup that was started to end with us; a failure to is logged. One that another
         thread is just starting is ended by that. UNTIL, for who closes several: by
-        ``time.monotonic``, the end of their PATIENCE, which is one for all."""
-        self._stop_watching()
+        ``time.monotonic``, the end of their PATIENCE, which is one for all. One whose stop was just
+        waited for in vain is hardly waited for once more."""
+        in_vain = self._autodestroy is not None and self._autodestroy == self._unended
+        self._stop_watching(wait=not in_vain)
         with self._keeping:
             self._closed = True
             id, self._autodestroy = self._autodestroy, None
-        if id is not None:
-            self._end_patiently(id, time.monotonic() + PATIENCE if until is None else until)
+        if id is None:
+            return
+        until = time.monotonic() + PATIENCE if until is None else until
+        if in_vain:
+            end = threading.Thread(
+                target=self._end_patiently, args=(id, until), name="virtbackup-end", daemon=True
+            )
+            end.start()
+            end.join(HASTE)
+        else:
+            self._end_patiently(id, until)
 
     def _end_patiently(self, id: naming.BackupId, until: float) -> None:
         """End backup ID, for which a daemon of libvirt's that is restarted is waited for; a failure
@@ -258,8 +273,11 @@ class DomainObj:
                     self._forget(own)
                 if watched is not None and only in (None, watched.id):
                     self._stop_watching(watched.id)
+            if failure.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                self._unended = own
             raise
         except BaseException:
+            self._unended = own
             # It may have been interrupted as it had come to its end.
             with contextlib.suppress(errors.Error):
                 if self.file.load() is None:
@@ -304,15 +322,15 @@ class DomainObj:
         self._ending.find()
         return info
 
-    def _stop_watching(self, id: naming.BackupId | None = None) -> None:
-        """Watch backup ID no more; None: whichever is watched."""
+    def _stop_watching(self, id: naming.BackupId | None = None, wait: bool = True) -> None:
+        """Watch backup ID no more; None: whichever is watched. WAIT: as ``Watch.close``."""
         with self._keeping:
             if self._watched is None or id not in (None, self._watched.id):
                 return
             watching, self._watch, self._watched = self._watch, None, None
         if watching is not None:
             # It may wait for the call that a signal's handler, which we are in, has interrupted.
-            watching.close(wait=not self.file.is_taken_here())
+            watching.close(wait=wait and not self.file.is_taken_here())
 
     def _ended(self, reason: str) -> None:
         if self._host is not None:

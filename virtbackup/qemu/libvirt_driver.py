@@ -27,6 +27,7 @@ from virtbackup.qemu import (
     libvirt_events,
     libvirt_queries,
     lifecycle,
+    monitor,
     passthrough,
     qmp,
     status,
@@ -162,7 +163,7 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         self._events.close()
         if self._owned:
             with contextlib.suppress(libvirt.libvirtError):
-                self._current.close()
+                passthrough.patiently(self._current.close, domain_obj.HASTE)
 
     def leave(self) -> None:
         """Hear nothing more over libvirt's connection; what was started goes on."""
@@ -203,7 +204,10 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
     def is_alive(self) -> bool:
         try:
             # Who has no event loop does not notice that the daemon has gone until it is asked.
-            return bool(self._current.isAlive() and self._current.getLibVersion())
+            ask = self._current.getLibVersion
+            return bool(self._current.isAlive() and passthrough.patiently(ask, domain_obj.HASTE))
+        except monitor.NoAnswer:  # it stands still, or has much to do
+            return True
         except (libvirt.libvirtError, TypeError):  # the latter once it is closed
             return False
 
@@ -236,7 +240,8 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
     @_own_errors()
     def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
         """libvirt's own. Errors: VIR_ERR_NO_DOMAIN."""
-        return self._connection.lookupByUUIDString(ref.uuid)
+        connection = self._connection
+        return passthrough.patiently(lambda: connection.lookupByUUIDString(ref.uuid))
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
         with self._adding:

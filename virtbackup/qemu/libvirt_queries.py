@@ -64,8 +64,8 @@ class LibvirtQueries:
         """libvirt's; or a transient one that is gone, while its backup's status file is not."""
         try:
             return ref_of(_find(self._connection, uuid, name, id))
-        except UnicodeEncodeError:
-            return None  # no document can have given a domain such a name
+        except (ValueError, OverflowError):
+            return None  # libvirt-python cannot hand it on, and no domain has such a name, or id
         except libvirt.libvirtError as failure:
             if failure.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise

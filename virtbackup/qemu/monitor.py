@@ -112,6 +112,14 @@ class Monitor(Protocol):
         """The first event not taken yet that MATCHES, waiting at most TIMEOUT seconds for it."""
 
 
+def why_stopped(pid: int | None) -> str | None:
+    """Where QEMU, process PID, was made to stand still, by whom; None where it was not, or is not
+    seen."""
+    if pid is None or not runtime.is_stopped(pid):
+        return None
+    return f"its process {pid} is stopped, by a signal (SIGSTOP) or a debugger"
+
+
 class Lines:
     """The lines that go over one monitor, for the log and for whoever traces them."""
 
@@ -357,11 +365,7 @@ class SocketMonitor:
         )
 
     def _why_stopped(self) -> str | None:
-        """Where QEMU was made to stand still, who has; None where it was not, or is not seen."""
-        pid = self.peer_pid()
-        if pid is None or not runtime.is_stopped(pid):
-            return None
-        return f"its process {pid} is stopped, by a signal (SIGSTOP) or a debugger"
+        return why_stopped(self.peer_pid())
 
     def _wait_greeting(self) -> qmp.Greeting:
         with self._lock:

@@ -176,14 +176,6 @@ def is_reached(pid: int | None, address: backup_conf.Address) -> bool:
     return not _own(pid).isdisjoint(_inodes(pid, address)[0])
 
 
-def is_qemu(pid: int) -> bool:
-    """Whether process PID goes by the name of a QEMU or qemu-storage-daemon."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/comm").read_text().startswith("qemu-")
-    except OSError:
-        return False
-
-
 def is_taken(address: backup_conf.Address) -> bool:
     """Whether somebody has ADDRESS, a path or a port of an address by its number, here: by trying
     to. The kernel's tables, which tell of all sockets, may take milliseconds to be read."""

@@ -17,13 +17,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import libvirt
 import libvirt_qemu
 
 from virtbackup import errors, runtime
 from virtbackup.qemu import monitor, monitor_json, qmp
+
+_T = TypeVar("_T")
 
 PATIENCE = 60.0
 """Seconds until a command must be answered: libvirt itself waits for as long as it takes."""
@@ -88,9 +90,11 @@ class LibvirtMonitor:
             # of a domain that has ended there is something to tell all the same.
             raise not_running(self.path)
         self._lines = monitor.Lines(self.path, trace)
+        self._negotiated = False
         self._calls = _Calls(f"libvirt {domain.name()}")
         try:
             self.greeting = self._ask_version()
+            self._negotiated = True
         except BaseException:
             self.close()
             raise
@@ -143,11 +147,15 @@ class LibvirtMonitor:
         line = json.dumps({"execute": command.execute, "arguments": dict(command.arguments)})
         self._lines.note("->", line)
         try:
-            reply = self._calls.call(lambda: self._pass_on(line, command.fds), PATIENCE)
+            reply = self._calls.call(
+                lambda: self._pass_on(line, command.fds), PATIENCE, self._is_in_vain
+            )
         except TimeoutError as failure:
-            raise monitor.NoAnswer(
-                f"no reply to '{command.execute}' within {PATIENCE:g} seconds"
-            ) from failure
+            patience = monitor.CONNECT_TIMEOUT if self._is_in_vain() else PATIENCE
+            text = f"no reply to '{command.execute}' within {patience:g} seconds"
+            if (why := monitor.why_stopped(self.peer_pid())) is not None:
+                text = f"{text}: {why}"
+            raise monitor.NoAnswer(text) from failure
         except libvirt.libvirtError as failure:
             raise self._lost(failure) from failure
         self._lines.note("<-", reply)
@@ -155,6 +163,11 @@ class LibvirtMonitor:
         if isinstance(message, qmp.Success | qmp.Failure):
             return message
         raise qmp.ProtocolError(f"unexpected reply: {qmp.shown(reply)}")
+
+    def _is_in_vain(self) -> bool:
+        """Whether QEMU is not waited for any longer: one that was made to stand still and has not
+        answered at all, as by a socket."""
+        return not self._negotiated and monitor.why_stopped(self.peer_pid()) is not None
 
     def _pass_on(self, line: str, fds: Sequence[int]) -> str:
         if not fds:
@@ -239,11 +252,25 @@ def _with_id(reply: str) -> bytes:
     return json.dumps({**message, "id": 0}).encode()
 
 
+def patiently(what: Callable[[], _T], patience: float | None = None) -> _T:
+    """What WHAT, a call of libvirt's that may never return, returns or raises. PATIENCE None: the
+    one that a command has. Errors: monitor.NoAnswer."""
+    patience = PATIENCE if patience is None else patience
+    calls = _Calls("libvirt")
+    try:
+        return calls.call(what, patience)
+    except TimeoutError as failure:
+        text = f"libvirt does not answer within {patience:g} seconds"
+        raise monitor.NoAnswer(text) from failure
+    finally:
+        calls.close()
+
+
 class _Calls:
     """A thread for calls that may never return, which is then left to itself."""
 
     def __init__(self, name: str) -> None:
-        self._todo: queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None] = (
+        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = (
             queue.SimpleQueue()
         )
         self._stuck = False
@@ -256,18 +283,30 @@ class _Calls:
         )
         self._thread.start()
 
-    def call(self, what: Callable[[], str], timeout: float) -> str:
-        """What WHAT returns or raises. Errors: TimeoutError, from then on at once."""
+    def call(
+        self,
+        what: Callable[[], _T],
+        timeout: float,
+        is_in_vain: Callable[[], bool] = lambda: False,
+    ) -> _T:
+        """What WHAT returns or raises. IS_IN_VAIN is asked, once that has taken as long as a socket
+        may take to greet, whether to wait no longer. Errors: TimeoutError, from then on at once."""
         if self._stuck:
             raise TimeoutError
         answer = _Answer()
         self._todo.put((what, answer))
-        if not answer.done.wait(timeout):
+        soon = min(timeout, monitor.CONNECT_TIMEOUT)
+        is_done = answer.done.wait(soon)
+        if not is_done and (is_in_vain() or not answer.done.wait(timeout - soon)):
             self._stuck = True
             raise TimeoutError
         if answer.failure is not None:
-            raise answer.failure
-        return answer.value
+            try:
+                raise answer.failure
+            finally:
+                del answer  # or it, this frame and the error would hold each other
+        value: _T = answer.value
+        return value
 
     def close(self) -> None:
         self._todo.put(None)
@@ -277,7 +316,7 @@ class _Calls:
             self._thread.join(_JOIN)
 
 
-def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], str], _Answer] | None]") -> None:
+def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None]") -> None:
     while (todo := calls.get()) is not None:
         what, answer = todo
         try:
@@ -291,5 +330,5 @@ def _carry_out(calls: "queue.SimpleQueue[tuple[Callable[[], str], _Answer] | Non
 class _Answer:
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.value = ""
+        self.value: Any = None
         self.failure: BaseException | None = None

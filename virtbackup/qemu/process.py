@@ -17,7 +17,7 @@ from typing import Any
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.conf import backup_conf
 from virtbackup.qemu import (
     backup,
@@ -94,7 +94,7 @@ class Run:
         be QEMU, its word is taken: one that only passes the monitor on may have another network,
         and a recording listens nowhere."""
         pid, address = self.session.pid, self.plan.address
-        if pid is None or not nbdserver.is_qemu(pid):
+        if pid is None or runtime.name_of_qemu(pid) is None:
             return
         if listener.same_network(pid) and nbdserver.is_taken(address):
             return

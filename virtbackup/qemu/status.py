@@ -495,8 +495,12 @@ def _acquire(fd: int, path: pathlib.Path, end: float) -> None:
             return
         except BlockingIOError as failure:
             if time.monotonic() > end:
+                others = [thread for (thread, at), lock in list(_taken.items())
+                          if at == path and not lock.closed]  # fmt: skip
+                ours = set(others) - {threading.get_ident()}
+                who = "another process, or another call of this one," if ours else "another process"
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_TIMEOUT,
-                    f"cannot acquire state lock '{path}': another process works on this domain",
+                    f"cannot acquire state lock '{path}': {who} works on this domain",
                 ) from failure
         time.sleep(_LOCK_POLL)

@@ -243,9 +243,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def check_place(address: transport.Address) -> None:
-    """Refuse a unix ADDRESS at which no socket can be made. Errors: VIR_ERR_SYSTEM_ERROR."""
+    """Refuse an ADDRESS at which no socket can be made: a path, or an IPv6 address that is none,
+    as one of an interface that is not there. Errors: VIR_ERR_SYSTEM_ERROR."""
     directory = os.path.dirname(address.path)  # noqa: PTH120
     try:
+        if address.kind != "unix":
+            if ":" in address.host:
+                socket.getaddrinfo(address.host, None, flags=socket.AI_NUMERICHOST)
+            return
         os.close(os.open(directory, os.O_PATH | os.O_DIRECTORY))
         if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -31,9 +31,12 @@ _PASSWORDS = (
     re.compile(r"""(\bpasswd\s*=\s*(["'])).*?(?=\2|\Z)""", re.DOTALL),
     # <cookie name='...'>...</cookie>
     re.compile(r"(<cookie\b[^<>]*>)[^<]*"),
+    # <secret><value>...</value></secret>, whatever else is in there
+    re.compile(r"(<secret\b[^<>]*>\s*<value\b[^<>]*>)[^<]*"),
+    re.compile(r"(<value\b[^<>]*>)[^<]*(?=</value>\s*</secret>)"),
     # {"password": "..."}, {"qom-type": "secret", "data": "..."}
     re.compile(
-        rf"(({_QUOTE})(?:password|passwd|data|cookie)\2\s*:\s*({_QUOTE})).*?(?=(?<!\\)\3|\Z)",
+        rf"(({_QUOTE})(?:password|passwd|data|cookie|secret)\2\s*:\s*({_QUOTE})).*?(?=(?<!\\)\3|\Z)",
         re.DOTALL,
     ),
     # set_password vnc ..., change vnc password ...

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # at run time where it is used: it brings libnbd with it
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The last one is a terminal that was closed, or a connection to it that broke."""
+GOES_WELL = 2.0
+"""Seconds within which a QEMU that answers ends a backup."""
 LOOK_AGAIN = 0.5
 """Seconds after which who cannot wait for ``woken`` sees a signal that came just before that."""
 
@@ -47,6 +50,24 @@ def deferred() -> "Iterator[copy.Cancel]":
             raise
     if caught:
         raise _exception_of(caught[0])
+
+
+@contextlib.contextmanager
+def hurried(cancel: "copy.Cancel") -> Iterator[None]:
+    """Within ``deferred``, which gave CANCEL: a signal behind the first ends the block as its
+    exception, for those who will not wait, once the block takes as long as nothing takes that goes
+    well. All are noted as any other."""
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+    began = time.monotonic()
+
+    def note(number: int, frame: object) -> None:
+        is_first = not cancel.is_set
+        before[number](number, frame)
+        if not is_first and time.monotonic() >= began + GOES_WELL:
+            raise _exception_of(number)
+
+    with _handled(note):
+        yield
 
 
 def check_late(cancel: "copy.Cancel", done: str) -> None:

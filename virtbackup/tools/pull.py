@@ -34,6 +34,10 @@ from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
 left_logger = logging.getLogger(f"{__name__}.left")
+_NOT_WAITED_FOR = (
+    "nobody waits for the end of the backup of domain '%s': it ends with the connection, else with"
+    " the next start, or backup-cleanup"
+)
 """Of what is told even where nothing is logged, as no error tells it."""
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
@@ -55,6 +59,7 @@ def pull(
     check: bool = False,
     targets: Mapping[str, pathlib.Path] | None = None,
     named: Callable[[Sequence[str]], None] | None = None,
+    warned: Callable[[str], None] | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
@@ -64,7 +69,8 @@ def pull(
     has not what an increment needs, and the manifest says why. COMPRESS: by zstd, qcow2 only.
     BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
     TARGETS: disk -> the block device that it goes to, of a backup without a branch. NAMED is given
-    the disks' names before PROGRESS is told of the first, in the order of its numbers.
+    the disks' names before PROGRESS is told of the first, in the order of its numbers. WARNED is
+    given what may go wrong with a scratch image, by disk.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
     branch, an increment that would leave a gap, a device that is in use, is the guest's or is one
@@ -98,7 +104,9 @@ def pull(
         _claim(directory, plan, files)
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
-        with _started(domain, directory, plan.definition.format(), quiesce) as running:
+        with _started(domain, directory, plan.definition.format(), quiesce, cancel) as running:
+            if warned is not None:
+                _warn(running.info, warned)
             if plan.number is not None:
                 plan = plan.as_started(running.info)
             live = backup_conf.BackupDef.parse(running.xml)
@@ -392,9 +400,10 @@ _VERDICTS = (libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
 class _Running:
     """A backup from its start on, of DOMAIN for DIRECTORY."""
 
-    def __init__(self, domain: api.Domain, directory: pathlib.Path) -> None:
+    def __init__(self, domain: api.Domain, directory: pathlib.Path, cancel: copy.Cancel) -> None:
         self._domain = domain
         self._directory = directory
+        self._cancel = cancel
         self._is_over = False
         """Or is to be."""
         self.reasons: list[str] = []
@@ -409,7 +418,7 @@ class _Running:
 
     @functools.cached_property
     def info(self) -> backup_conf.BackupInfo:
-        """What is told of it, before the stop."""
+        """What was told of it first, before the stop."""
         return self._domain.backupGetInfo()
 
     def stop(self, cancel: copy.Cancel) -> None:
@@ -424,19 +433,26 @@ class _Running:
         self._is_over = True
 
     def end(self, failure: BaseException) -> None:
-        """Cancel it, as FAILURE ended the pull; not one whose verdict was told."""
-        if not self._is_over:
-            self._is_over = True
-            # Asked before the cancel forgets them: a lost backup shows here as a lost connection.
-            reasons = _reasons(self._domain, failure)
-            give_up(self._domain)
-            self.reasons = reasons or []
-            self.is_lost = reasons is None and not self._domain.connect().isAlive()
+        """Cancel it, as FAILURE ended the pull; not one whose verdict was told. Another signal ends
+        the wait for that where it takes long."""
+        if self._is_over:
+            return
+        self._is_over = True
+        try:
+            with interrupt.hurried(self._cancel):
+                # Asked before the cancel forgets them: a lost backup shows as a lost connection.
+                reasons = _reasons(self._domain, failure)
+                give_up(self._domain)
+        except (KeyboardInterrupt, SystemExit):
+            left_logger.warning(_NOT_WAITED_FOR, self._domain.name())
+            return
+        self.reasons = reasons or []
+        self.is_lost = reasons is None and not self._domain.connect().isAlive()
 
 
 @contextlib.contextmanager
 def _started(
-    domain: api.Domain, directory: pathlib.Path, xml: str, quiesce: bool
+    domain: api.Domain, directory: pathlib.Path, xml: str, quiesce: bool, cancel: copy.Cancel
 ) -> Iterator[_Running]:
     """A running backup; cancelled when the block fails before its stop."""
     flags = api.VIR_DOMAIN_BACKUP_START_AUTODESTROY
@@ -444,7 +460,7 @@ def _started(
         flags |= api.VIR_DOMAIN_BACKUP_START_QUIESCE
     domain.backupStart(xml, flags)
     # Signals are deferred, so nothing comes between the start and this.
-    running = _Running(domain, directory)
+    running = _Running(domain, directory, cancel)
     try:
         yield running
     except BaseException as failure:
@@ -456,6 +472,12 @@ def _started(
             assert isinstance(failure, errors.Error)
             raise _lost(failure) from failure
         raise
+
+
+def _warn(info: backup_conf.BackupInfo, warned: Callable[[str], None]) -> None:
+    for disk in info.disks:
+        if disk.warning is not None:
+            warned(f"disk '{disk.name}': {disk.warning}")
 
 
 def _lost(failure: errors.Error) -> errors.Error:

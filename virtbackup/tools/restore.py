@@ -70,6 +70,8 @@ class Restored:
     read: int
     checksum: str
     """Of the disk, ``checksum.ALGORITHM``."""
+    durable: bool = True
+    """Whether it was made so: not by a server that cannot be told to."""
 
 
 def restore(
@@ -366,12 +368,11 @@ def _restore(
     cancel: copy.Cancel,
 ) -> Restored:
     """UNDO removes the file, once it is this restore's own, and only then."""
-    opened = False
+    opened: target.Target | None = None
 
     def open_target(size: int) -> target.Target:
         nonlocal opened
-        made = _open(output, size, force, cancel)
-        opened = True
+        opened = made = _open(output, size, force, cancel)
         if output.type == "file":
             _hold(output.partial, held)
             undo.callback(_remove, output.partial)
@@ -380,12 +381,13 @@ def _restore(
     try:
         made = merge(links, open_target, progress=progress, index=index, cancel=cancel)
     except errors.Error as failure:
-        if output.type == "file" or not opened:
+        if output.type == "file" or opened is None:
             raise
         text = f"{failure} (what {output.place} has now is not the disk)"
         raise errors.Error(failure.get_error_code(), text) from failure
     size = links[0].disk.size
-    return Restored(output, size, made.stored, made.read, made.checksum)
+    durable = not isinstance(opened, destination.Server) or opened.makes_durable
+    return Restored(output, size, made.stored, made.read, made.checksum, durable)
 
 
 def _open(output: Output, size: int, force: bool, cancel: copy.Cancel) -> target.Target:

@@ -177,6 +177,29 @@ _OF_WHAT_IS_LEFT = (
 """The loggers of what is left of a backup."""
 
 
+class _Noted(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def noting_what_is_left() -> Iterator[list[str]]:
+    """What the block has warned of so far that is left of a backup."""
+    handler = _Noted()
+    loggers = [logging.getLogger(name) for name in _OF_WHAT_IS_LEFT]
+    for left in loggers:
+        left.addHandler(handler)
+    try:
+        yield handler.told
+    finally:
+        for left in loggers:
+            left.removeHandler(handler)
+
+
 def set_logging(level: int | None, path: str | None = None) -> None:
     """Log from LEVEL on, 0 (debug) to 4 (error), to standard error or to the end of the file at
     PATH.

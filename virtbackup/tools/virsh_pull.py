@@ -91,21 +91,23 @@ def _lines(shell: virsh_connection.Shell) -> Iterator[Lines]:
     import libvirt
 
     lines = Lines(shell)
-    try:
-        yield lines
-    except (vsh.OutputClosed, vsh.Failure):  # nothing can be told any more
-        raise
-    except Exception as failure:
-        code = libvirt.VIR_ERR_INTERNAL_ERROR
-        if isinstance(failure, libvirt.libvirtError):
-            code = failure.get_error_code()
-        lines.tell("failed", code=code, error=str(failure))
-        raise
-    except (KeyboardInterrupt, SystemExit) as end:
-        with contextlib.suppress(vsh.OutputClosed, vsh.Failure):
-            code = libvirt.VIR_ERR_OPERATION_ABORTED
-            lines.tell("failed", code=code, error=_left_by(end) or vsh.INTERRUPTION)
-        raise
+    with virsh_connection.noting_what_is_left() as left:
+        try:
+            yield lines
+        except (vsh.OutputClosed, vsh.Failure):  # nothing can be told any more
+            raise
+        except Exception as failure:
+            code = libvirt.VIR_ERR_INTERNAL_ERROR
+            if isinstance(failure, libvirt.libvirtError):
+                code = failure.get_error_code()
+            lines.tell("failed", code=code, error=str(failure), left=left)
+            raise
+        except (KeyboardInterrupt, SystemExit) as end:
+            with contextlib.suppress(vsh.OutputClosed, vsh.Failure):
+                code = libvirt.VIR_ERR_OPERATION_ABORTED
+                error = _left_by(end) or vsh.INTERRUPTION
+                lines.tell("failed", code=code, error=error, left=left)
+            raise
 
 
 @contextlib.contextmanager
@@ -162,6 +164,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             check=args.flag("check"),
             targets=targets,
             named=progress.name if isinstance(progress, Bar) else None,
+            warned=None if shell.quiet else shell.warn,
         )
         if isinstance(progress, Lines):
             progress.tell("finished", **made.facts())

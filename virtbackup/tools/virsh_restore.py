@@ -285,6 +285,12 @@ def _restore(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             cancel=cancel,
         )
         interrupt.check_late(cancel, f"all is whole, in {out}")
+    for one in done:
+        if not one.durable:
+            shell.warn(
+                f"{one.output.place} cannot be told to flush: when the disk is on its medium, only"
+                " its host knows"
+            )
     if args.flag("json"):
         shell.print_json(_restored_facts(backups, point, done))
         return
@@ -321,6 +327,7 @@ def _restored_facts(
                 "stored": one.stored,
                 "read": one.read,
                 "checksum": one.checksum,
+                "durable": one.durable,
             }
             for one in done
         ],

@@ -99,14 +99,26 @@ def _addresses(settings: virtbackup_conf.Settings) -> list[transport.Address]:
     """Errors: VIR_ERR_INVALID_ARG; VIR_ERR_CONF_SYNTAX where a file says so."""
     try:
         addresses = [transport.parse_address(text) for text in settings.listen]
+        before: dict[transport.Address, transport.Address] = {}
         for address in addresses:
-            if addresses.count(address) > 1 and (address.kind == "unix" or address.port):
-                raise ValueError(f"'{address}' is there twice")
+            same = before.setdefault(_resolved(address), address)
+            if same is not address and (address.kind == "unix" or address.port):
+                is_spelled_so = str(same) == str(address)
+                what = "there twice" if is_spelled_so else f"'{same}' once more"
+                raise ValueError(f"'{address}' is {what}")
         return addresses
     except ValueError as failure:
         if "listen" in settings.places:
             raise settings.wrong("listen", str(failure)) from failure
         raise errors.error(libvirt.VIR_ERR_INVALID_ARG, f"listen: {failure}") from failure
+
+
+def _resolved(address: transport.Address) -> transport.Address:
+    """The one of all spellings of a unix socket's path."""
+    if address.kind != "unix":
+        return address
+    directory, name = os.path.split(address.path)
+    return dataclasses.replace(address, path=f"{os.path.realpath(directory)}/{name}")
 
 
 def _check(settings: virtbackup_conf.Settings) -> None:
@@ -138,7 +150,7 @@ def _check_places(settings: virtbackup_conf.Settings) -> None:
     listens there is no fault, as that may be the daemon. The default's directory a start makes."""
     for address in _addresses(settings):
         is_made = str(address) == DEFAULT_LISTEN and not pathlib.Path(address.path).parent.exists()
-        if address.kind == "unix" and not is_made:
+        if not is_made:
             daemon.check_place(address)
 
 
