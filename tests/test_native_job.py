@@ -153,6 +153,8 @@ class Theirs:
         """Of every question."""
         self.refusal: errors.Error | None = None
         """To abort a job."""
+        self.lost: dict[str, errors.Error] = {}
+        """What is said to the speed of a disk's job."""
         self.behind: str | None = None
         """The backup that somebody waits to begin."""
         self.ends = False
@@ -189,6 +191,11 @@ class Theirs:
         self.document = self.behind
         self.gone = self.ends
 
+    def blockJobSetSpeed(self, disk: str, speed: int, flags: int) -> None:
+        self.check()
+        if disk in self.lost:
+            raise self.lost[disk]
+
     def isActive(self) -> int:
         self.check()
         return 1
@@ -201,6 +208,8 @@ class Theirs:
                 return types.SimpleNamespace(xml=self.backupGetXMLDesc(*args))
             case "DOMAIN_ABORT_JOB":
                 self.abortJob()
+            case "DOMAIN_BLOCK_JOB_SET_SPEED":
+                self.blockJobSetSpeed(*args)
             case "DOMAIN_IS_ACTIVE":
                 return types.SimpleNamespace(active=self.isActive())
         return None
@@ -298,6 +307,90 @@ def test_a_domain_that_is_gone_as_its_job_ends_had_no_good_backup(
     theirs.gone, theirs.document = False, None
     start(REF, OURS, 0)
     stop(REF, hypervisor.STOP_CANCEL)
+
+
+_CONCLUDED = (
+    "internal error: unable to execute QEMU command 'block-job-set-speed': Job"
+    " 'backup-vda-libvirt-2-format' in state 'concluded' cannot accept command verb 'set-speed'"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (libvirt.VIR_ERR_INTERNAL_ERROR, _CONCLUDED),
+        (libvirt.VIR_ERR_INVALID_ARG, "disk vda does not have an active block job"),
+    ],
+)
+def test_a_job_that_ended_before_the_stop_had_no_good_backup(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], code: int, text: str
+) -> None:
+    """Its export has told since then what the guest wrote; libvirt may not know of it yet."""
+    theirs, _, stop, _ = doors
+    theirs.document, theirs.lost["vda"] = THEIRS, errors.Error(code, text)
+    with pytest.raises(
+        errors.Error, match=r"not good: disk 'vda': its backup job ended$"
+    ) as caught:
+        stop(REF, 0)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert theirs.aborted == [THEIRS]
+    theirs.document = THEIRS
+    stop(REF, hypervisor.STOP_CANCEL)
+    assert theirs.aborted == [THEIRS, THEIRS]
+
+
+@pytest.mark.parametrize(
+    ("code", "domain"),
+    [
+        (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_RPC),
+        (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_FROM_QEMU),
+    ],
+)
+def test_a_job_of_which_nothing_is_heard_may_run_on(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], code: int, domain: int
+) -> None:
+    theirs, _, stop, _ = doors
+    theirs.document = THEIRS
+    theirs.lost["vda"] = errors.Error(code, "client socket is closed", domain=domain)
+    with pytest.raises(errors.Error, match="client socket is closed"):
+        stop(REF, 0)
+    assert theirs.aborted == []
+    theirs.lost.clear()
+    stop(REF, 0)
+
+
+@pytest.mark.parametrize("then", [None, PUSH])
+def test_a_backup_that_somebody_ends_as_it_is_stopped(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    then: str | None,
+) -> None:
+    """Whether before its jobs were asked for, cannot be told; what runs then is not ended."""
+    theirs, _, stop, _ = doors
+
+    def ended(*_: object) -> None:
+        theirs.document = then
+
+    monkeypatch.setattr(theirs, "blockJobSetSpeed", ended)
+    theirs.document = THEIRS
+    with pytest.raises(errors.Error, match="the backup is not good: somebody else ended it"):
+        stop(REF, 0)
+    assert theirs.aborted == []
+
+
+def test_a_backup_whose_jobs_ran_at_its_stop_is_good_whoever_ends_it(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, _, stop, _ = doors
+
+    def ended(*_: object) -> None:
+        theirs.document = None
+        text = "no job is active on the domain"
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+    monkeypatch.setattr(theirs, "abortJob", ended)
+    theirs.document = THEIRS
+    stop(REF, 0)
 
 
 @pytest.mark.parametrize("of", ["failure", "refusal"])

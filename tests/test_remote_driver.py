@@ -857,6 +857,7 @@ class Libvirtd:
             "REMOTE.DOMAIN_BACKUP_BEGIN": self.begin,
             "REMOTE.DOMAIN_BACKUP_GET_XML_DESC": self.xml,
             "REMOTE.DOMAIN_ABORT_JOB": self.abort,
+            "REMOTE.DOMAIN_BLOCK_JOB_SET_SPEED": lambda *_: None,
             "REMOTE.DOMAIN_GET_JOB_STATS": self.stats,
             "REMOTE.DOMAIN_IS_ACTIVE": lambda *_: structs.DomainIsActiveRet(self.active),
             "REMOTE.DOMAIN_GET_BLOCK_INFO": lambda *_: structs.DomainGetBlockInfoRet(1, 1 << 20, 1),

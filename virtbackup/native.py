@@ -45,6 +45,9 @@ class Calls(Protocol):
     def abort(self, ref: hypervisor.DomainRef) -> None:
         """virDomainAbortJob"""
 
+    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
+        """virDomainBlockJobSetSpeed: MiB a second, 0 without a limit."""
+
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         """virDomainGetJobStats"""
 
@@ -93,7 +96,8 @@ class NativeJobs:
         return native_job.image_path(self._calls.scratch_directory(), disk, secrets.token_hex(4))
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        """libvirt tells no more of a pull than that the job ran until it was aborted.
+        """A pull is good whose jobs all run until it is aborted: until then its exports tell what
+        the disks were.
 
         Errors: those of ``native_job.check_ends``, libvirt's own, VIR_ERR_OPERATION_TIMEOUT;
         VIR_ERR_OPERATION_FAILED where the backup is not good.
@@ -101,18 +105,54 @@ class NativeJobs:
         _, begun = self._owned.get(ref.uuid, (None, None))
         document = self._running(ref)
         native_job.check_ends(document, begun)
-        self._end(ref, document)
+        good = not flags & hypervisor.STOP_CANCEL
+        reasons = self._lost(ref, document) if good else []
+        was_there = self._end(ref, document)
         self._owned.pop(ref.uuid, None)
-        if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
+        if good and not self._is_active(ref):
+            reasons = ["the domain ended"]
+        elif good and not was_there and not reasons:
+            reasons = ["somebody else ended it"]
+        if reasons:
             raise errors.error(
-                libvirt.VIR_ERR_OPERATION_FAILED, "the backup is not good: the domain ended"
+                libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {'; '.join(reasons)}"
             )
 
-    def _end(self, ref: hypervisor.DomainRef, document: str) -> None:
-        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
-        begins one waits for half a minute until there is no job."""
+    def _lost(self, ref: hypervisor.DomainRef, document: str) -> list[str]:
+        """The disks whose jobs do not run, of the backup that libvirt tells by DOCUMENT: it may not
+        have heard of that yet, when their exports have told for long what the guest writes."""
+        disks = native_conf.BackupDef.parse(document).disks
+        return [
+            f"disk '{disk.name}': its backup job ended"
+            for disk in disks
+            if disk.backup is not False and self._has_ended(ref, disk.name)
+        ]
+
+    def _has_ended(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        """Whether DISK has no job that runs: of no other can the speed be set, which QEMU is asked
+        for, and is nothing to a pull."""
+        try:
+            self._calls.set_speed(ref, disk, 0)
+        except libvirt.libvirtError as failure:
+            lost = failure.get_error_domain() == libvirt.VIR_FROM_RPC
+            if lost or failure.get_error_code() not in _NO_JOB:
+                raise
+            return True
+        return False
+
+    def _end(self, ref: hypervisor.DomainRef, document: str) -> bool:
+        """End the backup that libvirt tells by DOCUMENT; whether it was there. Another one may run
+        right behind it: who begins one waits for half a minute until there is no job."""
         ended = native_conf.BackupDef.parse(document)
-        self._calls.abort(ref)
+        if not self._still_runs(ref, ended):
+            return False
+        try:
+            self._calls.abort(ref)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                raise
+            if self._still_runs(ref, ended):
+                raise
         end = time.monotonic() + END_TIMEOUT
         while self._still_runs(ref, ended):
             if time.monotonic() > end:
@@ -120,6 +160,7 @@ class NativeJobs:
                     libvirt.VIR_ERR_OPERATION_TIMEOUT, "libvirt's backup job does not end"
                 )
             time.sleep(_LOOK_AGAIN)
+        return True
 
     def _still_runs(self, ref: hypervisor.DomainRef, ended: native_conf.BackupDef) -> bool:
         try:
@@ -172,6 +213,14 @@ class NativeJobs:
                 libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present"
             ) from failure
 
+
+_NO_JOB = (
+    libvirt.VIR_ERR_INVALID_ARG,
+    libvirt.VIR_ERR_INTERNAL_ERROR,
+    libvirt.VIR_ERR_OPERATION_INVALID,
+    libvirt.VIR_ERR_NO_DOMAIN,
+)
+"""libvirt has no such job, QEMU's takes no command any more, or the domain is not there."""
 
 _NOTHING_LEFT = (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_DOMAIN)
 

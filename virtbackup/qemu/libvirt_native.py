@@ -40,6 +40,9 @@ class _Calls:
     def abort(self, ref: hypervisor.DomainRef) -> None:
         self._host.lookup(ref).abortJob()
 
+    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
+        self._host.lookup(ref).blockJobSetSpeed(disk, speed, 0)
+
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         stats: Mapping[str, Any] = self._host.lookup(ref).jobStats()
         return stats

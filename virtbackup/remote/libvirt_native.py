@@ -48,6 +48,9 @@ class Calls:
     def abort(self, ref: hypervisor.DomainRef) -> None:
         self._of(ref, "DOMAIN_ABORT_JOB")
 
+    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
+        self._of(ref, "DOMAIN_BLOCK_JOB_SET_SPEED", disk, speed, 0)
+
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         return wire_conf.params_from_wire(self._of(ref, "DOMAIN_GET_JOB_STATS", 0).params)
 
