@@ -296,16 +296,29 @@ def test_a_backup_that_begins_right_behind_is_not_waited_for(
     assert len(theirs.aborted) == 1
 
 
-def test_a_domain_that_is_gone_as_its_job_ends_had_no_good_backup(
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_domain_that_is_gone_as_its_job_ends(
     doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_lost: bool,
 ) -> None:
-    theirs, start, stop, _ = doors
+    """As a save that waits for the backup's end begins at once: the backup was good. It was not
+    where the domain ended before its jobs were asked for."""
+    theirs, _, stop, _ = doors
+    theirs.document = THEIRS
+    if is_lost:
+
+        def end(*_: object) -> None:
+            theirs.gone = True
+            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
+
+        monkeypatch.setattr(theirs, "blockJobSetSpeed", end)
+        with pytest.raises(errors.Error, match="the backup is not good: the domain ended"):
+            stop(REF, 0)
+        return
     theirs.ends = True
-    start(REF, OURS, 0)
-    with pytest.raises(errors.Error, match="the backup is not good: the domain ended"):
-        stop(REF, 0)
-    theirs.gone, theirs.document = False, None
-    start(REF, OURS, 0)
+    stop(REF, 0)
+    theirs.gone, theirs.document = False, THEIRS
     stop(REF, hypervisor.STOP_CANCEL)
 
 

@@ -944,8 +944,11 @@ def test_a_domain_that_ended_had_no_good_backup(
 ) -> None:
     opened.domain_backup_start(REF, PROPOSAL, 0)
     daemon.active = 0
+    refusal = errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
+    theirs.handlers["REMOTE.DOMAIN_BLOCK_JOB_SET_SPEED"] = raises(refusal)
     failure = fails(lambda: opened.domain_backup_stop(REF, 0))
     assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert str(failure).endswith("the backup is not good: the domain ended")
     daemon.begun = structs.DomainBackupBeginArgs(VM, "<domainbackup mode='pull'/>", None, 0)
     daemon.aborted = 0
     no_domain = raises(errors.error(libvirt.VIR_ERR_NO_DOMAIN, "vm"))

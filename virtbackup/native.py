@@ -105,14 +105,15 @@ class NativeJobs:
         _, begun = self._owned.get(ref.uuid, (None, None))
         document = self._running(ref)
         native_job.check_ends(document, begun)
-        good = not flags & hypervisor.STOP_CANCEL
-        reasons = self._lost(ref, document) if good else []
+        is_judged = not flags & hypervisor.STOP_CANCEL
+        reasons = self._lost(ref, document) if is_judged else []
         was_there = self._end(ref, document)
         self._owned.pop(ref.uuid, None)
-        if good and not self._is_active(ref):
+        if is_judged and not was_there:
+            reasons = reasons or ["somebody else ended it"]
+        # What ends the domain once they have run, as a save that has waited, is nothing to them.
+        if reasons and not self._is_active(ref):
             reasons = ["the domain ended"]
-        elif good and not was_there and not reasons:
-            reasons = ["somebody else ended it"]
         if reasons:
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {'; '.join(reasons)}"
