@@ -322,6 +322,139 @@ def test_a_domain_that_is_gone_as_its_job_ends(
     stop(REF, hypervisor.STOP_CANCEL)
 
 
+# --- a libvirt that is restarted meanwhile ---
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> errors.Error:
+    """What is said while it is away; who waits for it looks at once."""
+    monkeypatch.setattr(native, "_TRY_AGAIN", 0.0)
+    text = "End of file while reading data: Input/output error"
+    return errors.Error(libvirt.VIR_ERR_SYSTEM_ERROR, text, domain=libvirt.VIR_FROM_RPC)
+
+
+class Away:
+    """A call that fails the first times, by FAILURE."""
+
+    def __init__(self, call: Callable[..., Any], failure: BaseException, times: int) -> None:
+        self._call, self._failure, self._times = call, failure, times
+
+    def __call__(self, *args: Any) -> Any:
+        self._times -= 1
+        if self._times >= 0:
+            raise self._failure
+        return self._call(*args)
+
+
+@pytest.mark.parametrize("flags", [0, hypervisor.START_AUTODESTROY])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_start_began_that_was_not_answered_is_ended(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+    flags: int,
+    interrupted: bool,
+) -> None:
+    """libvirtd answers nobody any more once it is told to end, but does what it was asked for."""
+    theirs, start, _, close = doors
+    failure: BaseException = KeyboardInterrupt() if interrupted else lost
+
+    def begin(document: str, *_: object) -> None:
+        theirs.document = document
+        monkeypatch.setattr(theirs, "backupGetXMLDesc", Away(theirs.backupGetXMLDesc, lost, 2))
+        raise failure
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with pytest.raises(type(failure)):
+        start(REF, OURS, flags)
+    assert len(theirs.aborted) == 1
+    close()
+    assert len(theirs.aborted) == 1
+
+
+@pytest.mark.parametrize("others", [None, PUSH, THEIRS])
+def test_a_start_that_began_nothing_ends_nothing(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+    others: str | None,
+) -> None:
+    theirs, start, _, close = doors
+
+    def begin(*_: object) -> None:
+        theirs.document = others
+        raise lost
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with pytest.raises(errors.Error, match="End of file"):
+        start(REF, OURS, hypervisor.START_AUTODESTROY)
+    close()
+    assert theirs.aborted == []
+
+
+def test_what_a_start_has_left_is_told(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lost: errors.Error,
+) -> None:
+    theirs, start, _, _ = doors
+
+    def begin(*_: object) -> None:
+        theirs.failure = errors.Error(libvirt.VIR_ERR_ACCESS_DENIED, "x")
+        raise lost
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with pytest.raises(errors.Error, match="End of file"):
+        start(REF, OURS, 0)
+    [left] = [record for record in caplog.records if record.name.endswith(".left")]
+    assert left.getMessage() == (
+        "a backup of domain 'vm' that may have begun runs on until virsh domjobabort ends it: x"
+    )
+
+
+@pytest.mark.parametrize("call", ["backupGetXMLDesc", "blockJobSetSpeed", "abortJob"])
+def test_who_began_a_backup_waits_for_libvirt_to_stop_it(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+    call: str,
+) -> None:
+    theirs, start, stop, _ = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = native_conf.BackupDef.parse(THEIRS.replace("/theirs", "/x")).format()
+    monkeypatch.setattr(theirs, call, Away(getattr(theirs, call), lost, 3))
+    stop(REF, 0)
+    assert len(theirs.aborted) == 1
+
+
+def test_others_do_not_wait_for_libvirt(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+) -> None:
+    theirs, start, stop, close = doors
+    start(REF, OURS, 0)
+    assert theirs.document is not None
+    monkeypatch.setattr(theirs, "backupGetXMLDesc", Away(theirs.backupGetXMLDesc, lost, 1))
+    with pytest.raises(errors.Error, match="End of file"):
+        stop(REF, 0)
+    close()
+    assert theirs.aborted == []
+
+
+def test_what_is_to_end_with_us_waits_for_libvirt_to_end(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+) -> None:
+    theirs, start, _, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    monkeypatch.setattr(theirs, "abortJob", Away(theirs.abortJob, lost, 2))
+    close()
+    assert len(theirs.aborted) == 1
+
+
 _CONCLUDED = (
     "internal error: unable to execute QEMU command 'block-job-set-speed': Job"
     " 'backup-vda-libvirt-2-format' in state 'concluded' cannot accept command verb 'set-speed'"

@@ -4,11 +4,12 @@ is reached.
 """
 
 import contextlib
+import functools
 import logging
 import secrets
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import libvirt
 
@@ -21,7 +22,12 @@ left_logger = logging.getLogger(f"{__name__}.left")
 END_TIMEOUT = 60.0
 """Seconds for libvirt to end a backup job that was aborted."""
 
+PATIENCE = 10.0
+"""Seconds for a daemon of libvirt's that is restarted to be there again."""
+
 _LOOK_AGAIN = 0.01
+_TRY_AGAIN = 0.2
+_Told = TypeVar("_Told")
 
 
 class Calls(Protocol):
@@ -58,19 +64,21 @@ class Calls(Protocol):
 class NativeJobs:
     """The backups of all domains of one libvirt."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, patience: float = PATIENCE) -> None:
+        """PATIENCE: seconds to try what has to be done by new connections, where the one that was
+        is lost; 0 where there are none."""
         self._calls = calls
+        self._patience = patience
         self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
         """By uuid: a domain whose backup is to end with us, and what was begun."""
 
     def close(self) -> None:
         """End the backups that were started to end with us. It is warned of one that cannot be."""
         owned, self._owned = self._owned, {}
+        until = time.monotonic() + self._patience
         for ref, begun in owned.values():
             try:
-                document = self._running(ref)
-                if native_job.is_of(document, begun):
-                    self._end(ref, document)
+                _patiently(functools.partial(self._end, ref, begun), until)
             except libvirt.libvirtError as failure:
                 if failure.get_error_code() not in _NOTHING_LEFT:
                     left_logger.warning(
@@ -80,17 +88,36 @@ class NativeJobs:
                     )
 
     def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        """Errors: those of ``native_job.begin``, libvirt's own, VIR_ERR_OPERATION_INVALID."""
+        """Errors: those of ``native_job.begin``, libvirt's own, VIR_ERR_OPERATION_INVALID. What a
+        libvirt that is lost meanwhile has begun all the same is ended, or told to be left."""
         quiesce = bool(flags & hypervisor.START_QUIESCE)
         native = native_job.begin(xml, quiesce, lambda: self._calls.definition(ref), self._image)
         if self._runs(ref):  # libvirt would wait half a minute for its end
             raise errors.error(
                 libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
             )
-        self._calls.begin(ref, native.format())
+        try:
+            self._calls.begin(ref, native.format())
+        except BaseException as failure:
+            if isinstance(failure, libvirt.libvirtError) and not _is_lost(failure):
+                raise
+            self._undo(ref, native)
+            raise
         self._owned.pop(ref.uuid, None)
         if flags & hypervisor.START_AUTODESTROY:
             self._owned[ref.uuid] = ref, native
+
+    def _undo(self, ref: hypervisor.DomainRef, begun: native_conf.BackupDef) -> None:
+        """End what was BEGUN perhaps, in a start that has failed."""
+        try:
+            _patiently(lambda: self._end(ref, begun), time.monotonic() + self._patience)
+        except libvirt.libvirtError as failure:
+            left_logger.warning(
+                "a backup of domain '%s' that may have begun runs on until virsh domjobabort ends"
+                " it: %s",
+                ref.name,
+                failure,
+            )
 
     def _image(self, disk: str) -> str:
         return native_job.image_path(self._calls.scratch_directory(), disk, secrets.token_hex(4))
@@ -103,14 +130,16 @@ class NativeJobs:
         VIR_ERR_OPERATION_FAILED where the backup is not good.
         """
         _, begun = self._owned.get(ref.uuid, (None, None))
-        document = self._running(ref)
+        cancel = bool(flags & hypervisor.STOP_CANCEL)
+        until = time.monotonic() + (0.0 if begun is None or cancel else self._patience)
+        document = _patiently(lambda: self._running(ref), until)
         native_job.check_ends(document, begun)
-        is_judged = not flags & hypervisor.STOP_CANCEL
-        reasons = self._lost(ref, document) if is_judged else []
-        was_there = self._end(ref, document)
+        ended = native_conf.BackupDef.parse(document)
+        reasons = []
+        if not cancel:
+            reasons = _patiently(lambda: self._why_not_good(ref, ended), until)
+        _patiently(lambda: self._end(ref, ended), until)
         self._owned.pop(ref.uuid, None)
-        if is_judged and not was_there:
-            reasons = reasons or ["somebody else ended it"]
         # What ends the domain once they have run, as a save that has waited, is nothing to them.
         if reasons and not self._is_active(ref):
             reasons = ["the domain ended"]
@@ -119,15 +148,17 @@ class NativeJobs:
                 libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {'; '.join(reasons)}"
             )
 
-    def _lost(self, ref: hypervisor.DomainRef, document: str) -> list[str]:
-        """The disks whose jobs do not run, of the backup that libvirt tells by DOCUMENT: it may not
-        have heard of that yet, when their exports have told for long what the guest writes."""
-        disks = native_conf.BackupDef.parse(document).disks
-        return [
+    def _why_not_good(self, ref: hypervisor.DomainRef, asked: native_conf.BackupDef) -> list[str]:
+        """Which disks have no job that runs: libvirt may not have heard of that yet, when their
+        exports have told for long what the guest writes."""
+        lost = [
             f"disk '{disk.name}': its backup job ended"
-            for disk in disks
+            for disk in asked.disks
             if disk.backup is not False and self._has_ended(ref, disk.name)
         ]
+        if not lost and not self._still_runs(ref, asked):
+            return ["somebody else ended it"]
+        return lost
 
     def _has_ended(self, ref: hypervisor.DomainRef, disk: str) -> bool:
         """Whether DISK has no job that runs: of no other can the speed be set, which QEMU is asked
@@ -135,18 +166,16 @@ class NativeJobs:
         try:
             self._calls.set_speed(ref, disk, 0)
         except libvirt.libvirtError as failure:
-            lost = failure.get_error_domain() == libvirt.VIR_FROM_RPC
-            if lost or failure.get_error_code() not in _NO_JOB:
+            if _is_lost(failure) or failure.get_error_code() not in _NO_JOB:
                 raise
             return True
         return False
 
-    def _end(self, ref: hypervisor.DomainRef, document: str) -> bool:
-        """End the backup that libvirt tells by DOCUMENT; whether it was there. Another one may run
-        right behind it: who begins one waits for half a minute until there is no job."""
-        ended = native_conf.BackupDef.parse(document)
+    def _end(self, ref: hypervisor.DomainRef, ended: native_conf.BackupDef) -> None:
+        """End a backup, where it is still there. Another one may run right behind it: who begins
+        one waits for half a minute until there is no job."""
         if not self._still_runs(ref, ended):
-            return False
+            return
         try:
             self._calls.abort(ref)
         except libvirt.libvirtError as failure:
@@ -161,7 +190,6 @@ class NativeJobs:
                     libvirt.VIR_ERR_OPERATION_TIMEOUT, "libvirt's backup job does not end"
                 )
             time.sleep(_LOOK_AGAIN)
-        return True
 
     def _still_runs(self, ref: hypervisor.DomainRef, ended: native_conf.BackupDef) -> bool:
         try:
@@ -222,6 +250,23 @@ _NO_JOB = (
     libvirt.VIR_ERR_NO_DOMAIN,
 )
 """libvirt has no such job, QEMU's takes no command any more, or the domain is not there."""
+
+
+def _patiently(ask: Callable[[], _Told], until: float) -> _Told:
+    """What is told, by a libvirt that may be restarted just now, UNTIL some ``time.monotonic``."""
+    while True:
+        try:
+            return ask()
+        except libvirt.libvirtError as failure:
+            if not _is_lost(failure) or time.monotonic() >= until:
+                raise
+        time.sleep(_TRY_AGAIN)
+
+
+def _is_lost(failure: libvirt.libvirtError) -> bool:
+    """Whether the connection was, and not what was asked for."""
+    return bool(failure.get_error_domain() == libvirt.VIR_FROM_RPC)
+
 
 _NOTHING_LEFT = (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_DOMAIN)
 
