@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The proposed calls on libvirt's own backup job: what is begun, what is told, what is refused."""
 
+import concurrent.futures
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from tests import waiting
 from tests.test_backup_conf import DOMAIN
 from virtbackup import errors, hypervisor, native
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
@@ -320,6 +323,32 @@ def test_a_domain_that_is_gone_as_its_job_ends(
     stop(REF, 0)
     theirs.gone, theirs.document = False, THEIRS
     stop(REF, hypervisor.STOP_CANCEL)
+
+
+def test_two_threads_begin_one_backup(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is late is refused, where libvirt would have it wait for half a minute."""
+    theirs, start, _, _ = doors
+    entered, leave, begun = threading.Event(), threading.Event(), []
+
+    def begin(document: str, *_: object) -> None:
+        begun.append(document)
+        entered.set()
+        assert leave.wait(waiting.DEADLINE)
+        theirs.document = document
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(start, REF, OURS, 0)
+        assert entered.wait(waiting.DEADLINE)
+        second = pool.submit(start, REF, OURS, 0)
+        concurrent.futures.wait([second], 0.05)
+        leave.set()
+        assert first.result() is None
+        with pytest.raises(errors.Error, match="another backup job is already running"):
+            second.result()
+    assert len(begun) == 1
 
 
 # --- a libvirt that is restarted meanwhile ---

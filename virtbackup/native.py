@@ -3,10 +3,12 @@
 is reached.
 """
 
+import collections
 import contextlib
 import functools
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -71,6 +73,10 @@ class NativeJobs:
         self._patience = patience
         self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
         """By uuid: a domain whose backup is to end with us, and what was begun."""
+        # Reentrant, as a signal's handler may start one.
+        self._starting: dict[str, threading.RLock] = collections.defaultdict(threading.RLock)
+        """By uuid: libvirt lets who begins a second backup wait for half a minute, and with it, up
+        to 9.0 at least, whoever asks something by the same connection."""
 
     def close(self) -> None:
         """End the backups that were started to end with us. It is warned of one that cannot be."""
@@ -92,10 +98,17 @@ class NativeJobs:
         libvirt that is lost meanwhile has begun all the same is ended, or told to be left."""
         quiesce = bool(flags & hypervisor.START_QUIESCE)
         native = native_job.begin(xml, quiesce, lambda: self._calls.definition(ref), self._image)
-        if self._runs(ref):  # libvirt would wait half a minute for its end
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
-            )
+        with self._starting[ref.uuid]:
+            if self._runs(ref):
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
+                )
+            self._begin(ref, native)
+            self._owned.pop(ref.uuid, None)
+            if flags & hypervisor.START_AUTODESTROY:
+                self._owned[ref.uuid] = ref, native
+
+    def _begin(self, ref: hypervisor.DomainRef, native: native_conf.BackupDef) -> None:
         try:
             self._calls.begin(ref, native.format())
         except BaseException as failure:
@@ -103,9 +116,6 @@ class NativeJobs:
                 raise
             self._undo(ref, native)
             raise
-        self._owned.pop(ref.uuid, None)
-        if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref, native
 
     def _undo(self, ref: hypervisor.DomainRef, begun: native_conf.BackupDef) -> None:
         """End what was BEGUN perhaps, in a start that has failed."""
