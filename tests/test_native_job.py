@@ -351,6 +351,33 @@ def test_two_threads_begin_one_backup(
     assert len(begun) == 1
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_no_capacity_is_asked_for_while_scratch_images_are_made(
+    monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """libvirt tells of the backup by then; QEMU 7.2 would die of what it is asked."""
+    theirs = Theirs()
+    theirs.document = THEIRS
+    calls, asked = libvirt_native.Calls(theirs.of), []
+
+    def capacity(ref: hypervisor.DomainRef, disk: str) -> int:
+        asked.append(disk)
+        return 7
+
+    monkeypatch.setattr(calls, "definition", lambda ref: DOMAIN)
+    monkeypatch.setattr(calls, "stats", lambda ref: {})
+    monkeypatch.setattr(calls, "has_job", lambda ref, disk: not begins)
+    monkeypatch.setattr(calls, "capacity", capacity)
+    jobs = native.NativeJobs(calls)
+    if not begins:
+        assert [disk.capacity for disk in jobs.get_info(REF).disks] == [7]
+        return
+    with pytest.raises(errors.Error, match="begins or ends just now") as caught:
+        jobs.get_info(REF)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+    assert asked == []
+
+
 # --- a libvirt that is restarted meanwhile ---
 
 

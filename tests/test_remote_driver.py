@@ -842,6 +842,7 @@ PROPOSAL = (
     '<disks><disk name="vdb" present="no"/></disks></domainbackup>'
 )
 NO_JOB = structs.DomainGetJobStatsRet(0, ())
+JOB = structs.DomainGetBlockJobInfoRet(1, 5, 0, 0, 1 << 20)
 
 
 class Libvirtd:
@@ -861,6 +862,7 @@ class Libvirtd:
             "REMOTE.DOMAIN_GET_JOB_STATS": self.stats,
             "REMOTE.DOMAIN_IS_ACTIVE": lambda *_: structs.DomainIsActiveRet(self.active),
             "REMOTE.DOMAIN_GET_BLOCK_INFO": lambda *_: structs.DomainGetBlockInfoRet(1, 1 << 20, 1),
+            "REMOTE.DOMAIN_GET_BLOCK_JOB_INFO": lambda *_: JOB,
         }
 
     def begin(self, peer: rpc_server.Peer, message: rpc.Message) -> None:

@@ -59,6 +59,9 @@ class Calls(Protocol):
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         """virDomainGetJobStats"""
 
+    def has_job(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        """virDomainGetBlockJobInfo"""
+
     def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
         """virDomainGetBlockInfo: bytes."""
 
@@ -76,7 +79,8 @@ class NativeJobs:
         # Reentrant, as a signal's handler may start one.
         self._starting: dict[str, threading.RLock] = collections.defaultdict(threading.RLock)
         """By uuid: libvirt lets who begins a second backup wait for half a minute, and with it, up
-        to 9.0 at least, whoever asks something by the same connection."""
+        to 9.0 at least, whoever asks something by the same connection. Nor is a capacity asked for
+        meanwhile."""
 
     def close(self) -> None:
         """End the backups that were started to end with us. It is warned of one that cannot be."""
@@ -221,11 +225,24 @@ class NativeJobs:
         return self._proposal(ref).format()
 
     def get_info(self, ref: hypervisor.DomainRef) -> backup_conf.BackupInfo:
+        """Errors: VIR_ERR_NO_DOMAIN_BACKUP, also of one that is still being begun."""
         definition = self._proposal(ref)
         began = 0.0
         with contextlib.suppress(libvirt.libvirtError):
             began = time.time() - int(self._calls.stats(ref).get("time_elapsed", 0)) / 1000
-        return native_job.info(definition, began, lambda disk: self._calls.capacity(ref, disk))
+        with self._starting[ref.uuid]:
+            self._check_made(ref, definition)
+            return native_job.info(definition, began, lambda disk: self._calls.capacity(ref, disk))
+
+    def _check_made(self, ref: hypervisor.DomainRef, definition: backup_conf.BackupDef) -> None:
+        """libvirt tells of a backup while it has scratch images made. QEMU before 10.0 dies then of
+        what libvirt asks it for a capacity (``capabilities.CREATE_CRASH``)."""
+        if not all(
+            self._calls.has_job(ref, disk.name) for disk in definition.disks if disk.present
+        ):
+            raise errors.error(
+                libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "the domain's backup begins or ends just now"
+            )
 
     def _proposal(self, ref: hypervisor.DomainRef) -> backup_conf.BackupDef:
         """The running backup, in the proposal's dialect."""

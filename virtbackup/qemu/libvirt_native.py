@@ -47,6 +47,9 @@ class _Calls:
         stats: Mapping[str, Any] = self._host.lookup(ref).jobStats()
         return stats
 
+    def has_job(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        return bool(self._host.lookup(ref).blockJobInfo(disk, 0))
+
     def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
         return int(self._host.lookup(ref).blockInfo(disk)[0])
 

@@ -54,5 +54,8 @@ class Calls:
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         return wire_conf.params_from_wire(self._of(ref, "DOMAIN_GET_JOB_STATS", 0).params)
 
+    def has_job(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        return bool(self._of(ref, "DOMAIN_GET_BLOCK_JOB_INFO", disk, 0).found)
+
     def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
         return int(self._of(ref, "DOMAIN_GET_BLOCK_INFO", disk, 0).capacity)
