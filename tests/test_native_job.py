@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The proposed calls on libvirt's own backup job: what is begun, what is told, what is refused."""
 
+import concurrent.futures
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from tests import waiting
 from tests.test_backup_conf import DOMAIN
 from virtbackup import errors, hypervisor, native
 from virtbackup.conf import backup_conf, domain_conf, native_conf, native_job, storage_conf
@@ -153,6 +156,8 @@ class Theirs:
         """Of every question."""
         self.refusal: errors.Error | None = None
         """To abort a job."""
+        self.lost: dict[str, errors.Error] = {}
+        """What is said to the speed of a disk's job."""
         self.behind: str | None = None
         """The backup that somebody waits to begin."""
         self.ends = False
@@ -189,6 +194,11 @@ class Theirs:
         self.document = self.behind
         self.gone = self.ends
 
+    def blockJobSetSpeed(self, disk: str, speed: int, flags: int) -> None:
+        self.check()
+        if disk in self.lost:
+            raise self.lost[disk]
+
     def isActive(self) -> int:
         self.check()
         return 1
@@ -201,6 +211,8 @@ class Theirs:
                 return types.SimpleNamespace(xml=self.backupGetXMLDesc(*args))
             case "DOMAIN_ABORT_JOB":
                 self.abortJob()
+            case "DOMAIN_BLOCK_JOB_SET_SPEED":
+                self.blockJobSetSpeed(*args)
             case "DOMAIN_IS_ACTIVE":
                 return types.SimpleNamespace(active=self.isActive())
         return None
@@ -287,17 +299,300 @@ def test_a_backup_that_begins_right_behind_is_not_waited_for(
     assert len(theirs.aborted) == 1
 
 
-def test_a_domain_that_is_gone_as_its_job_ends_had_no_good_backup(
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_domain_that_is_gone_as_its_job_ends(
     doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_lost: bool,
+) -> None:
+    """As a save that waits for the backup's end begins at once: the backup was good. It was not
+    where the domain ended before its jobs were asked for."""
+    theirs, _, stop, _ = doors
+    theirs.document = THEIRS
+    if is_lost:
+
+        def end(*_: object) -> None:
+            theirs.gone = True
+            raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
+
+        monkeypatch.setattr(theirs, "blockJobSetSpeed", end)
+        with pytest.raises(errors.Error, match="the backup is not good: the domain ended"):
+            stop(REF, 0)
+        return
+    theirs.ends = True
+    stop(REF, 0)
+    theirs.gone, theirs.document = False, THEIRS
+    stop(REF, hypervisor.STOP_CANCEL)
+
+
+def test_two_threads_begin_one_backup(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is late is refused, where libvirt would have it wait for half a minute."""
+    theirs, start, _, _ = doors
+    entered, leave, begun = threading.Event(), threading.Event(), []
+
+    def begin(document: str, *_: object) -> None:
+        begun.append(document)
+        entered.set()
+        assert leave.wait(waiting.DEADLINE)
+        theirs.document = document
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(start, REF, OURS, 0)
+        assert entered.wait(waiting.DEADLINE)
+        second = pool.submit(start, REF, OURS, 0)
+        concurrent.futures.wait([second], 0.05)
+        leave.set()
+        assert first.result() is None
+        with pytest.raises(errors.Error, match="another backup job is already running"):
+            second.result()
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_no_capacity_is_asked_for_while_scratch_images_are_made(
+    monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """libvirt tells of the backup by then; QEMU 7.2 would die of what it is asked."""
+    theirs = Theirs()
+    theirs.document = THEIRS
+    calls, asked = libvirt_native.Calls(theirs.of), []
+
+    def capacity(ref: hypervisor.DomainRef, disk: str) -> int:
+        asked.append(disk)
+        return 7
+
+    monkeypatch.setattr(calls, "definition", lambda ref: DOMAIN)
+    monkeypatch.setattr(calls, "stats", lambda ref: {})
+    monkeypatch.setattr(calls, "has_job", lambda ref, disk: not begins)
+    monkeypatch.setattr(calls, "capacity", capacity)
+    jobs = native.NativeJobs(calls)
+    if not begins:
+        assert [disk.capacity for disk in jobs.get_info(REF).disks] == [7]
+        return
+    with pytest.raises(errors.Error, match="begins or ends just now") as caught:
+        jobs.get_info(REF)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+    assert asked == []
+
+
+# --- a libvirt that is restarted meanwhile ---
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> errors.Error:
+    """What is said while it is away; who waits for it looks at once."""
+    monkeypatch.setattr(native, "_TRY_AGAIN", 0.0)
+    text = "End of file while reading data: Input/output error"
+    return errors.Error(libvirt.VIR_ERR_SYSTEM_ERROR, text, domain=libvirt.VIR_FROM_RPC)
+
+
+class Away:
+    """A call that fails the first times, by FAILURE."""
+
+    def __init__(self, call: Callable[..., Any], failure: BaseException, times: int) -> None:
+        self._call, self._failure, self._times = call, failure, times
+
+    def __call__(self, *args: Any) -> Any:
+        self._times -= 1
+        if self._times >= 0:
+            raise self._failure
+        return self._call(*args)
+
+
+@pytest.mark.parametrize("flags", [0, hypervisor.START_AUTODESTROY])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_start_began_that_was_not_answered_is_ended(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+    flags: int,
+    interrupted: bool,
+) -> None:
+    """libvirtd answers nobody any more once it is told to end, but does what it was asked for."""
+    theirs, start, _, close = doors
+    failure: BaseException = KeyboardInterrupt() if interrupted else lost
+
+    def begin(document: str, *_: object) -> None:
+        theirs.document = document
+        monkeypatch.setattr(theirs, "backupGetXMLDesc", Away(theirs.backupGetXMLDesc, lost, 2))
+        raise failure
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with pytest.raises(type(failure)):
+        start(REF, OURS, flags)
+    assert len(theirs.aborted) == 1
+    close()
+    assert len(theirs.aborted) == 1
+
+
+@pytest.mark.parametrize("others", [None, PUSH, THEIRS])
+def test_a_start_that_began_nothing_ends_nothing(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+    others: str | None,
+) -> None:
+    theirs, start, _, close = doors
+
+    def begin(*_: object) -> None:
+        theirs.document = others
+        raise lost
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with pytest.raises(errors.Error, match="End of file"):
+        start(REF, OURS, hypervisor.START_AUTODESTROY)
+    close()
+    assert theirs.aborted == []
+
+
+def test_what_a_start_has_left_is_told(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lost: errors.Error,
+) -> None:
+    theirs, start, _, _ = doors
+
+    def begin(*_: object) -> None:
+        theirs.failure = errors.Error(libvirt.VIR_ERR_ACCESS_DENIED, "x")
+        raise lost
+
+    monkeypatch.setattr(theirs, "backupBegin", begin)
+    with pytest.raises(errors.Error, match="End of file"):
+        start(REF, OURS, 0)
+    [left] = [record for record in caplog.records if record.name.endswith(".left")]
+    assert left.getMessage() == (
+        "a backup of domain 'vm' that may have begun runs on until virsh domjobabort ends it: x"
+    )
+
+
+@pytest.mark.parametrize("call", ["backupGetXMLDesc", "blockJobSetSpeed", "abortJob"])
+def test_who_began_a_backup_waits_for_libvirt_to_stop_it(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+    call: str,
 ) -> None:
     theirs, start, stop, _ = doors
-    theirs.ends = True
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    theirs.document = native_conf.BackupDef.parse(THEIRS.replace("/theirs", "/x")).format()
+    monkeypatch.setattr(theirs, call, Away(getattr(theirs, call), lost, 3))
+    stop(REF, 0)
+    assert len(theirs.aborted) == 1
+
+
+def test_others_do_not_wait_for_libvirt(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+) -> None:
+    theirs, start, stop, close = doors
     start(REF, OURS, 0)
-    with pytest.raises(errors.Error, match="the backup is not good: the domain ended"):
+    assert theirs.document is not None
+    monkeypatch.setattr(theirs, "backupGetXMLDesc", Away(theirs.backupGetXMLDesc, lost, 1))
+    with pytest.raises(errors.Error, match="End of file"):
         stop(REF, 0)
-    theirs.gone, theirs.document = False, None
-    start(REF, OURS, 0)
+    close()
+    assert theirs.aborted == []
+
+
+def test_what_is_to_end_with_us_waits_for_libvirt_to_end(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: errors.Error,
+) -> None:
+    theirs, start, _, close = doors
+    start(REF, OURS, hypervisor.START_AUTODESTROY)
+    monkeypatch.setattr(theirs, "abortJob", Away(theirs.abortJob, lost, 2))
+    close()
+    assert len(theirs.aborted) == 1
+
+
+_CONCLUDED = (
+    "internal error: unable to execute QEMU command 'block-job-set-speed': Job"
+    " 'backup-vda-libvirt-2-format' in state 'concluded' cannot accept command verb 'set-speed'"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (libvirt.VIR_ERR_INTERNAL_ERROR, _CONCLUDED),
+        (libvirt.VIR_ERR_INVALID_ARG, "disk vda does not have an active block job"),
+    ],
+)
+def test_a_job_that_ended_before_the_stop_had_no_good_backup(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], code: int, text: str
+) -> None:
+    """Its export has told since then what the guest wrote; libvirt may not know of it yet."""
+    theirs, _, stop, _ = doors
+    theirs.document, theirs.lost["vda"] = THEIRS, errors.Error(code, text)
+    with pytest.raises(
+        errors.Error, match=r"not good: disk 'vda': its backup job ended$"
+    ) as caught:
+        stop(REF, 0)
+    assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert theirs.aborted == [THEIRS]
+    theirs.document = THEIRS
     stop(REF, hypervisor.STOP_CANCEL)
+    assert theirs.aborted == [THEIRS, THEIRS]
+
+
+@pytest.mark.parametrize(
+    ("code", "domain"),
+    [
+        (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_RPC),
+        (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_FROM_QEMU),
+    ],
+)
+def test_a_job_of_which_nothing_is_heard_may_run_on(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], code: int, domain: int
+) -> None:
+    theirs, _, stop, _ = doors
+    theirs.document = THEIRS
+    theirs.lost["vda"] = errors.Error(code, "client socket is closed", domain=domain)
+    with pytest.raises(errors.Error, match="client socket is closed"):
+        stop(REF, 0)
+    assert theirs.aborted == []
+    theirs.lost.clear()
+    stop(REF, 0)
+
+
+@pytest.mark.parametrize("then", [None, PUSH])
+def test_a_backup_that_somebody_ends_as_it_is_stopped(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    then: str | None,
+) -> None:
+    """Whether before its jobs were asked for, cannot be told; what runs then is not ended."""
+    theirs, _, stop, _ = doors
+
+    def ended(*_: object) -> None:
+        theirs.document = then
+
+    monkeypatch.setattr(theirs, "blockJobSetSpeed", ended)
+    theirs.document = THEIRS
+    with pytest.raises(errors.Error, match="the backup is not good: somebody else ended it"):
+        stop(REF, 0)
+    assert theirs.aborted == []
+
+
+def test_a_backup_whose_jobs_ran_at_its_stop_is_good_whoever_ends_it(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, _, stop, _ = doors
+
+    def ended(*_: object) -> None:
+        theirs.document = None
+        text = "no job is active on the domain"
+        raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, text)
+
+    monkeypatch.setattr(theirs, "abortJob", ended)
+    theirs.document = THEIRS
+    stop(REF, 0)
 
 
 @pytest.mark.parametrize("of", ["failure", "refusal"])

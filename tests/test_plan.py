@@ -1034,6 +1034,9 @@ def test_status_round_trip_and_garbage() -> None:
         ((7, 2, 22), "stream", "concluded", False),
         ((7, 2, 22), "stream", "running", False),
         ((7, 2, 22), "commit", "concluded", True),
+        ((7, 2, 22), "create", "running", False),
+        ((7, 2, 22), "create", "concluded", True),
+        ((10, 0, 13), "create", "running", True),
         ((10, 0, 13), "stream", "concluded", True),
     ],
 )

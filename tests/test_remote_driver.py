@@ -842,6 +842,7 @@ PROPOSAL = (
     '<disks><disk name="vdb" present="no"/></disks></domainbackup>'
 )
 NO_JOB = structs.DomainGetJobStatsRet(0, ())
+JOB = structs.DomainGetBlockJobInfoRet(1, 5, 0, 0, 1 << 20)
 
 
 class Libvirtd:
@@ -857,9 +858,11 @@ class Libvirtd:
             "REMOTE.DOMAIN_BACKUP_BEGIN": self.begin,
             "REMOTE.DOMAIN_BACKUP_GET_XML_DESC": self.xml,
             "REMOTE.DOMAIN_ABORT_JOB": self.abort,
+            "REMOTE.DOMAIN_BLOCK_JOB_SET_SPEED": lambda *_: None,
             "REMOTE.DOMAIN_GET_JOB_STATS": self.stats,
             "REMOTE.DOMAIN_IS_ACTIVE": lambda *_: structs.DomainIsActiveRet(self.active),
             "REMOTE.DOMAIN_GET_BLOCK_INFO": lambda *_: structs.DomainGetBlockInfoRet(1, 1 << 20, 1),
+            "REMOTE.DOMAIN_GET_BLOCK_JOB_INFO": lambda *_: JOB,
         }
 
     def begin(self, peer: rpc_server.Peer, message: rpc.Message) -> None:
@@ -943,8 +946,11 @@ def test_a_domain_that_ended_had_no_good_backup(
 ) -> None:
     opened.domain_backup_start(REF, PROPOSAL, 0)
     daemon.active = 0
+    refusal = errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
+    theirs.handlers["REMOTE.DOMAIN_BLOCK_JOB_SET_SPEED"] = raises(refusal)
     failure = fails(lambda: opened.domain_backup_stop(REF, 0))
     assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
+    assert str(failure).endswith("the backup is not good: the domain ended")
     daemon.begun = structs.DomainBackupBeginArgs(VM, "<domainbackup mode='pull'/>", None, 0)
     daemon.aborted = 0
     no_domain = raises(errors.error(libvirt.VIR_ERR_NO_DOMAIN, "vm"))

@@ -3,12 +3,15 @@
 is reached.
 """
 
+import collections
 import contextlib
+import functools
 import logging
 import secrets
+import threading
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import libvirt
 
@@ -21,7 +24,12 @@ left_logger = logging.getLogger(f"{__name__}.left")
 END_TIMEOUT = 60.0
 """Seconds for libvirt to end a backup job that was aborted."""
 
+PATIENCE = 10.0
+"""Seconds for a daemon of libvirt's that is restarted to be there again."""
+
 _LOOK_AGAIN = 0.01
+_TRY_AGAIN = 0.2
+_Told = TypeVar("_Told")
 
 
 class Calls(Protocol):
@@ -45,8 +53,14 @@ class Calls(Protocol):
     def abort(self, ref: hypervisor.DomainRef) -> None:
         """virDomainAbortJob"""
 
+    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
+        """virDomainBlockJobSetSpeed: MiB a second, 0 without a limit."""
+
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         """virDomainGetJobStats"""
+
+    def has_job(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        """virDomainGetBlockJobInfo"""
 
     def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
         """virDomainGetBlockInfo: bytes."""
@@ -55,19 +69,26 @@ class Calls(Protocol):
 class NativeJobs:
     """The backups of all domains of one libvirt."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, patience: float = PATIENCE) -> None:
+        """PATIENCE: seconds to try what has to be done by new connections, where the one that was
+        is lost; 0 where there are none."""
         self._calls = calls
+        self._patience = patience
         self._owned: dict[str, tuple[hypervisor.DomainRef, native_conf.BackupDef]] = {}
         """By uuid: a domain whose backup is to end with us, and what was begun."""
+        # Reentrant, as a signal's handler may start one.
+        self._starting: dict[str, threading.RLock] = collections.defaultdict(threading.RLock)
+        """By uuid: libvirt lets who begins a second backup wait for half a minute, and with it, up
+        to 9.0 at least, whoever asks something by the same connection. Nor is a capacity asked for
+        meanwhile."""
 
     def close(self) -> None:
         """End the backups that were started to end with us. It is warned of one that cannot be."""
         owned, self._owned = self._owned, {}
+        until = time.monotonic() + self._patience
         for ref, begun in owned.values():
             try:
-                document = self._running(ref)
-                if native_job.is_of(document, begun):
-                    self._end(ref, document)
+                _patiently(functools.partial(self._end, ref, begun), until)
             except libvirt.libvirtError as failure:
                 if failure.get_error_code() not in _NOTHING_LEFT:
                     left_logger.warning(
@@ -77,42 +98,105 @@ class NativeJobs:
                     )
 
     def start(self, ref: hypervisor.DomainRef, xml: str, flags: int) -> None:
-        """Errors: those of ``native_job.begin``, libvirt's own, VIR_ERR_OPERATION_INVALID."""
+        """Errors: those of ``native_job.begin``, libvirt's own, VIR_ERR_OPERATION_INVALID. What a
+        libvirt that is lost meanwhile has begun all the same is ended, or told to be left."""
         quiesce = bool(flags & hypervisor.START_QUIESCE)
         native = native_job.begin(xml, quiesce, lambda: self._calls.definition(ref), self._image)
-        if self._runs(ref):  # libvirt would wait half a minute for its end
-            raise errors.error(
-                libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
+        with self._starting[ref.uuid]:
+            if self._runs(ref):
+                raise errors.error(
+                    libvirt.VIR_ERR_OPERATION_INVALID, "another backup job is already running"
+                )
+            self._begin(ref, native)
+            self._owned.pop(ref.uuid, None)
+            if flags & hypervisor.START_AUTODESTROY:
+                self._owned[ref.uuid] = ref, native
+
+    def _begin(self, ref: hypervisor.DomainRef, native: native_conf.BackupDef) -> None:
+        try:
+            self._calls.begin(ref, native.format())
+        except BaseException as failure:
+            if isinstance(failure, libvirt.libvirtError) and not _is_lost(failure):
+                raise
+            self._undo(ref, native)
+            raise
+
+    def _undo(self, ref: hypervisor.DomainRef, begun: native_conf.BackupDef) -> None:
+        """End what was BEGUN perhaps, in a start that has failed."""
+        try:
+            _patiently(lambda: self._end(ref, begun), time.monotonic() + self._patience)
+        except libvirt.libvirtError as failure:
+            left_logger.warning(
+                "a backup of domain '%s' that may have begun runs on until virsh domjobabort ends"
+                " it: %s",
+                ref.name,
+                failure,
             )
-        self._calls.begin(ref, native.format())
-        self._owned.pop(ref.uuid, None)
-        if flags & hypervisor.START_AUTODESTROY:
-            self._owned[ref.uuid] = ref, native
 
     def _image(self, disk: str) -> str:
         return native_job.image_path(self._calls.scratch_directory(), disk, secrets.token_hex(4))
 
     def stop(self, ref: hypervisor.DomainRef, flags: int) -> None:
-        """libvirt tells no more of a pull than that the job ran until it was aborted.
+        """A pull is good whose jobs all run until it is aborted: until then its exports tell what
+        the disks were.
 
         Errors: those of ``native_job.check_ends``, libvirt's own, VIR_ERR_OPERATION_TIMEOUT;
         VIR_ERR_OPERATION_FAILED where the backup is not good.
         """
         _, begun = self._owned.get(ref.uuid, (None, None))
-        document = self._running(ref)
+        cancel = bool(flags & hypervisor.STOP_CANCEL)
+        until = time.monotonic() + (0.0 if begun is None or cancel else self._patience)
+        document = _patiently(lambda: self._running(ref), until)
         native_job.check_ends(document, begun)
-        self._end(ref, document)
+        ended = native_conf.BackupDef.parse(document)
+        reasons = []
+        if not cancel:
+            reasons = _patiently(lambda: self._why_not_good(ref, ended), until)
+        _patiently(lambda: self._end(ref, ended), until)
         self._owned.pop(ref.uuid, None)
-        if not flags & hypervisor.STOP_CANCEL and not self._is_active(ref):
+        # What ends the domain once they have run, as a save that has waited, is nothing to them.
+        if reasons and not self._is_active(ref):
+            reasons = ["the domain ended"]
+        if reasons:
             raise errors.error(
-                libvirt.VIR_ERR_OPERATION_FAILED, "the backup is not good: the domain ended"
+                libvirt.VIR_ERR_OPERATION_FAILED, f"the backup is not good: {'; '.join(reasons)}"
             )
 
-    def _end(self, ref: hypervisor.DomainRef, document: str) -> None:
-        """End the backup that libvirt tells by DOCUMENT. Another one may run right behind it: who
-        begins one waits for half a minute until there is no job."""
-        ended = native_conf.BackupDef.parse(document)
-        self._calls.abort(ref)
+    def _why_not_good(self, ref: hypervisor.DomainRef, asked: native_conf.BackupDef) -> list[str]:
+        """Which disks have no job that runs: libvirt may not have heard of that yet, when their
+        exports have told for long what the guest writes."""
+        lost = [
+            f"disk '{disk.name}': its backup job ended"
+            for disk in asked.disks
+            if disk.backup is not False and self._has_ended(ref, disk.name)
+        ]
+        if not lost and not self._still_runs(ref, asked):
+            return ["somebody else ended it"]
+        return lost
+
+    def _has_ended(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        """Whether DISK has no job that runs: of no other can the speed be set, which QEMU is asked
+        for, and is nothing to a pull."""
+        try:
+            self._calls.set_speed(ref, disk, 0)
+        except libvirt.libvirtError as failure:
+            if _is_lost(failure) or failure.get_error_code() not in _NO_JOB:
+                raise
+            return True
+        return False
+
+    def _end(self, ref: hypervisor.DomainRef, ended: native_conf.BackupDef) -> None:
+        """End a backup, where it is still there. Another one may run right behind it: who begins
+        one waits for half a minute until there is no job."""
+        if not self._still_runs(ref, ended):
+            return
+        try:
+            self._calls.abort(ref)
+        except libvirt.libvirtError as failure:
+            if failure.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                raise
+            if self._still_runs(ref, ended):
+                raise
         end = time.monotonic() + END_TIMEOUT
         while self._still_runs(ref, ended):
             if time.monotonic() > end:
@@ -141,11 +225,24 @@ class NativeJobs:
         return self._proposal(ref).format()
 
     def get_info(self, ref: hypervisor.DomainRef) -> backup_conf.BackupInfo:
+        """Errors: VIR_ERR_NO_DOMAIN_BACKUP, also of one that is still being begun."""
         definition = self._proposal(ref)
         began = 0.0
         with contextlib.suppress(libvirt.libvirtError):
             began = time.time() - int(self._calls.stats(ref).get("time_elapsed", 0)) / 1000
-        return native_job.info(definition, began, lambda disk: self._calls.capacity(ref, disk))
+        with self._starting[ref.uuid]:
+            self._check_made(ref, definition)
+            return native_job.info(definition, began, lambda disk: self._calls.capacity(ref, disk))
+
+    def _check_made(self, ref: hypervisor.DomainRef, definition: backup_conf.BackupDef) -> None:
+        """libvirt tells of a backup while it has scratch images made. QEMU before 10.0 dies then of
+        what libvirt asks it for a capacity (``capabilities.CREATE_CRASH``)."""
+        if not all(
+            self._calls.has_job(ref, disk.name) for disk in definition.disks if disk.present
+        ):
+            raise errors.error(
+                libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "the domain's backup begins or ends just now"
+            )
 
     def _proposal(self, ref: hypervisor.DomainRef) -> backup_conf.BackupDef:
         """The running backup, in the proposal's dialect."""
@@ -171,6 +268,31 @@ class NativeJobs:
             raise errors.error(
                 libvirt.VIR_ERR_NO_DOMAIN_BACKUP, "no domain backup job present"
             ) from failure
+
+
+_NO_JOB = (
+    libvirt.VIR_ERR_INVALID_ARG,
+    libvirt.VIR_ERR_INTERNAL_ERROR,
+    libvirt.VIR_ERR_OPERATION_INVALID,
+    libvirt.VIR_ERR_NO_DOMAIN,
+)
+"""libvirt has no such job, QEMU's takes no command any more, or the domain is not there."""
+
+
+def _patiently(ask: Callable[[], _Told], until: float) -> _Told:
+    """What is told, by a libvirt that may be restarted just now, UNTIL some ``time.monotonic``."""
+    while True:
+        try:
+            return ask()
+        except libvirt.libvirtError as failure:
+            if not _is_lost(failure) or time.monotonic() >= until:
+                raise
+        time.sleep(_TRY_AGAIN)
+
+
+def _is_lost(failure: libvirt.libvirtError) -> bool:
+    """Whether the connection was, and not what was asked for."""
+    return bool(failure.get_error_domain() == libvirt.VIR_FROM_RPC)
 
 
 _NOTHING_LEFT = (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_DOMAIN)

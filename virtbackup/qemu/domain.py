@@ -34,6 +34,8 @@ ID = 1
 STREAM_PATIENCE = 5.0
 """Seconds to wait for a job that must be over before QEMU's nodes can be asked for."""
 _STREAM_POLL = 0.02
+_PASSING = {"stream": capabilities.STREAM_CRASH, "create": capabilities.CREATE_CRASH}
+"""By their types: the jobs that are waited for so."""
 
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -425,19 +427,20 @@ def named_nodes_are_safe(qemu: monitor.Monitor, caps: capabilities.Capabilities)
 
 def danger_of_named_nodes(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> str | None:
     """Why query-named-block-nodes might kill QEMU, if it is the next thing that it is asked; None:
-    it does not. A stream job is waited for until STREAM_PATIENCE is over."""
+    it does not. A job that streams, or makes an image, is waited for until STREAM_PATIENCE is
+    over."""
     end = time.monotonic() + STREAM_PATIENCE
     while found := _jobs_against_named_nodes(qemu, caps):
-        stream = next((job for job in found if job.type == "stream"), None)
-        if stream is None:
+        passing = next((job for job in found if job.type in _PASSING), None)
+        if passing is None:
             return (
                 "a backup job has ended that nobody has dismissed, and on this QEMU"
                 f" {capabilities.NAMED_NODES_CRASH.evidence}"
             )
         if time.monotonic() > end:
             return (
-                f"job '{stream.id}' is not over, or not dismissed, and on this QEMU"
-                f" {capabilities.STREAM_CRASH.evidence}"
+                f"job '{passing.id}' is not over, or not dismissed, and on this QEMU"
+                f" {_PASSING[passing.type].evidence}"
             )
         time.sleep(_STREAM_POLL)
     return None

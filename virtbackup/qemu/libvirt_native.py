@@ -40,9 +40,15 @@ class _Calls:
     def abort(self, ref: hypervisor.DomainRef) -> None:
         self._host.lookup(ref).abortJob()
 
+    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
+        self._host.lookup(ref).blockJobSetSpeed(disk, speed, 0)
+
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         stats: Mapping[str, Any] = self._host.lookup(ref).jobStats()
         return stats
+
+    def has_job(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        return bool(self._host.lookup(ref).blockJobInfo(disk, 0))
 
     def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
         return int(self._host.lookup(ref).blockInfo(disk)[0])

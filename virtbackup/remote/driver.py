@@ -236,7 +236,8 @@ class RemoteDriver:
         self._pid = os.getpid()
         self._trace = client.Trace()
         self._events = _Events()
-        self._jobs = native.NativeJobs(libvirt_native.Calls(self._of))
+        patience = native.PATIENCE if target.reconnect else 0.0
+        self._jobs = native.NativeJobs(libvirt_native.Calls(self._of), patience)
         self._closed = False
         self._warned = False
         self._connecting = threading.RLock()

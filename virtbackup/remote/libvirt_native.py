@@ -48,8 +48,14 @@ class Calls:
     def abort(self, ref: hypervisor.DomainRef) -> None:
         self._of(ref, "DOMAIN_ABORT_JOB")
 
+    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
+        self._of(ref, "DOMAIN_BLOCK_JOB_SET_SPEED", disk, speed, 0)
+
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         return wire_conf.params_from_wire(self._of(ref, "DOMAIN_GET_JOB_STATS", 0).params)
+
+    def has_job(self, ref: hypervisor.DomainRef, disk: str) -> bool:
+        return bool(self._of(ref, "DOMAIN_GET_BLOCK_JOB_INFO", disk, 0).found)
 
     def capacity(self, ref: hypervisor.DomainRef, disk: str) -> int:
         return int(self._of(ref, "DOMAIN_GET_BLOCK_INFO", disk, 0).capacity)

@@ -105,10 +105,11 @@ def pull(
         cancel.check()
         written = undo.enter_context(_telling_what_devices_have())
         with _started(domain, directory, plan.definition.format(), quiesce, cancel) as running:
+            info = running.info  # now, when whom it is asked of was just there
             if warned is not None:
-                _warn(running.info, warned)
+                _warn(info, warned)
             if plan.number is not None:
-                plan = plan.as_started(running.info)
+                plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(running.xml)
             jobs = _jobs(live, directory, plan, compress)
             cancel.check()
@@ -423,7 +424,6 @@ class _Running:
 
     def stop(self, cancel: copy.Cancel) -> None:
         """As ``_stop``, unless cancelled by now."""
-        _ = self.info, self.xml  # there is none after it
         cancel.check()
         try:
             _stop(self._domain, self._directory)
