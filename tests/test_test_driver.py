@@ -8,6 +8,7 @@ unchanged on the local and on the remote driver.
 import configparser
 import contextlib
 import dataclasses
+import errno
 import gc
 import io
 import json
@@ -613,6 +614,27 @@ def test_a_pull(
     assert len(data) == 4 << 20
     assert data[512:].startswith(b"/images/vda.qcow2 sector 1\n")
     assert data[1 << 20 :] == bytes(3 << 20)
+
+
+def test_a_pull_whose_first_file_cannot_be_closed_leaves_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system may tell: it would be in the next one's way."""
+    from virtbackup.tools import pull
+
+    closed = os.close
+
+    def fails(fd: int) -> None:
+        path = pathlib.Path(f"/proc/self/fd/{fd}").readlink()
+        closed(fd)
+        if path.suffix == ".partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", fails)
+    with virtbackup.open("test:///default") as conn:
+        words = str(failure(lambda: pull.pull(only(conn), tmp_path, fmt="raw")))
+    assert f"cannot make a backup in {tmp_path}: Input/output error" in words
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
