@@ -518,6 +518,18 @@ def test_a_guest_that_stands_for_our_sake_goes_on(xml: str, tmp_path: pathlib.Pa
         assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
 
 
+def test_a_guest_that_comes_to_stand_as_its_backup_ends_goes_on(
+    xml: str, tmp_path: pathlib.Path
+) -> None:
+    """After the last look: the backup is good, and nobody would ever let it go on."""
+    rule = {"command": "job-cancel", "nth": 1, "stop": "io-error", "io-status": "nospace"}
+    with virtbackup.open(script(tmp_path, rule)) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        domain.backupStop()
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+
 def test_qemu_that_ends(xml: str, tmp_path: pathlib.Path) -> None:
     rule = {"command": "query-name", "nth": 2, "quit": True}
     uri = script(tmp_path, {**rule, "command": "query-block-exports", "nth": 2})
