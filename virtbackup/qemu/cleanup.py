@@ -118,10 +118,9 @@ def take_out(
     if _owns_server(session, left, bool(exports)):
         stopped_server, server_left = sweeper.server(known)
         removed += stopped_server
-    removed += [*sweeper.frozen_disks(), *sweeper.jobs()]
+    removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
     if left is not None and ours:
         removed += _go_on_at_last(session, left)
-    removed += sweeper.scratch_images()
     removed += sweeper.credentials()
     removed += sweeper.fdsets()
     unguarded, guards = _remove_guards(session, left)
@@ -180,11 +179,18 @@ def _join_branches(
 def _go_on_at_last(session: domain.Session, left: status.Status) -> list[str]:
     """Let a guest go on that was paused after the last look, as our jobs were about to end: nobody
     else will, as nobody is told of it."""
-    if left.was_stopped or domain.runs(session.qemu, session.capabilities):
+    if left.was_stopped or not _may_have_stopped(session):
         return []
     if not blockjob.stopped_guest(left.disks, verdict.look_at(session, left)):
         return []
     return _go_on(session)
+
+
+def _may_have_stopped(session: domain.Session) -> bool:
+    """Whether the guest may have, since we listen: where QEMU tells of that it is not asked."""
+    if session.qemu.hears_events:
+        return session.qemu.wait_event(lambda event: event.name == "STOP", 0) is not None
+    return not domain.runs(session.qemu, session.capabilities)
 
 
 def _go_on(session: domain.Session) -> list[str]:
