@@ -118,9 +118,10 @@ def take_out(
     if _owns_server(session, left, bool(exports)):
         stopped_server, server_left = sweeper.server(known)
         removed += stopped_server
-    removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
+    removed += [*sweeper.frozen_disks(), *sweeper.jobs()]
     if left is not None and ours:
         removed += _go_on_at_last(session, left)
+    removed += sweeper.scratch_images()
     removed += sweeper.credentials()
     removed += sweeper.fdsets()
     unguarded, guards = _remove_guards(session, left)
