@@ -329,6 +329,7 @@ class CannedMonitor:
         self.greeting = qemu.greeting
 
     passes_files = True
+    hears_events = False
 
     def close(self) -> None:
         pass

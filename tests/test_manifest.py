@@ -282,6 +282,32 @@ def test_what_a_pull_cut_off_has_left_cannot_be_read(tmp_path: pathlib.Path) -> 
         chain.recover(tmp_path, {}, chain.Chain(tmp_path, (first,)))
 
 
+LOST = "d" * 300
+"""What a link to it leads to cannot be looked at, as on a file system that does not answer."""
+
+
+def test_what_cannot_be_looked_at_is_not_missing(tmp_path: pathlib.Path) -> None:
+    """Python 3.14 has ``exists`` and ``is_file`` say no."""
+    first = dataclasses.replace(GOOD, number=1, branch="b")
+    known = chain.Chain(tmp_path, (first,))
+    image, pending = tmp_path / "vda.0002.raw.partial", tmp_path / "manifest.0002.json.partial"
+    image.touch()
+    pending.symlink_to(LOST)
+    with pytest.raises(virtbackup.Error, match=f"{pending}: File name too long"):
+        chain.recover(tmp_path, {}, known)
+    assert image.exists()
+    backups = listing.Backups(tmp_path, (listing.Point("manifest.0001.json", first),))
+    with pytest.raises(virtbackup.Error, match=f"cannot prune {tmp_path}: {pending}: File name"):
+        prune.foretold(backups, 1)
+    [disk] = GOOD.disks
+    for one in disk, dataclasses.replace(disk, file=f"{tmp_path}/{disk.file}", type="block"):
+        (tmp_path / disk.file).unlink(missing_ok=True)
+        assert chain.file_problem(tmp_path / disk.file, one) == "it is missing"
+        (tmp_path / disk.file).symlink_to(LOST)
+        problem = chain.file_problem(tmp_path / disk.file, one)
+        assert problem == "it cannot be read: File name too long"
+
+
 @pytest.mark.parametrize("file", ["vda.0002.qcow2.merged", "vda.0002.qcow2"])
 def test_an_image_of_a_prune_cut_off_that_cannot_be_read(tmp_path: pathlib.Path, file: str) -> None:
     """Nothing is decided: neither that there is no such image nor which of the two it is."""

@@ -914,6 +914,9 @@ def test_judgement_is_by_disk() -> None:
         "d9": "its export shows node 'A' in place of the frozen disk",
     }
     assert blockjob.stopped_guest(disks, sight)
+    reader = dataclasses.replace(drives["/machine/4"], io_status="failed")  # it may have read
+    failed = dataclasses.replace(sight, drives={**drives, "/machine/4": reader})
+    assert blockjob.judge(disks, failed)["d4"].startswith("a read or a write of the guest failed")
     runs = dataclasses.replace(sight, io_error=False)
     assert "d4" not in blockjob.judge(disks, runs)
     assert not blockjob.stopped_guest(disks, runs)

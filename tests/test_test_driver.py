@@ -8,6 +8,7 @@ unchanged on the local and on the remote driver.
 import configparser
 import contextlib
 import dataclasses
+import errno
 import gc
 import io
 import json
@@ -517,6 +518,18 @@ def test_a_guest_that_stands_for_our_sake_goes_on(xml: str, tmp_path: pathlib.Pa
         assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
 
 
+def test_a_guest_that_comes_to_stand_as_its_backup_ends_goes_on(
+    xml: str, tmp_path: pathlib.Path
+) -> None:
+    """After the last look: the backup is good, and nobody would ever let it go on."""
+    rule = {"command": "job-cancel", "nth": 1, "stop": "io-error", "io-status": "nospace"}
+    with virtbackup.open(script(tmp_path, rule)) as connection:
+        domain = only(connection)
+        domain.backupStart(xml)
+        domain.backupStop()
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+
 def test_qemu_that_ends(xml: str, tmp_path: pathlib.Path) -> None:
     rule = {"command": "query-name", "nth": 2, "quit": True}
     uri = script(tmp_path, {**rule, "command": "query-block-exports", "nth": 2})
@@ -613,6 +626,27 @@ def test_a_pull(
     assert len(data) == 4 << 20
     assert data[512:].startswith(b"/images/vda.qcow2 sector 1\n")
     assert data[1 << 20 :] == bytes(3 << 20)
+
+
+def test_a_pull_whose_first_file_cannot_be_closed_leaves_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system may tell: it would be in the next one's way."""
+    from virtbackup.tools import pull
+
+    closed = os.close
+
+    def fails(fd: int) -> None:
+        path = pathlib.Path(f"/proc/self/fd/{fd}").readlink()
+        closed(fd)
+        if path.suffix == ".partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", fails)
+    with virtbackup.open("test:///default") as conn:
+        words = str(failure(lambda: pull.pull(only(conn), tmp_path, fmt="raw")))
+    assert f"cannot make a backup in {tmp_path}: Input/output error" in words
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

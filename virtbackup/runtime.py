@@ -94,6 +94,17 @@ def open_file(path: str | os.PathLike[str], flags: int) -> int:
     raise OSError(errno.EINVAL, "it is no file", os.fspath(path))
 
 
+def status(path: pathlib.Path) -> os.stat_result | None:
+    """Of what PATH leads to; None: nothing is there. Errors: OSError, where that is not known, for
+    which pathlib's ``exists``, ``is_file`` and the like say no since Python 3.14."""
+    try:
+        return path.stat()
+    except OSError as failure:
+        if failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+
+
 def read_file(path: str | os.PathLike[str], most: int = -1) -> bytes:
     """What is in the file at PATH, its first MOST bytes. Errors: OSError, as ``open_file``."""
     with os.fdopen(open_file(path, os.O_RDONLY), "rb") as opened:

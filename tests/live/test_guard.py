@@ -666,7 +666,7 @@ def test_the_watch_lets_a_guest_go_on_that_a_broken_scratch_image_paused(
         with scene.small_files(machine, 128 << 10):
             device_writes(machine, 0, 7)
             waiting.until(lambda: dom.backupGetInfo().state == "failed")
-        reason = "a scratch image failed and the guest was paused|its snapshot is broken"
+        reason = "own storage, failed and the guest was paused|its snapshot is broken"
         waiting.until(lambda: machine.probe("query-status")["status"] == "running")
         with pytest.raises(virtbackup.Error, match=reason):
             dom.backupStop()

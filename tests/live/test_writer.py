@@ -19,6 +19,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -423,6 +424,17 @@ def test_few_files_may_be_open(tmp_path: pathlib.Path) -> None:
             gc.collect()
             assert open_files() == before
     assert failed > 8
+
+
+def test_no_temporary_directory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where all that there are are full, and the target is elsewhere."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    made = writer.QemuWriter(tmp_path / "out", 1 << 20)
+    text = f"cannot make a directory for the program that writes {tmp_path}/out: No such file"
+    with pytest.raises(virtbackup.Error, match=text):
+        made.begin()
+    made.discard()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_image_that_cannot_be_made(tmp_path: pathlib.Path) -> None:

@@ -462,7 +462,7 @@ class QemuWriter(target.Asynchronous):
     def _listening(self) -> Iterator[tuple[socket.socket, socket.socket]]:
         """A socket that listens, and one that is connected to it already."""
         with (
-            tempfile.TemporaryDirectory(prefix="virtbackup-") as directory,
+            self._directory() as directory,
             socket.socket(socket.AF_UNIX) as listening,
             socket.socket(socket.AF_UNIX) as client,
         ):
@@ -474,6 +474,16 @@ class QemuWriter(target.Asynchronous):
                 text = f"cannot make a socket in {directory}"
                 raise errors.system_error(failure, text) from failure
             yield listening, client
+
+    @contextlib.contextmanager
+    def _directory(self) -> Iterator[str]:
+        try:
+            made = tempfile.TemporaryDirectory(prefix="virtbackup-")
+        except OSError as failure:
+            text = f"cannot make a directory for the program that writes {self._path}"
+            raise errors.system_error(failure, text) from failure
+        with made as directory:
+            yield directory
 
     def _run(self, *argv: str) -> None:
         if shutil.which(argv[0]) is None:  # the shell that ties it to us would tell it otherwise

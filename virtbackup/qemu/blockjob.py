@@ -218,8 +218,10 @@ def _scratch_reason(disk: status.DiskStatus, sight: Sight) -> str | None:
         return None  # its scratch image cannot be why
     drive = _drive(disk, sight)
     if sight.io_error and drive is not None and drive.io_status in STOPPED:
+        # A read is of its own storage alone, and paused the guest where it has rerror=stop.
+        what = "a write" if drive.io_status == "nospace" else "a read or a write"
         return (
-            f"a write of the guest failed ('{drive.io_status}') and the guest was paused: its"
+            f"{what} of the guest failed ('{drive.io_status}') and the guest was paused: its"
             " scratch image, or its own storage, is full or broken"
         )
     return None

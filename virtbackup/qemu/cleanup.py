@@ -90,8 +90,9 @@ def take_out(
     session: domain.Session, left: status.Status | None, sight: blockjob.Sight | None = None
 ) -> tuple[list[str], list[str]]:
     """Take the backup LEFT, or all that is ours by name, out of QEMU; a guest that was paused for
-    an error of its disks goes on first of all. (A line for each thing done, what is still there.)
-    SIGHT is what QEMU shows at this moment, where it was just looked at, and at the scratch images.
+    an error of its disks goes on first of all, and one that comes to be meanwhile once the jobs are
+    gone. (A line for each thing done, what is still there.) SIGHT is what QEMU shows at this
+    moment, where it was just looked at, and at the scratch images.
 
     Errors, before anything is deleted: sweep.ClientStuck, ``check_scratch``'s.
     """
@@ -117,7 +118,10 @@ def take_out(
     if _owns_server(session, left, bool(exports)):
         stopped_server, server_left = sweeper.server(known)
         removed += stopped_server
-    removed += [*sweeper.frozen_disks(), *sweeper.jobs(), *sweeper.scratch_images()]
+    removed += [*sweeper.frozen_disks(), *sweeper.jobs()]
+    if left is not None and ours:
+        removed += _go_on_at_last(session, left)
+    removed += sweeper.scratch_images()
     removed += sweeper.credentials()
     removed += sweeper.fdsets()
     unguarded, guards = _remove_guards(session, left)
@@ -171,6 +175,23 @@ def _join_branches(
     fork = left.advances if left.forks else None
     disown = left.cancelled or left.verdict != {}
     return branches.roll_back(session, left.id, disown, fork)
+
+
+def _go_on_at_last(session: domain.Session, left: status.Status) -> list[str]:
+    """Let a guest go on that was paused after the last look, as our jobs were about to end: nobody
+    else will, as nobody is told of it."""
+    if left.was_stopped or not _may_have_stopped(session):
+        return []
+    if not blockjob.stopped_guest(left.disks, verdict.look_at(session, left)):
+        return []
+    return _go_on(session)
+
+
+def _may_have_stopped(session: domain.Session) -> bool:
+    """Whether the guest may have, since we listen: where QEMU tells of that it is not asked."""
+    if session.qemu.hears_events:
+        return session.qemu.wait_event(lambda event: event.name == "STOP", 0) is not None
+    return not domain.runs(session.qemu, session.capabilities)
 
 
 def _go_on(session: domain.Session) -> list[str]:

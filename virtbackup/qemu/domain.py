@@ -177,6 +177,11 @@ def state(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> tuple[int, 
     return _STATES.get(now.status, (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER))
 
 
+def runs(qemu: monitor.Monitor, caps: capabilities.Capabilities) -> bool:
+    """Whether the guest does, or there is none."""
+    return state(qemu, caps) == _STATES["running"]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Seen:
     """What the block layer shows at one moment; None is what cannot be asked for."""

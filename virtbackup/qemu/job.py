@@ -206,7 +206,10 @@ class BackupJob:
             return "given up, as an NBD client stopped reading and QEMU stood still for it"
         if not blockjob.stopped_guest(running.disks, sight):
             return None
-        return "given up, as a scratch image failed and the guest was paused"
+        return (
+            "given up, as a scratch image, or the guest's own storage, failed and the guest was"
+            " paused"
+        )
 
     def give_up(self, id: naming.BackupId, reason: str) -> bool:
         """End backup ID for the guest's sake; its stop will tell REASON. Whether it is over: not

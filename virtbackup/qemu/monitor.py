@@ -86,6 +86,10 @@ class Monitor(Protocol):
     def passes_files(self) -> bool:
         """Whether commands may pass descriptors."""
 
+    @property
+    def hears_events(self) -> bool:
+        """Whether QEMU's events come this way."""
+
     def close(self) -> None: ...
 
     def peer_pid(self) -> int | None:
@@ -181,6 +185,7 @@ class SocketMonitor:
     """
 
     passes_files = True
+    hears_events = True
 
     def __init__(self, path: str, trace: TextIO | None = None) -> None:
         """Connect to the socket at PATH and negotiate.

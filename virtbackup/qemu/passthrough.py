@@ -72,6 +72,8 @@ def not_running(path: str) -> NotRunning:
 class LibvirtMonitor:
     """A ``monitor.Monitor`` of a domain of libvirt's."""
 
+    hears_events = False
+
     @functools.cached_property
     def passes_files(self) -> bool:
         """Whether libvirt hands descriptors to QEMU: its library, and its daemon, which may be

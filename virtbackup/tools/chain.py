@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -122,9 +123,10 @@ def seen_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:
     """The same. Errors: OSError, where nothing is known of the file."""
     if disk.type == "block":
         return _problem_of_device(path, disk)
-    if not path.is_file():
-        return "it is no file" if path.exists() else "it is missing"
-    found = path.stat().st_size
+    status = runtime.status(path)
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return "it is no file" if status else "it is missing"
+    found = status.st_size
     if disk.format == "raw":
         return None if found == disk.size else f"it has {found} bytes, expected {disk.size}"
     if disk.format != "qcow2":
@@ -141,8 +143,9 @@ def seen_problem(path: pathlib.Path, disk: manifest.Disk) -> str | None:
 
 
 def _problem_of_device(path: pathlib.Path, disk: manifest.Disk) -> str | None:
-    if not path.is_block_device():
-        return "it is no block device" if path.exists() else "it is missing"
+    status = runtime.status(path)
+    if status is None or not stat.S_ISBLK(status.st_mode):
+        return "it is no block device" if status else "it is missing"
     if disk.format != "raw" or disk.backing is not None:
         return "a block device has a whole disk, raw"
     with path.open("rb") as device:
@@ -170,19 +173,25 @@ def make(directory: pathlib.Path, undo: contextlib.ExitStack) -> None:
     """Make DIRECTORY, and what it is in, where absent; UNDO removes what was made, unless somebody
     has put something there. Its own name is for ``sync_names`` to make durable, those of what it is
     in are. Errors: OSError."""
-    if directory.is_dir():
+    if _is_directory(directory):
         return
     for one in (*reversed(directory.absolute().parents), directory):
-        if one.is_dir():
+        if _is_directory(one):
             continue
         try:
             one.mkdir()
             undo.callback(_remove_empty, one)
         except FileExistsError:
-            if not one.is_dir():  # else somebody was faster
+            if not _is_directory(one):  # else somebody was faster
                 raise
         if one != directory:
             sync_directory(one.parent)
+
+
+def _is_directory(path: pathlib.Path) -> bool:
+    """Errors: OSError, where that is not known."""
+    status = runtime.status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def _remove_empty(directory: pathlib.Path) -> None:
@@ -278,10 +287,10 @@ def read(directory: pathlib.Path, domain: api.Domain, branch: str) -> Chain:
         merged(directory, file, manifest.read(directory, file), names)
         for file in map(manifest_file, numbers_of(names))
     )
-    if not backups and (directory / manifest.FILE).exists():
-        backups = (manifest.read(directory),)
-    found = Chain(directory, backups)
     with naming("cannot read", directory):
+        if not backups and runtime.status(directory / manifest.FILE):
+            backups = (manifest.read(directory),)
+        found = Chain(directory, backups)
         pending = _pending(directory, found.next_number)
     for backup in backups if pending is None else (*backups, pending):
         _check(directory, backup, domain, branch)
@@ -431,7 +440,8 @@ def _pending(directory: pathlib.Path, number: int) -> manifest.Manifest | None:
     that is not as it was written: it would name files of others. Errors: OSError,
     VIR_ERR_SYSTEM_ERROR: there is a file, and what it says is not known."""
     file = manifest_file(number) + PARTIAL
-    if not (directory / file).is_file():
+    status = runtime.status(directory / file)
+    if status is None or not stat.S_ISREG(status.st_mode):
         return None
     try:
         found, changed = manifest.read_checked(directory, file)
@@ -455,11 +465,11 @@ def finish(directory: pathlib.Path, made: manifest.Manifest) -> None:
     with naming("cannot finish the backup in", directory):
         for name in (*(disk.file for disk in made.disks if disk.type == "file"), own):
             partial, final = directory / (name + PARTIAL), directory / name
-            if partial.exists() or not final.exists():  # else an earlier attempt came so far
+            if runtime.status(partial) or not runtime.status(final):  # else it came so far before
                 partial.rename(final)
         if made.number is not None:
             newest = directory / (manifest.FILE + PARTIAL)
-            if not newest.exists():  # else it was made with the other one
+            if not runtime.status(newest):  # else it was made with the other one
                 write(directory, manifest.FILE, made)
             newest.rename(directory / manifest.FILE)
         sync_names(directory)

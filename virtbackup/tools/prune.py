@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 
 import libvirt
 
-from virtbackup import errors
+from virtbackup import errors, runtime
 from virtbackup.nbd import checksum, copy, target, writer
 from virtbackup.tools import chain, listing, manifest, restore, verify
 
@@ -110,7 +110,8 @@ def foretold(backups: listing.Backups, keep: int) -> Plan:
     has left; one that runs is going to be done by then."""
     made = plan(backups, keep)
     if not chain.is_locked(backups.directory):
-        _check_unfinished(backups)
+        with chain.naming("cannot prune", backups.directory):
+            _check_unfinished(backups)
     return made
 
 
@@ -156,7 +157,7 @@ def _check_unfinished(backups: listing.Backups) -> None:
     """What a pull will finish when it comes again may need any of the files."""
     number = 1 + (backups.points[-1].made.number or 0)
     pending = chain.manifest_file(number) + chain.PARTIAL
-    if (backups.directory / pending).exists():
+    if runtime.status(backups.directory / pending):
         raise _invalid(
             f"a pull into {backups.directory} was cut off: the next one has to finish it first"
         )
@@ -332,7 +333,7 @@ def finish(directory: pathlib.Path) -> Plan | None:
     names = os.listdir(directory)  # noqa: PTH208  (names, not paths)
     for name in names:
         if match := _MERGED_MANIFEST.fullmatch(name):
-            if not (directory / match[1]).exists():
+            if runtime.status(directory / match[1]) is None:
                 raise _invalid(f"{directory / name} is of a backup that is not there")
             one, other = (manifest.read(directory, file) for file in (name, match[1]))
             if (changed := manifest.read_checked(directory, name)[1]) is not None:

@@ -376,6 +376,7 @@ def _claim(directory: pathlib.Path, plan: _Plan, undo: contextlib.ExitStack) -> 
     except FileExistsError as failure:
         raise _invalid(f"{partial[0]} exists already") from failure
     except OSError as failure:
+        _remove(partial[:1])  # it may be there, as where only its close failed
         raise errors.system_error(failure, f"cannot make a backup in {directory}") from failure
     undo.callback(_remove, partial)
 
