@@ -515,8 +515,8 @@ def test_a_server_that_never_answers(server: rpc_server.Server, connect: Connect
     server.handlers["REMOTE.CONNECT_GET_TYPE"] = rpc_server.Gate()
     one = connect(interval=0.05)
     server.answers_pings = False
-    one.start_keepalive()
     begin = time.monotonic()
+    one.start_keepalive()
     assert told(fails(lambda: one.call(REMOTE, "CONNECT_GET_TYPE"))) == KEEPALIVE
     assert 0.25 < time.monotonic() - begin < 10
     assert server.peer().ended.wait(DEADLINE)
