@@ -680,7 +680,7 @@ def test_who_answers_no_pings_is_let_go(
 
 def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
     settings = {"keepalive_count": 4}
-    limits = {"keepalive_interval": 0.05}
+    limits = {"keepalive_interval": 0.1}
     serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
     with serving as served, served.raw() as client:
         client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10)

@@ -427,7 +427,6 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
 ) -> None:
     """Somebody's transaction waits for all requests, so for a client that does not read: QEMU and
     the guest stand still, and no monitor answers. So do a reset of the guest and its pause."""
-    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)
     before = booted.state()
     xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
     with contextlib.ExitStack() as stack:
@@ -438,6 +437,7 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
         else:
             argv = ["backup-start-as", "1", "--unix", f"{tmp_path}/nbd.sock"]
             assert virsh(booted.uri, *argv).returncode == 0
+        monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)
         stack.enter_context(stuck_client(tmp_path, "vda"))
         bitmap = {"node": "B", "name": "theirs"}
         action = {"type": "block-dirty-bitmap-add", "data": bitmap}

@@ -295,12 +295,13 @@ def test_an_agent_that(
     scene: Scene, how: str, monkeypatch: pytest.MonkeyPatch, state_dir: pathlib.Path
 ) -> None:
     """Nothing is started, nothing is left frozen; the same in a second, with an agent that does."""
-    monkeypatch.setattr(agent, "TIMEOUT", 1.0)
-    monkeypatch.setattr(agent, "FREEZE_TIMEOUT", 0.5)
     replies, text, commands = REFUSALS[how]
     scene.agent.on(**replies)
-    with pytest.raises(virtbackup.Error, match=text):
-        scene.start()
+    with monkeypatch.context() as impatient:
+        impatient.setattr(agent, "TIMEOUT", 1.0)
+        impatient.setattr(agent, "FREEZE_TIMEOUT", 0.5)
+        with pytest.raises(virtbackup.Error, match=text):
+            scene.start()
     scene.agent.wait_for(*commands)
     assert not list(state_dir.glob("*.json"))
     scene.agent.on(sync=agents.sync, freeze=agents.returns(2))
