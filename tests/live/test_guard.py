@@ -282,8 +282,10 @@ def test_an_export_that_somebody_has_just_deleted(
         client.aio_pread(nbd.Buffer(MIB), 0)
         for _ in range(9):  # QEMU has seen to its client by then
             [export] = machine.probe("query-block-exports")
-        machine.probe("block-export-del", id=export["id"], mode="hard")
-        [export] = machine.probe("query-block-exports")
+        machine.probe.send("block-export-del", id=export["id"], mode="hard")
+        machine.probe.send("query-block-exports")  # in one go: it is gone half a second later
+        assert machine.probe.receive() == {"return": {}}
+        [export] = machine.probe.receive()["return"]
         assert export["shutting-down"]
         with pytest.raises(virtbackup.Error, match="its export was removed before"):
             dom.backupStop()

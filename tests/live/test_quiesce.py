@@ -361,7 +361,7 @@ def test_an_interrupt_while_the_agent_does_not_answer(scene: Scene) -> None:
     scene.agent.on(sync=interrupt)
     with pytest.raises(KeyboardInterrupt):
         scene.start()
-    waiting.until(lambda: not scene.thawing(), 5)
+    waiting.until(lambda: not scene.thawing())
     scene.agent.on(sync=agents.sync)
     scene.start()
     scene.stop()
@@ -378,8 +378,8 @@ def test_an_interrupt_anywhere_leaves_nothing_frozen(scene: Scene) -> None:
             try:
                 strikes.strike(lambda: dom.backupStart(scene.document, QUIESCE))
             except KeyboardInterrupt:
-                waiting.until(lambda: said[-1:] != ["freeze"], 15)
-                waiting.until(lambda: not scene.thawing(), 15)
+                waiting.until(lambda: said[-1:] != ["freeze"])
+                waiting.until(lambda: not scene.thawing())
             else:
                 break
             with contextlib.suppress(virtbackup.Error):
