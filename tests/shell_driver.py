@@ -96,6 +96,7 @@ class Driver:
         if self.trouble == "bug":
             raise RuntimeError("two\nlines")
         if self.trouble == "theirs":
+            libvirt.virResetLastError()  # else it would say what some earlier call failed with
             raise libvirt.libvirtError("said by libvirt itself")
         if self.trouble == "hang":
             print("hanging", flush=True)

@@ -23,8 +23,6 @@ import virtbackup
 from tests import conftest, hostile_monitor, json_mutations, record_conversations
 from virtbackup.qemu import monitor, monitor_json, qmp, sweep
 
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-
 PATIENCE = 0.05
 """Seconds that the driver waits here where it waits for a minute otherwise."""
 DEADLINE = 50.0

@@ -223,7 +223,7 @@ def test_a_host_that_hangs(tmp_path: pathlib.Path) -> None:
     """It is waited for once, for a while, and until it answers not again."""
     hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B, host="second")
     held = hangs.hold("list_domains")
-    serving = daemon_scene.serving(tmp_path, hangs, lives, patience=0.2)
+    serving = daemon_scene.serving(tmp_path, hangs, lives, patience=1.0)
     with serving as served, served.connect() as client:
         assert client.names() == ["b"]
         hostname = hangs.hold("get_hostname")
@@ -286,7 +286,7 @@ def test_a_host_that_hangs_when_it_is_opened(tmp_path: pathlib.Path) -> None:
 
     drivers = (opener, daemon_scene.Driver(B, host="second"))
     with (
-        daemon_scene.serving(tmp_path, *drivers, patience=0.2) as served,
+        daemon_scene.serving(tmp_path, *drivers, patience=1.0) as served,
         served.connect() as client,
     ):
         assert client.names() == ["b"]
@@ -301,11 +301,13 @@ def test_a_host_that_hangs_when_it_is_let_go(tmp_path: pathlib.Path) -> None:
     hangs, lives = daemon_scene.Driver(A), daemon_scene.Driver(B)
     held = hangs.hold("close")
     try:
-        with daemon_scene.serving(tmp_path, hangs, lives, patience=0.2) as served:
+        with daemon_scene.serving(tmp_path, hangs, lives) as served:
             with served.connect() as client:
                 assert client.names() == ["a", "b"]
+            served.daemon.domains.patience = 0.2
             served.stop()
-        assert [hangs.closed, lives.closed] == [False, True]
+        daemon_scene.wait_for(lambda: lives.closed)
+        assert not hangs.closed
     finally:
         held.set()
 
@@ -316,11 +318,12 @@ def test_many_hosts_hang_when_they_are_let_go(tmp_path: pathlib.Path) -> None:
     held = [driver.hold("close") for driver in some]
     lives = daemon_scene.Driver(B)
     try:
-        with daemon_scene.serving(tmp_path, *some, lives, patience=0.5) as served:
+        with daemon_scene.serving(tmp_path, *some, lives) as served:
             with served.connect() as client:
                 assert len(client.names()) == 26
+            served.daemon.domains.patience = 0.5
             served.stop()
-        assert lives.closed
+        daemon_scene.wait_for(lambda: lives.closed)
     finally:
         for one in held:
             one.set()

@@ -133,7 +133,7 @@ def test_a_signal_that_does_not_break_the_wait_ends_it() -> None:
     def tell() -> None:
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
-    with subprocess.Popen(["sleep", "5"]) as process, tempfile.TemporaryFile() as log:
+    with subprocess.Popen(["sleep", "60"]) as process, tempfile.TemporaryFile() as log:
         server = serve.Server(process, log, backup_conf.UnixAddress("/x"))
         telling = threading.Timer(0.1, tell)
 

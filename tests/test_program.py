@@ -91,15 +91,24 @@ LATE = """
 import os, signal, sys, threading, time
 from virtbackup.tools import virsh_backup
 
+struck = threading.Event()
+
+def strike(*_):
+    if not struck.is_set():
+        struck.set()
+        raise KeyboardInterrupt
+
 class Late(threading.Thread):
     def _bootstrap(self):  # where it begins to run
+        while not struck.is_set():  # one that comes just before a wait does not end that
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+            struck.wait(0.05)
         time.sleep(0.2)
         os.write(1, b"begun")
         super()._bootstrap()
 
 def interrupted(argv):
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    signal.signal(signal.SIGALRM, strike)
     try:
         Late(daemon=True).start()
     except KeyboardInterrupt:

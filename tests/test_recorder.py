@@ -69,7 +69,7 @@ def test_a_monitor_that_does_not_answer_to_the_end(
 ) -> None:
     """At any turn of the first questions it hangs up, or talks nonsense."""
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)  # of which one turn takes all
     file = tmp_path / "a"
     with hostile_monitor.HostileMonitor(tmp_path) as hostile:
         for spoil in (

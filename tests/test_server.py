@@ -3,6 +3,7 @@
 
 import array
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
@@ -517,10 +518,13 @@ def test_one_more_client_than_may_be(tmp_path: pathlib.Path, driver: daemon_scen
 
 def test_who_does_not_open_is_let_go(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
     """Whatever else it says; and who has opened may be as silent as it likes."""
-    limits = {"open_timeout": 0.1, "keepalive_interval": 0.05}
     settings = {"keepalive_interval": 0}
-    serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
+    serving = daemon_scene.serving(
+        tmp_path, driver, settings=settings, limits={"keepalive_interval": 0.05}
+    )
     with serving as served, served.connect() as open, served.connect() as closed:
+        server = served.daemon.server  # none of those two was in a hurry
+        server.limits = dataclasses.replace(server.limits, open_timeout=0.1)
         with served.raw() as silent, served.raw() as busy:
             closed.call(REMOTE, "CONNECT_CLOSE")
             busy.send(daemon_scene.PING.encode())
@@ -676,7 +680,7 @@ def test_who_answers_no_pings_is_let_go(
 
 def test_who_answers_pings_stays(tmp_path: pathlib.Path, driver: daemon_scene.Driver) -> None:
     settings = {"keepalive_count": 4}
-    limits = {"keepalive_interval": 0.05}
+    limits = {"keepalive_interval": 0.1}
     serving = daemon_scene.serving(tmp_path, driver, settings=settings, limits=limits)
     with serving as served, served.raw() as client:
         client.call(REMOTE, "CONNECT_SUPPORTS_FEATURE", 10)

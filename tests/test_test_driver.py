@@ -1010,7 +1010,7 @@ def test_a_start_whose_qemu_stands_still(
 ) -> None:
     """For longer than it is waited for, by who would undo it, too: it says what it leaves."""
     monkeypatch.setattr(monitor, "REPLY_TIMEOUT", 1.0)
-    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.5)
     script(
         tmp_path,
         {"command": "transaction", "nth": 1, "silent": True},

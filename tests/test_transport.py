@@ -369,7 +369,8 @@ def test_a_server_that_has_no_room_yet(tmp_path: pathlib.Path) -> None:
 def test_nobody_is_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError):
         transport.connect(transport.Address("unix", path=f"{tmp_path}/s"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(ConnectionRefusedError):
-        transport.connect(transport.Address("tcp", host="127.0.0.1", port=port))
+    with socket.socket() as held:  # who does not listen, nor lets another do so
+        held.bind(("127.0.0.1", 0))
+        address = transport.Address("tcp", host="127.0.0.1", port=held.getsockname()[1])
+        with pytest.raises(ConnectionRefusedError):
+            transport.connect(address)

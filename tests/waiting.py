@@ -31,6 +31,11 @@ def stop(process: "subprocess.Popen[Any]") -> None:
     """SIGSTOP to PROCESS, which stands still then: until its main thread has come to run, the
     others go on. Errors: AssertionError where it has ended."""
     process.send_signal(signal.SIGSTOP)
+    stopped(process)
+
+
+def stopped(process: "subprocess.Popen[Any]") -> None:
+    """Wait until PROCESS stands still. Errors: AssertionError where it has ended."""
     found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     assert found is not None
     assert found.si_code == os.CLD_STOPPED, f"{process.args!r} has ended"

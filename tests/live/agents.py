@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from demo import initramfs, kernel
+from tests import waiting
 from tests.live import libvirtd
 
 DISK = 16 << 20
@@ -124,7 +125,8 @@ class FakeAgent:
     def wait_for(self, *commands: str) -> None:
         """Wait until these commands have come, in this order, and no others."""
         with self.said:
-            assert self.said.wait_for(lambda: len(self.commands) >= len(commands), 30)
+            came = self.said.wait_for(lambda: len(self.commands) >= len(commands), waiting.DEADLINE)
+            assert came, self.commands
             assert tuple(self.commands) == commands
 
     def close(self) -> None:

@@ -138,12 +138,17 @@ def block_device(path: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
         yield device
 
 
+_held: list[socket.socket] = []
+
+
 def free_port(host: str = "127.0.0.1", family: socket.AddressFamily = socket.AF_INET) -> int:
-    """One on which nobody listened a moment ago."""
-    with socket.socket(family) as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, 0))
-        return int(found.getsockname()[1])
+    """One on which nobody listens, and that nobody is given who asks for any: it is held to the
+    end, which keeps nobody from listening on it."""
+    held = socket.socket(family)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((host, 0))
+    _held.append(held)
+    return int(held.getsockname()[1])
 
 
 def path_with(directory: pathlib.Path, program: str, first: str) -> str:

@@ -507,8 +507,11 @@ def test_wild_clients_and_a_backup(scene: Scene) -> None:
                 slowest = max(slowest, time.monotonic() - begun)
                 scene.machine.io("vda", f"write -P 9 {rounds % 64 * CLUSTER} {CLUSTER}")
                 rounds += 1
+            # On a busy machine they have not come far by then.
+            daemon_scene.wait_for(
+                lambda: sum(one.rounds for one in wild) > 10 or any(one.failures for one in wild)
+            )
         assert [failure for one in wild for failure in one.failures] == []
-        assert sum(one.rounds for one in wild) > 10
         assert slowest < 50.0
         assert scene.read("vda") == b"\7" * SIZE
         assert scene.read("sdb") == b"\7" * SIZE

@@ -282,8 +282,10 @@ def test_an_export_that_somebody_has_just_deleted(
         client.aio_pread(nbd.Buffer(MIB), 0)
         for _ in range(9):  # QEMU has seen to its client by then
             [export] = machine.probe("query-block-exports")
-        machine.probe("block-export-del", id=export["id"], mode="hard")
-        [export] = machine.probe("query-block-exports")
+        machine.probe.send("block-export-del", id=export["id"], mode="hard")
+        machine.probe.send("query-block-exports")  # in one go: it is gone half a second later
+        assert machine.probe.receive() == {"return": {}}
+        [export] = machine.probe.receive()["return"]
         assert export["shutting-down"]
         with pytest.raises(virtbackup.Error, match="its export was removed before"):
             dom.backupStop()
@@ -427,7 +429,6 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
 ) -> None:
     """Somebody's transaction waits for all requests, so for a client that does not read: QEMU and
     the guest stand still, and no monitor answers. So do a reset of the guest and its pause."""
-    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)
     before = booted.state()
     xml = f'<domainbackup><address type="unix" path="{tmp_path}/nbd.sock"/></domainbackup>'
     with contextlib.ExitStack() as stack:
@@ -438,6 +439,7 @@ def test_qemu_is_freed_from_a_client_it_waits_for(
         else:
             argv = ["backup-start-as", "1", "--unix", f"{tmp_path}/nbd.sock"]
             assert virsh(booted.uri, *argv).returncode == 0
+        monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 1.0)
         stack.enter_context(stuck_client(tmp_path, "vda"))
         bitmap = {"node": "B", "name": "theirs"}
         action = {"type": "block-dirty-bitmap-add", "data": bitmap}

@@ -295,12 +295,13 @@ def test_an_agent_that(
     scene: Scene, how: str, monkeypatch: pytest.MonkeyPatch, state_dir: pathlib.Path
 ) -> None:
     """Nothing is started, nothing is left frozen; the same in a second, with an agent that does."""
-    monkeypatch.setattr(agent, "TIMEOUT", 1.0)
-    monkeypatch.setattr(agent, "FREEZE_TIMEOUT", 0.5)
     replies, text, commands = REFUSALS[how]
     scene.agent.on(**replies)
-    with pytest.raises(virtbackup.Error, match=text):
-        scene.start()
+    with monkeypatch.context() as impatient:
+        impatient.setattr(agent, "TIMEOUT", 1.0)
+        impatient.setattr(agent, "FREEZE_TIMEOUT", 0.5)
+        with pytest.raises(virtbackup.Error, match=text):
+            scene.start()
     scene.agent.wait_for(*commands)
     assert not list(state_dir.glob("*.json"))
     scene.agent.on(sync=agents.sync, freeze=agents.returns(2))
@@ -360,7 +361,7 @@ def test_an_interrupt_while_the_agent_does_not_answer(scene: Scene) -> None:
     scene.agent.on(sync=interrupt)
     with pytest.raises(KeyboardInterrupt):
         scene.start()
-    waiting.until(lambda: not scene.thawing(), 5)
+    waiting.until(lambda: not scene.thawing())
     scene.agent.on(sync=agents.sync)
     scene.start()
     scene.stop()
@@ -377,8 +378,8 @@ def test_an_interrupt_anywhere_leaves_nothing_frozen(scene: Scene) -> None:
             try:
                 strikes.strike(lambda: dom.backupStart(scene.document, QUIESCE))
             except KeyboardInterrupt:
-                waiting.until(lambda: said[-1:] != ["freeze"], 15)
-                waiting.until(lambda: not scene.thawing(), 15)
+                waiting.until(lambda: said[-1:] != ["freeze"])
+                waiting.until(lambda: not scene.thawing())
             else:
                 break
             with contextlib.suppress(virtbackup.Error):

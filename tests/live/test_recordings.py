@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Recording a real QEMU: twice the same, the guest untouched, and nothing left of a failure."""
 
-import os
 import pathlib
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from tests import conftest, recordings
-from tests.live import machines
+from tests.live import machines, signalled
 from virtbackup.qemu import recording
 from virtbackup.tools import virsh_backup
 
@@ -102,27 +100,20 @@ def test_a_signal_at_any_moment_leaves_the_guest_as_it_was(
     number: signal.Signals, tmp_path: pathlib.Path, state_dir: pathlib.Path
 ) -> None:
     """At a line that goes over the monitor, each time a later one, to the end."""
-    file, trace = tmp_path / "a.jsonl", tmp_path / "trace"
-    os.mkfifo(trace)
-    argv = [sys.executable, "-m", "virtbackup.tools.virsh_backup", "-q", "--trace", str(trace)]
+    file = tmp_path / "a.jsonl"
     with machines.two_disks(tmp_path) as machine:
         before = machine.state()
         line = 3
         while True:
-            words = [*argv, "-c", machine.uri, "monitor-record", str(file)]
-            process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-            with trace.open() as lines:
-                for _ in range(line):
-                    lines.readline()
-                process.send_signal(number)
-                lines.read()
-            _, err = process.communicate(timeout=60)
+            argv = signalled.program(number, line)
+            argv += ["-q", "-c", machine.uri, "monitor-record", str(file)]
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
             assert machine.state() == before, line
             assert [path.name for path in state_dir.iterdir() if path.suffix == ".json"] == []
-            if process.returncode == 0:
+            if done.returncode == 0:
                 break
-            assert process.returncode == 128 + number, (line, err)
-            assert err.startswith("error: interrupted")
+            assert done.returncode == 128 + number, (line, done.stderr)
+            assert done.stderr.startswith("error: interrupted")
             assert not file.exists()
             line += 2 if conftest.long() else 40
         assert line > 60

@@ -874,16 +874,36 @@ def test_a_chain_takes_a_descriptor_for_each_file(tmp_path: pathlib.Path) -> Non
 
 
 @contextlib.contextmanager
-def process(*argv: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "virtbackup.tools.virsh_backup", *argv]
+def process(*argv: str, pauses: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """virsh-backup; one that PAUSES stops itself once it has written something."""
+    command = ["-c", _PAUSES] if pauses else ["-m", "virtbackup.tools.virsh_backup"]
     one = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, *command, *argv],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     try:
         yield one
     finally:
         one.kill()
         one.communicate()
+
+
+_PAUSES = """
+import os, signal, sys
+from virtbackup.nbd import target, writer
+from virtbackup.tools import virsh_backup
+paused = []
+def pausing(write):
+    def then(*args):
+        write(*args)
+        if not paused:
+            paused.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return then
+target.pwrite = pausing(target.pwrite)
+writer.QemuWriter.write = pausing(writer.QemuWriter.write)
+sys.exit(virsh_backup.main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -956,10 +976,9 @@ def test_two_at_once(large: points.Backed, tmp_path: pathlib.Path, fmt: copy.For
     """What one restore writes, no other takes for what a killed one has left."""
     out = tmp_path / "out"
     argv = ["backup-restore", str(large.directory), str(out), f"--format={fmt}", "--force"]
-    with process(*argv, "--point=1") as one:
+    with process(*argv, "--point=1", pauses=True) as one:
         partial = out / f"vda.{fmt}.partial"
-        waiting.until(lambda: partial.exists() and partial.stat().st_blocks > 0, process=one)
-        waiting.stop(one)
+        waiting.stopped(one)
         before = partial.stat().st_ino
         status, _, err = points.call(*argv)
         assert (status, partial.stat().st_ino) == (1, before)
@@ -1011,10 +1030,12 @@ def test_what_only_holds_a_file_has_nothing_to_tell(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals(large: points.Backed, tmp_path: pathlib.Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
-    with process("backup-restore", str(large.directory), str(out), "--format=raw") as one:
-        partial = out / "vda.raw.partial"
-        waiting.until(lambda: partial.exists() and partial.stat().st_blocks > 0, process=one)
+    argv = ["backup-restore", str(large.directory), str(out), "--format=raw"]
+    with process(*argv, pauses=True) as one:
+        waiting.stopped(one)
+        assert (out / "vda.raw.partial").stat().st_blocks > 0
         one.send_signal(number)
+        one.send_signal(signal.SIGCONT)
         one.wait(waiting.DEADLINE)
         assert one.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
     if number == signal.SIGKILL:
@@ -1023,11 +1044,8 @@ def test_signals(large: points.Backed, tmp_path: pathlib.Path, number: signal.Si
         assert [path.name for path in out.iterdir()] == ["vda.raw"]
     else:
         assert not out.exists()
-    own = str(large.directory).encode()
-    for entry in pathlib.Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                assert own not in (entry / "cmdline").read_bytes(), entry
+    # Those of one that was killed end by themselves.
+    waiting.until(lambda: not processes_with(str(large.directory)))
 
 
 def test_a_signal_after_the_work(

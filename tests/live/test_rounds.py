@@ -27,7 +27,7 @@ import nbd
 import pytest
 
 import virtbackup
-from tests import conftest
+from tests import conftest, waiting
 from tests.live import callers, machines, places, scene
 
 pytestmark = [
@@ -282,7 +282,7 @@ class Round:
 def _listens_on(port: int) -> bool:
     """Whether anybody does, or soon does no more: the kernel closes the sockets of a QEMU that was
     killed, and had them in an io_uring, some time after its end."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + waiting.DEADLINE
     while time.monotonic() < end:
         try:
             socket.create_connection(("127.0.0.1", port), 2).close()

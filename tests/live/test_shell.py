@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from tests import conftest, terminals, waiting
-from tests.live import machines, places
+from tests.live import machines, places, signalled
 from virtbackup.conf import backup_conf
 from virtbackup.tools import virsh_backup, virsh_connection, vsh
 
@@ -350,18 +350,10 @@ def test_interrupted_pull_leaves_nothing(
 ) -> None:
     before = machine.state()
     directory = tmp_path / "made"
-    trace = tmp_path / "trace"
-    os.mkfifo(trace)
-    argv = [*PROGRAM, "-c", machine.uri, "--trace", str(trace)]
-    with subprocess.Popen(
-        [*argv, "backup-pull", "1", str(directory)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        with trace.open() as lines:
-            for line in lines:
-                if '"execute":"transaction"' in line:
-                    process.send_signal(number)
-        out, err = process.communicate(timeout=DEADLINE)
-    assert (process.returncode, out, err) == (status, b"", f"error: {told}\n".encode())
+    argv = signalled.program(number, '"execute":"transaction"')
+    argv += ["-c", machine.uri, "backup-pull", "1", str(directory)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"error: {told}\n")
     assert not directory.exists()
     assert machine.state() == before
 
@@ -381,20 +373,11 @@ def test_signal_does_not_leave_a_stop_half_done(
 ) -> None:
     before = machine.state()
     assert run("backup-start-as", "1", "--unix", str(tmp_path / "nbd.sock"))[0] == 0
-    trace = tmp_path / "trace"
-    os.mkfifo(trace)
-    argv = [*PROGRAM, "-c", machine.uri, "--trace", str(trace), "backup-stop", "1"]
-    sent = False
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        with trace.open() as lines:
-            for line in lines:
-                if f'"execute":"{command}"' in line and not sent:
-                    process.send_signal(number)
-                    sent = True
-        out, err = process.communicate(timeout=DEADLINE)
-    assert sent
-    assert (process.returncode, out) == (128 + number, b"Domain backup stopped\n")
-    assert err.startswith(b"error: interrupted")
+    argv = signalled.program(number, f'"execute":"{command}"')
+    argv += ["-c", machine.uri, "backup-stop", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout) == (128 + number, "Domain backup stopped\n")
+    assert done.stderr.startswith("error: interrupted")
     assert machine.state() == before
 
 

@@ -382,16 +382,18 @@ def test_two_processes_start_at_once_and_one_wins(tmp_path: pathlib.Path) -> Non
 def test_monitor_held_by_another_client(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 0.3)
     with machines.two_disks(tmp_path) as machine:
-        holder = machines.Probe(machine.qmp)
-        with pytest.raises(virtbackup.Error, match="another client may be using it") as caught:
-            virtbackup.open(machine.uri)
-        assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
-        holder.close()
-        waiting.stop(machine.process)
-        with pytest.raises(virtbackup.Error, match=f"its process {machine.process.pid} is stopped"):
-            virtbackup.open(machine.uri)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(monitor, "CONNECT_TIMEOUT", 0.3)
+            holder = machines.Probe(machine.qmp)
+            with pytest.raises(virtbackup.Error, match="another client may be using it") as caught:
+                virtbackup.open(machine.uri)
+            assert caught.value.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+            holder.close()
+            waiting.stop(machine.process)
+            stopped = f"its process {machine.process.pid} is stopped"
+            with pytest.raises(virtbackup.Error, match=stopped):
+                virtbackup.open(machine.uri)
         machine.process.send_signal(signal.SIGCONT)
         virtbackup.open(machine.uri).close()
 
@@ -526,8 +528,7 @@ NOT_COME_TO_AN_END = "the process that was stopping it did not come to an end"
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Who waits here waits for ever: for what this process has not let go of. It is not let go of
     by chance, either, as the garbage of a cycle."""
-    monkeypatch.setattr(monitor, "CONNECT_TIMEOUT", 2.0)
-    monkeypatch.setattr(status, "LOCK_TIMEOUT", 2.0)
+    monkeypatch.setattr(status, "LOCK_TIMEOUT", monitor.CONNECT_TIMEOUT)
     gc.disable()
     yield
     gc.enable()
