@@ -32,6 +32,7 @@ from virtbackup.remote import (
     connect,
     driver,
     program,
+    qemu_protocol,
     remote_types,
     rpc,
     rpc_error,
@@ -843,6 +844,7 @@ PROPOSAL = (
 )
 NO_JOB = structs.DomainGetJobStatsRet(0, ())
 JOB = structs.DomainGetBlockJobInfoRet(1, 5, 0, 0, 1 << 20)
+JOBS = '{"return": [{"id": "backup-vda-libvirt-1-format", "type": "backup", "status": "running"}]}'
 
 
 class Libvirtd:
@@ -858,7 +860,7 @@ class Libvirtd:
             "REMOTE.DOMAIN_BACKUP_BEGIN": self.begin,
             "REMOTE.DOMAIN_BACKUP_GET_XML_DESC": self.xml,
             "REMOTE.DOMAIN_ABORT_JOB": self.abort,
-            "REMOTE.DOMAIN_BLOCK_JOB_SET_SPEED": lambda *_: None,
+            "QEMU.DOMAIN_MONITOR_COMMAND": lambda *_: qemu_protocol.DomainMonitorCommandRet(JOBS),
             "REMOTE.DOMAIN_GET_JOB_STATS": self.stats,
             "REMOTE.DOMAIN_IS_ACTIVE": lambda *_: structs.DomainIsActiveRet(self.active),
             "REMOTE.DOMAIN_GET_BLOCK_INFO": lambda *_: structs.DomainGetBlockInfoRet(1, 1 << 20, 1),
@@ -947,7 +949,7 @@ def test_a_domain_that_ended_had_no_good_backup(
     opened.domain_backup_start(REF, PROPOSAL, 0)
     daemon.active = 0
     refusal = errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
-    theirs.handlers["REMOTE.DOMAIN_BLOCK_JOB_SET_SPEED"] = raises(refusal)
+    theirs.handlers["QEMU.DOMAIN_MONITOR_COMMAND"] = raises(refusal)
     failure = fails(lambda: opened.domain_backup_stop(REF, 0))
     assert failure.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED
     assert str(failure).endswith("the backup is not good: the domain ended")

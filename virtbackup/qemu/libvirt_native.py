@@ -4,14 +4,16 @@
 So that one program can use, and compare, both engines.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import libvirt
+import libvirt_qemu
 
 from virtbackup import hypervisor, native
 from virtbackup.conf import backup_conf, domain_conf
-from virtbackup.qemu import libvirt_driver, libvirt_queries, scratch, status
+from virtbackup.qemu import libvirt_driver, libvirt_queries, passthrough, scratch, status
 
 _own_errors = libvirt_queries.own_errors
 
@@ -40,8 +42,10 @@ class _Calls:
     def abort(self, ref: hypervisor.DomainRef) -> None:
         self._host.lookup(ref).abortJob()
 
-    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
-        self._host.lookup(ref).blockJobSetSpeed(disk, speed, 0)
+    def monitor_command(self, ref: hypervisor.DomainRef, command: str) -> str:
+        domain = self._host.lookup(ref)
+        ask = functools.partial(libvirt_qemu.qemuMonitorCommand, domain, command, 0)
+        return str(passthrough.patiently(ask))
 
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         stats: Mapping[str, Any] = self._host.lookup(ref).jobStats()

@@ -8,7 +8,7 @@ import libvirt
 
 from virtbackup import errors, hypervisor
 from virtbackup.conf import domain_conf
-from virtbackup.remote import wire_conf
+from virtbackup.remote import protocol, wire_conf
 
 SCRATCH_DIRECTORY = "/var/tmp"
 """On the server's host, for scratch images for which nobody named a place."""
@@ -24,10 +24,11 @@ def unsupported(function: str) -> errors.Error:
 
 
 class Calls:
-    """What is asked of it for a backup, by procedures of libvirt's program."""
+    """What is asked of it for a backup, by procedures of libvirt's programs."""
 
     def __init__(self, of: Callable[..., Any]) -> None:
-        """OF: (domain, procedure's name, arguments behind the domain) -> what it returns."""
+        """OF: (domain, procedure's name, arguments behind the domain, of=its program) -> what it
+        returns."""
         self._of = of
 
     def scratch_directory(self) -> str:
@@ -48,8 +49,8 @@ class Calls:
     def abort(self, ref: hypervisor.DomainRef) -> None:
         self._of(ref, "DOMAIN_ABORT_JOB")
 
-    def set_speed(self, ref: hypervisor.DomainRef, disk: str, speed: int) -> None:
-        self._of(ref, "DOMAIN_BLOCK_JOB_SET_SPEED", disk, speed, 0)
+    def monitor_command(self, ref: hypervisor.DomainRef, command: str) -> str:
+        return str(self._of(ref, "DOMAIN_MONITOR_COMMAND", command, 0, of=protocol.QEMU).result)
 
     def stats(self, ref: hypervisor.DomainRef) -> Mapping[str, Any]:
         return wire_conf.params_from_wire(self._of(ref, "DOMAIN_GET_JOB_STATS", 0).params)

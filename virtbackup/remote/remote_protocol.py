@@ -81,7 +81,6 @@ REMOTE = program.Program(
             structs.DomainPathFlagsArgs,
             structs.DomainGetBlockJobInfoRet,
         ),
-        Proc(239, "DOMAIN_BLOCK_JOB_SET_SPEED", structs.DomainBlockJobSetSpeedArgs),
         Proc(
             243,
             "DOMAIN_BLOCK_STATS_FLAGS",

@@ -379,14 +379,6 @@ class DomainGetBlockJobInfoRet:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class DomainBlockJobSetSpeedArgs:
-    dom: types.NonnullDomain
-    path: types.NonnullString
-    bandwidth: xdr.UHyper
-    flags: xdr.UInt
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class DomainGetJobInfoRet:
     """Milliseconds and bytes."""
 
