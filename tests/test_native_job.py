@@ -566,6 +566,18 @@ def test_a_job_of_which_nothing_is_heard_may_run_on(
     stop(REF, 0)
 
 
+@pytest.mark.parametrize("reply", ["", "[]", '{"return": [{}]}', '{"error": {"desc": "x"}}'])
+def test_jobs_that_cannot_be_read(
+    doors: tuple[Theirs, Any, Any, Callable[[], None]], monkeypatch: pytest.MonkeyPatch, reply: str
+) -> None:
+    theirs, _, stop, _ = doors
+    theirs.document = THEIRS
+    monkeypatch.setattr(theirs, "qemuMonitorCommand", lambda *_: reply)
+    with pytest.raises(errors.Error, match="unexpected reply of QEMU to 'query-jobs'"):
+        stop(REF, 0)
+    assert theirs.aborted == []
+
+
 @pytest.mark.parametrize("then", [None, PUSH])
 def test_a_backup_that_somebody_ends_as_it_is_stopped(
     doors: tuple[Theirs, Any, Any, Callable[[], None]],

@@ -1403,7 +1403,12 @@ def test_the_same_calls_on_libvirts_own_engine(
         made = pull.pull(domain, tmp_path / "out", xml=document(host))
         assert {disk.name for disk in made.disks} == {"vda", "sdb"}
         assert machines.contents(tmp_path / "out" / "vda.qcow2", "qcow2") == pattern(1)
-    assert list(scratch_dir.iterdir()) == []
+        domain.backupStart(document(host))
+        two.libvirt.abortJob()  # of which libvirt itself may yet have to learn
+        told = r"its backup job ended|somebody else ended it|no domain backup job present"
+        with pytest.raises(virtbackup.Error, match=told):
+            domain.backupStop()
+    waiting.until(lambda: list(scratch_dir.iterdir()) == [])
 
 
 def test_both_engines_compared(
