@@ -147,3 +147,29 @@ def test_a_signal_that_does_not_break_the_wait_ends_it() -> None:
         assert process.poll() is None
         process.kill()
         telling.join()
+
+
+def test_a_signal_as_a_hurried_block_has_ended_is_noted_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever comes behind the block, as what removes files, is not to be interrupted."""
+    set_mask = signal.pthread_sigmask
+
+    def strike(how: int, mask: Sequence[int]) -> set[int]:
+        monkeypatch.setattr(signal, "pthread_sigmask", set_mask)
+        signal.raise_signal(signal.SIGINT)
+        return set_mask(how, mask)
+
+    def pull() -> None:
+        with interrupt.deferred() as cancel:
+            before = signal.getsignal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            with interrupt.hurried(cancel):
+                monkeypatch.setattr(signal, "pthread_sigmask", strike)
+            ended.append(signal.getsignal(signal.SIGINT) is before)
+
+    monkeypatch.setattr(interrupt, "GOES_WELL", 0.0)
+    ended: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        pull()
+    assert ended == [True]

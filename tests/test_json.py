@@ -259,7 +259,7 @@ def test_a_pull_whose_end_nobody_waits_for_says_so(
     status, out, err = run("backup-pull", "vm1", str(made), "--json", uri="fake:///interrupt-hang")
     left = (
         "nobody waits for the end of the backup of domain 'vm1': it ends with the connection, else"
-        " with the next start, or backup-cleanup"
+        " with the next start, or backup-cleanup (of libvirt's own engine: virsh domjobabort)"
     )
     assert (status, err) == (130, f"flags=2\nwarning: {left}\nerror: interrupted\n")
     [told] = strict_json.lines(out)

@@ -138,3 +138,13 @@ def test_what_a_call_returns_and_raises() -> None:
         calls.call(lambda: str(1 // 0), LONG)
     calls.close()
     assert not calls._thread.is_alive()
+
+
+def test_calls_are_made_where_no_thread_can_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert passthrough.patiently(lambda: "told") == "told"
+    with pytest.raises(ZeroDivisionError):
+        passthrough.patiently(lambda: 1 // 0)

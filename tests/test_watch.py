@@ -259,7 +259,7 @@ def test_a_stop_that_was_in_vain_does_not_hold_up_the_close(
     monkeypatch.setattr(found.job, "stop", stop)
     with pytest.raises(type(failure)):
         found.backup_stop(hypervisor.STOP_CANCEL, RUNNING.id)
-    found.close()
+    assert not found.close()
     assert not ended.is_set()
     goes_on.set()
     assert ended.wait(20)
@@ -312,8 +312,10 @@ def test_a_backup_that_cannot_be_adopted_keeps_no_other_from_being_watched(
 def test_a_libvirt_that_stands_still_is_not_waited_for_for_ever(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits in C, where no signal is seen to: each call by a thread of its own."""
+    """It waits in C, where no signal is seen to: each call by a thread of its own. While one is
+    under way the connection is not closed: libvirt would free what it uses."""
     goes_on = threading.Event()
+    closed: list[str] = []
 
     class Hangs(Libvirt):
         def getLibVersion(self) -> int:
@@ -324,6 +326,7 @@ def test_a_libvirt_that_stands_still_is_not_waited_for_for_ever(
             goes_on.wait(20)
 
         def close(self) -> None:
+            closed.append("closed")
             goes_on.wait(20)
 
     monkeypatch.setenv("VIRTBACKUP_STATE_DIR", str(tmp_path))
@@ -336,5 +339,8 @@ def test_a_libvirt_that_stands_still_is_not_waited_for_for_ever(
     with pytest.raises(monitor.NoAnswer, match="libvirt does not answer within"):
         own.domain_backup_stop(ref, hypervisor.STOP_CANCEL)
     own.close()
+    assert not closed
+    libvirt_driver.LibvirtDriver(Hangs()).close()
+    assert closed
     assert time.monotonic() - begin < 10
     goes_on.set()

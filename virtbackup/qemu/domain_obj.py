@@ -115,18 +115,18 @@ class DomainObj:
         or asked for here. None: nobody."""
         self._ending.listen(notify)
 
-    def close(self, until: float | None = None) -> None:
+    def close(self, until: float | None = None) -> bool:
         """End the backup that was started to end with us; a failure to is logged. One that another
         thread is just starting is ended by that. UNTIL, for who closes several: by
         ``time.monotonic``, the end of their PATIENCE, which is one for all. One whose stop was just
-        waited for in vain is hardly waited for once more."""
+        waited for in vain is hardly waited for once more: whether it was long enough."""
         in_vain = self._autodestroy is not None and self._autodestroy == self._unended
         self._stop_watching(wait=not in_vain)
         with self._keeping:
             self._closed = True
             id, self._autodestroy = self._autodestroy, None
         if id is None:
-            return
+            return True
         until = time.monotonic() + PATIENCE if until is None else until
         if in_vain:
             end = threading.Thread(
@@ -134,8 +134,9 @@ class DomainObj:
             )
             end.start()
             end.join(HASTE)
-        else:
-            self._end_patiently(id, until)
+            return not end.is_alive()
+        self._end_patiently(id, until)
+        return True
 
     def _end_patiently(self, id: naming.BackupId, until: float) -> None:
         """End backup ID, for which a daemon of libvirt's that is restarted is waited for; a failure

@@ -43,6 +43,7 @@ _OURS = ("engine", "native")
 
 _own_errors = libvirt_queries.own_errors
 _ref = libvirt_queries.ref_of
+_Asked = TypeVar("_Asked")
 
 
 class Opener:
@@ -135,6 +136,8 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         self._connecting = threading.RLock()
         self._adding = threading.RLock()
         self._closed = False
+        self._asked: set[object] = set()
+        """One for each call by the connection that has not returned."""
         self._engine = engine
         self._pid = os.getpid()
         self._trace: TextIO | None = None
@@ -158,10 +161,10 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         until = time.monotonic() + domain_obj.PATIENCE
         with self._adding:
             self._closed = True
-        for one in list(self._domains.values()):
-            one.close(until)
+        is_over = [one.close(until) for one in list(self._domains.values())]
         self._events.close()
-        if self._owned:
+        # libvirt frees what a call by the connection still uses: then it ends with the last of us.
+        if self._owned and all(is_over) and not self._asked:
             with contextlib.suppress(libvirt.libvirtError):
                 passthrough.patiently(self._current.close, domain_obj.HASTE)
 
@@ -205,7 +208,7 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
         try:
             # Who has no event loop does not notice that the daemon has gone until it is asked.
             ask = self._current.getLibVersion
-            return bool(self._current.isAlive() and passthrough.patiently(ask, domain_obj.HASTE))
+            return bool(self._current.isAlive() and self._patiently(ask, domain_obj.HASTE))
         except monitor.NoAnswer:  # it stands still, or has much to do
             return True
         except (libvirt.libvirtError, TypeError):  # the latter once it is closed
@@ -241,7 +244,20 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
     def lookup(self, ref: hypervisor.DomainRef) -> "libvirt.virDomain":
         """libvirt's own. Errors: VIR_ERR_NO_DOMAIN."""
         connection = self._connection
-        return passthrough.patiently(lambda: connection.lookupByUUIDString(ref.uuid))
+        return self._patiently(lambda: connection.lookupByUUIDString(ref.uuid))
+
+    def _patiently(self, what: Callable[[], _Asked], patience: float | None = None) -> _Asked:
+        """As ``passthrough.patiently``, for a call by the connection."""
+        token = object()
+        self._asked.add(token)
+
+        def ask() -> _Asked:
+            try:
+                return what()
+            finally:
+                self._asked.discard(token)
+
+        return passthrough.patiently(ask, patience)
 
     def _obj(self, ref: hypervisor.DomainRef) -> domain_obj.DomainObj:
         with self._adding:
@@ -307,9 +323,6 @@ class LibvirtDriver(domain_obj.BackupHooks, libvirt_events.LibvirtEvents):
             raise errors.error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
         _check_jobs(found, definition)
         return self._obj(ref).backup_start(definition, flags)
-
-
-_Asked = TypeVar("_Asked")
 
 
 def _not_running_where_gone(ref: hypervisor.DomainRef, ask: Callable[[], _Asked]) -> _Asked:

@@ -269,7 +269,8 @@ def patiently(what: Callable[[], _T], patience: float | None = None) -> _T:
 
 
 class _Calls:
-    """A thread for calls that may never return, which is then left to itself."""
+    """A thread for calls that may never return, which is then left to itself. Where none can begin,
+    as in what ``atexit`` calls on Python 3.12, they are made as any other."""
 
     def __init__(self, name: str) -> None:
         self._todo: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = (
@@ -283,7 +284,11 @@ class _Calls:
         self._thread = threading.Thread(
             target=_carry_out, args=(self._todo,), name=name, daemon=True
         )
-        self._thread.start()
+        self._begins = True
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._begins = False
 
     def call(
         self,
@@ -295,6 +300,8 @@ class _Calls:
         may take to greet, whether to wait no longer. Errors: TimeoutError, from then on at once."""
         if self._stuck:
             raise TimeoutError
+        if not self._begins:
+            return what()
         answer = _Answer()
         self._todo.put((what, answer))
         soon = min(timeout, monitor.CONNECT_TIMEOUT)
@@ -313,7 +320,7 @@ class _Calls:
     def close(self) -> None:
         self._todo.put(None)
         self._abandoned.detach()
-        if not self._stuck:
+        if self._begins and not self._stuck:
             # Who waited for a call may have been interrupted.
             self._thread.join(_JOIN)
 

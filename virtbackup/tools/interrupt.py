@@ -59,15 +59,19 @@ def hurried(cancel: "copy.Cancel") -> Iterator[None]:
     well. All are noted as any other."""
     before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
     began = time.monotonic()
+    is_over = False
 
     def note(number: int, frame: object) -> None:
         is_first = not cancel.is_set
         before[number](number, frame)
-        if not is_first and time.monotonic() >= began + GOES_WELL:
+        if not is_first and not is_over and time.monotonic() >= began + GOES_WELL:
             raise _exception_of(number)
 
     with _handled(note):
-        yield
+        try:
+            yield
+        finally:
+            is_over = True  # nothing is to come into what gives the signals their handlers back
 
 
 def check_late(cancel: "copy.Cancel", done: str) -> None:

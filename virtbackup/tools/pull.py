@@ -34,11 +34,11 @@ from virtbackup.tools import chain, exports, interrupt, manifest
 
 logger = logging.getLogger(__name__)
 left_logger = logging.getLogger(f"{__name__}.left")
+"""Of what is told even where nothing is logged, as no error tells it."""
 _NOT_WAITED_FOR = (
     "nobody waits for the end of the backup of domain '%s': it ends with the connection, else with"
-    " the next start, or backup-cleanup"
+    " the next start, or backup-cleanup (of libvirt's own engine: virsh domjobabort)"
 )
-"""Of what is told even where nothing is logged, as no error tells it."""
 
 FORMATS: tuple[copy.Format, ...] = ("qcow2", "raw")
 PARTIAL = chain.PARTIAL
