@@ -137,14 +137,16 @@ class Proxy:
             _refuse(client, command)
             return True
         if fault == "lose-reply":
-            # QEMU answers with an id of ours, which the client knows nothing of.
+            # QEMU answers with an id of ours, which the client hears nothing of.
             send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
             _refuse(client, command)
             return True
-        send(qemu, line, fds)
         if fault in ("hang-up-after", "kill-after"):
+            # By an id of ours: the reply may be here before the client was hung up.
+            send(qemu, json.dumps({**command, "id": _WITHHELD + command["id"]}).encode(), fds)
             _hang_up(client)
             return False
+        send(qemu, line, fds)
         return True
 
     def _down(self, qemu: socket.socket, client: socket.socket) -> None:

@@ -412,6 +412,7 @@ def test_few_files_may_be_open(tmp_path: pathlib.Path) -> None:
             try:
                 copy.copy([copy.Job(server.export, out / "copy", "qcow2")])
             except virtbackup.Error as failure:
+                assert server.process.poll() is None  # whose end is another matter
                 assert "Too many open files" in str(failure)
                 assert "package" not in str(failure)
                 failed += 1
