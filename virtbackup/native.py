@@ -184,8 +184,9 @@ class NativeJobs:
         return lost
 
     def _jobs_that_run(self, ref: hypervisor.DomainRef) -> set[str]:
-        """By their ids in QEMU, which alone knows: libvirt's newer calls for one job (11.3) wait in
-        vain for the backup to end. Errors: libvirt's own; VIR_ERR_INTERNAL_ERROR."""
+        """By their ids in QEMU, which alone knows. That a job takes a speed would say the same, but
+        libvirt 11.3 lets none be set while there is a backup. Errors: libvirt's own;
+        VIR_ERR_INTERNAL_ERROR."""
         reply = self._calls.monitor_command(ref, _QUERY_JOBS)
         try:
             return {str(job["id"]) for job in json.loads(reply)["return"] if job["status"] in _RUNS}

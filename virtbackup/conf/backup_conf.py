@@ -488,6 +488,11 @@ class BackupInfo:
     save_reason: str | None = None
     """Why the save would."""
 
+    @property
+    def warnings(self) -> list[str]:
+        """What may go wrong with a scratch image, a line for each disk."""
+        return [f"disk '{disk.name}': {disk.warning}" for disk in self.disks if disk.warning]
+
 
 # --- branches, as branchList tells them ---
 

@@ -487,6 +487,14 @@ def _is_at(path: pathlib.Path, fd: int) -> bool:
         return False
 
 
+def _is_taken_by_others_here(path: pathlib.Path) -> bool:
+    """Whether another thread of this process has the lock at PATH, or waits for it."""
+    return any(
+        at == path and thread != threading.get_ident() and not lock.closed
+        for (thread, at), lock in list(_taken.items())
+    )
+
+
 def _acquire(fd: int, path: pathlib.Path, end: float) -> None:
     """Lock FD before END by the monotonic clock. Errors: OSError, VIR_ERR_OPERATION_TIMEOUT."""
     while True:
@@ -495,10 +503,9 @@ def _acquire(fd: int, path: pathlib.Path, end: float) -> None:
             return
         except BlockingIOError as failure:
             if time.monotonic() > end:
-                others = [thread for (thread, at), lock in list(_taken.items())
-                          if at == path and not lock.closed]  # fmt: skip
-                ours = set(others) - {threading.get_ident()}
-                who = "another process, or another call of this one," if ours else "another process"
+                who = "another process"
+                if _is_taken_by_others_here(path):
+                    who += ", or another call of this one,"
                 raise errors.error(
                     libvirt.VIR_ERR_OPERATION_TIMEOUT,
                     f"cannot acquire state lock '{path}': {who} works on this domain",

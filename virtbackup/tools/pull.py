@@ -59,7 +59,7 @@ def pull(
     check: bool = False,
     targets: Mapping[str, pathlib.Path] | None = None,
     named: Callable[[Sequence[str]], None] | None = None,
-    warned: Callable[[str], None] | None = None,
+    warned: Callable[[Sequence[str]], None] | None = None,
 ) -> manifest.Manifest:
     """Back DOMAIN up into DIRECTORY, which is made where absent; its manifest.
 
@@ -70,7 +70,7 @@ def pull(
     BANDWIDTH: bytes to read a second. CHECK: read exports and files once more before the stop.
     TARGETS: disk -> the block device that it goes to, of a backup without a branch. NAMED is given
     the disks' names before PROGRESS is told of the first, in the order of its numbers. WARNED is
-    given what may go wrong with a scratch image, by disk.
+    given what may go wrong with a scratch image, a line for each disk.
 
     Errors: VIR_ERR_OPERATION_INVALID for a file that is in the way, a directory of another guest or
     branch, an increment that would leave a gap, a device that is in use, is the guest's or is one
@@ -107,7 +107,7 @@ def pull(
         with _started(domain, directory, plan.definition.format(), quiesce, cancel) as running:
             info = running.info  # now, when whom it is asked of was just there
             if warned is not None:
-                _warn(info, warned)
+                warned(info.warnings)
             if plan.number is not None:
                 plan = plan.as_started(info)
             live = backup_conf.BackupDef.parse(running.xml)
@@ -473,12 +473,6 @@ def _started(
             assert isinstance(failure, errors.Error)
             raise _lost(failure) from failure
         raise
-
-
-def _warn(info: backup_conf.BackupInfo, warned: Callable[[str], None]) -> None:
-    for disk in info.disks:
-        if disk.warning is not None:
-            warned(f"disk '{disk.name}': {disk.warning}")
 
 
 def _lost(failure: errors.Error) -> errors.Error:

@@ -93,14 +93,9 @@ def _tell_started(
     else:
         facts = _info_facts(domain.name(), info)
         if not shell.quiet:
-            for warning in _warnings(info):
-                shell.warn(warning)
+            shell.warn_of_each(info.warnings)
     if as_json:
         shell.print_json(facts)
-
-
-def _warnings(info: "backup_conf.BackupInfo") -> list[str]:
-    return [f"disk '{disk.name}': {disk.warning}" for disk in info.disks if disk.warning]
 
 
 def _start_as(shell: virsh_connection.Shell, args: vsh.Args) -> None:
@@ -277,8 +272,7 @@ def _info(shell: virsh_connection.Shell, args: vsh.Args) -> None:
     virsh_connection.print_pairs(shell, facts)
     shell.extra("")
     shell.print_table(*_info_table(info))
-    for warning in _warnings(info):
-        shell.warn(warning)
+    shell.warn_of_each(info.warnings)
 
 
 def _info_table(

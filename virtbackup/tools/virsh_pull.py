@@ -164,7 +164,7 @@ def _pull(shell: virsh_connection.Shell, args: vsh.Args) -> None:
             check=args.flag("check"),
             targets=targets,
             named=progress.name if isinstance(progress, Bar) else None,
-            warned=None if shell.quiet else shell.warn,
+            warned=None if shell.quiet else shell.warn_of_each,
         )
         if isinstance(progress, Lines):
             progress.tell("finished", **made.facts())

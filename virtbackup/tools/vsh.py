@@ -644,6 +644,10 @@ class Shell(Generic[Control]):
         """Tell what may go wrong in one line; what is already printed comes first."""
         warn(message)
 
+    def warn_of_each(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            self.warn(message)
+
     def print_table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns; a quiet shell leaves the header out, and the room for it."""
         cells = [[visible(cell) for cell in row] for row in rows]
